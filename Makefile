@@ -1,0 +1,47 @@
+# make setup      .venv with everything pinned in constraints.txt
+# make test       environment, linter, type checker, every test that needs no GPU
+# make test-gpu   every test that needs a GPU, and the quickstart on it; report in runs/gpu-report
+# make lint       linter and type checker
+# make clean      caches and build folders; not .venv, not runs/
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-gpu lint clean
+
+# Processes of the tests that are one process each; those that start several run one after the other.
+PYTEST_WORKERS ?= 2
+FIND_PYTHON := python=$$(bash examples/setup_environment.sh --extras test)
+# Several processes share the cores, and equal thread counts make equal sums.
+TEST_ENV := env -u RANK -u WORLD_SIZE -u LOCAL_RANK OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONPATH="$$PWD"
+
+help:
+	@sed -n '/^$$/q; s/^# //p' Makefile
+
+setup:
+	@bash examples/setup_environment.sh --venv
+
+lint:
+	@$(FIND_PYTHON)
+	echo "== ruff"
+	"$$python" -m ruff check .
+	echo "== mypy"
+	"$$python" -m mypy
+
+test: lint
+	@$(FIND_PYTHON)
+	start=$$SECONDS
+	echo "== pytest, one process each, $(PYTEST_WORKERS) at a time"
+	$(TEST_ENV) "$$python" -m pytest -n $(PYTEST_WORKERS) -m "not gpu and not distributed" --durations=5
+	echo "== pytest, several processes each, one at a time"
+	$(TEST_ENV) "$$python" -m pytest -m "distributed and not gpu" --durations=5
+	echo "== all passed: tests took $$((SECONDS - start)) s"
+
+test-gpu:
+	@$(FIND_PYTHON)
+	PYTHON="$$python" bash .ci/run_gpu
+
+clean:
+	@rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print | xargs rm -rf
