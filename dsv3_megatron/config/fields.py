@@ -1,0 +1,35 @@
+"""How a configuration field is declared, and the error that every configuration rule raises."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A run that cannot be: the message names the rule, the values, the field and the way out."""
+
+
+def option(default: Any = dataclasses.MISSING, *, help: str, choices: tuple[str, ...] = (), nargs: str = "",
+           flag: str = "") -> Any:
+    """Declare a dataclass field that is also a command-line flag.
+
+    Args:
+        default: Its default; a list default is copied for each instance.
+        help: One line for `--help`, with the unit.
+        choices: Allowed values, if there are few.
+        nargs: argparse's nargs, for lists.
+        flag: Flag name without dashes where it differs from the field's.
+    """
+    metadata = {"help": help, "choices": choices, "nargs": nargs, "flag": flag}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def divisors(number: int, *, near: int = 1, count: int = 3) -> str:
+    """The divisors of `number` nearest to `near`, for the end of an error message: "4 or 8"."""
+    found = [d for d in range(1, number + 1) if number % d == 0]
+    chosen = sorted(sorted(found, key=lambda d: (abs(d - near), d))[:count])
+    words = [str(d) for d in chosen]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]

@@ -1,0 +1,190 @@
+"""From the command line and a file to one validated RunConfig.
+
+A run starts from a preset; a TOML, YAML or JSON file changes fields of it; the command line changes them
+again. The flags are made from the fields, so `--help` cannot disagree with what is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.presets import PRESETS, preset
+from dsv3_megatron.config.run import SECTIONS, RunConfig, section_of
+
+_GROUP_TITLES = {
+    "model": "model (without a default: the preset's)",
+    "parallel": "split over processes",
+    "training": "training",
+    "data": "data",
+    "checkpoint": "checkpoints",
+    "logging": "logs",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for.
+
+    Attributes:
+        run: The resolved run, not yet validated against the number of processes.
+        print_model: Print the parameter table and stop.
+        as_json: Print it as JSON.
+        check_only: Validate the run and its inputs and stop.
+        world_size: Number of processes to plan for; None: as many as there are.
+    """
+
+    run: RunConfig
+    print_model: bool
+    as_json: bool
+    check_only: bool
+    world_size: int | None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as a ConfigError, like every other wrong value."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: a flag for each field of each section of RunConfig."""
+    parser = _Parser(
+        prog="pretrain_dsv3.sh", allow_abbrev=False,
+        usage="bash examples/pretrain_dsv3.sh [--preset NAME] [--config FILE] [flags]",
+        description="Pretrain a DeepSeek-V3-style model. Without arguments: the quickstart.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=130))
+    start = parser.add_argument_group("run")
+    start.add_argument("--preset", choices=sorted(PRESETS), help="named run to start from (default: tiny)")
+    start.add_argument("--config", metavar="FILE", help="TOML, YAML or JSON file with fields to change; flags change "
+                       "them again")
+    start.add_argument("--print-model", action="store_true", help="print parameters, FLOPs and bytes per rank, and stop")
+    start.add_argument("--json", action="store_true", dest="as_json", help="with --print-model: as JSON")
+    start.add_argument("--check-only", action="store_true", help="check the run and its inputs, and stop")
+    start.add_argument("--world-size", type=int, metavar="N", help="with --print-model or --check-only: processes to "
+                       "plan for")
+    for section, cls in SECTIONS.items():
+        group = parser.add_argument_group(_GROUP_TITLES[section])
+        for field in dataclasses.fields(cls):
+            _add_flag(group, field)
+    return parser
+
+
+def parse_command(arguments: Sequence[str]) -> Command:
+    """Read the command line and the file it names.
+
+    Raises:
+        ConfigError: an unknown flag, field, preset or file, or a value of the wrong type.
+        SystemExit: after --help.
+    """
+    given = vars(build_parser().parse_args(list(arguments)))
+    from_file = read_config_file(given["config"]) if given["config"] else {}
+    name = given["preset"] or from_file.pop("preset", None) or "tiny"
+    from_file.pop("preset", None)
+    run = preset(name).override(**from_file)
+    fields = {field.name for cls in SECTIONS.values() for field in dataclasses.fields(cls)}
+    run = run.override(**{key: value for key, value in given.items() if key in fields and value is not _UNSET})
+    return Command(run, given["print_model"], given["as_json"], given["check_only"], given["world_size"])
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """Fields to change, by name, from a file whose sections are those of RunConfig (or that has none).
+
+    Raises:
+        ConfigError: the file is missing, cannot be parsed, or has a field or a type that no run has.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"config={path}: no such file")
+    try:
+        content = _parse(file)
+    except Exception as error:  # the parsers' own errors have no common class
+        raise ConfigError(f"config={path}: cannot be read as {file.suffix[1:].upper()}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config={path}: must hold fields and their values, not a {type(content).__name__}")
+    changes: dict[str, Any] = {}
+    for key, value in content.items():
+        entries = value.items() if key in SECTIONS and isinstance(value, dict) else [(key, value)]
+        for name, entry in entries:
+            if name == "preset":
+                changes[name] = entry
+                continue
+            try:
+                changes[name] = _typed(name, entry)
+            except ConfigError as error:
+                raise ConfigError(f"config={path}: {error}") from error
+    return changes
+
+
+_UNSET: Any = object()
+
+
+def _parse(file: Path) -> Any:
+    if file.suffix == ".toml":
+        import tomllib
+
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    if file.suffix in (".yaml", ".yml"):
+        import yaml
+
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    if file.suffix == ".json":
+        return json.loads(file.read_text(encoding="utf-8"))
+    raise ValueError("name it .toml, .yaml or .json")
+
+
+def _kind(annotation: str) -> type:
+    """int, float, str or list: what a field's annotation says its given values are."""
+    return {"int": int, "float": float, "str": str, "list[str]": list}[annotation.removesuffix(" | None")]
+
+
+def _field(name: str) -> dataclasses.Field:
+    return next(field for field in dataclasses.fields(SECTIONS[section_of(name)]) if field.name == name)
+
+
+def _typed(name: str, value: Any) -> Any:
+    """`value` as the field's type; numbers may be written as 1 or 1.0 where a float is wanted."""
+    field = _field(name)
+    kind = _kind(str(field.type))
+    if value is None and "None" in str(field.type):
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is list and isinstance(value, str):
+        return value.split()
+    if kind is list and isinstance(value, list):
+        return [str(item) for item in value]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} must be {field.type}")
+    return value
+
+
+def _add_flag(group: Any, field: dataclasses.Field) -> None:
+    metadata = field.metadata
+    flag = "--" + (metadata["flag"] or field.name.replace("_", "-"))
+    kind = _kind(str(field.type))
+    # A default is shown where it is the same in every preset; elsewhere it is the preset's.
+    defaults = {repr(getattr(getattr(make(), section_of(field.name)), field.name)) for make in PRESETS.values()}
+    default = next(iter(defaults))
+    shown = f" (default: {default.strip(chr(39))})" if len(defaults) == 1 and default not in ("None", "[]") else ""
+    options: dict[str, Any] = {"dest": field.name, "default": _UNSET, "help": metadata["help"].replace("%", "%%") + shown}
+    if metadata["nargs"]:
+        options |= {"nargs": metadata["nargs"], "metavar": "X"}
+    else:
+        options["type"] = kind if "None" not in str(field.type) else (lambda text: _optional(kind, text))
+        if metadata["choices"]:
+            options["choices"] = metadata["choices"]
+        else:
+            options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
+    group.add_argument(flag, **options)
+
+
+def _optional(kind: type, text: str) -> Any:
+    return None if text.lower() == "none" else kind(text)

@@ -1,0 +1,118 @@
+"""The architecture of a DeepSeek-V3-style model: widths, counts, routing, rotary embedding.
+
+Plain frozen data, no torch. Field names are DeepSeek's for the MLA widths and Megatron-Core's
+(`--num-experts`, `--moe-router-topk`) for the rest; `model/mcore_config.py` is the only place that
+translates them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv3_megatron.config.fields import ConfigError, divisors, option
+
+ROPE_TYPES = ("rope", "yarn")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of one model. Defaults of the switches are DeepSeek-V3's.
+
+    Source: DeepSeek-V3 report, sections 2.1, 2.2 and 4.2, and the published `config.json`.
+    """
+
+    num_layers: int = option(help="transformer layers, MTP modules not counted")
+    hidden_size: int = option(help="width of the residual stream")
+    num_attention_heads: int = option(help="attention heads")
+    kv_lora_rank: int = option(help="width of the compressed key/value latent")
+    qk_nope_head_dim: int = option(help="per-head width of query and key without rotary embedding")
+    qk_rope_head_dim: int = option(help="per-head width of the rotary part; the key's is shared by all heads")
+    v_head_dim: int = option(help="per-head width of the value")
+    ffn_hidden_size: int = option(help="intermediate width of the dense layers' SwiGLU")
+    num_experts: int = option(help="routed experts in each MoE layer")
+    moe_ffn_hidden_size: int = option(help="intermediate width of one expert")
+    moe_router_topk: int = option(help="routed experts each token goes to")
+    vocab_size: int = option(help="rows of the embedding and of the output head")
+    q_lora_rank: int | None = option(None, help="width of the compressed query latent; none: full-rank queries")
+    num_dense_layers: int = option(1, help="leading layers with a dense FFN instead of experts")
+    num_shared_experts: int = option(1, help="experts that every token goes to")
+    moe_router_num_groups: int = option(1, help="groups of experts for node-limited routing")
+    moe_router_group_topk: int = option(1, help="groups a token may go to")
+    moe_router_topk_scaling_factor: float = option(2.5, help="factor on the normalised gates")
+    mtp_num_layers: int = option(1, help="multi-token-prediction modules (depth D); 0: none")
+    max_position_embeddings: int = option(4096, help="longest sequence the model is meant for, in tokens")
+    rotary_base: float = option(10000.0, help="base of the rotary frequencies (theta)")
+    rope_type: str = option("rope", choices=ROPE_TYPES, help="plain rotary embedding, or YaRN for long context")
+    rotary_scaling_factor: float = option(1.0, help="YaRN: context extension factor s")
+    original_max_position_embeddings: int = option(4096, help="YaRN: context length before the extension")
+    beta_fast: float = option(32.0, help="YaRN: rotations above which a frequency is kept")
+    beta_slow: float = option(1.0, help="YaRN: rotations below which a frequency is interpolated")
+    mscale: float = option(1.0, help="YaRN: numerator of the cos/sin multiplier")
+    mscale_all_dim: float = option(1.0, help="YaRN: its denominator, and the softmax scale's exponent base")
+    layernorm_epsilon: float = option(1e-6, flag="norm-epsilon", help="epsilon of every RMSNorm")
+    init_method_std: float = option(0.006, help="standard deviation of the initial weights")
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key head, rotary part included."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE layers of the main model, MTP modules not counted."""
+        return self.num_layers - self.num_dense_layers
+
+    def validate(self) -> None:
+        """Check the rules that involve the architecture alone.
+
+        Raises:
+            ConfigError: one message with the rule, the values, the field and the way out.
+        """
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim",
+                     "qk_rope_head_dim", "v_head_dim", "ffn_hidden_size", "num_experts", "moe_ffn_hidden_size",
+                     "moe_router_topk", "vocab_size", "moe_router_num_groups", "moe_router_group_topk",
+                     "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("num_dense_layers", "num_shared_experts", "mtp_num_layers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ConfigError(f"q_lora_rank={self.q_lora_rank} must be at least 1; leave it out for full-rank queries")
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotary embedding turns pairs")
+        if self.num_dense_layers > self.num_layers:
+            raise ConfigError(
+                f"num_dense_layers={self.num_dense_layers} must not exceed num_layers={self.num_layers}"
+            )
+        if self.rope_type not in ROPE_TYPES:
+            raise ConfigError(f"rope_type={self.rope_type!r} must be one of {', '.join(ROPE_TYPES)}")
+        self._validate_routing()
+
+    def _validate_routing(self) -> None:
+        groups, kept = self.moe_router_num_groups, self.moe_router_group_topk
+        if self.num_experts % groups:
+            raise ConfigError(
+                f"moe_router_num_groups={groups} must divide num_experts={self.num_experts}; "
+                f"try {divisors(self.num_experts, near=groups)}"
+            )
+        if kept > groups:
+            raise ConfigError(
+                f"moe_router_group_topk={kept} must not exceed moe_router_num_groups={groups}"
+            )
+        if self.moe_router_topk > self.num_experts:
+            raise ConfigError(
+                f"moe_router_topk={self.moe_router_topk} must not exceed num_experts={self.num_experts}"
+            )
+        reachable = self.num_experts // groups * kept
+        if self.moe_router_topk > reachable:
+            raise ConfigError(
+                f"moe_router_topk={self.moe_router_topk} must not exceed the {reachable} experts in the "
+                f"moe_router_group_topk={kept} groups a token may go to; keep more groups or choose fewer experts"
+            )
+        if groups > 1 and self.moe_router_topk % kept:
+            raise ConfigError(
+                f"moe_router_group_topk={kept} must divide moe_router_topk={self.moe_router_topk}: "
+                f"a group's score is the sum of its topk/group_topk best experts; "
+                f"try {divisors(self.moe_router_topk, near=kept)}"
+            )

@@ -1,0 +1,130 @@
+"""How many ways a run is split, and whether those ways fit the model, the batch and the machine.
+
+Plain frozen data, no torch. Flags keep Megatron-LM's spelling. Sequence parallelism has no flag: it
+is on exactly when tensor parallelism is, because MoE under tensor parallelism needs it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv3_megatron.config.fields import ConfigError, divisors, option
+from dsv3_megatron.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Degrees of parallelism. Data parallelism is what the world size leaves over."""
+
+    tensor_model_parallel_size: int = option(1, help="ranks each attention and dense layer is split over")
+    pipeline_model_parallel_size: int = option(1, help="pipeline ranks the layers are split over")
+    num_virtual_stages_per_pipeline_rank: int = option(
+        1, help="model chunks each pipeline rank holds; more than 1: the interleaved schedule")
+    pipeline_model_parallel_layout: str | None = option(
+        None, help="layers of each stage, Megatron-Core's notation, e.g. 'Ett|tt|ttmL'; none: balanced")
+    expert_model_parallel_size: int = option(1, help="ranks the experts of a layer are spread over")
+    expert_tensor_parallel_size: int = option(1, help="ranks each expert is split over")
+    context_parallel_size: int = option(1, help="ranks a sequence is split over; only 1 is supported")
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations between the tensor-parallel regions are split along the sequence."""
+        return self.tensor_model_parallel_size > 1
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages in all: ranks times chunks per rank."""
+        return self.pipeline_model_parallel_size * self.num_virtual_stages_per_pipeline_rank
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Smallest number of ranks that holds the attention layers once."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def minimum_world_size(self) -> int:
+        """Smallest number of processes this layout runs on."""
+        experts = (self.expert_tensor_parallel_size * self.expert_model_parallel_size
+                   * self.pipeline_model_parallel_size)
+        size = self.model_parallel_size
+        while size % experts:
+            size += self.model_parallel_size
+        return size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the attention layers among `world_size` processes."""
+        return world_size // self.model_parallel_size
+
+    def expert_data_parallel_size(self, world_size: int) -> int:
+        """Replicas of each expert among `world_size` processes."""
+        return world_size // (self.expert_tensor_parallel_size * self.expert_model_parallel_size
+                              * self.pipeline_model_parallel_size)
+
+    def validate(self, model: ModelConfig, seq_length: int) -> None:
+        """Check the rules between the layout and the model.
+
+        Raises:
+            ConfigError: one message with the rule, the values, the field and the way out.
+        """
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size",
+                     "num_virtual_stages_per_pipeline_rank", "expert_model_parallel_size",
+                     "expert_tensor_parallel_size", "context_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.context_parallel_size > 1:
+            raise ConfigError(
+                f"context_parallel_size={self.context_parallel_size} is not supported: a sequence stays whole. "
+                "Supported are tensor (with sequence), pipeline, expert, expert-tensor and data parallelism; "
+                "leave context_parallel_size at 1"
+            )
+        tp, etp, ep = (self.tensor_model_parallel_size, self.expert_tensor_parallel_size,
+                       self.expert_model_parallel_size)
+        shared_width = model.num_shared_experts * model.moe_ffn_hidden_size
+        _must_divide("tensor_model_parallel_size", tp, [
+            ("num_attention_heads", model.num_attention_heads), ("ffn_hidden_size", model.ffn_hidden_size),
+            ("num_shared_experts * moe_ffn_hidden_size", shared_width), ("vocab_size", model.vocab_size),
+            ("seq_length", seq_length)])
+        _must_divide("expert_model_parallel_size", ep, [("num_experts", model.num_experts)])
+        _must_divide("expert_tensor_parallel_size", etp, [("moe_ffn_hidden_size", model.moe_ffn_hidden_size)])
+        if self.num_stages > model.num_layers:
+            raise ConfigError(
+                f"pipeline_model_parallel_size={self.pipeline_model_parallel_size} x "
+                f"num_virtual_stages_per_pipeline_rank={self.num_virtual_stages_per_pipeline_rank} makes "
+                f"{self.num_stages} stages, more than num_layers={model.num_layers}; use at most "
+                f"{model.num_layers} stages"
+            )
+        if self.num_virtual_stages_per_pipeline_rank > 1 and self.pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                f"num_virtual_stages_per_pipeline_rank={self.num_virtual_stages_per_pipeline_rank} needs "
+                "pipeline_model_parallel_size of at least 2: the interleaved schedule is a pipeline schedule"
+            )
+
+    def validate_world_size(self, world_size: int) -> None:
+        """Check that the layout fills `world_size` processes.
+
+        Raises:
+            ConfigError: naming the degrees, their product and the sizes that would do.
+        """
+        dense = self.model_parallel_size
+        experts = (self.expert_tensor_parallel_size * self.expert_model_parallel_size
+                   * self.pipeline_model_parallel_size)
+        for product, names in (
+            (dense, "tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = "
+                    f"{self.tensor_model_parallel_size} x {self.pipeline_model_parallel_size} x "
+                    f"{self.context_parallel_size}"),
+            (experts, "expert_tensor_parallel_size x expert_model_parallel_size x pipeline_model_parallel_size = "
+                      f"{self.expert_tensor_parallel_size} x {self.expert_model_parallel_size} x "
+                      f"{self.pipeline_model_parallel_size}"),
+        ):
+            if world_size % product:
+                raise ConfigError(
+                    f"{names} = {product} must divide world_size={world_size}; start a multiple of "
+                    f"{self.minimum_world_size} processes or lower a degree"
+                )
+
+
+def _must_divide(name: str, degree: int, targets: list[tuple[str, int]]) -> None:
+    for target_name, value in targets:
+        if value % degree:
+            raise ConfigError(f"{name}={degree} must divide {target_name}={value}; "
+                              f"try {divisors(value, near=degree)}")

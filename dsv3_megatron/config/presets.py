@@ -1,0 +1,104 @@
+"""Named runs, one function each. A function says where its numbers come from; a variant mutates a base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
+
+
+def _run(name: str, model: ModelConfig, training: TrainingConfig, parallel: ParallelConfig | None = None) -> RunConfig:
+    return RunConfig(name, model, parallel or ParallelConfig(), training, DataConfig(), CheckpointConfig(),
+                     LoggingConfig())
+
+
+def tiny() -> RunConfig:
+    """The quickstart's model: every mechanism of V3 at a size that two CPU cores train in minutes.
+
+    Widths keep V3's proportions roughly (rotary part half of the no-RoPE part, query latent wider
+    than the key/value latent); counts are chosen so that PP2 x EP2 divides them.
+    """
+    model = ModelConfig(
+        num_layers=4, num_dense_layers=1, hidden_size=128, num_attention_heads=4, q_lora_rank=64, kv_lora_rank=32,
+        qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, ffn_hidden_size=384, num_experts=8,
+        moe_ffn_hidden_size=96, moe_router_topk=2, moe_router_num_groups=4, moe_router_group_topk=2,
+        num_shared_experts=1, mtp_num_layers=1, vocab_size=4096, max_position_embeddings=256, init_method_std=0.02)
+    training = TrainingConfig(
+        seq_length=256, micro_batch_size=4, global_batch_size=16, train_iters=300, lr=3e-3, min_lr=3e-4,
+        lr_warmup_iters=20, eval_interval=50, eval_iters=4)
+    return _run("tiny", model, training)
+
+
+def laptop() -> RunConfig:
+    """About 70M parameters: the size at which a laptop's experiments say something."""
+    model = ModelConfig(
+        num_layers=8, num_dense_layers=1, hidden_size=512, num_attention_heads=8, q_lora_rank=256, kv_lora_rank=128,
+        qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, ffn_hidden_size=1536, num_experts=16,
+        moe_ffn_hidden_size=256, moe_router_topk=4, moe_router_num_groups=4, moe_router_group_topk=2,
+        num_shared_experts=1, mtp_num_layers=1, vocab_size=32000, max_position_embeddings=512, init_method_std=0.02)
+    training = TrainingConfig(
+        seq_length=512, micro_batch_size=4, global_batch_size=16, train_iters=2000, lr=1e-3, min_lr=1e-4,
+        lr_warmup_iters=100)
+    return _run("laptop", model, training)
+
+
+def dsv3_16b() -> RunConfig:
+    """A research model for one node of eight GPUs: 16B parameters.
+
+    Widths and counts are DeepSeek-V2-Lite's (DeepSeek-V2 report, arXiv 2405.04434, appendix B: 27
+    layers, hidden 2048, 16 heads, latent 512, 64 routed experts of width 1408 of which 6, 2 shared,
+    dense FFN 10944); routing, MTP, vocabulary and initialisation are DeepSeek-V3's. The V3 report's FP8
+    and balancing ablations used a model of this size. One group: a single node needs no node limit.
+    Batch and learning rate are ours: V2-Lite's 4.2e-4 and 4608 sequences of 4K.
+    """
+    model = ModelConfig(
+        num_layers=27, num_dense_layers=1, hidden_size=2048, num_attention_heads=16, q_lora_rank=None,
+        kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, ffn_hidden_size=10944,
+        num_experts=64, moe_ffn_hidden_size=1408, moe_router_topk=6, num_shared_experts=2, mtp_num_layers=1,
+        vocab_size=129280, max_position_embeddings=4096, init_method_std=0.006)
+    training = TrainingConfig(
+        seq_length=4096, micro_batch_size=1, global_batch_size=4608, train_iters=100_000, lr=4.2e-4, min_lr=4.2e-5,
+        lr_warmup_iters=2000)
+    return _run("dsv3-16b", model, training, ParallelConfig(expert_model_parallel_size=8))
+
+
+def dsv3_671b() -> RunConfig:
+    """DeepSeek-V3: architecture of sections 2 and 4.2, layout of section 3.1 of its report.
+
+    14.8T tokens at 4096 x 15360 tokens a step are 235,240 steps. The layout is PP16, EP64, ZeRO-1 data
+    parallelism, no TP, on 2048 GPUs. Micro-batch 1 is from DeepEP's "V3 pre-training setting".
+    """
+    model = ModelConfig(
+        num_layers=61, num_dense_layers=3, hidden_size=7168, num_attention_heads=128, q_lora_rank=1536,
+        kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, ffn_hidden_size=18432,
+        num_experts=256, moe_ffn_hidden_size=2048, moe_router_topk=8, moe_router_num_groups=8,
+        moe_router_group_topk=4, num_shared_experts=1, mtp_num_layers=1, vocab_size=129280,
+        max_position_embeddings=4096, init_method_std=0.006)
+    training = TrainingConfig(
+        seq_length=4096, micro_batch_size=1, global_batch_size=15360, train_iters=235_240, lr=2.2e-4, min_lr=2.2e-5,
+        lr_warmup_iters=2000, precision="bf16")
+    parallel = ParallelConfig(pipeline_model_parallel_size=16, expert_model_parallel_size=64)
+    return _run("dsv3-671b", model, training, parallel)
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "tiny": tiny,
+    "laptop": laptop,
+    "dsv3-16b": dsv3_16b,
+    "dsv3-671b": dsv3_671b,
+}
+
+
+def preset(name: str) -> RunConfig:
+    """The run called `name`.
+
+    Raises:
+        ConfigError: no such preset; the message lists them.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset={name!r} is not known; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]()

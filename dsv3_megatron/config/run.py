@@ -1,0 +1,88 @@
+"""One run: the model, how it is split, how it is trained, where it reads and writes; validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "parallel": ParallelConfig,
+    "training": TrainingConfig,
+    "data": DataConfig,
+    "checkpoint": CheckpointConfig,
+    "logging": LoggingConfig,
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run. `preset` is the name it started from, for the record."""
+
+    preset: str
+    model: ModelConfig
+    parallel: ParallelConfig
+    training: TrainingConfig
+    data: DataConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+
+    def override(self, **values: Any) -> RunConfig:
+        """A copy in which each named field, whatever its section, has the given value.
+
+        Raises:
+            ConfigError: a name that no section has.
+        """
+        changes: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            changes.setdefault(section_of(name), {})[name] = value
+        replaced: dict[str, Any] = {
+            section: dataclasses.replace(getattr(self, section), **fields) for section, fields in changes.items()
+        }
+        return dataclasses.replace(self, **replaced)
+
+    def validate(self, world_size: int | None = None) -> None:
+        """Check every rule, those about the number of processes too if it is given.
+
+        Raises:
+            ConfigError: the first rule that is broken, in one message with the way out.
+        """
+        self.model.validate()
+        self.parallel.validate(self.model, self.training.seq_length)
+        if world_size is not None:
+            self.parallel.validate_world_size(world_size)
+        self.training.validate(self.parallel, world_size)
+        if self.training.seq_length > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"seq_length={self.training.seq_length} must not exceed "
+                f"max_position_embeddings={self.model.max_position_embeddings}"
+            )
+        if self.checkpoint.save and self.checkpoint.save_interval < 1:
+            raise ConfigError(f"save_interval={self.checkpoint.save_interval} must be at least 1")
+        if self.logging.log_interval < 1:
+            raise ConfigError(f"log_interval={self.logging.log_interval} must be at least 1")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values, as `load.py` writes and reads them."""
+        return dataclasses.asdict(self)
+
+
+def section_of(name: str) -> str:
+    """The section of RunConfig that has the field `name`.
+
+    Raises:
+        ConfigError: no section has it; the nearest names are given.
+    """
+    import difflib
+
+    known = {field.name: section for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        raise ConfigError(f"{name} is not a field of a run" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+    return known[name]

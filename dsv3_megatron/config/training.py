@@ -1,0 +1,130 @@
+"""What is trained on what and for how long: batch, schedule, optimizer, precision, data, outputs.
+
+Plain frozen data, no torch. Flags that exist in Megatron-LM keep its spelling and meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv3_megatron.config.fields import ConfigError, divisors, option
+from dsv3_megatron.config.parallel import ParallelConfig
+
+PRECISIONS = ("auto", "bf16", "fp32")
+TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
+LR_DECAY_STYLES = ("constant", "cosine", "linear")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Batch, length of the run, optimizer and losses. Source: DeepSeek-V3 report, section 4.2."""
+
+    seq_length: int = option(4096, help="tokens in a sequence")
+    micro_batch_size: int = option(1, help="sequences in one forward pass")
+    global_batch_size: int = option(8, help="sequences in one optimizer step, over all replicas")
+    train_iters: int = option(1000, help="optimizer steps of the whole run")
+    lr: float = option(2.2e-4, help="peak learning rate")
+    min_lr: float = option(2.2e-5, help="learning rate at the end of the decay")
+    lr_warmup_iters: int = option(0, help="steps of linear warm-up from 0")
+    lr_decay_style: str = option("cosine", choices=LR_DECAY_STYLES, help="shape of the decay after the warm-up")
+    lr_decay_iters: int | None = option(None, help="step at which min_lr is reached; none: train_iters")
+    adam_beta1: float = option(0.9, help="AdamW: decay of the first moment")
+    adam_beta2: float = option(0.95, help="AdamW: decay of the second moment")
+    adam_eps: float = option(1e-8, help="AdamW: epsilon (the report gives none)")
+    weight_decay: float = option(0.1, help="AdamW: decay of matrices; norms' weights are not decayed")
+    clip_grad: float = option(1.0, help="largest global gradient norm; 0: no clipping")
+    moe_router_bias_update_rate: float = option(1e-3, help="gamma: step of the balancing bias, each optimizer step")
+    moe_aux_loss_coeff: float = option(1e-4, help="alpha: weight of the sequence-wise balance loss")
+    mtp_loss_scaling_factor: float = option(0.3, help="lambda: weight of the MTP loss")
+    precision: str = option("auto", choices=PRECISIONS,
+                            help="of weights and activations; auto: bf16 where the device computes it fast")
+    transformer_impl: str = option("auto", choices=TRANSFORMER_IMPLS,
+                                   help="modules to build from; auto: transformer_engine where installed with CUDA")
+    seed: int = option(1234, help="of weights and data order")
+    eval_interval: int = option(100, help="steps between validations; 0: never")
+    eval_iters: int = option(10, help="global batches in one validation")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.global_batch_size * self.seq_length
+
+    def num_microbatches(self, data_parallel_size: int) -> int:
+        """Forward passes of one replica in one optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * data_parallel_size)
+
+    def validate(self, parallel: ParallelConfig, world_size: int | None) -> None:
+        """Check the rules of the batch and the schedule; `world_size` None skips what needs it.
+
+        Raises:
+            ConfigError: one message with the rule, the values, the field and the way out.
+        """
+        for name in ("seq_length", "micro_batch_size", "global_batch_size", "train_iters"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("lr", "min_lr", "weight_decay", "clip_grad", "moe_router_bias_update_rate",
+                     "moe_aux_loss_coeff", "mtp_loss_scaling_factor", "lr_warmup_iters", "eval_interval"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        if self.min_lr > self.lr:
+            raise ConfigError(f"min_lr={self.min_lr} must not exceed lr={self.lr}")
+        if self.eval_interval and self.eval_iters < 1:
+            raise ConfigError(f"eval_iters={self.eval_iters} must be at least 1; eval_interval=0 turns validation off")
+        decay_iters = self.train_iters if self.lr_decay_iters is None else self.lr_decay_iters
+        if self.lr_warmup_iters > decay_iters:
+            raise ConfigError(f"lr_warmup_iters={self.lr_warmup_iters} must not exceed the "
+                              f"{decay_iters} steps of lr_decay_iters (train_iters by default)")
+        for name, allowed in (("precision", PRECISIONS), ("transformer_impl", TRANSFORMER_IMPLS),
+                              ("lr_decay_style", LR_DECAY_STYLES)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        if world_size is not None:
+            self._validate_batch(parallel, world_size)
+
+    def _validate_batch(self, parallel: ParallelConfig, world_size: int) -> None:
+        replicas = parallel.data_parallel_size(world_size)
+        if self.global_batch_size % (self.micro_batch_size * replicas):
+            raise ConfigError(
+                f"micro_batch_size={self.micro_batch_size} x data_parallel_size={replicas} (world_size={world_size} "
+                f"over {parallel.model_parallel_size} model-parallel ranks) must divide "
+                f"global_batch_size={self.global_batch_size}; try a global_batch_size that is a multiple of "
+                f"{self.micro_batch_size * replicas}, or a micro_batch_size of "
+                f"{divisors(max(1, self.global_batch_size // replicas), near=self.micro_batch_size)}"
+            )
+        microbatches = self.num_microbatches(replicas)
+        stages = parallel.pipeline_model_parallel_size
+        if parallel.num_virtual_stages_per_pipeline_rank > 1 and microbatches % stages:
+            raise ConfigError(
+                f"pipeline_model_parallel_size={stages} must divide the {microbatches} micro-batches of a step "
+                f"(global_batch_size={self.global_batch_size}) under the interleaved schedule; change "
+                "global_batch_size, or set num_virtual_stages_per_pipeline_rank=1"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens are. A data path is a prefix: PREFIX.bin and PREFIX.idx."""
+
+    data_path: list[str] = option([], nargs="*", help="training data: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...")
+    valid_data_path: list[str] = option([], nargs="*", help="validation data, likewise; none: a share of data_path")
+    split: str = option("99,1,0", help="shares of data_path for training, validation and test without valid_data_path")
+    data_cache_path: str | None = option(None, help="folder for sample indices; none: beside the data")
+    tokenizer_model: str | None = option(None, help="tokenizer folder; its fingerprint must match the data's")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved when, and what a run starts from."""
+
+    save: str | None = option(None, help="folder for checkpoints; none: nothing is saved")
+    load: str | None = option(None, help="folder to start from; resumes its newest checkpoint")
+    save_interval: int = option(500, help="steps between checkpoints; one is always written at the end")
+    keep_last: int = option(3, help="checkpoints kept; 0: all of them")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run writes about itself."""
+
+    tensorboard_dir: str | None = option(None, help="folder for TensorBoard logs and the resolved configuration")
+    log_interval: int = option(10, help="steps between log lines and scalars")
