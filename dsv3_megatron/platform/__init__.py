@@ -1,0 +1,10 @@
+"""Which device this process computes on, and what Megatron-Core needs to run on one without CUDA.
+
+`prepare()` is called once by an entry point, before anything of Megatron-Core is imported; importing
+this package changes nothing. Where CUDA is available it changes nothing at all.
+"""
+
+from dsv3_megatron.platform.device import Device, detect_device, has_fast_bf16, prepare, resolve_precision
+from dsv3_megatron.platform.meta import meta_device
+
+__all__ = ["Device", "detect_device", "has_fast_bf16", "meta_device", "prepare", "resolve_precision"]

@@ -1,0 +1,100 @@
+"""The device of this process: what it is, which collective backend it uses, which precision it is fast in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform as host
+from dataclasses import dataclass
+
+import torch
+
+from dsv3_megatron.platform.notices import drop_known_notices
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where one process computes.
+
+    Attributes:
+        torch_device: "cpu", or "cuda:i" with the process's local rank.
+        backend: torch.distributed backend for it, "gloo" or "nccl".
+        name: What to write beside a measurement.
+    """
+
+    torch_device: torch.device
+    backend: str
+    name: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.torch_device.type == "cuda"
+
+
+def detect_device(local_rank: int = 0) -> Device:
+    """The device for the process with this local rank: its own GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: there are GPUs, but fewer than local ranks.
+    """
+    if not torch.cuda.is_available():
+        return Device(torch.device("cpu"), "gloo", _cpu_name())
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(f"local_rank={local_rank} needs {local_rank + 1} GPUs, this machine has {count}; "
+                         f"start at most {count} processes per node (GPUS_PER_NODE={count})")
+    return Device(torch.device("cuda", local_rank), "nccl", torch.cuda.get_device_name(local_rank))
+
+
+def prepare(local_rank: int | None = None) -> Device:
+    """Make this process ready for Megatron-Core and say where it computes.
+
+    Without CUDA, installs the stand-ins of `cpu.py`; with CUDA, selects the process's GPU and touches
+    nothing else. Safe to call again.
+
+    Args:
+        local_rank: Rank on this node; None reads LOCAL_RANK, as set by torchrun (0 without it).
+    """
+    rank = int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank
+    drop_known_notices()
+    device = detect_device(rank)
+    if device.is_cuda:
+        torch.cuda.set_device(device.torch_device)
+    else:
+        from dsv3_megatron.platform.cpu import install_stand_ins
+
+        install_stand_ins()
+    return device
+
+
+def has_fast_bf16(device: Device) -> bool:
+    """Whether bf16 products run faster than fp32 ones: a GPU from Ampere on, or a CPU with AMX or AVX512-BF16."""
+    if device.is_cuda:
+        return torch.cuda.get_device_capability(device.torch_device)[0] >= 8
+    return _cpu_has("_is_amx_tile_supported") or _cpu_has("_is_avx512_bf16_supported")
+
+
+def resolve_precision(precision: str, device: Device) -> str:
+    """Turn "auto" into "bf16" or "fp32" by what the device is fast in; log the choice."""
+    if precision != "auto":
+        return precision
+    chosen = "bf16" if has_fast_bf16(device) else "fp32"
+    logger.info("precision auto: %s on %s", chosen, device.name)
+    return chosen
+
+
+def _cpu_has(query: str) -> bool:
+    function = getattr(torch.cpu, query, None)
+    return bool(function()) if function is not None else False
+
+
+def _cpu_name() -> str:
+    name = host.processor() or host.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            name = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), name)
+    except OSError as error:
+        logger.debug("no /proc/cpuinfo: %s", error)
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
