@@ -1,0 +1,205 @@
+"""SwiGLU experts over rows sorted by expert: up to three products for each expert, no padding, no dropping.
+
+On CPU the "looped" backend runs an ordinary product per expert into one output, with the activation while its operands
+are in cache, everything between the input and the output in fp32. On CUDA in bf16 the "grouped_mm" backend runs all
+experts in one grouped product each (not measured there).
+
+Shapes: R routed rows, e local experts, H hidden, F expert hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dsv3_megatron.ops.backend import (
+    PRODUCT_BACKENDS,
+    choose_product_backend,
+    log_choice,
+    unknown_backend,
+    wide_dtype,
+)
+from dsv3_megatron.ops.linear import add_product_, main_grad_of, mark_added_to_main_grad
+from dsv3_megatron.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
+
+BACKENDS = ("auto", "looped", "grouped_mm", "reference")
+
+
+def swiglu_experts(
+    x_RH: torch.Tensor,
+    counts: Sequence[int],
+    fc1_eFH: torch.Tensor,
+    fc2_eHF: torch.Tensor,
+    gates_R: torch.Tensor | None = None,
+    *,
+    backend: str = "auto",
+    product_backend: str = "auto",
+    accumulate_into_main_grad: bool = False,
+) -> torch.Tensor:
+    """Apply to each row its expert: fc2 (gate * silu(gate half of fc1 x) * (up half of fc1 x)).
+
+    Args:
+        x_RH: Rows sorted by expert, bf16, fp32 or fp64.
+        counts: Rows of each expert; may be zero, sums to R.
+        fc1_eFH: [e, 2F, H], gate rows first, then up rows.
+        fc2_eHF: [e, H, F].
+        gates_R: Router's weight of each row, usually fp32; multiplies the activation, as in Megatron-Core. None is 1.
+        backend: "looped", "grouped_mm" or "reference"; "auto" is grouped_mm for bf16 on CUDA, looped elsewhere.
+        product_backend: Of the looped products, see `backend.choose_product_backend`.
+        accumulate_into_main_grad: As for `linear.linear`; "looped" only.
+
+    Returns:
+        [R, H] in x's dtype.
+
+    Raises:
+        ValueError: Unknown backend, counts that do not fit the rows or the weights, or accumulation into `main_grad`
+            asked of a backend that has none.
+
+    Source: DeepSeek-V3 report, eq. 12.
+    """
+    counts = tuple(int(count) for count in counts)
+    if backend not in BACKENDS:
+        raise unknown_backend("swiglu_experts", backend, BACKENDS)
+    if product_backend not in PRODUCT_BACKENDS:
+        raise unknown_backend("swiglu_experts products", product_backend, PRODUCT_BACKENDS)
+    if len(counts) != fc1_eFH.shape[0] or sum(counts) != x_RH.shape[0] or min(counts, default=0) < 0:
+        raise ValueError(
+            f"swiglu_experts: counts={list(counts)} must have one entry for each of {fc1_eFH.shape[0]} experts and "
+            f"sum to the {x_RH.shape[0]} rows; pass the rows sorted by local expert"
+        )
+    if backend == "auto":
+        grouped = x_RH.device.type == "cuda" and x_RH.dtype == torch.bfloat16 and not accumulate_into_main_grad
+        backend = "grouped_mm" if grouped else "looped"
+        log_choice("swiglu_experts", backend, f"{x_RH.device.type}, {x_RH.dtype}")
+    if backend == "looped":
+        return _LoopedExperts.apply(x_RH, gates_R, fc1_eFH, fc2_eHF, counts, product_backend, accumulate_into_main_grad)
+    if accumulate_into_main_grad:
+        raise ValueError(f"accumulate_into_main_grad=True needs backend 'looped', not {backend!r}; use it or 'auto'")
+    if backend == "grouped_mm":
+        return _grouped_mm(x_RH, counts, fc1_eFH, fc2_eHF, gates_R)
+    return reference_experts(x_RH, counts, fc1_eFH, fc2_eHF, gates_R)
+
+
+def reference_experts(
+    x_RH: torch.Tensor,
+    counts: Sequence[int],
+    fc1_eFH: torch.Tensor,
+    fc2_eHF: torch.Tensor,
+    gates_R: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same row by row, each with a copy of its expert's weights, in fp32 or fp64."""
+    wide = wide_dtype(x_RH.dtype)
+    expert_R = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(x_RH.device)
+    gate, up = torch.einsum("rh,rfh->rf", x_RH.to(wide), fc1_eFH[expert_R].to(wide)).chunk(2, dim=-1)
+    hidden = gate * torch.sigmoid(gate) * up
+    if gates_R is not None:
+        hidden = hidden * gates_R.unsqueeze(-1)
+    return torch.einsum("rf,rhf->rh", hidden, fc2_eHF[expert_R].to(wide)).to(x_RH.dtype)
+
+
+def _grouped_mm(
+    x_RH: torch.Tensor,
+    counts: tuple[int, ...],
+    fc1_eFH: torch.Tensor,
+    fc2_eHF: torch.Tensor,
+    gates_R: torch.Tensor | None,
+) -> torch.Tensor:
+    ends = torch.tensor(counts, device=x_RH.device).cumsum(0).to(torch.int32)
+    hidden = torch.nn.functional.grouped_mm(x_RH, fc1_eFH.transpose(1, 2), offs=ends)
+    return torch.nn.functional.grouped_mm(swiglu(hidden, gates_R), fc2_eHF.transpose(1, 2), offs=ends)
+
+
+def _row_ranges(counts: tuple[int, ...]) -> list[tuple[int, slice]]:
+    """(expert, its rows) of every expert that has rows."""
+    ranges, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            ranges.append((expert, slice(start, start + count)))
+        start += count
+    return ranges
+
+
+class _LoopedExperts(torch.autograd.Function):
+    """One product per expert. Keeps the input and, in the products' dtype, the output of fc1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        gates: torch.Tensor | None,
+        fc1: torch.Tensor,
+        fc2: torch.Tensor,
+        counts: tuple[int, ...],
+        product_backend: str,
+        accumulate: bool,
+    ) -> torch.Tensor:
+        via_fp32 = choose_product_backend(product_backend, x.device, x.dtype) == "via_fp32"
+        ctx.dtype = torch.float32 if via_fp32 else x.dtype
+        wide = wide_dtype(x.dtype)
+        rows_x = x.to(ctx.dtype)
+        gates_wide = None if gates is None else gates.to(wide)
+        fc1_out = torch.empty((x.shape[0], fc1.shape[1]), dtype=ctx.dtype, device=x.device)
+        y = torch.empty((x.shape[0], fc2.shape[1]), dtype=ctx.dtype, device=x.device)
+        for expert, rows in _row_ranges(counts):
+            hidden = torch.mm(rows_x[rows], fc1[expert].to(ctx.dtype).t(), out=fc1_out[rows])
+            active = swiglu_forward(hidden.to(wide), None if gates_wide is None else gates_wide[rows])
+            torch.mm(active.to(ctx.dtype), fc2[expert].to(ctx.dtype).t(), out=y[rows])
+        ctx.save_for_backward(x, gates, fc1, fc2, fc1_out)
+        ctx.counts, ctx.accumulate, ctx.weights = counts, accumulate, (fc1, fc2)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        x, gates, fc1, fc2, fc1_out = ctx.saved_tensors
+        dtype, wide = ctx.dtype, wide_dtype(x.dtype)
+        grad_y, rows_x = grads[0].to(dtype), x.to(dtype)
+        gates_wide = None if gates is None else gates.to(wide)
+        grad_x = torch.empty_like(rows_x)
+        grad_gates = None if gates_wide is None else torch.zeros_like(gates_wide)
+        totals = [_WeightTotal(weight, ctx.accumulate, dtype) for weight in ctx.weights]
+        for expert, rows in _row_ranges(ctx.counts):
+            grad_rows = grad_y[rows]
+            grad_active = torch.mm(grad_rows, fc2[expert].to(dtype)).to(wide)
+            row_gates = None if gates_wide is None else gates_wide[rows]
+            grad_hidden, grad_row_gates, active = swiglu_backward(
+                grad_active, fc1_out[rows].to(wide), row_gates, needs_output=True
+            )
+            assert active is not None, "asked for"
+            if grad_gates is not None and grad_row_gates is not None:
+                grad_gates[rows] = grad_row_gates
+            grad_hidden = grad_hidden.to(dtype)
+            totals[1].add(expert, grad_rows.t(), active.to(dtype))
+            totals[0].add(expert, grad_hidden.t(), rows_x[rows])
+            torch.mm(grad_hidden, fc1[expert].to(dtype), out=grad_x[rows])
+        return (
+            grad_x.to(x.dtype),
+            None if grad_gates is None or gates is None else grad_gates.to(gates.dtype),
+            totals[0].for_autograd(),
+            totals[1].for_autograd(),
+            None,
+            None,
+            None,
+        )
+
+
+class _WeightTotal:
+    """Gradient of a stacked weight: its `main_grad`, or a tensor of its own with zeros where no row came."""
+
+    def __init__(self, weight: torch.Tensor, accumulate: bool, dtype: torch.dtype):
+        self.weight = weight
+        self.main_grad = main_grad_of(weight, accumulate)
+        self.own = None if self.main_grad is not None else torch.zeros_like(weight)
+        self.dtype = dtype
+
+    def add(self, expert: int, left: torch.Tensor, right: torch.Tensor) -> None:
+        if self.main_grad is not None:
+            add_product_(self.main_grad[expert], left, right)
+        elif self.own is not None and self.own.dtype == left.dtype:
+            torch.mm(left, right, out=self.own[expert])
+        elif self.own is not None:
+            self.own[expert] = torch.mm(left, right)
+
+    def for_autograd(self) -> torch.Tensor:
+        return mark_added_to_main_grad(self.weight) if self.own is None else self.own

@@ -1,0 +1,193 @@
+"""y = x W^T with its two gradients as functions of their own, so that each can be timed, deferred and accumulated.
+
+The input gradient (dgrad) and the weight gradient (wgrad) are the backward-for-input and backward-for-weights of a
+pipeline schedule that splits the backward pass. The weight gradient can go straight into the fp32 buffer `main_grad`
+that Megatron-Core's DistributedDataParallel hangs on each parameter (its `gradient_accumulation_fusion`), which saves a
+tensor, a pass and, where products are computed in fp32, a rounding to bf16.
+
+The reference is `torch.nn.functional.linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dsv3_megatron.ops.backend import choose_product_backend
+
+# Receives the computation of one weight gradient, to be called later.
+WeightGradDeferral = Callable[[Callable[[], None]], None]
+
+
+def linear_forward(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """y = x W^T.
+
+    Args:
+        x: [..., in], bf16, fp32 or fp64.
+        weight: [out, in], same dtype.
+        backend: See `backend.choose_product_backend`.
+
+    Returns:
+        [..., out] in x's dtype; products are summed in fp32 or better.
+    """
+    rows, wide_weight = _operands(x, weight, backend, x.dtype)
+    return torch.mm(rows, wide_weight.t()).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_input_grad(
+    grad_y: torch.Tensor, weight: torch.Tensor, *, dtype: torch.dtype | None = None, backend: str = "auto"
+) -> torch.Tensor:
+    """dx = dy W.
+
+    Args:
+        grad_y: [..., out]; may already be fp32 where the weight is bf16 ("via_fp32" only).
+        weight: [out, in].
+        dtype: Of the result; the weight's by default.
+        backend: See `backend.choose_product_backend`.
+
+    Returns:
+        [..., in].
+    """
+    rows, wide_weight = _operands(grad_y, weight, backend, weight.dtype)
+    return torch.mm(rows, wide_weight).to(dtype or weight.dtype).view(*grad_y.shape[:-1], weight.shape[1])
+
+
+def linear_weight_grad(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    *,
+    main_grad: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor | None:
+    """dW = dy^T x, returned in x's dtype or added to `main_grad`.
+
+    Args:
+        grad_y: [..., out]; may already be fp32 where x is bf16 ("via_fp32" only).
+        x: [..., in].
+        main_grad: [out, in], usually fp32; when given the gradient is added to it.
+        backend: See `backend.choose_product_backend`.
+
+    Returns:
+        [out, in], or None when `main_grad` took it.
+    """
+    wide_grad, rows = _operands(grad_y, x.reshape(-1, x.shape[-1]), backend, x.dtype)
+    if main_grad is None:
+        return torch.mm(wide_grad.t(), rows).to(x.dtype)
+    add_product_(main_grad, wide_grad.t(), rows)
+    return None
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    backend: str = "auto",
+    accumulate_into_main_grad: bool = False,
+    defer_weight_grad: WeightGradDeferral | None = None,
+) -> torch.Tensor:
+    """Differentiable y = x W^T.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], same dtype.
+        backend: See `backend.choose_product_backend`.
+        accumulate_into_main_grad: Add the weight gradient to `weight.main_grad` where there is one, and set
+            `weight.grad_added_to_main_grad`, which tells Megatron-Core's hooks that nothing is left to add. Autograd
+            then gets an uninitialised dummy, as it does from Megatron-Core's fused path.
+        defer_weight_grad: Gets a function of no arguments that computes the weight gradient and adds it to
+            `weight.main_grad` (or `weight.grad`); backward itself then computes the input gradient alone.
+
+    Returns:
+        [..., out].
+    """
+    return _Linear.apply(x, weight, backend, accumulate_into_main_grad, defer_weight_grad)
+
+
+def main_grad_of(weight: torch.Tensor, accumulate: bool) -> torch.Tensor | None:
+    """`weight.main_grad` where gradients are to be accumulated there and it exists."""
+    return getattr(weight, "main_grad", None) if accumulate else None
+
+
+def mark_added_to_main_grad(weight: torch.Tensor) -> torch.Tensor:
+    """Record that `weight.main_grad` holds this gradient; return what autograd gets in its place, never read."""
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(weight)
+
+
+def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, in one call where the dtypes are equal."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(torch.mm(left, right))
+
+
+def _operands(
+    left: torch.Tensor, right: torch.Tensor, backend: str, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = left.reshape(-1, left.shape[-1])
+    if choose_product_backend(backend, left.device, dtype) == "via_fp32":
+        return rows.float(), right.float()
+    return rows, right
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        backend: str,
+        accumulate: bool,
+        defer: WeightGradDeferral | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight = weight  # saved_tensors may hand back another Python object, without main_grad
+        ctx.backend = choose_product_backend(backend, x.device, x.dtype)
+        ctx.accumulate, ctx.defer = accumulate, defer
+        return linear_forward(x, weight, backend=backend)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        grad_y = grads[0].float() if ctx.backend == "via_fp32" else grads[0]
+        grad_x = linear_input_grad(grad_y, weight, backend=ctx.backend) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            if ctx.defer is None:
+                grad_weight = _weight_grad_for_autograd(ctx.weight, grad_y, x, ctx.accumulate, ctx.backend)
+            else:
+                # Deferred gradients wait in memory: keep the narrow one.
+                ctx.defer(_DeferredWeightGrad(ctx.weight, grads[0], x, ctx.accumulate, ctx.backend))
+        return grad_x, grad_weight, None, None, None
+
+
+class _DeferredWeightGrad:
+    """The weight gradient of one call, computed when called; frees what it held."""
+
+    def __init__(self, weight: torch.Tensor, grad_y: torch.Tensor, x: torch.Tensor, accumulate: bool, backend: str):
+        self.pending: tuple[torch.Tensor, torch.Tensor] | None = (grad_y, x)
+        self.weight, self.accumulate, self.backend = weight, accumulate, backend
+
+    def __call__(self) -> None:
+        if self.pending is None:
+            raise RuntimeError("a deferred weight gradient was computed twice; call each one once")
+        (grad_y, x), self.pending = self.pending, None
+        with torch.no_grad():
+            main_grad = main_grad_of(self.weight, self.accumulate)
+            grad = linear_weight_grad(grad_y, x, main_grad=main_grad, backend=self.backend)
+            if grad is None:
+                self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+            elif self.weight.grad is None:
+                self.weight.grad = grad
+            else:
+                self.weight.grad.add_(grad)
+
+
+def _weight_grad_for_autograd(
+    weight: torch.Tensor, grad_y: torch.Tensor, x: torch.Tensor, accumulate: bool, backend: str
+) -> torch.Tensor:
+    grad = linear_weight_grad(grad_y, x, main_grad=main_grad_of(weight, accumulate), backend=backend)
+    return mark_added_to_main_grad(weight) if grad is None else grad
