@@ -1,0 +1,211 @@
+"""Batches out: an iterator over a dataset's samples whose position is one number.
+
+Which samples a step trains on depends on the samples consumed before it and on nothing else: not on the number of
+data-parallel ranks, not on the micro-batch size, not on how often the run was interrupted. With `consumed` samples
+done, micro-batch m of the next step on data-parallel rank r of `dp` holds, for i in 0..mbs - 1,
+
+    sample  consumed + m * mbs * dp + r * mbs + i
+
+which is Megatron-LM's order. The datasets come from datasets.py.
+
+Shapes: B micro-batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+_NUM_SAMPLES_IN_CHECK = 4
+_STATE_VERSION = 1
+
+
+class SampleDataset(Protocol):
+    """What the iterator needs: Megatron-Core's GPTDataset and BlendedDataset both fit."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. `labels_BS[b, s]` is the token after `tokens_BS[b, s]`.
+
+    tokens, labels and position ids are int64 [B, S], the loss mask float32 [B, S] (1 counts), sample ids int64 [B].
+    """
+
+    tokens_BS: torch.Tensor
+    labels_BS: torch.Tensor
+    loss_mask_BS: torch.Tensor
+    position_ids_BS: torch.Tensor
+    sample_ids_B: torch.Tensor
+
+    def to(self, device: torch.device | str, *, is_non_blocking: bool = False) -> Batch:
+        """The same batch on a device."""
+        return Batch(*(getattr(self, item.name).to(device, non_blocking=is_non_blocking) for item in fields(self)))
+
+
+def read_token_sequences(dataset: SampleDataset, start: int, stop: int) -> np.ndarray:
+    """Tokens of samples start..stop - 1 as int64 [stop - start, S + 1]: inputs and the label after the last one."""
+    rows = []
+    for index in range(start, stop):
+        sample = dataset[index]
+        rows.append(np.append(sample["tokens"].numpy(), sample["labels"][-1].item()))
+    if not rows:
+        width = len(dataset[0]["tokens"]) + 1 if len(dataset) else 0
+        return np.empty((0, width), dtype=np.int64)
+    return np.stack(rows).astype(np.int64)
+
+
+class BatchIterator(Iterator[Batch]):
+    """Yields one data-parallel rank's micro-batches, step after step, until less than a whole step is left.
+
+    See the top of this module for the order. All ranks of one model replica (tensor, pipeline, expert) use the same
+    data_parallel_rank. `consumed_samples` counts over all ranks and moves at the end of each step.
+
+    Args:
+        dataset: Read at any index.
+        micro_batch_size: Samples per micro-batch.
+        global_batch_size: Samples per step over all ranks and micro-batches.
+        data_parallel_rank: 0..data_parallel_size - 1.
+        data_parallel_size: Ranks that share a step's samples.
+        consumed_samples: Where to start.
+
+    Raises:
+        ValueError: the sizes do not divide, or the rank or the position is out of range.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleDataset,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+        consumed_samples: int = 0,
+    ) -> None:
+        if micro_batch_size < 1 or data_parallel_size < 1:
+            raise ValueError(
+                f"micro_batch_size={micro_batch_size} and data_parallel_size={data_parallel_size} must be at least 1"
+            )
+        if not 0 <= data_parallel_rank < data_parallel_size:
+            raise ValueError(
+                f"data_parallel_rank={data_parallel_rank} must lie in 0..{data_parallel_size - 1} "
+                f"(data_parallel_size={data_parallel_size})"
+            )
+        self.dataset = dataset
+        self.micro_batch_size = micro_batch_size
+        self.data_parallel_rank = data_parallel_rank
+        self.data_parallel_size = data_parallel_size
+        self._micro_batch = 0
+        self._consumed_samples = 0
+        self.set_global_batch_size(global_batch_size)
+        self.set_consumed_samples(consumed_samples)
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples of all finished steps, over all ranks."""
+        return self._consumed_samples
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per step on this rank."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
+
+    def set_global_batch_size(self, global_batch_size: int) -> None:
+        """Change the step's size from the next step on (batch-size ramps).
+
+        Raises:
+            ValueError: it is not a multiple of micro_batch_size x data_parallel_size, or a step is under way.
+        """
+        self._require_step_boundary("change the global batch size")
+        unit = self.micro_batch_size * self.data_parallel_size
+        if global_batch_size < 1 or global_batch_size % unit:
+            below = global_batch_size // unit * unit
+            choices = " or ".join(str(size) for size in (below, below + unit) if size > 0)
+            raise ValueError(
+                f"global_batch_size={global_batch_size} must be a multiple of micro_batch_size x data_parallel_size = "
+                f"{self.micro_batch_size} x {self.data_parallel_size} = {unit}; try {choices}"
+            )
+        self.global_batch_size = global_batch_size
+
+    def set_consumed_samples(self, consumed_samples: int) -> None:
+        """Move to a position between steps; also for ranks that take no batches themselves.
+
+        Raises:
+            ValueError: outside the dataset.
+        """
+        if not 0 <= consumed_samples <= len(self.dataset):
+            raise ValueError(
+                f"consumed_samples={consumed_samples} must lie in 0..{len(self.dataset)}, the samples of the dataset; "
+                "build it with at least the num_train_samples of the run that is resumed"
+            )
+        self._consumed_samples = consumed_samples
+        self._micro_batch = 0
+
+    def __next__(self) -> Batch:
+        if self._consumed_samples + self.global_batch_size > len(self.dataset):
+            raise StopIteration
+        first = self._consumed_samples + self.micro_batch_size * (
+            self._micro_batch * self.data_parallel_size + self.data_parallel_rank
+        )
+        sample_ids = range(first, first + self.micro_batch_size)
+        samples = [self.dataset[index] for index in sample_ids]
+        self._micro_batch += 1
+        if self._micro_batch == self.num_micro_batches:
+            self._micro_batch = 0
+            self._consumed_samples += self.global_batch_size
+        return Batch(
+            tokens_BS=torch.stack([sample["tokens"] for sample in samples]),
+            labels_BS=torch.stack([sample["labels"] for sample in samples]),
+            loss_mask_BS=torch.stack([sample["loss_mask"] for sample in samples]),
+            position_ids_BS=torch.stack([sample["position_ids"] for sample in samples]),
+            sample_ids_B=torch.tensor(sample_ids, dtype=torch.int64),
+        )
+
+    def _require_step_boundary(self, what: str) -> None:
+        if self._micro_batch:
+            raise ValueError(
+                f"cannot {what} after micro-batch {self._micro_batch} of {self.num_micro_batches}: finish the step "
+                "first"
+            )
+
+    def _hash_last_samples(self) -> str:
+        start = max(0, self._consumed_samples - _NUM_SAMPLES_IN_CHECK)
+        return hashlib.sha256(read_token_sequences(self.dataset, start, self._consumed_samples).tobytes()).hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the same on every rank, with a hash of the last samples before it.
+
+        Raises:
+            ValueError: a step is under way.
+        """
+        self._require_step_boundary("save the position")
+        return {
+            "version": _STATE_VERSION,
+            "consumed_samples": self._consumed_samples,
+            "last_samples_sha256": self._hash_last_samples(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position, after any change of micro-batch or data-parallel size.
+
+        Raises:
+            ValueError: the dataset's order differs from the one the position was saved in.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(f"data position of version {state.get('version')}, this release reads {_STATE_VERSION}")
+        self.set_consumed_samples(int(state["consumed_samples"]))
+        if self._hash_last_samples() != state["last_samples_sha256"]:
+            raise ValueError(
+                f"the {self._consumed_samples} samples consumed before the checkpoint are not those of this dataset: "
+                "the data, its split or blend, seq_length, seed or the number of epochs that num_train_samples needs "
+                "has changed; restore them, or start from the checkpoint's weights with a new data position"
+            )

@@ -1,0 +1,143 @@
+"""Which datasets, in which proportion: parsing of --data-path, and the checks that need no tokens read.
+
+No torch here: a run checks its data with this module before it allocates anything or starts a process group.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsv3_megatron.data.indexed import dataset_paths, read_header, read_sidecar
+
+_SCAN_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Dataset prefixes and, if not proportional to size, their weights (positive, any scale)."""
+
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
+
+    def for_megatron(self) -> tuple[list[str], list[float] | None]:
+        """In the form of Megatron-Core's dataset configuration; the weight of a single prefix says nothing."""
+        weights = list(self.weights) if self.weights is not None and len(self.prefixes) > 1 else None
+        return list(self.prefixes), weights
+
+
+def parse_blend(arguments: str | Sequence[str], field: str = "data_path") -> Blend:
+    """Read Megatron-LM's --data-path: PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ...
+
+    A prefix that ends in .bin or .idx loses the suffix.
+
+    Raises:
+        ValueError: nothing given, a weight is not a positive number, or weights on some prefixes only.
+    """
+    items = [arguments] if isinstance(arguments, str) else [item.strip() for item in arguments]
+    if not items or not all(items):
+        raise ValueError(f"{field} is empty: give PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...")
+
+    def as_number(item: str) -> float | None:
+        try:
+            return float(item)
+        except ValueError:
+            return None
+
+    def without_suffix(prefix: str) -> str:
+        return prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
+
+    numbers = [as_number(item) for item in items]
+    if all(number is None for number in numbers):
+        return Blend(tuple(map(without_suffix, items)))
+    weights = numbers[0::2]
+    if len(items) % 2 or any(weight is None for weight in weights) or any(n is not None for n in numbers[1::2]):
+        raise ValueError(
+            f"{field}={' '.join(items)} mixes weights and prefixes: give PREFIX ..., or a weight before every prefix "
+            "(WEIGHT PREFIX WEIGHT PREFIX ...); a prefix that is a number needs a ./ before it"
+        )
+    for weight, prefix in zip(weights, items[1::2], strict=True):
+        if weight is None or not (weight > 0 and math.isfinite(weight)):
+            raise ValueError(f"{field}: the weight {weight} of {prefix} must be a positive number")
+    return Blend(tuple(map(without_suffix, items[1::2])), tuple(weight for weight in weights if weight is not None))
+
+
+def read_vocab_size(prefix: str) -> int:
+    """Ids a model needs for a dataset: the tokenizer's from the sidecar, else the largest id found + 1.
+
+    Without a sidecar the whole .bin is read up to 1 GiB, and evenly spaced parts of that size in all beyond it.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    header = read_header(prefix)
+    sidecar = read_sidecar(prefix)
+    if sidecar is not None:
+        return sidecar.vocab_size
+    if not header.num_tokens:
+        return 0
+    tokens_T = np.memmap(dataset_paths(prefix)[0], dtype=header.dtype, mode="r")
+    num_chunks = math.ceil(tokens_T.nbytes / (64 << 20))
+    chunks = np.array_split(tokens_T, num_chunks)
+    every = math.ceil(tokens_T.nbytes / _SCAN_BYTES)
+    return 1 + max(int(chunk.max()) for chunk in chunks[::every])
+
+
+def read_tokenizer_fingerprint(prefixes: Sequence[str]) -> str | None:
+    """The fingerprint of the tokenizer that made all of these datasets; None where none of them says.
+
+    Raises:
+        ValueError: two datasets were made by different tokenizers.
+    """
+    found: dict[str, str] = {}
+    for prefix in prefixes:
+        sidecar = read_sidecar(prefix)
+        if sidecar is not None and sidecar.tokenizer_fingerprint:
+            found.setdefault(sidecar.tokenizer_fingerprint, prefix)
+    if len(found) > 1:
+        parts = ", ".join(f"{prefix} by {identity[:12]}" for identity, prefix in found.items())
+        raise ValueError(f"the datasets were made by different tokenizers ({parts}): preprocess all with one tokenizer")
+    return next(iter(found), None)
+
+
+def check_data(prefixes: Sequence[str], *, vocab_size: int, tokenizer_fingerprint: str | None = None) -> None:
+    """Refuse data that a model cannot take, before anything is allocated.
+
+    Args:
+        prefixes: Datasets of the run.
+        vocab_size: Rows of the model's embedding.
+        tokenizer_fingerprint: Of the run's tokenizer (`tokenizer.fingerprint`); None leaves it unchecked.
+
+    Raises:
+        ValueError: a file is missing or damaged, the vocabulary is too large, or the tokenizers differ.
+    """
+    for prefix in prefixes:
+        needed = read_vocab_size(prefix)
+        if needed > vocab_size:
+            raise ValueError(
+                f"vocabulary of the data ({needed}) larger than the model's ({vocab_size}): {prefix} holds ids up to "
+                f"{needed - 1}; set vocab_size to at least {needed}, or preprocess with a smaller tokenizer"
+            )
+    found = read_tokenizer_fingerprint(prefixes)
+    if tokenizer_fingerprint is not None and found is not None and found != tokenizer_fingerprint:
+        raise ValueError(
+            f"the data was made by tokenizer {found[:12]}, the run's tokenizer_model is {tokenizer_fingerprint[:12]}: "
+            "give the tokenizer that made the data, or preprocess again"
+        )
+
+
+def describe_files(prefixes: Sequence[str]) -> dict[str, str]:
+    """What tells one version of each dataset from another: hashes from the sidecar, else sizes and times."""
+    description: dict[str, str] = {}
+    for prefix in prefixes:
+        sidecar = read_sidecar(prefix)
+        if sidecar is not None:
+            description[prefix] = f"{sidecar.bin_sha256} {sidecar.idx_sha256}"
+        else:
+            stats = [os.stat(path) for path in dataset_paths(prefix)[:2]]
+            description[prefix] = " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
+    return description

@@ -1,0 +1,237 @@
+"""Datasets of a run: Megatron-Core's GPTDataset over our .bin/.idx files, checked first, cached safely.
+
+Documents are packed: a sample is seq_length + 1 consecutive tokens of the shuffled documents, attention crosses
+document ends, and every token counts in the loss (DeepSeek-V3 report, section 4.1). `DatasetConfig` and the checks need
+neither torch nor Megatron-Core; both are imported by `build_datasets`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsv3_megatron.data.blend import Blend, describe_files, parse_blend
+from dsv3_megatron.data.indexed import read_header
+
+if TYPE_CHECKING:
+    from dsv3_megatron.config.run import RunConfig
+    from dsv3_megatron.data.batches import SampleDataset
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Where training and validation samples come from.
+
+    Args:
+        seq_length: Tokens per sample that the model sees.
+        seed: Of the shuffles.
+        num_train_samples: Samples the whole run trains on. The order of samples changes where this crosses a whole
+            number of epochs, as in Megatron-LM; give a resumed run the number of the first one.
+        num_valid_samples: Samples to validate on; None for one pass over the validation data (not with weights).
+        blend: Data for all splits, cut by `split`. Excludes train_blend and valid_blend.
+        split: Shares of documents for train, valid, test, in file order, as Megatron-LM's --split.
+        train_blend: Data to train on, all of it.
+        valid_blend: Data to validate on, all of it.
+        cache_dir: Folder for Megatron-Core's index caches; None puts them beside the data, in PREFIX/cache.
+    """
+
+    seq_length: int
+    seed: int
+    num_train_samples: int
+    num_valid_samples: int | None = None
+    blend: Blend | None = None
+    split: str = "969,30,1"
+    train_blend: Blend | None = None
+    valid_blend: Blend | None = None
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.seq_length < 1:
+            raise ValueError(f"seq_length={self.seq_length} must be at least 1")
+        if self.num_train_samples < 1:
+            raise ValueError(f"num_train_samples={self.num_train_samples} must be at least 1")
+        if self.num_valid_samples is not None and self.num_valid_samples < 1:
+            raise ValueError(f"num_valid_samples={self.num_valid_samples} must be at least 1, or None for one pass")
+        if (self.blend is None) == (self.train_blend is None):
+            what = "neither" if self.blend is None else "both"
+            raise ValueError(
+                f"{what} of data_path and train_data_path given: give data_path (cut by split), or train_data_path and "
+                "valid_data_path"
+            )
+        if self.blend is not None and self.valid_blend is not None:
+            raise ValueError("valid_data_path goes with train_data_path, not with data_path, which is cut by split")
+        if self.blend is not None:
+            parse_split(self.split)
+        for blend, name in ((self.valid_blend, "valid_data_path"), (self.blend, "data_path")):
+            if blend is not None and blend.weights is not None and self.num_valid_samples is None:
+                raise ValueError(
+                    f"{name} has weights, so one pass over it is not defined: set num_valid_samples (eval_iters x "
+                    "global_batch_size)"
+                )
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Every dataset prefix, each once, in order."""
+        blends = [blend for blend in (self.blend, self.train_blend, self.valid_blend) if blend is not None]
+        return tuple(dict.fromkeys(prefix for blend in blends for prefix in blend.prefixes))
+
+
+def dataset_config(run: RunConfig) -> DatasetConfig:
+    """The datasets of a run: which samples it trains and validates on, and in which order.
+
+    Raises:
+        ValueError: no data, or a blend that cannot be read.
+    """
+    data, training = run.data, run.training
+    blend = parse_blend(data.data_path, "data_path")
+    has_valid = bool(data.valid_data_path)
+    return DatasetConfig(
+        seq_length=training.seq_length,
+        seed=training.seed,
+        num_train_samples=training.train_iters * training.global_batch_size,
+        num_valid_samples=max(1, training.eval_iters) * training.global_batch_size,
+        blend=None if has_valid else blend,
+        split=data.split,
+        train_blend=blend if has_valid else None,
+        valid_blend=parse_blend(data.valid_data_path, "valid_data_path") if has_valid else None,
+        cache_dir=data.data_cache_path,
+    )
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The datasets of a run; `valid` is None where there is no validation data."""
+
+    train: SampleDataset
+    valid: SampleDataset | None
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """Shares of train, valid and test, normalised to sum 1; missing ones are 0, as in Megatron-LM.
+
+    Raises:
+        ValueError: not one to three non-negative numbers with a positive first.
+    """
+    way_out = "give shares of train, valid and test, such as 969,30,1"
+    try:
+        shares = [float(part) for part in split.replace("/", ",").split(",")]
+    except ValueError:
+        raise ValueError(f"split={split!r} is not a list of numbers; {way_out}") from None
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or not np.isfinite(shares).all() or shares[0] == 0:
+        raise ValueError(f"split={split!r} must be one to three numbers, none negative, the first positive; {way_out}")
+    train, valid, test = (shares + [0.0, 0.0])[:3]
+    total = train + valid + test
+    return train / total, valid / total, test / total
+
+
+class _DatasetTokenizer:
+    """What Megatron-Core's dataset asks of a tokenizer when the tokens are already on disk.
+
+    It pads nothing (`pad` is an id that no text has), so no token of the data is masked. Its identifiers go into the
+    name of the index cache: they hold the files' hashes, so that data made again under the same name does not meet the
+    cache of the old.
+    """
+
+    pad = -1
+    eod = -2
+    vocab_size = None
+
+    def __init__(self, identifiers: dict[str, str]) -> None:
+        self.unique_identifiers = OrderedDict(identifiers)
+
+
+def _check_sizes(config: DatasetConfig) -> None:
+    """Refuse splits too small for one sample, before Megatron-Core meets them with an assertion."""
+
+    def check(blend: Blend, share: tuple[float, float], purpose: str) -> None:
+        for prefix in blend.prefixes:
+            header = read_header(prefix)
+            first, last = (round(edge * header.num_sequences) for edge in share)
+            # The token count of a share is known only after reading the lengths: bound it by the whole.
+            if last <= first or header.num_tokens < config.seq_length + 1:
+                raise ValueError(
+                    f"{prefix} has {last - first} documents ({header.num_tokens} tokens in all) for {purpose}, fewer "
+                    f"than one sample of seq_length + 1 = {config.seq_length + 1} tokens needs: use more data, a "
+                    "shorter seq_length or another split"
+                )
+
+    if config.blend is not None:
+        train, valid, _ = parse_split(config.split)
+        check(config.blend, (0.0, train), "training")
+        if valid > 0:
+            check(config.blend, (train, train + valid), "validation")
+    if config.train_blend is not None:
+        check(config.train_blend, (0.0, 1.0), "training")
+    if config.valid_blend is not None:
+        check(config.valid_blend, (0.0, 1.0), "validation")
+
+
+def _place_blends(config: DatasetConfig) -> tuple[dict[str, Any], bool]:
+    """The blend arguments of Megatron-Core's configuration, and whether there is validation data."""
+    if config.blend is not None:
+        where = {"blend": config.blend.for_megatron(), "split": config.split.replace("/", ",")}
+        return where, parse_split(config.split)[1] > 0
+    assert config.train_blend is not None
+    valid_blend = config.valid_blend.for_megatron() if config.valid_blend is not None else None
+    return {"blend_per_split": [config.train_blend.for_megatron(), valid_blend, None]}, valid_blend is not None
+
+
+def build_datasets(config: DatasetConfig, *, is_built_on_rank: Callable[[], bool] = lambda: True) -> TrainingData:
+    """Build Megatron-Core's datasets for training and validation.
+
+    Collective when torch.distributed is initialised: every rank calls it, rank 0 builds the index caches, the others
+    wait at a barrier and load them; the folder of the caches must be visible to all.
+
+    Args:
+        config: What to build.
+        is_built_on_rank: Whether this rank reads data; must be true on rank 0. Datasets are memory-mapped, so building
+            everywhere costs little.
+
+    Returns:
+        The datasets; on a rank that builds none, empty lists.
+
+    Raises:
+        ValueError: a file is missing or damaged, or there is less data than one sample needs.
+    """
+    _check_sizes(config)
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    where, has_valid = _place_blends(config)
+    megatron_config = GPTDatasetConfig(
+        random_seed=config.seed,
+        sequence_length=config.seq_length,
+        path_to_cache=config.cache_dir,
+        tokenizer=_DatasetTokenizer(describe_files(config.prefixes)),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        **where,
+    )
+    if megatron_config.split_matrix is not None:
+        megatron_config.split_matrix[2] = None  # the test share keeps documents out of the others; nothing reads it
+    # A size of None means one epoch; with weights Megatron-Core wants a number even for the test split it never reads.
+    is_weighted = config.blend is not None and config.blend.weights is not None
+    sizes = [config.num_train_samples, config.num_valid_samples, 1 if is_weighted else None]
+    train_set, valid_set, _ = BlendedMegatronDatasetBuilder(
+        GPTDataset, sizes, is_built_on_rank, megatron_config
+    ).build()
+    if train_set is None:
+        return TrainingData(train=[], valid=None)
+    if len(train_set) < config.num_train_samples:
+        raise ValueError(
+            f"the training data holds {len(train_set)} samples of seq_length={config.seq_length} and several prefixes "
+            f"without weights are read once only, but num_train_samples={config.num_train_samples}: give weights "
+            "(data_path: WEIGHT PREFIX WEIGHT PREFIX ...) to go over it more than once"
+        )
+    if has_valid and valid_set is not None and len(valid_set) == 0:
+        raise ValueError(
+            f"the validation data holds no whole sample of seq_length={config.seq_length}: use more validation data, a "
+            "shorter seq_length or another split"
+        )
+    return TrainingData(train=train_set, valid=valid_set if has_valid else None)

@@ -1,0 +1,248 @@
+"""A byte-level BPE tokenizer in the shape of DeepSeek-V3's: trained, saved, loaded, identified.
+
+The pre-tokenizer is the one in DeepSeek-V3's published tokenizer.json: numbers in groups of up to three digits, runs of
+Chinese and Japanese characters, and a rule that keeps punctuation together with the line breaks that follow it (report,
+section 4.1). Special tokens carry V3's names; the three that every text needs have V3's ids 0, 1 and 2, the others
+(FIM, chat, tools) come after the learned vocabulary, as in V3. The random splitting of punctuation + line break tokens
+during pre-training (report, section 4.1) is not part of a tokenizer file.
+
+    python -m dsv3_megatron.data.tokenizer --input train.jsonl --vocab-size 4096 --output DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv3_megatron.data.corpus import JsonlReader
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BOS_TOKEN = "<｜begin▁of▁sentence｜>"
+EOS_TOKEN = "<｜end▁of▁sentence｜>"
+PAD_TOKEN = "<｜▁pad▁｜>"
+FIM_HOLE_TOKEN = "<｜fim▁hole｜>"
+FIM_BEGIN_TOKEN = "<｜fim▁begin｜>"
+FIM_END_TOKEN = "<｜fim▁end｜>"
+LEADING_SPECIAL_TOKENS = (BOS_TOKEN, EOS_TOKEN, PAD_TOKEN)  # ids 0, 1, 2
+TRAILING_SPECIAL_TOKENS = (
+    FIM_HOLE_TOKEN,
+    FIM_BEGIN_TOKEN,
+    FIM_END_TOKEN,
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<|EOT|>",
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁outputs▁begin｜>",
+    "<｜tool▁outputs▁end｜>",
+    "<｜tool▁output▁begin｜>",
+    "<｜tool▁output▁end｜>",
+    "<｜tool▁sep｜>",
+)
+PRE_TOKENIZER_PATTERNS = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
+_NUM_BYTE_SYMBOLS = 256
+MIN_VOCAB_SIZE = len(LEADING_SPECIAL_TOKENS) + _NUM_BYTE_SYMBOLS + len(TRAILING_SPECIAL_TOKENS)
+DEFAULT_MAX_TRAIN_BYTES = 10_000_000
+
+
+def _limit_bytes(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
+    num_bytes = 0
+    for text in texts:
+        if max_bytes is not None and num_bytes >= max_bytes:
+            return
+        num_bytes += len(text.encode("utf-8"))
+        yield text
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, max_bytes: int | None = None) -> Tokenizer:
+    """Learn byte-level BPE merges from texts.
+
+    Args:
+        texts: The training texts; each is pre-tokenized on its own.
+        vocab_size: Ids in total, special tokens included. Texts with too few distinct words give fewer: see
+            `Tokenizer.get_vocab_size()`.
+        max_bytes: Stop reading after the text that passes this many UTF-8 bytes; None reads all.
+
+    Returns:
+        A Hugging Face `tokenizers.Tokenizer` that adds no special tokens by itself.
+
+    Raises:
+        ValueError: vocab_size is below the special tokens and the 256 bytes.
+
+    Source: DeepSeek-V3 report, section 4.1; the patterns are those of the published tokenizer.json.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE} (256 bytes and "
+            f"{MIN_VOCAB_SIZE - _NUM_BYTE_SYMBOLS} special tokens); try 4096"
+        )
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZER_PATTERNS]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(TRAILING_SPECIAL_TOKENS),
+        special_tokens=list(LEADING_SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_limit_bytes(texts, max_bytes), trainer=trainer)
+    tokenizer.add_special_tokens(list(TRAILING_SPECIAL_TOKENS))
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, output_dir: str | os.PathLike[str]) -> str:
+    """Write tokenizer.json and tokenizer_config.json (what `transformers.AutoTokenizer` loads); return the fingerprint.
+
+    Both are written under temporary names and renamed.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS_TOKEN,
+        "eos_token": EOS_TOKEN,
+        "pad_token": PAD_TOKEN,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 131072,
+    }
+    contents = {
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+    }
+    for name, content in contents.items():
+        temporary = folder / f"{name}.tmp-{os.getpid()}"
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, folder / name)
+    return fingerprint(folder)
+
+
+def _tokenizer_file(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"tokenizer_model={os.fspath(path)}: {file} does not exist; give a folder with a tokenizer.json, or make "
+            "one with: python -m dsv3_megatron.data.tokenizer --input train.jsonl --vocab-size 4096 --output DIR"
+        )
+    return file
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Load a tokenizer from a folder with a tokenizer.json, or from the file itself.
+
+    Raises:
+        ValueError: the file is missing or is not a tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    file = _tokenizer_file(path)
+    try:
+        return Tokenizer.from_file(os.fspath(file))
+    except Exception as error:  # the library raises a bare Exception
+        raise ValueError(f"{file} is not a tokenizer.json that this tokenizers release reads: {error}") from error
+
+
+def count_ids(tokenizer: Tokenizer) -> int:
+    """Size of an embedding table that holds every id: the largest id + 1, added tokens included."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def find_eod_id(tokenizer: Tokenizer, path: str | os.PathLike[str] | None = None) -> int:
+    """The id that ends a document: the eos_token of tokenizer_config.json beside it, V3's name where there is none.
+
+    Raises:
+        ValueError: the token is not in the vocabulary.
+    """
+    name = EOS_TOKEN
+    if path is not None:
+        config_file = _tokenizer_file(path).with_name("tokenizer_config.json")
+        if config_file.is_file():
+            entry: Any = json.loads(config_file.read_text(encoding="utf-8")).get("eos_token") or name
+            name = entry["content"] if isinstance(entry, dict) else entry
+    token_id = tokenizer.token_to_id(name)
+    if token_id is None:
+        raise ValueError(f"the end-of-document token {name!r} is not in the vocabulary: set eos_token in {path}")
+    return token_id
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """Identify what a tokenizer does: sha256 (hex) of its canonical tokenizer.json.
+
+    Canonical: keys sorted, no insignificant white space, merges as pairs, without the padding and truncation settings,
+    none of which changes the ids of a text. Two libraries' versions of one tokenizer give the same fingerprint.
+
+    Raises:
+        ValueError: the file is missing or is not JSON.
+    """
+    file = _tokenizer_file(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    for setting in ("padding", "truncation"):
+        content.pop(setting, None)
+    model = content.get("model", {})
+    if "merges" in model:
+        model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of this module; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv3_megatron.data.tokenizer", description="Train a byte-level BPE tokenizer on JSON Lines."
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON Lines files")
+    parser.add_argument("--json-key", default="text", help="key of the text (%(default)s)")
+    parser.add_argument("--vocab-size", type=int, required=True, help="ids in total, special tokens included")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for tokenizer.json and its config")
+    parser.add_argument(
+        "--max-train-bytes",
+        type=int,
+        default=DEFAULT_MAX_TRAIN_BYTES,
+        help="text to learn from, from the start of the input; 0 for all of it (%(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    start = time.perf_counter()
+    try:
+        readers = [JsonlReader(path, options.json_key) for path in options.input]
+        texts = (document.text for reader in readers for document in reader)
+        tokenizer = train_tokenizer(texts, vocab_size=options.vocab_size, max_bytes=options.max_train_bytes or None)
+        identity = save_tokenizer(tokenizer, options.output)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    size = count_ids(tokenizer)
+    seconds = time.perf_counter() - start
+    print(f"tokenizer: {size} ids in {seconds:.1f} s, fingerprint {identity[:12]} -> {options.output}")
+    if size < options.vocab_size:
+        print(f"note: the text gave {size} ids, fewer than --vocab-size {options.vocab_size}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
