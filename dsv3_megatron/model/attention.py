@@ -1,0 +1,121 @@
+"""Multi-head latent attention from local modules: the part that Megatron-Core builds only with TE.
+
+Megatron-Core's MLA cannot be built from its local modules (its dot-product attention takes no separate
+key and value widths). This one holds the same weights under the same names. The down-projections and
+the norms of the latents are whole on every tensor-parallel rank and work on the rank's part of the
+sequence; the up-projections gather the sequence and split the heads.
+
+Shapes: S sequence (s its local part under sequence parallelism), B micro-batch, H hidden, N local heads,
+D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear, ReplicatedLinear
+from dsv3_megatron.model.norm import RMSNorm
+from dsv3_megatron.model.rotary import RotaryTables, softmax_scale
+from dsv3_megatron.ops.attention import causal_attention
+from dsv3_megatron.ops.rope import apply_rope
+
+
+@dataclass
+class LocalMLASubmodules:
+    """Types of the attention's parts, for specs that replace one."""
+
+    column_parallel: type = LocalColumnParallelLinear
+    row_parallel: type = LocalRowParallelLinear
+    replicated: type = ReplicatedLinear
+    norm: type = RMSNorm
+
+
+class LocalMLASelfAttention(MegatronModule):
+    """Causal multi-head latent attention. Source: DeepSeek-V3 report, section 2.1.1, eq. 1-11."""
+
+    def __init__(
+        self,
+        config: MLATransformerConfig,
+        submodules: LocalMLASubmodules | None = None,
+        layer_number: int = 1,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        parts = submodules or LocalMLASubmodules()
+        assert pg_collection is not None, "process groups are passed, never global"
+        assert attn_mask_type == AttnMaskType.causal, "only causal attention is supported"
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        self.num_local_heads = config.num_attention_heads // self.tp_group.size()
+        self.softmax_scale = softmax_scale(config)
+        self.rotary = RotaryTables(config)
+        heads, query_width = config.num_attention_heads, config.qk_head_dim + config.qk_pos_emb_head_dim
+
+        def column(inputs: int, outputs: int) -> torch.nn.Module:
+            return parts.column_parallel(inputs, outputs, config=config, init_method=config.init_method, bias=False,
+                                         gather_output=False, skip_bias_add=True, tp_group=self.tp_group)
+
+        if config.q_lora_rank is None:
+            self.linear_q_proj = column(config.hidden_size, heads * query_width)
+        else:
+            self.linear_q_down_proj = parts.replicated(config.hidden_size, config.q_lora_rank, config=config)
+            self.q_layernorm = parts.norm(config, config.q_lora_rank, config.layernorm_epsilon)
+            self.linear_q_up_proj = column(config.q_lora_rank, heads * query_width)
+        self.linear_kv_down_proj = parts.replicated(
+            config.hidden_size, config.kv_lora_rank + config.qk_pos_emb_head_dim, config=config)
+        self.kv_layernorm = parts.norm(config, config.kv_lora_rank, config.layernorm_epsilon)
+        self.linear_kv_up_proj = column(config.kv_lora_rank, heads * (config.qk_head_dim + config.v_head_dim))
+        self.linear_proj = parts.row_parallel(
+            heads * config.v_head_dim, config.hidden_size, config=config, init_method=config.init_method, bias=False,
+            input_is_parallel=True, skip_bias_add=True, is_expert=False, tp_group=self.tp_group)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None,
+                packed_seq_params: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
+        """Attend within each sequence.
+
+        Args:
+            hidden_states: normed input [s, B, H].
+            attention_mask: Ignored, the mask is causal; Megatron-Core's layer passes one.
+            packed_seq_params: Must be None; document isolation is not built here.
+
+        Returns:
+            [s, B, H], and no bias.
+        """
+        assert packed_seq_params is None, "packed sequences are not supported by the local attention"
+        query_SBND, key_SBND, value_SBND = self.query_key_value(hidden_states)
+        context_SBND = causal_attention(query_SBND, key_SBND, value_SBND, softmax_scale=self.softmax_scale)
+        output_sBH, _bias = self.linear_proj(context_SBND.flatten(2))
+        return output_sBH, None
+
+    def query_key_value(self, x_sBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys [S, B, N, nope + rope] and values [S, B, N, v] of this rank's heads (eq. 1-9)."""
+        config, heads = self.config, self.num_local_heads
+        nope, rope = config.qk_head_dim, config.qk_pos_emb_head_dim
+        if config.q_lora_rank is None:
+            query, _ = self.linear_q_proj(x_sBH)
+        else:
+            query, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(x_sBH)))
+        latent, shared_key = self.linear_kv_down_proj(x_sBH).split([config.kv_lora_rank, rope], dim=-1)
+        key_value, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
+        if config.sequence_parallel:
+            shared_key = gather_from_sequence_parallel_region(shared_key, group=self.tp_group)
+        length, batch = query.shape[:2]
+        cos_SP, sin_SP = self.rotary(length, query.device)
+        # The rotary part is the last of a query's width.
+        query = apply_rope(query.view(length, batch, heads, nope + rope), cos_SP, sin_SP)
+        key_nope, value = key_value.view(length, batch, heads, nope + config.v_head_dim).split(
+            [nope, config.v_head_dim], dim=-1)
+        key_rope = apply_rope(shared_key.unsqueeze(2), cos_SP, sin_SP).expand(-1, -1, heads, -1)
+        return query, torch.cat([key_nope, key_rope], dim=-1), value

@@ -1,0 +1,69 @@
+"""One pipeline stage of the model, and the losses of the last stage.
+
+Megatron-Core's GPTModel, with a head that returns the main and the MTP losses per token and apart,
+instead of attaching the MTP loss to the main one behind the caller's back.
+
+Shapes: S sequence, B micro-batch, H hidden, V vocabulary (v its part on this tensor-parallel rank).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+from dsv3_megatron.ops.cross_entropy import linear_cross_entropy
+
+
+class TokenLosses(NamedTuple):
+    """Losses of each position in nats, fp32.
+
+    Attributes:
+        main_BS: -log p of the next token.
+        mtp_BS: one tensor a depth; depth k's -log p of the token k + 2 positions on, 0 where the sequence ends
+            before it.
+    """
+
+    main_BS: torch.Tensor
+    mtp_BS: tuple[torch.Tensor, ...]
+
+
+class DeepSeekV3Model(GPTModel):
+    """A stage: embedding, layers, MTP modules, head and losses, as its layout says."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, input_ids: torch.Tensor, position_ids: torch.Tensor,
+                     labels: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """Hidden states to losses; to logits [B, S, V] of the main head without labels.
+
+        Source of the MTP losses: DeepSeek-V3 report, eq. 21-25. `hidden_states` are after the final norm,
+        as in the published code.
+        """
+        if not self.post_process:
+            return hidden_states
+        if labels is None:
+            logits_SBV, _ = self.output_layer(hidden_states, runtime_gather_output=True)
+            return logits_SBV.transpose(0, 1).contiguous()
+        mtp_losses: list[torch.Tensor] = []
+        if self.mtp_process:
+            outputs = self.mtp(
+                input_ids=input_ids, position_ids=position_ids, hidden_states=hidden_states,
+                attention_mask=kwargs.get("attention_mask"), embedding=self.embedding)
+            labels_k_BS = labels
+            for depth, hidden_k in enumerate(outputs.chunk(1 + self.config.mtp_num_layers, dim=0)[1:], start=1):
+                labels_k_BS = torch.nn.functional.pad(labels_k_BS[:, 1:], (0, 1))
+                losses_BS = self.token_losses(hidden_k, labels_k_BS)
+                known = torch.arange(labels.shape[1], device=labels.device) < labels.shape[1] - depth
+                mtp_losses.append(losses_BS * known)
+        return TokenLosses(self.token_losses(hidden_states, labels), tuple(mtp_losses))
+
+    def token_losses(self, hidden_SBH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+        """-log softmax(head(h))[label] of each position, fp32 [B, S], in nats."""
+        labels_SB = labels_BS.transpose(0, 1).contiguous()
+        if self.pg_collection.tp.size() > 1:
+            logits_SBv, _ = self.output_layer(hidden_SBH)
+            losses_SB = vocab_parallel_cross_entropy(logits_SBv.float(), labels_SB, tp_group=self.pg_collection.tp)
+        else:
+            losses_SB = linear_cross_entropy(hidden_SBH, self.output_layer.weight, labels_SB)
+        return losses_SB.transpose(0, 1).contiguous()

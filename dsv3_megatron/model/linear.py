@@ -1,0 +1,52 @@
+"""Linear layers of the local implementation: column-parallel, row-parallel, and replicated.
+
+The products are those of `ops/linear.py`; what is split over which ranks, and the checkpoint format, are
+Megatron-Core's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from dsv3_megatron.ops.linear import linear
+
+
+class LocalColumnParallelLinear(ColumnParallelLinear):
+    """Weight [out / TP, in]: each rank computes a slice of the output's features."""
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *_: Any, allreduce_dgrad: bool = False,
+                      sequence_parallel: bool = False, tp_group: Any = None, **__: Any) -> torch.Tensor:
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
+        elif allreduce_dgrad:
+            input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+        return linear(input, weight)
+
+
+class LocalRowParallelLinear(RowParallelLinear):
+    """Weight [out, in / TP]: each rank holds a slice of the input's features; outputs are summed."""
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return linear(input, weight)
+
+
+class ReplicatedLinear(torch.nn.Module):
+    """Weight [out, in], whole on every tensor-parallel rank, applied to the rank's part of the sequence."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(
+            torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x_SBI: torch.Tensor) -> torch.Tensor:
+        """[..., input_size] -> [..., output_size]."""
+        return linear(x_SBI, self.weight)

@@ -1,0 +1,109 @@
+"""The only translation from this library's configuration to Megatron-Core's.
+
+Where Megatron-Core's spelling or default would mislead, the line says so.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.parallel.layout import layout_string, stage_layouts
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def mcore_config(run: RunConfig, precision: str) -> MLATransformerConfig:
+    """Megatron-Core's configuration of the model, its split and its losses.
+
+    Args:
+        run: A validated run.
+        precision: "bf16" or "fp32", resolved (not "auto").
+    """
+    model, parallel, training = run.model, run.parallel, run.training
+    dtype = DTYPES[precision]
+    yarn = model.rope_type == "yarn"
+    chunks = parallel.num_virtual_stages_per_pipeline_rank
+    layout = layout_string(stage_layouts(model, parallel))
+    return MLATransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        # MLA. Megatron-Core's qk_head_dim is the part without rotary embedding only.
+        multi_latent_attention=True,
+        q_lora_rank=model.q_lora_rank,
+        kv_lora_rank=model.kv_lora_rank,
+        qk_head_dim=model.qk_nope_head_dim,
+        qk_pos_emb_head_dim=model.qk_rope_head_dim,
+        v_head_dim=model.v_head_dim,
+        qk_layernorm=True,
+        # Rotary embedding. Megatron-Core applies the YaRN softmax factor under plain RoPE too unless
+        # mscale_all_dim is 0.
+        rope_type=model.rope_type,
+        rotary_base=model.rotary_base,
+        rotary_scaling_factor=model.rotary_scaling_factor,
+        original_max_position_embeddings=model.original_max_position_embeddings,
+        beta_fast=model.beta_fast,
+        beta_slow=model.beta_slow,
+        mscale=model.mscale if yarn else 1.0,
+        mscale_all_dim=model.mscale_all_dim if yarn else 0.0,
+        apply_rope_fusion=False,
+        # Mixture of experts.
+        num_moe_experts=model.num_experts,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
+        moe_layer_freq=[0] * model.num_dense_layers + [1] * model.num_moe_layers,
+        moe_shared_expert_intermediate_size=(
+            model.num_shared_experts * model.moe_ffn_hidden_size if model.num_shared_experts else None),
+        moe_router_topk=model.moe_router_topk,
+        moe_router_num_groups=model.moe_router_num_groups if model.moe_router_num_groups > 1 else None,
+        moe_router_group_topk=model.moe_router_group_topk if model.moe_router_num_groups > 1 else None,
+        moe_router_topk_scaling_factor=model.moe_router_topk_scaling_factor,
+        moe_router_score_function="sigmoid",
+        # Our router holds its own bias and balance loss (model/router.py), updated by optim/router_bias.py.
+        moe_router_enable_expert_bias=False,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=True,
+        moe_permute_fusion=False,
+        # Multi-token prediction.
+        mtp_num_layers=model.mtp_num_layers or None,
+        mtp_loss_scaling_factor=training.mtp_loss_scaling_factor,
+        # Block.
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        init_method_std=model.init_method_std,
+        # Weights come from model/init.py, the same for every layout.
+        perform_initialization=False,
+        # Split.
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        pipeline_model_parallel_layout=PipelineParallelLayerLayout(layout, parallel.pipeline_model_parallel_size),
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        # Arithmetic.
+        bf16=precision == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        attention_softmax_in_fp32=True,
+        gradient_accumulation_fusion=False,
+        calculate_per_token_loss=True,
+        # A stage sends its whole output and drops the tensor's data once the receiver has it.
+        deallocate_pipeline_outputs=True,
+        variable_seq_lengths=False,
+    )

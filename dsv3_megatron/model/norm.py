@@ -1,0 +1,27 @@
+"""RMSNorm that works under sequence parallelism.
+
+Megatron-Core's torch fallback refuses sequence parallelism; a norm there needs only to say that its
+weight's gradient is partial on each tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from dsv3_megatron.ops.rms_norm import rms_norm
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight over the last dimension; statistics in fp32, result in x's dtype."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        """Normalise [..., hidden_size]."""
+        return rms_norm(x_SBH, self.weight, self.eps)

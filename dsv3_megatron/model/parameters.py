@@ -1,0 +1,137 @@
+"""The model's parameters by their global names, whatever the layout and the modules that hold them.
+
+A stage knows its first layer as layer 0, a rank its first expert as expert 0, and a tensor-parallel rank
+only a slice. This module says of each local tensor which whole parameters it holds which part of:
+for layout-independent initial weights, for comparing layouts, for gathering and exporting.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+# Transformer Engine fuses a norm into the linear that follows it; its expert weights are a tensor each.
+_FUSED_NORMS = {
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of rows or columns: `length` entries from `local_start` here are those from `full_start` there."""
+
+    local_start: int
+    full_start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class WholeParameter:
+    """One parameter of the model, and the part of it that this rank holds.
+
+    Attributes:
+        name: Global name, e.g. `decoder.layers.5.mlp.experts.17.linear_fc1.weight`.
+        shape: Shape of the whole parameter.
+        parameter: The local torch parameter, which may hold several experts.
+        local: View of the local data that belongs to this name.
+        axis: The axis that is split over tensor-parallel ranks, None if it is not split.
+        pieces: Which part of that axis is here.
+        expert: Index among the local experts, None for what is not a routed expert's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameter: torch.nn.Parameter
+    local: torch.Tensor
+    axis: int | None
+    pieces: tuple[Piece, ...]
+    expert: int | None = None
+
+    def take(self, full: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a whole tensor."""
+        if self.axis is None:
+            return full
+        return torch.cat([full.narrow(self.axis, p.full_start, p.length) for p in self.pieces], dim=self.axis)
+
+    def put(self, full: torch.Tensor, local: torch.Tensor) -> None:
+        """Write `local`, shaped like this rank's part, into its place in a whole tensor."""
+        if self.axis is None:
+            full.copy_(local)
+            return
+        for piece in self.pieces:
+            full.narrow(self.axis, piece.full_start, piece.length).copy_(
+                local.narrow(self.axis, piece.local_start, piece.length))
+
+
+def whole_parameters(chunk: torch.nn.Module, groups: ProcessGroupCollection) -> Iterator[WholeParameter]:
+    """Every parameter that this stage's module holds, routed experts one by one.
+
+    Args:
+        chunk: A stage's module, bare or wrapped.
+        groups: The run's process groups.
+    """
+    for path, parameter in chunk.named_parameters():
+        name = _global_name(path, chunk)
+        if ".experts.linear_fc" in name:
+            yield from _experts(name, parameter, groups)
+            continue
+        partitioned = getattr(parameter, "tensor_model_parallel", False) and groups.tp.size() > 1
+        axis = parameter.partition_dim if partitioned else None
+        is_gated = name.endswith("linear_fc1.weight")
+        yield _split(name, parameter, parameter.data, axis, is_gated, groups.tp)
+
+
+def _global_name(path: str, chunk: torch.nn.Module) -> str:
+    """Strip wrappers, number decoder layers globally, undo Transformer Engine's fusions."""
+    wrapper = re.match(r"(module\.)*", path)
+    prefix = wrapper.group(0) if wrapper else ""
+    name = path[len(prefix):]
+    layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+    if layer:
+        module = chunk.get_submodule(f"{prefix}decoder.layers.{layer.group(1)}")
+        name = f"decoder.layers.{module.layer_number - 1}.{name[layer.end():]}"
+    for fused, separate in _FUSED_NORMS.items():
+        if name.endswith(fused):
+            return name.removesuffix(fused) + separate
+    return name
+
+
+def _experts(name: str, parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> Iterator[WholeParameter]:
+    """The experts in a stacked [e, ...] weight, or the one in a tensor of Transformer Engine's `weightN`."""
+    numbered = re.search(r"\.weight(\d+)$", name)
+    local_experts = [(int(numbered.group(1)), parameter.data)] if numbered else list(enumerate(parameter.data))
+    per_rank = parameter.shape[0] if not numbered else groups_local_experts(parameter)
+    base = re.sub(r"\.weight\d*$", ".weight", name)
+    before, after = base.split(".experts.")
+    for index, data in local_experts:
+        expert = groups.ep.rank() * per_rank + index
+        axis = (0 if after.startswith("linear_fc1") else 1) if groups.expt_tp.size() > 1 else None
+        yield _split(f"{before}.experts.{expert}.{after}", parameter, data, axis, after.startswith("linear_fc1"),
+                     groups.expt_tp, expert=index)
+
+
+def groups_local_experts(parameter: torch.nn.Parameter) -> int:
+    """Experts per rank of a Transformer Engine grouped linear, noted on its parameters by `build.py`."""
+    return parameter.num_local_experts
+
+
+def _split(name: str, parameter: torch.nn.Parameter, local: torch.Tensor, axis: int | None, is_gated: bool,
+           group: torch.distributed.ProcessGroup, expert: int | None = None) -> WholeParameter:
+    shape = list(local.shape)
+    if axis is None:
+        return WholeParameter(name, tuple(shape), parameter, local, None, (), expert)
+    length, rank, parts = shape[axis], group.rank(), group.size()
+    shape[axis] = length * parts
+    if is_gated:
+        # A rank holds its part of the gate's rows, then its part of the up-projection's.
+        half = length // 2
+        pieces = (Piece(0, rank * half, half), Piece(half, parts * half + rank * half, half))
+    else:
+        pieces = (Piece(0, rank * length, length),)
+    return WholeParameter(name, tuple(shape), parameter, local, axis, pieces, expert)

@@ -1,0 +1,155 @@
+"""DeepSeek-V3's router: sigmoid affinities, biased choice, node-limited groups, unbiased gates.
+
+Differs from Megatron-Core's router in that expert loads are counted in integers (a rounded count can
+flip the sign of a bias update), and in that the balance loss of a sequence split over ranks is the sum
+of the ranks' own terms, without a factor to undo.
+
+Shapes: T tokens of this rank, E experts, K top-k, G groups, B micro-batch, s local sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Pass an activation through; in backward, also run the backward of a scalar loss with weight 1."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        ctx.loss_dtype = loss.dtype
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return grads[0], torch.ones((), dtype=ctx.loss_dtype, device=grads[0].device)
+
+
+def select_experts(
+    scores_TE: torch.Tensor, bias_E: torch.Tensor, *, top_k: int, num_groups: int, group_top_k: int, route_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose each token's experts; the bias affects the choice, not the weight.
+
+    Args:
+        scores_TE: fp32 sigmoid affinities in (0, 1).
+        bias_E: fp32 balancing bias, no gradient.
+        top_k: Experts per token, 1..E.
+        num_groups: Groups of experts; 1: no node limit.
+        group_top_k: Groups a token may go to. A group's score is the sum of its top_k / group_top_k
+            best biased affinities.
+        route_scale: Dimensionless gate multiplier.
+
+    Returns:
+        gates_TK: fp32; each row sums to route_scale.
+        expert_ids_TK: int64, global ids, best biased affinity first.
+
+    Source: DeepSeek-V3 report, section 2.1.2, eq. 12-16; biased group scores as in the published code.
+    """
+    with torch.no_grad():
+        biased_TE = scores_TE + bias_E
+        if num_groups > 1:
+            biased_TGE = biased_TE.unflatten(1, (num_groups, -1))
+            best = max(1, top_k // group_top_k)
+            group_scores_TG = biased_TGE.topk(best, dim=-1).values.sum(-1)
+            kept_ids = group_scores_TG.topk(group_top_k, dim=-1).indices
+            dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, kept_ids, False)
+            biased_TE = biased_TGE.masked_fill(dropped_TG.unsqueeze(-1), float("-inf")).flatten(1)
+        expert_ids_TK = biased_TE.topk(top_k, dim=-1).indices
+    chosen_TK = scores_TE.gather(1, expert_ids_TK)
+    gates_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * route_scale
+    return gates_TK, expert_ids_TK
+
+
+class DeepSeekRouter(MegatronModule):
+    """Gate of one MoE layer, with its balancing bias and the load it has seen since the last update.
+
+    Attributes:
+        weight: [E, H], one centroid per expert.
+        expert_bias: fp32 [E], changed by `optim/router_bias.py` only, saved with the model.
+        tokens_per_expert: int64 [E], tokens routed in training forwards since the last update.
+        balance_loss_sum: fp32 scalar, balance loss (alpha included) of the sequences seen since then;
+            under sequence parallelism this rank's term.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None,
+                 is_mtp_layer: bool = False, *, balance_loss_coeff: float = 0.0) -> None:
+        super().__init__(config=config)
+        assert pg_collection is not None, "process groups are passed, never global"
+        self.tp_group = pg_collection.tp
+        self.is_mtp_layer = is_mtp_layer
+        self.balance_loss_coeff = balance_loss_coeff
+        self.layer_number: int | None = None
+        device, experts = torch.cuda.current_device(), config.num_moe_experts
+        self.weight = torch.nn.Parameter(
+            torch.empty(experts, config.hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32, device=device))
+        self.register_buffer("tokens_per_expert", torch.zeros(experts, dtype=torch.int64, device=device),
+                             persistent=False)
+        self.register_buffer("balance_loss_sum", torch.zeros((), dtype=torch.float32, device=device),
+                             persistent=False)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called by Megatron-Core's layer with its 1-based number (of the MTP depth in an MTP module)."""
+        self.layer_number = layer_number
+
+    def forward(self, x_sBH: torch.Tensor, padding_mask: torch.Tensor | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route each token.
+
+        Returns:
+            probs_TE: gates at the chosen experts, 0 elsewhere; fp32.
+            routing_map_TE: bool, the chosen experts.
+        """
+        assert padding_mask is None, "padded tokens are not supported"
+        config = self.config
+        length, batch = x_sBH.shape[:2]
+        wide = torch.promote_types(x_sBH.dtype, torch.float32)
+        logits_TE = torch.nn.functional.linear(x_sBH.flatten(0, 1).to(wide), self.weight.to(wide))
+        scores_TE = torch.sigmoid(logits_TE)
+        gates_TK, ids_TK = select_experts(
+            scores_TE, self.expert_bias.float(), top_k=config.moe_router_topk,
+            num_groups=config.moe_router_num_groups or 1, group_top_k=config.moe_router_group_topk or 1,
+            route_scale=config.moe_router_topk_scaling_factor or 1.0)
+        routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, ids_TK, True)
+        probs_TE = torch.zeros_like(scores_TE).scatter(1, ids_TK, gates_TK)
+        if self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                self.tokens_per_expert += torch.bincount(ids_TK.flatten(), minlength=config.num_moe_experts)
+            if self.balance_loss_coeff > 0:
+                loss = self._balance_loss(scores_TE.unflatten(0, (length, batch)))
+                # The run's loss is a sum over tokens; a sequence's loss counts once per token of it.
+                probs_TE = _AttachLoss.apply(probs_TE, loss * (length * self.tp_group.size()))
+                self.balance_loss_sum += loss.detach()
+        return probs_TE, routing_map_TE
+
+    def _balance_loss(self, scores_sBE: torch.Tensor) -> torch.Tensor:
+        """Sum over the micro-batch's sequences of alpha * sum_i f_i P_i; this rank's tokens' part of P.
+
+        f_i counts plain top-k of the unbiased affinities, without the group limit, and has no gradient.
+        Source: DeepSeek-V3 report, eq. 17-20.
+        """
+        config = self.config
+        total_length = scores_sBE.shape[0] * self.tp_group.size()
+        with torch.no_grad():
+            ids_sBK = scores_sBE.topk(config.moe_router_topk, dim=-1).indices
+            chosen_BE = torch.zeros_like(scores_sBE).scatter_(-1, ids_sBK, 1.0).sum(0)
+            if self.tp_group.size() > 1:
+                torch.distributed.all_reduce(chosen_BE, group=self.tp_group)
+            fraction_BE = chosen_BE * (config.num_moe_experts / (config.moe_router_topk * total_length))
+        probability_BE = (scores_sBE / (scores_sBE.sum(-1, keepdim=True) + 1e-20)).sum(0) / total_length
+        return self.balance_loss_coeff * (fraction_BE * probability_BE).sum()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Keep the bias and the sums in fp32 when the model is converted to bf16."""
+        bias, losses = self.expert_bias, self.balance_loss_sum
+        super()._apply(fn, recurse)
+        if self.expert_bias.dtype != torch.float32:
+            self.expert_bias = bias.to(self.expert_bias.device)
+            self.balance_loss_sum = losses.to(self.expert_bias.device)
+        return self

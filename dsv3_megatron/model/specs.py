@@ -1,0 +1,159 @@
+"""The tree of modules that a model is built from, with local or Transformer Engine parts.
+
+Both trees hold the same weights and save them under the same checkpoint keys, so that a checkpoint
+written with one loads with the other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from functools import partial
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_submodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from dsv3_megatron.model.attention import LocalMLASelfAttention, LocalMLASubmodules
+from dsv3_megatron.model.experts import GroupedExperts, LocalMLP, LocalSharedExperts
+from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
+from dsv3_megatron.model.norm import RMSNorm
+from dsv3_megatron.model.router import DeepSeekRouter
+from dsv3_megatron.parallel.layout import StageLayout
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_transformer_impl(requested: str) -> str:
+    """Turn "auto" into "transformer_engine" where it is installed and CUDA is there, else "local"; log it.
+
+    Raises:
+        ValueError: "transformer_engine" was asked for where it cannot run.
+    """
+    missing = [what for what, there in (("transformer_engine package", _is_installed("transformer_engine")),
+                                        ("CUDA device", torch.cuda.is_available())) if not there]
+    if requested == "transformer_engine" and missing:
+        raise ValueError(f"transformer_impl=transformer_engine needs what is not here: {' and '.join(missing)}; "
+                         "use transformer_impl=local, or auto to choose by what is there")
+    if requested != "auto":
+        return requested
+    chosen = "local" if missing else "transformer_engine"
+    logger.info("transformer_impl auto: %s%s", chosen, f" (no {' and no '.join(missing)})" if missing else "")
+    return chosen
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def residual_add(training: bool, fused: bool):
+    """Megatron-Core's place for bias, dropout and residual; this model has neither bias nor dropout."""
+
+    def add(output_with_bias, residual, dropout_probability):
+        output, bias = output_with_bias
+        assert bias is None and dropout_probability == 0.0
+        return residual + output
+
+    return add
+
+
+def layer_spec(config: MLATransformerConfig, *, is_moe: bool, transformer_impl: str,
+               balance_loss_coeff: float) -> ModuleSpec:
+    """One transformer layer: MLA, then experts or a dense FFN."""
+    if transformer_impl == "transformer_engine":
+        return _transformer_engine_layer(config, is_moe, balance_loss_coeff)
+    ffn = MLPSubmodules(linear_fc1=LocalColumnParallelLinear, linear_fc2=LocalRowParallelLinear)
+    if is_moe:
+        mlp = _moe(GroupedExperts, partial(_shared_experts, submodules=ffn), balance_loss_coeff)
+    else:
+        mlp = partial(LocalMLP.as_mlp_submodule, submodules=ffn)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(module=LocalMLASelfAttention, params={"attn_mask_type": AttnMaskType.causal},
+                                      submodules=LocalMLASubmodules()),
+            self_attn_bda=residual_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=residual_add,
+        ),
+    )
+
+
+def block_specs(
+    config: MLATransformerConfig, layout: StageLayout, *, transformer_impl: str, balance_loss_coeff: float
+) -> tuple[TransformerBlockSubmodules, ModuleSpec | None]:
+    """Specs of one stage's transformer layers, and of its MTP modules if it has any."""
+    def layer(is_moe: bool) -> ModuleSpec:
+        return layer_spec(config, is_moe=is_moe, transformer_impl=transformer_impl,
+                          balance_loss_coeff=balance_loss_coeff)
+
+    norm = _transformer_engine_norm() if transformer_impl == "transformer_engine" else RMSNorm
+    decoder = TransformerBlockSubmodules(
+        layer_specs=[layer(bool(config.moe_layer_freq[index])) for index in layout.layer_ids], layer_norm=norm)
+    if not layout.mtp_layer_ids:
+        return decoder, None
+    # An MTP module's block is like the main model's last layer.
+    module = ModuleSpec(
+        module=MultiTokenPredictionLayer,
+        submodules=MultiTokenPredictionLayerSubmodules(
+            enorm=norm, hnorm=norm, layer_norm=norm, eh_proj=_eh_proj(transformer_impl),
+            mtp_model_layer=layer(bool(config.moe_layer_freq[-1]))),
+    )
+    return decoder, ModuleSpec(module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(
+        layer_specs=[module for _ in layout.mtp_layer_ids]))
+
+
+def _shared_experts(*, config, pg_collection, gate, submodules, name=None):
+    return LocalSharedExperts(config=config, submodules=submodules, gate=gate, pg_collection=pg_collection, name=name)
+
+
+def _moe(experts, shared_experts, balance_loss_coeff: float):
+    return partial(MoELayer, submodules=MoESubmodules(
+        experts=experts, shared_experts=shared_experts,
+        router=partial(DeepSeekRouter, balance_loss_coeff=balance_loss_coeff)))
+
+
+def _transformer_engine_layer(config: MLATransformerConfig, is_moe: bool, balance_loss_coeff: float) -> ModuleSpec:
+    """Megatron-Core's Transformer Engine layer with this library's router and checkpoint keys."""
+    submodules = get_gpt_layer_with_transformer_engine_submodules(
+        num_experts=config.num_moe_experts if is_moe else None, moe_grouped_gemm=True, qk_layernorm=True,
+        multi_latent_attention=True)
+    keys = {
+        "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+        "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+    }
+    if is_moe:
+        moe = submodules.mlp.keywords["submodules"]
+        submodules.mlp = _moe(moe.experts, moe.shared_experts, balance_loss_coeff)
+    else:
+        keys["mlp.linear_fc1.layer_norm_"] = "pre_mlp_layernorm."
+    submodules.sharded_state_dict_keys_map = {**submodules.sharded_state_dict_keys_map, **keys}
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+
+def _transformer_engine_norm():
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def _eh_proj(transformer_impl: str) -> type:
+    if transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+        return TEColumnParallelLinear
+    return LocalColumnParallelLinear

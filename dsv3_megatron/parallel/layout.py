@@ -1,0 +1,153 @@
+"""Which pipeline stage holds which layers, the embedding, the MTP modules and the loss.
+
+Pure Python. Stages are numbered in the order a token meets them: stage s lives on pipeline rank
+s % PP as chunk s // PP, Megatron-Core's convention for interleaving.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.parallel import ParallelConfig
+
+_NOTATION = "E embedding, t transformer layer, m MTP module, L loss, | next stage; x*3 and (xy)*3 repeat"
+
+
+@dataclass(frozen=True)
+class StageLayout:
+    """What one pipeline stage holds.
+
+    Attributes:
+        stage: Position in the pipeline, from 0.
+        layer_ids: Global 0-based ids of its transformer layers, in order.
+        has_embedding: It turns token ids into hidden states.
+        mtp_layer_ids: 0-based depths of its MTP modules; they bring their own copy of the embedding
+            where has_embedding is False.
+        has_loss: It holds the final norm, the output head and the losses.
+    """
+
+    stage: int
+    layer_ids: tuple[int, ...]
+    has_embedding: bool
+    mtp_layer_ids: tuple[int, ...]
+    has_loss: bool
+
+
+def stage_layouts(model: ModelConfig, parallel: ParallelConfig) -> list[StageLayout]:
+    """Cut the model into `parallel.num_stages` stages, as asked for or balanced by compute.
+
+    Without an explicit layout the largest stage's forward FLOPs are made as small as possible, the
+    head and the MTP modules of the last stage counted; every stage gets at least one layer.
+
+    Raises:
+        ConfigError: the explicit layout cannot be read, or does not hold exactly the model.
+    """
+    if parallel.pipeline_model_parallel_layout is not None:
+        counts = _parse_layout(parallel.pipeline_model_parallel_layout, model, parallel)
+    else:
+        counts = _balanced_counts(model, parallel.num_stages)
+    layouts: list[StageLayout] = []
+    first = 0
+    last = len(counts) - 1
+    for stage, count in enumerate(counts):
+        layouts.append(StageLayout(
+            stage=stage,
+            layer_ids=tuple(range(first, first + count)),
+            has_embedding=stage == 0,
+            mtp_layer_ids=tuple(range(model.mtp_num_layers)) if stage == last else (),
+            has_loss=stage == last,
+        ))
+        first += count
+    return layouts
+
+
+def layout_string(layouts: list[StageLayout]) -> str:
+    """The same layout in Megatron-Core's notation, e.g. `Ett|tt|ttmL`."""
+    return "|".join(
+        "E" * layout.has_embedding + "t" * len(layout.layer_ids) + "m" * len(layout.mtp_layer_ids)
+        + "L" * layout.has_loss
+        for layout in layouts
+    )
+
+
+def _layer_costs(model: ModelConfig) -> tuple[list[int], int]:
+    """Multiply-adds per token of each layer, and of what follows the last one (head and MTP)."""
+    width, heads = model.hidden_size, model.num_attention_heads
+    queries = (width * heads * model.qk_head_dim if model.q_lora_rank is None
+               else model.q_lora_rank * (width + heads * model.qk_head_dim))
+    attention = (queries + width * (model.kv_lora_rank + model.qk_rope_head_dim)
+                 + model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
+                 + width * heads * model.v_head_dim)
+    dense = attention + 3 * width * model.ffn_hidden_size
+    experts = model.moe_router_topk + model.num_shared_experts
+    moe = attention + 3 * width * model.moe_ffn_hidden_size * experts + width * model.num_experts
+    head = width * model.vocab_size
+    tail = head + model.mtp_num_layers * (moe + 2 * width * width + head)
+    return [dense if i < model.num_dense_layers else moe for i in range(model.num_layers)], tail
+
+
+def _balanced_counts(model: ModelConfig, num_stages: int) -> list[int]:
+    """Layers per stage that minimise the costliest stage; ties leave later stages lighter."""
+    costs, tail = _layer_costs(model)
+    prefix = [0]
+    for cost in costs:
+        prefix.append(prefix[-1] + cost)
+    total = len(costs)
+    # best[i]: smallest possible maximum over the stages so far when they hold the first i layers
+    best: list[float] = [float("inf")] * (total + 1)
+    best[0] = 0
+    choices: list[list[int]] = []
+    for stage in range(num_stages):
+        extra = tail if stage == num_stages - 1 else 0
+        following: list[float] = [float("inf")] * (total + 1)
+        choice = [0] * (total + 1)
+        for end in range(stage + 1, total - (num_stages - stage - 1) + 1):
+            for start in range(stage, end):
+                worst = max(best[start], prefix[end] - prefix[start] + extra)
+                if worst < following[end]:
+                    following[end], choice[end] = worst, start
+        best = following
+        choices.append(choice)
+    counts: list[int] = []
+    end = total
+    for choice in reversed(choices):
+        counts.append(end - choice[end])
+        end = choice[end]
+    return counts[::-1]
+
+
+def _parse_layout(text: str, model: ModelConfig, parallel: ParallelConfig) -> list[int]:
+    """Layers per stage of an explicit layout."""
+    unrolled = text.replace(",", "").replace(" ", "")
+    for pattern in (r"\(([^()]+)\)\*(\d+)", r"([EtmL|])\*(\d+)"):
+        unrolled = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), unrolled)
+    name = f"pipeline_model_parallel_layout={text!r}"
+    wrong = sorted(set(unrolled) - set("EtmL|"))
+    if wrong:
+        raise ConfigError(f"{name} has {' '.join(wrong)}, which means nothing; the notation is: {_NOTATION}")
+    stages = unrolled.split("|")
+    if len(stages) != parallel.num_stages:
+        raise ConfigError(
+            f"{name} has {len(stages)} stages; pipeline_model_parallel_size="
+            f"{parallel.pipeline_model_parallel_size} x num_virtual_stages_per_pipeline_rank="
+            f"{parallel.num_virtual_stages_per_pipeline_rank} needs {parallel.num_stages}"
+        )
+    layers = unrolled.count("t")
+    if layers != model.num_layers:
+        raise ConfigError(f"{name} holds {layers} transformer layers (t); num_layers={model.num_layers}")
+    for stage, content in enumerate(stages):
+        if "t" not in content:
+            raise ConfigError(f"{name} leaves stage {stage} without a transformer layer (t); give it at least one")
+    expected_tail = "m" * model.mtp_num_layers + "L"
+    if not unrolled.startswith("E") or unrolled.count("E") != 1:
+        raise ConfigError(f"{name} must begin with the embedding (E) and have it once")
+    if not stages[-1].endswith(expected_tail) or unrolled.count("m") != model.mtp_num_layers \
+            or unrolled.count("L") != 1:
+        raise ConfigError(
+            f"{name} must end with {expected_tail!r}: all mtp_num_layers={model.mtp_num_layers} MTP modules (m) and "
+            "the loss (L) on the last stage, which holds the output head they share"
+        )
+    return [content.count("t") for content in stages]
