@@ -1,0 +1,317 @@
+"""Checkpoints as files: their names, how one appears all at once, and whether one fits a run. No torch.
+
+    DIR/latest_checkpointed_iteration.txt   the newest complete checkpoint (Megatron-LM's tracker)
+    DIR/iter_0000100/                       one checkpoint
+        checkpoint.json                     progress, the run's configuration, versions, the size of each file
+        metadata.json, .metadata, *.distcp  written by megatron.core.dist_checkpointing
+
+A checkpoint is written under another name, flushed to disk, and renamed; only then does the tracker
+follow. So a crash at any moment leaves the tracker on a complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.run import RunConfig
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MANIFEST = "checkpoint.json"
+FORMAT_VERSION = 1
+# Suffixes of what is not, or no longer, a checkpoint: being written, being removed, being replaced.
+_SAVING, _REMOVING, _REPLACED = ".saving", ".removing", ".replaced"
+# Architecture fields without weights that a later phase of a run may change: long-context extension, and
+# the initial weights, which a checkpoint replaces.
+_MAY_CHANGE = frozenset({
+    "max_position_embeddings", "rope_type", "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast",
+    "beta_slow", "mscale", "mscale_all_dim", "init_method_std"})
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be written or used; the message names it and the way out."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        iteration: Optimizer steps done.
+        consumed_samples: Sequences trained on.
+        consumed_tokens: Tokens trained on.
+    """
+
+    iteration: int
+    consumed_samples: int
+    consumed_tokens: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        path: Its folder.
+        progress: Progress of the run that wrote it.
+        run: That run's configuration, nested plain values.
+        versions: Of the library, torch and Megatron-Core that wrote it.
+        world_size: Processes that wrote it.
+        precision: "bf16" or "fp32", of the weights as trained.
+        files: Size in bytes of each of its other files, by name.
+    """
+
+    path: Path
+    progress: Progress
+    run: dict[str, Any]
+    versions: dict[str, str]
+    world_size: int
+    precision: str
+    files: dict[str, int]
+
+
+def iteration_path(directory: str | Path, iteration: int) -> Path:
+    """Folder of the checkpoint of `iteration`."""
+    return Path(directory) / f"iter_{iteration:07d}"
+
+
+def saved_iterations(directory: str | Path) -> list[int]:
+    """Iterations with a checkpoint in `directory`, in order; whether each is complete is not looked at."""
+    folder = Path(directory)
+    if not folder.is_dir():
+        return []
+    matches = (re.fullmatch(rf"iter_(\d{{7,}})({_REPLACED})?", entry.name) for entry in folder.iterdir())
+    return sorted({int(match.group(1)) for match in matches if match})
+
+
+def latest_iteration(directory: str | Path) -> int | None:
+    """The iteration that the tracker names; None where there is no tracker.
+
+    Raises:
+        CheckpointError: the tracker holds something else than a number.
+    """
+    tracker = Path(directory) / TRACKER
+    try:
+        text = tracker.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"load={directory}: {tracker} cannot be read: {error.strerror}") from error
+    if not text.isdecimal():
+        raise CheckpointError(f"{tracker} holds {text!r}; it must hold the iteration of a checkpoint"
+                              + _choices(directory, "write", "into it"))
+    return int(text)
+
+
+def read_manifest(directory: str | Path, iteration: int | None = None) -> Manifest:
+    """What the newest checkpoint in `directory`, or that of `iteration`, says of itself; its files' sizes are checked.
+
+    Raises:
+        CheckpointError: there is none, the tracker names a missing one, or it is incomplete; the message
+            names the newest complete one before it.
+    """
+    latest = latest_iteration(directory) if iteration is None else iteration
+    if latest is None:
+        raise CheckpointError(f"load={directory} has no checkpoint: no {TRACKER} in it"
+                              + _choices(directory, "to use one that is there, write", "into that file"))
+    path = _find(directory, latest)
+    if path is None:
+        named = f"names iteration {latest}" if iteration is None else f"is asked for iteration {latest}"
+        raise CheckpointError(f"load={directory}: {TRACKER} {named}, but {iteration_path(directory, latest)} is missing"
+                              + _choices(directory, "write", f"into {TRACKER}"))
+    try:
+        manifest = _parse_manifest(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(incomplete(directory, latest, f"{MANIFEST}: {error}")) from error
+    for name, size in manifest.files.items():
+        file = path / name
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            found = "is missing" if actual is None else f"has {actual} bytes"
+            raise CheckpointError(incomplete(directory, latest, f"{name} {found}, {size} were written"))
+    return manifest
+
+
+def incomplete(directory: str | Path, iteration: int, reason: str) -> str:
+    """Message for a checkpoint that cannot be used, with the newest complete one before it."""
+    return (f"checkpoint {iteration_path(directory, iteration)} is truncated or corrupt: {reason}"
+            + _choices(directory, "to go on from an earlier one, write", f"into {Path(directory) / TRACKER}",
+                       before=iteration))
+
+
+def check_architecture(directory: str | Path, run: RunConfig) -> Manifest:
+    """Check, before anything is allocated, that the newest checkpoint in `directory` is of this run's architecture.
+
+    Fields of a long-context extension may differ: they have no weights.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint, or it has another architecture; the message names
+            the fields and both values.
+    """
+    manifest = read_manifest(directory)
+    stored = manifest.run.get("model", {})
+    mine = dataclasses.asdict(run.model)
+    fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _MAY_CHANGE]
+    # A field that the writing version did not have yet meant what it means by default.
+    differing = [f"{name}={mine[name]!r} (checkpoint: {stored[name]!r})" for name in fields
+                 if name in stored and stored[name] != mine[name]]
+    differing += [f"{name}, which this version does not know (checkpoint: {stored[name]!r})" for name in stored
+                  if name not in mine]
+    if differing:
+        raise CheckpointError(
+            f"load={directory}: checkpoint {manifest.path.name} is of another architecture: {'; '.join(differing)}. "
+            f"Use the checkpoint's values (preset {manifest.run.get('preset')!r}; all of them are in "
+            f"{manifest.path / MANIFEST}), or another folder")
+    return manifest
+
+
+def check_save_directory(directory: str | Path) -> None:
+    """Create `directory` if need be, and find out now rather than at the first save whether it can be written to.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    folder = Path(directory)
+    probe = folder / f".writable.{os.uname().nodename}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"0")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"save={directory} cannot be written to: {error.strerror} ({error.filename}); "
+                              "choose a folder that this user may write to") from error
+
+
+# ---- writing: these run on one process; `store.py` has the others wait ----
+
+
+def begin_save(directory: str | Path, iteration: int) -> Path:
+    """Clear what crashed saves left, and make the empty folder to write the checkpoint of `iteration` into."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in sorted(folder.iterdir()):
+        if not re.match(r"iter_\d+\.", entry.name):
+            continue
+        if entry.name.endswith(_REPLACED) and not entry.with_suffix("").exists():
+            # A crash between the two renames of a replacement: this one is still the checkpoint.
+            os.rename(entry, entry.with_suffix(""))
+        elif entry.suffix in (_SAVING, _REMOVING, _REPLACED):
+            shutil.rmtree(entry)
+    target = _saving_path(directory, iteration)
+    target.mkdir()
+    return target
+
+
+def finish_save(directory: str | Path, progress: Progress, run: dict[str, Any], *, versions: dict[str, str],
+                world_size: int, precision: str) -> Path:
+    """Turn the folder that `begin_save` made, now filled, into the newest checkpoint.
+
+    Flush its files, write its manifest, rename it, then replace the tracker: in this order.
+    """
+    folder, written = Path(directory), _saving_path(directory, progress.iteration)
+    sizes = {}
+    for file in sorted(written.iterdir()):
+        _flush(file)
+        sizes[file.name] = file.stat().st_size
+    content = {
+        "format_version": FORMAT_VERSION, "progress": dataclasses.asdict(progress), "precision": precision,
+        "world_size": world_size, "versions": versions, "run": run, "files": sizes}
+    _write(written / MANIFEST, json.dumps(content, indent=2) + "\n")
+    _flush(written)
+    final = iteration_path(directory, progress.iteration)
+    if final.exists():
+        os.rename(final, final.with_name(final.name + _REPLACED))
+    os.rename(written, final)
+    _flush(folder)
+    partial = folder / (TRACKER + ".partial")
+    _write(partial, f"{progress.iteration}\n")
+    os.replace(partial, folder / TRACKER)
+    _flush(folder)
+    replaced = final.with_name(final.name + _REPLACED)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    return final
+
+
+def remove_old(directory: str | Path, newest: int, keep_last: int) -> list[int]:
+    """Remove all but the last `keep_last` checkpoints up to iteration `newest`, which always stays; 0 keeps all.
+
+    Checkpoints of later iterations, left by a run that was wound back, are not touched.
+
+    Returns:
+        The iterations removed.
+    """
+    if keep_last <= 0:
+        return []
+    removed = [iteration for iteration in saved_iterations(directory) if iteration <= newest][:-keep_last]
+    for iteration in removed:
+        path = iteration_path(directory, iteration)
+        leaving = path.with_name(path.name + _REMOVING)
+        os.rename(path, leaving)
+        shutil.rmtree(leaving)
+    return removed
+
+
+def _saving_path(directory: str | Path, iteration: int) -> Path:
+    path = iteration_path(directory, iteration)
+    return path.with_name(path.name + _SAVING)
+
+
+def _find(directory: str | Path, iteration: int) -> Path | None:
+    """Folder of a checkpoint, even if a crash stopped its replacement half-way."""
+    path = iteration_path(directory, iteration)
+    for candidate in (path, path.with_name(path.name + _REPLACED)):
+        if candidate.is_dir():
+            return candidate
+    return None
+
+
+def _parse_manifest(path: Path) -> Manifest:
+    content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    if content["format_version"] > FORMAT_VERSION:
+        raise ValueError(f"format_version={content['format_version']} is newer than this library's {FORMAT_VERSION}")
+    return Manifest(path, Progress(**content["progress"]), content["run"], content["versions"],
+                    content["world_size"], content["precision"], content["files"])
+
+
+def _is_complete(directory: str | Path, iteration: int) -> bool:
+    path = _find(directory, iteration)
+    if path is None:
+        return False
+    try:
+        files = _parse_manifest(path).files
+        return all((path / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _choices(directory: str | Path, verb: str, where: str, before: int | None = None) -> str:
+    """The way out as the end of a message: the newest complete checkpoint, if there is one."""
+    for iteration in reversed(saved_iterations(directory)):
+        if (before is None or iteration < before) and _is_complete(directory, iteration):
+            return f"; {verb} {iteration} {where} (the newest complete checkpoint there)"
+    return "; there is no other complete checkpoint there" if before is not None else ""
+
+
+def _write(file: Path, text: str) -> None:
+    with open(file, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _flush(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,288 @@
+"""How many parameters a model has, where they sit, and how many bytes of them each rank holds.
+
+Arithmetic on a ModelConfig alone: no torch, nothing allocated, so that `--print-model` answers at once
+for any size. The counts are exact and are what the tests compare built models with.
+
+Usage:
+    table = count_parameters(model)                       # table.main_total, table.main_active, table.mtp_total
+    ranks = rank_memory(run_config, world_size, stages)   # one RankMemory per pipeline rank
+
+Source of the definitions: DeepSeek-V3 report, sections 2.1, 2.2 and 4.2. Its 671B and 37B are
+`main_total` and `main_active` of dsv3-671b. The routing bias is no parameter: it is not trained by a
+gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from dsv3_megatron.parallel.layout import StageLayout
+
+# How the parameters of a component are spread over the ranks of one pipeline stage.
+REPLICATED = "replicated"  # every tensor-parallel rank holds all of it
+TENSOR = "tensor"  # split over the tensor-parallel ranks
+EXPERT = "expert"  # split over the expert-parallel and expert-tensor-parallel ranks
+
+
+@dataclass(frozen=True)
+class Component:
+    """Equal weights that occur `num_units` times, of which a token passes through `num_active_units`."""
+
+    part: str
+    name: str
+    parameters_per_unit: int
+    num_units: int
+    num_active_units: int
+    sharding: str
+
+    @property
+    def total(self) -> int:
+        """Parameters of all units."""
+        return self.parameters_per_unit * self.num_units
+
+    @property
+    def active(self) -> int:
+        """Parameters of the units that one token passes through."""
+        return self.parameters_per_unit * self.num_active_units
+
+
+@dataclass(frozen=True)
+class ParameterTable:
+    """Components of the main model and of the MTP modules; the latter without shared embedding and head."""
+
+    main: tuple[Component, ...]
+    mtp: tuple[Component, ...]
+
+    @property
+    def main_total(self) -> int:
+        """Parameters of the main model, embedding and head included."""
+        return _total(self.main)
+
+    @property
+    def main_active(self) -> int:
+        """Parameters of the main model that one token activates, embedding table and head included."""
+        return _active(self.main)
+
+    @property
+    def main_active_without_embedding(self) -> int:
+        """The same without the embedding table, a look-up: what the FLOP count multiplies by 6."""
+        return sum(c.active for c in self.main if c.part != "embedding")
+
+    @property
+    def mtp_total(self) -> int:
+        """Parameters of the MTP modules alone: embedding and head are the main model's."""
+        return _total(self.mtp)
+
+    @property
+    def mtp_active(self) -> int:
+        """Those of them that one token activates."""
+        return _active(self.mtp)
+
+    @property
+    def total(self) -> int:
+        """Every distinct parameter that is trained."""
+        return self.main_total + self.mtp_total
+
+    def parts(self) -> dict[str, int]:
+        """Total parameters of the main model by part, in the order of the forward pass."""
+        sums: dict[str, int] = {}
+        for component in self.main:
+            sums[component.part] = sums.get(component.part, 0) + component.total
+        return sums
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What one rank of a pipeline rank holds between steps; activations and buffers' padding not counted.
+
+    `dense_parameters` are those replicated over the data-parallel ranks, `expert_parameters` the routed
+    experts, replicated over the expert-data-parallel ranks.
+    """
+
+    pipeline_rank: int
+    stages: tuple[int, ...]
+    layer_ids: tuple[int, ...]
+    dense_parameters: int
+    expert_parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Parameters in this rank's shard of the model."""
+        return self.dense_parameters + self.expert_parameters
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, main gradients and optimizer states."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+def _total(components: Iterable[Component]) -> int:
+    return sum(component.total for component in components)
+
+
+def _active(components: Iterable[Component]) -> int:
+    return sum(component.active for component in components)
+
+
+def _attention(model: ModelConfig, num_layers: int) -> list[Component]:
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    query_width = heads * model.qk_head_dim
+    latent_width = model.kv_lora_rank + model.qk_rope_head_dim
+    if model.q_lora_rank is None:
+        weights = [("q_proj", hidden * query_width, TENSOR)]
+    else:
+        weights = [("q_a_proj", hidden * model.q_lora_rank, REPLICATED),
+                   ("q_b_proj", model.q_lora_rank * query_width, TENSOR)]
+    weights += [
+        ("kv_a_proj", hidden * latent_width, REPLICATED),
+        ("kv_b_proj", model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim), TENSOR),
+        ("o_proj", heads * model.v_head_dim * hidden, TENSOR),
+    ]
+    return [Component("attention", name, size, num_layers, num_layers, where) for name, size, where in weights]
+
+
+def _norm_width(model: ModelConfig) -> int:
+    """RMSNorm weights in one layer: before attention, before the FFN, on the query and key/value latents."""
+    return 2 * model.hidden_size + (model.q_lora_rank or 0) + model.kv_lora_rank
+
+
+def _blocks(model: ModelConfig, num_dense: int, num_moe: int) -> list[Component]:
+    """Components of `num_dense` dense and `num_moe` MoE transformer layers."""
+    layers, hidden = num_dense + num_moe, model.hidden_size
+    expert = 3 * hidden * model.moe_ffn_hidden_size
+    shared = num_moe * model.num_shared_experts
+    return [
+        *_attention(model, layers),
+        Component("dense_ffn", "dense_ffn", 3 * hidden * model.ffn_hidden_size, num_dense, num_dense, TENSOR),
+        Component("router", "router", model.num_experts * hidden, num_moe, num_moe, REPLICATED),
+        Component("routed_experts", "routed_experts", expert, num_moe * model.num_experts,
+                  num_moe * model.moe_router_topk, EXPERT),
+        Component("shared_experts", "shared_experts", expert, shared, shared, TENSOR),
+        Component("norms", "layer_norms", _norm_width(model), layers, layers, REPLICATED),
+    ]
+
+
+def _embedding(model: ModelConfig) -> Component:
+    return Component("embedding", "embedding", model.vocab_size * model.hidden_size, 1, 1, TENSOR)
+
+
+def _head(model: ModelConfig) -> Component:
+    return Component("head", "head", model.vocab_size * model.hidden_size, 1, 1, TENSOR)
+
+
+def _final_norm(model: ModelConfig) -> Component:
+    return Component("final_norm", "final_norm", model.hidden_size, 1, 1, REPLICATED)
+
+
+def _mtp(model: ModelConfig, depth: int) -> list[Component]:
+    """`depth` MTP modules: two input norms, M_k of eq. 21, one layer like the last, the norm before the shared head."""
+    hidden, num_moe = model.hidden_size, depth if model.num_moe_layers else 0
+    return [
+        Component("mtp", "input_norms", 2 * hidden, depth, depth, REPLICATED),
+        Component("mtp", "eh_proj", 2 * hidden * hidden, depth, depth, TENSOR),
+        *_blocks(model, depth - num_moe, num_moe),
+        Component("mtp", "final_norm", hidden, depth, depth, REPLICATED),
+    ]
+
+
+def _present(components: Iterable[Component]) -> tuple[Component, ...]:
+    return tuple(component for component in components if component.total)
+
+
+def count_parameters(model: ModelConfig) -> ParameterTable:
+    """Exact parameter counts by component.
+
+    Args:
+        model: Any architecture; head and embedding are untied.
+
+    Returns:
+        Components in the order of the forward pass; those a model does not have are left out.
+
+    Source: DeepSeek-V3 report, sections 2.1.1 (eq. 1-11), 2.1.2, 2.2 and 4.2.
+    """
+    main = [_embedding(model), *_blocks(model, model.num_dense_layers, model.num_moe_layers), _final_norm(model),
+            _head(model)]
+    return ParameterTable(_present(main), _present(_mtp(model, model.mtp_num_layers)))
+
+
+def stage_components(model: ModelConfig, stage: StageLayout) -> tuple[Component, ...]:
+    """What one pipeline stage holds, copies of shared weights included.
+
+    A stage with MTP needs the embedding and the head. Where it is not the stage that owns them, it holds
+    a copy whose gradient is summed with the owner's. The final norm is with the last decoder layer when
+    there is MTP (whose input is its output), otherwise with the loss, as in Megatron-Core.
+    """
+    num_dense = sum(layer < model.num_dense_layers for layer in stage.layer_ids)
+    has_mtp = bool(stage.mtp_layer_ids)
+    norm_here = (model.num_layers - 1) in stage.layer_ids if model.mtp_num_layers else stage.has_loss
+    components = _blocks(model, num_dense, len(stage.layer_ids) - num_dense) + _mtp(model, len(stage.mtp_layer_ids))
+    if stage.has_embedding or has_mtp:
+        components.insert(0, _embedding(model))
+    if norm_here:
+        components.append(_final_norm(model))
+    if stage.has_loss or has_mtp:
+        components.append(_head(model))
+    return _present(components)
+
+
+def weight_bytes_per_parameter(precision: str) -> int:
+    """Bytes of one weight; `auto` counts as bf16, what it resolves to on a GPU."""
+    return 4 if precision == "fp32" else 2
+
+
+def optimizer_bytes_per_parameter(precision: str) -> int:
+    """Bytes of AdamW state per parameter: two fp32 moments, and an fp32 master weight beside bf16 weights.
+
+    In fp32 the weight is its own master: Megatron-Core keeps a view of it, not a copy.
+    """
+    return 8 if precision == "fp32" else 12
+
+
+def rank_memory(run: RunConfig, world_size: int, stages: Sequence[StageLayout]) -> list[RankMemory]:
+    """Bytes that one rank of each pipeline rank holds for weights, main gradients and optimizer states.
+
+    Args:
+        run: Model, degrees of parallelism and precision.
+        world_size: Number of processes; a multiple of what the layout needs.
+        stages: `parallel.layout.stage_layouts(model, parallel)`; stage s is on pipeline rank s % PP.
+
+    Returns:
+        One entry per pipeline rank; all its tensor-, expert- and data-parallel ranks hold as much.
+
+    Weights follow the Transformer Engine layers' split: the low-rank down-projections, router and norms
+    are whole on every tensor-parallel rank. Main gradients are fp32 and whole on every rank; optimizer
+    states are split over the data-parallel ranks (experts': the expert-data-parallel ranks), ZeRO-1.
+    """
+    model, parallel, precision = run.model, run.parallel, run.training.precision
+    tp = parallel.tensor_model_parallel_size
+    expert_shards = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    data_parallel = parallel.data_parallel_size(world_size)
+    expert_data_parallel = parallel.expert_data_parallel_size(world_size)
+    ranks = []
+    for rank in range(parallel.pipeline_model_parallel_size):
+        held = [stage for stage in stages if stage.stage % parallel.pipeline_model_parallel_size == rank]
+        components = [component for stage in held for component in stage_components(model, stage)]
+        dense = (sum(c.total for c in components if c.sharding == REPLICATED)
+                 + sum(c.total for c in components if c.sharding == TENSOR) // tp)
+        expert = sum(c.total for c in components if c.sharding == EXPERT) // expert_shards
+        owned = -(-dense // data_parallel) + -(-expert // expert_data_parallel)
+        ranks.append(RankMemory(
+            pipeline_rank=rank,
+            stages=tuple(stage.stage for stage in held),
+            layer_ids=tuple(layer for stage in held for layer in stage.layer_ids),
+            dense_parameters=dense,
+            expert_parameters=expert,
+            weight_bytes=(dense + expert) * weight_bytes_per_parameter(precision),
+            gradient_bytes=(dense + expert) * 4,
+            optimizer_bytes=owned * optimizer_bytes_per_parameter(precision),
+        ))
+    return ranks

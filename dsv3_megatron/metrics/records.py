@@ -1,0 +1,164 @@
+"""What a training step reports, and the file of reports (`metrics.jsonl`) that plots and summaries read.
+
+One JSON object per line, strict JSON: {"kind": "step", "iteration": 1, "lm_loss": ..., ...} for each
+step and {"kind": "validation", ...} for each validation. A value that is no finite number (a diverged
+loss) is null, and its name is in the line's "nonfinite" list. Pure Python.
+
+Usage:
+    report = StepReport(iteration=1, ...)                 # the trainer fills one per step
+    records = read_records(run_dir / "tensorboard" / "metrics.jsonl")
+    records.column("lm_loss")                             # [(iteration, loss), ...]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.json"
+ENVIRONMENT_FILE = "environment.json"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did; all values are over all replicas.
+
+    Attributes:
+        iteration: Optimizer steps taken so far, this one included: the first is 1.
+        consumed_samples: Sequences trained on so far, this step's included.
+        consumed_tokens: The same in tokens.
+        lm_loss: Next-token cross-entropy in nats per token, mean over the step's tokens.
+        mtp_losses: One per MTP depth, in nats per token, not scaled by lambda; empty without MTP.
+        balance_loss: Sequence-wise balance loss before alpha, mean over the MoE layers (as Megatron-LM logs it),
+            or None.
+        grad_norm: Global L2 norm of the gradient before clipping.
+        learning_rate: Used in this step.
+        batch_size: Sequences of this step.
+        step_time_s: Wall-clock seconds of this step.
+        expert_load: Layer id (0-based over the main model, MTP depth k is num_layers + k) -> tokens
+            routed to each expert in this step.
+        skipped: The update was left out (a gradient that is not finite).
+    """
+
+    iteration: int
+    consumed_samples: int
+    consumed_tokens: int
+    lm_loss: float
+    mtp_losses: tuple[float, ...]
+    balance_loss: float | None
+    grad_norm: float
+    learning_rate: float
+    batch_size: int
+    step_time_s: float
+    expert_load: Mapping[int, list[int]] = field(default_factory=dict)
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Records:
+    """The lines of a metrics file by kind, in order."""
+
+    steps: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+
+    def column(self, name: str) -> list[tuple[int, float]]:
+        """(iteration, value) of every step that has a finite value under `name`."""
+        return [(r["iteration"], r[name]) for r in self.steps if r.get(name) is not None]
+
+    def validation_column(self, name: str) -> list[tuple[int, float]]:
+        """(iteration, value) of every validation that has a finite value under `name`."""
+        return [(r["iteration"], r[name]) for r in self.validations if r.get(name) is not None]
+
+
+def to_line(record: Mapping[str, Any]) -> str:
+    """One record as a line of strict JSON, newline included; floats keep every bit."""
+    nonfinite: list[str] = []
+
+    def plain(value: Any, name: str) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item, f"{name}.{key}" if name else str(key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item, f"{name}.{i}") for i, item in enumerate(value)]
+        if isinstance(value, float):
+            if math.isfinite(value):
+                return value
+            nonfinite.append(name)
+            return None
+        return value
+
+    converted = plain(record, "")
+    if nonfinite:
+        converted["nonfinite"] = nonfinite
+    return json.dumps(converted, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, record) of each complete line; a last line without newline is one that a crash cut short.
+
+    Raises:
+        ValueError: a complete line is not a record; gives file, line number and byte offset.
+    """
+    offset = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(raw)
+                record["kind"], record["iteration"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}:{number} (byte {offset}) is not a metrics record: {error}; delete that line to go on"
+                ) from error
+            yield raw.decode(), record
+            offset += len(raw)
+
+
+def read_records(path: str | os.PathLike[str]) -> Records:
+    """Read a metrics file, also while a run is still writing it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a complete line is not a record.
+    """
+    steps: list[dict[str, Any]] = []
+    validations: list[dict[str, Any]] = []
+    for _, record in _whole_lines(Path(path)):
+        (steps if record["kind"] == "step" else validations).append(record)
+    return Records(steps, validations)
+
+
+def truncate_records(path: str | os.PathLike[str], last_iteration: int) -> tuple[Records, int]:
+    """Drop what lies beyond `last_iteration`: the steps a resumed run takes again.
+
+    Replaces the file in one move, so that a crash leaves either the old or the new one.
+
+    Returns:
+        The records kept, and how many lines were dropped (a line cut short by a crash included).
+
+    Raises:
+        ValueError: a complete line is not a record.
+    """
+    path = Path(path)
+    if not path.exists():
+        return Records([], []), 0
+    with path.open("rb") as file:
+        num_lines = sum(1 for _ in file)
+    steps: list[dict[str, Any]] = []
+    validations: list[dict[str, Any]] = []
+    shortened = path.with_name(path.name + ".tmp")
+    with shortened.open("w", encoding="utf-8") as file:
+        for line, record in _whole_lines(path):
+            if record["iteration"] <= last_iteration:
+                file.write(line)
+                (steps if record["kind"] == "step" else validations).append(record)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(shortened, path)
+    return Records(steps, validations), num_lines - len(steps) - len(validations)

@@ -1,0 +1,192 @@
+"""Writes what a run measures: TensorBoard scalars, `metrics.jsonl` and `config.json`, all in one folder.
+
+Scalars have Megatron-LM's names where it has them (`lm loss`, `mtp_1 loss`, `seq_load_balancing_loss`,
+`grad-norm`, `learning-rate`, `batch-size`, `iteration-time`, `throughput` in TFLOP/s per device, `lm loss
+validation`), so that its dashboards read them; ours are `tokens-per-second`, `model-flops-per-second`, `mfu`,
+`consumed-tokens`, `skipped-iterations` and `expert-load/...`. TensorBoard gets every log_interval-th step,
+`metrics.jsonl` every step.
+
+Usage (every process makes one; only the enabled one touches the disk):
+    writer = MetricsWriter(directory, speed, log_interval=10, resumed_iteration=0, enabled=rank == 0)
+    writer.write_config(run_config.as_dict())
+    writer.write_step(report)
+    writer.write_validation(iteration, lm_loss)
+    writer.close()
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from dsv3_megatron.metrics.balance import least_load, max_violation
+from dsv3_megatron.metrics.flops import RunSpeed
+from dsv3_megatron.metrics.records import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    METRICS_FILE,
+    StepReport,
+    to_line,
+    truncate_records,
+)
+
+__all__ = ["MetricsWriter", "StepReport", "step_scalars"]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def step_scalars(report: StepReport, speed: RunSpeed) -> dict[str, float]:
+    """TensorBoard scalars of one step, by name."""
+    rates = speed.rates(report.batch_size, report.step_time_s)
+    scalars: dict[str, float] = {"lm loss": report.lm_loss}
+    scalars |= {f"mtp_{depth} loss": loss for depth, loss in enumerate(report.mtp_losses, start=1)}
+    if report.balance_loss is not None:
+        scalars["seq_load_balancing_loss"] = report.balance_loss
+    scalars |= {
+        "grad-norm": report.grad_norm,
+        "learning-rate": report.learning_rate,
+        "batch-size": report.batch_size,
+        "iteration-time": report.step_time_s,
+        "throughput": rates.tflops_per_device,
+        "tokens-per-second": rates.tokens_per_second,
+        "model-flops-per-second": rates.model_flops_per_second,
+        "consumed-tokens": report.consumed_tokens,
+        "consumed-samples": report.consumed_samples,
+    }
+    if rates.mfu is not None:
+        scalars["mfu"] = rates.mfu
+    violations = []
+    for layer, counts in report.expert_load.items():
+        violations.append(max_violation(counts))
+        scalars[f"expert-load/layer-{layer}/max-violation"] = violations[-1]
+        scalars[f"expert-load/layer-{layer}/least-load"] = least_load(counts)
+    if violations:
+        scalars["expert-load/max-violation"] = sum(violations) / len(violations)
+    return scalars
+
+
+def step_record(report: StepReport, speed: RunSpeed) -> dict[str, Any]:
+    """One step as a line of metrics.jsonl; expert loads as their max-violation, by layer and averaged."""
+    rates = speed.rates(report.batch_size, report.step_time_s)
+    violations = {layer: max_violation(counts) for layer, counts in report.expert_load.items()}
+    return {
+        "kind": "step",
+        "iteration": report.iteration,
+        "consumed_samples": report.consumed_samples,
+        "consumed_tokens": report.consumed_tokens,
+        "lm_loss": report.lm_loss,
+        "mtp_losses": report.mtp_losses,
+        "balance_loss": report.balance_loss,
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        "batch_size": report.batch_size,
+        "step_time_s": report.step_time_s,
+        "tokens_per_second": rates.tokens_per_second,
+        "model_flops_per_second": rates.model_flops_per_second,
+        "mfu": rates.mfu,
+        "max_violation": sum(violations.values()) / len(violations) if violations else None,
+        "layer_max_violation": {layer: round(violation, 4) for layer, violation in violations.items()},
+        "skipped": report.skipped,
+    }
+
+
+class MetricsWriter:
+    """The one writer of a run's metrics folder. Where not enabled, every method does nothing.
+
+    Args:
+        directory: Folder for event files, metrics.jsonl and config.json; created.
+        speed: Turns step times into rates.
+        log_interval: Steps between TensorBoard points.
+        resumed_iteration: Last step of the checkpoint the run starts from, 0 for a new run. What an earlier
+            run logged beyond it is dropped: those steps are taken again.
+        enabled: True on exactly one process.
+
+    Raises:
+        ValueError: metrics.jsonl in the folder cannot be read.
+        ModuleNotFoundError: tensorboard is not installed.
+    """
+
+    def __init__(self, directory: str | Path, speed: RunSpeed, *, log_interval: int = 1, resumed_iteration: int = 0,
+                 enabled: bool = True) -> None:
+        self.directory = Path(directory)
+        self.enabled = enabled
+        self._speed = speed
+        self._log_interval = log_interval
+        self._num_skipped = 0
+        self._events: Any = None
+        self._file: IO[str] | None = None
+        if not enabled:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / METRICS_FILE
+        kept, num_dropped = truncate_records(path, resumed_iteration)
+        if num_dropped:
+            _LOGGER.info("%s: dropped %d lines beyond iteration %d", path, num_dropped, resumed_iteration)
+        self._num_skipped = sum(bool(record.get("skipped")) for record in kept.steps)
+        self._file = path.open("a", encoding="utf-8")
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one process needs it
+
+        self._events = SummaryWriter(str(self.directory), purge_step=resumed_iteration + 1, max_queue=1000)
+
+    def write_config(self, config: Mapping[str, Any], *, environment: Mapping[str, Any] | None = None) -> None:
+        """Write the resolved configuration: config.json, and as text in TensorBoard.
+
+        Args:
+            config: `RunConfig.as_dict()`, and nothing else: the file is read back by `--config`.
+            environment: What the run found rather than was told (device, world size, precision that `auto` became);
+                goes to environment.json.
+        """
+        if not self.enabled:
+            return
+        for name, file, values in (("config", CONFIG_FILE, config), ("environment", ENVIRONMENT_FILE, environment)):
+            if values is not None:
+                text = json.dumps(values, indent=2)
+                (self.directory / file).write_text(text + "\n", encoding="utf-8")
+                self._events.add_text(name, "```json\n" + text + "\n```", 0)
+
+    def write_step(self, report: StepReport) -> None:
+        """Append the step to metrics.jsonl, and its scalars to TensorBoard if it is a log_interval-th one."""
+        if not self.enabled:
+            return
+        self._num_skipped += report.skipped
+        self._append(step_record(report, self._speed))
+        if report.iteration % self._log_interval == 0 or report.iteration == 1:
+            for name, value in step_scalars(report, self._speed).items():
+                self._events.add_scalar(name, value, report.iteration)
+            self._events.add_scalar("skipped-iterations", self._num_skipped, report.iteration)
+
+    def write_validation(self, iteration: int, lm_loss: float, *, mtp_losses: Sequence[float] = (),
+                         num_sequences: int | None = None) -> None:
+        """Log a validation after `iteration` steps.
+
+        Args:
+            iteration: Steps taken.
+            lm_loss: Nats per token, mean over the validated tokens.
+            mtp_losses: One per MTP depth, nats per token.
+            num_sequences: Sequences it was measured on; the summary evaluates its baselines on as many.
+        """
+        if not self.enabled:
+            return
+        self._append({"kind": "validation", "iteration": iteration, "lm_loss": lm_loss, "mtp_losses": list(mtp_losses),
+                      "num_sequences": num_sequences})
+        self._events.add_scalar("lm loss validation", lm_loss, iteration)
+        self._events.add_scalar("lm loss validation ppl", math.exp(min(20.0, lm_loss)), iteration)
+        for depth, loss in enumerate(mtp_losses, start=1):
+            self._events.add_scalar(f"mtp_{depth} loss validation", loss, iteration)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Write what is buffered and release the files; may be called twice."""
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
+            self._file = None
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        assert self._file is not None, "write after close"
+        self._file.write(to_line(record))
+        self._file.flush()

@@ -1,0 +1,65 @@
+"""Auxiliary-loss-free balancing: one update of every router's bias per optimizer step.
+
+Source: DeepSeek-V3 report, section 2.1.2; Loss-Free Balancing, arXiv 2408.15664.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from dsv3_megatron.model.router import DeepSeekRouter
+
+
+def routers(chunks: Iterable[torch.nn.Module], num_layers: int) -> Iterator[tuple[int, DeepSeekRouter]]:
+    """This rank's routers with their row in the load table: the layer's global 0-based id, MTP depths after them."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, DeepSeekRouter):
+                assert module.layer_number is not None
+                yield module.layer_number - 1 + (num_layers if module.is_mtp_layer else 0), module
+
+
+def collect_expert_loads(
+    chunks: Iterable[torch.nn.Module], *, num_layers: int, num_mtp_layers: int, num_experts: int,
+    device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens each expert got, and balance losses, since the last call, over all ranks; resets the counters.
+
+    Each token is counted once: ranks of a tensor-parallel group route different parts of the sequence, and
+    each layer lives on one pipeline stage.
+
+    Returns:
+        loads_LE: int64 [num_layers + num_mtp_layers, E]; rows of dense layers are zero.
+        balance_losses_L: fp64 [num_layers + num_mtp_layers], summed over sequences.
+    """
+    loads_LE = torch.zeros(num_layers + num_mtp_layers, num_experts, dtype=torch.int64, device=device)
+    losses_L = torch.zeros(num_layers + num_mtp_layers, dtype=torch.float64, device=device)
+    for row, router in routers(chunks, num_layers):
+        loads_LE[row] = router.tokens_per_expert
+        losses_L[row] = router.balance_loss_sum
+        router.tokens_per_expert.zero_()
+        router.balance_loss_sum.zero_()
+    torch.distributed.all_reduce(loads_LE)
+    torch.distributed.all_reduce(losses_L)
+    return loads_LE, losses_L
+
+
+def update_router_biases(
+    chunks: Iterable[torch.nn.Module], loads_LE: torch.Tensor, *, num_layers: int, update_rate: float
+) -> None:
+    """b_i += rate * sign(mean load - load_i) for every router of this rank; exact, in integers.
+
+    Args:
+        chunks: This rank's stages.
+        loads_LE: int64, from `collect_expert_loads`.
+        num_layers: Of the main model.
+        update_rate: gamma.
+    """
+    with torch.no_grad():
+        for row, router in routers(chunks, num_layers):
+            load_E = loads_LE[row]
+            # sign(mean - load) without a division: E * load against the total.
+            direction_E = torch.sign(load_E.sum() - load_E * load_E.numel())
+            router.expert_bias += update_rate * direction_E.to(router.expert_bias.dtype)

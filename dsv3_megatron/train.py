@@ -1,0 +1,110 @@
+"""Entry point of a training process: `python -m dsv3_megatron.train`, one per device, under torchrun.
+
+What can be answered without torch (--help, --print-model, a wrong setting) is answered before it is
+imported. A wrong setting is printed once, not once per process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.load import Command, parse_command
+
+EXIT_CONFIG = 2
+# Ranks that fail because another one did wait this long, so that the first error is printed first.
+_SECONDS_AFTER_LOST_PEER = 5.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one process of a training run.
+
+    Returns:
+        Exit code: 0 done, 2 a setting or an input is wrong; any other error raises.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        command = parse_command(sys.argv[1:] if arguments is None else arguments)
+        if command.print_model:
+            print(_model_table(command))
+            return 0
+        world_size = command.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        command.run.validate(world_size)
+        _check_inputs(command)
+    except ValueError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    if command.check_only:
+        return 0
+    return _train(command, rank)
+
+
+def _model_table(command: Command) -> str:
+    from dsv3_megatron.metrics.model_table import model_table
+    from dsv3_megatron.parallel.layout import stage_layouts
+
+    run = command.run
+    run.validate(command.world_size)
+    return model_table(run, command.world_size, stage_layouts(run.model, run.parallel), as_json=command.as_json)
+
+
+def _check_inputs(command: Command) -> None:
+    """Data, tokenizer, layout and checkpoint fit the run; nothing is allocated for the answer."""
+    from dsv3_megatron.checkpoint.layout import check_architecture, check_save_directory
+    from dsv3_megatron.data.blend import check_data, parse_blend
+    from dsv3_megatron.data.tokenizer import fingerprint
+    from dsv3_megatron.parallel.layout import stage_layouts
+
+    run = command.run
+    stage_layouts(run.model, run.parallel)
+    if not run.data.data_path:
+        raise ConfigError("data_path is not set: give the training data's PREFIX (of PREFIX.bin and PREFIX.idx, made by "
+                          "tools/preprocess_data.py), as in --data-path PREFIX")
+    prefixes = [prefix for field in ("data_path", "valid_data_path") if getattr(run.data, field)
+                for prefix in parse_blend(getattr(run.data, field), field).prefixes]
+    tokenizer = fingerprint(run.data.tokenizer_model) if run.data.tokenizer_model else None
+    check_data(prefixes, vocab_size=run.model.vocab_size, tokenizer_fingerprint=tokenizer)
+    if run.checkpoint.load:
+        check_architecture(run.checkpoint.load, run)
+    if run.checkpoint.save:
+        check_save_directory(run.checkpoint.save)
+
+
+def _train(command: Command, rank: int) -> int:
+    from dsv3_megatron.ops.host_memory import keep_freed_memory
+    from dsv3_megatron.platform import prepare
+
+    device = prepare()  # before anything imports Megatron-Core
+    if not device.is_cuda:
+        keep_freed_memory()
+    from dsv3_megatron.trainer import Trainer
+
+    try:
+        return Trainer(command.run).train()
+    except ConfigError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except Exception as error:
+        if _is_lost_peer(error):
+            time.sleep(_SECONDS_AFTER_LOST_PEER)
+            print(f"rank {rank}: stopped because another rank did ({type(error).__name__})", file=sys.stderr)
+            os._exit(1)
+        print(f"rank {rank}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because the process at its other end is gone."""
+    text = str(error).lower()
+    return any(sign in text for sign in ("connection closed by peer", "connection reset by peer", "broken pipe",
+                                         "socket closed", "nccl remote error", "connection refused"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

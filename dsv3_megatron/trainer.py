@@ -1,0 +1,295 @@
+"""The training loop, and the one place where every stage of a run meets.
+
+A step is: micro-batches through Megatron-Core's pipeline schedule, gradients reduced and divided by the
+number of tokens, one optimizer step, one update of the routers' biases. The loss of a step is the mean
+over its tokens: main loss + lambda / D * sum of the MTP losses (each summed over the positions that have
+a target and divided by all positions, as in the report) + the balance losses, mean over sequences.
+
+Shapes: B micro-batch, S sequence, L layers with MTP modules, E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+
+from dsv3_megatron.checkpoint.layout import Progress as Position
+from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.data.batches import Batch, BatchIterator
+from dsv3_megatron.data.datasets import build_datasets, dataset_config
+from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
+from dsv3_megatron.metrics.progress import Progress
+from dsv3_megatron.metrics.records import StepReport
+from dsv3_megatron.metrics.writer import MetricsWriter
+from dsv3_megatron.model.build import build_stages, wrap_stages
+from dsv3_megatron.model.language_model import TokenLosses
+from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
+from dsv3_megatron.optim.lr import learning_rate
+from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
+from dsv3_megatron.parallel.groups import create_groups, destroy_groups, start_process_group
+from dsv3_megatron.platform import prepare, resolve_precision
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Mean losses of a step or a validation over all ranks, nats per token."""
+
+    main: float
+    mtp: tuple[float, ...]
+
+
+class Trainer:
+    """One process's share of a training run.
+
+    Args:
+        run: A run validated against the number of processes (torchrun's WORLD_SIZE, 1 without it).
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.device = prepare()
+        start_process_group(self.device)
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        _configure_logging(self.rank)
+        self.precision = resolve_precision(run.training.precision, self.device)
+        self.groups = create_groups(run.parallel, run.training.seed)
+        stages, self.mcore_config = build_stages(run, self.groups, precision=self.precision)
+        self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
+        self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
+        self.mcore_config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=self.groups)
+        self.forward_backward = get_forward_backward_func(
+            pp_size=run.parallel.pipeline_model_parallel_size,
+            vp_size=self.mcore_config.virtual_pipeline_model_parallel_size)
+        self.iteration = self.consumed_samples = 0
+        if run.checkpoint.load:
+            position = load_checkpoint(run.checkpoint.load, run, self.chunks, self.optimizer, self.groups)
+            self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
+        self.stop_signal: int | None = None
+        self._build_data()
+        self._build_reports()
+
+    def _build_data(self) -> None:
+        self.data = build_datasets(dataset_config(self.run))
+        self.batches = [self._iterate(self.data.train, self.consumed_samples) for _ in self.chunks]
+
+    def _iterate(self, dataset: Any, consumed_samples: int) -> BatchIterator:
+        training = self.run.training
+        return BatchIterator(
+            dataset, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
+            data_parallel_rank=self.groups.dp.rank(), data_parallel_size=self.groups.dp.size(),
+            consumed_samples=consumed_samples)
+
+    def _build_reports(self) -> None:
+        training, log = self.run.training, self.run.logging
+        self.speed = RunSpeed(
+            training.seq_length, flops_per_token(self.run.model, training.seq_length), self.world_size,
+            device_peak_flops(self.device.name, self.precision))
+        is_reporter = self.rank == 0
+        self.progress = Progress(training.train_iters, self.speed, start_iteration=self.iteration,
+                                 log_interval=log.log_interval, enabled=is_reporter)
+        self.writer = None
+        if log.tensorboard_dir:
+            self.writer = MetricsWriter(log.tensorboard_dir, self.speed, log_interval=log.log_interval,
+                                        resumed_iteration=self.iteration, enabled=is_reporter)
+            self.writer.write_config(self.run.as_dict(), environment={
+                "precision": self.precision, "world_size": self.world_size, "device": self.device.name})
+
+    # -- a step ------------------------------------------------------------------------------------
+
+    def train(self) -> int:
+        """Train to the end of the run, or until SIGINT or SIGTERM; save; return the exit code.
+
+        Returns:
+            0 at the end of the run, 128 + the signal's number after a signal.
+        """
+        run, training = self.run, self.run.training
+        previous = {sig: signal.signal(sig, self._note_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
+        stopped = 0
+        saved_at = self.iteration if run.checkpoint.load else -1
+        try:
+            while self.iteration < training.train_iters and not stopped:
+                report, stopped = self.train_step()
+                self.progress.update(report)
+                if self.writer:
+                    self.writer.write_step(report)
+                last = self.iteration == training.train_iters
+                if training.eval_interval and (last or self.iteration % training.eval_interval == 0) and not stopped:
+                    self._validate()
+                if run.checkpoint.save and (last or stopped or self.iteration % run.checkpoint.save_interval == 0):
+                    self.save()
+                    saved_at = self.iteration
+            if run.checkpoint.save and saved_at != self.iteration:
+                self.save()
+        finally:
+            for sig, handler in previous.items():
+                signal.signal(sig, handler)
+        if stopped:
+            kept = f"checkpoint saved at iteration {self.iteration}" if run.checkpoint.save else "nothing saved: no --save"
+            self.progress.message(f"stopped by {signal.Signals(stopped).name}; {kept}")
+        self.progress.close()
+        if self.writer:
+            self.writer.close()
+        destroy_groups()
+        return 128 + stopped if stopped else 0
+
+    def train_step(self) -> tuple[StepReport, int]:
+        """One optimizer step.
+
+        Returns:
+            What it did, and the number of a signal that any rank has received, else 0.
+        """
+        run, training = self.run, self.run.training
+        started = time.perf_counter()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        rate = learning_rate(training, self.iteration)
+        set_learning_rate(self.optimizer, rate)
+        losses, stopped = self._run_microbatches(self.batches, forward_only=False)
+        loads_LE, balance_L = collect_expert_loads(
+            self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
+            num_experts=run.model.num_experts, device=self.device.torch_device)
+        is_applied, grad_norm, _ = self.optimizer.step()
+        update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
+                             update_rate=training.moe_router_bias_update_rate)
+        self.iteration += 1
+        self.consumed_samples += training.global_batch_size
+        return StepReport(
+            iteration=self.iteration,
+            consumed_samples=self.consumed_samples,
+            consumed_tokens=self.consumed_samples * training.seq_length,
+            lm_loss=losses.main,
+            mtp_losses=losses.mtp,
+            balance_loss=self._mean_balance_loss(balance_L),
+            grad_norm=float(grad_norm) if grad_norm is not None else math.nan,
+            learning_rate=rate,
+            batch_size=training.global_batch_size,
+            step_time_s=time.perf_counter() - started,
+            expert_load={row: counts for row, counts in enumerate(loads_LE.tolist()) if sum(counts)},
+            skipped=not is_applied,
+        ), stopped
+
+    def _mean_balance_loss(self, balance_L: torch.Tensor) -> float | None:
+        """Balance loss before alpha, mean over sequences and over the MoE layers, MTP modules included."""
+        training, model = self.run.training, self.run.model
+        layers = model.num_moe_layers + model.mtp_num_layers
+        if not training.moe_aux_loss_coeff or not layers:
+            return None
+        return float(balance_L.sum()) / (training.moe_aux_loss_coeff * training.global_batch_size * layers)
+
+    def _run_microbatches(self, batches: list[BatchIterator], *, forward_only: bool) -> tuple[StepLosses, int]:
+        """One global batch through the pipeline; mean losses and any rank's signal."""
+        training = self.run.training
+        collected = self.forward_backward(
+            forward_step_func=self._forward_step,
+            data_iterator=list(batches) if len(batches) > 1 else batches[0],
+            model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=training.num_microbatches(self.groups.dp.size()),
+            seq_length=training.seq_length,
+            micro_batch_size=training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        depths = self.run.model.mtp_num_layers
+        sums = torch.zeros(3 + depths, dtype=torch.float64, device=self.device.torch_device)
+        if self.groups.tp.rank() == 0:
+            for entry in collected:
+                sums[: 2 + depths] += entry["sums"]
+        sums[-1] = self.stop_signal or 0
+        torch.distributed.all_reduce(sums[:-1])
+        torch.distributed.all_reduce(sums[-1:], op=torch.distributed.ReduceOp.MAX)
+        values = sums.tolist()
+        means = [value / values[0] for value in values[1:-1]]
+        return StepLosses(means[0], tuple(means[1:])), int(values[-1])
+
+    def _forward_step(self, batches: Iterator[Batch], chunk: torch.nn.Module
+                      ) -> tuple[Any, Callable[[TokenLosses], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]]:
+        """Megatron-Core's forward step: a micro-batch through one chunk, and how its output becomes a loss."""
+        batch = next(batches).to(self.device.torch_device, is_non_blocking=True)
+        output = chunk(input_ids=batch.tokens_BS, position_ids=batch.position_ids_BS, attention_mask=None,
+                       labels=batch.labels_BS)
+        return output, partial(sum_losses, batch.loss_mask_BS,
+                               mtp_weight=get_model_config(chunk).mtp_loss_scaling_factor)
+
+    def evaluate(self) -> StepLosses:
+        """Mean losses over the first eval_iters global batches of the validation data; no state changes."""
+        for chunk in self.chunks:
+            chunk.eval()
+        batches = [self._iterate(self.data.valid, 0) for _ in self.chunks]
+        losses = []
+        for _ in range(self.run.training.eval_iters):
+            with torch.no_grad():
+                losses.append(self._run_microbatches(batches, forward_only=True)[0])
+        count = len(losses)
+        return StepLosses(sum(loss.main for loss in losses) / count,
+                          tuple(sum(column) / count for column in zip(*(loss.mtp for loss in losses), strict=True)))
+
+    def _validate(self) -> None:
+        if self.data.valid is None:
+            return
+        losses = self.evaluate()
+        self.progress.validation(self.iteration, losses.main, mtp_losses=losses.mtp)
+        if self.writer:
+            self.writer.write_validation(self.iteration, losses.main, mtp_losses=losses.mtp)
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        checkpoint = self.run.checkpoint
+        assert checkpoint.save is not None
+        position = Position(self.iteration, self.consumed_samples,
+                            self.consumed_samples * self.run.training.seq_length)
+        save_checkpoint(checkpoint.save, position, self.run, self.chunks, self.optimizer, self.groups,
+                        keep_last=checkpoint.keep_last)
+        self.progress.message(f"checkpoint saved: {os.path.join(checkpoint.save, f'iter_{self.iteration:07d}')}")
+
+    def _note_signal(self, number: int, _frame: Any) -> None:
+        """Finish the step first: every rank learns of the signal with the step's losses."""
+        self.stop_signal = number
+
+
+def sum_losses(loss_mask_BS: torch.Tensor, losses: TokenLosses, *, mtp_weight: float
+               ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """A micro-batch's loss, summed over its tokens.
+
+    Args:
+        loss_mask_BS: 1 where the next token counts.
+        losses: Of each position.
+        mtp_weight: lambda.
+
+    Returns:
+        The sum to differentiate; the number of tokens to divide by, int32; and the sums to report, fp64:
+        tokens, main loss, MTP losses by depth, each before its weight.
+
+    Source: DeepSeek-V3 report, eq. 24-25; an MTP target counts where the token it stands for counts.
+    """
+    losses = TokenLosses(*losses)  # the bf16 wrapper rebuilds tuples without their names
+    tokens = loss_mask_BS.sum()
+    main = (losses.main_BS * loss_mask_BS).sum()
+    mtp = []
+    for depth, losses_BS in enumerate(losses.mtp_BS, start=1):
+        target_mask_BS = torch.nn.functional.pad(loss_mask_BS[:, depth:], (0, depth))
+        mtp.append((losses_BS * target_mask_BS).sum())
+    total = main + (mtp_weight / len(mtp) * torch.stack(mtp).sum() if mtp else 0.0)
+    sums = torch.stack([tokens, main.detach(), *(loss.detach() for loss in mtp)]).double()
+    return total, tokens.to(torch.int), {"sums": sums}
+
+
+def _configure_logging(rank: int) -> None:
+    """Rank 0 says what was chosen; the others only warn."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("dsv3_megatron").setLevel(logging.INFO if rank == 0 else logging.WARNING)
