@@ -1,0 +1,247 @@
+"""One training step under one layout after another, in the processes of a launch: what `test_layouts.py` compares.
+
+A step is the trainer's own. Its data are random, its weights the reference's, and the gradients are read where
+Megatron-Core has reduced them over all ranks and divided them by the tokens, just before the optimizer step. There
+the distributed optimizer has left each data-parallel rank its shard of the sums only, so the shards are put together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.data.batches import BatchIterator
+from dsv3_megatron.metrics.records import StepReport
+from dsv3_megatron.model.parameters import WholeParameter, whole_parameters
+from dsv3_megatron.model.router import DeepSeekRouter
+from dsv3_megatron.optim.router_bias import routers
+from dsv3_megatron.trainer import Trainer
+from tests.parity.architectures import GROUPED, reference_weights, run_of, variant
+from tests.parity.weights import load_reference_weights
+
+SEQ_LENGTH, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 16, 2, 16
+LEARNING_RATE, WEIGHT_DECAY, CLIP_GRAD = 0.05, 0.1, 0.5
+# AdamW's first update is g / (|g| + eps): with a small eps the sign of g, also of one that is rounding alone. This one
+# is of the size of the clipped gradients, so that the update is smooth in them.
+ADAM_EPS = 1e-3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A split of the model over processes.
+
+    Attributes:
+        name: Of the test.
+        num_ranks: Processes.
+        parallel: The split.
+        mtp_num_layers: MTP modules of the model.
+        fault: Name in FAULTS of what is broken on purpose, "" for nothing.
+    """
+
+    name: str
+    num_ranks: int
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    mtp_num_layers: int = 1
+    fault: str = ""
+
+    @property
+    def run(self) -> RunConfig:
+        """Four layers of which one is dense, four groups of experts, loss masked at some tokens."""
+        model = variant("plain", num_layers=4, mtp_num_layers=self.mtp_num_layers, **GROUPED)
+        return run_of(
+            model, self.parallel, seq_length=SEQ_LENGTH, micro_batch_size=MICRO_BATCH_SIZE,
+            global_batch_size=GLOBAL_BATCH_SIZE, train_iters=1, lr=LEARNING_RATE, min_lr=LEARNING_RATE,
+            lr_warmup_iters=0, lr_decay_style="constant", weight_decay=WEIGHT_DECAY, clip_grad=CLIP_GRAD, adam_eps=ADAM_EPS,
+            moe_router_bias_update_rate=1e-3, precision="fp32")
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """What one rank holds of a step's result.
+
+    Attributes:
+        report: Losses, gradient norm and expert loads, the same on every rank.
+        gradients: One entry a parameter that the rank holds or holds a part of; `local` is its gradient.
+        values: Likewise, `local` is the parameter after the step.
+        biases: Router biases after the step, by row of the load table.
+        sequence_parallel: Whether activations were split along the sequence.
+        num_micro_batches: Forward passes of this rank's replica.
+    """
+
+    report: StepReport
+    gradients: list[WholeParameter]
+    values: list[WholeParameter]
+    biases: dict[int, torch.Tensor]
+    sequence_parallel: bool
+    num_micro_batches: int
+
+
+class RandomSamples:
+    """Sequences of random tokens, of which some do not count; sample i is the same in every process."""
+
+    def __init__(self, vocab_size: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(0, vocab_size, (GLOBAL_BATCH_SIZE, SEQ_LENGTH + 1), generator=generator)
+        # A different number of tokens in each sequence: replicas do not have the same count.
+        self.mask = (torch.rand(GLOBAL_BATCH_SIZE, SEQ_LENGTH, generator=generator)
+                     > torch.rand(GLOBAL_BATCH_SIZE, 1, generator=generator) * 0.5).float()
+
+    def __len__(self) -> int:
+        return GLOBAL_BATCH_SIZE
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return {"tokens": self.tokens[index, :-1], "labels": self.tokens[index, 1:], "loss_mask": self.mask[index],
+                "position_ids": torch.arange(SEQ_LENGTH)}
+
+
+class OneStepTrainer(Trainer):
+    """The trainer on random samples, without reports."""
+
+    def _build_data(self) -> None:
+        samples = RandomSamples(self.run.model.vocab_size)
+        self.batches: list[BatchIterator] = [self._iterate(samples, 0) for _ in self.chunks]
+
+    def _build_reports(self) -> None:
+        pass
+
+
+def run_layouts(layouts: list[Layout]) -> dict[str, RankStep]:
+    """This rank's part of one step under each layout."""
+    from megatron.core import parallel_state
+
+    results = {}
+    for layout in layouts:
+        results[layout.name] = run_step(layout)
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def run_step(layout: Layout) -> RankStep:
+    """One step from the reference's weights, broken on purpose where the layout says so."""
+    run = layout.run
+    run.validate(torch.distributed.get_world_size())
+    trainer = OneStepTrainer(run)
+    load_reference_weights(trainer.chunks, trainer.groups, reference_weights(run.model), run.model.num_layers)
+    trainer.optimizer.reload_model_params()
+    fault = FAULTS[layout.fault] if layout.fault else Fault()
+    fault.before_step(trainer)
+    gradients: list[WholeParameter] = []
+    finalize = trainer.mcore_config.finalize_model_grads_func
+
+    def finalize_and_note(*args: Any, **kwargs: Any) -> None:
+        fault.before_reduction(trainer)
+        finalize(*args, **kwargs)
+        for chunk in trainer.chunks:
+            gather_gradient_shards(chunk)
+        gradients.extend(local_parts(trainer, lambda parameter: parameter.main_grad))
+
+    trainer.mcore_config.finalize_model_grads_func = finalize_and_note
+    report, _signal = trainer.train_step()
+    fault.after_step(trainer)
+    return RankStep(
+        report=report,
+        gradients=gradients,
+        values=local_parts(trainer, lambda parameter: parameter.data),
+        biases={row: router.expert_bias.clone() for row, router in routers(trainer.chunks, run.model.num_layers)},
+        sequence_parallel=trainer.mcore_config.sequence_parallel,
+        num_micro_batches=trainer.batches[0].num_micro_batches,
+    )
+
+
+def gather_gradient_shards(chunk: Any) -> None:
+    """Give every data-parallel rank the sums that the distributed optimizer's reduce-scatter left on one."""
+    for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+
+def local_parts(trainer: Trainer, tensor_of: Callable[[torch.nn.Parameter], torch.Tensor]) -> list[WholeParameter]:
+    """A copy of this rank's part of some tensor of each parameter."""
+    parts = []
+    for chunk in trainer.chunks:
+        for whole in whole_parameters(chunk, trainer.groups):
+            tensor = tensor_of(whole.parameter)
+            local = tensor if whole.expert is None else tensor[whole.expert]
+            assert local.shape == whole.local.shape
+            parts.append(dataclasses.replace(whole, parameter=None, local=local.detach().cpu().clone()))
+    return parts
+
+
+class Fault:
+    """Something that goes wrong in a step; by default nothing does."""
+
+    def before_step(self, trainer: Trainer) -> None:
+        """With the model built."""
+
+    def before_reduction(self, trainer: Trainer) -> None:
+        """With the gradients of this rank's micro-batches summed."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        """With the parameters updated."""
+
+
+def _parameters(trainer: Trainer, ending: str) -> list[torch.nn.Parameter]:
+    found = [parameter for chunk in trainer.chunks for name, parameter in chunk.named_parameters()
+             if name.endswith(ending)]
+    assert found or trainer.groups.pp.size() > 1
+    return found
+
+
+class ScaledGradient(Fault):
+    """The last rank's contribution to some parameters counts `factor` times."""
+
+    def __init__(self, ending: str, factor: float) -> None:
+        self.ending, self.factor = ending, factor
+
+    def before_reduction(self, trainer: Trainer) -> None:
+        if trainer.rank == trainer.world_size - 1:
+            for parameter in _parameters(trainer, self.ending):
+                parameter.main_grad.mul_(self.factor)
+
+
+class UnmarkedNorm(Fault):
+    """The tensor-parallel ranks do not know that a norm's gradient is partial on each of them."""
+
+    def before_step(self, trainer: Trainer) -> None:
+        for parameter in _parameters(trainer, "kv_layernorm.weight"):
+            parameter.sequence_parallel = False
+
+
+class MiscountedLoad(Fault):
+    """One token too many on one rank, for one expert."""
+
+    def before_reduction(self, trainer: Trainer) -> None:
+        if trainer.rank == trainer.world_size - 1:
+            router = next(m for chunk in trainer.chunks for m in chunk.modules() if isinstance(m, DeepSeekRouter))
+            router.tokens_per_expert[3] += 1
+
+
+class StaleParameter(Fault):
+    """One rank misses the update of its copy of a parameter."""
+
+    def before_step(self, trainer: Trainer) -> None:
+        self.before = [parameter.detach().clone() for parameter in _parameters(trainer, "router.weight")]
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.rank == trainer.world_size - 1:
+            for parameter, before in zip(_parameters(trainer, "router.weight"), self.before, strict=True):
+                parameter.data.copy_(before)
+
+
+FAULTS: dict[str, Fault] = {
+    "router-doubled": ScaledGradient("mlp.router.weight", 2.0),
+    "router-slightly-off": ScaledGradient("mlp.router.weight", 1.001),
+    "experts-lost": ScaledGradient("experts.linear_fc2.weight", 0.0),
+    "embedding-copy-lost": ScaledGradient("word_embeddings.weight", 0.0),
+    "norm-unmarked": UnmarkedNorm(),
+    "load-miscounted": MiscountedLoad(),
+    "parameter-stale": StaleParameter(),
+}

@@ -1,0 +1,163 @@
+"""A run small enough to train on one thread, under any layout, and its whole state by global name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.presets import preset
+from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.model.build import build_stages, wrap_stages
+from dsv3_megatron.model.parameters import WholeParameter, whole_parameters
+from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
+from dsv3_megatron.optim.router_bias import collect_expert_loads, routers, update_router_biases
+from dsv3_megatron.parallel.groups import create_groups
+
+SEQ_LENGTH, GLOBAL_BATCH = 16, 4
+
+
+def small_run(**changes: Any) -> RunConfig:
+    """Four layers of which one is dense, and one MTP module: 60 thousand parameters."""
+    model = ModelConfig(
+        num_layers=4, num_dense_layers=1, hidden_size=32, num_attention_heads=2, q_lora_rank=24, kv_lora_rank=16,
+        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, ffn_hidden_size=48, num_experts=4,
+        moe_ffn_hidden_size=16, moe_router_topk=2, moe_router_num_groups=2, moe_router_group_topk=1,
+        num_shared_experts=1, mtp_num_layers=1, vocab_size=128, max_position_embeddings=SEQ_LENGTH,
+        init_method_std=0.05)
+    run = RunConfig("small", model, *(getattr(preset("tiny"), section) for section in (
+        "parallel", "training", "data", "checkpoint", "logging")))
+    return run.override(**{
+        "seq_length": SEQ_LENGTH, "micro_batch_size": 1, "global_batch_size": GLOBAL_BATCH, "precision": "fp32",
+        "transformer_impl": "local", **changes})
+
+
+@dataclass
+class Training:
+    """One rank's part of a run that is ready to train."""
+
+    run: RunConfig
+    groups: ProcessGroupCollection
+    config: Any
+    chunks: list[Any]
+    optimizer: MegatronOptimizer
+
+    def step(self, number: int) -> float:
+        """Train on the batch of step `number`; the mean main loss over all tokens, the same on every rank."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        replicas = self.groups.dp.size()
+        num_microbatches = self.run.training.num_microbatches(replicas)
+        tokens = torch.randint(0, self.run.model.vocab_size, (GLOBAL_BATCH, SEQ_LENGTH + 1),
+                               generator=torch.Generator().manual_seed(number))
+        mine = tokens[self.groups.dp.rank() * num_microbatches:][:num_microbatches]
+        chunks = len(self.chunks)
+        outputs = get_forward_backward_func(
+            pp_size=self.groups.pp.size(),
+            vp_size=chunks if chunks > 1 else None)(
+            forward_step_func=_forward, data_iterator=[iter(mine) for _ in range(chunks)] if chunks > 1 else iter(mine),
+            model=self.chunks if chunks > 1 else self.chunks[0], num_microbatches=num_microbatches,
+            seq_length=SEQ_LENGTH, micro_batch_size=1, forward_only=False)
+        set_learning_rate(self.optimizer, 3e-3)
+        self.optimizer.step()
+        model = self.run.model
+        loads, _ = collect_expert_loads(
+            self.chunks, num_layers=model.num_layers, num_mtp_layers=model.mtp_num_layers,
+            num_experts=model.num_experts, device=torch.device("cpu"))
+        update_router_biases(self.chunks, loads, num_layers=model.num_layers, update_rate=1e-2)
+        total = torch.tensor(sum(output["sum"] for output in outputs) if outputs else 0.0, dtype=torch.float64)
+        torch.distributed.all_reduce(total)
+        # Every tensor-parallel rank of the last stage has the same loss.
+        return total.item() / self.groups.tp.size() / (GLOBAL_BATCH * SEQ_LENGTH)
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """Weights, moments, fp32 weights and biases by global name; NaN where another rank has the value."""
+        shards = {parameter: (part, ranges["param"]) for part in parts(self.optimizer)
+                  for buffer in part.gbuf_ranges for buckets in buffer.values() for bucket in buckets
+                  for parameter, ranges in bucket["param_map"].items()}
+        state: dict[str, torch.Tensor] = {}
+        for chunk in self.chunks:
+            for whole in whole_parameters(chunk, self.groups):
+                _put(state, f"weight:{whole.name}", whole, whole.local)
+                if whole.parameter not in shards:
+                    continue
+                part, held = shards[whole.parameter]
+                for kind, values in part._get_main_param_and_optimizer_states(whole.parameter).items():
+                    if values.dim() == 0:
+                        continue
+                    local = torch.full(whole.parameter.shape, torch.nan, dtype=values.dtype)
+                    local.view(-1)[held.start:held.end] = values.detach().view(-1)
+                    _put(state, f"{kind}:{whole.name}", whole, local if whole.expert is None else local[whole.expert])
+        for row, router in routers(self.chunks, self.run.model.num_layers):
+            state[f"bias:{row}"] = router.expert_bias.clone()
+        return state
+
+
+def start(run: RunConfig) -> Training:
+    """Groups, stages with their initial weights, and the optimizer, for the process group that is there."""
+    run.validate(torch.distributed.get_world_size())
+    precision = run.training.precision
+    groups = create_groups(run.parallel, run.training.seed)
+    stages, config = build_stages(run, groups, precision=precision)
+    chunks = wrap_stages(stages, config, groups)
+    optimizer = build_optimizer(run.training, chunks, groups, precision=precision)
+    config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups)
+    config.grad_scale_func = None
+    return Training(run, groups, config, chunks, optimizer)
+
+
+def parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """The distributed optimizers of a chain."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def merge(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The whole state from every rank's; replicas must agree exactly, and nothing may be missing."""
+    merged: dict[str, torch.Tensor] = {}
+    for state in states:
+        for name, tensor in state.items():
+            if name not in merged:
+                merged[name] = tensor.clone()
+                continue
+            known, new = ~merged[name].isnan(), ~tensor.isnan()
+            assert torch.equal(merged[name][known & new], tensor[known & new]), f"replicas of {name} differ"
+            merged[name][new] = tensor[new]
+    holes = [name for name, tensor in merged.items() if tensor.isnan().any()]
+    assert not holes, f"no rank has all of {holes}"
+    return merged
+
+
+def differences(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> list[str]:
+    """Names that are in one state only or whose values are not equal bit for bit."""
+    return sorted(expected.keys() ^ actual.keys()) + [
+        name for name in expected.keys() & actual.keys() if not torch.equal(expected[name], actual[name])]
+
+
+def _forward(data_iterator: Any, model: Any, *_: Any) -> tuple[Any, Any]:
+    tokens = next(data_iterator).unsqueeze(0)
+    output = model(input_ids=tokens[:, :-1], position_ids=torch.arange(SEQ_LENGTH).unsqueeze(0), attention_mask=None,
+                   labels=tokens[:, 1:])
+
+    def total_loss(losses: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+        main = losses.main_BS.sum()
+        return (main + 0.3 * sum(loss.sum() for loss in losses.mtp_BS), torch.tensor(losses.main_BS.numel()),
+                {"sum": main.item()})
+
+    return output, total_loss
+
+
+def _put(state: dict[str, torch.Tensor], name: str, whole: WholeParameter, local: torch.Tensor) -> None:
+    full = torch.full(whole.shape, torch.nan, dtype=local.dtype)
+    whole.put(full, local)
+    if name in state:
+        # A stage's copy of the embedding.
+        assert torch.equal(state[name], full), f"copies of {name} differ"
+    state[name] = full

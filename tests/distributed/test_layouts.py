@@ -1,0 +1,235 @@
+"""A training step gives the same losses, gradients, parameters and biases under every layout as in one process.
+
+Every parameter is compared by its global name, each rank's part of it with the same part of the one-process result,
+and copies (of replicas, of the embedding on the last stage) with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from dsv3_megatron.config.parallel import ParallelConfig
+from tests.distributed.launch import run_ranks
+from tests.distributed.layout_step import (
+    GLOBAL_BATCH_SIZE,
+    MICRO_BATCH_SIZE,
+    SEQ_LENGTH,
+    Layout,
+    RandomSamples,
+    RankStep,
+    run_layouts,
+)
+from tests.parity.architectures import BALANCE_LOSS_ALPHA, MTP_LAMBDA, reference_weights
+from tests.parity.compare import relative_error
+from tests.parity.weights import reference_names, whole_from_reference
+from tests.reference import losses
+
+pytestmark = pytest.mark.distributed
+
+# All fp32 (rounding 6e-8), the same products and sums cut elsewhere and added in another order; relative to each
+# tensor's largest entry. Largest seen: see the notes at each.
+LOSS_TOLERANCE = 1e-6
+GRADIENT_TOLERANCE = 2e-5
+UPDATE_TOLERANCE = 1e-4
+
+
+def split(**degrees: Any) -> ParallelConfig:
+    names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size",
+             "vpp": "num_virtual_stages_per_pipeline_rank", "ep": "expert_model_parallel_size",
+             "etp": "expert_tensor_parallel_size", "layers": "pipeline_model_parallel_layout"}
+    return ParallelConfig(**{names[name]: value for name, value in degrees.items()})
+
+
+LAYOUTS = [
+    Layout("tp2", 2, split(tp=2)),
+    Layout("pp2", 2, split(pp=2)),
+    Layout("ep2", 2, split(ep=2)),
+    Layout("dp2", 2),
+    Layout("tp2-ep2", 2, split(tp=2, ep=2)),
+    Layout("tp2-etp2", 2, split(tp=2, etp=2)),
+    Layout("etp2", 2, split(etp=2)),
+    Layout("pp2-interleaved", 2, split(pp=2, vpp=2)),
+    Layout("pp2-uneven", 2, split(pp=2, layers="Et|tttmL")),
+    Layout("pp2-without-mtp", 2, split(pp=2), mtp_num_layers=0),
+    Layout("pp2-two-mtp", 2, split(pp=2), mtp_num_layers=2),
+    Layout("tp2-two-mtp", 2, split(tp=2), mtp_num_layers=2),
+    Layout("dp4", 4),
+    Layout("ep4", 4, split(ep=4)),
+    Layout("ep2-dp2", 4, split(ep=2)),
+    Layout("tp2-ep2-dp2", 4, split(tp=2, ep=2)),
+    Layout("tp2-ep4", 4, split(tp=2, ep=4)),
+    Layout("tp2-etp2-ep2", 4, split(tp=2, etp=2, ep=2)),
+    Layout("pp2-dp2", 4, split(pp=2)),
+    Layout("pp2-ep2", 4, split(pp=2, ep=2)),
+    Layout("pp2-tp2", 4, split(pp=2, tp=2)),
+    Layout("pp2-tp2-ep2", 4, split(pp=2, tp=2, ep=2)),
+    Layout("pp2-tp2-etp2", 4, split(pp=2, tp=2, etp=2)),
+    Layout("pp2-interleaved-ep2", 4, split(pp=2, vpp=2, ep=2)),
+    Layout("pp2-uneven-ep2-two-mtp", 4, split(pp=2, ep=2, layers="Ettt|tmmL"), mtp_num_layers=2),
+    Layout("pp4", 4, split(pp=4)),
+]
+# A fault, the layout it is planted in, and what the comparison must say of it.
+PLANTED = [
+    (Layout("fault-router-doubled", 2, split(tp=2), fault="router-doubled"), "gradient of .*router.weight"),
+    (Layout("fault-router-off", 2, split(), fault="router-slightly-off"), "gradient of .*router.weight"),
+    (Layout("fault-experts-lost", 2, split(ep=2), fault="experts-lost"), "gradient of .*experts.*linear_fc2.weight"),
+    (Layout("fault-embedding", 2, split(pp=2), fault="embedding-copy-lost"), "gradient of embedding.word_embeddings"),
+    (Layout("fault-norm", 2, split(tp=2), fault="norm-unmarked"), "gradient of .*kv_layernorm.weight"),
+    (Layout("fault-load", 2, split(pp=2), fault="load-miscounted"), "expert loads"),
+    (Layout("fault-stale", 2, split(ep=2), fault="parameter-stale"), "parameter .*router.weight"),
+]
+
+
+@pytest.fixture(scope="module")
+def steps() -> Iterator[dict[str, list[RankStep]]]:
+    """Results by layout and rank; one launch for all layouts of a number of processes."""
+    found: dict[str, list[RankStep]] = {}
+    single = [Layout(f"one-process-{depth}-mtp", 1, mtp_num_layers=depth) for depth in (0, 1, 2)]
+    wanted = single + LAYOUTS + [layout for layout, _ in PLANTED]
+    for num_ranks in (1, 2, 4):
+        layouts = [layout for layout in wanted if layout.num_ranks == num_ranks]
+        results = run_ranks(num_ranks, run_layouts, layouts, timeout_s=240)
+        found |= {layout.name: [result[layout.name] for result in results] for layout in layouts}
+    yield found
+
+
+def one_process(steps: dict[str, list[RankStep]], layout: Layout) -> RankStep:
+    return steps[f"one-process-{layout.mtp_num_layers}-mtp"][0]
+
+
+def assemble(ranks: list[RankStep], what: str) -> dict[str, torch.Tensor]:
+    """Whole tensors by global name; every entry there, copies equal bit for bit.
+
+    Args:
+        what: "gradients" or "values".
+    """
+    whole: dict[str, torch.Tensor] = {}
+    label = {"gradients": "gradient of", "values": "parameter"}[what]
+    for rank in ranks:
+        for part in getattr(rank, what):
+            full = whole.setdefault(part.name, torch.full(part.shape, torch.nan))
+            before = part.take(full).clone()
+            assert before.isnan().all() or torch.equal(before, part.local), \
+                f"{label} {part.name}: copies on two ranks differ by {relative_error(part.local, before):.3g}"
+            part.put(full, part.local)
+    for name, full in whole.items():
+        assert not full.isnan().any(), f"{label} {name}: no rank holds all of it, or it is not a number"
+    return whole
+
+
+def compare(expected: RankStep, ranks: list[RankStep], initial: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Check a layout's step against one process's.
+
+    Args:
+        initial: Parameters before the step.
+
+    Returns:
+        The largest relative errors, by kind.
+    """
+    worst = {"loss": 0.0, "gradient": 0.0, "update": 0.0}
+
+    def check(kind: str, actual: torch.Tensor, wanted: torch.Tensor, tolerance: float, what: str) -> None:
+        error = relative_error(actual, wanted)
+        worst[kind] = max(worst[kind], error)
+        assert error <= tolerance, f"{what}: relative error {error:.3g} exceeds {tolerance:.3g}"
+
+    for rank in ranks:
+        assert rank.report.expert_load == expected.report.expert_load, "expert loads differ"
+        for name in ("lm_loss", "balance_loss"):
+            check("loss", torch.tensor(getattr(rank.report, name)), torch.tensor(getattr(expected.report, name)),
+                  LOSS_TOLERANCE, name)
+        check("loss", torch.tensor(rank.report.mtp_losses), torch.tensor(expected.report.mtp_losses), LOSS_TOLERANCE,
+              "mtp_losses")
+    gradients, wanted = assemble(ranks, "gradients"), assemble([expected], "gradients")
+    assert set(gradients) == set(wanted)
+    for name, gradient in gradients.items():
+        check("gradient", gradient, wanted[name], GRADIENT_TOLERANCE, f"gradient of {name}")
+    check("gradient", torch.tensor(ranks[0].report.grad_norm), torch.tensor(expected.report.grad_norm),
+          GRADIENT_TOLERANCE, "gradient norm")
+    values, wanted = assemble(ranks, "values"), assemble([expected], "values")
+    assert set(values) == set(wanted) == set(gradients)
+    for name, value in values.items():
+        check("update", value - initial[name], wanted[name] - initial[name], UPDATE_TOLERANCE, f"parameter {name}")
+    biases = {row: bias for rank in ranks for row, bias in rank.biases.items()}
+    assert set(biases) == set(expected.biases)
+    for rank in ranks:
+        for row, bias in rank.biases.items():
+            assert torch.equal(bias, expected.biases[row]), f"router bias of layer {row} differs"
+    return worst
+
+
+def initial_parameters(layout: Layout, names: list[str]) -> dict[str, torch.Tensor]:
+    model = layout.run.model
+    weights = reference_weights(model)
+    return {name: whole_from_reference(name, weights, model.num_layers).float() for name in names}
+
+
+def check_layout(steps: dict[str, list[RankStep]], layout: Layout) -> dict[str, float]:
+    expected = one_process(steps, layout)
+    initial = initial_parameters(layout, [part.name for part in expected.values])
+    return compare(expected, steps[layout.name], initial)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_equals_one_process(steps, layout):
+    ranks = steps[layout.name]
+    assert len(ranks) == layout.num_ranks
+    assert all(rank.sequence_parallel == (layout.parallel.tensor_model_parallel_size > 1) for rank in ranks)
+    replicas = layout.num_ranks // layout.parallel.model_parallel_size
+    assert all(rank.num_micro_batches == GLOBAL_BATCH_SIZE // MICRO_BATCH_SIZE // replicas > 1 for rank in ranks)
+    print(layout.name, check_layout(steps, layout))
+
+
+@pytest.mark.parametrize(("layout", "message"), PLANTED, ids=lambda value: getattr(value, "fault", None))
+def test_planted_fault_is_found(steps, layout, message):
+    with pytest.raises(AssertionError, match=message):
+        check_layout(steps, layout)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_one_process_equals_the_reference(steps, depth):
+    """Micro-batches, loss mask and token count of the trainer's step against the whole batch in float64."""
+    layout = Layout("", 1, mtp_num_layers=depth)
+    model, step = layout.run.model, one_process(steps, layout)
+    weights = {name: weight.requires_grad_("bias" not in name) for name, weight in reference_weights(model).items()}
+    samples = RandomSamples(model.vocab_size)
+    result = losses(weights, model, samples.tokens[:, :-1], samples.tokens[:, 1:], samples.mask,
+                    balance_loss_alpha=BALANCE_LOSS_ALPHA, mtp_mean_over="main")
+    # A sequence's balance loss counts once per token of it, and all is divided by the tokens that count.
+    weight = GLOBAL_BATCH_SIZE * SEQ_LENGTH / samples.mask.sum()
+    mtp = MTP_LAMBDA / max(1, depth) * sum(result.mtp_losses)
+    (result.lm_loss + mtp + weight * result.balance_loss).backward()
+
+    assert relative_error(torch.tensor(step.report.lm_loss), result.lm_loss) < LOSS_TOLERANCE
+    for ours, theirs in zip(step.report.mtp_losses, result.mtp_losses, strict=True):
+        assert relative_error(torch.tensor(ours), theirs) < LOSS_TOLERANCE
+    balance = result.balance_loss / BALANCE_LOSS_ALPHA / len(result.routings)
+    assert relative_error(torch.tensor(step.report.balance_loss), balance) < LOSS_TOLERANCE
+    for row, routing in result.routings.items():
+        counts = torch.bincount(routing.expert_ids_TK.flatten(), minlength=model.num_experts)
+        assert step.report.expert_load[row] == counts.tolist()
+    gradients = assemble([step], "gradients")
+    reference = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+    assert {part for name in gradients for part in reference_names(name, model.num_layers)} == set(reference)
+    for name, gradient in gradients.items():
+        error = relative_error(gradient, whole_from_reference(name, reference, model.num_layers))
+        assert error < GRADIENT_TOLERANCE, (name, error)
+    total = torch.stack([gradient.norm() for gradient in reference.values()]).norm()
+    assert relative_error(torch.tensor(step.report.grad_norm), total) < GRADIENT_TOLERANCE
+
+
+def test_the_step_is_one_that_matters(steps):
+    """The clipping acts, every parameter moves, and biases move from where they were."""
+    step = steps["one-process-1-mtp"][0]
+    assert step.report.grad_norm > 1.0
+    layout = Layout("", 1)
+    initial = initial_parameters(layout, [part.name for part in step.values])
+    for part in step.values:
+        assert relative_error(part.local, initial[part.name]) > 1e-3, part.name
+    for row, bias in step.biases.items():
+        moved = bias - reference_weights(layout.run.model)[f"model.layers.{row}.mlp.gate.e_score_correction_bias"]
+        assert 0.9e-3 < moved.abs().max() < 1.1e-3

@@ -1,0 +1,215 @@
+"""Megatron-Core's datasets over our files: what a sample is, what is checked, what is cached."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dsv3_megatron.data.batches import BatchIterator, read_token_sequences
+from dsv3_megatron.data.blend import parse_blend
+from dsv3_megatron.data.datasets import DatasetConfig, build_datasets, parse_split
+from dsv3_megatron.data.indexed import DatasetWriter
+
+pytestmark = pytest.mark.filterwarnings("ignore:Could not determine rank:UserWarning")
+
+
+def write(prefix, num_documents=40, first_id=0, length=25, **keywords):
+    """Documents of consecutive ids, so that a sample shows where it came from; the end of each is id 1."""
+    ids = np.arange(2 + first_id, 2 + first_id + num_documents * length)
+    ids[length - 1 :: length] = 1
+    with DatasetWriter(prefix, vocab_size=5000, **keywords) as writer:
+        writer.add_documents(ids, np.full(num_documents, length))
+    return os.fspath(prefix)
+
+
+def config(tmp_path, **changes):
+    common = {"seq_length": 16, "seed": 3, "num_train_samples": 50, "cache_dir": os.fspath(tmp_path / "cache")}
+    return DatasetConfig(**{**common, **changes})
+
+
+def test_samples_are_packed_documents_with_every_token_counted(tmp_path):
+    prefix = write(tmp_path / "d")
+    data = build_datasets(config(tmp_path, train_blend=parse_blend(prefix), valid_blend=parse_blend(prefix)))
+    assert len(data.train) >= 50 and len(data.valid) == (40 * 25 - 1) // 16
+    rows = read_token_sequences(data.valid, 0, len(data.valid))
+    assert rows.shape == (len(data.valid), 17)
+    stream = [2 + i if (i + 1) % 25 else 1 for i in range(1000)]
+    documents = {tuple(stream[i : i + 25]) for i in range(0, 1000, 25)}
+    batch = next(BatchIterator(data.train, micro_batch_size=50, global_batch_size=50))
+    assert bool((batch.loss_mask_BS == 1).all()) and batch.position_ids_BS[7].tolist() == list(range(16))
+    assert bool((batch.tokens_BS[:, 1:] == batch.labels_BS[:, :-1]).all())
+    for row in rows.tolist():  # inside a document ids follow each other; after its end another one starts
+        for a, b in zip(row, row[1:], strict=False):
+            assert b in (a + 1, 1) if a != 1 else any(document[0] == b for document in documents)
+    assert any(1 in row[:-1] for row in rows.tolist())
+
+
+def test_split_keeps_documents_apart(tmp_path):
+    prefix = write(tmp_path / "d")
+    data = build_datasets(config(tmp_path, blend=parse_blend(prefix), split="8,1,1"))
+    train = set(read_token_sequences(data.train, 0, len(data.train)).ravel().tolist())
+    valid = set(read_token_sequences(data.valid, 0, len(data.valid)).ravel().tolist())
+    assert train & valid == {1}
+    assert max(train) < 2 + 32 * 25 <= min(valid - {1}) and max(valid) < 2 + 36 * 25
+    assert build_datasets(config(tmp_path, blend=parse_blend(prefix), split="1")).valid is None
+
+
+def test_weighted_blend_draws_in_proportion(tmp_path):
+    first, second = write(tmp_path / "a"), write(tmp_path / "b", first_id=2000)
+    blend = parse_blend(["3", first, "1", second])
+    data = build_datasets(config(tmp_path, num_train_samples=200, num_valid_samples=8, blend=blend, split="90,10"))
+    rows = read_token_sequences(data.train, 0, 200)
+    assert (rows.max(axis=1) < 2000).sum() == 150
+    assert len(data.valid) == 8
+    with pytest.raises(ValueError, match=r"data_path has weights, so one pass over it is not defined: set num_valid_"):
+        config(tmp_path, blend=blend)
+
+
+def test_several_prefixes_without_weights_are_read_once(tmp_path):
+    first, second = write(tmp_path / "a"), write(tmp_path / "b", first_id=2000)
+    blend = parse_blend([first, second])
+    assert len(build_datasets(config(tmp_path, train_blend=blend)).train) == 50
+    message = r"the training data holds 124 samples of seq_length=16 and several prefixes without weights are read once"
+    with pytest.raises(ValueError, match=message):
+        build_datasets(config(tmp_path, train_blend=blend, num_train_samples=125))
+
+
+def test_order_is_a_function_of_the_seed_and_outlives_the_cache(tmp_path):
+    prefix = write(tmp_path / "d")
+
+    def rows(cache, **changes):
+        made = config(tmp_path, cache_dir=os.fspath(tmp_path / cache), train_blend=parse_blend(prefix), **changes)
+        return read_token_sequences(build_datasets(made).train, 0, 50)
+
+    first = rows("x")
+    assert np.array_equal(first, rows("x")) and np.array_equal(first, rows("y"))
+    assert np.array_equal(first, rows("y", num_train_samples=60))  # still one epoch: the order stays
+    assert not np.array_equal(first, rows("y", seed=4))
+
+
+def test_cache_of_replaced_data_is_not_used(tmp_path):
+    prefix = write(tmp_path / "d")
+    made = config(tmp_path, train_blend=parse_blend(prefix))
+    build_datasets(made)
+    num_files = len(os.listdir(tmp_path / "cache"))
+    write(tmp_path / "d", num_documents=50, length=20, is_overwrite_allowed=True)
+    data = build_datasets(made)
+    assert len(os.listdir(tmp_path / "cache")) == 2 * num_files
+    assert len(data.train) == (50 * 20 - 1) // 16
+    ends = read_token_sequences(data.train, 0, len(data.train)) == 1
+    assert ends.sum() >= 49
+
+
+def test_a_position_survives_a_rebuild_and_notices_another_order(tmp_path):
+    prefix = write(tmp_path / "d")
+    sizes = {"micro_batch_size": 2, "global_batch_size": 4}
+    blend = {"train_blend": parse_blend(prefix)}
+    iterator = BatchIterator(build_datasets(config(tmp_path, **blend)).train, **sizes)
+    for _ in range(4):
+        next(iterator)
+    state, following = iterator.state_dict(), next(iterator)
+    again = BatchIterator(build_datasets(config(tmp_path, **blend)).train, **sizes)
+    again.load_state_dict(state)
+    assert bool((next(again).tokens_BS == following.tokens_BS).all())
+    for changes in ({"seed": 4}, {"num_train_samples": 200}):  # 200 samples are four epochs, shuffled together
+        other = BatchIterator(build_datasets(config(tmp_path, **blend, **changes)).train, **sizes)
+        with pytest.raises(ValueError, match="the 8 samples consumed before the checkpoint are not those of this data"):
+            other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("split", "shares"), [("969,30,1", (0.969, 0.03, 0.001)), ("1", (1, 0, 0)), ("98, 2", (0.98, 0.02, 0))]
+)
+def test_parse_split(split, shares):
+    assert parse_split(split) == pytest.approx(shares)
+
+
+def test_parse_split_errors():
+    with pytest.raises(
+        ValueError, match=r"split='a,b' is not a list of numbers; give shares of train, valid and test,"
+    ):
+        parse_split("a,b")
+    for split in ("0,1,1", "1,-1", "1,2,3,4", "nan"):
+        with pytest.raises(ValueError, match=r"must be one to three numbers, none negative, the first positive; give"):
+            parse_split(split)
+
+
+def test_config_errors(tmp_path):
+    blend = parse_blend("d")
+    for changes, message in [
+        ({}, "neither of data_path and train_data_path given: give data_path"),
+        ({"blend": blend, "train_blend": blend}, "both of data_path and train_data_path given"),
+        ({"blend": blend, "valid_blend": blend}, "valid_data_path goes with train_data_path, not with data_path"),
+        ({"blend": blend, "seq_length": 0}, "seq_length=0 must be at least 1"),
+        ({"blend": blend, "num_train_samples": 0}, "num_train_samples=0 must be at least 1"),
+        ({"blend": blend, "num_valid_samples": 0}, "num_valid_samples=0 must be at least 1, or None for one pass"),
+        ({"blend": blend, "split": "x"}, "split='x' is not a list of numbers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            config(tmp_path, **changes)
+    assert config(tmp_path, train_blend=parse_blend(["a", "b"]), valid_blend=parse_blend("a")).prefixes == ("a", "b")
+
+
+def test_data_errors(tmp_path):
+    prefix = write(tmp_path / "d", num_documents=4, length=3)
+    with pytest.raises(ValueError, match=r"data file .*/no\.idx does not exist \(data_path=.*/no: the prefix"):
+        build_datasets(config(tmp_path, train_blend=parse_blend(str(tmp_path / "no"))))
+    with pytest.raises(
+        ValueError, match=r"d has 4 documents \(12 tokens in all\) for training, fewer than one sample of"
+    ):
+        build_datasets(config(tmp_path, train_blend=parse_blend(prefix)))
+    with pytest.raises(
+        ValueError, match=r"d has 0 documents \(12 tokens in all\) for validation, fewer than one sample"
+    ):
+        build_datasets(config(tmp_path, seq_length=4, blend=parse_blend(prefix)))
+    with pytest.raises(ValueError, match=r"the validation data holds no whole sample of seq_length=4: use more"):
+        build_datasets(config(tmp_path, seq_length=4, blend=parse_blend(prefix), split="3,1"))
+
+
+_WORKER = """
+import sys
+import torch.distributed as dist
+from dsv3_megatron.data.batches import BatchIterator
+from dsv3_megatron.data.blend import parse_blend
+from dsv3_megatron.data.datasets import DatasetConfig, build_datasets
+
+def main():
+    rank, folder, prefix = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    made = DatasetConfig(16, 3, 50, train_blend=parse_blend(prefix), valid_blend=parse_blend(prefix),
+                      cache_dir=f"{folder}/cache")
+    data = build_datasets(made)
+    batches = BatchIterator(data.train, micro_batch_size=1, global_batch_size=4, data_parallel_rank=rank,
+                            data_parallel_size=2)
+    for _ in range(4):
+        batch = next(batches)
+        print(batch.sample_ids_B.tolist()[0], *batch.tokens_BS[0].tolist())
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.distributed
+def test_two_processes_share_one_cache_and_split_the_step(tmp_path):
+    prefix = write(tmp_path / "d")
+    command = [sys.executable, "-W", "ignore", "-c", _WORKER]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path), prefix], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for rank in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0]
+    rows = sorted([int(part) for part in line.split()] for output in printed for line in output.splitlines())
+    alone = build_datasets(config(tmp_path, cache_dir=str(tmp_path / "other"), train_blend=parse_blend(prefix))).train
+    assert rows == [[i, *alone[i]["tokens"].tolist()] for i in range(8)]

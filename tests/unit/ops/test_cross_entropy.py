@@ -1,0 +1,95 @@
+"""ops/cross_entropy.py against the formula in float64."""
+
+import pytest
+import torch
+
+from dsv3_megatron.ops.cross_entropy import linear_cross_entropy, reference_cross_entropy, token_cross_entropy
+from dsv3_megatron.ops.softmax import softmax_and_logsumexp_
+
+
+def _case(dtype=torch.float64, vocab=40):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, grad = (
+        torch.randn(s, generator=generator, dtype=torch.float64) for s in ((5, 2, 16), (vocab, 16), (5, 2))
+    )
+    grad[2, 1] = 0  # a masked token
+    targets = torch.randint(0, vocab, (5, 2), generator=generator)
+    return hidden.to(dtype), weight.to(dtype), targets, grad
+
+
+def _with_gradients(function, inputs, grad):
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    out = function(*inputs)
+    return out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))
+
+
+def _expected(hidden, weight, targets, grad):
+    return _with_gradients(lambda h, w: reference_cross_entropy(h @ w.T, targets), [hidden.double(), weight.double()], grad)
+
+
+@pytest.mark.parametrize("keep", [True, False, None])
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 10, 100])
+def test_equals_reference_in_float64(keep, chunk_tokens):
+    hidden, weight, targets, grad = _case()
+    got = _with_gradients(
+        lambda h, w: linear_cross_entropy(h, w, targets, keep_probabilities=keep, chunk_tokens=chunk_tokens),
+        [hidden, weight],
+        grad,
+    )
+    for a, b in zip(got, _expected(hidden, weight, targets, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "product_backend"),
+    [(torch.float32, "auto"), (torch.bfloat16, "via_fp32"), (torch.bfloat16, "native")],
+)
+def test_other_dtypes(dtype, product_backend, keep):
+    hidden, weight, targets, grad = _case(dtype)
+    got = _with_gradients(
+        lambda h, w: linear_cross_entropy(h, w, targets, keep_probabilities=keep, product_backend=product_backend),
+        [hidden, weight],
+        grad,
+    )
+    assert got[0].dtype == torch.float32 and got[1].dtype == dtype
+    # bf16: kept probabilities and results are rounded to 8 bits, native products round logits too.
+    tolerance = {torch.float32: 1e-5}.get(dtype, 2**-7 if product_backend == "via_fp32" else 2**-5)
+    for a, b in zip(got, _expected(hidden, weight, targets, grad), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+def test_main_grad():
+    hidden, weight, targets, grad = _case(torch.float32)
+    weight.requires_grad_()
+    weight.main_grad = torch.ones_like(weight)
+    linear_cross_entropy(hidden, weight, targets, accumulate_into_main_grad=True).backward(grad.float())
+    exact = _expected(hidden, weight.detach(), targets, grad)[2]
+    torch.testing.assert_close(weight.main_grad.double(), 1 + exact, rtol=1e-5, atol=1e-5)
+    assert weight.grad_added_to_main_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_token_cross_entropy(dtype):
+    hidden, weight, targets, grad = _case()
+    logits = (hidden @ weight.T).to(dtype)
+    got = _with_gradients(lambda t: token_cross_entropy(t, targets), [logits], grad)
+    expected = _with_gradients(lambda t: reference_cross_entropy(t, targets), [logits.double()], grad)
+    tolerance = 1e-10 if dtype == torch.float64 else 2**-7
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+def test_extreme_logits_stay_finite():
+    scores = torch.tensor([[1e4, -1e4, 0.0], [float("-inf"), 0.0, 0.0]])
+    logsumexp = softmax_and_logsumexp_(scores)
+    torch.testing.assert_close(logsumexp, torch.tensor([1e4, 0.6931472]))
+    torch.testing.assert_close(scores, torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]]))
+
+
+def test_bad_input():
+    hidden, weight, targets, _ = _case()
+    with pytest.raises(ValueError, match=r"targets \(2, 5\) must have the shape of hidden \(5, 2, 16\)"):
+        linear_cross_entropy(hidden, weight, targets.T)
+    with pytest.raises(ValueError, match="chunk_tokens=0 must be at least 1"):
+        linear_cross_entropy(hidden, weight, targets, chunk_tokens=0)

@@ -1,0 +1,95 @@
+"""ops/experts.py against the row-by-row version in float64."""
+
+import pytest
+import torch
+
+from dsv3_megatron.ops.experts import reference_experts, swiglu_experts
+
+COUNTS = [3, 0, 5, 1]
+
+
+def _case(dtype=torch.float64, hidden=8, width=16):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((sum(COUNTS), hidden), (4, 2 * width, hidden), (4, hidden, width), (sum(COUNTS),), (sum(COUNTS), hidden))
+    x, fc1, fc2, gates, grad = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+    return [x, fc1, fc2, gates], grad
+
+
+def _with_gradients(function, inputs, grad):
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    out = function(*inputs)
+    return out, *torch.autograd.grad(out, inputs, grad)
+
+
+def _call(**options):
+    return lambda x, fc1, fc2, gates: swiglu_experts(x, COUNTS, fc1, fc2, gates, **options)
+
+
+def _reference(x, fc1, fc2, gates):
+    return reference_experts(x, COUNTS, fc1, fc2, gates)
+
+
+def test_gradcheck_with_an_expert_without_rows():
+    inputs, _ = _case(hidden=3, width=2)
+    assert torch.autograd.gradcheck(_call(), [t.requires_grad_() for t in inputs])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("looped", torch.float64), ("grouped_mm", torch.float32)])
+def test_backends_equal_the_reference(backend, dtype):
+    inputs, grad = _case(dtype)
+    got = _with_gradients(_call(backend=backend), inputs, grad)
+    expected = _with_gradients(_reference, [t.double() for t in inputs], grad.double())
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+    assert got[2][1].eq(0).all() and got[3][1].eq(0).all()  # no rows: zero gradients, not None
+
+
+@pytest.mark.parametrize("product_backend", ["native", "via_fp32"])
+def test_bf16(product_backend):
+    inputs, grad = _case(torch.bfloat16)
+    got = _with_gradients(_call(product_backend=product_backend), inputs, grad)
+    expected = _with_gradients(_reference, [t.double() for t in inputs], grad.double())
+    # One rounding of the result where everything inside is fp32; several of 2^-9 each where products are bf16.
+    tolerance = 2**-8 if product_backend == "via_fp32" else 2**-5
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+def test_without_gates():
+    (x, fc1, fc2, gates), _ = _case()
+    torch.testing.assert_close(
+        swiglu_experts(x, COUNTS, fc1, fc2), swiglu_experts(x, COUNTS, fc1, fc2, torch.ones_like(gates))
+    )
+
+
+def test_no_rows_at_all():
+    inputs, _ = _case()
+    fc1, fc2 = inputs[1].requires_grad_(), inputs[2].requires_grad_()
+    out = swiglu_experts(inputs[0][:0], [0, 0, 0, 0], fc1, fc2, inputs[3][:0])
+    out.sum().backward()
+    assert out.shape == (0, 8) and fc1.grad.eq(0).all() and fc2.grad.eq(0).all()
+
+
+def test_main_grad():
+    inputs, grad = _case(torch.bfloat16)
+    x, fc1, fc2, gates = (t.requires_grad_() for t in inputs)
+    for weight in (fc1, fc2):
+        weight.main_grad = torch.ones(weight.shape, dtype=torch.float32)
+    out = swiglu_experts(x, COUNTS, fc1, fc2, gates, product_backend="via_fp32", accumulate_into_main_grad=True)
+    out.backward(grad)
+    expected = _with_gradients(_reference, [t.detach().double() for t in inputs], grad.double())
+    for weight, exact in ((fc1, expected[2]), (fc2, expected[3])):
+        torch.testing.assert_close(weight.main_grad.double(), 1 + exact, rtol=1e-5, atol=1e-4)
+        assert weight.grad_added_to_main_grad
+
+
+def test_bad_input():
+    (x, fc1, fc2, gates), _ = _case()
+    with pytest.raises(ValueError, match=r"counts=\[9, 0, 0\] must have one entry for each of 4 experts"):
+        swiglu_experts(x, [9, 0, 0], fc1, fc2, gates)
+    with pytest.raises(ValueError, match="backend='loop' of swiglu_experts must be one of auto, looped, grouped_mm"):
+        swiglu_experts(x, COUNTS, fc1, fc2, gates, backend="loop")
+    with pytest.raises(ValueError, match="accumulate_into_main_grad=True needs backend 'looped'"):
+        swiglu_experts(x, COUNTS, fc1, fc2, gates, backend="grouped_mm", accumulate_into_main_grad=True)

@@ -1,0 +1,225 @@
+"""examples/pretrain_dsv3.sh around a made-up Python: what it starts, how it passes on signals and exit codes.
+
+The made-up Python is a shell script that passes for a complete environment; as torchrun it starts two "workers". So
+the launcher's own behaviour is tested without torch, in a fraction of a second each.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "pretrain_dsv3.sh"
+
+FAKE_PYTHON = """#!/bin/bash
+worker() {{ # saves and ends on a signal, as a training process does
+    trap 'echo INT >>"{folder}/signals"; {on_signal}' INT
+    trap 'echo TERM >>"{folder}/signals"; {on_signal}' TERM
+    echo started >>"{folder}/started"
+    for _ in $(seq {worker_ticks}); do sleep 0.05; done
+    exit {exit_code}
+}}
+case "$*" in
+    *tomllib*) echo "complete" ;;
+    *minimum_world_size*) echo 4 ;;
+    *--check-only*) echo "$WORLD_SIZE" >"{folder}/world_size"; exit {check_code} ;;
+    *torch.distributed.run*)
+        echo "$*" >"{folder}/torchrun"
+        echo "OMP_NUM_THREADS=$OMP_NUM_THREADS" >>"{folder}/torchrun"
+        trap 'exit 99' INT TERM
+        worker & first=$!
+        worker & second=$!
+        wait $first; a=$?
+        wait $second; b=$?
+        exit $((a > b ? a : b))
+        ;;
+    *{slow_stage}*) echo $$ >"{folder}/slow"; sleep 60 ;;
+    *) echo "$*" >>"{folder}/other" ;;
+esac
+"""
+
+
+class Launch:
+    """The launcher with a made-up Python that records into a folder."""
+
+    def __init__(self, folder: Path, *, worker_ticks: int = 0, exit_code: int = 0, check_code: int = 0,
+                 on_signal: str = "exit 0", slow_stage: str = "no such stage") -> None:
+        self.folder = folder
+        python = folder / "python"
+        python.write_text(FAKE_PYTHON.format(folder=folder, worker_ticks=worker_ticks, exit_code=exit_code,
+                                             check_code=check_code, on_signal=on_signal, slow_stage=f'"{slow_stage}"'))
+        python.chmod(0o755)
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        self.environment = inherited | {"PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
+
+    def start(self, *flags: str, **variables: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(["bash", str(LAUNCHER), *flags], env=self.environment | variables, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                                start_new_session=True)
+
+    def run(self, *flags: str, **variables: str) -> tuple[int, str, str]:
+        process = self.start(*flags, **variables)
+        stdout, stderr = process.communicate(timeout=30)
+        return process.returncode, stdout, stderr
+
+    def read(self, name: str) -> str:
+        file = self.folder / name
+        return file.read_text() if file.exists() else ""
+
+    def wait_for(self, name: str, lines: int) -> None:
+        deadline = time.monotonic() + 20
+        while self.read(name).count("\n") < lines:
+            assert time.monotonic() < deadline, f"{name} did not get {lines} lines"
+            time.sleep(0.02)
+
+
+def test_without_a_gpu_the_layout_decides_the_number_of_processes(tmp_path: Path) -> None:
+    launch = Launch(tmp_path)
+    code, _, stderr = launch.run("--preset", "tiny", "--pipeline-model-parallel-size", "2")
+    assert code == 0, stderr
+    assert "--standalone" in launch.read("torchrun")
+    assert "--nproc-per-node 4" in launch.read("torchrun")
+    assert "-m dsv3_megatron.train --preset tiny --pipeline-model-parallel-size 2\n" in launch.read("torchrun")
+    assert launch.read("world_size") == "4\n"
+
+
+def test_several_processes_get_a_share_of_the_cores(tmp_path: Path) -> None:
+    launch = Launch(tmp_path)
+    launch.run("--preset", "tiny", NPROC_PER_NODE="64")
+    assert f"OMP_NUM_THREADS={max(1, len(os.sched_getaffinity(0)) // 64)}\n" in launch.read("torchrun")
+    launch.run("--preset", "tiny", NPROC_PER_NODE="64", OMP_NUM_THREADS="3")
+    assert "OMP_NUM_THREADS=3\n" in launch.read("torchrun")
+
+
+def test_nodes_come_from_the_environment(tmp_path: Path) -> None:
+    launch = Launch(tmp_path)
+    code, _, stderr = launch.run("--preset", "dsv3-671b", NNODES="256", NODE_RANK="7", MASTER_ADDR="node0",
+                                 MASTER_PORT="1234", GPUS_PER_NODE="8")
+    assert code == 0, stderr
+    assert ("--nnodes 256 --node-rank 7 --master-addr node0 --master-port 1234 --nproc-per-node 8"
+            in launch.read("torchrun"))
+    assert launch.read("world_size") == "2048\n"
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "NODE_RANK"])
+def test_several_nodes_need_an_address_and_a_rank(tmp_path: Path, missing: str) -> None:
+    given = {"MASTER_ADDR": "node0", "NODE_RANK": "0"}
+    del given[missing]
+    launch = Launch(tmp_path)
+    code, _, stderr = launch.run("--preset", "tiny", NNODES="2", **given)
+    assert code == 2
+    assert f"{missing} is not set: with NNODES=2 give" in stderr
+    assert launch.read("torchrun") == ""
+
+
+def test_a_wrong_setting_ends_before_torchrun_with_its_exit_code(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, check_code=2)
+    assert launch.run("--preset", "tiny", "--micro-batch-size", "5")[0] == 2
+    assert launch.read("torchrun") == ""
+
+
+def test_exit_code_of_a_failed_run(tmp_path: Path) -> None:
+    assert Launch(tmp_path, exit_code=7).run("--preset", "tiny")[0] == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_every_worker_once_and_the_run_ends_cleanly(tmp_path: Path, number: signal.Signals) -> None:
+    launch = Launch(tmp_path, worker_ticks=400)
+    process = launch.start("--preset", "tiny")
+    launch.wait_for("started", 2)
+    os.killpg(process.pid, number)  # as a terminal does
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 0  # torchrun saw its workers end by themselves, it was not signalled itself
+    assert launch.read("signals") == f"{number.name[3:]}\n" * 2
+    assert f"{number.name}: the run saves a checkpoint and ends; once more ends it at once" in stderr
+
+
+def test_a_second_signal_ends_a_run_that_does_not_react(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, worker_ticks=400, on_signal="true")
+    process = launch.start("--preset", "tiny")
+    launch.wait_for("started", 2)
+    process.send_signal(signal.SIGINT)
+    launch.wait_for("signals", 2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGKILL
+
+
+def test_help_and_print_model_start_no_torchrun(tmp_path: Path) -> None:
+    launch = Launch(tmp_path)
+    code, stdout, _ = launch.run("--preset", "laptop", "--print-model", "--json")
+    assert code == 0
+    assert launch.read("other") == "-m dsv3_megatron.train --preset laptop --print-model --json\n"
+    assert launch.read("torchrun") == ""
+
+
+class Quickstart(Launch):
+    """The launcher without flags, in a folder of its own."""
+
+    def __init__(self, folder: Path, **options: object) -> None:
+        super().__init__(folder, **options)  # type: ignore[arg-type]
+        self.run_dir = folder / "run"
+        self.environment |= {"RUN_DIR": str(self.run_dir)}
+
+
+def test_the_quickstart_runs_every_stage_and_skips_what_is_done(tmp_path: Path) -> None:
+    quickstart = Quickstart(tmp_path)
+    code, _, stderr = quickstart.run()
+    assert code == 0, stderr
+    modules = [line.split()[1] if line.startswith("-m") else line.split()[0].rsplit("/", 1)[-1]
+               for line in quickstart.read("other").splitlines()]
+    assert modules == ["dsv3_megatron.data.corpus", "dsv3_megatron.data.tokenizer", "preprocess_data.py",
+                       "preprocess_data.py", "dsv3_megatron.metrics.summary"]
+    assert "--nproc-per-node 4" in quickstart.read("torchrun")
+    (tmp_path / "other").unlink()
+    (tmp_path / "torchrun").unlink()
+    code, _, stderr = quickstart.run()
+    assert code == 0
+    assert stderr.count("done before") == 4
+    assert quickstart.read("other") == f"-m dsv3_megatron.metrics.summary {quickstart.run_dir}\n"
+    assert quickstart.read("torchrun") == ""
+    assert quickstart.run("--fresh")[0] == 0
+    assert quickstart.read("torchrun") != ""
+
+
+def test_an_interrupted_quickstart_resumes_its_training(tmp_path: Path) -> None:
+    quickstart = Quickstart(tmp_path, worker_ticks=400)
+    process = quickstart.start()
+    quickstart.wait_for("started", 2)
+    assert "--load" not in quickstart.read("torchrun")
+    (quickstart.run_dir / "checkpoints" / "iter_0000100").mkdir(parents=True)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; the same command goes on from here" in stderr
+    again = Quickstart(tmp_path)
+    code, _, stderr = again.run()
+    assert code == 0, stderr
+    assert f"--load {quickstart.run_dir}/checkpoints" in again.read("torchrun")
+
+
+def test_a_stage_that_fails_stops_the_quickstart_with_its_exit_code(tmp_path: Path) -> None:
+    quickstart = Quickstart(tmp_path, exit_code=5)
+    code, _, stderr = quickstart.run()
+    assert code == 5
+    assert "[4/5] training on 4 processes: failed with exit code 5" in stderr
+    assert "summary" not in quickstart.read("other")
+
+
+@pytest.mark.parametrize("stage", ["data.corpus", "preprocess_data.py"])
+def test_a_signal_ends_a_stage_and_leaves_nothing_running(tmp_path: Path, stage: str) -> None:
+    quickstart = Quickstart(tmp_path, slow_stage=stage)
+    process = quickstart.start()
+    quickstart.wait_for("slow", 1)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; the same command goes on from here" in stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(quickstart.read("slow")), 0)
+    assert quickstart.read("torchrun") == ""
