@@ -112,10 +112,10 @@ class Trainer:
     # -- a step ------------------------------------------------------------------------------------
 
     def train(self) -> int:
-        """Train to the end of the run, or until SIGINT or SIGTERM; save; return the exit code.
+        """Train to the end of the run, or until SIGINT or SIGTERM; save either way.
 
         Returns:
-            0 at the end of the run, 128 + the signal's number after a signal.
+            The exit code, 0.
         """
         run, training = self.run, self.run.training
         previous = {sig: signal.signal(sig, self._note_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
@@ -139,13 +139,13 @@ class Trainer:
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
         if stopped:
-            kept = f"checkpoint saved at iteration {self.iteration}" if run.checkpoint.save else "nothing saved: no --save"
-            self.progress.message(f"stopped by {signal.Signals(stopped).name}; {kept}")
+            saved = "with a checkpoint" if run.checkpoint.save else "without a checkpoint: save is not set"
+            self.progress.message(f"stopped by {signal.Signals(stopped).name} after iteration {self.iteration}, {saved}")
         self.progress.close()
         if self.writer:
             self.writer.close()
         destroy_groups()
-        return 128 + stopped if stopped else 0
+        return 0
 
     def train_step(self) -> tuple[StepReport, int]:
         """One optimizer step.

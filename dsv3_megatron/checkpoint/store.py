@@ -14,17 +14,20 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import pickle
 import queue
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -35,11 +38,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
 )
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from dsv3_megatron import __version__
 from dsv3_megatron.checkpoint.layout import (
@@ -58,8 +60,10 @@ from dsv3_megatron.config.run import RunConfig
 __all__ = ["CheckpointError", "Progress", "latest_iteration", "load_checkpoint", "save_checkpoint"]
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
+# What reading a damaged file raises: whichever layer meets the damage first.
+_READ_ERRORS = (CheckpointException, CheckpointingException, OSError, RuntimeError, EOFError, ValueError, KeyError,
+                pickle.UnpicklingError)
 _RNG = "rng_state"
 _STEP = "optimizer_step"
 # Seconds a folder made by one node may take to be seen by another (attribute caches of network file systems).
@@ -90,6 +94,7 @@ def save_checkpoint(
         CheckpointError: on every rank, if the folder cannot be written to or the disk is full.
     """
     started = time.monotonic()
+    _allocate_moments(optimizer)
     state = _state(chunks, optimizer, groups, is_loading=False)
     state[_RNG] = _rng_state()
     state[_STEP] = _optimizer_step(optimizer)
@@ -104,7 +109,8 @@ def save_checkpoint(
         dist_checkpointing.save(state, str(target), strategy)
     except (CheckpointException, CheckpointingException, OSError) as error:
         # Write errors are raised on every rank, with the reason on the first one only.
-        reason = _on_first_rank(lambda: _why_not_written(target, error), f"save={directory}")
+        cause: BaseException = error
+        reason = _on_first_rank(lambda: _why_not_written(target, cause), f"save={directory}")
         raise CheckpointError(f"save={directory}: iteration {progress.iteration} could not be saved: {reason}; "
                               f"the newest checkpoint is still that of {latest_iteration(directory)}") from error
 
@@ -150,18 +156,15 @@ def load_checkpoint(
         state[_RNG] = _rng_state()
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.dp_cp)
     try:
-        loaded, missing, unexpected = dist_checkpointing.load(
-            state, str(manifest.path), strategy, strict=StrictHandling.RETURN_ALL)
-    except (CheckpointException, CheckpointingException, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        _check_tensors(manifest, state, groups)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            loaded = dist_checkpointing.load(state, str(manifest.path), strategy)
+    except CheckpointError:
+        raise
+    except _READ_ERRORS as error:
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
         raise CheckpointError(incomplete(directory, manifest.progress.iteration, reason)) from error
-    # Megatron-Core's terms: "missing" was saved and not asked for, "unexpected" was asked for and not saved.
-    lost = sorted(key for key in missing if not key.startswith(_RNG))
-    if lost or unexpected:
-        raise CheckpointError(incomplete(
-            directory, manifest.progress.iteration,
-            f"it lacks {sorted(unexpected)[:3]} and has {lost[:3]} beyond this model ({len(unexpected)} and {len(lost)} "
-            "tensors in all)"))
     _restore(loaded, chunks, optimizer)
     if _RNG in loaded:
         _restore_rng_state(loaded[_RNG])
@@ -192,6 +195,31 @@ def _state(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, groups: 
     return state
 
 
+def _check_tensors(manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection) -> None:
+    """Check that the checkpoint has every tensor of this run, in its shape, and no other.
+
+    Raises:
+        CheckpointError: it has not, for example because it was written with other modules.
+    """
+    saved = {key: tuple(entry.size) for key, entry in
+             FileSystemReader(manifest.path).read_metadata().state_dict_metadata.items() if hasattr(entry, "size")}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for entry in state.values():
+        built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+        wanted |= {shard.key: tuple(shard.global_shape) for shard in nested_values([built])
+                   if isinstance(shard, ShardedTensor)}
+    stages: list[Any] = [None] * groups.pp.size()
+    torch.distributed.all_gather_object(stages, wanted, group=groups.pp)
+    wanted = {key: shape for stage in stages for key, shape in stage.items()}
+    wrong = [f"{key} of shape {shape} has {saved.get(key, 'no tensor')} there" for key, shape in sorted(wanted.items())
+             if saved.get(key) != shape]
+    wrong += [f"{key} is there and not in this model" for key in sorted(saved.keys() - wanted.keys())]
+    if wrong:
+        raise CheckpointError(f"checkpoint {manifest.path} does not fit this model in {len(wrong)} tensors: "
+                              f"{'; '.join(wrong[:3])}. It was written by dsv3_megatron "
+                              f"{manifest.versions.get('dsv3_megatron')}, this is {__version__}")
+
+
 def _restore(loaded: dict[Any, Any], chunks: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
     """Put what was loaded into the modules and the optimizer."""
     models: list[dict[str, Any]] = [{} for _ in chunks]
@@ -205,18 +233,32 @@ def _restore(loaded: dict[Any, Any], chunks: list[torch.nn.Module], optimizer: M
     for chunk, weights in zip(chunks, models, strict=True):
         _stage(chunk).load_state_dict(weights, strict=True)
     for part, param_state in zip(parts, moments, strict=True):
-        # Everything but the moments and the step is this run's own.
-        own = part.state_dict()
-        for group in own["optimizer"]["param_groups"]:
-            group["step"] = loaded[_STEP]
-        part.load_state_dict({**own, "param_state": param_state, "param_state_sharding_type": "fully_reshardable"})
+        _restore_moments(part, param_state, loaded[_STEP])
+
+
+def _restore_moments(part: Any, param_state: dict[int, dict[str, torch.Tensor]], step: int) -> None:
+    """Put moments and fp32 weights into one distributed optimizer, and set its step.
+
+    Megatron-Core 0.19 keeps a "step" per parameter apart for torch's AdamW and then looks for it among the
+    loaded tensors, and it would give all parameters one step tensor, to be counted up once for each.
+    """
+    inner = part.optimizer
+    has_tensor_steps = isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
+    devices = {parameter: state.pop("step").device for parameter, state in inner.state.items() if has_tensor_steps}
+    part.load_parameter_state_from_fully_reshardable(param_state)
+    for parameter, device in devices.items():
+        inner.state[parameter]["step"] = torch.tensor(float(step), device=device)
+    if not has_tensor_steps:
+        for group in inner.param_groups:
+            group["step"] = step
 
 
 def _stage(chunk: torch.nn.Module) -> Any:
     """The model stage inside its wrappers."""
-    while isinstance(getattr(chunk, "module", None), torch.nn.Module):
-        chunk = chunk.module
-    return chunk
+    stage: Any = chunk
+    while isinstance(getattr(stage, "module", None), torch.nn.Module):
+        stage = stage.module
+    return stage
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
@@ -226,7 +268,6 @@ def _parts(optimizer: MegatronOptimizer) -> list[Any]:
 
 def _optimizer_step(optimizer: MegatronOptimizer) -> int:
     """Steps that AdamW has made; 0 before the first."""
-    _allocate_moments(optimizer)
     steps = {int(group.get("step") or 0) for part in _parts(optimizer)
              for group in part.state_dict()["optimizer"]["param_groups"]}
     assert len(steps) == 1, f"optimizers of one run disagree on their step: {steps}"
@@ -242,8 +283,10 @@ def _allocate_moments(optimizer: MegatronOptimizer) -> None:
         for group in inner.param_groups:
             for parameter in group["params"]:
                 if not inner.state[parameter]:
+                    on_device = group.get("fused") or group.get("capturable")
                     inner.state[parameter] = {
-                        "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
+                        "step": torch.tensor(0.0, device=parameter.device if on_device else "cpu"),
+                        "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter)}
 
 
@@ -272,7 +315,7 @@ def _has_same_layout(manifest: Manifest, run: RunConfig) -> bool:
 # ---- what every rank must agree on ----
 
 
-def _on_first_rank(action: Callable[[], T], subject: str) -> T:
+def _on_first_rank[T](action: Callable[[], T], subject: str) -> T:
     """Run `action` on rank 0 while the others wait; its result, or its error, on every rank."""
     answer: list[Any] = [None, None]
     failure: Exception | None = None
@@ -298,7 +341,7 @@ def _disk_full(error: OSError) -> str | None:
     return None
 
 
-def _why_not_written(target: Path, error: Exception) -> str:
+def _why_not_written(target: Path, error: BaseException) -> str:
     """The reason of a failed write; Megatron-Core reports that there was one, not always which."""
     try:
         probe = target / ".space"
@@ -347,5 +390,6 @@ def _wait_for_folder(target: Path) -> None:
     blind = torch.tensor([0 if target.is_dir() else 1], device=torch.cuda.current_device())
     torch.distributed.all_reduce(blind)
     if blind.item():
-        raise CheckpointError(f"save={target.parent}: {blind.item()} of {torch.distributed.get_world_size()} processes do "
-                              "not see this folder; choose one on a file system that all nodes share")
+        raise CheckpointError(
+            f"save={target.parent}: {blind.item()} of {torch.distributed.get_world_size()} processes do not see this "
+            "folder; choose one on a file system that all nodes share")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 
@@ -25,6 +26,18 @@ def option(default: Any = dataclasses.MISSING, *, help: str, choices: tuple[str,
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def require_finite(section: Any) -> None:
+    """Check every float field of a section.
+
+    Raises:
+        ConfigError: one is infinite or not a number.
+    """
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{field.name}={value} must be a finite number")
 
 
 def divisors(number: int, *, near: int = 1, count: int = 3) -> str:

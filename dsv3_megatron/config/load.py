@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,7 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     start.add_argument("--preset", choices=sorted(PRESETS), help="named run to start from (default: tiny)")
     start.add_argument("--config", metavar="FILE", help="TOML, YAML or JSON file with fields to change; flags change "
                        "them again")
-    start.add_argument("--print-model", action="store_true", help="print parameters, FLOPs and bytes per rank, and stop")
+    start.add_argument("--print-model", action="store_true", help="print parameters, FLOPs and bytes per rank, "
+                       "and stop")
     start.add_argument("--json", action="store_true", dest="as_json", help="with --print-model: as JSON")
     start.add_argument("--check-only", action="store_true", help="check the run and its inputs, and stop")
     start.add_argument("--world-size", type=int, metavar="N", help="with --print-model or --check-only: processes to "
@@ -84,7 +85,7 @@ def parse_command(arguments: Sequence[str]) -> Command:
         ConfigError: an unknown flag, field, preset or file, or a value of the wrong type.
         SystemExit: after --help.
     """
-    given = vars(build_parser().parse_args(list(arguments)))
+    given = _given(arguments)
     from_file = read_config_file(given["config"]) if given["config"] else {}
     name = given["preset"] or from_file.pop("preset", None) or "tiny"
     from_file.pop("preset", None)
@@ -103,16 +104,22 @@ def read_config_file(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"config={path}: no such file")
+    if file.suffix not in _FORMATS:
+        raise ConfigError(f"config={path}: its name must end with {', '.join(_FORMATS)}")
     try:
         content = _parse(file)
     except Exception as error:  # the parsers' own errors have no common class
-        raise ConfigError(f"config={path}: cannot be read as {file.suffix[1:].upper()}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config={path}: cannot be read as {file.suffix[1:].upper()}: {reason}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"config={path}: must hold fields and their values, not a {type(content).__name__}")
     changes: dict[str, Any] = {}
     for key, value in content.items():
+        if isinstance(value, dict) and key not in SECTIONS:
+            raise ConfigError(f"config={path}: {key} is not a section of a run; they are {', '.join(SECTIONS)}")
         entries = value.items() if key in SECTIONS and isinstance(value, dict) else [(key, value)]
         for name, entry in entries:
+            name = str(name)  # YAML's keys may be anything
             if name == "preset":
                 changes[name] = entry
                 continue
@@ -124,6 +131,32 @@ def read_config_file(path: str) -> dict[str, Any]:
 
 
 _UNSET: Any = object()
+_FORMATS = (".toml", ".yaml", ".yml", ".json")
+_KIND_WORDS = {int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
+
+
+def _given(arguments: Sequence[str]) -> dict[str, Any]:
+    """The command line's values by field; refuses what no flag takes, naming the flags it may have meant."""
+    parser = build_parser()
+    known, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        import difflib
+
+        wrong = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(wrong, flags, n=3)
+        raise ConfigError(f"{wrong} is not a flag" + (f"; did you mean {' or '.join(close)}?" if close
+                                                      else "; see --help"))
+    given = vars(known)
+    if given["as_json"] and not given["print_model"]:
+        raise ConfigError("--json says how --print-model prints; give --print-model too")
+    if given["world_size"] is not None:
+        if not (given["print_model"] or given["check_only"]):
+            raise ConfigError(f"--world-size={given['world_size']} is for --print-model and --check-only; a run has as "
+                              "many processes as were started (--nproc-per-node of torchrun)")
+        if given["world_size"] < 1:
+            raise ConfigError(f"--world-size={given['world_size']} must be at least 1")
+    return given
 
 
 def _parse(file: Path) -> Any:
@@ -135,9 +168,7 @@ def _parse(file: Path) -> Any:
         import yaml
 
         return yaml.safe_load(file.read_text(encoding="utf-8"))
-    if file.suffix == ".json":
-        return json.loads(file.read_text(encoding="utf-8"))
-    raise ValueError("name it .toml, .yaml or .json")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _kind(annotation: str) -> type:
@@ -157,12 +188,15 @@ def _typed(name: str, value: Any) -> Any:
         return None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, str) and _is_number(value):  # YAML reads 3e-4 as text
+        return float(value)
     if kind is list and isinstance(value, str):
         return value.split()
     if kind is list and isinstance(value, list):
         return [str(item) for item in value]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r} must be {field.type}")
+        optional = " or nothing" if "None" in str(field.type) else ""
+        raise ConfigError(f"{name}={value!r} must be {_KIND_WORDS[kind]}{optional}")
     return value
 
 
@@ -174,11 +208,12 @@ def _add_flag(group: Any, field: dataclasses.Field) -> None:
     defaults = {repr(getattr(getattr(make(), section_of(field.name)), field.name)) for make in PRESETS.values()}
     default = next(iter(defaults))
     shown = f" (default: {default.strip(chr(39))})" if len(defaults) == 1 and default not in ("None", "[]") else ""
-    options: dict[str, Any] = {"dest": field.name, "default": _UNSET, "help": metadata["help"].replace("%", "%%") + shown}
+    text = metadata["help"].replace("%", "%%") + shown
+    options: dict[str, Any] = {"dest": field.name, "default": _UNSET, "help": text}
     if metadata["nargs"]:
         options |= {"nargs": metadata["nargs"], "metavar": "X"}
     else:
-        options["type"] = kind if "None" not in str(field.type) else (lambda text: _optional(kind, text))
+        options["type"] = kind if "None" not in str(field.type) else _optional(kind)
         if metadata["choices"]:
             options["choices"] = metadata["choices"]
         else:
@@ -186,5 +221,18 @@ def _add_flag(group: Any, field: dataclasses.Field) -> None:
     group.add_argument(flag, **options)
 
 
-def _optional(kind: type, text: str) -> Any:
-    return None if text.lower() == "none" else kind(text)
+def _optional(kind: type) -> Callable[[str], Any]:
+    """Reads "none" as None and everything else as `kind`; argparse names it in its errors."""
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__
+    return read
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv3_megatron.config.fields import ConfigError, divisors, option
+from dsv3_megatron.config.fields import ConfigError, divisors, option, require_finite
 
 ROPE_TYPES = ("rope", "yarn")
 
@@ -68,15 +68,20 @@ class ModelConfig:
         Raises:
             ConfigError: one message with the rule, the values, the field and the way out.
         """
+        require_finite(self)
         for name in ("num_layers", "hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim",
                      "qk_rope_head_dim", "v_head_dim", "ffn_hidden_size", "num_experts", "moe_ffn_hidden_size",
                      "moe_router_topk", "vocab_size", "moe_router_num_groups", "moe_router_group_topk",
-                     "max_position_embeddings"):
+                     "max_position_embeddings", "original_max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("num_dense_layers", "num_shared_experts", "mtp_num_layers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("moe_router_topk_scaling_factor", "rotary_base", "beta_fast", "beta_slow", "layernorm_epsilon",
+                     "init_method_std"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be greater than 0")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ConfigError(f"q_lora_rank={self.q_lora_rank} must be at least 1; leave it out for full-rank queries")
         if self.qk_rope_head_dim % 2:
@@ -87,6 +92,9 @@ class ModelConfig:
             )
         if self.rope_type not in ROPE_TYPES:
             raise ConfigError(f"rope_type={self.rope_type!r} must be one of {', '.join(ROPE_TYPES)}")
+        if self.rope_type == "yarn" and self.rotary_scaling_factor < 1:
+            raise ConfigError(f"rotary_scaling_factor={self.rotary_scaling_factor} must be at least 1: YaRN extends "
+                              "the context by this factor")
         self._validate_routing()
 
     def _validate_routing(self) -> None:

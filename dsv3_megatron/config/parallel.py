@@ -6,6 +6,7 @@ is on exactly when tensor parallelism is, because MoE under tensor parallelism n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dsv3_megatron.config.fields import ConfigError, divisors, option
@@ -124,7 +125,7 @@ class ParallelConfig:
 
 
 def _must_divide(name: str, degree: int, targets: list[tuple[str, int]]) -> None:
+    ways = divisors(math.gcd(*(value for _, value in targets)), near=degree)
     for target_name, value in targets:
         if value % degree:
-            raise ConfigError(f"{name}={degree} must divide {target_name}={value}; "
-                              f"try {divisors(value, near=degree)}")
+            raise ConfigError(f"{name}={degree} must divide {target_name}={value}; try {ways}")

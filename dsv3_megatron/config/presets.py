@@ -99,6 +99,6 @@ def preset(name: str) -> RunConfig:
     Raises:
         ConfigError: no such preset; the message lists them.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"preset={name!r} is not known; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]()

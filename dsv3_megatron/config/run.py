@@ -65,6 +65,8 @@ class RunConfig:
             )
         if self.checkpoint.save and self.checkpoint.save_interval < 1:
             raise ConfigError(f"save_interval={self.checkpoint.save_interval} must be at least 1")
+        if self.checkpoint.keep_last < 0:
+            raise ConfigError(f"keep_last={self.checkpoint.keep_last} must not be negative; 0 keeps all checkpoints")
         if self.logging.log_interval < 1:
             raise ConfigError(f"log_interval={self.logging.log_interval} must be at least 1")
 
@@ -84,5 +86,6 @@ def section_of(name: str) -> str:
     known = {field.name: section for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
-        raise ConfigError(f"{name} is not a field of a run" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"{name} is not a field of a run{hint}")
     return known[name]

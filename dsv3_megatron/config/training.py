@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv3_megatron.config.fields import ConfigError, divisors, option
+from dsv3_megatron.config.fields import ConfigError, divisors, option, require_finite
 from dsv3_megatron.config.parallel import ParallelConfig
 
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -59,13 +59,19 @@ class TrainingConfig:
         Raises:
             ConfigError: one message with the rule, the values, the field and the way out.
         """
+        require_finite(self)
         for name in ("seq_length", "micro_batch_size", "global_batch_size", "train_iters"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("lr", "min_lr", "weight_decay", "clip_grad", "moe_router_bias_update_rate",
-                     "moe_aux_loss_coeff", "mtp_loss_scaling_factor", "lr_warmup_iters", "eval_interval"):
+                     "moe_aux_loss_coeff", "mtp_loss_scaling_factor", "lr_warmup_iters", "eval_interval", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        if self.adam_eps <= 0:
+            raise ConfigError(f"adam_eps={self.adam_eps} must be greater than 0")
         if self.min_lr > self.lr:
             raise ConfigError(f"min_lr={self.min_lr} must not exceed lr={self.lr}")
         if self.eval_interval and self.eval_iters < 1:
@@ -84,20 +90,23 @@ class TrainingConfig:
     def _validate_batch(self, parallel: ParallelConfig, world_size: int) -> None:
         replicas = parallel.data_parallel_size(world_size)
         if self.global_batch_size % (self.micro_batch_size * replicas):
+            way_out = f"try a global_batch_size that is a multiple of {self.micro_batch_size * replicas}"
+            if self.global_batch_size % replicas == 0:
+                smaller = divisors(self.global_batch_size // replicas, near=self.micro_batch_size)
+                way_out += f", or a micro_batch_size of {smaller}"
             raise ConfigError(
                 f"micro_batch_size={self.micro_batch_size} x data_parallel_size={replicas} (world_size={world_size} "
                 f"over {parallel.model_parallel_size} model-parallel ranks) must divide "
-                f"global_batch_size={self.global_batch_size}; try a global_batch_size that is a multiple of "
-                f"{self.micro_batch_size * replicas}, or a micro_batch_size of "
-                f"{divisors(max(1, self.global_batch_size // replicas), near=self.micro_batch_size)}"
+                f"global_batch_size={self.global_batch_size}; {way_out}"
             )
         microbatches = self.num_microbatches(replicas)
         stages = parallel.pipeline_model_parallel_size
         if parallel.num_virtual_stages_per_pipeline_rank > 1 and microbatches % stages:
             raise ConfigError(
                 f"pipeline_model_parallel_size={stages} must divide the {microbatches} micro-batches of a step "
-                f"(global_batch_size={self.global_batch_size}) under the interleaved schedule; change "
-                "global_batch_size, or set num_virtual_stages_per_pipeline_rank=1"
+                f"(global_batch_size={self.global_batch_size}) under the interleaved schedule; use a global_batch_size "
+                f"that is a multiple of {self.micro_batch_size * replicas * stages}, or set "
+                "num_virtual_stages_per_pipeline_rank=1"
             )
 
 

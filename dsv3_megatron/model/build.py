@@ -61,11 +61,11 @@ def wrap_stages(
     """Stages with fp32 main gradients in flat buffers, reduce-scattered for the distributed optimizer."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False, average_in_collective=False)
-    wrapped = []
+    wrapped: list[DistributedDataParallel] = []
     for index, stage in enumerate(stages):
         module: torch.nn.Module = Float16Module(config, stage) if config.bf16 else stage
         wrapped.append(DistributedDataParallel(
             config=config, ddp_config=ddp_config, module=module, disable_bucketing=index > 0, pg_collection=groups))
-    for module in wrapped:
-        module.broadcast_params()
+    for chunk in wrapped:
+        chunk.broadcast_params()
     return wrapped

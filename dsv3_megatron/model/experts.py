@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -25,14 +26,17 @@ from dsv3_megatron.ops.swiglu import swiglu
 
 
 class ExpertWeight(torch.nn.Module):
-    """One stacked weight of the local experts, [e, rows, columns]."""
+    """One stacked weight of the local experts, [e, rows, columns], split over expert-tensor ranks along `dim`."""
 
-    def __init__(self, shape: tuple[int, int, int], config: TransformerConfig, is_expert_parallel: bool) -> None:
+    def __init__(self, shape: tuple[int, int, int], dim: int, config: TransformerConfig, is_expert_parallel: bool
+                 ) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(
             torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device()))
         # Megatron-Core reduces gradients with allreduce=False over the expert-data-parallel group.
-        self.weight.allreduce = not is_expert_parallel
+        setattr(self.weight, "allreduce", not is_expert_parallel)
+        # Without this mark only the first expert-tensor rank's part counts in the gradient norm.
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=dim, stride=1)
 
 
 class GroupedExperts(MegatronModule):
@@ -51,8 +55,10 @@ class GroupedExperts(MegatronModule):
         width = config.moe_ffn_hidden_size // self.tp_group.size()
         separate_reduction = (config.expert_model_parallel_size > 1
                               or config.expert_tensor_parallel_size != config.tensor_model_parallel_size)
-        self.linear_fc1 = ExpertWeight((num_local_experts, 2 * width, config.hidden_size), config, separate_reduction)
-        self.linear_fc2 = ExpertWeight((num_local_experts, config.hidden_size, width), config, separate_reduction)
+        self.linear_fc1 = ExpertWeight((num_local_experts, 2 * width, config.hidden_size), 1, config,
+                                       separate_reduction)
+        self.linear_fc2 = ExpertWeight((num_local_experts, config.hidden_size, width), 2, config,
+                                       separate_reduction)
 
     def forward(self, x_RH: torch.Tensor, tokens_per_expert: torch.Tensor, gates_R: torch.Tensor
                 ) -> tuple[torch.Tensor, None]:
@@ -67,7 +73,8 @@ class GroupedExperts(MegatronModule):
             [R, H] gated outputs, partial sums under expert-tensor parallelism; and no bias.
         """
         counts = tokens_per_expert.tolist()
-        return swiglu_experts(x_RH, counts, self.linear_fc1.weight, self.linear_fc2.weight, gates_R), None
+        return swiglu_experts(x_RH, counts, self.linear_fc1.weight, self.linear_fc2.weight, gates_R,
+                              accumulate_into_main_grad=not x_RH.is_cuda), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
                            ) -> dict[str, Any]:

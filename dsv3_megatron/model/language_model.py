@@ -65,5 +65,6 @@ class DeepSeekV3Model(GPTModel):
             logits_SBv, _ = self.output_layer(hidden_SBH)
             losses_SB = vocab_parallel_cross_entropy(logits_SBv.float(), labels_SB, tp_group=self.pg_collection.tp)
         else:
-            losses_SB = linear_cross_entropy(hidden_SBH, self.output_layer.weight, labels_SB)
+            losses_SB = linear_cross_entropy(hidden_SBH, self.output_layer.weight, labels_SB,
+                                             accumulate_into_main_grad=True)
         return losses_SB.transpose(0, 1).contiguous()

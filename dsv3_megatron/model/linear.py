@@ -1,7 +1,8 @@
 """Linear layers of the local implementation: column-parallel, row-parallel, and replicated.
 
 The products are those of `ops/linear.py`; what is split over which ranks, and the checkpoint format, are
-Megatron-Core's.
+Megatron-Core's. Weight gradients are added straight to the fp32 main gradient where data parallelism has
+made one.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ class LocalColumnParallelLinear(ColumnParallelLinear):
             input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        return linear(input, weight)
+        return linear(input, weight, accumulate_into_main_grad=True)
 
 
 class LocalRowParallelLinear(RowParallelLinear):
     """Weight [out, in / TP]: each rank holds a slice of the input's features; outputs are summed."""
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return linear(input, weight)
+        return linear(input, weight, accumulate_into_main_grad=True)
 
 
 class ReplicatedLinear(torch.nn.Module):
@@ -45,8 +46,8 @@ class ReplicatedLinear(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(
             torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
 
     def forward(self, x_SBI: torch.Tensor) -> torch.Tensor:
         """[..., input_size] -> [..., output_size]."""
-        return linear(x_SBI, self.weight)
+        return linear(x_SBI, self.weight, accumulate_into_main_grad=True)

@@ -105,5 +105,9 @@ def mcore_config(run: RunConfig, precision: str) -> MLATransformerConfig:
         calculate_per_token_loss=True,
         # A stage sends its whole output and drops the tensor's data once the receiver has it.
         deallocate_pipeline_outputs=True,
+        # The interleaved schedule exchanges activations and gradients in one go; batched, between the two ranks
+        # of PP2, each would be received as the other.
+        overlap_p2p_comm=chunks > 1,
+        batch_p2p_comm=chunks == 1,
         variable_seq_lengths=False,
     )

@@ -20,7 +20,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """Normalise [..., hidden_size]."""

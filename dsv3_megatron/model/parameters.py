@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -82,7 +83,7 @@ def whole_parameters(chunk: torch.nn.Module, groups: ProcessGroupCollection) -> 
             yield from _experts(name, parameter, groups)
             continue
         partitioned = getattr(parameter, "tensor_model_parallel", False) and groups.tp.size() > 1
-        axis = parameter.partition_dim if partitioned else None
+        axis = getattr(parameter, "partition_dim") if partitioned else None  # noqa: B009 - a mark on the parameter
         is_gated = name.endswith("linear_fc1.weight")
         yield _split(name, parameter, parameter.data, axis, is_gated, groups.tp)
 
@@ -94,7 +95,7 @@ def _global_name(path: str, chunk: torch.nn.Module) -> str:
     name = path[len(prefix):]
     layer = re.match(r"decoder\.layers\.(\d+)\.", name)
     if layer:
-        module = chunk.get_submodule(f"{prefix}decoder.layers.{layer.group(1)}")
+        module: Any = chunk.get_submodule(f"{prefix}decoder.layers.{layer.group(1)}")
         name = f"decoder.layers.{module.layer_number - 1}.{name[layer.end():]}"
     for fused, separate in _FUSED_NORMS.items():
         if name.endswith(fused):
@@ -118,7 +119,7 @@ def _experts(name: str, parameter: torch.nn.Parameter, groups: ProcessGroupColle
 
 def groups_local_experts(parameter: torch.nn.Parameter) -> int:
     """Experts per rank of a Transformer Engine grouped linear, noted on its parameters by `build.py`."""
-    return parameter.num_local_experts
+    return getattr(parameter, "num_local_experts")  # noqa: B009 - a mark on the parameter
 
 
 def _split(name: str, parameter: torch.nn.Parameter, local: torch.Tensor, axis: int | None, is_gated: bool,
@@ -131,7 +132,7 @@ def _split(name: str, parameter: torch.nn.Parameter, local: torch.Tensor, axis: 
     if is_gated:
         # A rank holds its part of the gate's rows, then its part of the up-projection's.
         half = length // 2
-        pieces = (Piece(0, rank * half, half), Piece(half, parts * half + rank * half, half))
+        pieces: tuple[Piece, ...] = (Piece(0, rank * half, half), Piece(half, parts * half + rank * half, half))
     else:
         pieces = (Piece(0, rank * length, length),)
     return WholeParameter(name, tuple(shape), parameter, local, axis, pieces, expert)

@@ -76,6 +76,10 @@ class DeepSeekRouter(MegatronModule):
             under sequence parallelism this rank's term.
     """
 
+    expert_bias: torch.Tensor
+    tokens_per_expert: torch.Tensor
+    balance_loss_sum: torch.Tensor
+
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None,
                  is_mtp_layer: bool = False, *, balance_loss_coeff: float = 0.0) -> None:
         super().__init__(config=config)
@@ -87,7 +91,7 @@ class DeepSeekRouter(MegatronModule):
         device, experts = torch.cuda.current_device(), config.num_moe_experts
         self.weight = torch.nn.Parameter(
             torch.empty(experts, config.hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
         self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32, device=device))
         self.register_buffer("tokens_per_expert", torch.zeros(experts, dtype=torch.int64, device=device),
                              persistent=False)

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_submodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -58,10 +62,11 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def residual_add(training: bool, fused: bool):
+def residual_add(training: bool, fused: bool) -> Callable[..., torch.Tensor]:
     """Megatron-Core's place for bias, dropout and residual; this model has neither bias nor dropout."""
 
-    def add(output_with_bias, residual, dropout_probability):
+    def add(output_with_bias: tuple[torch.Tensor, None], residual: torch.Tensor, dropout_probability: float
+            ) -> torch.Tensor:
         output, bias = output_with_bias
         assert bias is None and dropout_probability == 0.0
         return residual + output
@@ -117,21 +122,64 @@ def block_specs(
         layer_specs=[module for _ in layout.mtp_layer_ids]))
 
 
-def _shared_experts(*, config, pg_collection, gate, submodules, name=None):
+def _shared_experts(*, config: Any, pg_collection: Any, gate: bool, submodules: MLPSubmodules, name: str | None = None
+                    ) -> LocalSharedExperts:
     return LocalSharedExperts(config=config, submodules=submodules, gate=gate, pg_collection=pg_collection, name=name)
 
 
-def _moe(experts, shared_experts, balance_loss_coeff: float):
+def _moe(experts: Any, shared_experts: Any, balance_loss_coeff: float) -> partial[MoELayer]:
     return partial(MoELayer, submodules=MoESubmodules(
         experts=experts, shared_experts=shared_experts,
         router=partial(DeepSeekRouter, balance_loss_coeff=balance_loss_coeff)))
 
 
+class TransformerEngineMLASelfAttention(MLASelfAttention):
+    """Megatron-Core's latent attention whose full-rank queries, of models without a query latent, have no norm.
+
+    Megatron-Core takes `qk_layernorm` to mean a norm inside `linear_q_proj` too, on the layer's whole input; DeepSeek's
+    models norm the latents alone (eq. 1-6), and their checkpoints have no such weight.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        return {**super()._resolve_qk_norm_config(submodules), "linear_q_proj": submodules.linear_q_proj}
+
+
 def _transformer_engine_layer(config: MLATransformerConfig, is_moe: bool, balance_loss_coeff: float) -> ModuleSpec:
-    """Megatron-Core's Transformer Engine layer with this library's router and checkpoint keys."""
+    """Megatron-Core's Transformer Engine layer with this library's router and checkpoint keys.
+
+    Where the local tree has a norm and a linear, this one has a fused module; the rest has equal names. Below
+    `decoder.layers.N.` (and `mtp.layers.D.mtp_model_layer.`, saved as `mtp.layers.D.transformer_layer.`):
+
+        checkpoint key, both trees                   parameter here where it differs from the key
+        input_layernorm.weight
+        self_attention.linear_q_down_proj.weight
+        self_attention.q_layernorm.weight            self_attention.linear_q_up_proj.layer_norm_weight
+        self_attention.linear_q_up_proj.weight
+        self_attention.linear_q_proj.weight          (without a query latent, instead of the three above)
+        self_attention.linear_kv_down_proj.weight
+        self_attention.kv_layernorm.weight           self_attention.linear_kv_up_proj.layer_norm_weight
+        self_attention.linear_kv_up_proj.weight
+        self_attention.linear_proj.weight
+        pre_mlp_layernorm.weight                     mlp.linear_fc1.layer_norm_weight (dense layers)
+        mlp.linear_fc1.weight, .linear_fc2.weight    (dense layers)
+        mlp.router.weight, .expert_bias
+        mlp.experts.experts.linear_fc1.weight        mlp.experts.linear_fc1.weightE, one [2F, H] an expert; locally
+        mlp.experts.experts.linear_fc2.weight        mlp.experts.linear_fc1.weight, stacked: [E, 2F, H], as saved
+        mlp.shared_experts.linear_fc1.weight, .linear_fc2.weight
+
+    Each of these modules has an `_extra_state` besides: what FP8 with delayed scaling would carry from step to step,
+    empty here.
+    """
+    if not HAVE_TE:
+        raise ValueError("transformer_impl=transformer_engine: the package is installed, but Megatron-Core could not "
+                         "import it (python -c 'import transformer_engine.pytorch' says why); use "
+                         "transformer_impl=local")
     submodules = get_gpt_layer_with_transformer_engine_submodules(
         num_experts=config.num_moe_experts if is_moe else None, moe_grouped_gemm=True, qk_layernorm=True,
         multi_latent_attention=True)
+    submodules.self_attention.module = TransformerEngineMLASelfAttention
+    # Megatron-Core's own would run a dropout of probability 0.
+    submodules.self_attn_bda = submodules.mlp_bda = residual_add
     keys = {
         "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
         "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
@@ -145,7 +193,7 @@ def _transformer_engine_layer(config: MLATransformerConfig, is_moe: bool, balanc
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
-def _transformer_engine_norm():
+def _transformer_engine_norm() -> Any:
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm

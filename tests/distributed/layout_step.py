@@ -25,7 +25,7 @@ from dsv3_megatron.trainer import Trainer
 from tests.parity.architectures import GROUPED, reference_weights, run_of, variant
 from tests.parity.weights import load_reference_weights
 
-SEQ_LENGTH, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 16, 2, 16
+SEQ_LENGTH, GLOBAL_BATCH_SIZE = 16, 8
 LEARNING_RATE, WEIGHT_DECAY, CLIP_GRAD = 0.05, 0.1, 0.5
 # AdamW's first update is g / (|g| + eps): with a small eps the sign of g, also of one that is rounding alone. This one
 # is of the size of the clipped gradients, so that the update is smooth in them.
@@ -51,14 +51,24 @@ class Layout:
     fault: str = ""
 
     @property
+    def num_replicas(self) -> int:
+        """Data-parallel size."""
+        return self.parallel.data_parallel_size(self.num_ranks)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences: four micro-batches for each of one or two replicas, two for each of four."""
+        return max(1, GLOBAL_BATCH_SIZE // 4 // self.num_replicas)
+
+    @property
     def run(self) -> RunConfig:
-        """Four layers of which one is dense, four groups of experts, loss masked at some tokens."""
+        """Four layers of which one is dense, four groups of experts."""
         model = variant("plain", num_layers=4, mtp_num_layers=self.mtp_num_layers, **GROUPED)
         return run_of(
-            model, self.parallel, seq_length=SEQ_LENGTH, micro_batch_size=MICRO_BATCH_SIZE,
+            model, self.parallel, seq_length=SEQ_LENGTH, micro_batch_size=self.micro_batch_size,
             global_batch_size=GLOBAL_BATCH_SIZE, train_iters=1, lr=LEARNING_RATE, min_lr=LEARNING_RATE,
-            lr_warmup_iters=0, lr_decay_style="constant", weight_decay=WEIGHT_DECAY, clip_grad=CLIP_GRAD, adam_eps=ADAM_EPS,
-            moe_router_bias_update_rate=1e-3, precision="fp32")
+            lr_warmup_iters=0, lr_decay_style="constant", weight_decay=WEIGHT_DECAY, clip_grad=CLIP_GRAD,
+            adam_eps=ADAM_EPS, moe_router_bias_update_rate=1e-3, precision="fp32")
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ SEQ_LENGTH, GLOBAL_BATCH = 16, 4
 
 
 def small_run(**changes: Any) -> RunConfig:
-    """Four layers of which one is dense, and one MTP module: 60 thousand parameters."""
+    """Four layers of which one is dense, and one MTP module: 88 thousand parameters."""
     model = ModelConfig(
         num_layers=4, num_dense_layers=1, hidden_size=32, num_attention_heads=2, q_lora_rank=24, kv_lora_rank=16,
-        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, ffn_hidden_size=48, num_experts=4,
+        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, ffn_hidden_size=48, num_experts=8,
         moe_ffn_hidden_size=16, moe_router_topk=2, moe_router_num_groups=2, moe_router_group_topk=1,
         num_shared_experts=1, mtp_num_layers=1, vocab_size=128, max_position_embeddings=SEQ_LENGTH,
         init_method_std=0.05)
@@ -72,7 +72,7 @@ class Training:
         loads, _ = collect_expert_loads(
             self.chunks, num_layers=model.num_layers, num_mtp_layers=model.mtp_num_layers,
             num_experts=model.num_experts, device=torch.device("cpu"))
-        update_router_biases(self.chunks, loads, num_layers=model.num_layers, update_rate=1e-2)
+        update_router_biases(self.chunks, loads, num_layers=model.num_layers, update_rate=0.01 * (number + 1))
         total = torch.tensor(sum(output["sum"] for output in outputs) if outputs else 0.0, dtype=torch.float64)
         torch.distributed.all_reduce(total)
         # Every tensor-parallel rank of the last stage has the same loss.

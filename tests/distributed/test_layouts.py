@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from dsv3_megatron.config.parallel import ParallelConfig
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import RankError, run_ranks
 from tests.distributed.layout_step import (
     GLOBAL_BATCH_SIZE,
-    MICRO_BATCH_SIZE,
     SEQ_LENGTH,
     Layout,
     RandomSamples,
@@ -30,10 +29,12 @@ from tests.reference import losses
 
 pytestmark = pytest.mark.distributed
 
-# All fp32 (rounding 6e-8), the same products and sums cut elsewhere and added in another order; relative to each
-# tensor's largest entry. Largest seen: see the notes at each.
-LOSS_TOLERANCE = 1e-6
-GRADIENT_TOLERANCE = 2e-5
+# All fp32 (rounding 6e-8): the same products, cut elsewhere, and sums added in another order; errors are relative to
+# each tensor's largest entry. A planted error of 0.1% in one rank's part of one gradient shows as 6e-4.
+LOSS_TOLERANCE = 1e-6  # largest seen 1e-7
+GRADIENT_TOLERANCE = 2e-5  # 3e-6, under TP2
+# Parameters are compared by what the step changed, relative to the largest change: AdamW's g / (|g| + eps) divides
+# rounding in the small gradients of a tensor by themselves. Largest seen 2e-5.
 UPDATE_TOLERANCE = 1e-4
 
 
@@ -62,7 +63,6 @@ LAYOUTS = [
     Layout("ep2-dp2", 4, split(ep=2)),
     Layout("tp2-ep2-dp2", 4, split(tp=2, ep=2)),
     Layout("tp2-ep4", 4, split(tp=2, ep=4)),
-    Layout("tp2-etp2-ep2", 4, split(tp=2, etp=2, ep=2)),
     Layout("pp2-dp2", 4, split(pp=2)),
     Layout("pp2-ep2", 4, split(pp=2, ep=2)),
     Layout("pp2-tp2", 4, split(pp=2, tp=2)),
@@ -71,6 +71,11 @@ LAYOUTS = [
     Layout("pp2-interleaved-ep2", 4, split(pp=2, vpp=2, ep=2)),
     Layout("pp2-uneven-ep2-two-mtp", 4, split(pp=2, ep=2, layers="Ettt|tmmL"), mtp_num_layers=2),
     Layout("pp4", 4, split(pp=4)),
+]
+# gloo's all_gather wants equal parts; expert-tensor ranks gather rows whose number differs once experts are spread too.
+UNEVEN_GATHER_LAYOUTS = [
+    Layout("etp2-ep2", 4, split(etp=2, ep=2)),
+    Layout("tp2-etp2-ep2", 4, split(tp=2, etp=2, ep=2)),
 ]
 # A fault, the layout it is planted in, and what the comparison must say of it.
 PLANTED = [
@@ -179,9 +184,15 @@ def test_equals_one_process(steps, layout):
     ranks = steps[layout.name]
     assert len(ranks) == layout.num_ranks
     assert all(rank.sequence_parallel == (layout.parallel.tensor_model_parallel_size > 1) for rank in ranks)
-    replicas = layout.num_ranks // layout.parallel.model_parallel_size
-    assert all(rank.num_micro_batches == GLOBAL_BATCH_SIZE // MICRO_BATCH_SIZE // replicas > 1 for rank in ranks)
+    assert all(rank.num_micro_batches == (2 if layout.num_replicas == 4 else 4) for rank in ranks)
     print(layout.name, check_layout(steps, layout))
+
+
+@pytest.mark.xfail(raises=RankError, strict=True, reason="gloo cannot gather parts of different sizes")
+def test_expert_tensor_with_expert_parallelism(steps):
+    results = run_ranks(4, run_layouts, UNEVEN_GATHER_LAYOUTS)
+    for layout in UNEVEN_GATHER_LAYOUTS:
+        check_layout(steps | {layout.name: [result[layout.name] for result in results]}, layout)
 
 
 @pytest.mark.parametrize(("layout", "message"), PLANTED, ids=lambda value: getattr(value, "fault", None))

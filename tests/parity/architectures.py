@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import preset
@@ -15,8 +13,9 @@ from tests.reference_weights import is_router_bias
 
 BASE = ModelConfig(
     num_layers=3, num_dense_layers=1, hidden_size=32, num_attention_heads=4, q_lora_rank=20, kv_lora_rank=12,
-    qk_nope_head_dim=10, qk_rope_head_dim=8, v_head_dim=6, ffn_hidden_size=40, num_experts=8, moe_ffn_hidden_size=16,
+    qk_nope_head_dim=10, qk_rope_head_dim=8, v_head_dim=6, ffn_hidden_size=40, num_experts=12, moe_ffn_hidden_size=16,
     moe_router_topk=4, num_shared_experts=1, mtp_num_layers=1, vocab_size=48, max_position_embeddings=256)
+# Six candidates in the two groups that a token may go to, of which four are chosen.
 GROUPED = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
 # A short original context puts the YaRN ramp inside the four pairs of an 8-wide rotary part.
 YARN = {"rope_type": "yarn", "rotary_scaling_factor": 40.0, "original_max_position_embeddings": 256,
@@ -25,11 +24,11 @@ VARIANTS = {
     "plain": {},
     "full-rank-query": {"q_lora_rank": None},
     "groups": GROUPED,
-    "groups-keep-all-of-one": {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
+    "groups-keep-one": {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
     "all-moe": {"num_dense_layers": 0, "moe_router_topk_scaling_factor": 1.5, **GROUPED},
     "all-dense": {"num_dense_layers": 3},
     "top-1": {"moe_router_topk": 1},
-    "top-all": {"moe_router_topk": 8},
+    "top-all": {"moe_router_topk": 12},
     "no-shared": {"num_shared_experts": 0},
     "two-shared": {"num_shared_experts": 2, **GROUPED},
     "yarn": YARN,

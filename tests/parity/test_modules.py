@@ -89,11 +89,11 @@ class TestAttention:
 
 class TestExperts:
     @pytest.mark.parametrize("changes", [
-        {}, {"moe_router_topk": 1}, {"moe_router_topk": 2}, {"moe_router_topk": 8}, {"num_shared_experts": 0},
+        {}, {"moe_router_topk": 1}, {"moe_router_topk": 2}, {"moe_router_topk": 12}, {"num_shared_experts": 0},
         {"num_shared_experts": 2}, {"moe_router_num_groups": 4, "moe_router_group_topk": 2},
         {"moe_router_num_groups": 4, "moe_router_group_topk": 1, "moe_router_topk": 2},
         {"moe_router_num_groups": 2, "moe_router_group_topk": 2, "num_shared_experts": 2},
-        {"moe_router_num_groups": 8, "moe_router_group_topk": 4, "moe_router_topk_scaling_factor": 1.0},
+        {"moe_router_num_groups": 6, "moe_router_group_topk": 4, "moe_router_topk_scaling_factor": 1.0},
     ], ids=str)
     def test_forward_and_backward(self, build, groups, changes):
         """Output, routing, load and balance loss of one MoE layer, and gradients of all of it."""

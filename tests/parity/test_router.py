@@ -163,12 +163,13 @@ class TestRouter:
         assert router.tokens_per_expert.sum() == 5 * 2 * 4
         assert x_SBH.grad is not None
 
-    @pytest.mark.parametrize("top_k", [1, 4, 8])
+    @pytest.mark.parametrize("top_k", [1, 4, 12])
     def test_balance_loss_and_its_gradient(self, build, top_k):
         """The same scores through ours and through the reference: counts of the unbiased, ungrouped top K."""
-        model, _ = build(variant("groups", moe_router_topk=top_k, moe_router_group_topk=min(top_k, 2)))
+        model, _ = build(variant("groups", moe_router_topk=top_k, moe_router_num_groups=1,
+                                 moe_router_group_topk=1))
         router = model.decoder.layers[2].mlp.router
-        scores = torch.rand(9, 3, 8, dtype=torch.float64)
+        scores = torch.rand(9, 3, 12, dtype=torch.float64)
         ours_SBE, theirs_SBE = scores.clone().requires_grad_(), scores.clone().requires_grad_()
         ours = router._balance_loss(ours_SBE)
         theirs = sequence_balance_loss(theirs_SBE.transpose(0, 1), top_k=top_k, alpha=router.balance_loss_coeff) * 3
@@ -180,7 +181,7 @@ class TestRouter:
     def test_balance_loss_sees_each_sequence_apart(self, build):
         """Experts that are even over the batch but not within a sequence are punished."""
         router = build(variant("groups"))[0].decoder.layers[1].mlp.router
-        low, high = torch.full((6, 1, 4), 0.1).double(), torch.full((6, 1, 4), 0.9).double()
+        low, high = torch.full((6, 1, 6), 0.1).double(), torch.full((6, 1, 6), 0.9).double()
         apart = torch.cat([torch.cat([low, high], -1), torch.cat([high, low], -1)], dim=1)
         together = torch.cat([apart[:3], apart[3:].flip(1)])
         assert router._balance_loss(apart) > 1.5 * router._balance_loss(together)
@@ -203,7 +204,7 @@ class TestBiasUpdate:
         """Two steps of a model with MTP: loads of every layer in its row, the reference's update, counters reset."""
         model_config = variant("mtp-2-groups")
         model, _ = build(model_config)
-        sizes = {"num_layers": model_config.num_layers, "num_mtp_layers": 2, "num_experts": 8,
+        sizes = {"num_layers": model_config.num_layers, "num_mtp_layers": 2, "num_experts": 12,
                  "device": torch.device("cpu")}
         tokens_BS = torch.randint(0, 48, (2, 10), generator=torch.Generator().manual_seed(0))
         for _step in range(2):
@@ -217,7 +218,7 @@ class TestBiasUpdate:
             after = dict(routers([model], 3))
             assert set(after) == set(before) == {1, 2, 3, 4}
             for row, router in after.items():
-                ids = torch.repeat_interleave(torch.arange(8), loads_LE[row])[:, None]
+                ids = torch.repeat_interleave(torch.arange(12), loads_LE[row])[:, None]
                 assert torch.equal(router.expert_bias, updated_router_bias(before[row], ids, 1e-3))
                 assert router.expert_bias.dtype == torch.float32
         assert collect_expert_loads([model], **sizes)[0].sum() == 0

@@ -24,7 +24,8 @@ def _with_gradients(function, inputs, grad):
 
 
 def _expected(hidden, weight, targets, grad):
-    return _with_gradients(lambda h, w: reference_cross_entropy(h @ w.T, targets), [hidden.double(), weight.double()], grad)
+    inputs = [hidden.double(), weight.double()]
+    return _with_gradients(lambda h, w: reference_cross_entropy(h @ w.T, targets), inputs, grad)
 
 
 @pytest.mark.parametrize("keep", [True, False, None])

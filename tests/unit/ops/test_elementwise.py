@@ -46,7 +46,9 @@ def test_gradcheck(name):
 # bf16: inputs are exact, everything inside is fp32, so the result is off by its own rounding, 2^-9 relative; weight
 # gradients likewise.
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-8)]
+)
 def test_equals_reference(name, dtype, tolerance):
     function, reference, inputs = CASES[name](dtype)
     inputs = [t.to(dtype) for t in inputs]

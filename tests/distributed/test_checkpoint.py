@@ -1,0 +1,273 @@
+"""Checkpoints of real runs: bit for bit under the same layout and any other, and nothing lost when a save fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from dsv3_megatron.checkpoint.layout import (
+    TRACKER,
+    CheckpointError,
+    Progress,
+    iteration_path,
+    latest_iteration,
+    read_manifest,
+    saved_iterations,
+)
+from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+from tests.distributed.launch import RankError, run_ranks
+from tests.distributed.small_run import GLOBAL_BATCH, SEQ_LENGTH, Training, differences, merge, small_run, start
+
+pytestmark = pytest.mark.distributed
+
+PP2_EP2 = {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
+# Each layout loads what the one before it saved. Expert-tensor parallelism is loaded and saved only.
+CHAIN: list[tuple[str, int, dict[str, int]]] = [
+    ("PP2xEP2", 4, PP2_EP2),
+    ("EP4", 4, {"expert_model_parallel_size": 4}),
+    ("one process", 1, {}),
+    ("TP2", 2, {"tensor_model_parallel_size": 2}),
+    ("interleaved PP2", 2, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}),
+    ("DP2", 2, {}),
+    ("TP2xEP2xETP2", 4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2,
+                         "expert_tensor_parallel_size": 2}),
+    ("PP2xTP2", 4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    ("PP2xEP2", 4, PP2_EP2),
+]
+# One step's loss by another order of fp32 sums: a few units in the last place of 4.9.
+FP32_ROUNDING = 2e-6
+
+
+def save(training: Training, directory: Path, iteration: int, keep_last: int = 0) -> None:
+    progress = Progress(iteration, iteration * GLOBAL_BATCH, iteration * GLOBAL_BATCH * SEQ_LENGTH)
+    save_checkpoint(directory, progress, training.run, training.chunks, training.optimizer, training.groups,
+                    keep_last=keep_last)
+
+
+def load(training: Training, directory: Path) -> Progress:
+    return load_checkpoint(directory, training.run, training.chunks, training.optimizer, training.groups)
+
+
+def continue_run(changes: dict[str, Any], source: Path | None, target: Path | None, extra_steps: int) -> dict[str, Any]:
+    """Train two steps or load, save, then train on; the state at the save, and losses and state after it."""
+    training = start(small_run(**changes))
+    if source is None:
+        for number in range(2):
+            training.step(number)
+        torch.rand(3)
+        iteration = 2
+    else:
+        progress = load(training, source)
+        assert progress == Progress(2, 2 * GLOBAL_BATCH, 2 * GLOBAL_BATCH * SEQ_LENGTH)
+        iteration = progress.iteration
+    result: dict[str, Any] = {"saved": training.whole_state()}
+    if target is not None:
+        save(training, target, iteration)
+    result["draw"] = torch.rand(3)
+    result["losses"] = [training.step(iteration + extra) for extra in range(extra_steps)]
+    result["after"] = training.whole_state()
+    return result
+
+
+def test_resharding_keeps_every_bit(tmp_path):
+    expected: dict[str, torch.Tensor] = {}
+    loss = float("nan")
+    source = None
+    for number, (name, ranks, changes) in enumerate(CHAIN):
+        target = tmp_path / str(number)
+        steps = 0 if "ETP" in name else 1
+        results = run_ranks(ranks, continue_run, changes, source, target, steps)
+        state = merge([result["saved"] for result in results])
+        if not expected:
+            expected, loss = state, results[0]["losses"][0]
+            kinds = {key.split(":")[0] for key in state}
+            assert kinds == {"weight", "param", "exp_avg", "exp_avg_sq", "bias"}
+            assert all(state[key].abs().sum() > 0 for key in state if key.startswith("exp_avg_sq:mtp"))
+            assert any(state[key].any() for key in state if key.startswith("bias:"))
+        assert not differences(expected, state), f"{name} differs in {differences(expected, state)[:5]}"
+        for result in results:
+            assert result["losses"] == pytest.approx([loss] * steps, rel=FP32_ROUNDING), name
+        source = target
+
+
+@pytest.mark.parametrize(("ranks", "changes"), [(4, PP2_EP2), (1, {"precision": "bf16"})],
+                         ids=["PP2xEP2-fp32", "one-process-bf16"])
+def test_resume_is_bit_for_bit(tmp_path, ranks, changes):
+    straight = run_ranks(ranks, continue_run, changes, None, tmp_path, 2)
+    resumed = run_ranks(ranks, continue_run, changes, tmp_path, None, 2)
+    for before, after in zip(straight, resumed, strict=True):
+        assert after["losses"] == before["losses"]
+        assert torch.equal(after["draw"], before["draw"])
+    for moment in ("saved", "after"):
+        expected = merge([result[moment] for result in straight])
+        assert not differences(expected, merge([result[moment] for result in resumed]))
+    if "precision" in changes:
+        name = next(key for key in expected if key.startswith("param:") and "linear_proj" in key)
+        assert expected[name].dtype == torch.float32
+        assert not torch.equal(expected[name], expected[name].bfloat16().float()), "fp32 weights were not kept"
+
+
+# ---- what is in the folder ----
+
+
+def save_before_training_and_often(directory: Path) -> list[float]:
+    training = start(small_run())
+    for iteration in range(5):
+        save(training, directory, iteration, keep_last=2)
+        if iteration == 0:
+            again = load(training, directory)
+            assert again.iteration == 0
+        first = training.step(iteration)
+    save(training, directory, 4, keep_last=2)
+    return [first]
+
+
+def test_keep_last_tracker_and_manifest(tmp_path):
+    run_ranks(1, save_before_training_and_often, tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["iter_0000003", "iter_0000004", TRACKER]
+    assert (tmp_path / TRACKER).read_text() == "4\n"
+    content = json.loads((tmp_path / "iter_0000004" / "checkpoint.json").read_text())
+    assert content["run"]["model"]["hidden_size"] == 32
+    assert content["progress"] == {"iteration": 4, "consumed_samples": 16, "consumed_tokens": 256}
+    assert set(content["versions"]) == {"dsv3_megatron", "torch", "megatron_core"}
+
+
+# ---- crashes ----
+
+
+def fill(training: Training, value: float) -> None:
+    for chunk in training.chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(value)
+
+
+def save_until_killed(directory: Path, seed: int) -> None:
+    training = start(small_run())
+    fill(training, 1)
+    save(training, directory, 1)
+    delay = random.Random(seed).uniform(0.0, 1.5)
+    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    for iteration in range(2, 10_000):
+        fill(training, iteration)
+        save(training, directory, iteration, keep_last=2)
+
+
+def load_filled(directory: Path) -> int:
+    training = start(small_run())
+    iteration = load(training, directory).iteration
+    values = {value for chunk in training.chunks for parameter in chunk.parameters()
+              for value in parameter.unique().tolist()}
+    assert values == {float(iteration)}
+    save(training, directory, iteration + 1, keep_last=1)
+    return iteration
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_while_saving(tmp_path, seed):
+    with pytest.raises(RankError, match="exit code -9"):
+        run_ranks(1, save_until_killed, tmp_path, seed)
+    latest = latest_iteration(tmp_path)
+    assert latest is not None and read_manifest(tmp_path).progress.iteration == latest
+    assert run_ranks(1, load_filled, tmp_path) == [latest]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [f"iter_{latest + 1:07d}", TRACKER]
+
+
+# ---- failures that every rank must hear of ----
+
+
+def message_of(action: Any, *args: Any) -> str:
+    try:
+        action(*args)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def fail_to_save(directory: Path) -> dict[str, str]:
+    """Saves that go wrong on one rank; what each rank is told."""
+    training = start(small_run())
+    rank = torch.distributed.get_rank()
+    training.step(0)
+    save(training, directory, 1)
+    real_fsync, real_usage = os.fsync, "dsv3_megatron.checkpoint.store.shutil.disk_usage"
+
+    def full(descriptor: int) -> None:
+        if rank == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_fsync(descriptor)
+
+    told = {}
+    # Rank 1 writes a part of the tensors; rank 0 finds no reason of its own.
+    with mock.patch("megatron.core.dist_checkpointing.strategies.filesystem_async.os.fsync", full):
+        told["writing"] = message_of(save, training, directory, 2)
+    with mock.patch("dsv3_megatron.checkpoint.layout.os.rename", side_effect=OSError(errno.ENOSPC, "No space left")):
+        told["renaming"] = message_of(save, training, directory, 3)
+    with mock.patch(real_usage, return_value=mock.Mock(free=1000)):
+        told["too small"] = message_of(save, training, directory, 4)
+    save(training, directory, 5)
+    return told
+
+
+def test_failed_save_is_told_to_every_rank(tmp_path):
+    told = run_ranks(2, fail_to_save, tmp_path)
+    assert told[0] == told[1]
+    assert "iteration 2 could not be saved: " in told[0]["writing"]
+    assert "the newest checkpoint is still that of 1" in told[0]["writing"]
+    assert "no space left" in told[0]["renaming"] and "lower keep_last" in told[0]["renaming"]
+    assert "0.00 GB are free there" in told[0]["too small"]
+    assert saved_iterations(tmp_path) == [1, 5]
+    assert latest_iteration(tmp_path) == 5
+
+
+def fail_to_load(directory: Path, damaged: list[Path]) -> list[str]:
+    training = start(small_run())
+    return [message_of(load, training, folder) for folder in (directory, *damaged)]
+
+
+def save_twice(directory: Path) -> None:
+    training = start(small_run())
+    for iteration in (1, 2):
+        save(training, directory, iteration)
+
+
+def save_without_mtp(directory: Path) -> None:
+    save(start(small_run(mtp_num_layers=0)), directory, 1)
+
+
+def test_damaged_checkpoints(tmp_path):
+    empty, cut, zeroed, index, other = (tmp_path / name for name in ("empty", "cut", "zeroed", "index", "other"))
+    empty.mkdir()
+    for folder in (cut, zeroed, index):
+        run_ranks(2, save_twice, folder)
+    run_ranks(2, save_without_mtp, other)
+
+    largest = max(iteration_path(cut, 2).glob("*.distcp"), key=lambda file: file.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    for file in iteration_path(zeroed, 2).glob("*.distcp"):
+        file.write_bytes(bytes(file.stat().st_size))
+    file = iteration_path(index, 2) / ".metadata"
+    file.write_bytes(bytes(file.stat().st_size))
+    # Its configuration says what its tensors do not hold.
+    manifest = iteration_path(other, 1) / "checkpoint.json"
+    content = json.loads(manifest.read_text())
+    content["run"]["model"]["mtp_num_layers"] = 1
+    manifest.write_text(json.dumps(content))
+
+    first, second = run_ranks(2, fail_to_load, empty, [cut, zeroed, index, other])
+    assert first == second
+    assert first[0] == f"load={empty} has no checkpoint: no {TRACKER} in it"
+    for message, folder in zip(first[1:4], (cut, zeroed, index), strict=True):
+        assert f"checkpoint {iteration_path(folder, 2)} is truncated or corrupt" in message
+        assert f"write 1 into {folder / TRACKER} (the newest complete checkpoint there)" in message
+    assert largest.name in first[1]
+    assert "does not fit this model" in first[4] and "mtp.layers.0" in first[4]

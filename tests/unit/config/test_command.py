@@ -1,0 +1,152 @@
+"""The training command as a process: fast and light where it does not train, one line where a setting is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsv3_megatron import train
+from dsv3_megatron.config.load import build_parser
+from dsv3_megatron.config.presets import PRESETS
+from dsv3_megatron.data.indexed import DatasetWriter
+
+HEAVY = {"torch", "numpy", "megatron", "yaml", "transformers", "tensorboard"}
+
+
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False,
+                          env={**os.environ, "COLUMNS": "200", **environment})
+
+
+def test_help_answers_in_under_a_second_without_torch() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = _run("-X", "importtime", "-m", "dsv3_megatron.train", "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "dsv3_megatron" in imported and not HEAVY & imported
+    # Processor time: it is what the command takes, however busy the machine is.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    assert done.stdout.startswith("usage: bash examples/pretrain_dsv3.sh [--preset NAME] [--config FILE] [flags]")
+    for action in build_parser()._actions:
+        assert all(flag in done.stdout for flag in action.option_strings)
+
+
+PRINT_EVERY_PRESET = """
+import contextlib, io, json, sys
+from dsv3_megatron import train
+tables = {}
+for name in sys.argv[1:]:
+    for extra in ([], ["--json"]):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            assert train.main(["--preset", name, "--print-model", *extra]) == 0
+        tables[name + "".join(extra)] = out.getvalue()
+print(json.dumps({"tables": tables, "modules": sorted(sys.modules)}))
+"""
+
+
+def test_print_model_of_every_preset_without_torch() -> None:
+    done = _run("-c", PRINT_EVERY_PRESET, *PRESETS)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert not HEAVY & set(report["modules"])
+    for name in PRESETS:
+        text, values = report["tables"][name], json.loads(report["tables"][f"{name}--json"])
+        assert text.startswith(f"{name}: ")
+        numbers = {word.strip(",") for word in text.split()}
+        parameters = values["parameters"]
+        assert parameters["main_total"] + parameters["mtp_total"] == parameters["total"]
+        for count in ("main_total", "main_active", "main_active_without_embedding", "mtp_total", "total"):
+            assert f"{parameters[count]:,}" in numbers, (name, count)
+    assert "671,026,404,352" in report["tables"]["dsv3-671b"]
+    assert "11,610,067,968" in report["tables"]["dsv3-671b"]
+
+
+def test_print_model_takes_the_layout_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--print-model", "--pipeline-model-parallel-size", "2", "--world-size", "4"]) == 0
+    assert "on 4 ranks" in capsys.readouterr().out
+    assert train.main(["--print-model", "--pipeline-model-parallel-size", "3", "--world-size", "4"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "must divide world_size=4" in captured.err
+
+
+def test_a_wrong_setting_ends_the_process_with_2_and_one_line() -> None:
+    done = _run("-m", "dsv3_megatron.train", "--preset", "dsv3-671b", "--expert-model-parallel-size", "6",
+                WORLD_SIZE="1024", RANK="0")
+    assert done.returncode == train.EXIT_CONFIG == 2
+    assert done.stdout == ""
+    assert done.stderr == ("error: expert_model_parallel_size=6 must divide num_experts=256; try 2, 4 or 8\n")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--num-layer", "3"], ["--config", "absent.yaml"], ["--lr", "abc"], ["--context-parallel-size", "2"],
+    ["--pipeline-model-parallel-size", "3"], ["--expert-model-parallel-size", "8"],
+])
+def test_a_wrong_setting_is_printed_by_the_first_rank_only(arguments: list[str], monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    assert train.main(arguments) == 2
+    first = capsys.readouterr()
+    assert first.out == "" and first.err.startswith("error: ") and first.err.count("\n") == 1
+    monkeypatch.setenv("RANK", "1")
+    assert train.main(arguments) == 2
+    other = capsys.readouterr()
+    assert (other.out, other.err) == ("", "")
+
+
+# -- the run's inputs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """Prefix of a dataset of ten tokens by a tokenizer of 4,096."""
+    with DatasetWriter(tmp_path / "tokens", vocab_size=4096, tokenizer_fingerprint="0123456789abcdef") as writer:
+        writer.add_documents(np.arange(10), np.array([4, 6]))
+    return str(tmp_path / "tokens")
+
+
+def test_check_only_says_nothing_where_all_is_well(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+                                                   ) -> None:
+    assert train.main(["--check-only", "--data-path", data, "--save", str(tmp_path / "new" / "folder")]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_check_only_plans_for_the_processes_it_is_told(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--check-only", "--data-path", data, "--expert-model-parallel-size", "2"]
+    assert train.main([*arguments, "--world-size", "2"]) == 0
+    assert train.main([*arguments, "--world-size", "3"]) == 2
+    assert "must divide world_size=3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "data_path is not set: give the training data's PREFIX (of PREFIX.bin and PREFIX.idx, made by "
+         "tools/preprocess_data.py), as in --data-path PREFIX"),
+    (["--data-path", "{folder}/absent"], "{folder}/absent.idx"),
+    (["--data-path", "0.5", "{data}", "{data}"], "data_path=0.5 {data} {data} mixes weights and prefixes"),
+    (["--data-path", "{data}", "--valid-data-path", "-1", "{data}"],
+     "valid_data_path: the weight -1.0 of {data} must be a positive number"),
+    (["--data-path", "{data}", "--vocab-size", "4000"],
+     "vocabulary of the data (4096) larger than the model's (4000): {data} holds ids up to 4095; set vocab_size to at "
+     "least 4096, or preprocess with a smaller tokenizer"),
+    (["--data-path", "{data}", "--load", "{folder}/empty"], "load={folder}/empty has no checkpoint"),
+    (["--data-path", "{data}", "--save", "{data}.bin"], "save={data}.bin cannot be written to"),
+    (["--data-path", "{data}", "--pipeline-model-parallel-layout", "Ettt"],
+     "pipeline_model_parallel_layout='Ettt' holds 3 transformer layers (t); num_layers=4"),
+])
+def test_check_only_names_what_is_wrong(arguments: list[str], message: str, data: str, tmp_path: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    places = {"data": data, "folder": str(tmp_path)}
+    assert train.main(["--check-only", *(argument.format(**places) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message.format(**places) in error

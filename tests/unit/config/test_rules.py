@@ -1,0 +1,213 @@
+"""Every rule that a run must keep, and what is said when it does not: the rule, the values, the field, the way out."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_megatron.config import model, parallel, run, training
+from dsv3_megatron.config.fields import ConfigError, divisors
+from dsv3_megatron.config.presets import PRESETS, preset
+from dsv3_megatron.config.run import SECTIONS
+
+# One line a rule: what is changed in a preset, the number of processes, and what must be said.
+BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
+    # -- the architecture --
+    ("tiny", {"num_layers": 0}, 1, "num_layers=0 must be at least 1"),
+    ("tiny", {"hidden_size": -128}, 1, "hidden_size=-128 must be at least 1"),
+    ("tiny", {"vocab_size": 0}, 1, "vocab_size=0 must be at least 1"),
+    ("tiny", {"original_max_position_embeddings": 0}, 1, "original_max_position_embeddings=0 must be at least 1"),
+    ("tiny", {"mtp_num_layers": -1}, 1, "mtp_num_layers=-1 must not be negative"),
+    ("tiny", {"num_shared_experts": -1}, 1, "num_shared_experts=-1 must not be negative"),
+    ("tiny", {"q_lora_rank": 0}, 1, "q_lora_rank=0 must be at least 1; leave it out for full-rank queries"),
+    ("tiny", {"qk_rope_head_dim": 15}, 1, "qk_rope_head_dim=15 must be even: rotary embedding turns pairs"),
+    ("tiny", {"num_dense_layers": 5}, 1, "num_dense_layers=5 must not exceed num_layers=4"),
+    ("tiny", {"rope_type": "alibi"}, 1, "rope_type='alibi' must be one of rope, yarn"),
+    ("tiny", {"rope_type": "yarn", "rotary_scaling_factor": 0.5}, 1,
+     "rotary_scaling_factor=0.5 must be at least 1: YaRN extends the context by this factor"),
+    ("tiny", {"moe_router_topk_scaling_factor": 0.0}, 1, "moe_router_topk_scaling_factor=0.0 must be greater than 0"),
+    ("tiny", {"layernorm_epsilon": 0.0}, 1, "layernorm_epsilon=0.0 must be greater than 0"),
+    ("tiny", {"rotary_base": float("inf")}, 1, "rotary_base=inf must be a finite number"),
+    ("dsv3-671b", {"moe_router_num_groups": 6}, 1024,
+     "moe_router_num_groups=6 must divide num_experts=256; try 2, 4 or 8"),
+    ("tiny", {"moe_router_group_topk": 5}, 1, "moe_router_group_topk=5 must not exceed moe_router_num_groups=4"),
+    ("tiny", {"moe_router_topk": 9}, 1, "moe_router_topk=9 must not exceed num_experts=8"),
+    ("tiny", {"moe_router_topk": 6}, 1,
+     "moe_router_topk=6 must not exceed the 4 experts in the moe_router_group_topk=2 groups a token may go to; "
+     "keep more groups or choose fewer experts"),
+    ("tiny", {"moe_router_topk": 3}, 1,
+     "moe_router_group_topk=2 must divide moe_router_topk=3: a group's score is the sum of its topk/group_topk best "
+     "experts; try 1 or 3"),
+    # -- how it is split --
+    ("tiny", {"tensor_model_parallel_size": 0}, 1, "tensor_model_parallel_size=0 must be at least 1"),
+    ("tiny", {"context_parallel_size": 2}, 2,
+     "context_parallel_size=2 is not supported: a sequence stays whole. Supported are tensor (with sequence), "
+     "pipeline, expert, expert-tensor and data parallelism; leave context_parallel_size at 1"),
+    ("tiny", {"tensor_model_parallel_size": 3}, 3,
+     "tensor_model_parallel_size=3 must divide num_attention_heads=4; try 1, 2 or 4"),
+    ("tiny", {"tensor_model_parallel_size": 4, "ffn_hidden_size": 386}, 4,
+     "tensor_model_parallel_size=4 must divide ffn_hidden_size=386; try 1 or 2"),
+    ("tiny", {"tensor_model_parallel_size": 4, "moe_ffn_hidden_size": 98}, 4,
+     "tensor_model_parallel_size=4 must divide num_shared_experts * moe_ffn_hidden_size=98; try 1 or 2"),
+    ("tiny", {"tensor_model_parallel_size": 4, "vocab_size": 4098}, 4,
+     "tensor_model_parallel_size=4 must divide vocab_size=4098; try 1 or 2"),
+    ("tiny", {"tensor_model_parallel_size": 4, "seq_length": 255}, 4,
+     "tensor_model_parallel_size=4 must divide seq_length=255; try 1"),
+    ("dsv3-671b", {"expert_model_parallel_size": 6}, 96,
+     "expert_model_parallel_size=6 must divide num_experts=256; try 2, 4 or 8"),
+    ("tiny", {"expert_tensor_parallel_size": 5}, 5,
+     "expert_tensor_parallel_size=5 must divide moe_ffn_hidden_size=96; try 3, 4 or 6"),
+    ("tiny", {"pipeline_model_parallel_size": 8}, 8,
+     "pipeline_model_parallel_size=8 x num_virtual_stages_per_pipeline_rank=1 makes 8 stages, more than num_layers=4; "
+     "use at most 4 stages"),
+    ("tiny", {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 3}, 2,
+     "pipeline_model_parallel_size=2 x num_virtual_stages_per_pipeline_rank=3 makes 6 stages, more than num_layers=4; "
+     "use at most 4 stages"),
+    ("tiny", {"num_virtual_stages_per_pipeline_rank": 2}, 1,
+     "num_virtual_stages_per_pipeline_rank=2 needs pipeline_model_parallel_size of at least 2: the interleaved "
+     "schedule is a pipeline schedule"),
+    ("tiny", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 6,
+     "tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = 2 x 2 x 1 = 4 must divide "
+     "world_size=6; start a multiple of 4 processes or lower a degree"),
+    ("tiny", {"expert_model_parallel_size": 4, "pipeline_model_parallel_size": 2}, 4,
+     "expert_tensor_parallel_size x expert_model_parallel_size x pipeline_model_parallel_size = 1 x 4 x 2 = 8 must "
+     "divide world_size=4; start a multiple of 8 processes or lower a degree"),
+    # -- the batch, the schedule, the optimizer --
+    ("tiny", {"micro_batch_size": 0}, 1, "micro_batch_size=0 must be at least 1"),
+    ("tiny", {"train_iters": 0}, 1, "train_iters=0 must be at least 1"),
+    ("tiny", {"micro_batch_size": 3}, 2,
+     "micro_batch_size=3 x data_parallel_size=2 (world_size=2 over 1 model-parallel ranks) must divide "
+     "global_batch_size=16; try a global_batch_size that is a multiple of 6, or a micro_batch_size of 1, 2 or 4"),
+    ("tiny", {}, 3,
+     "micro_batch_size=4 x data_parallel_size=3 (world_size=3 over 1 model-parallel ranks) must divide "
+     "global_batch_size=16; try a global_batch_size that is a multiple of 12"),
+    ("tiny", {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2, "global_batch_size": 12}, 2,
+     "pipeline_model_parallel_size=2 must divide the 3 micro-batches of a step (global_batch_size=12) under the "
+     "interleaved schedule; use a global_batch_size that is a multiple of 8, or set "
+     "num_virtual_stages_per_pipeline_rank=1"),
+    ("tiny", {"seq_length": 512}, 1, "seq_length=512 must not exceed max_position_embeddings=256"),
+    ("tiny", {"lr": -1e-3}, 1, "lr=-0.001 must not be negative"),
+    ("tiny", {"lr": float("nan")}, 1, "lr=nan must be a finite number"),
+    ("tiny", {"min_lr": 1.0}, 1, "min_lr=1.0 must not exceed lr=0.003"),
+    ("tiny", {"seed": -1}, 1, "seed=-1 must not be negative"),
+    ("tiny", {"adam_beta2": 1.0}, 1, "adam_beta2=1.0 must be at least 0 and less than 1"),
+    ("tiny", {"adam_eps": 0.0}, 1, "adam_eps=0.0 must be greater than 0"),
+    ("tiny", {"eval_iters": 0}, 1, "eval_iters=0 must be at least 1; eval_interval=0 turns validation off"),
+    ("tiny", {"lr_warmup_iters": 301}, 1,
+     "lr_warmup_iters=301 must not exceed the 300 steps of lr_decay_iters (train_iters by default)"),
+    ("tiny", {"lr_decay_iters": 19}, 1,
+     "lr_warmup_iters=20 must not exceed the 19 steps of lr_decay_iters (train_iters by default)"),
+    ("tiny", {"precision": "fp16"}, 1, "precision='fp16' must be one of auto, bf16, fp32"),
+    ("tiny", {"transformer_impl": "te"}, 1, "transformer_impl='te' must be one of auto, local, transformer_engine"),
+    ("tiny", {"lr_decay_style": "wsd"}, 1, "lr_decay_style='wsd' must be one of constant, cosine, linear"),
+    # -- what is written --
+    ("tiny", {"save": "checkpoints", "save_interval": 0}, 1, "save_interval=0 must be at least 1"),
+    ("tiny", {"keep_last": -1}, 1, "keep_last=-1 must not be negative; 0 keeps all checkpoints"),
+    ("tiny", {"log_interval": 0}, 1, "log_interval=0 must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "world_size", "message"), BROKEN, ids=[b[3][:48] for b in BROKEN])
+def test_a_broken_rule_is_named_with_values_and_way_out(name: str, changes: dict[str, Any], world_size: int,
+                                                        message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        preset(name).override(**changes).validate(world_size)
+    assert str(error.value) == message
+
+
+def test_no_rule_goes_untested() -> None:
+    """Every `raise ConfigError` of the rules' modules is reached by a line above."""
+    reached = set()
+    for name, changes, world_size, _message in BROKEN:
+        with pytest.raises(ConfigError) as error:
+            preset(name).override(**changes).validate(world_size)
+        last = error.traceback[-1]
+        reached.add((str(last.path), last.lineno + 1))
+    for module in (model, parallel, training, run):
+        for function in ast.walk(ast.parse(inspect.getsource(module))):
+            if not isinstance(function, ast.FunctionDef) or function.name == "section_of":  # tested in test_load.py
+                continue
+            for node in ast.walk(function):
+                if isinstance(node, ast.Raise):
+                    lines = {(module.__file__, line) for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+                    assert lines & reached, f"no test reaches {module.__file__}:{node.lineno}"
+
+
+@pytest.mark.parametrize(("name", "world_size"), [
+    ("tiny", 1), ("tiny", 2), ("laptop", 1), ("dsv3-16b", 8), ("dsv3-671b", 1024), ("dsv3-671b", 2048)])
+def test_presets_are_valid_where_they_are_meant_to_run(name: str, world_size: int) -> None:
+    preset(name).validate(world_size)
+    preset(name).validate()
+
+
+@pytest.mark.parametrize(("changes", "world_size"), [
+    ({"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}, 4),
+    ({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, 2),
+    ({"tensor_model_parallel_size": 4, "expert_tensor_parallel_size": 2, "expert_model_parallel_size": 2}, 4),
+    ({"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}, 2),
+    ({"moe_router_num_groups": 1, "moe_router_group_topk": 1, "moe_router_topk": 5}, 1),
+    ({"num_dense_layers": 4}, 1), ({"num_shared_experts": 0}, 1), ({"mtp_num_layers": 0}, 1),
+    ({"q_lora_rank": None}, 1), ({"eval_interval": 0, "eval_iters": 0}, 1), ({"lr_warmup_iters": 300}, 1),
+    ({"lr": 0.0, "min_lr": 0.0}, 1), ({"save_interval": 0}, 1),
+])
+def test_what_is_possible_is_let_through(changes: dict[str, Any], world_size: int) -> None:
+    preset("tiny").override(**changes).validate(world_size)
+
+
+def test_sizes_follow_from_degrees() -> None:
+    split = preset("dsv3-671b").parallel
+    assert (split.num_stages, split.model_parallel_size, split.minimum_world_size) == (16, 16, 1024)
+    assert (split.data_parallel_size(2048), split.expert_data_parallel_size(2048)) == (128, 2)
+    assert not split.sequence_parallel
+    assert dataclasses.replace(split, tensor_model_parallel_size=2).sequence_parallel
+    train = preset("dsv3-671b").training
+    assert train.num_microbatches(128) == 120
+    assert train.tokens_per_step == 15360 * 4096
+    assert round(14.8e12 / train.tokens_per_step) == train.train_iters
+
+
+@settings(deadline=None)
+@given(tp=st.integers(1, 4), pp=st.integers(1, 4), ep=st.integers(1, 8), etp=st.integers(1, 4))
+def test_the_minimum_world_size_is_the_smallest_that_fits(tp: int, pp: int, ep: int, etp: int) -> None:
+    split = parallel.ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+                                    expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
+
+    def fits(size: int) -> bool:
+        try:
+            split.validate_world_size(size)
+        except ConfigError:
+            return False
+        return True
+
+    assert next(size for size in range(1, 1000) if fits(size)) == split.minimum_world_size
+
+
+@pytest.mark.parametrize(("number", "near", "words"), [
+    (256, 6, "2, 4 or 8"), (1, 5, "1"), (6, 2, "1, 2 or 3"), (7, 3, "1 or 7"), (16, 100, "4, 8 or 16")])
+def test_divisors_read_as_a_phrase(number: int, near: int, words: str) -> None:
+    assert divisors(number, near=near) == words
+
+
+def test_field_names_are_those_of_one_section_only() -> None:
+    names = [field.name for cls in SECTIONS.values() for field in dataclasses.fields(cls)]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_preset_is_called_by_its_name_and_cannot_change(name: str) -> None:
+    made = preset(name)
+    assert made.preset == name and made == preset(name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.model.num_layers = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["tinny", 3, ["tiny"], None])
+def test_an_unknown_preset_lists_those_there_are(name: Any) -> None:
+    with pytest.raises(ConfigError, match="is not known; choose one of tiny, laptop, dsv3-16b, dsv3-671b"):
+        preset(name)

@@ -1,0 +1,191 @@
+"""Which stage holds what: complete and in order whatever the model, balanced, and as Megatron-Core reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.presets import PRESETS, preset
+from dsv3_megatron.parallel.layout import StageLayout, layout_string, stage_layouts
+
+TINY = preset("tiny").model
+
+
+def split(pipeline: int, chunks: int = 1, layout: str | None = None) -> ParallelConfig:
+    return ParallelConfig(pipeline_model_parallel_size=pipeline, num_virtual_stages_per_pipeline_rank=chunks,
+                          pipeline_model_parallel_layout=layout)
+
+
+def check_complete(layouts: list[StageLayout], model: ModelConfig, num_stages: int) -> None:
+    """Every layer once and in order, at least one a stage; ends where they belong."""
+    assert [layout.stage for layout in layouts] == list(range(num_stages))
+    assert [i for layout in layouts for i in layout.layer_ids] == list(range(model.num_layers))
+    assert all(layout.layer_ids for layout in layouts)
+    assert [layout.has_embedding for layout in layouts] == [True] + [False] * (num_stages - 1)
+    assert [layout.has_loss for layout in layouts] == [False] * (num_stages - 1) + [True]
+    assert layouts[-1].mtp_layer_ids == tuple(range(model.mtp_num_layers))
+    assert not any(layout.mtp_layer_ids for layout in layouts[:-1])
+
+
+@st.composite
+def models(draw: st.DrawFn, max_layers: int = 70) -> ModelConfig:
+    layers = draw(st.integers(1, max_layers))
+    return dataclasses.replace(
+        TINY, num_layers=layers, num_dense_layers=draw(st.integers(0, layers)), mtp_num_layers=draw(st.integers(0, 3)),
+        hidden_size=draw(st.sampled_from([64, 512, 7168])), vocab_size=draw(st.sampled_from([256, 32000, 129280])),
+        ffn_hidden_size=draw(st.sampled_from([96, 1536, 18432])), q_lora_rank=draw(st.sampled_from([None, 64, 1536])))
+
+
+@st.composite
+def models_and_splits(draw: st.DrawFn, max_layers: int = 70) -> tuple[ModelConfig, ParallelConfig]:
+    model = draw(models(max_layers))
+    chunks = draw(st.integers(1, max(1, min(3, model.num_layers // 2))))
+    return model, split(draw(st.integers(2 if chunks > 1 else 1, model.num_layers // chunks)), chunks)
+
+
+@settings(deadline=None, max_examples=60)
+@given(models_and_splits())
+def test_every_split_holds_the_whole_model_in_order(case: tuple[ModelConfig, ParallelConfig]) -> None:
+    model, parallel = case
+    check_complete(stage_layouts(model, parallel), model, parallel.num_stages)
+
+
+def stage_costs(model: ModelConfig, counts: tuple[int, ...]) -> list[int]:
+    """Multiply-adds per token of each stage, from the parameters a token passes through."""
+    from dsv3_megatron.metrics.parameters import count_parameters
+
+    without_ends = {"embedding", "head", "final_norm", "norms"}
+
+    def work(num_layers: int, num_dense: int) -> int:
+        part = dataclasses.replace(model, num_layers=num_layers, num_dense_layers=num_dense, mtp_num_layers=0)
+        return sum(c.active for c in count_parameters(part).main if c.part not in without_ends)
+
+    dense, moe = work(1, 1), work(1, 0)
+    head = model.hidden_size * model.vocab_size
+    # An MTP module: a MoE layer, the projection of two hidden states, the shared head.
+    tail = head + model.mtp_num_layers * (moe + 2 * model.hidden_size**2 + head)
+    kinds = [dense] * model.num_dense_layers + [moe] * model.num_moe_layers
+    ends = list(itertools.accumulate(counts, initial=0))
+    costs = [sum(kinds[a:b]) for a, b in itertools.pairwise(ends)]
+    costs[-1] += tail
+    return costs
+
+
+@settings(deadline=None, max_examples=60)
+@given(models_and_splits(max_layers=10))
+def test_no_other_split_has_a_lighter_heaviest_stage(case: tuple[ModelConfig, ParallelConfig]) -> None:
+    model, parallel = case
+    if model.mtp_num_layers and not model.num_moe_layers:
+        model = dataclasses.replace(model, mtp_num_layers=0)
+    stages = parallel.num_stages
+    found = tuple(len(layout.layer_ids) for layout in stage_layouts(model, parallel))
+    every = [tuple(b - a for a, b in itertools.pairwise((0, *cuts, model.num_layers)))
+             for cuts in itertools.combinations(range(1, model.num_layers), stages - 1)]
+    assert found in every
+    assert max(stage_costs(model, found)) == min(max(stage_costs(model, counts)) for counts in every)
+
+
+def test_the_671b_layout_balances_its_sixteen_stages() -> None:
+    run = preset("dsv3-671b")
+    layouts = stage_layouts(run.model, run.parallel)
+    check_complete(layouts, run.model, 16)
+    counts = [len(layout.layer_ids) for layout in layouts]
+    assert max(counts) == 4 and counts[-1] < 4
+    assert layout_string(layouts).startswith("Ett") and layout_string(layouts).endswith("mL")
+
+
+# -- Megatron-Core's notation --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_strings_round_trip(name: str) -> None:
+    run = preset(name)
+    for pipeline in (1, 2, run.model.num_layers):
+        layouts = stage_layouts(run.model, split(pipeline))
+        assert stage_layouts(run.model, split(pipeline, layout=layout_string(layouts))) == layouts
+
+
+@pytest.mark.parametrize(("text", "counts"), [
+    ("Ett|ttmL", (2, 2)), ("Et|tttmL", (1, 3)), ("E,t*3 | t,mL", (3, 1)), ("Ettt|(t)*1mL", (3, 1)),
+    ("E(t)*2|(tt)*1m*1L", (2, 2)),
+])
+def test_explicit_layouts(text: str, counts: tuple[int, ...]) -> None:
+    layouts = stage_layouts(TINY, split(2, layout=text))
+    check_complete(layouts, TINY, 2)
+    assert tuple(len(layout.layer_ids) for layout in layouts) == counts
+
+
+def test_repetitions_of_whole_stages() -> None:
+    layouts = stage_layouts(TINY, split(4, layout="Et|(t|)*2tmL"))
+    assert layout_string(layouts) == "Et|t|t|tmL"
+
+
+@pytest.fixture(scope="module")
+def megatron_core() -> Iterator[None]:
+    """Megatron-Core, importable without CUDA; the stand-ins are taken back unless they were there before."""
+    from dsv3_megatron.platform import cpu, prepare
+
+    was_installed = cpu.installed()
+    prepare()
+    yield
+    if not was_installed:
+        cpu.remove_stand_ins()
+
+
+@settings(deadline=None, max_examples=25)
+@given(case=models_and_splits(max_layers=16))
+def test_megatron_core_reads_the_same_layout(megatron_core: None, case: tuple[ModelConfig, ParallelConfig]) -> None:
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    model, parallel = case
+    layouts = stage_layouts(model, parallel)
+    ranks = parallel.pipeline_model_parallel_size
+    theirs = PipelineParallelLayerLayout(layout_string(layouts), ranks)
+    theirs.validate_layer_layout(num_layers=model.num_layers, mtp_num_layers=model.mtp_num_layers or None)
+    assert theirs.virtual_pipeline_model_parallel_size == parallel.num_virtual_stages_per_pipeline_rank
+    order = []
+    for layout in layouts:
+        kinds = theirs.layout[layout.stage % ranks][layout.stage // ranks]
+        assert kinds.count(LayerType.decoder) == len(layout.layer_ids)
+        assert kinds.count(LayerType.mtp) == len(layout.mtp_layer_ids)
+        assert (LayerType.embedding in kinds, LayerType.loss in kinds) == (layout.has_embedding, layout.has_loss)
+        order += kinds
+    assert theirs.flatten_layout == order  # their layer ids follow this order, as ours do
+
+
+NAME = "pipeline_model_parallel_layout="
+
+
+@pytest.mark.parametrize(("text", "pipeline", "chunks", "message"), [
+    ("Etx|ttmyL", 2, 1, "'Etx|ttmyL' has x y, which means nothing; the notation is: E embedding, t transformer layer, "
+                        "m MTP module, L loss, | next stage; x*3 and (xy)*3 repeat"),
+    ("Et(t|ttmL", 2, 1, "'Et(t|ttmL' has (, which means nothing; the notation is: "),
+    ("Ett|ttmL", 4, 1, "'Ett|ttmL' has 2 stages; pipeline_model_parallel_size=4 x "
+                       "num_virtual_stages_per_pipeline_rank=1 needs 4"),
+    ("Ett|ttmL", 2, 2, "'Ett|ttmL' has 2 stages; pipeline_model_parallel_size=2 x "
+                       "num_virtual_stages_per_pipeline_rank=2 needs 4"),
+    ("Ett|tmL", 2, 1, "'Ett|tmL' holds 3 transformer layers (t); num_layers=4"),
+    ("Etttt|mL", 2, 1, "'Etttt|mL' leaves stage 1 without a transformer layer (t); give it at least one"),
+    ("tt|ttmL", 2, 1, "'tt|ttmL' must begin with the embedding (E) and have it once"),
+    ("Ett|EttmL", 2, 1, "'Ett|EttmL' must begin with the embedding (E) and have it once"),
+    ("Ett|ttL", 2, 1, "'Ett|ttL' must end with 'mL': all mtp_num_layers=1 MTP modules (m) and the loss (L) on the last "
+                      "stage, which holds the output head they share"),
+    ("Ettm|ttL", 2, 1, "'Ettm|ttL' must end with 'mL': "),
+    ("EttL|ttmL", 2, 1, "'EttL|ttmL' must end with 'mL': "),
+    ("Ett|ttm", 2, 1, "'Ett|ttm' must end with 'mL': "),
+    ("Ett|tmtL", 2, 1, "'Ett|tmtL' must end with 'mL': "),
+    ("Ett|ttmmL", 2, 1, "'Ett|ttmmL' must end with 'mL': "),
+])
+def test_a_wrong_layout(text: str, pipeline: int, chunks: int, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        stage_layouts(TINY, split(pipeline, chunks, text))
+    assert str(error.value).startswith(NAME + message)

@@ -1,0 +1,302 @@
+"""Training tokens/s of this library against `transformers.DeepseekV3ForCausalLM` of the same shape.
+
+A step is forward, backward and AdamW on random tokens, without MTP (Transformers has none). Ours is the trainer's own
+step: fp32 main gradients and master weights, gradient clipping, load statistics and router-bias update included. The
+peer is a plain loop around the model in the given dtype with fused AdamW and no clipping, in Transformers' default
+settings and, as further contenders, with its other expert implementations. Each contender is a process of its own;
+steps alternate between them, so that a disturbance of the machine meets all; the others sleep meanwhile.
+
+A contender that has used `--budget-s` takes no more steps: where a CPU multiplies bf16 natively at 1 GFLOP/s one step
+of the peer takes minutes. How many steps a number rests on is in the results.
+
+Usage:
+    python tools/bench/bench_training_throughput.py --precisions fp32 bf16 --steps 5 --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
+
+OURS = "dsv3_megatron"
+PEERS = {
+    "transformers": {},
+    "transformers-experts-eager": {"_experts_implementation": "eager"},
+    "transformers-experts-batched": {"_experts_implementation": "batched_mm"},
+}
+Step = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one process measures."""
+
+    contender: str
+    precision: str
+    seq_length: int
+    batch_size: int
+    threads: int
+
+
+@dataclass
+class Contender:
+    """One process, and the seconds of its timed steps."""
+
+    setting: Setting
+    process: subprocess.Popen[str]
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    spent_s: float = 0.0
+    error: str = ""
+
+    def step(self, is_timed: bool, budget_s: float) -> None:
+        """Take one step; a failure of the process is noted and reported, not raised."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        if self.error or (self.spent_s >= budget_s and self.seconds):
+            return
+        try:
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self.error = f"process ended with code {self.process.wait()}"
+            return
+        report = json.loads(answer)
+        self.spent_s += report["seconds"]
+        if is_timed or self.spent_s >= budget_s:
+            self.seconds.append(report["seconds"])
+            self.cpu_seconds.append(report["cpu_seconds"])
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def ours_step(setting: Setting) -> Step:
+    """This library's training step on random tokens, as the trainer takes it."""
+    import torch
+
+    from dsv3_megatron.config.presets import laptop
+    from dsv3_megatron.ops.host_memory import keep_freed_memory
+    from dsv3_megatron.trainer import Trainer
+
+    keep_freed_memory()
+
+    class RandomTokens:
+        def __len__(self) -> int:
+            return 1_000_000
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            generator = torch.Generator().manual_seed(index)
+            tokens = torch.randint(0, run.model.vocab_size, (setting.seq_length + 1,), generator=generator)
+            return {
+                "tokens": tokens[:-1],
+                "labels": tokens[1:],
+                "loss_mask": torch.ones(setting.seq_length),
+                "position_ids": torch.arange(setting.seq_length),
+            }
+
+    class RandomTokenTrainer(Trainer):
+        def _build_data(self) -> None:
+            self.data = SimpleNamespace(train=RandomTokens(), valid=None)  # type: ignore[assignment]
+            self.batches = [self._iterate(self.data.train, 0) for _ in self.chunks]
+
+    run = laptop().override(
+        mtp_num_layers=0,
+        seq_length=setting.seq_length,
+        micro_batch_size=setting.batch_size,
+        global_batch_size=setting.batch_size,
+        precision=setting.precision,
+        eval_interval=0,
+    )
+    run.validate(1)
+    trainer = RandomTokenTrainer(run)
+    return lambda: trainer.train_step()[0].lm_loss
+
+
+def peer_step(setting: Setting) -> Step:
+    """A plain training step of Transformers' model."""
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    from tools.bench.shapes import LAPTOP as shape
+
+    config = DeepseekV3Config(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        moe_intermediate_size=shape.moe_ffn_hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_attention_heads,
+        n_shared_experts=shape.num_shared_experts,
+        n_routed_experts=shape.num_experts,
+        routed_scaling_factor=2.5,
+        kv_lora_rank=shape.kv_lora_rank,
+        q_lora_rank=shape.q_lora_rank,
+        qk_rope_head_dim=shape.qk_rope_head_dim,
+        v_head_dim=shape.v_head_dim,
+        qk_nope_head_dim=shape.qk_nope_head_dim,
+        n_group=shape.moe_router_num_groups,
+        topk_group=shape.moe_router_group_topk,
+        num_experts_per_tok=shape.moe_router_topk,
+        first_k_dense_replace=shape.num_dense_layers,
+        norm_topk_prob=True,
+        max_position_embeddings=setting.seq_length,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    for name, value in PEERS[setting.contender].items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+    model = DeepseekV3ForCausalLM(config).to(dtype).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> float:
+        tokens = torch.randint(0, shape.vocab_size, (setting.batch_size, setting.seq_length), generator=generator)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def serve(setting: Setting) -> None:
+    """Take a step for each line on standard input; answer with its time. Runs in a contender's process."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not an answer
+    step = ours_step(setting) if setting.contender == OURS else peer_step(setting)
+    for _line in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        loss = step()
+        report = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "loss": loss}
+        answers.write(json.dumps(report) + "\n")
+        answers.flush()
+
+
+def start(setting: Setting, log: Any) -> Contender:
+    """Start a contender's process with its own number of threads."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads)}
+    command = [sys.executable, __file__, "--serve", json.dumps(vars(setting))]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+    )
+    return Contender(setting, process)
+
+
+def measure(settings: list[Setting], *, steps: int, warm_up: int, budget_s: float, log: Any) -> list[Contender]:
+    """Alternate the contenders' steps."""
+    contenders = [start(setting, log) for setting in settings]
+    try:
+        for index in range(warm_up + steps):
+            for contender in contenders:
+                contender.step(index >= warm_up, budget_s)
+    finally:
+        for contender in contenders:
+            contender.close()
+    return contenders
+
+
+def report(contenders: list[Contender], tokens_per_step: int) -> list[Measurement]:
+    """Print a table; return its numbers."""
+    rows = []
+    median = {c.setting.contender: statistics.median(c.seconds) for c in contenders if c.seconds}
+    for c in contenders:
+        name, config = c.setting.contender, _describe(c.setting)
+        if not c.seconds:
+            print(f"{name:30} {config:40} no step: {c.error}")
+            continue
+        speed = tokens_per_step / median[name]
+        slowest, fastest = max(c.seconds), min(c.seconds)
+        cpu = statistics.median(c.cpu_seconds)
+        ratio = median[name] / median[OURS] if OURS in median else float("nan")
+        print(
+            f"{name:30} {config:40} {speed:8.1f} tok/s  {median[name]:8.2f} s ({fastest:.2f}-{slowest:.2f}, "
+            f"{len(c.seconds)} steps)  {cpu:8.2f} cpu-s  ours is {ratio:.2f}x"
+        )
+        numbers = (
+            ("throughput", speed, "token/s"),
+            ("step_time_median", median[name], "s"),
+            ("step_time_min", fastest, "s"),
+            ("step_time_max", slowest, "s"),
+            ("step_cpu_time_median", cpu, "s"),
+            ("num_steps", len(c.seconds), "1"),
+        )
+        rows += [Measurement(name, config, metric, value, unit) for metric, value, unit in numbers]
+    return rows
+
+
+def _describe(setting: Setting) -> str:
+    return f"laptop {setting.precision} seq={setting.seq_length} batch={setting.batch_size} threads={setting.threads}"
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Training tokens/s of this library against Transformers.")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
+    parser.add_argument("--contenders", nargs="+", default=[OURS, *PEERS], choices=(OURS, *PEERS))
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each contender")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
+    parser.add_argument("--budget-s", type=float, default=300.0, help="seconds after which a contender stops")
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences a step")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--log", type=Path, default=Path(os.devnull), help="file for what the contenders print")
+    parser.add_argument("--no-csv", action="store_true", help="print only")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; exit code 1 if a contender failed."""
+    options = _parse(arguments)
+    if options.serve:
+        serve(Setting(**json.loads(options.serve)))
+        return 0
+    from dsv3_megatron.platform import detect_device
+
+    device = detect_device().name
+    if load_average() > 0.5:
+        print(f"load average {load_average():.1f}: other work disturbs these numbers", file=sys.stderr)
+    failed = False
+    with options.log.open("w", encoding="utf-8") as log:
+        for precision in options.precisions:
+            settings = [
+                Setting(name, precision, options.seq_length, options.batch_size, options.threads)
+                for name in options.contenders
+            ]
+            contenders = measure(
+                settings, steps=options.steps, warm_up=options.warm_up, budget_s=options.budget_s, log=log
+            )
+            rows = report(contenders, options.seq_length * options.batch_size)
+            failed |= any(contender.error for contender in contenders)
+            if not options.no_csv:
+                path = append_rows("training_throughput.csv", rows, f"{device}, {options.threads} threads")
+                print(f"appended to {path.relative_to(REPOSITORY)}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Rows of results: one measured number each, with everything needed to read it later."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+COLUMNS = ("name", "config", "metric", "value", "unit", "device", "versions", "commit", "date")
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number: of what (`name`), in which setting (`config`), which quantity, and its unit."""
+
+    name: str
+    config: str
+    metric: str
+    value: float
+    unit: str
+
+
+def append_rows(file_name: str, measurements: list[Measurement], device: str) -> Path:
+    """Append measurements to a CSV file under results/, with device, versions, commit and date.
+
+    Args:
+        file_name: Such as "training_throughput.csv".
+        measurements: Any number.
+        device: What they were measured on, with the number of threads.
+
+    Returns:
+        The file.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / file_name
+    is_new = not path.exists()
+    stamp = (device, versions(), commit(), datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if is_new:
+            writer.writerow(COLUMNS)
+        for m in measurements:
+            writer.writerow((m.name, m.config, m.metric, f"{m.value:.6g}", m.unit, *stamp))
+    return path
+
+
+def versions() -> str:
+    """Versions of the packages that decide about speed."""
+    names = ("torch", "megatron-core", "transformers")
+    return " ".join(f"{name}={importlib.metadata.version(name)}" for name in names)
+
+
+def commit() -> str:
+    """The repository's commit, "-dirty" where tracked files differ; "unknown" outside a repository."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def load_average() -> float:
+    """Runnable processes of the last minute: a benchmark beside others is no benchmark."""
+    return os.getloadavg()[0]
