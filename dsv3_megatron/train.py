@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = parse_command(sys.argv[1:] if arguments is None else arguments)
         if command.print_model:
-            print(_model_table(command))
+            table = _model_table(command)
+            if rank == 0:
+                print(table)
             return 0
         world_size = command.world_size or int(os.environ.get("WORLD_SIZE", "1"))
         command.run.validate(world_size)
@@ -57,16 +59,19 @@ def _check_inputs(command: Command) -> None:
     """Data, tokenizer, layout and checkpoint fit the run; nothing is allocated for the answer."""
     from dsv3_megatron.checkpoint.layout import check_architecture, check_save_directory
     from dsv3_megatron.data.blend import check_data, parse_blend
+    from dsv3_megatron.data.datasets import parse_split
     from dsv3_megatron.data.tokenizer import fingerprint
     from dsv3_megatron.parallel.layout import stage_layouts
 
     run = command.run
     stage_layouts(run.model, run.parallel)
     if not run.data.data_path:
-        raise ConfigError("data_path is not set: give the training data's PREFIX (of PREFIX.bin and PREFIX.idx, made by "
-                          "tools/preprocess_data.py), as in --data-path PREFIX")
+        raise ConfigError("data_path is not set: give the training data's PREFIX (of PREFIX.bin and PREFIX.idx, made "
+                          "by tools/preprocess_data.py), as in --data-path PREFIX")
     prefixes = [prefix for field in ("data_path", "valid_data_path") if getattr(run.data, field)
                 for prefix in parse_blend(getattr(run.data, field), field).prefixes]
+    if not run.data.valid_data_path:
+        parse_split(run.data.split)
     tokenizer = fingerprint(run.data.tokenizer_model) if run.data.tokenizer_model else None
     check_data(prefixes, vocab_size=run.model.vocab_size, tokenizer_fingerprint=tokenizer)
     if run.checkpoint.load:
@@ -90,7 +95,7 @@ def _train(command: Command, rank: int) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is printed and ends the process
         if _is_lost_peer(error):
             time.sleep(_SECONDS_AFTER_LOST_PEER)
             print(f"rank {rank}: stopped because another rank did ({type(error).__name__})", file=sys.stderr)

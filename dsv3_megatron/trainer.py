@@ -140,7 +140,8 @@ class Trainer:
                 signal.signal(sig, handler)
         if stopped:
             saved = "with a checkpoint" if run.checkpoint.save else "without a checkpoint: save is not set"
-            self.progress.message(f"stopped by {signal.Signals(stopped).name} after iteration {self.iteration}, {saved}")
+            name = signal.Signals(stopped).name
+            self.progress.message(f"stopped by {name} after iteration {self.iteration}, {saved}")
         self.progress.close()
         if self.writer:
             self.writer.close()

@@ -11,15 +11,11 @@ which the resuming run's configuration says.
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import pickle
 import queue
-import shutil
 import time
 import warnings
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -44,6 +41,14 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from dsv3_megatron import __version__
+from dsv3_megatron.checkpoint.agreement import (
+    check_space,
+    errors_logged_by,
+    from_all_ranks,
+    on_first_rank,
+    wait_for_folder,
+    why,
+)
 from dsv3_megatron.checkpoint.layout import (
     CheckpointError,
     Manifest,
@@ -66,10 +71,6 @@ _READ_ERRORS = (CheckpointException, CheckpointingException, OSError, RuntimeErr
                 pickle.UnpicklingError)
 _RNG = "rng_state"
 _STEP = "optimizer_step"
-# Seconds a folder made by one node may take to be seen by another (attribute caches of network file systems).
-_FOLDER_VISIBLE_S = 60.0
-# Disk space beyond the tensors themselves: headers, metadata.
-_OVERHEAD = 1.05
 
 
 def save_checkpoint(
@@ -98,26 +99,30 @@ def save_checkpoint(
     state = _state(chunks, optimizer, groups, is_loading=False)
     state[_RNG] = _rng_state()
     state[_STEP] = _optimizer_step(optimizer)
-    _check_space(directory, state)
-    target = _on_first_rank(lambda: begin_save(directory, progress.iteration), f"save={directory}")
-    _wait_for_folder(target)
+    check_space(directory, _num_bytes(state))
+    target = on_first_rank(lambda: begin_save(directory, progress.iteration), f"save={directory}")
+    wait_for_folder(target)
     # A save that is not asynchronous needs no second process: without a queue of ours Megatron-Core would
     # start one to hold its queue.
     filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
     strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), groups.dp_cp)
-    try:
-        dist_checkpointing.save(state, str(target), strategy)
-    except (CheckpointException, CheckpointingException, OSError) as error:
-        # Write errors are raised on every rank, with the reason on the first one only.
-        cause: BaseException = error
-        reason = _on_first_rank(lambda: _why_not_written(target, cause), f"save={directory}")
-        raise CheckpointError(f"save={directory}: iteration {progress.iteration} could not be saved: {reason}; "
-                              f"the newest checkpoint is still that of {latest_iteration(directory)}") from error
+    with errors_logged_by(filesystem_async.__name__) as reasons:
+        try:
+            dist_checkpointing.save(state, str(target), strategy)
+        except CheckpointException as error:
+            # A rank could not write; all of them are told, without the reason.
+            raise CheckpointError(f"save={directory}: iteration {progress.iteration} could not be saved: "
+                                  f"{from_all_ranks(reasons, str(error))}; the newest checkpoint is still that of "
+                                  f"iteration {latest_iteration(directory)}") from error
+        except OSError as error:
+            # Rank 0 alone, at the index of what the others wrote: they wait for it, and end when it does.
+            raise CheckpointError(f"save={directory}: iteration {progress.iteration} could not be saved: "
+                                  f"{why(error)}") from error
 
     def publish() -> Path:
         path = finish_save(
             directory, progress, run.as_dict(), world_size=torch.distributed.get_world_size(),
-            precision="bf16" if _stage(chunks[0]).config.bf16 else "fp32",
+            precision=_precision(chunks),
             versions={"dsv3_megatron": __version__, "torch": torch.__version__,
                       "megatron_core": version("megatron-core")})
         removed = remove_old(directory, progress.iteration, keep_last)
@@ -125,7 +130,7 @@ def save_checkpoint(
                     f"; removed iteration(s) {', '.join(map(str, removed))}" if removed else "")
         return path
 
-    return _on_first_rank(publish, f"save={directory}")
+    return on_first_rank(publish, f"save={directory}")
 
 
 def load_checkpoint(
@@ -149,7 +154,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: there is none, it is incomplete or unreadable, or of another architecture.
     """
-    manifest = _on_first_rank(lambda: check_architecture(directory, run), f"load={directory}")
+    manifest = on_first_rank(lambda: check_architecture(directory, run), f"load={directory}")
     _allocate_moments(optimizer)
     state = _state(chunks, optimizer, groups, is_loading=True)
     if _has_same_layout(manifest, run):
@@ -166,6 +171,11 @@ def load_checkpoint(
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
         raise CheckpointError(incomplete(directory, manifest.progress.iteration, reason)) from error
     _restore(loaded, chunks, optimizer)
+    if manifest.precision != _precision(chunks):
+        # Weights come rounded from bf16; a replica's own share of the fp32 weights replaces them everywhere.
+        wrapped: list[Any] = list(chunks)
+        for chunk in wrapped:
+            chunk.start_param_sync(force_sync=True)
     if _RNG in loaded:
         _restore_rng_state(loaded[_RNG])
     elif torch.distributed.get_rank() == 0:
@@ -220,6 +230,13 @@ def _check_tensors(manifest: Manifest, state: dict[Any, Any], groups: ProcessGro
                               f"{manifest.versions.get('dsv3_megatron')}, this is {__version__}")
 
 
+def _num_bytes(state: dict[Any, Any]) -> int:
+    """Bytes of the tensors that are this rank's own to save, not a copy of another's."""
+    tensors = [entry for entry in state.values() if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
+    return sum(entry.data.numel() * entry.data.element_size() for entry in tensors
+               if not any(entry.replica_id if isinstance(entry.replica_id, tuple) else (entry.replica_id,)))
+
+
 def _restore(loaded: dict[Any, Any], chunks: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
     """Put what was loaded into the modules and the optimizer."""
     models: list[dict[str, Any]] = [{} for _ in chunks]
@@ -259,6 +276,10 @@ def _stage(chunk: torch.nn.Module) -> Any:
     while isinstance(getattr(stage, "module", None), torch.nn.Module):
         stage = stage.module
     return stage
+
+
+def _precision(chunks: list[torch.nn.Module]) -> str:
+    return "bf16" if _stage(chunks[0]).config.bf16 else "fp32"
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
@@ -312,84 +333,11 @@ def _has_same_layout(manifest: Manifest, run: RunConfig) -> bool:
             and manifest.world_size == torch.distributed.get_world_size())
 
 
-# ---- what every rank must agree on ----
+class _WithoutDeprecation(logging.Filter):
+    """Drops Megatron-Core's notice that its writer of asynchronous saves is deprecated: none is asked for."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "async save is deprecated" not in record.getMessage()
 
 
-def _on_first_rank[T](action: Callable[[], T], subject: str) -> T:
-    """Run `action` on rank 0 while the others wait; its result, or its error, on every rank."""
-    answer: list[Any] = [None, None]
-    failure: Exception | None = None
-    if torch.distributed.get_rank() == 0:
-        try:
-            answer[0] = action()
-        except CheckpointError as error:
-            answer[1], failure = str(error), error
-        except OSError as error:
-            what = _disk_full(error) or f"{error.strerror or error} ({error.filename})"
-            answer[1], failure = f"{subject}: {what}", error
-        except Exception as error:  # noqa: BLE001 - the other ranks wait for an answer; raised below
-            answer[1], failure = f"{subject}: {type(error).__name__}: {error}", error
-    torch.distributed.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise CheckpointError(answer[1]) from failure
-    return answer[0]
-
-
-def _disk_full(error: OSError) -> str | None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left ({error.strerror}); free some, lower keep_last, or choose another folder"
-    return None
-
-
-def _why_not_written(target: Path, error: BaseException) -> str:
-    """The reason of a failed write; Megatron-Core reports that there was one, not always which."""
-    try:
-        probe = target / ".space"
-        with open(probe, "wb") as stream:
-            stream.write(bytes(1 << 20))
-            stream.flush()
-            os.fsync(stream.fileno())
-        probe.unlink()
-    except OSError as reason:
-        return _disk_full(reason) or f"{reason.strerror} ({reason.filename})"
-    cause = error if isinstance(error, OSError) else (error.__cause__ or error)
-    return f"{type(cause).__name__}: {cause}"
-
-
-def _check_space(directory: str | Path, state: dict[Any, Any]) -> None:
-    """Raise on every rank if the disk has not the room for the whole checkpoint, before any of it is written."""
-    mine = 0
-    for entry in state.values():
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and _is_main(entry.replica_id):
-            mine += entry.data.numel() * entry.data.element_size()
-    total = torch.tensor([mine], dtype=torch.int64, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(total)
-    needed = int(total.item() * _OVERHEAD)
-
-    def check() -> None:
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise CheckpointError(
-                f"save={directory}: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there; free "
-                "some, lower keep_last, or choose another folder")
-
-    _on_first_rank(check, f"save={directory}")
-
-
-def _is_main(replica_id: int | tuple[int, ...]) -> bool:
-    return replica_id == 0 or (isinstance(replica_id, tuple) and not any(replica_id))
-
-
-def _wait_for_folder(target: Path) -> None:
-    """Raise on every rank if some rank does not see the folder that rank 0 made."""
-    deadline = time.monotonic() + _FOLDER_VISIBLE_S
-    while not target.is_dir() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    blind = torch.tensor([0 if target.is_dir() else 1], device=torch.cuda.current_device())
-    torch.distributed.all_reduce(blind)
-    if blind.item():
-        raise CheckpointError(
-            f"save={target.parent}: {blind.item()} of {torch.distributed.get_world_size()} processes do not see this "
-            "folder; choose one on a file system that all nodes share")
+logging.getLogger(torch_strategies.__name__).addFilter(_WithoutDeprecation())

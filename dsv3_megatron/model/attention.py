@@ -112,7 +112,7 @@ class LocalMLASelfAttention(MegatronModule):
         if config.sequence_parallel:
             shared_key = gather_from_sequence_parallel_region(shared_key, group=self.tp_group)
         length, batch = query.shape[:2]
-        cos_SP, sin_SP = self.rotary(length, query.device)
+        cos_SP, sin_SP = self.rotary(length, query)
         # The rotary part is the last of a query's width.
         query = apply_rope(query.view(length, batch, heads, nope + rope), cos_SP, sin_SP)
         key_nope, value = key_value.view(length, batch, heads, nope + config.v_head_dim).split(

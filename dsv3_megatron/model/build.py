@@ -60,7 +60,8 @@ def wrap_stages(
 ) -> list[DistributedDataParallel]:
     """Stages with fp32 main gradients in flat buffers, reduce-scattered for the distributed optimizer."""
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False, average_in_collective=False)
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False,
+        average_in_collective=False)
     wrapped: list[DistributedDataParallel] = []
     for index, stage in enumerate(stages):
         module: torch.nn.Module = Float16Module(config, stage) if config.bf16 else stage

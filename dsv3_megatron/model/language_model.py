@@ -8,6 +8,7 @@ Shapes: S sequence, B micro-batch, H hidden, V vocabulary (v its part on this te
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -68,3 +69,18 @@ class DeepSeekV3Model(GPTModel):
             losses_SB = linear_cross_entropy(hidden_SBH, self.output_layer.weight, labels_SB,
                                              accumulate_into_main_grad=True)
         return losses_SB.transpose(0, 1).contiguous()
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What a checkpoint holds, without the modules' `_extra_state`.
+
+        That is state of FP8 from one step to the next, which neither bf16 nor block-wise FP8 has. Local and Transformer
+        Engine modules do not have it in the same places, and a checkpoint of one shall load into the other.
+        """
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {key: entry for key, entry in state.items() if "_extra_state" not in key}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of every module, with empty `_extra_state` where a module expects one that `state_dict` has not."""
+        empty = {f"{path}._extra_state": None for path, module in self.named_modules()
+                 if type(module).set_extra_state is not torch.nn.Module.set_extra_state}
+        return super().load_state_dict({**empty, **state_dict}, *args, **kwargs)

@@ -7,6 +7,8 @@ import math
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_megatron.ops.backend import wide_dtype
+
 
 def softmax_scale(config: MLATransformerConfig) -> float:
     """1/sqrt(192) for plain RoPE; times (0.1 mscale_all_dim ln s + 1)^2 under YaRN.
@@ -45,24 +47,31 @@ def inverse_frequencies(config: MLATransformerConfig) -> torch.Tensor:
 
 
 class RotaryTables:
-    """cos and sin of every position and pair, made once for the longest sequence seen."""
+    """cos and sin of every position and pair, made once for the longest sequence seen.
+
+    Angles are computed in fp64: in fp32 they would be off by thousandths of a radian beyond 100,000 positions.
+    """
 
     def __init__(self, config: MLATransformerConfig) -> None:
         self.config = config
         self._cos_SP = self._sin_SP = torch.empty(0, 0, device="cpu")
 
-    def __call__(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, fp32 [length, D/2], for positions 0 .. length - 1, times YaRN's multiplier."""
-        if self._cos_SP.shape[0] < length or self._cos_SP.device != device:
+    def __call__(self, length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [length, D/2] for positions 0 .. length - 1, times YaRN's multiplier.
+
+        On the device of `like`; fp64 if it is, else fp32.
+        """
+        dtype = wide_dtype(like.dtype)
+        if self._cos_SP.shape[0] < length or self._cos_SP.device != like.device or self._cos_SP.dtype != dtype:
             config = self.config
-            positions = torch.arange(length, dtype=torch.float32, device="cpu")
+            positions = torch.arange(length, dtype=torch.float64, device="cpu")
             angles_SP = torch.outer(positions, inverse_frequencies(config))
             magnitude = 1.0
             if config.rope_type == "yarn":
                 magnitude = (_magnitude(config.rotary_scaling_factor, config.mscale)
                              / _magnitude(config.rotary_scaling_factor, config.mscale_all_dim))
-            self._cos_SP = (angles_SP.cos() * magnitude).to(device)
-            self._sin_SP = (angles_SP.sin() * magnitude).to(device)
+            self._cos_SP = (angles_SP.cos() * magnitude).to(like.device, dtype)
+            self._sin_SP = (angles_SP.sin() * magnitude).to(like.device, dtype)
         return self._cos_SP[:length], self._sin_SP[:length]
 
 

@@ -38,7 +38,13 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups)
+    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        # Without Transformer Engine or apex, Megatron-Core takes torch's AdamW as it comes: several passes.
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group.update(fused=True, foreach=False)
+    return optimizer
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -125,8 +126,68 @@ def _split_sizes_as_numpy(original: Callable[..., Any]) -> Callable[..., Any]:
     return move
 
 
-def _fused_adam(original: Callable[..., Any]) -> Callable[..., Any]:
-    return functools.partial(original, fused=True)
+def _gather_of_any_sizes(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`_gather_along_first_dim` where ranks hold different numbers of rows: padded to the largest."""
+
+    @functools.wraps(original)
+    def gather(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any
+               ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return original(input_, group, output_split_sizes, *args, **kwargs)
+        sizes = [int(size) for size in output_split_sizes]
+        padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+        padded[: input_.shape[0]] = input_
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    return gather
+
+
+def _reduce_scatter_of_any_sizes(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`_reduce_scatter_along_first_dim` where ranks get different numbers of rows: summed everywhere, then cut."""
+
+    @functools.wraps(original)
+    def reduce_scatter(input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any
+                       ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return original(input_, group, input_split_sizes, *args, **kwargs)
+        summed = input_.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(summed, group=group)
+        return summed.split([int(size) for size in input_split_sizes])[group.rank()].clone()
+
+    return reduce_scatter
+
+
+def _one_group_per_set_of_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`create_group` that gives the group it has already made for the same ranks of the same run."""
+    made: dict[tuple[int, ...], Any] = {}
+    made_in: list[Any] = [None]
+
+    @functools.wraps(original)
+    def create(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        world = torch.distributed.GroupMember.WORLD
+        if made_in[0] is not world:
+            made.clear()
+            made_in[0] = world
+        key = tuple(ranks)
+        if key not in made:
+            made[key] = original(ranks, *args, **kwargs)
+        return made[key]
+
+    return create
+
+
+def _unless_alone(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A reduce-scatter or all-gather between views of one buffer that does nothing in a group of one."""
+
+    @functools.wraps(original)
+    def collective(*args: Any, group: Any = None, async_op: bool = False, **kwargs: Any) -> Any:
+        if group is not None and group.size() == 1 and not async_op:
+            return None
+        return original(*args, group=group, async_op=async_op, **kwargs)
+
+    return collective
 
 
 def _set_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
@@ -215,8 +276,23 @@ STAND_INS: tuple[StandIn, ...] = (
             ("transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher",),
             "makes the split sizes of an all-to-all numpy only if they came from a GPU; gloo wants integers",
             wraps=True),
-    StandIn("megatron.core.optimizer", "Adam", _fused_adam, ("optimizer",),
-            "is torch's AdamW without its fused CPU kernel", wraps=True),
+    StandIn("megatron.core.tensor_parallel.mappings", "_gather_along_first_dim", _gather_of_any_sizes,
+            ("tensor_parallel.mappings:_GatherFromSequenceParallelRegion",
+             "tensor_parallel.mappings:_ReduceScatterToSequenceParallelRegion"),
+            "gathers the rows of expert-tensor ranks, whose numbers differ; gloo wants equal ones", wraps=True),
+    StandIn("megatron.core.tensor_parallel.mappings", "_reduce_scatter_along_first_dim", _reduce_scatter_of_any_sizes,
+            ("tensor_parallel.mappings:_GatherFromSequenceParallelRegion",
+             "tensor_parallel.mappings:_ReduceScatterToSequenceParallelRegion"),
+            "the same on the way back", wraps=True),
+    StandIn("megatron.core.parallel_state", "create_group", _one_group_per_set_of_ranks,
+            ("parallel_state:initialize_model_parallel",),
+            "makes 20 or more groups for a rank, many of the same ranks; each costs gloo three threads and a "
+            "connection to every peer", wraps=True),
+    *(StandIn("megatron.core.distributed.param_and_grad_buffer", collective, _unless_alone,
+              ("distributed.param_and_grad_buffer:_ParamAndGradBucketGroup",),
+              "copies a whole gradient or parameter buffer onto itself where a rank has no replica; NCCL sees that "
+              "it is in place, gloo copies", wraps=True)
+      for collective in ("dist_reduce_scatter_func", "dist_all_gather_func")),
 )
 
 _originals: list[tuple[Any, str, Any]] = []
@@ -232,6 +308,8 @@ def install_stand_ins() -> None:
         raise RuntimeError("stand-ins for CUDA are for machines without it; this one has CUDA")
     if _originals:
         return
+    # Transformer Engine's modules and its fused optimizer need CUDA; Megatron-Core takes them where they import.
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     # torch notes which functions `with torch.device(...)` acts on at its first use: they must be the originals.
     with _CPU:
         torch.empty(0)
@@ -247,6 +325,8 @@ def remove_stand_ins() -> None:
     while _originals:
         owner, name, original = _originals.pop()
         setattr(owner, name, original)
+    if sys.modules.get("transformer_engine", _CPU) is None:
+        del sys.modules["transformer_engine"]
 
 
 def installed() -> bool:

@@ -41,7 +41,7 @@ class RankError(AssertionError):
     """A rank failed; the message holds its traceback and the end of what it printed."""
 
 
-def run_ranks(num_ranks: int, function_or_module: Callable[..., Any] | str, *args: Any, timeout_s: float = 120.0,
+def run_ranks(num_ranks: int, function_or_module: Callable[..., Any] | str, *args: Any, timeout_s: float = 240.0,
               environment: dict[str, str] | None = None) -> list[Any]:
     """Run `function(*args)` in `num_ranks` processes that share a gloo process group.
 

@@ -147,8 +147,9 @@ def _forward(data_iterator: Any, model: Any, *_: Any) -> tuple[Any, Any]:
                    labels=tokens[:, 1:])
 
     def total_loss(losses: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-        main = losses.main_BS.sum()
-        return (main + 0.3 * sum(loss.sum() for loss in losses.mtp_BS), torch.tensor(losses.main_BS.numel()),
+        main_BS, mtp_BS = losses
+        main = main_BS.sum()
+        return (main + 0.3 * sum(loss.sum() for loss in mtp_BS), torch.tensor(main_BS.numel()),
                 {"sum": main.item()})
 
     return output, total_loss

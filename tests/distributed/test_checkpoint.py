@@ -117,19 +117,30 @@ def test_resume_is_bit_for_bit(tmp_path, ranks, changes):
         assert not torch.equal(expected[name], expected[name].bfloat16().float()), "fp32 weights were not kept"
 
 
+def test_change_of_precision(tmp_path):
+    """fp32 weights come back whole on every replica, from a checkpoint whose trained weights are bf16; and back."""
+    written = run_ranks(1, continue_run, {"precision": "bf16"}, None, tmp_path / "bf16", 0)
+    wide = run_ranks(2, continue_run, {"precision": "fp32"}, tmp_path / "bf16", tmp_path / "fp32", 0)
+    narrow = run_ranks(1, continue_run, {"precision": "bf16"}, tmp_path / "fp32", None, 0)
+    expected, state = merge([written[0]["saved"]]), merge([result["saved"] for result in wide])
+    for name, tensor in expected.items():
+        kind, parameter = name.split(":")
+        assert torch.equal(state[name], expected[f"param:{parameter}"] if kind == "weight" else tensor), name
+    assert not differences(expected, merge([narrow[0]["saved"]]))
+
+
 # ---- what is in the folder ----
 
 
-def save_before_training_and_often(directory: Path) -> list[float]:
+def save_before_training_and_often(directory: Path) -> None:
     training = start(small_run())
     for iteration in range(5):
         save(training, directory, iteration, keep_last=2)
         if iteration == 0:
             again = load(training, directory)
             assert again.iteration == 0
-        first = training.step(iteration)
+        training.step(iteration)
     save(training, directory, 4, keep_last=2)
-    return [first]
 
 
 def test_keep_last_tracker_and_manifest(tmp_path):
@@ -199,7 +210,7 @@ def fail_to_save(directory: Path) -> dict[str, str]:
     rank = torch.distributed.get_rank()
     training.step(0)
     save(training, directory, 1)
-    real_fsync, real_usage = os.fsync, "dsv3_megatron.checkpoint.store.shutil.disk_usage"
+    real_fsync = os.fsync
 
     def full(descriptor: int) -> None:
         if rank == 1:
@@ -210,9 +221,9 @@ def fail_to_save(directory: Path) -> dict[str, str]:
     # Rank 1 writes a part of the tensors; rank 0 finds no reason of its own.
     with mock.patch("megatron.core.dist_checkpointing.strategies.filesystem_async.os.fsync", full):
         told["writing"] = message_of(save, training, directory, 2)
-    with mock.patch("dsv3_megatron.checkpoint.layout.os.rename", side_effect=OSError(errno.ENOSPC, "No space left")):
-        told["renaming"] = message_of(save, training, directory, 3)
-    with mock.patch(real_usage, return_value=mock.Mock(free=1000)):
+    with mock.patch("dsv3_megatron.checkpoint.layout._flush", side_effect=OSError(errno.ENOSPC, "No space left")):
+        told["flushing"] = message_of(save, training, directory, 3)
+    with mock.patch("dsv3_megatron.checkpoint.agreement.shutil.disk_usage", return_value=mock.Mock(free=1000)):
         told["too small"] = message_of(save, training, directory, 4)
     save(training, directory, 5)
     return told
@@ -222,8 +233,10 @@ def test_failed_save_is_told_to_every_rank(tmp_path):
     told = run_ranks(2, fail_to_save, tmp_path)
     assert told[0] == told[1]
     assert "iteration 2 could not be saved: " in told[0]["writing"]
-    assert "the newest checkpoint is still that of 1" in told[0]["writing"]
-    assert "no space left" in told[0]["renaming"] and "lower keep_last" in told[0]["renaming"]
+    assert "process 1: Local worker 0 encountered an error: [Errno 28] No space left on device" in told[0]["writing"]
+    assert told[0]["writing"].endswith("the newest checkpoint is still that of iteration 1")
+    for moment in ("writing", "flushing"):
+        assert "free some space, lower keep_last, or choose another folder" in told[0][moment]
     assert "0.00 GB are free there" in told[0]["too small"]
     assert saved_iterations(tmp_path) == [1, 5]
     assert latest_iteration(tmp_path) == 5

@@ -1,9 +1,9 @@
 """What the GPU tests run, on the device that `prepare()` finds: so a process without a GPU computes what one with it
 is compared with, and everything here can be run on a CPU.
 
-    CUDA_VISIBLE_DEVICES="" python -m tests.gpu.runs gradients FILE       loss and gradients of one step
-    CUDA_VISIBLE_DEVICES="" python -m tests.gpu.runs write DIR PRECISION FILE       train, save a checkpoint, leave the state
-    CUDA_VISIBLE_DEVICES="" python -m tests.gpu.runs read DIR PRECISION FILE        load a checkpoint, leave the state
+    python -m tests.gpu.runs gradients FILE               loss and gradients of one step
+    python -m tests.gpu.runs write DIR PRECISION FILE     train, save a checkpoint, leave the state
+    python -m tests.gpu.runs read DIR PRECISION FILE      load a checkpoint, leave the state
 
 Routing is a choice: where two experts score almost alike, rounding decides, and a token that goes to another expert
 changes gradients by far more than rounding. So a step can be told to take another step's choices.
@@ -25,6 +25,9 @@ import torch
 
 from dsv3_megatron.platform import prepare
 
+if not torch.cuda.is_available():
+    # Where Transformer Engine is installed, Megatron-Core would take its optimizer, which needs a GPU.
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
 prepare()  # before Megatron-Core is imported
 
 from megatron.core import parallel_state  # noqa: E402
@@ -92,7 +95,8 @@ def model_step(run: RunConfig, choices_TK: list[torch.Tensor] | None = None) -> 
         with mock.patch.object(router_module, "select_experts", _choosing(made_TK, choices_TK)):
             losses = stage(input_ids=tokens_BS[:, :-1], attention_mask=None, labels=tokens_BS[:, 1:],
                            position_ids=torch.arange(run.training.seq_length, device=device).expand(BATCH, -1))
-            main, mtp = losses.main_BS.sum(), torch.stack([loss.sum() for loss in losses.mtp_BS]).sum()
+            main = losses.main_BS.sum()
+            mtp = sum((losses_BS.sum() for losses_BS in losses.mtp_BS), start=torch.zeros((), device=device))
             (main + run.training.mtp_loss_scaling_factor * mtp).backward()
         num_tokens = losses.main_BS.numel()
         return ModelStep(main.item() / num_tokens, mtp.item() / num_tokens, _gradients(stage, groups), made_TK)
@@ -150,7 +154,7 @@ def share_of_equal_choices(one: ModelStep, other: ModelStep) -> float:
     for a_TK, b_TK in zip(one.choices_TK, other.choices_TK, strict=True):
         equal += int((a_TK.unsqueeze(-1) == b_TK.unsqueeze(-2)).sum())
         total += a_TK.numel()
-    return equal / total
+    return equal / total if total else 1.0
 
 
 # ---- training, and checkpoints ----

@@ -20,8 +20,8 @@ from tests.parity.architectures import VARIANTS
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-# Both sides compute in fp32, with the same products in another order, and cos and sin rounded from fp32 or fp64. Largest
-# seen: 5e-6 of a gradient's norm.
+# Both sides compute in fp32, with the same products in another order, and cos and sin rounded from fp32 or fp64.
+# Largest seen: 5e-6 of a gradient's norm.
 GRADIENT_TOLERANCE, LOSS_TOLERANCE = 5e-5, 1e-6
 MOVES = [f"{precision} {move}" for precision in ("fp32", "bf16")
          for move in ("local to transformer_engine", "transformer_engine to local")]

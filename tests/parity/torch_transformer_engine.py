@@ -91,8 +91,9 @@ class GroupedLinear(_Module):
                  single_grouped_weight: bool = False, single_grouped_bias: bool = False) -> None:
         super().__init__()
         assert tp_size == 1 and not bias and not fuse_wgrad_accumulation and not single_grouped_weight
-        self.num_gemms, self.in_features, self.out_features, self.tp_size = num_gemms, in_features, out_features, tp_size
-        self.use_bias, self.single_grouped_weight, self.single_grouped_bias = bias, False, False
+        self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
+        self.use_bias, self.tp_size = bias, tp_size
+        self.single_grouped_weight = self.single_grouped_bias = False
         for index in range(num_gemms):
             self.register_parameter(f"weight{index}", self._weight(
                 (out_features, in_features), params_dtype, device, init_method, parallel_mode))

@@ -7,7 +7,8 @@ settings and, as further contenders, with its other expert implementations. Each
 steps alternate between them, so that a disturbance of the machine meets all; the others sleep meanwhile.
 
 A contender that has used `--budget-s` takes no more steps: where a CPU multiplies bf16 natively at 1 GFLOP/s one step
-of the peer takes minutes. How many steps a number rests on is in the results.
+of the peer takes minutes. A step above `--step-limit-s` is given up and reported as such. How many steps a number
+rests on is in the results.
 
 Usage:
     python tools/bench/bench_training_throughput.py --precisions fp32 bf16 --steps 5 --threads 2
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -64,14 +66,18 @@ class Contender:
     spent_s: float = 0.0
     error: str = ""
 
-    def step(self, is_timed: bool, budget_s: float) -> None:
-        """Take one step; a failure of the process is noted and reported, not raised."""
+    def step(self, is_timed: bool, budget_s: float, limit_s: float) -> None:
+        """Take one step; a process that fails or exceeds the limit is noted and reported, not raised."""
         assert self.process.stdin is not None and self.process.stdout is not None
         if self.error or (self.spent_s >= budget_s and self.seconds):
             return
         try:
             self.process.stdin.write("step\n")
             self.process.stdin.flush()
+            if not select.select([self.process.stdout], [], [], limit_s)[0]:
+                self.process.kill()
+                self.error = f"step above {limit_s:.0f} s, killed"
+                return
             answer = self.process.stdout.readline()
         except BrokenPipeError:
             answer = ""
@@ -85,10 +91,15 @@ class Contender:
             self.cpu_seconds.append(report["cpu_seconds"])
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; it reads the end of its input between two steps."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+        if self.process.poll() is None:
+            self.process.stdin.close()
+            try:
+                self.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
 
 
 def ours_step(setting: Setting) -> Step:
@@ -207,13 +218,15 @@ def start(setting: Setting, log: Any) -> Contender:
     return Contender(setting, process)
 
 
-def measure(settings: list[Setting], *, steps: int, warm_up: int, budget_s: float, log: Any) -> list[Contender]:
+def measure(
+    settings: list[Setting], *, steps: int, warm_up: int, budget_s: float, limit_s: float, log: Any
+) -> list[Contender]:
     """Alternate the contenders' steps."""
     contenders = [start(setting, log) for setting in settings]
     try:
         for index in range(warm_up + steps):
             for contender in contenders:
-                contender.step(index >= warm_up, budget_s)
+                contender.step(index >= warm_up, budget_s, limit_s)
     finally:
         for contender in contenders:
             contender.close()
@@ -260,6 +273,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each contender")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
     parser.add_argument("--budget-s", type=float, default=300.0, help="seconds after which a contender stops")
+    parser.add_argument("--step-limit-s", type=float, default=900.0, help="seconds until a step or start is given up")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4, help="sequences a step")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -288,7 +302,12 @@ def main(arguments: list[str] | None = None) -> int:
                 for name in options.contenders
             ]
             contenders = measure(
-                settings, steps=options.steps, warm_up=options.warm_up, budget_s=options.budget_s, log=log
+                settings,
+                steps=options.steps,
+                warm_up=options.warm_up,
+                budget_s=options.budget_s,
+                limit_s=options.step_limit_s,
+                log=log,
             )
             rows = report(contenders, options.seq_length * options.batch_size)
             failed |= any(contender.error for contender in contenders)
