@@ -1,0 +1,67 @@
+"""Writes the README's numbers from the results: a table between `<!-- bench:NAME -->` and `<!-- /bench -->`.
+
+    python tools/bench/update_readme.py [--check]
+
+Each row is the newest measurement of one contender and configuration in tools/bench/results/NAME.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+README = REPOSITORY / "README.md"
+RESULTS = REPOSITORY / "tools" / "bench" / "results"
+OURS = "dsv3_megatron"
+
+
+def newest(name: str) -> dict[tuple[str, str], dict[str, dict[str, str]]]:
+    """Rows of a results file by (configuration, contender), then by metric; later rows replace earlier ones."""
+    found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            found.setdefault((row["config"], row["name"]), {})[row["metric"]] = row
+    return found
+
+
+def throughput_table(name: str) -> str:
+    """Tokens per second of every contender, and how many times slower than ours."""
+    measured = newest(name)
+    lines = ["| Configuration | Contender | tokens/s | ours is | steps | device |",
+             "| --- | --- | ---: | ---: | ---: | --- |"]
+    for (config, contender), metrics in measured.items():
+        speed = float(metrics["throughput"]["value"])
+        ours = measured.get((config, OURS), {}).get("throughput")
+        ratio = f"{float(ours['value']) / speed:.1f}x" if ours and contender != OURS else ""
+        steps, device = int(float(metrics["num_steps"]["value"])), metrics["throughput"]["device"]
+        lines.append(f"| {config} | {contender} | {speed:,.1f} | {ratio} | {steps} | {device} |")
+    return "\n".join(lines)
+
+
+def updated(text: str) -> str:
+    """The README with every table made anew."""
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- bench:{match[1]} -->\n{throughput_table(match[1])}\n<!-- /bench -->"
+
+    return re.sub(r"<!-- bench:(\w+) -->\n.*?<!-- /bench -->", table, text, flags=re.DOTALL)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Rewrite the README; with --check, only say whether it is up to date (exit code 1 if it is not)."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the README is stale")
+    options = parser.parse_args(arguments)
+    text = README.read_text(encoding="utf-8")
+    new = updated(text)
+    if options.check:
+        return int(new != text)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
