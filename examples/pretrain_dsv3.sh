@@ -26,23 +26,8 @@ export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
 run_dir="${RUN_DIR:-$repo/runs/quickstart}"
 run_dir="${run_dir#"$PWD"/}" # shorter to read where it can be
 corpus_flags=(--seed 1234)
-vocab_size=4096
-train_flags=(
-    --preset tiny
-    --seq-length 256
-    --global-batch-size 16
-    --micro-batch-size 4
-    --train-iters 300
-    --lr 3e-3
-    --min-lr 3e-4
-    --lr-warmup-iters 20
-    --seed 1234
-    --precision auto
-    --log-interval 10
-    --eval-interval 50
-    --eval-iters 4
-    --save-interval 100
-)
+vocab_size=2048 # tiny's; batch, learning rate and length of the run are the preset's too
+train_flags=(--preset tiny --vocab-size "$vocab_size" --log-interval 10 --save-interval 150)
 # Layout by number of devices: PP2 x EP2 needs four processes; without a GPU four share the cores.
 quickstart_layout() { # sets num_processes and layout_flags
     local num_gpus

@@ -108,8 +108,8 @@ def test_a_wrong_setting_is_printed_by_the_first_rank_only(arguments: list[str],
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    """Prefix of a dataset of ten tokens by a tokenizer of 4,096."""
-    with DatasetWriter(tmp_path / "tokens", vocab_size=4096, tokenizer_fingerprint="0123456789abcdef") as writer:
+    """Prefix of a dataset of ten tokens by a tokenizer of 2,048."""
+    with DatasetWriter(tmp_path / "tokens", vocab_size=2048, tokenizer_fingerprint="0123456789abcdef") as writer:
         writer.add_documents(np.arange(10), np.array([4, 6]))
     return str(tmp_path / "tokens")
 
@@ -135,9 +135,9 @@ def test_check_only_plans_for_the_processes_it_is_told(data: str, capsys: pytest
     (["--data-path", "0.5", "{data}", "{data}"], "data_path=0.5 {data} {data} mixes weights and prefixes"),
     (["--data-path", "{data}", "--valid-data-path", "-1", "{data}"],
      "valid_data_path: the weight -1.0 of {data} must be a positive number"),
-    (["--data-path", "{data}", "--vocab-size", "4000"],
-     "vocabulary of the data (4096) larger than the model's (4000): {data} holds ids up to 4095; set vocab_size to at "
-     "least 4096, or preprocess with a smaller tokenizer"),
+    (["--data-path", "{data}", "--vocab-size", "2000"],
+     "vocabulary of the data (2048) larger than the model's (2000): {data} holds ids up to 2047; set vocab_size to at "
+     "least 2048, or preprocess with a smaller tokenizer"),
     (["--data-path", "{data}", "--load", "{folder}/empty"], "load={folder}/empty has no checkpoint"),
     (["--data-path", "{data}", "--save", "{data}.bin"], "save={data}.bin cannot be written to"),
     (["--data-path", "{data}", "--pipeline-model-parallel-layout", "Ettt"],
