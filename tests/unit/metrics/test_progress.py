@@ -34,10 +34,14 @@ def test_lines_come_each_interval_and_at_both_ends(make_report: Make, speed: Run
 
 
 def test_a_line_averages_its_interval(make_report: Make, speed: RunSpeed) -> None:
-    line = log_line([make_report(1, step_time_s=1.5), make_report(2)], speed, 300)
+    reports = [make_report(1, step_time_s=1.5), make_report(2)]
+    line = log_line(reports, speed, 300)
+    rates = speed.rates(sum(r.batch_size for r in reports), sum(r.step_time_s for r in reports))
+    assert rates.mfu is not None
     assert line == (
         "iteration   2/300 | consumed tokens 8.19k | lm loss 6.0000 | mtp_1 loss 6.7500 | grad norm 0.250 | "
-        "lr 1.000e-03 | tokens/s 4.1k | TFLOP/s 0.0526 | mfu 1313.8% | max-violation 0.25")
+        f"lr 1.000e-03 | tokens/s 4.1k | TFLOP/s {rates.model_flops_per_second / 1e12:.3g} | mfu {rates.mfu:.1%} | "
+        "max-violation 0.25")
 
 
 def test_skipped_steps_are_counted_and_their_loss_is_not(make_report: Make, speed: RunSpeed) -> None:
