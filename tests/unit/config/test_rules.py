@@ -16,6 +16,7 @@ from dsv3_megatron.config.fields import ConfigError, divisors
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.config.run import SECTIONS, RunConfig
 
+
 # One line a rule: what is changed in a preset, the number of processes, and what must be said.
 def base(name: str) -> RunConfig:
     """A preset; of `tiny` with the batch and schedule that the messages below speak of, however it is tuned."""

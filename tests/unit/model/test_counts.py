@@ -135,7 +135,8 @@ def test_every_component_of_a_variant(changes: dict[str, Any], build: Callable[[
 
 def test_the_mtp_module_shares_embedding_and_head(build: Callable[[RunConfig], torch.nn.Module]) -> None:
     stage = build(preset("tiny"))
-    tables = [name for name, parameter in stage.named_parameters() if preset("tiny").model.vocab_size in parameter.shape]
+    rows = preset("tiny").model.vocab_size
+    tables = [name for name, parameter in stage.named_parameters() if rows in parameter.shape]
     assert tables == ["embedding.word_embeddings.weight", "output_layer.weight"]
     (memory,) = rank_memory(preset("tiny"), 1, stage_layouts(preset("tiny").model, ParallelConfig()))
     assert memory.parameters == sum(parameter.numel() for parameter in stage.parameters())
