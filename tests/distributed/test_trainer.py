@@ -39,7 +39,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         lengths = generator.integers(20, 60, size=60)
         ids = generator.zipf(1.3, size=int(lengths.sum())) % VOCAB
         writer.add_documents(ids.astype(np.int64), lengths)
-        writer.finalize()
     return ["--data-path", str(prefix), "--split", "100,0,0"]
 
 
