@@ -3,8 +3,7 @@
 Source: Zhang and Sennrich 2019, arXiv 1910.07467; DeepSeek-V3 report, section 4.2 (eps in the released config).
 
 Computed in fp32 and rounded once, weight included (Transformers rounds before the weight). The "fused" backend keeps x
-and one number a row; its backward makes 4 passes. One [2048, 512] fp32 norm forward + backward on one AVX2 core:
-6.6 ms for `torch.nn.functional.rms_norm` and for the composed version, 2.3 ms for this one.
+and one number a row; its backward makes 4 passes over memory.
 """
 
 from __future__ import annotations
