@@ -89,7 +89,9 @@ def measure_baselines(run: RunConfig, num_train_sequences: int, num_valid_sequen
     from dsv3_megatron.data.batches import read_token_sequences
     from dsv3_megatron.data.datasets import build_datasets, dataset_config
     from dsv3_megatron.data.ngram import measure_ngram_baselines
+    from dsv3_megatron.platform import prepare
 
+    prepare()
     with warnings.catch_warnings():
         # On its import Megatron-Core says that it found neither other ranks nor Transformer Engine: not needed here.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")

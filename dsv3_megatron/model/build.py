@@ -32,17 +32,17 @@ def build_stages(
     config = mcore_config(run, precision)
     rank, ranks = groups.pp.rank(), groups.pp.size()
     mine = [layout for layout in stage_layouts(run.model, run.parallel) if layout.stage % ranks == rank]
-    stages = [_build_stage(run, config, groups, layout, chunk) for chunk, layout in enumerate(mine)]
+    transformer_impl = resolve_transformer_impl(run.training.transformer_impl)
+    stages = [_build_stage(run, config, groups, layout, chunk, transformer_impl) for chunk, layout in enumerate(mine)]
     if torch.get_default_device().type != "meta":
         initialize_weights(list(stages), groups, std=run.model.init_method_std, seed=run.training.seed)
     return stages, config
 
 
 def _build_stage(run: RunConfig, config: MLATransformerConfig, groups: ProcessGroupCollection, layout: StageLayout,
-                 chunk: int) -> DeepSeekV3Model:
-    decoder, mtp = block_specs(
-        config, layout, transformer_impl=resolve_transformer_impl(run.training.transformer_impl),
-        balance_loss_coeff=run.training.moe_aux_loss_coeff)
+                 chunk: int, transformer_impl: str) -> DeepSeekV3Model:
+    decoder, mtp = block_specs(config, layout, transformer_impl=transformer_impl,
+                               balance_loss_coeff=run.training.moe_aux_loss_coeff)
     stage = DeepSeekV3Model(
         config=config, transformer_layer_spec=decoder, vocab_size=run.model.vocab_size,
         max_sequence_length=run.training.seq_length, pre_process=layout.has_embedding, post_process=layout.has_loss,

@@ -107,7 +107,8 @@ def _experts(name: str, parameter: torch.nn.Parameter, groups: ProcessGroupColle
     """The experts in a stacked [e, ...] weight, or the one in a tensor of Transformer Engine's `weightN`."""
     numbered = re.search(r"\.weight(\d+)$", name)
     local_experts = [(int(numbered.group(1)), parameter.data)] if numbered else list(enumerate(parameter.data))
-    per_rank = parameter.shape[0] if not numbered else groups_local_experts(parameter)
+    # `build.py` notes the experts per rank on the parameters of a Transformer Engine grouped linear.
+    per_rank = getattr(parameter, "num_local_experts") if numbered else parameter.shape[0]  # noqa: B009 - a mark
     base = re.sub(r"\.weight\d*$", ".weight", name)
     before, after = base.split(".experts.")
     for index, data in local_experts:
@@ -115,11 +116,6 @@ def _experts(name: str, parameter: torch.nn.Parameter, groups: ProcessGroupColle
         axis = (0 if after.startswith("linear_fc1") else 1) if groups.expt_tp.size() > 1 else None
         yield _split(f"{before}.experts.{expert}.{after}", parameter, data, axis, after.startswith("linear_fc1"),
                      groups.expt_tp, expert=index)
-
-
-def groups_local_experts(parameter: torch.nn.Parameter) -> int:
-    """Experts per rank of a Transformer Engine grouped linear, noted on its parameters by `build.py`."""
-    return getattr(parameter, "num_local_experts")  # noqa: B009 - a mark on the parameter
 
 
 def _split(name: str, parameter: torch.nn.Parameter, local: torch.Tensor, axis: int | None, is_gated: bool,

@@ -12,18 +12,12 @@ import logging
 
 import torch
 
+from dsv3_megatron.platform import has_bf16_matrix_units
+
 logger = logging.getLogger(__name__)
 
 PRODUCT_BACKENDS = ("auto", "native", "via_fp32")
 _NARROW_DTYPES = (torch.bfloat16, torch.float16)
-
-
-@functools.cache
-def has_bf16_matrix_units() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware (AMX tiles or AVX512-BF16)."""
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    found = [getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe)]
-    return any(found)
 
 
 def choose_product_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -4,7 +4,15 @@
 this package changes nothing. Where CUDA is available it changes nothing at all.
 """
 
-from dsv3_megatron.platform.device import Device, detect_device, has_fast_bf16, prepare, resolve_precision
+from dsv3_megatron.platform.device import (
+    Device,
+    detect_device,
+    has_bf16_matrix_units,
+    has_fast_bf16,
+    prepare,
+    resolve_precision,
+)
 from dsv3_megatron.platform.meta import meta_device
 
-__all__ = ["Device", "detect_device", "has_fast_bf16", "meta_device", "prepare", "resolve_precision"]
+__all__ = ["Device", "detect_device", "has_bf16_matrix_units", "has_fast_bf16", "meta_device", "prepare",
+           "resolve_precision"]

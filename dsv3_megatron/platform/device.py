@@ -73,7 +73,13 @@ def has_fast_bf16(device: Device) -> bool:
     """Whether bf16 products run faster than fp32 ones: a GPU from Ampere on, or a CPU with AMX or AVX512-BF16."""
     if device.is_cuda:
         return torch.cuda.get_device_capability(device.torch_device)[0] >= 8
-    return _cpu_has("_is_amx_tile_supported") or _cpu_has("_is_avx512_bf16_supported")
+    return has_bf16_matrix_units()
+
+
+def has_bf16_matrix_units() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware (AMX tiles or AVX512-BF16)."""
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
 
 
 def resolve_precision(precision: str, device: Device) -> str:
@@ -83,11 +89,6 @@ def resolve_precision(precision: str, device: Device) -> str:
     chosen = "bf16" if has_fast_bf16(device) else "fp32"
     logger.info("precision auto: %s on %s", chosen, device.name)
     return chosen
-
-
-def _cpu_has(query: str) -> bool:
-    function = getattr(torch.cpu, query, None)
-    return bool(function()) if function is not None else False
 
 
 def _cpu_name() -> str:
