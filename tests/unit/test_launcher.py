@@ -211,6 +211,19 @@ def test_a_stage_that_fails_stops_the_quickstart_with_its_exit_code(tmp_path: Pa
     assert "summary" not in quickstart.read("other")
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process runs no more within 5 s; one whose new parent has not asked for its exit code has ended too."""
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state in "ZX":
+            return True
+        time.sleep(0.1)
+    return False
+
+
 @pytest.mark.parametrize("stage", ["data.corpus", "preprocess_data.py"])
 def test_a_signal_ends_a_stage_and_leaves_nothing_running(tmp_path: Path, stage: str) -> None:
     quickstart = Quickstart(tmp_path, slow_stage=stage)
@@ -220,6 +233,5 @@ def test_a_signal_ends_a_stage_and_leaves_nothing_running(tmp_path: Path, stage:
     _, stderr = process.communicate(timeout=10)
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM; the same command goes on from here" in stderr
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(quickstart.read("slow")), 0)
+    assert has_ended(int(quickstart.read("slow")))
     assert quickstart.read("torchrun") == ""
