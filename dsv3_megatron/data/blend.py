@@ -10,9 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from dsv3_megatron.data.indexed import dataset_paths, read_header, read_sidecar
+from dsv3_megatron.data.indexed import dataset_paths, largest_token_id, read_header, read_sidecar
 
 _SCAN_BYTES = 1 << 30
 
@@ -74,17 +72,11 @@ def read_vocab_size(prefix: str) -> int:
     Raises:
         ValueError: a file is missing or damaged.
     """
-    header = read_header(prefix)
+    read_header(prefix)
     sidecar = read_sidecar(prefix)
     if sidecar is not None:
         return sidecar.vocab_size
-    if not header.num_tokens:
-        return 0
-    tokens_T = np.memmap(dataset_paths(prefix)[0], dtype=header.dtype, mode="r")
-    num_chunks = math.ceil(tokens_T.nbytes / (64 << 20))
-    chunks = np.array_split(tokens_T, num_chunks)
-    every = math.ceil(tokens_T.nbytes / _SCAN_BYTES)
-    return 1 + max(int(chunk.max()) for chunk in chunks[::every])
+    return 1 + largest_token_id(prefix, max_bytes=_SCAN_BYTES)
 
 
 def read_tokenizer_fingerprint(prefixes: Sequence[str]) -> str | None:

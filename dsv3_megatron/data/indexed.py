@@ -1,31 +1,30 @@
-"""Tokens on disk: Megatron-Core's .bin/.idx pair, written with numpy alone, and a sidecar that says where it came from.
+"""Tokens on disk: the format of Megatron-Core's .bin/.idx pair, and a sidecar that says where a dataset came from.
 
-The two files are byte for byte those of megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder (0.19), so any
-Megatron-style reader takes them. Layout of PREFIX.idx, little-endian:
+The two files are those of megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder (0.19), so any Megatron-style
+reader takes them; `indexed_writer.py` writes them. Layout of PREFIX.idx, little-endian:
 
     9 bytes "MMIDIDX\\0\\0" | uint64 version 1 | uint8 dtype code | uint64 sequences n | uint64 document boundaries d
     int32 [n] tokens per sequence | int64 [n] byte offset of each in PREFIX.bin | int64 [d] first sequence of each
     document, then n
 
-PREFIX.bin holds the ids, nothing else. A document here is one sequence, or none if it has no tokens. PREFIX.json, the
-sidecar, is ours; other readers ignore it.
+PREFIX.bin holds the ids, nothing else. A document is one sequence, none if it has no tokens, or one for each of its
+sentences. PREFIX.json, the sidecar, is ours; other readers ignore it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import itertools
 import json
+import math
 import os
 import struct
-from dataclasses import asdict, dataclass, field
-from types import TracebackType
-from typing import IO, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_CODES: dict[int, np.dtype] = {
     1: np.dtype(np.uint8),
     2: np.dtype(np.int8),
@@ -36,9 +35,10 @@ _DTYPE_CODES: dict[int, np.dtype] = {
     7: np.dtype(np.float32),
     8: np.dtype(np.uint16),
 }
-_CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_CODES.items()}
+CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_CODES.items()}
 _MAX_UINT16_VOCAB_SIZE = 65500  # Megatron-Core's limit, exclusive
 SIDECAR_VERSION = 1
+_SCAN_CHUNK_BYTES = 64 << 20
 
 
 def choose_dtype(vocab_size: int) -> np.dtype:
@@ -48,7 +48,11 @@ def choose_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """Content of PREFIX.json. `max_token_id` is -1 for a dataset without tokens; hashes are of the whole files."""
+    """Content of PREFIX.json.
+
+    `max_token_id` is -1 for a dataset without tokens; hashes are of the whole files. `options` say how the data was
+    made, `counts` what became of the input (documents read, empty, rejected and why, bytes of text).
+    """
 
     tokenizer_fingerprint: str
     vocab_size: int
@@ -60,6 +64,7 @@ class Sidecar:
     bin_sha256: str
     idx_sha256: str
     options: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
     version: int = SIDECAR_VERSION
 
 
@@ -67,171 +72,6 @@ def dataset_paths(prefix: str | os.PathLike[str]) -> tuple[str, str, str]:
     """(PREFIX.bin, PREFIX.idx, PREFIX.json)."""
     prefix = os.fspath(prefix)
     return f"{prefix}.bin", f"{prefix}.idx", f"{prefix}.json"
-
-
-class DatasetWriter:
-    """Writes one dataset; use as a context manager, which publishes on success and leaves nothing on an error.
-
-    Everything goes to temporary names beside the final ones and is renamed at the end, .bin first, then .idx, then the
-    sidecar. A dataset that is being replaced loses its sidecar and .idx first, so that a machine which dies in between
-    leaves a pair that no reader opens rather than files of two datasets.
-
-    Args:
-        prefix: Path without suffix; its folder is created if missing.
-        vocab_size: Largest id + 1; decides the dtype and bounds the ids.
-        tokenizer_fingerprint: From `tokenizer.fingerprint`.
-        options: How the data was made (JSON values), for the sidecar.
-        is_overwrite_allowed: Replace a dataset of that name.
-
-    Raises:
-        ValueError: vocab_size is not positive, or the dataset exists and may not be replaced.
-    """
-
-    def __init__(
-        self,
-        prefix: str | os.PathLike[str],
-        *,
-        vocab_size: int,
-        tokenizer_fingerprint: str = "",
-        options: dict[str, Any] | None = None,
-        is_overwrite_allowed: bool = False,
-    ) -> None:
-        if not 0 < vocab_size <= 2**31:
-            raise ValueError(f"vocab_size={vocab_size} must lie in 1..{2**31}: ids are stored as uint16 or int32")
-        self.prefix = os.fspath(prefix)
-        self.vocab_size = vocab_size
-        self.dtype = choose_dtype(vocab_size)
-        self._tokenizer_fingerprint = tokenizer_fingerprint
-        self._options = dict(options or {})
-        self._paths = dataset_paths(prefix)
-        existing = [path for path in self._paths if os.path.exists(path)]
-        if existing and not is_overwrite_allowed:
-            raise ValueError(f"output {existing[0]} exists: pass --overwrite to replace it, or another --output-prefix")
-        self._temporary = tuple(f"{path}.tmp-{os.getpid()}" for path in self._paths)
-        self._lengths: list[np.ndarray] = []
-        self._document_ends: list[np.ndarray] = []
-        self._num_sequences = 0
-        self._max_token_id = -1
-        self._bin_sha256 = hashlib.sha256()
-        self._bin_file: IO[bytes] | None = None
-        self.num_documents = 0
-        self.num_tokens = 0
-        os.makedirs(os.path.dirname(self._paths[0]) or ".", exist_ok=True)
-        self._bin_file = open(self._temporary[0], "wb")
-
-    def __enter__(self) -> DatasetWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.finalize()
-        else:
-            self.abort()
-
-    def add_documents(self, ids_T: np.ndarray, lengths_D: np.ndarray) -> None:
-        """Append documents given as flat ids [T] and one length each [D], sum T.
-
-        Raises:
-            ValueError: an id outside 0..vocab_size - 1; names the document (counted from 0 over the dataset).
-        """
-        assert self._bin_file is not None, "the dataset is finished"
-        ids_T, lengths_D = np.asarray(ids_T), np.asarray(lengths_D, dtype=np.int64)
-        assert ids_T.ndim == 1 and lengths_D.ndim == 1 and int(lengths_D.sum()) == ids_T.size
-        if ids_T.size:
-            smallest, largest = int(ids_T.min()), int(ids_T.max())
-            if smallest < 0 or largest >= self.vocab_size:
-                self._refuse_id(ids_T, lengths_D)
-            self._max_token_id = max(self._max_token_id, largest)
-        longest = int(lengths_D.max(initial=0))
-        if longest > np.iinfo(np.int32).max:
-            raise ValueError(f"{self.prefix}: a document of {longest} tokens; lengths are int32, split the document")
-        data = ids_T.astype(self.dtype).tobytes()
-        self._bin_sha256.update(data)
-        self._bin_file.write(data)
-        has_tokens_D = lengths_D > 0
-        self._document_ends.append(self._num_sequences + np.cumsum(has_tokens_D, dtype=np.int64))
-        self._lengths.append(lengths_D[has_tokens_D].astype(np.int32))
-        self._num_sequences += int(has_tokens_D.sum())
-        self.num_documents += lengths_D.size
-        self.num_tokens += ids_T.size
-
-    def _refuse_id(self, ids_T: np.ndarray, lengths_D: np.ndarray) -> None:
-        position = int(np.flatnonzero((ids_T < 0) | (ids_T >= self.vocab_size))[0])
-        document = self.num_documents + int(np.searchsorted(np.cumsum(lengths_D), position, side="right"))
-        raise ValueError(
-            f"{self.prefix}: token id {int(ids_T[position])} of document {document} does not fit: ids must lie in "
-            f"0..{self.vocab_size - 1} (vocab_size={self.vocab_size}, stored as {self.dtype.name}); use the tokenizer "
-            "that made the ids"
-        )
-
-    def _write_idx(self, path: str) -> str:
-        lengths = np.concatenate([np.empty(0, np.int32), *self._lengths])
-        offsets = np.zeros(lengths.size, dtype=np.int64)
-        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-        boundaries = np.concatenate([np.zeros(1, np.int64), *self._document_ends])
-        header = _HEADER.pack(_MAGIC, 1, _CODE_OF_DTYPE[self.dtype], lengths.size, boundaries.size)
-        digest = hashlib.sha256()
-        with open(path, "wb") as stream:
-            for part in (header, lengths.tobytes(), (offsets * self.dtype.itemsize).tobytes(), boundaries.tobytes()):
-                digest.update(part)
-                stream.write(part)
-            _flush_to_disk(stream)
-        return digest.hexdigest()
-
-    def finalize(self) -> Sidecar:
-        """Write the index and the sidecar, put all three under their names, and return the sidecar.
-
-        On any error everything of this dataset is removed, and the error is raised.
-        """
-        assert self._bin_file is not None, "the dataset is finished"
-        published: list[str] = []
-        try:
-            _flush_to_disk(self._bin_file)
-            self._bin_file.close()
-            sidecar = Sidecar(
-                tokenizer_fingerprint=self._tokenizer_fingerprint,
-                vocab_size=self.vocab_size,
-                dtype=self.dtype.name,
-                num_documents=self.num_documents,
-                num_sequences=self._num_sequences,
-                num_tokens=self.num_tokens,
-                max_token_id=self._max_token_id,
-                bin_sha256=self._bin_sha256.hexdigest(),
-                idx_sha256=self._write_idx(self._temporary[1]),
-                options=self._options,
-            )
-            with open(self._temporary[2], "w", encoding="utf-8") as stream:
-                stream.write(json.dumps(asdict(sidecar), indent=2, ensure_ascii=False) + "\n")
-                _flush_to_disk(stream)
-            for path in (self._paths[2], self._paths[1]):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-            for temporary, path in zip(self._temporary, self._paths, strict=True):
-                os.replace(temporary, path)
-                published.append(path)
-        except BaseException:
-            self.abort()
-            for path in published:
-                os.unlink(path)
-            raise
-        self._bin_file = None
-        return sidecar
-
-    def abort(self) -> None:
-        """Drop what was written; the final names are untouched."""
-        if self._bin_file is not None:
-            self._bin_file.close()
-            self._bin_file = None
-        for path in self._temporary:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-
-
-def _flush_to_disk(stream: IO[Any]) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
 
 
 @dataclass(frozen=True)
@@ -261,23 +101,23 @@ def read_header(prefix: str | os.PathLike[str]) -> IndexHeader:
             )
     way_out = "make it again with tools/preprocess_data.py"
     with open(idx_path, "rb") as stream:
-        raw = stream.read(_HEADER.size)
-        if len(raw) < _HEADER.size or not raw.startswith(_MAGIC):
+        raw = stream.read(HEADER.size)
+        if len(raw) < HEADER.size or not raw.startswith(MAGIC):
             raise ValueError(f"{idx_path} is not a Megatron-Core index (wrong magic bytes); {way_out}")
-        _, version, code, num_sequences, num_boundaries = _HEADER.unpack(raw)
+        _, version, code, num_sequences, num_boundaries = HEADER.unpack(raw)
         if version != 1 or code not in _DTYPE_CODES:
             raise ValueError(f"{idx_path} has version {version} and dtype code {code}, not 1 and 1..8; {way_out}")
         dtype = _DTYPE_CODES[code]
-        wanted = _HEADER.size + 12 * num_sequences + 8 * num_boundaries
+        wanted = HEADER.size + 12 * num_sequences + 8 * num_boundaries
         actual = os.path.getsize(idx_path)
         # Multimodal datasets append one mode byte per sequence.
         if num_boundaries < 1 or actual not in (wanted, wanted + num_sequences):
             raise ValueError(f"{idx_path} has {actual} bytes, its header says {wanted}; {way_out}")
         num_tokens = 0
         if num_sequences:
-            stream.seek(_HEADER.size + 4 * (num_sequences - 1))
+            stream.seek(HEADER.size + 4 * (num_sequences - 1))
             (last_length,) = struct.unpack("<i", stream.read(4))
-            stream.seek(_HEADER.size + 12 * num_sequences - 8)
+            stream.seek(HEADER.size + 12 * num_sequences - 8)
             (last_offset,) = struct.unpack("<q", stream.read(8))
             num_tokens = last_offset // dtype.itemsize + last_length
     if os.path.getsize(bin_path) != num_tokens * dtype.itemsize:
@@ -305,3 +145,47 @@ def read_sidecar(prefix: str | os.PathLike[str]) -> Sidecar | None:
         return Sidecar(**content)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a dataset's sidecar ({error}): make the dataset again") from error
+
+
+@dataclass(frozen=True)
+class IndexArrays:
+    """The arrays of an index, memory-mapped. Q sequences, D documents.
+
+    Attributes:
+        lengths_Q: int32, tokens of each sequence.
+        offsets_Q: int64, first byte of each in the .bin file.
+        boundaries_D1: int64 [D + 1], first sequence of each document, then Q.
+    """
+
+    lengths_Q: np.ndarray
+    offsets_Q: np.ndarray
+    boundaries_D1: np.ndarray
+
+
+def map_index(prefix: str | os.PathLike[str]) -> IndexArrays:
+    """Map a dataset's index.
+
+    Raises:
+        ValueError: as `read_header`.
+    """
+    header = read_header(prefix)
+    raw = np.memmap(dataset_paths(prefix)[1], dtype=np.uint8, mode="r")
+    ends = np.cumsum([HEADER.size, 4 * header.num_sequences, 8 * header.num_sequences, 8 * (header.num_documents + 1)])
+    parts = [raw[start:end] for start, end in itertools.pairwise(ends.tolist())]
+    return IndexArrays(parts[0].view(np.int32), parts[1].view(np.int64), parts[2].view(np.int64))
+
+
+def largest_token_id(prefix: str | os.PathLike[str], *, max_bytes: int | None = None) -> int:
+    """The largest id in a dataset's .bin, -1 for one without tokens.
+
+    Args:
+        prefix: The dataset.
+        max_bytes: Read only evenly spaced parts of about this size in all of a file that is larger.
+    """
+    header = read_header(prefix)
+    if not header.num_tokens:
+        return -1
+    tokens_T = np.memmap(dataset_paths(prefix)[0], dtype=header.dtype, mode="r")
+    chunks = np.array_split(tokens_T, math.ceil(tokens_T.nbytes / _SCAN_CHUNK_BYTES))
+    every = 1 if max_bytes is None else math.ceil(tokens_T.nbytes / max_bytes)
+    return max(int(chunk.max()) for chunk in chunks[::every])

@@ -1,164 +1,352 @@
-"""From JSON Lines to .bin/.idx: reader, encoder and writer put together, for tools/preprocess_data.py and tests.
+"""From text to .bin/.idx: inputs cut into blocks, encoded by worker processes, written in order by this one.
 
-Documents are encoded in batches of about a few megabytes of text. While one batch is being encoded (which holds no
-interpreter lock) the one before is written and the next one read.
+The coordinator holds no document: it hands out blocks, appends what comes back to the datasets, and notes the position
+after each, so that a run which is stopped anywhere goes on from the last block. Nothing appears under the final names
+before everything is whole.
 """
 
 from __future__ import annotations
 
-import glob
+import json
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-import numpy as np
+from dsv3_megatron.data.block_encoder import BlockEncoder, EncodedBlock, Transforms
+from dsv3_megatron.data.blocks import BLOCK_BYTES, Block, Position, iterate_blocks
+from dsv3_megatron.data.documents import DEFAULT_MAX_DOCUMENT_BYTES, LineCounter, RecordReader, describe
+from dsv3_megatron.data.encoder import Encoder
+from dsv3_megatron.data.indexed import read_sidecar
+from dsv3_megatron.data.indexed_writer import DatasetWriter, WriterState, publish
+from dsv3_megatron.data.inputs import STDIN, InputFile, Portion, Shard, take_shard
+from dsv3_megatron.data.job import FOLDER_SUFFIX, Job, job_hash
+from dsv3_megatron.data.pool import WorkerDied, WorkerPool
 
-from dsv3_megatron.data.corpus import Document, JsonlReader
-from dsv3_megatron.data.encoder import EncodedTexts, Encoder
-from dsv3_megatron.data.indexed import DatasetWriter
-
-_BATCH_CHARACTERS = 2_000_000
-_BATCH_DOCUMENTS = 4096
+REJECTS_NAME = "rejects.jsonl"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a run stands. `text_bytes` are UTF-8 bytes of text, without the JSON around it."""
-
-    num_documents: int
-    num_empty_documents: int
-    num_blank_lines: int
-    num_tokens: int
-    text_bytes: int
-    seconds: float
-
-    def __str__(self) -> str:
-        rate = self.text_bytes / 1e6 / max(self.seconds, 1e-9)
-        return (
-            f"{self.num_documents} documents, {self.text_bytes / 1e6:.1f} MB, {self.num_tokens} tokens, "
-            f"{self.text_bytes / max(self.num_tokens, 1):.2f} bytes/token, {rate:.1f} MB/s"
-        )
-
-
-def expand_inputs(patterns: Sequence[str]) -> list[str]:
-    """Files named by paths and globs, in the order given; a glob's matches are sorted.
-
-    Raises:
-        ValueError: a pattern matches no file.
-    """
-    paths: list[str] = []
-    for pattern in patterns:
-        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            what = "matches no file" if glob.has_magic(pattern) else "does not exist"
-            raise ValueError(f"input {pattern} {what}: give JSON Lines files or globs")
-        paths.extend(path for path in matches if path not in paths)
-    return paths
-
-
-def _batch_documents(documents: Iterable[Document]) -> Iterator[list[str]]:
-    texts: list[str] = []
-    num_characters = 0
-    for document in documents:
-        texts.append(document.text)
-        num_characters += len(document.text)
-        if num_characters >= _BATCH_CHARACTERS or len(texts) >= _BATCH_DOCUMENTS:
-            yield texts
-            texts, num_characters = [], 0
-    if texts:
-        yield texts
-
-
-def _encode_ahead(batches: Iterable[list[str]], encoder: Encoder) -> Iterator[tuple[int, EncodedTexts]]:
-    """Yield (UTF-8 bytes, ids) of each batch in order, with the next batch already being encoded."""
-
-    def encode(texts: list[str]) -> tuple[int, EncodedTexts]:
-        return sum(len(text.encode("utf-8")) for text in texts), encoder.encode_texts(texts)
-
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        pending: Future[tuple[int, EncodedTexts]] | None = None
-        for texts in batches:
-            submitted = executor.submit(encode, texts)
-            if pending is not None:
-                yield pending.result()
-            pending = submitted
-        if pending is not None:
-            yield pending.result()
-
-
-def append_to_documents(encoded: EncodedTexts, token_id: int) -> EncodedTexts:
-    """Put one token after each document that has tokens; a document without any stays empty, as in Megatron-LM."""
-    ends_D = np.cumsum(encoded.lengths_D)
-    has_tokens_D = encoded.lengths_D > 0
-    ids_T = np.insert(encoded.ids_T, ends_D[has_tokens_D], token_id)
-    return EncodedTexts(ids_T, encoded.lengths_D + has_tokens_D)
-
-
-def preprocess_files(
-    paths: Sequence[str],
-    *,
-    output_prefix: str,
-    json_key: str,
-    encoder: Encoder,
-    is_eod_appended: bool,
-    is_overwrite_allowed: bool = False,
-    log_interval: int = 1000,
-    report: Callable[[Progress], None] | None = None,
-) -> Progress:
-    """Encode the texts of JSON Lines files into the dataset OUTPUT_PREFIX_{json_key}_document.
+class PreprocessOptions:
+    """A job.
 
     Args:
-        paths: Files, read in this order.
-        output_prefix: As Megatron-LM's --output-prefix.
-        json_key: Key of the text.
-        encoder: The tokenizer backend.
-        is_eod_appended: End every document that has tokens with the encoder's eod_id.
-        is_overwrite_allowed: Replace an existing dataset.
-        log_interval: Call `report` about every this many documents (at batch ends).
-        report: Receives the progress so far.
+        files: Inputs in order (`inputs.expand_inputs`).
+        keys: Of the texts in each record; one dataset each.
+        output_prefix: Datasets are called {output_prefix}_{key}_document (or _sentence), as Megatron-LM's.
+        is_eod_appended: End every document that has tokens with the tokenizer's end-of-document id.
+        shard: Which part of the job.
+        is_skipping: Leave bad documents out, list them, and go on; else the first one ends the run.
+        max_document_bytes: UTF-8 bytes of the longest text.
+        is_overwrite_allowed: Replace existing datasets and drop unfinished work.
+        is_resumed: Go on with unfinished work, if there is any.
+        num_workers: Encoding processes.
+        block_bytes: Text per piece of work; the output does not depend on it.
+        transform_options: What `Transforms` were made from, for the sidecar and to tell jobs apart.
+    """
+
+    files: Sequence[InputFile]
+    keys: tuple[str, ...]
+    output_prefix: str
+    is_eod_appended: bool
+    shard: Shard = Shard()
+    is_skipping: bool = False
+    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES
+    is_overwrite_allowed: bool = False
+    is_resumed: bool = False
+    num_workers: int = 1
+    block_bytes: int = BLOCK_BYTES
+    transform_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ValueError(f"workers={self.num_workers} must be at least 1; try {os.cpu_count()}")
+        if self.max_document_bytes < 1:
+            raise ValueError(f"max_document_bytes={self.max_document_bytes} must be at least 1")
+        if not self.keys or len(set(self.keys)) < len(self.keys):
+            raise ValueError(f"json_keys={' '.join(self.keys)} must be one or more different keys")
+        if self.is_resumed and any(file.path == STDIN for file in self.files):
+            raise ValueError("--resume cannot go on with standard input: what was read is gone; use --overwrite")
+
+    @property
+    def level(self) -> str:
+        """What a sequence of the datasets is."""
+        return "sentence" if self.transform_options.get("split_sentences") else "document"
+
+    def dataset_prefix(self, key: str) -> str:
+        """Path of a key's dataset without suffix."""
+        return f"{self.output_prefix}_{key}_{self.level}{self.shard.suffix}"
+
+    @property
+    def rejects_path(self) -> str:
+        """Where documents that were left out are listed, if there are any."""
+        return f"{self.output_prefix}{self.shard.suffix}.{REJECTS_NAME}"
+
+
+@dataclass
+class Totals:
+    """What became of the input so far. `documents` were written for every key, `empty` of them without tokens in the
+    first key's dataset; bytes are of text, UTF-8, all keys together."""
+
+    records: int = 0
+    documents: int = 0
+    empty: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    input_bytes: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_rejected(self) -> int:
+        """Inputs left out."""
+        return sum(self.rejected.values())
+
+    def as_counts(self) -> dict[str, Any]:
+        """As JSON values for the sidecar and the state, in a fixed order."""
+        counts = asdict(self)
+        del counts["input_bytes"]
+        for name in ("rejected", "notes"):
+            counts[name] = dict(sorted(counts[name].items()))
+        return counts
+
+    @classmethod
+    def from_counts(cls, counts: dict[str, Any]) -> Totals:
+        """Undo `as_counts`."""
+        return cls(**counts | {name: Counter(counts[name]) for name in ("rejected", "notes")})
+
+
+class InputError(ValueError):
+    """A document that cannot be taken; the message says where, why and how to go on."""
+
+
+def preprocess(
+    options: PreprocessOptions,
+    encoder: Encoder,
+    *,
+    transforms: Transforms | None = None,
+    report: Callable[[Totals], None] | None = None,
+) -> Totals:
+    """Make the datasets of a job, or of a shard of it.
+
+    Args:
+        options: The job.
+        encoder: Its tokenizer (`encoder.choose_encoder`).
+        transforms: What happens to documents beside encoding; must be what options.transform_options say.
+        report: Receives the totals after every block.
 
     Returns:
         The totals.
 
     Raises:
-        ValueError: bad input (file, line and byte in the message), no document in it, or the output exists. Nothing
-            is left under the output's names.
+        InputError: a document that cannot be taken, unless is_skipping.
+        ValueError: an output exists or is being written, unfinished work of another job, no document in the input.
+        WorkerDied: the system ended a worker.
     """
-    start = time.perf_counter()
-    readers = [JsonlReader(path, json_key) for path in paths]
-    num_empty = text_bytes = num_reports = 0
-    options = {
-        "json_key": json_key,
-        "append_eod": is_eod_appended,
-        "eod_id": encoder.eod_id,
-        "inputs": [os.path.basename(path) for path in paths],
+    portions = take_shard(options.files, options.shard)
+    identity = _identity(options, encoder)
+    done = _done_before(options, identity)
+    if done is not None:
+        return done
+    job = Job(
+        f"{options.output_prefix}{options.shard.suffix}{FOLDER_SUFFIX}",
+        identity,
+        is_resumed=options.is_resumed,
+        is_overwrite_allowed=options.is_overwrite_allowed,
+    )
+    run = None
+    try:
+        run = _Run(options, encoder, job, job_hash(identity))
+        reader = RecordReader(
+            options.files,
+            options.keys,
+            max_document_bytes=options.max_document_bytes,
+            is_long_split=(transforms or Transforms()).are_off,
+        )
+        block_encoder = BlockEncoder(
+            reader,
+            encoder,
+            eod_id=encoder.eod_id if options.is_eod_appended else None,
+            is_stopping=not options.is_skipping,
+            transforms=transforms,
+        )
+        if not run.is_complete:
+            _encode_all(run, block_encoder, portions, report)
+        run.finish()
+    except BaseException:
+        if run is not None:
+            run.close()
+        job.close()
+        raise
+    job.remove()
+    return run.totals
+
+
+def _encode_all(
+    run: _Run, block_encoder: BlockEncoder, portions: Sequence[Portion], report: Callable[[Totals], None] | None
+) -> None:
+    """Encode and write what is left of the shard."""
+    options, reader = run.options, block_encoder.reader
+    with WorkerPool(block_encoder, options.num_workers) as pool:
+        blocks = iterate_blocks(
+            options.files,
+            portions,
+            keys=options.keys,
+            position=run.position,
+            max_line_bytes=reader.max_line_bytes,
+            block_bytes=options.block_bytes,
+        )
+        for block, result, buffers in pool.map_ordered(blocks):
+            run.take(block, result, buffers)
+            if report is not None:
+                report(run.totals)
+
+
+def _identity(options: PreprocessOptions, encoder: Encoder) -> dict[str, Any]:
+    """What determines the datasets: everything but how the work is done."""
+    return {
+        "inputs": [asdict(file) for file in options.files],
+        "json_keys": list(options.keys),
+        "output_prefix": os.path.basename(options.output_prefix),
+        "tokenizer_fingerprint": encoder.fingerprint,
+        "append_eod": options.is_eod_appended,
+        "shard": f"{options.shard.index}/{options.shard.count}",
+        "max_document_bytes": options.max_document_bytes,
+        "transforms": options.transform_options,
     }
-    with DatasetWriter(
-        f"{output_prefix}_{json_key}_document",
-        vocab_size=encoder.vocab_size,
-        tokenizer_fingerprint=encoder.fingerprint,
-        options=options,
-        is_overwrite_allowed=is_overwrite_allowed,
-    ) as writer:
 
-        def progress() -> Progress:
-            num_blank_lines = sum(reader.num_blank_lines for reader in readers)
-            seconds = time.perf_counter() - start
-            return Progress(writer.num_documents, num_empty, num_blank_lines, writer.num_tokens, text_bytes, seconds)
 
-        documents = (document for reader in readers for document in reader)
-        for num_bytes, encoded in _encode_ahead(_batch_documents(documents), encoder):
-            text_bytes += num_bytes
-            num_empty += int((encoded.lengths_D == 0).sum())
-            if is_eod_appended:
-                encoded = append_to_documents(encoded, encoder.eod_id)
-            writer.add_documents(encoded.ids_T, encoded.lengths_D)
-            if report is not None and writer.num_documents // log_interval > num_reports:
-                num_reports = writer.num_documents // log_interval
-                report(progress())
-        if not writer.num_documents:
-            names = ", ".join(paths)
-            raise ValueError(f"no documents in {names}: the input is empty; give JSON Lines with a text each")
-    return progress()
+def _done_before(options: PreprocessOptions, identity: dict[str, Any]) -> Totals | None:
+    """The totals of this very job if it is finished and was asked to go on."""
+    folder = f"{options.output_prefix}{options.shard.suffix}{FOLDER_SUFFIX}"
+    if not options.is_resumed or os.path.exists(os.path.join(folder, "state.json")):
+        return None
+    sidecars = [read_sidecar(options.dataset_prefix(key)) for key in options.keys]
+    wanted = (job_hash(identity), identity["shard"])
+    for sidecar in sidecars:
+        if sidecar is None or (sidecar.options.get("job"), sidecar.options.get("shard")) != wanted:
+            return None
+    assert sidecars[0] is not None
+    return Totals.from_counts(sidecars[0].counts)
+
+
+class _Run:
+    """The writing side of a job: datasets, rejects file, totals and position, always of one moment."""
+
+    def __init__(self, options: PreprocessOptions, encoder: Encoder, job: Job, identity_hash: str) -> None:
+        self.options, self._job = options, job
+        state = job.state or {}
+        self.totals = Totals.from_counts(state["totals"]) if state else Totals()
+        self.position = Position(**state["position"]) if state else Position()
+        self._lines = LineCounter(options.files, *(state["lines"] if state else ()))
+        self.is_complete = bool(state.get("is_complete"))
+        self._writers: list[DatasetWriter] = []
+        self._rejects = open(os.path.join(job.path, REJECTS_NAME), "ab")
+        self._rejects.truncate(state.get("rejects_bytes", 0))
+        if self.is_complete:
+            return
+        for index, key in enumerate(options.keys):
+            self._writers.append(
+                DatasetWriter(
+                    options.dataset_prefix(key),
+                    vocab_size=encoder.vocab_size,
+                    tokenizer_fingerprint=encoder.fingerprint,
+                    options={
+                        "json_key": key,
+                        "level": options.level,
+                        "append_eod": options.is_eod_appended,
+                        "eod_id": encoder.eod_id,
+                        "inputs": [os.path.basename(file.path) for file in options.files],
+                        "shard": f"{options.shard.index}/{options.shard.count}",
+                        "job": identity_hash,
+                        **options.transform_options,
+                    },
+                    is_overwrite_allowed=options.is_overwrite_allowed,
+                    folder=job.path,
+                    state=WriterState(**state["writers"][index]) if state else None,
+                )
+            )
+
+    def take(self, block: Block, result: EncodedBlock, buffers: list[bytes]) -> None:
+        """Write a block's documents and move on behind it.
+
+        Raises:
+            InputError: the block has a reject and the run stops at it; the block is left out.
+        """
+        for reject in result.reading.rejects:
+            path, placed = self._lines.place(block, reject)
+            message = describe(path, self.options.files[block.file].format, placed)
+            if not self.options.is_skipping:
+                raise InputError(f"{message}, or leave such documents out with --on-error skip")
+            row = {"file": path, "line": placed.line, "byte": placed.byte, "reason": placed.reason, "message": message}
+            self._rejects.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            self.totals.rejected[placed.reason] += 1
+        start = 0
+        for writer, encoded in zip(self._writers, result.keys, strict=True):
+            stop = start + encoded.num_pieces
+            writer.add_encoded(
+                buffers[start:stop], encoded.lengths_Q, encoded.sequences_D, max_token_id=encoded.max_token_id
+            )
+            self.totals.tokens += int(encoded.lengths_Q.sum(dtype="int64"))
+            start = stop
+        totals, first = self.totals, result.keys[0]
+        totals.records += result.num_records
+        totals.documents += first.sequences_D.size
+        totals.empty += int((first.sequences_D == 0).sum())
+        totals.text_bytes += result.text_bytes
+        totals.input_bytes = block.input_bytes
+        totals.notes.update(result.reading.notes)
+        self._lines.pass_block(block, result.reading.num_lines)
+        self.position = block.next
+        self._save()
+
+    def finish(self) -> None:
+        """Complete the datasets and put them in place.
+
+        Raises:
+            ValueError: there is no document in the whole job's input.
+        """
+        options = self.options
+        if not self.is_complete:
+            if not self.totals.documents and options.shard.count == 1:
+                names = ", ".join(file.path for file in options.files)
+                left_out = f" ({self.totals.num_rejected} left out)" if self.totals.num_rejected else ""
+                self._job.state = None  # nothing to go on with
+                raise ValueError(
+                    f"no documents in {names}{left_out}: give JSON lines, Parquet or text files with a text"
+                )
+            for writer in self._writers:
+                writer.counts = self.totals.as_counts()
+                writer.complete()
+            self.is_complete = True
+            self._save()
+        self.close()
+        for key in options.keys:
+            publish(self._job.path, options.dataset_prefix(key))
+        rejects = os.path.join(self._job.path, REJECTS_NAME)
+        if os.path.exists(rejects) and os.path.getsize(rejects):
+            os.replace(rejects, options.rejects_path)
+
+    def close(self) -> None:
+        """Close the files."""
+        for writer in self._writers:
+            writer.close()
+        self._rejects.close()
+
+    def _save(self) -> None:
+        self._rejects.flush()
+        is_open = not self.is_complete
+        self._job.save(
+            {
+                "position": asdict(self.position),
+                "lines": [self._lines.file, self._lines.num_lines],
+                "totals": self.totals.as_counts(),
+                "writers": [asdict(writer.state()) for writer in self._writers] if is_open else [],
+                "rejects_bytes": self._rejects.tell(),
+                "is_complete": self.is_complete,
+            }
+        )
+
+
+__all__ = ["InputError", "PreprocessOptions", "Totals", "WorkerDied", "preprocess"]

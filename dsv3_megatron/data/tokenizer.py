@@ -139,7 +139,7 @@ def save_tokenizer(tokenizer: Tokenizer, output_dir: str | os.PathLike[str]) -> 
     return fingerprint(folder)
 
 
-def _tokenizer_file(path: str | os.PathLike[str]) -> Path:
+def tokenizer_file(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -158,7 +158,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    file = _tokenizer_file(path)
+    file = tokenizer_file(path)
     try:
         return Tokenizer.from_file(os.fspath(file))
     except Exception as error:  # the library raises a bare Exception
@@ -178,7 +178,7 @@ def find_eod_id(tokenizer: Tokenizer, path: str | os.PathLike[str] | None = None
     """
     name = EOS_TOKEN
     if path is not None:
-        config_file = _tokenizer_file(path).with_name("tokenizer_config.json")
+        config_file = tokenizer_file(path).with_name("tokenizer_config.json")
         if config_file.is_file():
             entry: Any = json.loads(config_file.read_text(encoding="utf-8")).get("eos_token") or name
             name = entry["content"] if isinstance(entry, dict) else entry
@@ -197,7 +197,7 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     Raises:
         ValueError: the file is missing or is not JSON.
     """
-    file = _tokenizer_file(path)
+    file = tokenizer_file(path)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv3_megatron.data.indexed import DatasetWriter
+from dsv3_megatron.data.indexed_writer import DatasetWriter
 from tests.distributed.launch import ROOT, run_ranks
 
 pytestmark = pytest.mark.distributed

@@ -15,7 +15,7 @@ import pytest
 from dsv3_megatron import train
 from dsv3_megatron.config.load import build_parser
 from dsv3_megatron.config.presets import PRESETS
-from dsv3_megatron.data.indexed import DatasetWriter
+from dsv3_megatron.data.indexed_writer import DatasetWriter
 
 HEAVY = {"torch", "numpy", "megatron", "yaml", "transformers", "tensorboard"}
 

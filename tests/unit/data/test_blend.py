@@ -11,7 +11,7 @@ from dsv3_megatron.data.blend import (
     read_tokenizer_fingerprint,
     read_vocab_size,
 )
-from dsv3_megatron.data.indexed import DatasetWriter
+from dsv3_megatron.data.indexed_writer import DatasetWriter
 
 
 def write(prefix, tokens=(1, 2, 3), vocab_size=400, fingerprint="f" * 64):

@@ -10,7 +10,7 @@ import pytest
 from dsv3_megatron.data.batches import BatchIterator, read_token_sequences
 from dsv3_megatron.data.blend import parse_blend
 from dsv3_megatron.data.datasets import DatasetConfig, build_datasets, parse_split
-from dsv3_megatron.data.indexed import DatasetWriter
+from dsv3_megatron.data.indexed_writer import DatasetWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not determine rank:UserWarning")
 

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from dsv3_megatron.data.indexed import DatasetWriter, choose_dtype, dataset_paths, read_header, read_sidecar
+from dsv3_megatron.data.indexed import choose_dtype, dataset_paths, read_header, read_sidecar
+from dsv3_megatron.data.indexed_writer import DatasetWriter, WriterState
 
 VOCAB_SIZES = st.sampled_from([1, 300, 65499, 65500, 129280, 2**31])
 
@@ -185,3 +186,65 @@ def test_missing_file_says_where_and_how(tmp_path, missing):
     text = str(error.value)
     assert text.startswith(f"data file {tmp_path}/d.{missing} does not exist (data_path={tmp_path}/d: the prefix")
     assert "make it with: python tools/preprocess_data.py --input FILE.jsonl" in text
+
+
+def encoded(documents):
+    """Documents of several sequences as the encoder hands them over."""
+    sequences = [sequence for document in documents for sequence in document]
+    ids = np.array([token for sequence in sequences for token in sequence], np.uint16).tobytes()
+    lengths = np.array([len(sequence) for sequence in sequences], np.int32)
+    counts = np.array([len(document) for document in documents], np.int32)
+    largest = max((token for sequence in sequences for token in sequence), default=-1)
+    return [ids[:3], ids[3:]], lengths, counts, largest
+
+
+def test_documents_of_several_sequences_are_megatron_cores(tmp_path):
+    documents = [[[1, 2], [3]], [], [[4, 5, 6]], [[7], [8], [9]]]
+    with DatasetWriter(tmp_path / "ours", vocab_size=10) as writer:
+        pieces, lengths, counts, largest = encoded(documents)
+        writer.add_encoded(pieces, lengths, counts, max_token_id=largest)
+    builder = IndexedDatasetBuilder(os.fspath(tmp_path / "theirs.bin"), dtype=np.uint16)
+    for document in documents:
+        builder.add_document([token for part in document for token in part], [len(part) for part in document])
+    builder.finalize(os.fspath(tmp_path / "theirs.idx"))
+    assert read_pair(tmp_path / "ours") == read_pair(tmp_path / "theirs")
+    assert read_sidecar(tmp_path / "ours").max_token_id == 9
+
+
+def test_writing_goes_on_from_a_state(tmp_path):
+    first, second = [[[1, 2], [3]], []], [[[4, 5, 6]]]
+    folder = os.fspath(tmp_path / "work")
+    writer = DatasetWriter(tmp_path / "d", vocab_size=10, folder=folder)
+    pieces, lengths, counts, largest = encoded(first)
+    writer.add_encoded(pieces, lengths, counts, max_token_id=largest)
+    state = writer.state()
+    pieces, lengths, counts, largest = encoded([[[9, 9]]])  # lost: the state is from before
+    writer.add_encoded(pieces, lengths, counts, max_token_id=largest)
+    writer.close()
+    with DatasetWriter(tmp_path / "d", vocab_size=10, folder=folder, state=state) as writer:
+        pieces, lengths, counts, largest = encoded(second)
+        writer.add_encoded(pieces, lengths, counts, max_token_id=largest)
+    with DatasetWriter(tmp_path / "at_once", vocab_size=10) as writer:
+        pieces, lengths, counts, largest = encoded(first + second)
+        writer.add_encoded(pieces, lengths, counts, max_token_id=largest)
+    assert read_pair(tmp_path / "d") == read_pair(tmp_path / "at_once")
+    assert read_sidecar(tmp_path / "d") == read_sidecar(tmp_path / "at_once")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw[:-1], r"d\.bin has 5 bytes where 6 were written, after a crash of the machine, say: start over"),
+        (lambda raw: b"\x07" + raw[1:], r"d\.bin is not what was written, after a crash of the machine, say: start over"),
+    ],
+)
+def test_a_state_that_the_files_do_not_bear_out_is_refused(tmp_path, change, message):
+    folder = tmp_path / "work"
+    writer = DatasetWriter(tmp_path / "d", vocab_size=10, folder=os.fspath(folder))
+    writer.add_documents(np.array([1, 2, 3]), np.array([3]))
+    state = writer.state()
+    assert state == WriterState(1, 1, 3, 3, hashlib.sha256(np.array([1, 2, 3], np.uint16).tobytes()).hexdigest())
+    writer.close()
+    damage(folder / "d.bin", change)
+    with pytest.raises(ValueError, match=message):
+        DatasetWriter(tmp_path / "d", vocab_size=10, folder=os.fspath(folder), state=state)

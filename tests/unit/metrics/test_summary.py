@@ -13,7 +13,7 @@ from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import BatchIterator, read_token_sequences
 from dsv3_megatron.data.datasets import build_datasets, dataset_config
-from dsv3_megatron.data.indexed import DatasetWriter
+from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.ngram import NgramBaselines, measure_ngram_baselines
 from dsv3_megatron.metrics.flops import RunSpeed, flops_per_token
 from dsv3_megatron.metrics.records import StepReport

@@ -1,0 +1,201 @@
+"""A job's input as blocks: pieces of work of a few megabytes, in order, each with the position behind it.
+
+Lines of a file on disk are only pointed at (whoever encodes the block reads them); what must be read from its beginning
+(compressed files, standard input, Parquet) is read here and travels in the block. Starting again from a block's
+position gives the blocks after it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dsv3_megatron.data.inputs import STDIN, InputFile, Portion
+from dsv3_megatron.data.records import Reject
+from dsv3_megatron.data.streams import line_blocks, open_stream
+
+BLOCK_BYTES = 8_000_000
+_MAX_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the next block begins: in which file, at which byte (uncompressed), or row of Parquet."""
+
+    file: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Column:
+    """Rows of a Parquet column: UTF-8 data[offsets[i]:offsets[i + 1]] each; `is_null` is empty where none is."""
+
+    offsets: list[int]
+    data: bytes
+    is_null: list[bool]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of work.
+
+    Attributes:
+        file: Index of the file; of text files, of the first.
+        start: First byte (lines) or row (Parquet); 0 for text files.
+        stop: Behind the last; for text files, how many of them.
+        data: Lines, or a Column for each key; None for what lies on disk.
+        next: Where the next block begins.
+        input_bytes: Bytes on disk of this shard's input that are done with this block.
+        reject: A fault of the input behind this block's data.
+    """
+
+    file: int
+    start: int
+    stop: int
+    data: bytearray | list[Column] | None
+    next: Position
+    input_bytes: int
+    reject: Reject | None = None
+
+
+def iterate_blocks(
+    files: Sequence[InputFile],
+    portions: Sequence[Portion],
+    *,
+    keys: Sequence[str],
+    position: Position,
+    max_line_bytes: int,
+    block_bytes: int = BLOCK_BYTES,
+) -> Iterator[Block]:
+    """Yield the blocks of a shard from a position on.
+
+    Args:
+        files: Of the whole job.
+        portions: What belongs to this shard, in order.
+        keys: Columns of Parquet.
+        position: From an earlier block's `next`, or Position() for the beginning.
+        max_line_bytes: A longer line is left out with a Reject.
+        block_bytes: Size to aim at.
+    """
+    done = 0
+    at = 0
+    while at < len(portions):
+        portion = portions[at]
+        file, size = files[portion.file], portion.stop - portion.start
+        start = max(portion.start, position.offset) if portion.file == position.file else portion.start
+        if portion.file < position.file or (file.is_cut and start >= portion.stop):
+            pass  # done before
+        elif file.format == "text":
+            count = _count_texts(files, portions[at:], block_bytes)
+            done += sum(portion.stop for portion in portions[at : at + count])
+            yield Block(portion.file, 0, count, None, Position(portion.file + count), done)
+            at += count
+            continue
+        elif file.is_cut:
+            for first in range(start, portion.stop, block_bytes):
+                stop = min(first + block_bytes, portion.stop)
+                yield Block(portion.file, first, stop, None, Position(portion.file, stop), done + stop - portion.start)
+        elif file.format == "parquet":
+            yield from _parquet_blocks(portion.file, file, keys, start, done, block_bytes)
+        else:
+            yield from _stream_blocks(portion.file, file, start, done, block_bytes, max_line_bytes)
+        done += size
+        at += 1
+
+
+def _count_texts(files: Sequence[InputFile], portions: Sequence[Portion], block_bytes: int) -> int:
+    """How many of the text files at the front make a block: neighbours, of about its size together."""
+    count = size = 0
+    for portion in portions:
+        if files[portion.file].format != "text" or portion.file != portions[0].file + count or size >= block_bytes:
+            break
+        count += 1
+        size += portion.stop
+    return count
+
+
+def _stream_blocks(
+    index: int, file: InputFile, start: int, done: int, block_bytes: int, max_line_bytes: int
+) -> Iterator[Block]:
+    with open_stream(file) as stream:
+        for first, lines, end, reject, is_last in line_blocks(
+            stream, start, block_bytes=block_bytes, max_line_bytes=max_line_bytes
+        ):
+            on_disk = 0 if file.path == STDIN else os.lseek(stream.fileno(), 0, os.SEEK_CUR)
+            following = Position(index + 1) if is_last else Position(index, end)
+            yield Block(index, first, end, lines, following, done + min(on_disk, file.size_bytes), reject)
+
+
+def _parquet_blocks(
+    index: int, file: InputFile, keys: Sequence[str], start: int, done: int, block_bytes: int
+) -> Iterator[Block]:
+    """Rows of a Parquet file, read row group by row group in batches; a fault ends the file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+
+    def fault(reject: Reject) -> Block:
+        return Block(index, row, row, [], Position(index + 1), done + file.size_bytes, reject)
+
+    try:
+        parquet = pq.ParquetFile(file.path, buffer_size=1 << 20)
+        problem = _wrong_column(parquet.schema_arrow, keys)
+        if problem is not None:
+            yield fault(problem)
+            return
+        total = max(1, parquet.metadata.num_rows)
+        for group in range(parquet.num_row_groups):
+            meta = parquet.metadata.row_group(group)
+            if row + meta.num_rows <= start:
+                row += meta.num_rows
+                continue
+            num_rows = max(1, min(_MAX_ROWS, meta.num_rows * block_bytes // max(1, meta.total_byte_size)))
+            batches = parquet.iter_batches(
+                batch_size=num_rows, row_groups=[group], columns=list(keys), use_threads=False
+            )
+            for batch in batches:
+                first, end = max(row, start), row + batch.num_rows
+                if first < end:
+                    columns = [_column(batch.column(key).slice(first - row)) for key in keys]
+                    on_disk = done + file.size_bytes * end // total
+                    yield Block(index, first, end, columns, Position(index, end), on_disk)
+                row = end
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        why = " ".join(str(error).split())[:200]
+        yield fault(Reject("damaged file", f"not a whole Parquet file ({why})", "fetch or make the file again", row))
+
+
+def _wrong_column(schema: Any, keys: Sequence[str]) -> Reject | None:
+    from pyarrow import types
+
+    for key in keys:
+        if key not in schema.names:
+            found = ", ".join(schema.names) or "none"
+            detail = f"no column {key!r} (columns: {found[:200]})"
+            return Reject("missing key", detail, "name the text's column with --json-keys")
+        kind = schema.field(key).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+        if not (is_text or types.is_binary(kind) or types.is_large_binary(kind)):
+            return Reject("not a string", f"column {key!r} holds {kind}", "the text must be a column of strings")
+    return None
+
+
+def _column(array: Any) -> Column:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    array = array.cast(pa.large_binary())
+    _, offsets_buffer, data_buffer = array.buffers()
+    offsets_R = np.frombuffer(offsets_buffer, np.int64)[array.offset : array.offset + len(array) + 1]
+    first, last = int(offsets_R[0]), int(offsets_R[-1])
+    data = data_buffer.slice(first, last - first).to_pybytes() if last > first else b""
+    return Column((offsets_R - first).tolist(), data, array.is_null().to_pylist() if array.null_count else [])
