@@ -147,6 +147,7 @@ class CombinedTokenSplitter:
         Returns:
             Ids (of ids_T's dtype) and lengths after splitting; decoded, they give the same texts.
         """
+        assert len(texts) == lengths_D.size, "one text a document"
         if not self.rate:
             return ids_T, lengths_D
         row_T = self.tokens.row_V[ids_T]
@@ -174,14 +175,13 @@ class CombinedTokenSplitter:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Put row_S's pieces where places_S are."""
         counts_S = self.tokens.counts_R[row_S]
-        growth_T = np.zeros(ids_T.size, dtype=np.int64)
-        growth_T[places_S] = counts_S - 1
-        growth_before_T1 = np.concatenate(([0], np.cumsum(growth_T)))
-        split_T = np.repeat(ids_T, growth_T + 1)
+        counts_T = np.ones(ids_T.size, dtype=np.int64)
+        counts_T[places_S] = counts_S
+        split_T = np.repeat(ids_T, counts_T)
+        growth_S1 = np.concatenate(([0], np.cumsum(counts_S - 1)))  # ids gained before each split, and in all
         # Piece k of a token goes k places behind where the token itself now stands.
         within_P = np.arange(counts_S.sum()) - np.repeat(np.cumsum(counts_S) - counts_S, counts_S)
-        targets_P = np.repeat(places_S + growth_before_T1[places_S], counts_S) + within_P
+        targets_P = np.repeat(places_S + growth_S1[:-1], counts_S) + within_P
         split_T[targets_P] = self.tokens.pieces_P[np.repeat(self.tokens.starts_R[row_S], counts_S) + within_P]
-        ends_D = np.cumsum(lengths_D)
-        growth_D = np.diff(growth_before_T1[np.concatenate(([0], ends_D))])
-        return split_T, lengths_D + growth_D
+        bounds_D1 = np.concatenate(([0], np.cumsum(lengths_D)))
+        return split_T, lengths_D + np.diff(growth_S1[np.searchsorted(places_S, bounds_D1)])

@@ -131,9 +131,11 @@ def test_the_rate_is_the_one_asked_for_and_the_seed_decides(tokenizer, table):
 
 def test_added_tokens_are_never_split():
     tokenizer = train_tokenizer(["words.\n" * 50], vocab_size=300)
-    tokenizer.add_special_tokens(["#\n"])
+    added = ["#\n", "#Ċ"]  # the second is spelled as the vocabulary spells "#" and a line feed
+    tokenizer.add_special_tokens(added)
     table = find_combined_tokens(tokenizer)
-    assert len(table) == 1 and table.row_V[tokenizer.token_to_id("#\n")] == -1
+    assert len(table) == 1 and table.row_V[tokenizer.token_to_id(".Ċ")] == 0
+    assert [table.row_V[tokenizer.token_to_id(token)] for token in added] == [-1, -1]
 
 
 def test_a_tokenizer_without_such_tokens():

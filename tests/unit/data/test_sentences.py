@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import time
 from itertools import islice
 
@@ -127,6 +128,14 @@ def test_installed_tab_data_is_used(nltk_data):
     assert splitter.model.abbreviations == MODEL.abbreviations
     assert splitter.model.orthographic_contexts == {"smith": 8}
     assert load_installed_model("german") is None
+
+
+def test_installed_tab_data_in_its_archive_is_used(nltk_data, tmp_path_factory):
+    source = tmp_path_factory.mktemp("unpacked")
+    install_tab(source)
+    (nltk_data / "tokenizers").mkdir()
+    shutil.make_archive(os.fspath(nltk_data / "tokenizers" / "punkt_tab"), "zip", source / "tokenizers", "punkt_tab")
+    assert load_installed_model().abbreviations == MODEL.abbreviations
 
 
 @pytest.mark.parametrize("is_parameters", [False, True])
