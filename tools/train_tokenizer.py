@@ -123,6 +123,19 @@ def _ending_at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
+def _check_output(folder: Path, *, is_overwrite_allowed: bool) -> None:
+    """Refuse, before any work, a folder that cannot be written or whose tokenizer is to stay."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        what = "cannot be written to" if existing.is_dir() else "is a file"
+        raise ValueError(f"--output {folder}: {existing} {what}; give another folder")
+    if (folder / "tokenizer.json").exists() and not is_overwrite_allowed:
+        identity = fingerprint(folder)[:12]
+        raise ValueError(
+            f"{folder} already holds a tokenizer, {identity}: give --overwrite to replace it, or another --output"
+        )
+
+
 def _learn(options: argparse.Namespace, held_out: TextSample) -> Tokenizer:
     reading = _Reading(_read_texts(options.input, options.json_keys))
     texts: Iterable[str] = hold_out(reading, held_out, share=_HELD_OUT_SHARE, seed=options.seed)
@@ -170,11 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         check_training(options.vocab_size, options.min_frequency)
-        if (Path(options.output) / "tokenizer.json").exists() and not options.overwrite:
-            raise ValueError(
-                f"{options.output} already holds a tokenizer, {fingerprint(options.output)[:12]}: "
-                "give --overwrite to replace it, or another --output"
-            )
+        _check_output(Path(options.output), is_overwrite_allowed=options.overwrite)
         held_out = TextSample(_HELD_OUT_BYTES, seed=options.seed, purpose="held out")
         tokenizer = _learn(options, held_out)
         measured = _measure(tokenizer, list(held_out))

@@ -111,6 +111,14 @@ def test_an_existing_tokenizer_is_not_replaced(run, tmp_path):
     assert count_ids(load_tokenizer(tmp_path / "out")) == 420
 
 
+def test_an_output_that_cannot_be(run, tmp_path, tool, monkeypatch):
+    file = write(tmp_path / "a.jsonl", make_documents(0, 20))
+    assert f"a.jsonl/t: {file} is a file; give another folder" in run("--input", file, output="a.jsonl/t")[2]
+    monkeypatch.setattr(tool.os, "access", lambda path, mode: False)  # as root every folder can be written to
+    status, _, err = run("--input", file)
+    assert status == 2 and f"out: {tmp_path} cannot be written to; give another folder" in err
+
+
 @pytest.mark.parametrize(("size", "message"), [
     (3, "error: vocab_size=3 must be at least 274"),
     (1_292_800, "error: vocab_size=1292800 must be at most 262144; DeepSeek-V3 has 129280"),
