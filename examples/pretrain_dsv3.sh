@@ -257,8 +257,8 @@ quickstart() {
     stage corpus "corpus from this machine's Python sources and documentation" \
         guarded "$python" -m dsv3_megatron.data.corpus --output "$run_dir/corpus" "${corpus_flags[@]}"
     stage tokenizer "byte-level BPE tokenizer, $vocab_size tokens" \
-        guarded "$python" -m dsv3_megatron.data.tokenizer --input "$run_dir/corpus/train.jsonl" \
-        --vocab-size "$vocab_size" --output "$run_dir/tokenizer"
+        guarded "$python" "$repo/tools/train_tokenizer.py" --input "$run_dir/corpus/train.jsonl" \
+        --vocab-size "$vocab_size" --max-train-bytes 10000000 --output "$run_dir/tokenizer" --overwrite
     stage tokens "tokens" guarded make_tokens --tokenizer-model "$run_dir/tokenizer" --append-eod --workers "$(count_cores)"
     quickstart_layout
     [ "$is_redone" = 0 ] || rm -f "$done_dir/train.started" # other data: nothing to resume

@@ -6,5 +6,7 @@ Nothing is imported here, so that preprocessing does not pay for torch: import t
     encoder.py     texts -> ids, the seam for backends           indexed.py     .bin/.idx and their sidecar
     preprocess.py  the three above in a row                      blend.py       --data-path, and checks before a run
     datasets.py    .bin/.idx -> samples, with Megatron-Core      batches.py     samples -> Batch, with a position
-    ngram.py       unigram and bigram baselines
+    ngram.py       unigram and bigram baselines                  fim.py         fill-in-the-middle on documents
+    sentences.py   documents -> sentences with Punkt             combined_tokens.py  punctuation + line breaks, split
+    keyed_random.py  random numbers of a document                text_sample.py  a bounded sample of a corpus
 """

@@ -4,24 +4,18 @@ The pre-tokenizer is the one in DeepSeek-V3's published tokenizer.json: numbers 
 Chinese and Japanese characters, and a rule that keeps punctuation together with the line breaks that follow it (report,
 section 4.1). Special tokens carry V3's names; the three that every text needs have V3's ids 0, 1 and 2, the others
 (FIM, chat, tools) come after the learned vocabulary, as in V3. The random splitting of punctuation + line break tokens
-during pre-training (report, section 4.1) is not part of a tokenizer file.
-
-    python -m dsv3_megatron.data.tokenizer --input train.jsonl --vocab-size 4096 --output DIR
+during pre-training (report, section 4.1) is not part of a tokenizer file: see combined_tokens.py. The command that
+trains is tools/train_tokenizer.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from dsv3_megatron.data.corpus import JsonlReader
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -58,40 +52,48 @@ PRE_TOKENIZER_PATTERNS = (
 )
 _NUM_BYTE_SYMBOLS = 256
 MIN_VOCAB_SIZE = len(LEADING_SPECIAL_TOKENS) + _NUM_BYTE_SYMBOLS + len(TRAILING_SPECIAL_TOKENS)
-DEFAULT_MAX_TRAIN_BYTES = 10_000_000
+MAX_VOCAB_SIZE = 1 << 18  # twice DeepSeek-V3's 129,280: beyond lies a slip of the keyboard
 
 
-def _limit_bytes(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
-    num_bytes = 0
-    for text in texts:
-        if max_bytes is not None and num_bytes >= max_bytes:
-            return
-        num_bytes += len(text.encode("utf-8"))
-        yield text
-
-
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, max_bytes: int | None = None) -> Tokenizer:
-    """Learn byte-level BPE merges from texts.
-
-    Args:
-        texts: The training texts; each is pre-tokenized on its own.
-        vocab_size: Ids in total, special tokens included. Texts with too few distinct words give fewer: see
-            `Tokenizer.get_vocab_size()`.
-        max_bytes: Stop reading after the text that passes this many UTF-8 bytes; None reads all.
-
-    Returns:
-        A Hugging Face `tokenizers.Tokenizer` that adds no special tokens by itself.
+def check_training(vocab_size: int, min_frequency: int = 1) -> None:
+    """Refuse what `train_tokenizer` would, before any text is read.
 
     Raises:
-        ValueError: vocab_size is below the special tokens and the 256 bytes.
-
-    Source: DeepSeek-V3 report, section 4.1; the patterns are those of the published tokenizer.json.
+        ValueError: vocab_size is below the special tokens and the 256 bytes or above MAX_VOCAB_SIZE, or min_frequency
+            is below 1.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
             f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE} (256 bytes and "
             f"{MIN_VOCAB_SIZE - _NUM_BYTE_SYMBOLS} special tokens); try 4096"
         )
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(f"vocab_size={vocab_size} must be at most {MAX_VOCAB_SIZE}; DeepSeek-V3 has 129280")
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency={min_frequency} must be at least 1; try 2")
+
+
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, min_frequency: int = 1, show_progress: bool = False
+) -> Tokenizer:
+    """Learn byte-level BPE merges from texts; their order makes no difference.
+
+    Args:
+        texts: The training texts; each is pre-tokenized on its own.
+        vocab_size: Ids in total, special tokens included. Texts with too few distinct words give fewer: see
+            `Tokenizer.get_vocab_size()`.
+        min_frequency: Occurrences in the texts that a pair needs to be merged.
+        show_progress: The library's own progress bars, on stderr if that is a terminal.
+
+    Returns:
+        A Hugging Face `tokenizers.Tokenizer` that adds no special tokens by itself.
+
+    Raises:
+        ValueError: see `check_training`.
+
+    Source: DeepSeek-V3 report, section 4.1; the patterns are those of the published tokenizer.json.
+    """
+    check_training(vocab_size, min_frequency)
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -104,9 +106,10 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, max_bytes: int | N
         vocab_size=vocab_size - len(TRAILING_SPECIAL_TOKENS),
         special_tokens=list(LEADING_SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        min_frequency=min_frequency,
+        show_progress=show_progress,
     )
-    tokenizer.train_from_iterator(_limit_bytes(texts, max_bytes), trainer=trainer)
+    tokenizer.train_from_iterator(texts, trainer=trainer)
     tokenizer.add_special_tokens(list(TRAILING_SPECIAL_TOKENS))
     return tokenizer
 
@@ -145,7 +148,7 @@ def tokenizer_file(path: str | os.PathLike[str]) -> Path:
     if not file.is_file():
         raise ValueError(
             f"tokenizer_model={os.fspath(path)}: {file} does not exist; give a folder with a tokenizer.json, or make "
-            "one with: python -m dsv3_megatron.data.tokenizer --input train.jsonl --vocab-size 4096 --output DIR"
+            "one with: python tools/train_tokenizer.py --input train.jsonl --vocab-size 4096 --output DIR"
         )
     return file
 
@@ -209,40 +212,3 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
         model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line of this module; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dsv3_megatron.data.tokenizer", description="Train a byte-level BPE tokenizer on JSON Lines."
-    )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON Lines files")
-    parser.add_argument("--json-key", default="text", help="key of the text (%(default)s)")
-    parser.add_argument("--vocab-size", type=int, required=True, help="ids in total, special tokens included")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for tokenizer.json and its config")
-    parser.add_argument(
-        "--max-train-bytes",
-        type=int,
-        default=DEFAULT_MAX_TRAIN_BYTES,
-        help="text to learn from, from the start of the input; 0 for all of it (%(default)s)",
-    )
-    options = parser.parse_args(arguments)
-    start = time.perf_counter()
-    try:
-        readers = [JsonlReader(path, options.json_key) for path in options.input]
-        texts = (document.text for reader in readers for document in reader)
-        tokenizer = train_tokenizer(texts, vocab_size=options.vocab_size, max_bytes=options.max_train_bytes or None)
-        identity = save_tokenizer(tokenizer, options.output)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    size = count_ids(tokenizer)
-    seconds = time.perf_counter() - start
-    print(f"tokenizer: {size} ids in {seconds:.1f} s, fingerprint {identity[:12]} -> {options.output}")
-    if size < options.vocab_size:
-        print(f"note: the text gave {size} ids, fewer than --vocab-size {options.vocab_size}", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -173,7 +173,7 @@ def test_the_quickstart_runs_every_stage_and_skips_what_is_done(tmp_path: Path) 
     assert code == 0, stderr
     modules = [line.split()[1] if line.startswith("-m") else line.split()[0].rsplit("/", 1)[-1]
                for line in quickstart.read("other").splitlines()]
-    assert modules == ["dsv3_megatron.data.corpus", "dsv3_megatron.data.tokenizer", "preprocess_data.py",
+    assert modules == ["dsv3_megatron.data.corpus", "train_tokenizer.py", "preprocess_data.py",
                        "preprocess_data.py", "dsv3_megatron.metrics.summary"]
     assert "--nproc-per-node 4" in quickstart.read("torchrun")
     (tmp_path / "other").unlink()

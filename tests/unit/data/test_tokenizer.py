@@ -1,7 +1,6 @@
 """The tokenizer's training, files, ids and identity."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -13,12 +12,12 @@ from dsv3_megatron.data.tokenizer import (
     FIM_END_TOKEN,
     FIM_HOLE_TOKEN,
     PAD_TOKEN,
+    PRE_TOKENIZER_PATTERNS,
     TRAILING_SPECIAL_TOKENS,
     count_ids,
     find_eod_id,
     fingerprint,
     load_tokenizer,
-    main,
     save_tokenizer,
     train_tokenizer,
 )
@@ -62,6 +61,17 @@ def test_pre_tokenizer_is_v3s(tokenizer_dir):
     )
 
 
+def test_patterns_are_the_published_ones():
+    """Character for character as DeepSeek-V3's tokenizer.json is quoted by those who implement it."""
+    assert PRE_TOKENIZER_PATTERNS[:2] == (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+")
+    punctuation = "".join(chr(code) for code in range(0x21, 0x7F) if not chr(code).isalnum())
+    escaped = "".join("\\" + char if char in "-[\\]" else char for char in punctuation)
+    assert PRE_TOKENIZER_PATTERNS[2] == "|".join([
+        f"[{escaped}][A-Za-z]+", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+", r" ?[\p{P}\p{S}]+[\r\n]*", r"\s*[\r\n]+",
+        r"\s+(?!\S)", r"\s+",
+    ])
+
+
 def test_transformers_loads_the_folder(tokenizer_dir, texts):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tokenizer_dir)
@@ -73,11 +83,19 @@ def test_transformers_loads_the_folder(tokenizer_dir, texts):
         assert theirs.decode(theirs(text).input_ids) == text
 
 
-def test_training_is_deterministic_and_bounded(texts, tmp_path):
-    identities = [save_tokenizer(train_tokenizer(texts, vocab_size=350), tmp_path / name) for name in "ab"]
-    assert identities[0] == identities[1]
-    limited = train_tokenizer(iter(texts), vocab_size=350, max_bytes=1)
-    assert limited.get_vocab() == train_tokenizer(texts[:1], vocab_size=350).get_vocab()
+def test_training_depends_on_the_texts_and_not_their_order(texts, tmp_path):
+    orders = {"a": texts, "b": texts, "c": texts[::-1]}
+    identities = {
+        save_tokenizer(train_tokenizer(order, vocab_size=350), tmp_path / name) for name, order in orders.items()
+    }
+    assert len(identities) == 1
+
+
+def test_a_merge_needs_its_frequency():
+    texts = ["ab ab ab cd cd"]
+    assert {"ab", "cd"} <= train_tokenizer(texts, vocab_size=400, min_frequency=2).get_vocab().keys()
+    vocab = train_tokenizer(texts, vocab_size=400, min_frequency=3).get_vocab()
+    assert "ab" in vocab and "cd" not in vocab
 
 
 def test_fingerprint_is_of_what_changes_ids(tokenizer_dir, tmp_path, texts):
@@ -109,6 +127,10 @@ def test_eod_follows_the_config(tokenizer_dir, tmp_path):
 def test_errors(tmp_path):
     with pytest.raises(ValueError, match=r"vocab_size=273 must be at least 274 \(256 bytes and 18 special tokens\)"):
         train_tokenizer([], vocab_size=273)
+    with pytest.raises(ValueError, match=r"vocab_size=262145 must be at most 262144; DeepSeek-V3 has 129280"):
+        train_tokenizer([], vocab_size=262145)
+    with pytest.raises(ValueError, match=r"min_frequency=0 must be at least 1; try 2"):
+        train_tokenizer([], vocab_size=400, min_frequency=0)
     with pytest.raises(
         ValueError, match=r"tokenizer.json does not exist; give a folder with a tokenizer.json, or make"
     ):
@@ -121,15 +143,3 @@ def test_errors(tmp_path):
     (tmp_path / "tokenizer.json").write_text("no")
     with pytest.raises(ValueError, match=r"tokenizer.json is not JSON: "):
         fingerprint(tmp_path)
-
-
-def test_command_line(jsonl_file, tmp_path, capsys):
-    arguments = ["--input", os.fspath(jsonl_file), "--output", os.fspath(tmp_path / "t"), "--vocab-size"]
-    assert main([*arguments, "300"]) == 0
-    printed = capsys.readouterr()
-    assert printed.out.startswith("tokenizer: 300 ids in ") and not printed.err
-    assert fingerprint(tmp_path / "t")[:12] in printed.out
-    assert main([*arguments, "30000"]) == 0
-    assert "fewer than --vocab-size 30000" in capsys.readouterr().err
-    assert main([*arguments, "3"]) == 2
-    assert capsys.readouterr().err.startswith("error: vocab_size=3 must be at least 274")
