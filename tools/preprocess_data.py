@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads cost memory here and do nothing
 
 from dsv3_megatron.data.block_encoder import Transforms
-from dsv3_megatron.data.documents import DEFAULT_MAX_DOCUMENT_BYTES, sample_documents
 from dsv3_megatron.data.encoder import BACKENDS, choose_encoder
 from dsv3_megatron.data.indexed import dataset_paths
-from dsv3_megatron.data.inputs import FORMATS, InputFile, Shard, expand_inputs, take_shard
 from dsv3_megatron.data.job import FOLDER_SUFFIX
 from dsv3_megatron.data.preprocess import PreprocessOptions, Totals, WorkerDied, preprocess
+from dsv3_megatron.data.reading.documents import DEFAULT_MAX_DOCUMENT_BYTES, sample_documents
+from dsv3_megatron.data.reading.inputs import FORMATS, InputFile, Shard, expand_inputs, take_shard
 
 _SAMPLE_BYTES = 64_000  # of the input, encoded with both tokenizers before gigatoken is trusted
 _PUNKT_SAMPLE_BYTES = 4_000_000
@@ -182,7 +182,7 @@ def _make_transforms(
     fim = combined = sentences = None
     described: dict[str, Any] = {}
     if options.fim_rate:
-        from dsv3_megatron.data.fim import FimOptions, FimTransform, find_fim_sentinels
+        from dsv3_megatron.data.transforms.fim import FimOptions, FimTransform, find_fim_sentinels
 
         sentinels = find_fim_sentinels(options.tokenizer_model, options.fim_sentinels)
         fim = FimTransform(FimOptions(options.fim_rate, options.fim_spm_rate, options.seed), sentinels)
@@ -192,8 +192,8 @@ def _make_transforms(
             "fim_sentinels": list(sentinels.names),
         }
     if options.split_combined_rate:
-        from dsv3_megatron.data.combined_tokens import CombinedTokenSplitter, find_combined_tokens
         from dsv3_megatron.data.tokenizer import load_tokenizer
+        from dsv3_megatron.data.transforms.combined_tokens import CombinedTokenSplitter, find_combined_tokens
 
         table = find_combined_tokens(load_tokenizer(options.tokenizer_model))
         combined = CombinedTokenSplitter(table, rate=options.split_combined_rate, seed=options.seed)
@@ -201,7 +201,7 @@ def _make_transforms(
     if described:
         described["seed"] = options.seed
     if options.split_sentences:
-        from dsv3_megatron.data.sentences import make_splitter
+        from dsv3_megatron.data.transforms.sentences import make_splitter
 
         # The whole job's input, not the shard's: every shard must learn the same model.
         portions = take_shard(files, Shard())
@@ -280,11 +280,17 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
-    suffix = "" if options.shard == "1/1" else Shard.parse(options.shard).suffix
-    unfinished = f"{options.output_prefix}{suffix}{FOLDER_SUFFIX}"
+    _say_what_is_kept(options)
+    return status
+
+
+def _say_what_is_kept(options: argparse.Namespace) -> None:
+    try:
+        unfinished = f"{options.output_prefix}{Shard.parse(options.shard).suffix}{FOLDER_SUFFIX}"
+    except ValueError:
+        return  # no such shard, so no work of it
     if os.path.exists(os.path.join(unfinished, "state.json")):
         print(f"finished work is kept in {unfinished}: --resume goes on from there", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

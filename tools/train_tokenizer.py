@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
-from dsv3_megatron.data.corpus import JsonlReader
-from dsv3_megatron.data.preprocess import expand_inputs
+from dsv3_megatron.data.reading.documents import read_documents
+from dsv3_megatron.data.reading.inputs import expand_inputs
 from dsv3_megatron.data.text_sample import TextSample, hold_out
 from dsv3_megatron.data.tokenizer import (
     MAX_VOCAB_SIZE,
@@ -50,7 +50,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "training; bytes per token is measured on them.",
     )
     add = parser.add_argument_group("input data").add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="JSON Lines files (.gz too), globs or folders")
+    add("--input", nargs="+", required=True, metavar="PATH", help="files, globs or folders, as for preprocess_data.py")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of the texts (text)")
     add = parser.add_argument_group("training").add_argument
     size = f"ids in total, special tokens included: {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}; DeepSeek-V3 has 129280"
@@ -69,19 +69,10 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _read_texts(inputs: Sequence[str], json_keys: Sequence[str]) -> Iterator[str]:
-    """Every text of the input, key after key. The one place that knows how inputs are read."""
-    paths: list[str] = []
-    for entry in inputs:
-        if os.path.isdir(entry):
-            found = sorted(str(path) for pattern in ("*.jsonl", "*.jsonl.gz") for path in Path(entry).rglob(pattern))
-            if not found:
-                raise ValueError(f"input {entry} is a folder without .jsonl or .jsonl.gz files")
-            paths.extend(found)
-        else:
-            paths.extend(expand_inputs([entry]))
+    """Every text of the input, key after key."""
+    files = expand_inputs(inputs)
     for key in json_keys:
-        for path in dict.fromkeys(paths):
-            yield from (document.text for document in JsonlReader(path, key))
+        yield from read_documents(files, key)
 
 
 class _Reading:

@@ -2,11 +2,13 @@
 
 Nothing is imported here, so that preprocessing does not pay for torch: import the module that is needed.
 
-    corpus.py      files -> Document; the quickstart's corpus    tokenizer.py   byte-level BPE like DeepSeek-V3's
-    encoder.py     texts -> ids, the seam for backends           indexed.py     .bin/.idx and their sidecar
-    preprocess.py  the three above in a row                      blend.py       --data-path, and checks before a run
-    datasets.py    .bin/.idx -> samples, with Megatron-Core      batches.py     samples -> Batch, with a position
-    ngram.py       unigram and bigram baselines                  fim.py         fill-in-the-middle on documents
-    sentences.py   documents -> sentences with Punkt             combined_tokens.py  punctuation + line breaks, split
-    keyed_random.py  random numbers of a document                text_sample.py  a bounded sample of a corpus
+Text:     reading/      files -> documents               corpus.py         the quickstart's corpus, from installed text
+          tokenizer.py  byte-level BPE like DeepSeek-V3's    text_sample.py  a bounded sample of a corpus
+To disk:  transforms/   what may happen to a document    encoder.py        texts -> ids: gigatoken or tokenizers
+          preprocess.py a job, from inputs to datasets   block_encoder.py  a piece of it, in a worker process
+          pool.py       worker processes                 job.py            how far a job has come, for going on with it
+On disk:  indexed.py    the .bin/.idx format, sidecars   indexed_writer.py writes it, in constant memory
+          merge.py      datasets joined                  inspection.py     statistics and verification
+Training: blend.py      --data-path, checks before a run datasets.py       .bin/.idx -> samples, with Megatron-Core
+          batches.py    samples -> Batch, with a position    ngram.py      unigram and bigram baselines
 """

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dsv3_megatron.data.blocks import Block
-from dsv3_megatron.data.combined_tokens import CombinedTokenSplitter
-from dsv3_megatron.data.documents import Reading, RecordReader, Text, too_large
 from dsv3_megatron.data.encoder import Encoder
-from dsv3_megatron.data.fim import FimTransform
 from dsv3_megatron.data.indexed import choose_dtype
-from dsv3_megatron.data.records import RecordError
-from dsv3_megatron.data.sentences import SentenceSplitter
+from dsv3_megatron.data.reading.blocks import Block
+from dsv3_megatron.data.reading.documents import Reading, RecordReader, Text, too_large
+from dsv3_megatron.data.reading.records import RecordError
+from dsv3_megatron.data.transforms.combined_tokens import CombinedTokenSplitter
+from dsv3_megatron.data.transforms.fim import FimTransform
+from dsv3_megatron.data.transforms.sentences import SentenceSplitter
 
 _FLUSH_TOKENS = 1 << 20
 

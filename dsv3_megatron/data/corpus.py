@@ -1,9 +1,8 @@
-"""Documents in: JSONL files as they come, and a small corpus made from text that every machine already has.
+"""A small corpus made from text that every machine already has, for the quickstart.
 
-Everything after this module sees a `Document`; where the text came from (file and byte offset) travels with it, so
-that any later error can point at the input. The quickstart corpus is made of the Python standard library's and the
-installed packages' sources and documentation. It needs no network, and two machines with the same packages produce
-the same bytes: the order is that of a hash of the path inside the library, never that of the file system.
+It is made of the Python standard library's and the installed packages' sources and documentation. It needs no network,
+and two machines with the same packages produce the same bytes: the order is that of a hash of the path inside the
+library, never that of the file system.
 
     python -m dsv3_megatron.data.corpus --output DIR --target-bytes 30000000
 """
@@ -11,7 +10,6 @@ the same bytes: the order is that of a hash of the path inside the library, neve
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import json
 import os
@@ -22,7 +20,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
 
 _TEXT_SUFFIXES = frozenset({".py", ".md", ".rst", ".txt"})
 _TEXT_NAMES = frozenset({"METADATA"})  # a wheel's README lives there
@@ -36,85 +33,6 @@ _MAX_LINE_BYTES = 1_000  # longer lines are tables and encoded data rather than 
 _MAX_SOURCE_SHARE = 1 / 6  # of the target, for one package: keeps the corpus varied
 _VALID_SHARE = 0.02
 DEFAULT_TARGET_BYTES = 30_000_000
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text and where it starts: `offset_bytes` counts from the beginning of `source` (uncompressed)."""
-
-    text: str
-    source: str
-    offset_bytes: int
-
-
-class JsonlReader:
-    """Iterates over the documents of one JSON Lines file (`.gz` is read through gzip).
-
-    Blank lines are skipped and counted in `num_blank_lines`; `num_documents` and `num_bytes` (uncompressed, line ends
-    included) grow while iterating. One reader is one pass.
-
-    Args:
-        path: The file.
-        json_key: The key that holds the text in each line's object.
-
-    Raises:
-        ValueError: when constructed, the file is missing or a directory; while iterating, a line is not UTF-8, not
-            JSON, not an object, lacks the key, or its value is not a string. The message gives file, line and byte.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], json_key: str = "text") -> None:
-        self.path = os.fspath(path)
-        self.json_key = json_key
-        self.num_documents = 0
-        self.num_blank_lines = 0
-        self.num_bytes = 0
-        if not os.path.isfile(self.path):
-            what = "is a directory" if os.path.isdir(self.path) else "does not exist"
-            raise ValueError(f"input {self.path} {what}: give a JSON Lines file, one object with a text per line")
-
-    def _open(self) -> IO[bytes]:
-        return gzip.open(self.path, "rb") if self.path.endswith(".gz") else open(self.path, "rb")  # type: ignore[return-value]
-
-    def __iter__(self) -> Iterator[Document]:
-        offset = 0
-        with self._open() as stream:
-            for line_number, line in enumerate(stream, start=1):
-                if line.isspace():
-                    self.num_blank_lines += 1
-                else:
-                    yield Document(self._text_of(line, line_number, offset), self.path, offset)
-                    self.num_documents += 1
-                offset += len(line)
-                self.num_bytes = offset
-
-    def _text_of(self, line: bytes, line_number: int, offset: int) -> str:
-        def fail(what: str, byte: int, way_out: str) -> ValueError:
-            return ValueError(f"{self.path}, line {line_number}, byte {byte}: {what}; {way_out}")
-
-        try:
-            string = line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise fail(f"not UTF-8 ({error.reason})", offset + error.start, "convert the file to UTF-8") from None
-        try:
-            record = json.loads(string)
-        except json.JSONDecodeError as error:
-            byte = offset + len(string[: error.pos].encode("utf-8"))
-            raise fail(f"invalid JSON ({error.msg})", byte, "each line must be one JSON object") from None
-        if not isinstance(record, dict):
-            raise fail(f"a JSON {type(record).__name__}", offset, "each line must be one JSON object")
-        if self.json_key not in record:
-            keys = ", ".join(sorted(map(str, record))) or "none"
-            raise fail(f"no key {self.json_key!r} (keys: {keys})", offset, "name the text's key with --json-keys")
-        text = record[self.json_key]
-        if not isinstance(text, str):
-            raise fail(f"{self.json_key!r} holds a {type(text).__name__}", offset, "the text must be a JSON string")
-        if b"\\u" in line:  # only an escape can bring in half of a surrogate pair
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                what = f"{self.json_key!r} has the lone surrogate {text[error.start]!r} at character {error.start}"
-                raise fail(what, offset, "it stands for no character: remove it") from None
-        return text
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,18 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from dsv3_megatron.data.block_encoder import BlockEncoder, EncodedBlock, Transforms
-from dsv3_megatron.data.blocks import BLOCK_BYTES, Block, Position, iterate_blocks
-from dsv3_megatron.data.documents import DEFAULT_MAX_DOCUMENT_BYTES, LineCounter, RecordReader, describe
 from dsv3_megatron.data.encoder import Encoder
 from dsv3_megatron.data.indexed import read_sidecar
 from dsv3_megatron.data.indexed_writer import DatasetWriter, WriterState, publish
-from dsv3_megatron.data.inputs import STDIN, InputFile, Portion, Shard, take_shard
 from dsv3_megatron.data.job import FOLDER_SUFFIX, Job, job_hash
 from dsv3_megatron.data.pool import WorkerDied, WorkerPool
+from dsv3_megatron.data.reading.blocks import BLOCK_BYTES, Block, Position, iterate_blocks
+from dsv3_megatron.data.reading.documents import DEFAULT_MAX_DOCUMENT_BYTES, LineCounter, RecordReader, describe
+from dsv3_megatron.data.reading.inputs import STDIN, InputFile, Portion, Shard, take_shard
 
 REJECTS_NAME = "rejects.jsonl"
 
@@ -42,7 +42,6 @@ class PreprocessOptions:
         is_overwrite_allowed: Replace existing datasets and drop unfinished work.
         is_resumed: Go on with unfinished work, if there is any.
         num_workers: Encoding processes.
-        block_bytes: Text per piece of work; the output does not depend on it.
         transform_options: What `Transforms` were made from, for the sidecar and to tell jobs apart.
     """
 
@@ -56,7 +55,6 @@ class PreprocessOptions:
     is_overwrite_allowed: bool = False
     is_resumed: bool = False
     num_workers: int = 1
-    block_bytes: int = BLOCK_BYTES
     transform_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -105,11 +103,9 @@ class Totals:
 
     def as_counts(self) -> dict[str, Any]:
         """As JSON values for the sidecar and the state, in a fixed order."""
-        counts = asdict(self)
-        del counts["input_bytes"]
-        for name in ("rejected", "notes"):
-            counts[name] = dict(sorted(counts[name].items()))
-        return counts
+        names = [item.name for item in fields(self) if item.name != "input_bytes"]
+        counts = {name: getattr(self, name) for name in names}
+        return counts | {name: dict(sorted(counts[name].items())) for name in ("rejected", "notes")}
 
     @classmethod
     def from_counts(cls, counts: dict[str, Any]) -> Totals:
@@ -195,7 +191,7 @@ def _encode_all(
             keys=options.keys,
             position=run.position,
             max_line_bytes=reader.max_line_bytes,
-            block_bytes=options.block_bytes,
+            block_bytes=BLOCK_BYTES,
         )
         for block, result, buffers in pool.map_ordered(blocks):
             run.take(block, result, buffers)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 
-from dsv3_megatron.data.keyed_random import DocumentRandom, check_probability, threshold_of
+from dsv3_megatron.data.transforms.keyed_random import DocumentRandom, check_probability, threshold_of
 
 
 class TextSample:

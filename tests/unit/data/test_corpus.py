@@ -1,64 +1,12 @@
-"""Documents from JSON Lines, with the place of every error, and the quickstart's corpus."""
+"""The quickstart's corpus."""
 
 import dataclasses
-import gzip
 import json
 from pathlib import Path
 
 import pytest
 
-from dsv3_megatron.data.corpus import Document, JsonlReader, build_quickstart_corpus, main
-
-
-def write(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
-def test_reader_gives_text_source_and_offset(tmp_path):
-    lines = ['{"text": "a\\n中"}\n', "\n", '{"other": 1, "text": ""}\n', '{"text": "last"}']
-    path = write(tmp_path / "x.jsonl", "".join(lines).encode())
-    reader = JsonlReader(path)
-    documents = list(reader)
-    offsets = [0, len(lines[0].encode()) + 1, len("".join(lines[:3]).encode())]
-    assert documents == [Document(t, str(path), o) for t, o in zip(["a\n中", "", "last"], offsets, strict=True)]
-    assert (reader.num_documents, reader.num_blank_lines, reader.num_bytes) == (3, 1, path.stat().st_size)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        documents[0].text = "other"
-
-
-def test_reader_takes_gzip_and_other_keys(tmp_path):
-    path = write(tmp_path / "x.jsonl.gz", gzip.compress(b'{"body": "zipped"}\n'))
-    assert [document.text for document in JsonlReader(path, "body")] == ["zipped"]
-
-
-GOOD_LINE = '{"text": "é"}\n'.encode()
-
-
-@pytest.mark.parametrize(
-    ("line", "byte", "message"),
-    [
-        (b'{"text": "a}\n', 9, "invalid JSON (Unterminated string starting at); each line must be one JSON object"),
-        ('{"é": 1, x}\n'.encode(), 10, "invalid JSON (Expecting property name enclosed in double quotes); each line"),
-        (b'{"text": "\xff"}\n', 10, "not UTF-8 (invalid start byte); convert the file to UTF-8"),
-        (b"[1, 2]\n", 0, "a JSON list; each line must be one JSON object"),
-        (b'{"body": "a", "id": 3}\n', 0, "no key 'text' (keys: body, id); name the text's key with --json-keys"),
-        (b'{"text": 3}\n', 0, "'text' holds a int; the text must be a JSON string"),
-        (b'{"text": "ab\\ud800"}\n', 0, "'text' has the lone surrogate '\\ud800' at character 2; it stands for no"),
-    ],
-)
-def test_reader_names_file_line_and_byte(tmp_path, line, byte, message):
-    path = write(tmp_path / "bad.jsonl", GOOD_LINE + b"\n" + line)
-    with pytest.raises(ValueError) as error:
-        list(JsonlReader(path))
-    assert str(error.value).startswith(f"{path}, line 3, byte {len(GOOD_LINE) + 1 + byte}: {message}")
-
-
-def test_reader_needs_a_file(tmp_path):
-    with pytest.raises(ValueError, match=r"input .*/none\.jsonl does not exist: give a JSON Lines file"):
-        JsonlReader(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match="is a directory: give a JSON Lines file"):
-        JsonlReader(tmp_path)
+from dsv3_megatron.data.corpus import build_quickstart_corpus, main
 
 
 def make_library(root: Path) -> Path:

@@ -18,13 +18,36 @@ from dsv3_megatron.data.encoder import (
 )
 from dsv3_megatron.data.tokenizer import EOS_TOKEN, load_tokenizer
 
-CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
 WORDY = st.lists(
-    st.sampled_from(["ab", "cde", "Fgh", " ", "  ", "\n", "\n\n", "\r\n", "\t", ".", ",", "'s", "1234", "é", "中文字", "。", "/",
-                     "😀", "\u3000", "\u0301", "<｜User｜>", "-"]), max_size=80
+    st.sampled_from(
+        [
+            "ab",
+            "cde",
+            "Fgh",
+            " ",
+            "  ",
+            "\n",
+            "\n\n",
+            "\r\n",
+            "\t",
+            ".",
+            ",",
+            "'s",
+            "1234",
+            "é",
+            "中文字",
+            "。",
+            "/",
+            "😀",
+            "\u3000",
+            "\u0301",
+            "<｜User｜>",
+            "-",
+        ]
+    ),
+    max_size=80,
 ).map("".join)
 
 
@@ -33,8 +56,12 @@ def make_tokenizer(folder, pre_tokenizer, texts, normalizer=None):
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
     if normalizer is not None:
         tokenizer.normalizer = normalizer
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[EOS_TOKEN, "<｜User｜>"], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=[EOS_TOKEN, "<｜User｜>"],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator([*texts, *PROBE_TEXTS, "ab cde\nFgh. 中文字。\n中文字"], trainer)
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -44,9 +71,12 @@ def make_tokenizer(folder, pre_tokenizer, texts, normalizer=None):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, texts, tokenizer_dir):
     root = tmp_path_factory.mktemp("encoders")
-    cl100k = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(CL100K), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    ])
+    cl100k = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CL100K), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     return {
         "deepseek-v3": tokenizer_dir,
         "gpt2": make_tokenizer(root / "gpt2", pre_tokenizers.ByteLevel(add_prefix_space=False), texts),
@@ -107,12 +137,16 @@ def test_long_texts_in_pieces(encoders, monkeypatch, texts):
             assert np.concatenate(list(reference.encode_pieces(given_text))).tolist() == reference.encode(text).tolist()
 
 
-@pytest.mark.parametrize("change", [
-    lambda content: content.update(normalizer={"type": "NFC"}),
-    lambda content: content["added_tokens"][1].update(rstrip=True),
-    lambda content: content["added_tokens"][1].update(content="a b"),
-    lambda content: content["pre_tokenizer"].update(add_prefix_space=True),
-], ids=["normalizer", "rstrip", "token with a space", "prefix space"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.update(normalizer={"type": "NFC"}),
+        lambda content: content["added_tokens"][1].update(rstrip=True),
+        lambda content: content["added_tokens"][1].update(content="a b"),
+        lambda content: content["pre_tokenizer"].update(add_prefix_space=True),
+    ],
+    ids=["normalizer", "rstrip", "token with a space", "prefix space"],
+)
 def test_texts_are_not_cut_where_it_would_show(folders, tmp_path, change):
     content = json.loads((folders["gpt2"] / "tokenizer.json").read_text())
     assert GigatokenEncoder(folders["gpt2"], HuggingFaceEncoder(folders["gpt2"]))._is_cut_safe
@@ -122,7 +156,9 @@ def test_texts_are_not_cut_where_it_would_show(folders, tmp_path, change):
 
 
 def test_memory_is_given_back(folders):
-    encoder = GigatokenEncoder(folders["deepseek-v3"], HuggingFaceEncoder(folders["deepseek-v3"]), max_cache_bytes=20_000_000)
+    encoder = GigatokenEncoder(
+        folders["deepseek-v3"], HuggingFaceEncoder(folders["deepseek-v3"]), max_cache_bytes=20_000_000
+    )
     random = np.random.default_rng(0)
     before = encoder._tokenizer
     sizes = []
@@ -160,7 +196,9 @@ def test_one_different_id_is_seen(encoders, texts):
     last = reference.encode(texts[7]).size - 1
     expected = f"other ids than tokenizers for file, byte 7, from token {last}"
     assert prove_equal(Wrong(reference, texts[7]), reference, samples) == expected
-    assert prove_equal(Wrong(reference, PROBE_TEXTS[4]), reference, []).startswith("other ids than tokenizers for a probe")
+    assert prove_equal(Wrong(reference, PROBE_TEXTS[4]), reference, []).startswith(
+        "other ids than tokenizers for a probe"
+    )
 
 
 def test_choice(folders, tmp_path, texts, monkeypatch):
@@ -171,7 +209,9 @@ def test_choice(folders, tmp_path, texts, monkeypatch):
     with pytest.raises(ValueError, match="tokenizer_backend='spacy' must be one of auto, gigatoken, huggingface"):
         choose_encoder(folders["deepseek-v3"], samples, backend="spacy")
     # One that gigatoken refuses, one that it gets wrong, and none installed.
-    lower = make_tokenizer(tmp_path / "lower", pre_tokenizers.ByteLevel(add_prefix_space=False), texts, normalizers.Lowercase())
+    lower = make_tokenizer(
+        tmp_path / "lower", pre_tokenizers.ByteLevel(add_prefix_space=False), texts, normalizers.Lowercase()
+    )
     encoder, why = choose_encoder(lower, samples)
     assert encoder.name == "huggingface" and why.startswith("gigatoken cannot load it: ")
     with pytest.raises(ValueError, match="tokenizer_backend=gigatoken cannot be used: gigatoken cannot load it"):
@@ -188,8 +228,10 @@ def test_escaped_line_breaks_in_split_patterns(folders, tmp_path):
     """Both spellings of DeepSeek-V3's pattern are the same tokenizer to gigatoken."""
     content = json.loads((folders["deepseek-v3"] / "tokenizer.json").read_text(encoding="utf-8"))
     pattern = content["pre_tokenizer"]["pretokenizers"][2]["pattern"]
-    spellings = {pattern["Regex"].replace("\r", r"\r").replace("\n", r"\n"),
-                 pattern["Regex"].replace(r"\r", "\r").replace(r"\n", "\n")}
+    spellings = {
+        pattern["Regex"].replace("\r", r"\r").replace("\n", r"\n"),
+        pattern["Regex"].replace(r"\r", "\r").replace(r"\n", "\n"),
+    }
     assert len(spellings) == 2
     for number, spelling in enumerate(spellings):
         pattern["Regex"] = spelling

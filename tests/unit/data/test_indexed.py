@@ -234,8 +234,14 @@ def test_writing_goes_on_from_a_state(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw[:-1], r"d\.bin has 5 bytes where 6 were written, after a crash of the machine, say: start over"),
-        (lambda raw: b"\x07" + raw[1:], r"d\.bin is not what was written, after a crash of the machine, say: start over"),
+        (
+            lambda raw: raw[:-1],
+            r"d\.bin has 5 bytes where 6 were written, after a crash of the machine, say: start over",
+        ),
+        (
+            lambda raw: b"\x07" + raw[1:],
+            r"d\.bin is not what was written, after a crash of the machine, say: start over",
+        ),
     ],
 )
 def test_a_state_that_the_files_do_not_bear_out_is_refused(tmp_path, change, message):

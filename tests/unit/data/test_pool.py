@@ -32,7 +32,9 @@ def is_alive(pid):
 def test_results_come_in_order(num_workers):
     with WorkerPool(square, num_workers) as pool:
         pids = pids_of(pool)
-        results = [(item, result, [len(part) for part in buffers]) for item, result, buffers in pool.map_ordered(range(60))]
+        results = [
+            (item, result, [len(part) for part in buffers]) for item, result, buffers in pool.map_ordered(range(60))
+        ]
     assert results == [(item, item * item, [item * 1000, 0]) for item in range(60)]
     assert not any(map(is_alive, pids))
 
@@ -87,7 +89,9 @@ def die_at_five(item):
 def test_a_killed_worker_is_noticed():
     with WorkerPool(die_at_five, 2) as pool:
         pids = pids_of(pool)
-        with pytest.raises(WorkerDied, match=r"worker process \d+ was killed by SIGKILL \(was memory short\?\)") as error:
+        with pytest.raises(
+            WorkerDied, match=r"worker process \d+ was killed by SIGKILL \(was memory short\?\)"
+        ) as error:
             list(pool.map_ordered(range(20)))
         assert error.value.item == 5
     assert not any(map(is_alive, pids))
@@ -118,7 +122,9 @@ with WorkerPool(slow, 3) as pool:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_their_parent(number):
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 3 and all(map(is_alive, pids))
     time.sleep(0.2)

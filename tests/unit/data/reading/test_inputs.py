@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.data.blocks import Position, iterate_blocks
-from dsv3_megatron.data.documents import Reading, RecordReader, read_documents, sample_documents
-from dsv3_megatron.data.inputs import InputFile, Shard, expand_inputs, take_shard
+from dsv3_megatron.data.reading.blocks import Position, iterate_blocks
+from dsv3_megatron.data.reading.documents import Reading, RecordReader, read_documents, sample_documents
+from dsv3_megatron.data.reading.inputs import InputFile, Shard, expand_inputs, take_shard
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -34,8 +34,9 @@ def texts_of(files, *, shard=Shard(), position=Position(), block_bytes=50, keys=
     reader = RecordReader(files, keys)
     found, positions = [], []
     portions = take_shard(files, shard)
-    for block in iterate_blocks(files, portions, keys=keys, position=position,
-                                max_line_bytes=reader.max_line_bytes, block_bytes=block_bytes):
+    for block in iterate_blocks(
+        files, portions, keys=keys, position=position, max_line_bytes=reader.max_line_bytes, block_bytes=block_bytes
+    ):
         reading = Reading()
         for record in reader.read(block, reading):
             (text,) = record.texts
@@ -68,8 +69,11 @@ def mixed(tmp_path):
 def test_formats_and_order(mixed):
     files, _ = mixed
     kinds = [(file.format, file.compression) for file in files]
-    assert kinds == [("jsonl", ""), ("jsonl", "gz"), ("jsonl", "bz2"), ("jsonl", "xz"), ("jsonl", "zst"),
-                     ("parquet", "")] + [("text", "")] * 9
+    assert (
+        kinds
+        == [("jsonl", ""), ("jsonl", "gz"), ("jsonl", "bz2"), ("jsonl", "xz"), ("jsonl", "zst"), ("parquet", "")]
+        + [("text", "")] * 9
+    )
 
 
 @pytest.mark.parametrize("block_bytes", [1, 40, 333, 10**6])
@@ -93,8 +97,13 @@ def test_shards_are_the_job(mixed, count):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.text("ab\n é", max_size=30), max_size=12), st.integers(1, 80), st.integers(1, 5), st.booleans(),
-       st.sampled_from(["\n", "\r\n", "\n\n"]))
+@given(
+    st.lists(st.text("ab\n é", max_size=30), max_size=12),
+    st.integers(1, 80),
+    st.integers(1, 5),
+    st.booleans(),
+    st.sampled_from(["\n", "\r\n", "\n\n"]),
+)
 def test_lines_cut_anywhere(tmp_path, texts, block_bytes, count, ends_with_newline, end):
     content = jsonl(texts, end) if texts else b""
     (tmp_path / "x.jsonl").write_bytes(content if ends_with_newline else content.rstrip(b"\r\n"))
@@ -129,7 +138,10 @@ def test_folders(tmp_path, capsys):
     for name in ("b.py", "sub/a", ".hidden/x", ".x"):
         (tmp_path / "texts" / name).write_text(name)
     found = expand_inputs([str(tmp_path / "texts")])
-    assert [(file.path.removeprefix(f"{tmp_path}/texts/"), file.format) for file in found] == [("b.py", "text"), ("sub/a", "text")]
+    assert [(file.path.removeprefix(f"{tmp_path}/texts/"), file.format) for file in found] == [
+        ("b.py", "text"),
+        ("sub/a", "text"),
+    ]
     (tmp_path / "texts" / "c.jsonl.gz").touch()
     assert [file.format for file in expand_inputs([str(tmp_path / "texts")])] == ["jsonl"]
     assert "1 JSON lines and Parquet files taken, 2 others left" in capsys.readouterr().err
@@ -149,10 +161,18 @@ def test_a_format_that_is_given_counts(tmp_path):
 @pytest.mark.parametrize(
     ("patterns", "keywords", "message"),
     [
-        (["none.jsonl"], {}, "input none.jsonl does not exist: give files, globs or folders of JSON lines, Parquet or text"),
+        (
+            ["none.jsonl"],
+            {},
+            "input none.jsonl does not exist: give files, globs or folders of JSON lines, Parquet or text",
+        ),
         (["no*.jsonl"], {}, r"input no\*.jsonl matches no file: give"),
         (["-"], {"format": "parquet"}, "input -: Parquet cannot be read from standard input; give a file"),
-        (["-"], {"format": "text"}, "input -: a text file cannot be read from standard input; give a file, or JSON lines"),
+        (
+            ["-"],
+            {"format": "text"},
+            "input -: a text file cannot be read from standard input; give a file, or JSON lines",
+        ),
         (["-"], {"format": "csv"}, "input_format='csv' must be one of auto, jsonl, parquet, text"),
     ],
 )

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_megatron.data.inputs import STDIN, InputFile, Portion
-from dsv3_megatron.data.records import Reject
-from dsv3_megatron.data.streams import line_blocks, open_stream
+from dsv3_megatron.data.reading.inputs import STDIN, InputFile, Portion
+from dsv3_megatron.data.reading.records import Reject
+from dsv3_megatron.data.reading.streams import line_blocks, open_stream
 
 BLOCK_BYTES = 8_000_000
 _MAX_ROWS = 65_536

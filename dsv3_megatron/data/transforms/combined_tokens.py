@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv3_megatron.data.keyed_random import NUMBER_RANGE, DocumentRandom, check_probability, threshold_of
+from dsv3_megatron.data.transforms.keyed_random import NUMBER_RANGE, DocumentRandom, check_probability, threshold_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

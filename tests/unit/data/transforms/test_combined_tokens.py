@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from dsv3_megatron.data.combined_tokens import (
+from dsv3_megatron.data.tokenizer import count_ids, load_tokenizer, save_tokenizer, train_tokenizer
+from dsv3_megatron.data.transforms.combined_tokens import (
     CombinedTokens,
     CombinedTokenSplitter,
     find_combined_tokens,
     split_parts,
 )
-from dsv3_megatron.data.tokenizer import count_ids, load_tokenizer, save_tokenizer, train_tokenizer
 
 ENDINGS = [".\n", ".\n\n", ");\n", " {\n", "。\n", ":\r\n", "}\n", ";\n", " //\n", "…\n\n"]
 RATE = 0.3

@@ -31,8 +31,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv3_megatron.data.keyed_random import NUMBER_RANGE, DocumentRandom, check_probability, threshold_of
 from dsv3_megatron.data.tokenizer import FIM_BEGIN_TOKEN, FIM_END_TOKEN, FIM_HOLE_TOKEN
+from dsv3_megatron.data.transforms.keyed_random import NUMBER_RANGE, DocumentRandom, check_probability, threshold_of
 
 MIN_CHARACTERS = 3
 DEFAULT_SENTINEL_NAMES = (FIM_BEGIN_TOKEN, FIM_HOLE_TOKEN, FIM_END_TOKEN)

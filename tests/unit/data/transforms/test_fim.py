@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.data.fim import (
+from dsv3_megatron.data.tokenizer import FIM_BEGIN_TOKEN, FIM_END_TOKEN, FIM_HOLE_TOKEN, load_tokenizer
+from dsv3_megatron.data.transforms.fim import (
     DEFAULT_SENTINEL_NAMES,
     FimForm,
     FimOptions,
@@ -18,7 +19,6 @@ from dsv3_megatron.data.fim import (
     find_fim_sentinels,
     invert_fim,
 )
-from dsv3_megatron.data.tokenizer import FIM_BEGIN_TOKEN, FIM_END_TOKEN, FIM_HOLE_TOKEN, load_tokenizer
 
 SENTINELS = FimSentinels(901, 900, 902, DEFAULT_SENTINEL_NAMES)
 unicode_texts = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("\r\n\r\n. é👩🏽‍🚀")))

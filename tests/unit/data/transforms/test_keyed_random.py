@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.data.keyed_random import NUMBER_RANGE, DocumentRandom, check_probability, threshold_of
+from dsv3_megatron.data.transforms.keyed_random import NUMBER_RANGE, DocumentRandom, check_probability, threshold_of
 
 
 @settings(deadline=None)
@@ -57,7 +57,7 @@ def test_what_is_no_seed(seed):
 
 def test_workers_import_the_transforms_without_heavy_packages():
     code = (
-        "import sys, dsv3_megatron.data.fim, dsv3_megatron.data.combined_tokens, dsv3_megatron.data.sentences\n"
+        "import sys, dsv3_megatron.data.transforms.fim, dsv3_megatron.data.transforms.combined_tokens, dsv3_megatron.data.transforms.sentences\n"
         "print(sorted({'torch', 'megatron', 'transformers', 'nltk', 'tokenizers', 'regex'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

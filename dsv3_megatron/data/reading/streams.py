@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from dsv3_megatron.data.inputs import STDIN, InputFile
-from dsv3_megatron.data.records import Reject
+from dsv3_megatron.data.reading.inputs import STDIN, InputFile
+from dsv3_megatron.data.reading.records import Reject
 
 READ_BYTES = 1 << 20
 _SCAN_BYTES = 1 << 18
@@ -53,13 +53,14 @@ def _decompressor(compression: str) -> Any:
 
 
 def read_some(stream: IO[bytes], num_bytes: int = READ_BYTES) -> bytes:
-    """Up to num_bytes more; nothing at the end.
+    """Up to num_bytes more, as they come (what lies before damage is not lost to it); nothing at the end.
 
     Raises:
         DamagedFile: the compressed data ends early or is broken.
     """
     try:
-        return stream.read(num_bytes)
+        read: Callable[[int], bytes] = getattr(stream, "read1", stream.read)
+        return read(num_bytes)
     except EOFError:
         raise DamagedFile("the compressed file is cut short") from None
     except Exception as error:  # each library has a class of its own

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_megatron.data import records
-from dsv3_megatron.data.records import LineParser, RecordError, find_invalid_utf8
+from dsv3_megatron.data.reading.records import LineParser, RecordError, find_invalid_utf8
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 JSON_VALUES = st.recursive(
@@ -42,13 +42,22 @@ def test_long_texts_in_pieces(text, is_ascii, piece_bytes):
 
 
 def test_several_keys_in_the_order_asked_for():
-    assert LineParser(["b", "a-b", "class"]).parse(b'{"class": "3", "a-b": "2", "x": {"b": 0}, "b": "1"}') == ["1", "2", "3"]
+    assert LineParser(["b", "a-b", "class"]).parse(b'{"class": "3", "a-b": "2", "x": {"b": 0}, "b": "1"}') == [
+        "1",
+        "2",
+        "3",
+    ]
 
 
 def test_what_json_takes_is_taken():
     parser = LineParser(["text"])
-    for line in (b'{"text": "a", "n": NaN}', b'{"text": "a", "n": 1e999}', b'{"text": "b", "text": "a"}\r',
-                 b'{"text": "a", "x": "\\ud800"}', b' {"te\\u0078t": "a"} '):
+    for line in (
+        b'{"text": "a", "n": NaN}',
+        b'{"text": "a", "n": 1e999}',
+        b'{"text": "b", "text": "a"}\r',
+        b'{"text": "a", "x": "\\ud800"}',
+        b' {"te\\u0078t": "a"} ',
+    ):
         assert parser.parse(line) == ["a"] == ["".join(part) for part in parser.parse_long(memoryview(line))]
     assert parser.parse(b'{"text": "\\u0000"}') == ["\0"]  # a character like any other, as for Megatron-LM's tool
 
@@ -59,14 +68,24 @@ BAD_LINES = [
     (b'{"text": "\xc3\xa9"} x', "invalid JSON", 15, "invalid JSON (Extra data); each line"),
     (b'{"text": "a\tb"}', "invalid JSON", 11, "invalid JSON (Invalid control character at); each line"),
     (b'{"text": "a\0b"}', "NUL byte", 11, "a NUL byte; is it a text file? remove it"),
-    (b'\xef\xbb\xbf{"text": "a"}', "byte-order mark", 0, "a byte-order mark inside the file; were files joined? remove it"),
+    (
+        b'\xef\xbb\xbf{"text": "a"}',
+        "byte-order mark",
+        0,
+        "a byte-order mark inside the file; were files joined? remove it",
+    ),
     (b'["text"]', "not an object", 0, "a JSON list; each line must be one JSON object"),
     (b'{"t": 1, "u": 2}', "missing key", 0, "no key 'text' (keys: t, u); name the text's key with --json-keys"),
     (b"{}", "missing key", 0, "no key 'text' (keys: none); name"),
     (b'{"text": null}', "not a string", 0, "'text' holds a null; the text must be a JSON string"),
     (b'{"text": 5}', "not a string", 0, "'text' holds a int; the text must be a JSON string"),
     (b'{"text": ["a"]}', "not a string", 0, "'text' holds a list; the text must be a JSON string"),
-    (b'{"text": "ab\\ud800c"}', "lone surrogate", 0, r"'text' has the lone surrogate '\ud800' at character 2; it stands"),
+    (
+        b'{"text": "ab\\ud800c"}',
+        "lone surrogate",
+        0,
+        r"'text' has the lone surrogate '\ud800' at character 2; it stands",
+    ),
     (b'{"text": "\xff"}', "invalid UTF-8", 10, "not UTF-8 (byte 0xff); convert the file to UTF-8, with iconv"),
     (b'{"text": "\xed\xa0\x80"}', "invalid UTF-8", 10, "not UTF-8 (byte 0xed); convert"),
     (b'{"text":' + b"[" * 100_000, "invalid JSON", 0, "JSON nested too deeply; flatten it"),
@@ -74,7 +93,9 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize("is_long", [False, True], ids=["line", "long line"])
-@pytest.mark.parametrize(("line", "reason", "byte", "message"), BAD_LINES, ids=[f"{line[:24]!r}" for line, *_ in BAD_LINES])
+@pytest.mark.parametrize(
+    ("line", "reason", "byte", "message"), BAD_LINES, ids=[f"{line[:24]!r}" for line, *_ in BAD_LINES]
+)
 def test_what_is_wrong_is_said(line, reason, byte, message, is_long):
     parser = LineParser(["text"])
     with pytest.raises(RecordError) as error:

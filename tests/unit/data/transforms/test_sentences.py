@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_megatron.data import sentences
-from dsv3_megatron.data.sentences import (
+from dsv3_megatron.data.transforms.sentences import (
     PunktModel,
     SentenceSplitter,
     load_installed_model,

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from dsv3_megatron.data.blocks import BLOCK_BYTES, Block, Column, Position, iterate_blocks
-from dsv3_megatron.data.inputs import InputFile, Portion, Shard, take_shard
-from dsv3_megatron.data.records import (
+from dsv3_megatron.data.reading.blocks import BLOCK_BYTES, Block, Column, Position, iterate_blocks
+from dsv3_megatron.data.reading.inputs import InputFile, Portion, Shard, take_shard
+from dsv3_megatron.data.reading.records import (
     LONG_LINE_BYTES,
     UTF8_BOM,
     LineParser,
@@ -21,7 +21,7 @@ from dsv3_megatron.data.records import (
     find_invalid_utf8,
     invalid_utf8,
 )
-from dsv3_megatron.data.streams import DamagedFile, count_lines, open_stream, read_lines, read_some
+from dsv3_megatron.data.reading.streams import DamagedFile, count_lines, open_stream, read_lines, read_some
 
 DEFAULT_MAX_DOCUMENT_BYTES = 1_000_000_000
 _SAMPLE_BLOCK_BYTES = 64_000
