@@ -115,6 +115,7 @@ class OneStepTrainer(Trainer):
 
     def _build_data(self) -> None:
         samples = RandomSamples(self.run.model.vocab_size)
+        self.eod_id = None
         self.batches: list[BatchIterator] = [self._iterate(samples, 0) for _ in self.chunks]
 
     def _build_reports(self) -> None:
