@@ -131,6 +131,21 @@ def test_an_mtp_target_beyond_the_document_is_found(build, groups, monkeypatch):
         check(build, groups, variant("plain"), BOUNDS[2])
 
 
+@pytest.mark.parametrize(("is_there", "has_documents", "chosen", "reason"), [
+    (True, False, "transformer_engine", ""),
+    (True, True, "local", " (it isolates documents)"),
+    (False, True, "local", " (no transformer_engine package and no CUDA device)"),
+])
+def test_auto_builds_modules_that_know_documents(groups, monkeypatch, caplog, is_there, has_documents, chosen, reason):
+    from dsv3_megatron.model import specs
+
+    monkeypatch.setattr(specs, "_is_installed", lambda package: is_there)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+    with caplog.at_level("INFO", "dsv3_megatron"):
+        assert specs.resolve_transformer_impl("auto", has_documents=has_documents) == chosen
+    assert caplog.messages == [f"transformer_impl auto: {chosen}{reason}"]
+
+
 def test_restarting_positions_alone(build):
     """Without isolation they matter: queries and keys are those of the documents alone, and attention is not."""
     from dsv3_megatron.model.documents import PackedDocuments
