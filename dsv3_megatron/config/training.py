@@ -115,7 +115,8 @@ class DataConfig:
     """Where the tokens are, and how documents share a sequence. A data path is a prefix: PREFIX.bin and PREFIX.idx.
 
     Documents are packed, and by default nothing keeps those of one sequence apart. Source: DeepSeek-V3 report, section
-    4.1. The three switches are Megatron-LM's.
+    4.1. The three switches are Megatron-LM's. The routers do not know of them: balance losses stay per sequence and
+    expert loads per step, of all tokens.
     """
 
     data_path: list[str] = option([], nargs="*", help="training data: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...")

@@ -26,7 +26,7 @@ BACKENDS = ("auto", "blocked", "sdpa_padded", "sdpa", "reference")
 # Of each sequence: where its documents begin, from 0, and at the end its length.
 DocumentBounds = tuple[tuple[int, ...], ...]
 # Neighbouring sequences with the same documents, as (first sequence, end), and the (start, end) of these documents.
-_Run = tuple[tuple[int, int], tuple[tuple[int, int], ...]]
+_Group = tuple[tuple[int, int], tuple[tuple[int, int], ...]]
 
 _QUERY_BLOCK = 128
 # A tile of scores [heads, _QUERY_BLOCK, S] should stay in a core's L2 cache.
@@ -80,13 +80,13 @@ def causal_attention(
         return causal_attention(
             *packed, softmax_scale=softmax_scale, document_bounds=document_bounds, backend=backend
         ).squeeze(1)
-    runs = _runs(document_bounds, *q_SBND.shape[:2])
+    groups = _group_sequences(document_bounds, *q_SBND.shape[:2])
     if backend == "blocked":
-        return _BlockedAttention.apply(q_SBND, k_SBND, v_SBNV, softmax_scale, runs)
+        return _BlockedAttention.apply(q_SBND, k_SBND, v_SBNV, softmax_scale, groups)
     attend = reference_attention if backend == "reference" else _sdpa
     padded_width = q_SBND.shape[-1] if backend == "sdpa_padded" else v_SBNV.shape[-1]
     columns = []
-    for (first, last), documents in runs:
+    for (first, last), documents in groups:
         parts = []
         for start, end in documents:
             q, k, v = (t[start:end, first:last] for t in (q_SBND, k_SBND, v_SBNV))
@@ -106,7 +106,7 @@ def reference_attention(
     return torch.einsum("bnst,tbnv->sbnv", probabilities, v).to(v_SBNV.dtype)
 
 
-def _runs(document_bounds: DocumentBounds | None, length: int, batch: int) -> tuple[_Run, ...]:
+def _group_sequences(document_bounds: DocumentBounds | None, length: int, batch: int) -> tuple[_Group, ...]:
     """The documents of all sequences, those of neighbours that are cut alike together."""
     if document_bounds is None:
         return (((0, batch), ((0, length),)),)
@@ -120,13 +120,13 @@ def _runs(document_bounds: DocumentBounds | None, length: int, batch: int) -> tu
                 f"document_bounds[{row}]={list(bounds)} must rise from 0 to the sequence length {length}; drop the "
                 "padding"
             )
-    runs, first = [], 0
+    groups, first = [], 0
     for bounds, rows in itertools.groupby(document_bounds):
         last = first + len(list(rows))
         documents = tuple((start, end) for start, end in itertools.pairwise(bounds) if end > start)
-        runs.append(((first, last), documents))
+        groups.append(((first, last), documents))
         first = last
-    return tuple(runs)
+    return tuple(groups)
 
 
 def _sdpa(
@@ -148,10 +148,10 @@ def _head_major(x_SBND: torch.Tensor) -> torch.Tensor:
     return out.copy_(x_SBND.permute(1, 2, 0, 3)).flatten(0, 1)
 
 
-def _tiles(heads: int, runs: tuple[_Run, ...]) -> list[tuple[slice, int, slice]]:
+def _tiles(heads: int, groups: tuple[_Group, ...]) -> list[tuple[slice, int, slice]]:
     """(rows of heads, document start, queries) of every tile; its keys run from that start to its last query."""
     tiles = []
-    for (first_sequence, last_sequence), documents in runs:
+    for (first_sequence, last_sequence), documents in groups:
         first_row, last_row = first_sequence * heads, last_sequence * heads
         for start, end in documents:
             rows = max(1, min(last_row - first_row, _TILE_BYTES // (4 * _QUERY_BLOCK * (end - start))))
@@ -187,17 +187,17 @@ class _BlockedAttention(torch.autograd.Function):
         k_SBND: torch.Tensor,
         v_SBNV: torch.Tensor,
         softmax_scale: float,
-        runs: tuple[_Run, ...],
+        groups: tuple[_Group, ...],
     ) -> torch.Tensor:
         q, k, v = _head_major(q_SBND).mul_(softmax_scale), _head_major(k_SBND), _head_major(v_SBNV)
         num_rows, length, width = v.shape
         heads = v_SBNV.shape[2]
         out_SGV = torch.empty((length, num_rows, width), dtype=v.dtype, device=v.device)
         out = out_SGV.transpose(0, 1)
-        tiles, future = _tiles(heads, runs), _future_mask(q)
+        tiles, future = _tiles(heads, groups), _future_mask(q)
         # Half of each document's square, 4 bytes.
         kept_bytes = sum((last - first) * heads * (end - start) ** 2 * 2
-                         for (first, last), documents in runs for start, end in documents)
+                         for (first, last), documents in groups for start, end in documents)
         keep = kept_bytes <= _KEPT_PROBABILITY_BYTES
         kept: list[torch.Tensor] = []
         for tile in tiles:

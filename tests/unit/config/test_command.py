@@ -122,6 +122,23 @@ def test_check_only_says_nothing_where_all_is_well(data: str, tmp_path: Path, ca
     assert (captured.out, captured.err) == ("", "")
 
 
+def test_every_run_checks_its_tokenizer_against_the_datas(data: str, tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str],
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not --check-only alone; the tokenizer that made the data is let through to the training."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(train, "_train", lambda command, rank: 77)
+    arguments = ["--data-path", data, "--tokenizer-model", str(tmp_path)]
+    assert train.main(arguments) == 2
+    mine = fingerprint(tmp_path)
+    assert capsys.readouterr().err == (
+        f"error: the data was made by tokenizer 0123456789ab, the run's tokenizer_model is {mine[:12]}: give the "
+        "tokenizer that made the data, or preprocess again\n")
+    with DatasetWriter(data, vocab_size=2048, tokenizer_fingerprint=mine, is_overwrite_allowed=True) as writer:
+        writer.add_documents(np.arange(10), np.array([4, 6]))
+    assert train.main(arguments) == 77
+
+
 def test_check_only_plans_for_the_processes_it_is_told(data: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--check-only", "--data-path", data, "--expert-model-parallel-size", "2"]
     assert train.main([*arguments, "--world-size", "2"]) == 0
