@@ -60,6 +60,7 @@ def _check_inputs(command: Command) -> None:
     from dsv3_megatron.checkpoint.layout import check_architecture, check_save_directory
     from dsv3_megatron.data.blend import check_data, parse_blend
     from dsv3_megatron.data.datasets import parse_split
+    from dsv3_megatron.data.document_ends import resolve_eod_id
     from dsv3_megatron.data.tokenizer import fingerprint
     from dsv3_megatron.parallel.layout import stage_layouts
 
@@ -74,6 +75,8 @@ def _check_inputs(command: Command) -> None:
         parse_split(run.data.split)
     tokenizer = fingerprint(run.data.tokenizer_model) if run.data.tokenizer_model else None
     check_data(prefixes, vocab_size=run.model.vocab_size, tokenizer_fingerprint=tokenizer)
+    if run.data.document_flags:
+        resolve_eod_id(prefixes, tokenizer_model=run.data.tokenizer_model, flags=run.data.document_flags)
     if run.checkpoint.load:
         check_architecture(run.checkpoint.load, run)
     if run.checkpoint.save:

@@ -5,6 +5,10 @@ number of tokens, one optimizer step, one update of the routers' biases. The los
 over its tokens: main loss + lambda / D * sum of the MTP losses (each summed over the positions that have
 a target and divided by all positions, as in the report) + the balance losses, mean over sequences.
 
+Every pipeline stage reads the batch itself, so each knows where its documents end, if they are isolated: attention and
+the MTP modules treat a document as a sequence. Balance losses stay per sequence and expert loads per step: the router
+sees tokens, not documents.
+
 Shapes: B micro-batch, S sequence, L layers with MTP modules, E experts.
 """
 
@@ -35,6 +39,7 @@ from dsv3_megatron.metrics.progress import Progress
 from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.model.build import build_stages, wrap_stages
+from dsv3_megatron.model.documents import PackedDocuments
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.lr import learning_rate
@@ -84,7 +89,9 @@ class Trainer:
         self._build_reports()
 
     def _build_data(self) -> None:
-        self.data = build_datasets(dataset_config(self.run))
+        config = dataset_config(self.run)
+        self.eod_id = config.eod_id
+        self.data = build_datasets(config)
         self.batches = [self._iterate(self.data.train, self.consumed_samples) for _ in self.chunks]
 
     def _iterate(self, dataset: Any, consumed_samples: int) -> BatchIterator:
@@ -92,7 +99,7 @@ class Trainer:
         return BatchIterator(
             dataset, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
             data_parallel_rank=self.groups.dp.rank(), data_parallel_size=self.groups.dp.size(),
-            consumed_samples=consumed_samples)
+            consumed_samples=consumed_samples, eod_id=self.eod_id if self.run.data.reset_attention_mask else None)
 
     def _build_reports(self) -> None:
         training, log = self.run.training, self.run.logging
@@ -222,8 +229,12 @@ class Trainer:
                       ) -> tuple[Any, Callable[[TokenLosses], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]]:
         """Megatron-Core's forward step: a micro-batch through one chunk, and how its output becomes a loss."""
         batch = next(batches).to(self.device.torch_device, is_non_blocking=True)
+        documents = None
+        if self.run.data.has_document_attention:
+            documents = PackedDocuments(batch.document_bounds,
+                                        batch.position_ids_BS if self.run.data.reset_position_ids else None)
         output = chunk(input_ids=batch.tokens_BS, position_ids=batch.position_ids_BS, attention_mask=None,
-                       labels=batch.labels_BS)
+                       packed_seq_params=documents, labels=batch.labels_BS)
         return output, partial(sum_losses, batch.loss_mask_BS,
                                mtp_weight=get_model_config(chunk).mtp_loss_scaling_factor)
 
@@ -268,15 +279,18 @@ def sum_losses(loss_mask_BS: torch.Tensor, losses: TokenLosses, *, mtp_weight: f
     """A micro-batch's loss, summed over its tokens.
 
     Args:
-        loss_mask_BS: 1 where the next token counts.
-        losses: Of each position.
+        loss_mask_BS: 1 where the next token counts; 0 at an EOD with eod_mask_loss.
+        losses: Of each position. An MTP loss is 0 already where the sequence, or an isolated document, ends first.
         mtp_weight: lambda.
 
     Returns:
         The sum to differentiate; the number of tokens to divide by, int32; and the sums to report, fp64:
         tokens, main loss, MTP losses by depth, each before its weight.
 
-    Source: DeepSeek-V3 report, eq. 24-25; an MTP target counts where the token it stands for counts.
+    Source: DeepSeek-V3 report, eq. 24-25; an MTP target counts where the token it stands for counts: at position i of
+    depth k, where loss_mask[i + k] is 1. So with isolated documents of n tokens with their EOD, depth k has n - k
+    targets, of which the last is the first token of the next document, which the main loss predicts from the EOD; with
+    eod_mask_loss neither does, and there are n - k - 1.
     """
     losses = TokenLosses(*losses)  # the bf16 wrapper rebuilds tuples without their names
     tokens = loss_mask_BS.sum()

@@ -132,7 +132,7 @@ def read_config_file(path: str) -> dict[str, Any]:
 
 _UNSET: Any = object()
 _FORMATS = (".toml", ".yaml", ".yml", ".json")
-_KIND_WORDS = {int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
+_KIND_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
 
 
 def _given(arguments: Sequence[str]) -> dict[str, Any]:
@@ -172,8 +172,8 @@ def _parse(file: Path) -> Any:
 
 
 def _kind(annotation: str) -> type:
-    """int, float, str or list: what a field's annotation says its given values are."""
-    return {"int": int, "float": float, "str": str, "list[str]": list}[annotation.removesuffix(" | None")]
+    """bool, int, float, str or list: what a field's annotation says its given values are."""
+    return {"bool": bool, "int": int, "float": float, "str": str, "list[str]": list}[annotation.removesuffix(" | None")]
 
 
 def _field(name: str) -> dataclasses.Field:
@@ -194,7 +194,7 @@ def _typed(name: str, value: Any) -> Any:
         return value.split()
     if kind is list and isinstance(value, list):
         return [str(item) for item in value]
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         optional = " or nothing" if "None" in str(field.type) else ""
         raise ConfigError(f"{name}={value!r} must be {_KIND_WORDS[kind]}{optional}")
     return value
@@ -210,7 +210,9 @@ def _add_flag(group: Any, field: dataclasses.Field) -> None:
     shown = f" (default: {default.strip(chr(39))})" if len(defaults) == 1 and default not in ("None", "[]") else ""
     text = metadata["help"].replace("%", "%%") + shown
     options: dict[str, Any] = {"dest": field.name, "default": _UNSET, "help": text}
-    if metadata["nargs"]:
+    if kind is bool:  # --flag and --no-flag; left out, it is not among the given values
+        options |= {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
+    elif metadata["nargs"]:
         options |= {"nargs": metadata["nargs"], "metavar": "X"}
     else:
         options["type"] = kind if "None" not in str(field.type) else _optional(kind)

@@ -63,6 +63,12 @@ class RunConfig:
                 f"seq_length={self.training.seq_length} must not exceed "
                 f"max_position_embeddings={self.model.max_position_embeddings}"
             )
+        if self.data.has_document_attention and self.training.transformer_impl == "transformer_engine":
+            flags = " and ".join(f"{flag}=True" for flag in self.data.document_flags if flag.startswith("reset"))
+            raise ConfigError(
+                f"{flags} cannot go with transformer_impl=transformer_engine, whose attention knows one document a "
+                "sequence; set transformer_impl=local"
+            )
         if self.checkpoint.save and self.checkpoint.save_interval < 1:
             raise ConfigError(f"save_interval={self.checkpoint.save_interval} must be at least 1")
         if self.checkpoint.keep_last < 0:

@@ -112,13 +112,32 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the tokens are. A data path is a prefix: PREFIX.bin and PREFIX.idx."""
+    """Where the tokens are, and how documents share a sequence. A data path is a prefix: PREFIX.bin and PREFIX.idx.
+
+    Documents are packed, and by default nothing keeps those of one sequence apart. Source: DeepSeek-V3 report, section
+    4.1. The three switches are Megatron-LM's. The routers do not know of them: balance losses stay per sequence and
+    expert loads per step, of all tokens.
+    """
 
     data_path: list[str] = option([], nargs="*", help="training data: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...")
     valid_data_path: list[str] = option([], nargs="*", help="validation data, likewise; none: a share of data_path")
     split: str = option("99,1,0", help="shares of data_path for training, validation and test without valid_data_path")
     data_cache_path: str | None = option(None, help="folder for sample indices; none: beside the data")
     tokenizer_model: str | None = option(None, help="tokenizer folder; its fingerprint must match the data's")
+    reset_attention_mask: bool = option(False, help="no position attends across an end-of-document token (EOD)")
+    reset_position_ids: bool = option(False, help="rotary positions restart after an EOD")
+    eod_mask_loss: bool = option(False, help="the token that follows an EOD does not count in the loss")
+
+    @property
+    def document_flags(self) -> tuple[str, ...]:
+        """The switches that are on: those that need to know where documents end."""
+        names = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
+        return tuple(name for name in names if getattr(self, name))
+
+    @property
+    def has_document_attention(self) -> bool:
+        """Whether the attention modules must know where documents end."""
+        return self.reset_attention_mask or self.reset_position_ids
 
 
 @dataclass(frozen=True)

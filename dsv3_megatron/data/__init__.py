@@ -10,5 +10,6 @@ To disk:  transforms/   what may happen to a document    encoder.py        texts
 On disk:  indexed.py    the .bin/.idx format, sidecars   indexed_writer.py writes it, in constant memory
           merge.py      datasets joined                  inspection.py     statistics and verification
 Training: blend.py      --data-path, checks before a run datasets.py       .bin/.idx -> samples, with Megatron-Core
-          batches.py    samples -> Batch, with a position    ngram.py      unigram and bigram baselines
+          batches.py    samples -> Batch, with a position    document_ends.py  where packed documents end
+          ngram.py      unigram and bigram baselines
 """

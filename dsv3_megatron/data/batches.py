@@ -6,7 +6,8 @@ done, micro-batch m of the next step on data-parallel rank r of `dp` holds, for 
 
     sample  consumed + m * mbs * dp + r * mbs + i
 
-which is Megatron-LM's order. The datasets come from datasets.py.
+which is Megatron-LM's order. The datasets come from datasets.py. Nor does it depend on whether documents are isolated:
+that adds to a batch, and takes from its loss mask, but moves no token.
 
 Shapes: B micro-batch, S sequence.
 """
@@ -20,6 +21,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+from dsv3_megatron.data.document_ends import document_bounds
 
 _NUM_SAMPLES_IN_CHECK = 4
 _STATE_VERSION = 1
@@ -38,6 +41,8 @@ class Batch:
     """One micro-batch. `labels_BS[b, s]` is the token after `tokens_BS[b, s]`.
 
     tokens, labels and position ids are int64 [B, S], the loss mask float32 [B, S] (1 counts), sample ids int64 [B].
+    `document_bounds` are plain numbers: a row for each sequence, 0 = b_0 < ... < b_n = S, whose documents lie from b_i
+    to b_(i+1); None where documents are not isolated.
     """
 
     tokens_BS: torch.Tensor
@@ -45,10 +50,14 @@ class Batch:
     loss_mask_BS: torch.Tensor
     position_ids_BS: torch.Tensor
     sample_ids_B: torch.Tensor
+    document_bounds: tuple[tuple[int, ...], ...] | None = None
 
     def to(self, device: torch.device | str, *, is_non_blocking: bool = False) -> Batch:
         """The same batch on a device."""
-        return Batch(*(getattr(self, item.name).to(device, non_blocking=is_non_blocking) for item in fields(self)))
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        bounds = tensors.pop("document_bounds")
+        return Batch(**{name: tensor.to(device, non_blocking=is_non_blocking) for name, tensor in tensors.items()},
+                     document_bounds=bounds)
 
 
 def read_token_sequences(dataset: SampleDataset, start: int, stop: int) -> np.ndarray:
@@ -76,6 +85,7 @@ class BatchIterator(Iterator[Batch]):
         data_parallel_rank: 0..data_parallel_size - 1.
         data_parallel_size: Ranks that share a step's samples.
         consumed_samples: Where to start.
+        eod_id: Give each batch the bounds of its documents, which end with this token; None: no bounds.
 
     Raises:
         ValueError: the sizes do not divide, or the rank or the position is out of range.
@@ -90,6 +100,7 @@ class BatchIterator(Iterator[Batch]):
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
         consumed_samples: int = 0,
+        eod_id: int | None = None,
     ) -> None:
         if micro_batch_size < 1 or data_parallel_size < 1:
             raise ValueError(
@@ -101,6 +112,7 @@ class BatchIterator(Iterator[Batch]):
                 f"(data_parallel_size={data_parallel_size})"
             )
         self.dataset = dataset
+        self.eod_id = eod_id
         self.micro_batch_size = micro_batch_size
         self.data_parallel_rank = data_parallel_rank
         self.data_parallel_size = data_parallel_size
@@ -162,12 +174,14 @@ class BatchIterator(Iterator[Batch]):
         if self._micro_batch == self.num_micro_batches:
             self._micro_batch = 0
             self._consumed_samples += self.global_batch_size
+        tokens_BS = torch.stack([sample["tokens"] for sample in samples])
         return Batch(
-            tokens_BS=torch.stack([sample["tokens"] for sample in samples]),
+            tokens_BS=tokens_BS,
             labels_BS=torch.stack([sample["labels"] for sample in samples]),
             loss_mask_BS=torch.stack([sample["loss_mask"] for sample in samples]),
             position_ids_BS=torch.stack([sample["position_ids"] for sample in samples]),
             sample_ids_B=torch.tensor(sample_ids, dtype=torch.int64),
+            document_bounds=None if self.eod_id is None else document_bounds(tokens_BS.numpy(), self.eod_id),
         )
 
     def _require_step_boundary(self, what: str) -> None:

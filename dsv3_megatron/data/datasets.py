@@ -1,20 +1,24 @@
 """Datasets of a run: Megatron-Core's GPTDataset over our .bin/.idx files, checked first, cached safely.
 
-Documents are packed: a sample is seq_length + 1 consecutive tokens of the shuffled documents, attention crosses
-document ends, and every token counts in the loss (DeepSeek-V3 report, section 4.1). `DatasetConfig` and the checks need
-neither torch nor Megatron-Core; both are imported by `build_datasets`.
+Documents are packed: a sample is seq_length + 1 consecutive tokens of the shuffled documents. By default attention
+crosses document ends and every token counts in the loss (DeepSeek-V3 report, section 4.1); with an `eod_id` positions
+can restart, and losses be masked, at document ends. Where attention stops is not decided here: Megatron-Core would make
+an [S, S] mask of it, which it is told not to make, and its `inter_document_masking`, which makes bounds instead, goes
+by the documents on disk, not by the EOD token, and always restarts positions. So batches.py finds the bounds.
+`DatasetConfig` and the checks need neither torch nor Megatron-Core; both are imported by `build_datasets`.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsv3_megatron.data.blend import Blend, describe_files, parse_blend
+from dsv3_megatron.data.document_ends import resolve_eod_id
 from dsv3_megatron.data.indexed import read_header
 
 if TYPE_CHECKING:
@@ -37,6 +41,9 @@ class DatasetConfig:
         train_blend: Data to train on, all of it.
         valid_blend: Data to validate on, all of it.
         cache_dir: Folder for Megatron-Core's index caches; None puts them beside the data, in PREFIX/cache.
+        eod_id: The token that ends a document; None where nothing depends on it.
+        reset_position_ids: Position ids restart after an EOD.
+        eod_mask_loss: Positions whose input is an EOD do not count: their label belongs to another document.
     """
 
     seq_length: int
@@ -48,8 +55,13 @@ class DatasetConfig:
     train_blend: Blend | None = None
     valid_blend: Blend | None = None
     cache_dir: str | None = None
+    eod_id: int | None = None
+    reset_position_ids: bool = False
+    eod_mask_loss: bool = False
 
     def __post_init__(self) -> None:
+        if self.eod_id is None and (self.reset_position_ids or self.eod_mask_loss):
+            raise ValueError("reset_position_ids and eod_mask_loss need eod_id, the token that ends a document")
         if self.seq_length < 1:
             raise ValueError(f"seq_length={self.seq_length} must be at least 1")
         if self.num_train_samples < 1:
@@ -84,12 +96,12 @@ def dataset_config(run: RunConfig) -> DatasetConfig:
     """The datasets of a run: which samples it trains and validates on, and in which order.
 
     Raises:
-        ValueError: no data, or a blend that cannot be read.
+        ValueError: no data, a blend that cannot be read, or no EOD for a setting that needs one.
     """
     data, training = run.data, run.training
     blend = parse_blend(data.data_path, "data_path")
     has_valid = bool(data.valid_data_path)
-    return DatasetConfig(
+    config = DatasetConfig(
         seq_length=training.seq_length,
         seed=training.seed,
         num_train_samples=training.train_iters * training.global_batch_size,
@@ -100,6 +112,10 @@ def dataset_config(run: RunConfig) -> DatasetConfig:
         valid_blend=parse_blend(data.valid_data_path, "valid_data_path") if has_valid else None,
         cache_dir=data.data_cache_path,
     )
+    if not data.document_flags:
+        return config
+    eod_id = resolve_eod_id(config.prefixes, tokenizer_model=data.tokenizer_model, flags=data.document_flags)
+    return replace(config, eod_id=eod_id, reset_position_ids=data.reset_position_ids, eod_mask_loss=data.eod_mask_loss)
 
 
 @dataclass(frozen=True)
@@ -131,17 +147,17 @@ def parse_split(split: str) -> tuple[float, float, float]:
 class _DatasetTokenizer:
     """What Megatron-Core's dataset asks of a tokenizer when the tokens are already on disk.
 
-    It pads nothing (`pad` is an id that no text has), so no token of the data is masked. Its identifiers go into the
-    name of the index cache: they hold the files' hashes, so that data made again under the same name does not meet the
-    cache of the old.
+    It pads nothing (`pad` is an id that no text has), so no token of the data is masked for that. Its identifiers go
+    into the name of the index cache: they hold the files' hashes, so that data made again under the same name does not
+    meet the cache of the old.
     """
 
     pad = -1
-    eod = -2
     vocab_size = None
 
-    def __init__(self, identifiers: dict[str, str]) -> None:
+    def __init__(self, identifiers: dict[str, str], eod_id: int | None) -> None:
         self.unique_identifiers = OrderedDict(identifiers)
+        self.eod = -2 if eod_id is None else eod_id  # -2: another id that no text has
 
 
 def _check_sizes(config: DatasetConfig) -> None:
@@ -206,10 +222,10 @@ def build_datasets(config: DatasetConfig, *, is_built_on_rank: Callable[[], bool
         random_seed=config.seed,
         sequence_length=config.seq_length,
         path_to_cache=config.cache_dir,
-        tokenizer=_DatasetTokenizer(describe_files(config.prefixes)),
-        reset_position_ids=False,
+        tokenizer=_DatasetTokenizer(describe_files(config.prefixes), config.eod_id),
+        reset_position_ids=config.reset_position_ids,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        eod_mask_loss=config.eod_mask_loss,
         create_attention_mask=False,
         **where,
     )

@@ -69,10 +69,9 @@ def _lower_order(counts: _Counts, kind: str, add_k: float) -> np.ndarray:
 class _BigramScorer:
     """Looks the scored tokens up once; each setting of the smoothing is then a few array operations."""
 
-    def __init__(self, counts: _Counts, sequences_QS1: np.ndarray) -> None:
+    def __init__(self, counts: _Counts, sequences_QS1: np.ndarray, eod_id: int | None = None) -> None:
         self._counts = counts
-        inputs = sequences_QS1[:, :-1].ravel().astype(np.int64)
-        self._labels = sequences_QS1[:, 1:].ravel().astype(np.int64)
+        inputs, self._labels = (tokens.astype(np.int64) for tokens in _scored_pairs(sequences_QS1, eod_id))
         keys = inputs * counts.vocab_size + self._labels
         positions = np.minimum(np.searchsorted(counts.keys_M, keys), counts.keys_M.size - 1)
         self._pair_counts = np.where(counts.keys_M[positions] == keys, counts.counts_M[positions], 0)
@@ -87,8 +86,17 @@ class _BigramScorer:
         return float(-np.log(np.maximum(self._pair_counts - discount, 0) / total + backed_off * lower).mean())
 
 
-def _unigram_cross_entropy(counts: _Counts, sequences_QS1: np.ndarray, add_k: float) -> float:
-    return float(-np.log(_unigram_probabilities(counts, add_k)[sequences_QS1[:, 1:]]).mean())
+def _scored_pairs(sequences_QS1: np.ndarray, eod_id: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels that are scored, flat."""
+    inputs, labels = sequences_QS1[:, :-1].ravel(), sequences_QS1[:, 1:].ravel()
+    return (inputs, labels) if eod_id is None else (inputs[inputs != eod_id], labels[inputs != eod_id])
+
+
+def _unigram_cross_entropy(
+    counts: _Counts, sequences_QS1: np.ndarray, add_k: float, eod_id: int | None = None
+) -> float:
+    _, labels = _scored_pairs(sequences_QS1, eod_id)
+    return float(-np.log(_unigram_probabilities(counts, add_k)[labels]).mean())
 
 
 def _check(sequences_QS1: np.ndarray, vocab_size: int, name: str) -> np.ndarray:
@@ -101,25 +109,31 @@ def _check(sequences_QS1: np.ndarray, vocab_size: int, name: str) -> np.ndarray:
     return sequences_QS1
 
 
-def measure_ngram_baselines(train_QS1: np.ndarray, valid_QS1: np.ndarray, *, vocab_size: int) -> NgramBaselines:
+def measure_ngram_baselines(
+    train_QS1: np.ndarray, valid_QS1: np.ndarray, *, vocab_size: int, eod_id: int | None = None
+) -> NgramBaselines:
     """Count both models on training sequences and score them on validation sequences.
 
     Args:
         train_QS1: Integer ids [sequences, seq_length + 1], the tokens a run consumed (`batches.read_token_sequences`).
         valid_QS1: The same for validation; scored are all tokens but the first of each sequence.
         vocab_size: Ids lie in 0..vocab_size - 1, and the models give each of them probability.
+        eod_id: Of a run that masks the loss after an EOD: validation tokens that follow this one are not scored either.
 
     Returns:
         Cross-entropies in nats per token, and the settings chosen on the last 5% of the training sequences (with one
         sequence only, on itself cut in two).
 
     Raises:
-        ValueError: wrong shapes, or ids outside the vocabulary.
+        ValueError: wrong shapes, ids outside the vocabulary, or no validation token to score.
 
     Source: Ney, Essen, Kneser 1994; Chen and Goodman 1998, section 2.7. Differs in the tuning named above.
     """
     train_QS1 = _check(train_QS1, vocab_size, "train_QS1")
     valid_QS1 = _check(valid_QS1, vocab_size, "valid_QS1")
+    num_valid_tokens = _scored_pairs(valid_QS1, eod_id)[1].size
+    if not num_valid_tokens:
+        raise ValueError(f"valid_QS1 holds no token to score: each follows the EOD {eod_id}; use more validation data")
     if len(train_QS1) > 1:
         num_held_out = max(1, int(len(train_QS1) * _HELD_OUT_SHARE))
         kept, held_out = train_QS1[:-num_held_out], train_QS1[-num_held_out:]
@@ -138,13 +152,13 @@ def measure_ngram_baselines(train_QS1: np.ndarray, valid_QS1: np.ndarray, *, voc
     ]
     _, discount, kind, lower_k = min(settings)
     counts = _count(train_QS1, vocab_size)
-    scorer = _BigramScorer(counts, valid_QS1)
+    scorer = _BigramScorer(counts, valid_QS1, eod_id)
     return NgramBaselines(
-        unigram_nats=_unigram_cross_entropy(counts, valid_QS1, add_k),
+        unigram_nats=_unigram_cross_entropy(counts, valid_QS1, add_k, eod_id),
         bigram_nats=scorer.cross_entropy(discount, _lower_order(counts, kind, lower_k)),
         add_k=add_k,
         discount=discount,
         lower_order=kind,
         num_train_tokens=train_QS1[:, 1:].size,
-        num_valid_tokens=valid_QS1[:, 1:].size,
+        num_valid_tokens=num_valid_tokens,
     )

@@ -95,13 +95,15 @@ def measure_baselines(run: RunConfig, num_train_sequences: int, num_valid_sequen
     with warnings.catch_warnings():
         # On its import Megatron-Core says that it found neither other ranks nor Transformer Engine: not needed here.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-        data = build_datasets(dataset_config(run))
+        config = dataset_config(run)
+        data = build_datasets(config)
     if data.valid is None:
         raise ValueError("the run has no validation data to score the baselines on; set valid_data_path or split")
     return measure_ngram_baselines(
         read_token_sequences(data.train, 0, min(num_train_sequences, len(data.train))),
         read_token_sequences(data.valid, 0, min(num_valid_sequences, len(data.valid))),
         vocab_size=run.model.vocab_size,
+        eod_id=config.eod_id if config.eod_mask_loss else None,
     )
 
 

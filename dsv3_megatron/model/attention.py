@@ -21,6 +21,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_megatron.model.documents import PackedDocuments
 from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear, ReplicatedLinear
 from dsv3_megatron.model.norm import RMSNorm
 from dsv3_megatron.model.rotary import RotaryTables, softmax_scale
@@ -82,25 +83,32 @@ class LocalMLASelfAttention(MegatronModule):
             input_is_parallel=True, skip_bias_add=True, is_expert=False, tp_group=self.tp_group)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None,
-                packed_seq_params: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
-        """Attend within each sequence.
+                packed_seq_params: PackedDocuments | None = None, **_: Any) -> tuple[torch.Tensor, None]:
+        """Attend within each sequence, or within each document of it.
 
         Args:
             hidden_states: normed input [s, B, H].
             attention_mask: Ignored, the mask is causal; Megatron-Core's layer passes one.
-            packed_seq_params: Must be None; document isolation is not built here.
+            packed_seq_params: Where attention stops and positions restart, under the name by which Megatron-Core's
+                layers pass it on. None: nowhere, as in the report.
 
         Returns:
             [s, B, H], and no bias.
         """
-        assert packed_seq_params is None, "packed sequences are not supported by the local attention"
-        query_SBND, key_SBND, value_SBND = self.query_key_value(hidden_states)
-        context_SBND = causal_attention(query_SBND, key_SBND, value_SBND, softmax_scale=self.softmax_scale)
+        documents = packed_seq_params or PackedDocuments()
+        assert isinstance(documents, PackedDocuments), "Megatron-Core's own packed format is not supported"
+        query_SBND, key_SBND, value_SBND = self.query_key_value(hidden_states, documents.position_ids_BS)
+        context_SBND = causal_attention(query_SBND, key_SBND, value_SBND, softmax_scale=self.softmax_scale,
+                                        document_bounds=documents.bounds)
         output_sBH, _bias = self.linear_proj(context_SBND.flatten(2))
         return output_sBH, None
 
-    def query_key_value(self, x_sBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries and keys [S, B, N, nope + rope] and values [S, B, N, v] of this rank's heads (eq. 1-9)."""
+    def query_key_value(self, x_sBH: torch.Tensor, position_ids_BS: torch.Tensor | None = None
+                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys [S, B, N, nope + rope] and values [S, B, N, v] of this rank's heads (eq. 1-9).
+
+        `position_ids_BS` are of the whole sequence, also under sequence parallelism; None is 0 .. S - 1.
+        """
         config, heads = self.config, self.num_local_heads
         nope, rope = config.qk_head_dim, config.qk_pos_emb_head_dim
         if config.q_lora_rank is None:
@@ -112,7 +120,7 @@ class LocalMLASelfAttention(MegatronModule):
         if config.sequence_parallel:
             shared_key = gather_from_sequence_parallel_region(shared_key, group=self.tp_group)
         length, batch = query.shape[:2]
-        cos_SP, sin_SP = self.rotary(length, query)
+        cos_SP, sin_SP = self.rotary(length, query, position_ids_BS)
         # The rotary part is the last of a query's width.
         query = apply_rope(query.view(length, batch, heads, nope + rope), cos_SP, sin_SP)
         key_nope, value = key_value.view(length, batch, heads, nope + config.v_head_dim).split(

@@ -32,7 +32,8 @@ def build_stages(
     config = mcore_config(run, precision)
     rank, ranks = groups.pp.rank(), groups.pp.size()
     mine = [layout for layout in stage_layouts(run.model, run.parallel) if layout.stage % ranks == rank]
-    transformer_impl = resolve_transformer_impl(run.training.transformer_impl)
+    transformer_impl = resolve_transformer_impl(run.training.transformer_impl,
+                                                has_documents=run.data.has_document_attention)
     stages = [_build_stage(run, config, groups, layout, chunk, transformer_impl) for chunk, layout in enumerate(mine)]
     if torch.get_default_device().type != "meta":
         initialize_weights(list(stages), groups, std=run.model.init_method_std, seed=run.training.seed)

@@ -15,6 +15,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+from dsv3_megatron.model.documents import PackedDocuments
 from dsv3_megatron.ops.cross_entropy import linear_cross_entropy
 
 
@@ -23,8 +24,8 @@ class TokenLosses(NamedTuple):
 
     Attributes:
         main_BS: -log p of the next token.
-        mtp_BS: one tensor a depth; depth k's -log p of the token k + 2 positions on, 0 where the sequence ends
-            before it.
+        mtp_BS: one tensor a depth; depth k's -log p of the token k + 1 positions on, 0 in the last k positions of the
+            sequence or of an isolated document, where the module has not read the token before that one.
     """
 
     main_BS: torch.Tensor
@@ -39,7 +40,9 @@ class DeepSeekV3Model(GPTModel):
         """Hidden states to losses; to logits [B, S, V] of the main head without labels.
 
         Source of the MTP losses: DeepSeek-V3 report, eq. 21-25. `hidden_states` are after the final norm,
-        as in the published code.
+        as in the published code. With isolated documents (`packed_seq_params`) each is a sequence of its own: the
+        target of depth k at position i is there where positions i and i + k are in one document, and then it is
+        the main model's target at i + k, which counts or not for both.
         """
         if not self.post_process:
             return hidden_states
@@ -48,15 +51,18 @@ class DeepSeekV3Model(GPTModel):
             return logits_SBV.transpose(0, 1).contiguous()
         mtp_losses: list[torch.Tensor] = []
         if self.mtp_process:
+            documents: PackedDocuments | None = kwargs.get("packed_seq_params")
+            if documents is not None and documents.bounds is not None:
+                remaining = documents.remaining_BS(labels.device)
+            else:
+                remaining = torch.arange(labels.shape[1] - 1, -1, -1, device=labels.device)
             outputs = self.mtp(
                 input_ids=input_ids, position_ids=position_ids, hidden_states=hidden_states,
-                attention_mask=kwargs.get("attention_mask"), embedding=self.embedding)
+                attention_mask=kwargs.get("attention_mask"), packed_seq_params=documents, embedding=self.embedding)
             labels_k_BS = labels
             for depth, hidden_k in enumerate(outputs.chunk(1 + self.config.mtp_num_layers, dim=0)[1:], start=1):
                 labels_k_BS = torch.nn.functional.pad(labels_k_BS[:, 1:], (0, 1))
-                losses_BS = self.token_losses(hidden_k, labels_k_BS)
-                known = torch.arange(labels.shape[1], device=labels.device) < labels.shape[1] - depth
-                mtp_losses.append(losses_BS * known)
+                mtp_losses.append(self.token_losses(hidden_k, labels_k_BS) * (remaining >= depth))
         return TokenLosses(self.token_losses(hidden_states, labels), tuple(mtp_losses))
 
     def token_losses(self, hidden_SBH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:

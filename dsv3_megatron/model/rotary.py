@@ -56,10 +56,18 @@ class RotaryTables:
         self.config = config
         self._cos_SP = self._sin_SP = torch.empty(0, 0, device="cpu")
 
-    def __call__(self, length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [length, D/2] for positions 0 .. length - 1, times YaRN's multiplier.
+    def __call__(self, length: int, like: torch.Tensor, position_ids_BS: torch.Tensor | None = None
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of each position and pair, times YaRN's multiplier.
 
-        On the device of `like`; fp64 if it is, else fp32.
+        Args:
+            length: Positions of a sequence.
+            like: On its device; fp64 if it is, else fp32.
+            position_ids_BS: Of each sequence, below `length`: where they restart at each document. None is
+                0 .. length - 1 in all of them.
+
+        Returns:
+            [length, D/2], or [length, B, D/2] by position ids.
         """
         dtype = wide_dtype(like.dtype)
         if self._cos_SP.shape[0] < length or self._cos_SP.device != like.device or self._cos_SP.dtype != dtype:
@@ -72,6 +80,8 @@ class RotaryTables:
                              / _magnitude(config.rotary_scaling_factor, config.mscale_all_dim))
             self._cos_SP = (angles_SP.cos() * magnitude).to(like.device, dtype)
             self._sin_SP = (angles_SP.sin() * magnitude).to(like.device, dtype)
+        if position_ids_BS is not None:
+            return self._cos_SP[position_ids_BS.T], self._sin_SP[position_ids_BS.T]
         return self._cos_SP[:length], self._sin_SP[:length]
 
 

@@ -22,7 +22,6 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention, M
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayer,
     MultiTokenPredictionLayerSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -33,6 +32,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from dsv3_megatron.model.attention import LocalMLASelfAttention, LocalMLASubmodules
 from dsv3_megatron.model.experts import GroupedExperts, LocalMLP, LocalSharedExperts
 from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
+from dsv3_megatron.model.mtp import DocumentMTPLayer
 from dsv3_megatron.model.norm import RMSNorm
 from dsv3_megatron.model.router import DeepSeekRouter
 from dsv3_megatron.parallel.layout import StageLayout
@@ -40,8 +40,12 @@ from dsv3_megatron.parallel.layout import StageLayout
 logger = logging.getLogger(__name__)
 
 
-def resolve_transformer_impl(requested: str) -> str:
+def resolve_transformer_impl(requested: str, *, has_documents: bool = False) -> str:
     """Turn "auto" into "transformer_engine" where it is installed and CUDA is there, else "local"; log it.
+
+    Args:
+        requested: "auto", "local" or "transformer_engine".
+        has_documents: Attention or positions stop at the ends of documents, which local modules alone do.
 
     Raises:
         ValueError: "transformer_engine" was asked for where it cannot run.
@@ -53,8 +57,9 @@ def resolve_transformer_impl(requested: str) -> str:
                          "use transformer_impl=local, or auto to choose by what is there")
     if requested != "auto":
         return requested
-    chosen = "local" if missing else "transformer_engine"
-    logger.info("transformer_impl auto: %s%s", chosen, f" (no {' and no '.join(missing)})" if missing else "")
+    chosen = "local" if missing or has_documents else "transformer_engine"
+    reason = f" (no {' and no '.join(missing)})" if missing else " (it isolates documents)" if has_documents else ""
+    logger.info("transformer_impl auto: %s%s", chosen, reason)
     return chosen
 
 
@@ -113,7 +118,7 @@ def block_specs(
         return decoder, None
     # An MTP module's block is like the main model's last layer.
     module = ModuleSpec(
-        module=MultiTokenPredictionLayer,
+        module=DocumentMTPLayer,
         submodules=MultiTokenPredictionLayerSubmodules(
             enorm=norm, hnorm=norm, layer_norm=norm, eh_proj=_eh_proj(transformer_impl),
             mtp_model_layer=layer(bool(config.moe_layer_freq[-1]))),

@@ -5,6 +5,9 @@
 the blocked version below (138 ms in bf16), which skips the blocks above the diagonal, works on tiles that stay in cache
 and computes in fp32. On CUDA values are padded for the fused kernel; that choice is not measured.
 
+Documents that are packed into one sequence and shall not see each other are attended to one by one: no [S, S] mask is
+made, and tiles of scores between documents are not computed. Each sequence of the micro-batch has documents of its own.
+
 Shapes: S sequence, B micro-batch, N heads, D query and key width, V value width, G = B N rows of heads.
 """
 
@@ -20,6 +23,11 @@ from dsv3_megatron.ops.softmax import softmax_and_logsumexp_
 
 BACKENDS = ("auto", "blocked", "sdpa_padded", "sdpa", "reference")
 
+# Of each sequence: where its documents begin, from 0, and at the end its length.
+DocumentBounds = tuple[tuple[int, ...], ...]
+# Neighbouring sequences with the same documents, as (first sequence, end), and the (start, end) of these documents.
+_Group = tuple[tuple[int, int], tuple[tuple[int, int], ...]]
+
 _QUERY_BLOCK = 128
 # A tile of scores [heads, _QUERY_BLOCK, S] should stay in a core's L2 cache.
 _TILE_BYTES = 1 << 20
@@ -33,27 +41,29 @@ def causal_attention(
     v_SBNV: torch.Tensor,
     *,
     softmax_scale: float,
-    cu_seqlens: torch.Tensor | None = None,
+    document_bounds: DocumentBounds | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """softmax(scale q k^T) v over the positions up to and including each query's own.
 
     Args:
-        q_SBND: Queries, bf16, fp32 or fp64; [T, N, D] for packed sequences.
+        q_SBND: Queries, bf16, fp32 or fp64; [S, N, D] is one sequence.
         k_SBND: Keys.
         v_SBNV: Values, of any width.
         softmax_scale: Multiplies the scores.
-        cu_seqlens: Document boundaries [num_documents + 1], from 0 to S: no position sees another document. All rows of
-            the batch share them. None is one document a row.
+        document_bounds: One row for each of the B sequences, 0 = b_0 <= b_1 <= ... <= b_n = S: positions b_i to
+            b_(i+1) - 1 see each other and nothing else. Plain numbers, so that no layer waits for the device to read
+            them. None is one document a sequence.
         backend: "blocked", "sdpa_padded", "sdpa" or "reference"; "auto" is blocked on CPU, sdpa_padded elsewhere.
 
     Returns:
-        [S, B, N, V] (or [T, N, V]), contiguous, in v's dtype.
+        [S, B, N, V] (or [S, N, V]), contiguous, in v's dtype.
 
     Raises:
-        ValueError: Unknown backend, shapes that do not fit, or boundaries that do not run from 0 to S.
+        ValueError: Unknown backend, shapes that do not fit, or bounds that do not run from 0 to S in each sequence.
 
-    Source: DeepSeek-V3 report, section 2.1.1, eq. 10. Document isolation is not used in its pre-training.
+    Source: DeepSeek-V3 report, section 2.1.1, eq. 10. Its pre-training packs documents without isolating them (section
+    4.1).
     """
     if backend not in BACKENDS:
         raise unknown_backend("causal_attention", backend, BACKENDS)
@@ -68,18 +78,21 @@ def causal_attention(
     if q_SBND.dim() == 3:
         packed = (t.unsqueeze(1) for t in (q_SBND, k_SBND, v_SBNV))
         return causal_attention(
-            *packed, softmax_scale=softmax_scale, cu_seqlens=cu_seqlens, backend=backend
+            *packed, softmax_scale=softmax_scale, document_bounds=document_bounds, backend=backend
         ).squeeze(1)
-    documents = _documents(cu_seqlens, q_SBND.shape[0])
+    groups = _group_sequences(document_bounds, *q_SBND.shape[:2])
     if backend == "blocked":
-        return _BlockedAttention.apply(q_SBND, k_SBND, v_SBNV, softmax_scale, documents)
-    one_document = reference_attention if backend == "reference" else _sdpa
+        return _BlockedAttention.apply(q_SBND, k_SBND, v_SBNV, softmax_scale, groups)
+    attend = reference_attention if backend == "reference" else _sdpa
     padded_width = q_SBND.shape[-1] if backend == "sdpa_padded" else v_SBNV.shape[-1]
-    parts = [
-        one_document(q_SBND[start:end], k_SBND[start:end], v_SBNV[start:end], softmax_scale, padded_width)
-        for start, end in documents
-    ]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
+    columns = []
+    for (first, last), documents in groups:
+        parts = []
+        for start, end in documents:
+            q, k, v = (t[start:end, first:last] for t in (q_SBND, k_SBND, v_SBNV))
+            parts.append(attend(q, k, v, softmax_scale, padded_width))
+        columns.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+    return (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)).contiguous()
 
 
 def reference_attention(
@@ -93,13 +106,27 @@ def reference_attention(
     return torch.einsum("bnst,tbnv->sbnv", probabilities, v).to(v_SBNV.dtype)
 
 
-def _documents(cu_seqlens: torch.Tensor | None, length: int) -> tuple[tuple[int, int], ...]:
-    if cu_seqlens is None:
-        return ((0, length),)
-    bounds = cu_seqlens.tolist()
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
-        raise ValueError(f"cu_seqlens={bounds} must rise from 0 to the sequence length {length}; drop the padding")
-    return tuple((start, end) for start, end in itertools.pairwise(bounds) if end > start)
+def _group_sequences(document_bounds: DocumentBounds | None, length: int, batch: int) -> tuple[_Group, ...]:
+    """The documents of all sequences, those of neighbours that are cut alike together."""
+    if document_bounds is None:
+        return (((0, batch), ((0, length),)),)
+    if len(document_bounds) != batch:
+        raise ValueError(
+            f"document_bounds has {len(document_bounds)} rows, the micro-batch {batch} sequences; give each its own row"
+        )
+    for row, bounds in enumerate(document_bounds):
+        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or list(bounds) != sorted(bounds):
+            raise ValueError(
+                f"document_bounds[{row}]={list(bounds)} must rise from 0 to the sequence length {length}; drop the "
+                "padding"
+            )
+    groups, first = [], 0
+    for bounds, rows in itertools.groupby(document_bounds):
+        last = first + len(list(rows))
+        documents = tuple((start, end) for start, end in itertools.pairwise(bounds) if end > start)
+        groups.append(((first, last), documents))
+        first = last
+    return tuple(groups)
 
 
 def _sdpa(
@@ -121,14 +148,17 @@ def _head_major(x_SBND: torch.Tensor) -> torch.Tensor:
     return out.copy_(x_SBND.permute(1, 2, 0, 3)).flatten(0, 1)
 
 
-def _tiles(num_rows: int, documents: tuple[tuple[int, int], ...]) -> list[tuple[slice, int, slice]]:
+def _tiles(heads: int, groups: tuple[_Group, ...]) -> list[tuple[slice, int, slice]]:
     """(rows of heads, document start, queries) of every tile; its keys run from that start to its last query."""
     tiles = []
-    for start, end in documents:
-        rows = max(1, min(num_rows, _TILE_BYTES // (4 * _QUERY_BLOCK * (end - start))))
-        for row in range(0, num_rows, rows):
-            for first in range(start, end, _QUERY_BLOCK):
-                tiles.append((slice(row, row + rows), start, slice(first, min(first + _QUERY_BLOCK, end))))
+    for (first_sequence, last_sequence), documents in groups:
+        first_row, last_row = first_sequence * heads, last_sequence * heads
+        for start, end in documents:
+            rows = max(1, min(last_row - first_row, _TILE_BYTES // (4 * _QUERY_BLOCK * (end - start))))
+            for row in range(first_row, last_row, rows):
+                for first in range(start, end, _QUERY_BLOCK):
+                    queries = slice(first, min(first + _QUERY_BLOCK, end))
+                    tiles.append((slice(row, min(row + rows, last_row)), start, queries))
     return tiles
 
 
@@ -157,14 +187,17 @@ class _BlockedAttention(torch.autograd.Function):
         k_SBND: torch.Tensor,
         v_SBNV: torch.Tensor,
         softmax_scale: float,
-        documents: tuple[tuple[int, int], ...],
+        groups: tuple[_Group, ...],
     ) -> torch.Tensor:
         q, k, v = _head_major(q_SBND).mul_(softmax_scale), _head_major(k_SBND), _head_major(v_SBNV)
         num_rows, length, width = v.shape
+        heads = v_SBNV.shape[2]
         out_SGV = torch.empty((length, num_rows, width), dtype=v.dtype, device=v.device)
         out = out_SGV.transpose(0, 1)
-        tiles, future = _tiles(num_rows, documents), _future_mask(q)
-        kept_bytes = sum(num_rows * (end - start) ** 2 * 2 for start, end in documents)  # half of a square, 4 bytes
+        tiles, future = _tiles(heads, groups), _future_mask(q)
+        # Half of each document's square, 4 bytes.
+        kept_bytes = sum((last - first) * heads * (end - start) ** 2 * 2
+                         for (first, last), documents in groups for start, end in documents)
         keep = kept_bytes <= _KEPT_PROBABILITY_BYTES
         kept: list[torch.Tensor] = []
         for tile in tiles:

@@ -24,18 +24,21 @@ def apply_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> t
 
     Args:
         x: [S, ..., D] with D >= 2P, bf16, fp32 or fp64.
-        cos_SP: cosines of position and pair, fp32 (fp64 for fp64 x), times a magnitude if there is one.
+        cos_SP: cosines of position and pair, fp32 (fp64 for fp64 x), times a magnitude if there is one; [S, B, P] for
+            x of [S, B, ..., D] whose sequences have positions of their own.
         sin_SP: sines, likewise.
 
     Returns:
         [S, ..., D] in x's dtype, computed in fp32 and rounded once.
 
     Raises:
-        ValueError: Sequence lengths differ, or 2P is larger than D.
+        ValueError: Sequence lengths or numbers of sequences differ, or 2P is larger than D.
     """
-    num_positions, num_pairs = cos_SP.shape
-    if x.shape[0] != num_positions:
-        raise ValueError(f"apply_rope: x has {x.shape[0]} positions, cos_SP and sin_SP {num_positions}; slice them")
+    *positions, num_pairs = cos_SP.shape
+    if x.shape[0] != positions[0]:
+        raise ValueError(f"apply_rope: x has {x.shape[0]} positions, cos_SP and sin_SP {positions[0]}; slice them")
+    if list(x.shape[: len(positions)]) != positions:
+        raise ValueError(f"apply_rope: x has {x.shape[1]} sequences, cos_SP and sin_SP {positions[1]}; give each one")
     if 2 * num_pairs > x.shape[-1]:
         raise ValueError(f"apply_rope: {num_pairs} pairs need {2 * num_pairs} dims, x has {x.shape[-1]}")
     return _RoPE.apply(x, torch.complex(cos_SP, sin_SP))
@@ -44,20 +47,24 @@ def apply_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> t
 def reference_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> torch.Tensor:
     """The same by even and odd elements."""
     wide = x.to(wide_dtype(x.dtype))
-    shape = (x.shape[0],) + (1,) * (x.dim() - 2) + (cos_SP.shape[1],)
-    cos, sin = cos_SP.view(shape), sin_SP.view(shape)
-    start = x.shape[-1] - 2 * cos_SP.shape[1]
+    cos, sin = _beside(cos_SP, x), _beside(sin_SP, x)
+    start = x.shape[-1] - 2 * cos_SP.shape[-1]
     even, odd = wide[..., start::2], wide[..., start + 1 :: 2]
     rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
     return torch.cat([wide[..., :start], rotated], dim=-1).to(x.dtype)
 
 
+def _beside(factors: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[S, P] or [S, B, P] with the dims of x between the positions and the pairs."""
+    return factors.reshape(factors.shape[:-1] + (1,) * (x.dim() - factors.dim()) + factors.shape[-1:])
+
+
 def rotate_tail(x: torch.Tensor, rotations_SP: torch.Tensor) -> torch.Tensor:
-    """`apply_rope` by complex factors [S, P], without autograd and without checks."""
+    """`apply_rope` by complex factors [S, P] or [S, B, P], without autograd and without checks."""
     out = x.clone(memory_format=torch.contiguous_format)
-    tail = out[..., -2 * rotations_SP.shape[1] :]
+    tail = out[..., -2 * rotations_SP.shape[-1] :]
     wide = wide_dtype(x.dtype)
-    factors = rotations_SP.view((x.shape[0],) + (1,) * (x.dim() - 2) + (-1,))
+    factors = _beside(rotations_SP, x)
     if out.dtype == wide and out.shape[-1] % 2 == 0:
         torch.view_as_complex(tail.unflatten(-1, (-1, 2))).mul_(factors)
     else:

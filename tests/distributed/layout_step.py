@@ -26,6 +26,7 @@ from tests.parity.architectures import GROUPED, reference_weights, run_of, varia
 from tests.parity.weights import load_reference_weights
 
 SEQ_LENGTH, GLOBAL_BATCH_SIZE = 16, 8
+EOD = 7
 LEARNING_RATE, WEIGHT_DECAY, CLIP_GRAD = 0.05, 0.1, 0.5
 # AdamW's first update is g / (|g| + eps): with a small eps the sign of g, also of one that is rounding alone. This one
 # is of the size of the clipped gradients, so that the update is smooth in them.
@@ -41,6 +42,7 @@ class Layout:
         num_ranks: Processes.
         parallel: The split.
         mtp_num_layers: MTP modules of the model.
+        is_isolated: Documents do not see each other, positions restart, and losses at their ends do not count.
         fault: Name in FAULTS of what is broken on purpose, "" for nothing.
     """
 
@@ -48,6 +50,7 @@ class Layout:
     num_ranks: int
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     mtp_num_layers: int = 1
+    is_isolated: bool = False
     fault: str = ""
 
     @property
@@ -68,7 +71,8 @@ class Layout:
             model, self.parallel, seq_length=SEQ_LENGTH, micro_batch_size=self.micro_batch_size,
             global_batch_size=GLOBAL_BATCH_SIZE, train_iters=1, lr=LEARNING_RATE, min_lr=LEARNING_RATE,
             lr_warmup_iters=0, lr_decay_style="constant", weight_decay=WEIGHT_DECAY, clip_grad=CLIP_GRAD,
-            adam_eps=ADAM_EPS, moe_router_bias_update_rate=1e-3, precision="fp32")
+            adam_eps=ADAM_EPS, moe_router_bias_update_rate=1e-3, precision="fp32",
+            reset_attention_mask=self.is_isolated, reset_position_ids=self.is_isolated, eod_mask_loss=self.is_isolated)
 
 
 @dataclass(frozen=True)
@@ -93,28 +97,42 @@ class RankStep:
 
 
 class RandomSamples:
-    """Sequences of random tokens, of which some do not count; sample i is the same in every process."""
+    """Sequences of random tokens, of which some do not count; sample i is the same in every process.
 
-    def __init__(self, vocab_size: int) -> None:
+    Args:
+        vocab_size: Of the tokens.
+        is_isolated: Documents of 5 tokens on average, each sequence with its own; positions restart, and the token
+            after an EOD does not count.
+    """
+
+    def __init__(self, vocab_size: int, is_isolated: bool = False) -> None:
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(0, vocab_size, (GLOBAL_BATCH_SIZE, SEQ_LENGTH + 1), generator=generator)
         # A different number of tokens in each sequence: replicas do not have the same count.
         self.mask = (torch.rand(GLOBAL_BATCH_SIZE, SEQ_LENGTH, generator=generator)
                      > torch.rand(GLOBAL_BATCH_SIZE, 1, generator=generator) * 0.5).float()
+        self.positions = torch.arange(SEQ_LENGTH).repeat(GLOBAL_BATCH_SIZE, 1)
+        if is_isolated:
+            self.tokens[torch.rand(self.tokens.shape, generator=generator) < 0.2] = EOD
+            is_end = self.tokens[:, :-1] == EOD
+            self.mask[is_end] = 0.0
+            starts = torch.nn.functional.pad((self.positions[:, :-1] + 1) * is_end[:, :-1], (1, 0))
+            self.positions -= starts.cummax(dim=1).values
 
     def __len__(self) -> int:
         return GLOBAL_BATCH_SIZE
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         return {"tokens": self.tokens[index, :-1], "labels": self.tokens[index, 1:], "loss_mask": self.mask[index],
-                "position_ids": torch.arange(SEQ_LENGTH)}
+                "position_ids": self.positions[index]}
 
 
 class OneStepTrainer(Trainer):
     """The trainer on random samples, without reports."""
 
     def _build_data(self) -> None:
-        samples = RandomSamples(self.run.model.vocab_size)
+        samples = RandomSamples(self.run.model.vocab_size, self.run.data.reset_attention_mask)
+        self.eod_id: int | None = EOD
         self.batches: list[BatchIterator] = [self._iterate(samples, 0) for _ in self.chunks]
 
     def _build_reports(self) -> None:
@@ -246,7 +264,18 @@ class StaleParameter(Fault):
                 parameter.data.copy_(before)
 
 
+class LeakyStage(Fault):
+    """The last pipeline stage does not know where documents end."""
+
+    def before_step(self, trainer: Trainer) -> None:
+        if trainer.groups.pp.rank() == trainer.groups.pp.size() - 1:
+            for chunk in trainer.chunks:
+                chunk.register_forward_pre_hook(
+                    lambda _, args, kwargs: (args, {**kwargs, "packed_seq_params": None}), with_kwargs=True)
+
+
 FAULTS: dict[str, Fault] = {
+    "stage-leaks": LeakyStage(),
     "router-doubled": ScaledGradient("mlp.router.weight", 2.0),
     "router-slightly-off": ScaledGradient("mlp.router.weight", 1.001),
     "experts-lost": ScaledGradient("experts.linear_fc2.weight", 0.0),

@@ -15,6 +15,7 @@ import torch
 from dsv3_megatron.config.parallel import ParallelConfig
 from tests.distributed.launch import run_ranks
 from tests.distributed.layout_step import (
+    EOD,
     GLOBAL_BATCH_SIZE,
     SEQ_LENGTH,
     Layout,
@@ -22,10 +23,10 @@ from tests.distributed.layout_step import (
     RankStep,
     run_layouts,
 )
-from tests.parity.architectures import BALANCE_LOSS_ALPHA, MTP_LAMBDA, reference_weights
+from tests.parity.architectures import BALANCE_LOSS_ALPHA, reference_weights
 from tests.parity.compare import relative_error
+from tests.parity.isolated_documents import document_step
 from tests.parity.weights import reference_names, whole_from_reference
-from tests.reference import losses
 
 pytestmark = pytest.mark.distributed
 
@@ -73,6 +74,12 @@ LAYOUTS = [
     Layout("pp4", 4, split(pp=4)),
     Layout("etp2-ep2", 4, split(etp=2, ep=2)),
     Layout("tp2-etp2-ep2", 4, split(tp=2, etp=2, ep=2)),
+    # Micro-batches of two sequences without data parallelism, of one with it.
+    Layout("isolated-pp2", 2, split(pp=2), is_isolated=True),
+    Layout("isolated-pp2-interleaved", 2, split(pp=2, vpp=2), is_isolated=True),
+    Layout("isolated-ep2", 2, split(ep=2), is_isolated=True),
+    Layout("isolated-tp2", 2, split(tp=2), is_isolated=True),
+    Layout("isolated-pp2-tp2-ep2-two-mtp", 4, split(pp=2, tp=2, ep=2), mtp_num_layers=2, is_isolated=True),
 ]
 # A fault, the layout it is planted in, and what the comparison must say of it.
 PLANTED = [
@@ -82,15 +89,25 @@ PLANTED = [
     (Layout("fault-embedding", 2, split(pp=2), fault="embedding-copy-lost"), "gradient of embedding.word_embeddings"),
     (Layout("fault-norm", 2, split(tp=2), fault="norm-unmarked"), "gradient of .*kv_layernorm.weight"),
     (Layout("fault-load", 2, split(pp=2), fault="load-miscounted"), "expert loads"),
+    (Layout("fault-leak", 2, split(pp=2), is_isolated=True, fault="stage-leaks"), "lm_loss|expert loads"),
     (Layout("fault-stale", 2, split(ep=2), fault="parameter-stale"), "parameter .*router.weight"),
 ]
+
+
+# MTP modules, and whether documents are isolated.
+ONE_PROCESS = [(0, False), (1, False), (2, False), (1, True), (2, True)]
+
+
+def one_process_name(depth: int, is_isolated: bool) -> str:
+    return f"one-process-{depth}-mtp" + "-isolated" * is_isolated
 
 
 @pytest.fixture(scope="module")
 def steps() -> Iterator[dict[str, list[RankStep]]]:
     """Results by layout and rank; one launch for all layouts of a number of processes."""
     found: dict[str, list[RankStep]] = {}
-    single = [Layout(f"one-process-{depth}-mtp", 1, mtp_num_layers=depth) for depth in (0, 1, 2)]
+    single = [Layout(one_process_name(depth, is_isolated), 1, mtp_num_layers=depth, is_isolated=is_isolated)
+              for depth, is_isolated in ONE_PROCESS]
     wanted = single + LAYOUTS + [layout for layout, _ in PLANTED]
     for num_ranks in (1, 2, 4):
         layouts = [layout for layout in wanted if layout.num_ranks == num_ranks]
@@ -100,7 +117,7 @@ def steps() -> Iterator[dict[str, list[RankStep]]]:
 
 
 def one_process(steps: dict[str, list[RankStep]], layout: Layout) -> RankStep:
-    return steps[f"one-process-{layout.mtp_num_layers}-mtp"][0]
+    return steps[one_process_name(layout.mtp_num_layers, layout.is_isolated)][0]
 
 
 def assemble(ranks: list[RankStep], what: str) -> dict[str, torch.Tensor]:
@@ -191,27 +208,30 @@ def test_planted_fault_is_found(steps, layout, message):
         check_layout(steps, layout)
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_one_process_equals_the_reference(steps, depth):
-    """Micro-batches, loss mask and token count of the trainer's step against the whole batch in float64."""
-    layout = Layout("", 1, mtp_num_layers=depth)
+@pytest.mark.parametrize(("depth", "is_isolated"), ONE_PROCESS)
+def test_one_process_equals_the_reference(steps, depth, is_isolated):
+    """Micro-batches, loss mask and token count of the trainer's step against every document alone, in float64.
+
+    A document is a whole sequence where documents are not isolated.
+    """
+    layout = Layout("", 1, mtp_num_layers=depth, is_isolated=is_isolated)
     model, step = layout.run.model, one_process(steps, layout)
     weights = {name: weight.requires_grad_("bias" not in name) for name, weight in reference_weights(model).items()}
-    samples = RandomSamples(model.vocab_size)
-    result = losses(weights, model, samples.tokens[:, :-1], samples.tokens[:, 1:], samples.mask,
-                    balance_loss_alpha=BALANCE_LOSS_ALPHA, mtp_mean_over="main")
-    # A sequence's balance loss counts once per token of it, and all is divided by the tokens that count.
-    weight = GLOBAL_BATCH_SIZE * SEQ_LENGTH / samples.mask.sum()
-    mtp = MTP_LAMBDA / max(1, depth) * sum(result.mtp_losses)
-    (result.lm_loss + mtp + weight * result.balance_loss).backward()
+    samples = RandomSamples(model.vocab_size, is_isolated)
+    bounds = tuple((0, *(s for s in range(1, SEQ_LENGTH) if is_isolated and row[s - 1] == EOD), SEQ_LENGTH)
+                   for row in samples.tokens)
+    assert len(set(bounds)) == (GLOBAL_BATCH_SIZE if is_isolated else 1)
+    expected = document_step(weights, model, samples.tokens[:, :-1], samples.tokens[:, 1:], samples.mask, bounds)
+    count = samples.mask.sum()
+    (expected.total / count).backward()
 
-    assert relative_error(torch.tensor(step.report.lm_loss), result.lm_loss) < LOSS_TOLERANCE
-    for ours, theirs in zip(step.report.mtp_losses, result.mtp_losses, strict=True):
-        assert relative_error(torch.tensor(ours), theirs) < LOSS_TOLERANCE
-    balance = result.balance_loss / BALANCE_LOSS_ALPHA / len(result.routings)
+    assert relative_error(torch.tensor(step.report.lm_loss), expected.main / count) < LOSS_TOLERANCE
+    for ours, theirs in zip(step.report.mtp_losses, expected.mtp, strict=True):
+        assert relative_error(torch.tensor(ours), theirs / count) < LOSS_TOLERANCE
+    balance = sum(expected.balance.values()) / BALANCE_LOSS_ALPHA / GLOBAL_BATCH_SIZE / len(expected.balance)
     assert relative_error(torch.tensor(step.report.balance_loss), balance) < LOSS_TOLERANCE
-    for row, routing in result.routings.items():
-        counts = torch.bincount(routing.expert_ids_TK.flatten(), minlength=model.num_experts)
+    for row, expert_ids_BSK in expected.experts.items():
+        counts = torch.bincount(expert_ids_BSK.flatten(), minlength=model.num_experts)
         assert step.report.expert_load[row] == counts.tolist()
     gradients = assemble([step], "gradients")
     reference = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}

@@ -56,6 +56,18 @@ def test_attention(runs, dtype, widths, length):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_isolated_documents(runs, dtype):
+    """Two sequences, each with documents of its own."""
+    from dsv3_megatron.ops.attention import causal_attention
+
+    scale, bounds = 96 ** -0.5, ((0, 200), (0, 1, 130, 200))
+    check_operation(
+        lambda q, k, v: causal_attention(q, k, v, softmax_scale=scale, document_bounds=bounds),
+        lambda q, k, v: causal_attention(q, k, v, softmax_scale=scale, document_bounds=bounds, backend="reference"),
+        [(200, 2, 4, 96), (200, 2, 4, 96), (200, 2, 4, 64)], dtype, runs.relative_error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("counts", [(64, 64, 64, 64), (1, 130, 0, 77), (0, 0, 0, 3), (0, 0, 0, 0)], ids=str)
 def test_experts(runs, dtype, counts):
     """Counts that no alignment divides, and experts that got nothing."""

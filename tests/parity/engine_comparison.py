@@ -86,7 +86,7 @@ def move_checkpoints(folder: Path, precision: str) -> dict[str, list[str]]:
 
 def main(file: str) -> None:
     """Compare everything and write what was found."""
-    build.resolve_transformer_impl = lambda requested: requested  # type: ignore[assignment] # it wants CUDA
+    build.resolve_transformer_impl = lambda requested, **_: requested  # type: ignore[assignment] # it wants CUDA
     found: dict[str, Any] = {"trees": {}, "steps": {}, "checkpoints": {}}
     for name in VARIANTS:
         found["trees"][name] = compare_trees(variant(name))

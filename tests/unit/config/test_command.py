@@ -16,6 +16,7 @@ from dsv3_megatron import train
 from dsv3_megatron.config.load import build_parser
 from dsv3_megatron.config.presets import PRESETS
 from dsv3_megatron.data.indexed_writer import DatasetWriter
+from dsv3_megatron.data.tokenizer import fingerprint
 
 HEAVY = {"torch", "numpy", "megatron", "yaml", "transformers", "tensorboard"}
 
@@ -121,6 +122,23 @@ def test_check_only_says_nothing_where_all_is_well(data: str, tmp_path: Path, ca
     assert (captured.out, captured.err) == ("", "")
 
 
+def test_every_run_checks_its_tokenizer_against_the_datas(data: str, tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str],
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not --check-only alone; the tokenizer that made the data is let through to the training."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(train, "_train", lambda command, rank: 77)
+    arguments = ["--data-path", data, "--tokenizer-model", str(tmp_path)]
+    assert train.main(arguments) == 2
+    mine = fingerprint(tmp_path)
+    assert capsys.readouterr().err == (
+        f"error: the data was made by tokenizer 0123456789ab, the run's tokenizer_model is {mine[:12]}: give the "
+        "tokenizer that made the data, or preprocess again\n")
+    with DatasetWriter(data, vocab_size=2048, tokenizer_fingerprint=mine, is_overwrite_allowed=True) as writer:
+        writer.add_documents(np.arange(10), np.array([4, 6]))
+    assert train.main(arguments) == 77
+
+
 def test_check_only_plans_for_the_processes_it_is_told(data: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--check-only", "--data-path", data, "--expert-model-parallel-size", "2"]
     assert train.main([*arguments, "--world-size", "2"]) == 0
@@ -138,6 +156,20 @@ def test_check_only_plans_for_the_processes_it_is_told(data: str, capsys: pytest
     (["--data-path", "{data}", "--vocab-size", "2000"],
      "vocabulary of the data (2048) larger than the model's (2000): {data} holds ids up to 2047; set vocab_size to at "
      "least 2048, or preprocess with a smaller tokenizer"),
+    (["--data-path", "{data}", "--tokenizer-model", "{tokenizer}"],
+     "the data was made by tokenizer 0123456789ab, the run's tokenizer_model is {fingerprint}: give the tokenizer that "
+     "made the data, or preprocess again"),
+    (["--data-path", "{data}", "--valid-data-path", "{other}"],
+     "the datasets were made by different tokenizers ({data} by 0123456789ab, {other} by fedcba987654): preprocess all "
+     "with one tokenizer"),
+    (["--data-path", "{data}", "--tokenizer-model", "{folder}/absent"],
+     "tokenizer_model={folder}/absent: {folder}/absent does not exist; give a folder with a tokenizer.json"),
+    (["--data-path", "{data}", "--reset-attention-mask", "--eod-mask-loss"],
+     "reset_attention_mask and eod_mask_loss need documents that end with an EOD token, and nothing says which token "
+     "that is in {data}, which has no sidecar with an eod_id: give the tokenizer that made it (--tokenizer-model DIR), "
+     "or leave reset_attention_mask and eod_mask_loss off"),
+    (["--data-path", "{other}", "--reset-position-ids"],
+     "reset_position_ids needs documents that end with an EOD token, and {other} was made without --append-eod"),
     (["--data-path", "{data}", "--load", "{folder}/empty"], "load={folder}/empty has no checkpoint"),
     (["--data-path", "{data}", "--save", "{data}.bin"], "save={data}.bin cannot be written to"),
     (["--data-path", "{data}", "--pipeline-model-parallel-layout", "Ettt"],
@@ -145,7 +177,13 @@ def test_check_only_plans_for_the_processes_it_is_told(data: str, capsys: pytest
 ])
 def test_check_only_names_what_is_wrong(arguments: list[str], message: str, data: str, tmp_path: Path,
                                         capsys: pytest.CaptureFixture[str]) -> None:
-    places = {"data": data, "folder": str(tmp_path)}
+    with DatasetWriter(tmp_path / "other", vocab_size=2048, tokenizer_fingerprint="fedcba9876543210",
+                       options={"append_eod": False, "eod_id": 1}) as writer:
+        writer.add_documents(np.arange(10), np.array([4, 6]))
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    places = {"data": data, "folder": str(tmp_path), "other": str(tmp_path / "other"),
+              "tokenizer": str(tmp_path / "tokenizer"), "fingerprint": fingerprint(tmp_path / "tokenizer")[:12]}
     assert train.main(["--check-only", *(argument.format(**places) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1

@@ -57,6 +57,8 @@ def test_what_to_do_instead_of_training() -> None:
 
 def _sample(field: dataclasses.Field) -> tuple[list[str], Any]:
     """Words for a field's flag, and the value they stand for: not any preset's."""
+    if field.type == "bool":
+        return [], True
     if field.metadata["nargs"]:
         return ["0.3", "a b", "0.7", "c"], ["0.3", "a b", "0.7", "c"]
     if field.metadata["choices"]:
@@ -68,11 +70,25 @@ def _sample(field: dataclasses.Field) -> tuple[list[str], Any]:
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
 def test_every_flag_lands_in_its_field_and_nowhere_else(field: dataclasses.Field) -> None:
-    (flag,) = ACTIONS[field.name].option_strings
+    flag, *opposite = ACTIONS[field.name].option_strings
+    assert opposite == ([flag.replace("--", "--no-", 1)] if field.type == "bool" else [])
     words, value = _sample(field)
     run = parse_command([flag, *words]).run
     assert value_of(run, field.name) == value and type(value_of(run, field.name)) is type(value)
     assert run == preset("tiny").override(**{field.name: value})
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS if field.type == "bool"], ids=lambda f: f.name)
+def test_a_switch_is_off_until_given_and_can_be_taken_back(field: dataclasses.Field, file: Any) -> None:
+    assert not any(value_of(make(), field.name) for make in PRESETS.values())
+    flag, opposite = ACTIONS[field.name].option_strings
+    config = file(f"{field.name} = true\n")
+    assert value_of(parse_command(["--config", config]).run, field.name) is True
+    assert value_of(parse_command(["--config", config, opposite]).run, field.name) is False
+    assert value_of(parse_command([flag, opposite]).run, field.name) is False
+    assert value_of(parse_command(["--config", file(f"{field.name}: false\n", "a.yaml"), flag]).run, field.name) is True
+    with pytest.raises(ConfigError, match=f"{flag}=yes is not a flag|ignored explicit argument 'yes'"):
+        parse_command([f"{flag}=yes"])
 
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if "None" in str(field.type)], ids=lambda f: f.name)
@@ -118,7 +134,8 @@ def test_flags_of_megatron_lm_keep_its_spelling() -> None:
             "--moe-aux-loss-coeff", "--mtp-num-layers", "--mtp-loss-scaling-factor", "--q-lora-rank", "--kv-lora-rank",
             "--v-head-dim", "--norm-epsilon", "--rotary-base", "--init-method-std", "--transformer-impl", "--seed",
             "--data-path", "--valid-data-path", "--split", "--data-cache-path", "--tokenizer-model", "--save", "--load",
-            "--save-interval", "--tensorboard-dir", "--log-interval", "--eval-interval", "--eval-iters"} <= flags
+            "--save-interval", "--tensorboard-dir", "--log-interval", "--eval-interval", "--eval-iters",
+            "--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"} <= flags
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -188,7 +205,7 @@ def test_numbers_as_yaml_writes_them(file: Any) -> None:
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_resolved_run_reads_back_as_itself(name: str, file: Any) -> None:
     run = preset(name).override(data_path=["0.3", "a", "0.7", "b c"], q_lora_rank=None, save="x", lr_decay_iters=5,
-                                lr=1 / 3, layernorm_epsilon=1e-12)
+                                lr=1 / 3, layernorm_epsilon=1e-12, reset_attention_mask=True)
     path = file(json.dumps(run.as_dict()), "config.json")
     assert parse_command(["--config", path]).run == run
 
@@ -210,6 +227,8 @@ def test_a_resolved_run_reads_back_as_itself(name: str, file: Any) -> None:
     ("lr: [1]\n", "a.yaml", "lr=[1] must be a number"),
     ("q_lora_rank: none\n", "a.yaml", "q_lora_rank='none' must be a whole number or nothing"),
     ("save = 3\n", "a.toml", "save=3 must be text or nothing"),
+    ("eod_mask_loss = 1\n", "a.toml", "eod_mask_loss=1 must be true or false"),
+    ("eod_mask_loss: 'true'\n", "a.yaml", "eod_mask_loss='true' must be true or false"),
     ("data_path = 3\n", "a.toml", "data_path=3 must be a list of texts"),
     ('{"rope_type": 1}', "a.json", "rope_type=1 must be text"),
     ("[1, 2]", "a.json", "must hold fields and their values, not a list"),

@@ -115,6 +115,10 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"precision": "fp16"}, 1, "precision='fp16' must be one of auto, bf16, fp32"),
     ("tiny", {"transformer_impl": "te"}, 1, "transformer_impl='te' must be one of auto, local, transformer_engine"),
     ("tiny", {"lr_decay_style": "wsd"}, 1, "lr_decay_style='wsd' must be one of constant, cosine, linear"),
+    ("tiny", {"transformer_impl": "transformer_engine", "reset_attention_mask": True, "reset_position_ids": True,
+              "eod_mask_loss": True}, 1,
+     "reset_attention_mask=True and reset_position_ids=True cannot go with transformer_impl=transformer_engine, whose "
+     "attention knows one document a sequence; set transformer_impl=local"),
     # -- what is written --
     ("tiny", {"save": "checkpoints", "save_interval": 0}, 1, "save_interval=0 must be at least 1"),
     ("tiny", {"keep_last": -1}, 1, "keep_last=-1 must not be negative; 0 keeps all checkpoints"),
@@ -163,6 +167,8 @@ def test_presets_are_valid_where_they_are_meant_to_run(name: str, world_size: in
     ({"moe_router_num_groups": 1, "moe_router_group_topk": 1, "moe_router_topk": 5}, 1),
     ({"num_dense_layers": 4}, 1), ({"num_shared_experts": 0}, 1), ({"mtp_num_layers": 0}, 1),
     ({"q_lora_rank": None}, 1), ({"eval_interval": 0, "eval_iters": 0}, 1), ({"lr_warmup_iters": 300}, 1),
+    ({"reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True}, 1),
+    ({"transformer_impl": "transformer_engine", "eod_mask_loss": True}, 1),
     ({"lr": 0.0, "min_lr": 0.0}, 1), ({"save_interval": 0}, 1),
 ])
 def test_what_is_possible_is_let_through(changes: dict[str, Any], world_size: int) -> None:

@@ -45,7 +45,8 @@ def test_batch_holds_what_it_says():
     batch = next(make(dataset, data_parallel_rank=1))
     assert batch.sample_ids_B.tolist() == [2, 3] == batch.tokens_BS[:, 0].tolist()
     assert torch.equal(batch.tokens_BS[:, 1:], batch.labels_BS[:, :-1])
-    assert [getattr(batch, f.name).dtype for f in dataclasses.fields(batch)] == [
+    assert batch.document_bounds is None
+    assert [getattr(batch, f.name).dtype for f in dataclasses.fields(batch) if f.name != "document_bounds"] == [
         torch.int64,
         torch.int64,
         torch.float32,
@@ -57,6 +58,14 @@ def test_batch_holds_what_it_says():
     assert isinstance(moved, Batch) and moved.labels_BS.device.type == "meta"
     with pytest.raises(dataclasses.FrozenInstanceError):
         batch.tokens_BS = None
+
+
+def test_each_row_has_the_bounds_of_its_documents():
+    dataset = ListDataset(8)
+    dataset.text[2:4, 1:] = torch.tensor([[9, 5, 9, 9], [5, 5, 5, 9]])
+    batch = next(make(dataset, data_parallel_rank=1, eod_id=9))
+    assert batch.tokens_BS.tolist() == [[2, 9, 5, 9], [3, 5, 5, 5]]
+    assert batch.document_bounds == ((0, 2, 4), (0, 4))  # an EOD ends its document; one at the end begins none here
 
 
 def test_order_is_the_documented_one():

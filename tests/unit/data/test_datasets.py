@@ -1,16 +1,21 @@
 """Megatron-Core's datasets over our files: what a sample is, what is checked, what is cached."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 
+from dsv3_megatron.config.presets import preset
 from dsv3_megatron.data.batches import BatchIterator, read_token_sequences
 from dsv3_megatron.data.blend import parse_blend
-from dsv3_megatron.data.datasets import DatasetConfig, build_datasets, parse_split
+from dsv3_megatron.data.datasets import DatasetConfig, build_datasets, dataset_config, parse_split
 from dsv3_megatron.data.indexed_writer import DatasetWriter
+
+EOD = {"eod_id": 1}  # what `write` ends documents with
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not determine rank:UserWarning")
 
@@ -44,6 +49,50 @@ def test_samples_are_packed_documents_with_every_token_counted(tmp_path):
         for a, b in zip(row, row[1:], strict=False):
             assert b in (a + 1, 1) if a != 1 else any(document[0] == b for document in documents)
     assert any(1 in row[:-1] for row in rows.tolist())
+
+
+def test_positions_restart_and_losses_are_masked_after_an_eod(tmp_path):
+    prefix = write(tmp_path / "d", length=7)
+    blend = {"train_blend": parse_blend(prefix), "num_train_samples": 17}
+
+    def batch(cut_after=None, **changes):
+        data = build_datasets(config(tmp_path, **blend, **changes)).train
+        sizes = {"micro_batch_size": 17, "global_batch_size": 17}
+        return next(BatchIterator(data, **sizes, eod_id=cut_after))
+
+    plain = batch()
+    isolated = batch(cut_after=1, reset_position_ids=True, eod_mask_loss=True, **EOD)
+    # No token moves: the order of samples and their content are those of a run without the switches.
+    assert plain.document_bounds is None
+    assert torch.equal(isolated.tokens_BS, plain.tokens_BS) and torch.equal(isolated.labels_BS, plain.labels_BS)
+    assert torch.equal(isolated.loss_mask_BS, (plain.tokens_BS != 1).float()) and bool((plain.loss_mask_BS == 1).all())
+    assert (plain.tokens_BS[:, -1] == 1).any()  # a document that ends where the sample does
+    for tokens, positions, bounds in zip(isolated.tokens_BS.tolist(), isolated.position_ids_BS.tolist(),
+                                         isolated.document_bounds, strict=True):
+        starts = [0] + [s for s in range(1, 16) if tokens[s - 1] == 1]
+        assert bounds == (*starts, 16) and len(bounds) >= 3
+        assert positions == [s - max(start for start in starts if start <= s) for s in range(16)]
+    assert batch(cut_after=1).document_bounds == isolated.document_bounds
+    only_positions, only_mask = batch(reset_position_ids=True, **EOD), batch(eod_mask_loss=True, **EOD)
+    assert torch.equal(only_positions.position_ids_BS, isolated.position_ids_BS)
+    assert torch.equal(only_positions.loss_mask_BS, plain.loss_mask_BS) and only_positions.document_bounds is None
+    assert torch.equal(only_mask.position_ids_BS, plain.position_ids_BS)
+    assert torch.equal(only_mask.loss_mask_BS, isolated.loss_mask_BS)
+    assert isolated.to("meta").document_bounds == isolated.document_bounds
+
+
+def test_a_run_with_switches_reads_the_eod_from_its_data(tmp_path):
+    prefix = write(tmp_path / "d", options={"append_eod": True, "eod_id": 1})
+    run = preset("tiny").override(data_path=[prefix], seq_length=16, split="90,10,0")
+    assert dataset_config(run).eod_id is None
+    for flag in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"):
+        made = dataset_config(run.override(**{flag: True}))
+        assert made.eod_id == 1
+        assert made.reset_position_ids == (flag == "reset_position_ids")
+        assert made.eod_mask_loss == (flag == "eod_mask_loss")
+    bare = write(tmp_path / "bare", options={"append_eod": False, "eod_id": 1})
+    with pytest.raises(ValueError, match="bare was made without --append-eod: make it again"):
+        dataset_config(run.override(eod_mask_loss=True, data_path=["1", prefix, "1", bare]))
 
 
 def test_split_keeps_documents_apart(tmp_path):
@@ -119,6 +168,71 @@ def test_a_position_survives_a_rebuild_and_notices_another_order(tmp_path):
             other.load_state_dict(state)
 
 
+def blended(tmp_path, kind):
+    """Three prefixes in one blend, cut by a split; or with blends of their own for training and validation."""
+    prefixes = [write(tmp_path / name, first_id=number * 1100, num_documents=40 - number)
+                for number, name in enumerate("abc")]
+    weighted = parse_blend([word for pair in zip("523", prefixes, strict=True) for word in pair])
+    common = {"num_train_samples": 150, "num_valid_samples": 24}
+    if kind == "split":
+        return config(tmp_path, blend=weighted, split="80,15,5", **common)
+    return config(tmp_path, train_blend=weighted, valid_blend=parse_blend(prefixes[1:]), **common)
+
+
+@pytest.mark.parametrize("kind", ["split", "own validation data"])
+def test_a_blend_goes_on_exactly_under_another_data_parallel_size(tmp_path, kind):
+    """Three prefixes with weights: 4 steps on 1 rank, 3 on 4, 4 on 2 are what 11 steps on 2 are, token by token."""
+    made = blended(tmp_path, kind)
+
+    def steps(state, num_steps, micro, dp):
+        """All tokens of each step, by sample id, and the position after them; datasets are built anew."""
+        data, found, states = build_datasets(made).train, [{} for _ in range(num_steps)], []
+        for rank in range(dp):
+            iterator = BatchIterator(data, micro_batch_size=micro, global_batch_size=12, data_parallel_rank=rank,
+                                     data_parallel_size=dp, eod_id=1)
+            if state is not None:
+                iterator.load_state_dict(state)
+            for step in found:
+                for _ in range(iterator.num_micro_batches):
+                    batch = next(iterator)
+                    rows = torch.cat([batch.tokens_BS, batch.labels_BS[:, -1:]], dim=1).tolist()
+                    step |= dict(zip(batch.sample_ids_B.tolist(), zip(rows, batch.document_bounds, strict=True),
+                                     strict=True))
+            states.append(iterator.state_dict())
+        assert all(other == states[0] for other in states)
+        return found, states[0]
+
+    whole, end = steps(None, 11, 3, 2)
+    assert [sorted(step) for step in whole] == [list(range(12 * n, 12 * n + 12)) for n in range(11)]
+    parts, state = [], None
+    for num_steps, micro, dp in ((4, 4, 1), (3, 1, 4), (4, 2, 2)):
+        found, state = steps(state, num_steps, micro, dp)
+        parts += found
+    assert parts == whole and state == end and state["consumed_samples"] == 132
+    sources = np.array([max(row) // 1100 for step in whole for row, _ in step.values()])
+    assert np.abs(np.bincount(sources, minlength=3) - 132 * np.array([0.5, 0.2, 0.3])).max() < 2
+    other = dataclasses.replace(made, **{"blend" if kind == "split" else "train_blend": parse_blend(
+        [word for pair in zip("523", made.prefixes[::-1], strict=True) for word in pair])})
+    with pytest.raises(ValueError, match="the 132 samples consumed before the checkpoint are not those of this data"):
+        BatchIterator(build_datasets(other).train, micro_batch_size=1, global_batch_size=12).load_state_dict(state)
+
+
+def test_validation_of_a_blend_reads_its_own_share(tmp_path):
+    """The documents of each prefix are cut by the split: training, validation and test share none of them."""
+    data = build_datasets(blended(tmp_path, "split"))
+    tokens = {name: set(read_token_sequences(part, 0, len(part)).ravel().tolist()) - {1}
+              for name, part in (("train", data.train), ("valid", data.valid))}
+    assert len(data.valid) >= 24 and not tokens["train"] & tokens["valid"]
+    for number in range(3):
+        num_documents = 40 - number
+        first, last = (round(share * num_documents) for share in (0.8, 0.95))
+        of_prefix = {name: {token - 2 - 1100 * number for token in ids if token // 1100 == number}
+                     for name, ids in tokens.items()}
+        assert of_prefix["train"] and max(of_prefix["train"]) < first * 25
+        assert of_prefix["valid"] and first * 25 <= min(of_prefix["valid"])
+        assert max(of_prefix["valid"]) < last * 25 < num_documents * 25
+
+
 @pytest.mark.parametrize(
     ("split", "shares"), [("969,30,1", (0.969, 0.03, 0.001)), ("1", (1, 0, 0)), ("98, 2", (0.98, 0.02, 0))]
 )
@@ -142,6 +256,8 @@ def test_config_errors(tmp_path):
         ({}, "neither of data_path and train_data_path given: give data_path"),
         ({"blend": blend, "train_blend": blend}, "both of data_path and train_data_path given"),
         ({"blend": blend, "valid_blend": blend}, "valid_data_path goes with train_data_path, not with data_path"),
+        ({"blend": blend, "eod_mask_loss": True}, "reset_position_ids and eod_mask_loss need eod_id, the token that"),
+        ({"blend": blend, "reset_position_ids": True}, "reset_position_ids and eod_mask_loss need eod_id, the token"),
         ({"blend": blend, "seq_length": 0}, "seq_length=0 must be at least 1"),
         ({"blend": blend, "num_train_samples": 0}, "num_train_samples=0 must be at least 1"),
         ({"blend": blend, "num_valid_samples": 0}, "num_valid_samples=0 must be at least 1, or None for one pass"),

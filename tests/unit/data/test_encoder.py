@@ -18,7 +18,10 @@ from dsv3_megatron.data.encoder import (
 )
 from dsv3_megatron.data.tokenizer import EOS_TOKEN, load_tokenizer
 
-CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
 WORDY = st.lists(
     st.sampled_from(

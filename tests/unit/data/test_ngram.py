@@ -23,7 +23,7 @@ def sample_markov_chain(rng, num_sequences, length, sharpness=1.0):
     return sequences, transition
 
 
-def score_slowly(train, valid, result):
+def score_slowly(train, valid, result, eod_id=None):
     """Both cross-entropies token by token, straight from the formulas."""
     pairs = Counter((a, b) for row in train.tolist() for a, b in zip(row, row[1:], strict=False))
     contexts, labels = Counter(), Counter()
@@ -41,7 +41,7 @@ def score_slowly(train, valid, result):
     lowest = math.inf
     lower = {"unigram": unigram, "continuation": continuation}[result.lower_order]
     unigram_nats = 0.0
-    scored = [(a, b) for row in valid.tolist() for a, b in zip(row, row[1:], strict=False)]
+    scored = [(a, b) for row in valid.tolist() for a, b in zip(row, row[1:], strict=False) if a != eod_id]
     for _, b in scored:
         unigram_nats -= math.log(unigram(b, result.add_k)) / len(scored)
     for k in (0.001, 0.01, 0.1, 0.5, 1.0):  # the lower order's k is not reported: one of these it was
@@ -57,16 +57,19 @@ def score_slowly(train, valid, result):
     return unigram_nats, lowest
 
 
+@pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("num_sequences", [1, 8])
-def test_equals_the_slow_count(num_sequences):
+def test_equals_the_slow_count(num_sequences, is_masked):
     rng = np.random.default_rng(0)
     train, _ = sample_markov_chain(rng, num_sequences, 30, sharpness=0.3)
     valid, _ = sample_markov_chain(rng, 4, 30, sharpness=0.3)
-    result = measure_ngram_baselines(train, valid, vocab_size=VOCAB_SIZE)
-    unigram_nats, bigram_difference = score_slowly(train, valid, result)
+    eod_id = int(valid[0, 0]) if is_masked else None
+    result = measure_ngram_baselines(train, valid, vocab_size=VOCAB_SIZE, eod_id=eod_id)
+    unigram_nats, bigram_difference = score_slowly(train, valid, result, eod_id)
     assert result.unigram_nats == pytest.approx(unigram_nats, abs=1e-12)
     assert bigram_difference < 1e-12
-    assert (result.num_train_tokens, result.num_valid_tokens) == (num_sequences * 29, 4 * 29)
+    num_masked = int((valid[:, :-1] == eod_id).sum()) if is_masked else 0
+    assert (result.num_train_tokens, result.num_valid_tokens) == (num_sequences * 29, 4 * 29 - num_masked)
 
 
 def test_bigram_reaches_the_entropy_of_a_markov_chain():
@@ -107,5 +110,7 @@ def test_errors():
         measure_ngram_baselines(good[0], good, vocab_size=3)
     with pytest.raises(ValueError, match=r"valid_QS1 has shape \(0, 5\), not"):
         measure_ngram_baselines(good, good[:0], vocab_size=3)
+    with pytest.raises(ValueError, match="valid_QS1 holds no token to score: each follows the EOD 0; use more valid"):
+        measure_ngram_baselines(good, good, vocab_size=3, eod_id=0)
     with pytest.raises(ValueError, match=r"valid_QS1 holds ids 3\.\.3, outside 0\.\.vocab_size - 1 = 2"):
         measure_ngram_baselines(good, good + 3, vocab_size=3)

@@ -20,6 +20,7 @@ from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.metrics.summary import (
     format_summary,
     main,
+    measure_baselines,
     read_run_config,
     resume_command,
     summarize,
@@ -100,6 +101,21 @@ def test_baselines_are_counted_on_what_the_run_consumed(make_run: Callable[..., 
     assert expected.bigram_nats < expected.unigram_nats
     assert summary.num_counted_tokens == summary.consumed_tokens == BATCH * STEPS * SEQ_LENGTH
     assert summary.num_validation_tokens == BATCH * EVAL_ITERS * SEQ_LENGTH
+
+
+def test_baselines_are_scored_on_what_the_loss_counts(run_config: RunConfig) -> None:
+    """A run that masks the loss after an EOD is not compared with the loss there."""
+    masked = run_config.override(eod_mask_loss=True)
+    for prefix in run_config.data.data_path + run_config.data.valid_data_path:
+        with DatasetWriter(prefix, vocab_size=VOCAB, options={"append_eod": True, "eod_id": 3},
+                           is_overwrite_allowed=True) as writer:
+            writer.add_documents(np.tile([5, 9, 17, 24, 3], 600), np.full(600, 5))
+    data = build_datasets(dataset_config(masked))
+    assert data.valid is not None
+    num_sequences = BATCH * EVAL_ITERS
+    num_counted = sum(data.valid[index]["loss_mask"].sum().item() for index in range(num_sequences))
+    assert measure_baselines(run_config, 8, num_sequences).num_valid_tokens == SEQ_LENGTH * num_sequences
+    assert measure_baselines(masked, 8, num_sequences).num_valid_tokens == num_counted < SEQ_LENGTH * num_sequences
 
 
 def test_verdict_and_exit_code(make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,12 +28,22 @@ def _rope(function, dtype):
     return lambda x: function(x, cos, sin)
 
 
+def _rope_by_sequence(function, dtype):
+    """Two sequences at positions of their own."""
+    wide = torch.promote_types(dtype, torch.float32)
+    tables = [torch.stack([t, t.flip(0)], dim=1).to(wide) for t in _angles()]
+    return lambda x: function(x, *tables)
+
+
 CASES = {
     "rms_norm": lambda dtype: (_norm(rms_norm), _norm(reference_rms_norm), [_randn(3, 2, 8), _randn(8, seed=2)]),
     "swiglu": lambda dtype: (swiglu, reference_swiglu, [_randn(3, 2, 8)]),
     "swiglu_weighted": lambda dtype: (swiglu, reference_swiglu, [_randn(3, 2, 8), _randn(3, 2, seed=2)]),
     "rope": lambda dtype: (_rope(apply_rope, dtype), _rope(reference_rope, torch.float64), [_randn(7, 2, 3, 8)]),
     "rope_tail": lambda dtype: (_rope(apply_rope, dtype), _rope(reference_rope, torch.float64), [_randn(7, 2, 3, 13)]),
+    "rope_by_sequence": lambda dtype: (
+        _rope_by_sequence(apply_rope, dtype), _rope_by_sequence(reference_rope, torch.float64), [_randn(7, 2, 3, 13)]
+    ),
 }
 
 
@@ -79,6 +89,13 @@ def test_rope_keeps_scores_a_function_of_distance():
     torch.testing.assert_close(scores.diagonal(3), scores[0, 3].expand(7))
 
 
+def test_rope_by_sequence_is_each_sequence_by_itself():
+    x, (cos, sin) = _randn(7, 2, 3, 13), _angles()
+    together = apply_rope(x, torch.stack([cos, cos.flip(0)], dim=1), torch.stack([sin, sin.flip(0)], dim=1))
+    assert torch.equal(together[:, :1], apply_rope(x[:, :1], cos, sin))
+    assert torch.equal(together[:, 1:], apply_rope(x[:, 1:], cos.flip(0), sin.flip(0)))
+
+
 def test_inputs_are_not_modified():
     x = _randn(7, 2, 3, 8)
     before = x.clone()
@@ -93,6 +110,8 @@ def test_bad_input():
         swiglu(torch.zeros(2, 7))
     with pytest.raises(ValueError, match="x has 3 positions, cos_SP and sin_SP 7"):
         apply_rope(torch.zeros(3, 1, 8), *_angles())
+    with pytest.raises(ValueError, match="x has 3 sequences, cos_SP and sin_SP 2; give each one"):
+        apply_rope(torch.zeros(7, 3, 8), *(t.unsqueeze(1).expand(-1, 2, -1) for t in _angles()))
     with pytest.raises(ValueError, match="4 pairs need 8 dims, x has 6"):
         apply_rope(torch.zeros(7, 1, 6), *_angles())
     with pytest.raises(ValueError, match="backend='apex' of rms_norm must be one of"):

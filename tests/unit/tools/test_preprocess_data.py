@@ -72,8 +72,9 @@ def test_bytes_are_megatron_lms(preprocess, tmp_path, texts, tokenizer_dir, eod,
     num_bytes = sum(len(text.encode()) for text in texts)
     assert sidecar.counts["text_bytes"] == num_bytes and sidecar.counts["documents"] == len(texts)
     assert out.startswith(
-        f"{len(texts)} documents in, {len(texts)} written, 1 of them empty, 0 left out; {num_bytes / 1e6:.1f} MB of text, "
-        f"{sidecar.num_tokens} tokens, {num_bytes / sidecar.num_tokens:.2f} bytes/token; "
+        f"{len(texts)} documents in, {len(texts)} written, 1 of them empty, 0 left out; "
+        f"{num_bytes / 1e6:.1f} MB of text, {sidecar.num_tokens} tokens, "
+        f"{num_bytes / sidecar.num_tokens:.2f} bytes/token; "
     )
     assert out.endswith(f"-> {tmp_path}/out_text_document.bin\n")
     data = IndexedDataset(os.fspath(tmp_path / "out_text_document"))

@@ -334,37 +334,48 @@ def children_of(pid):
         return []
 
 
+def kill_somewhere(process, state, numbers):
+    """Kill a run at a random moment of its start or, three times out of four, of its work; False if it is through."""
+    is_early = numbers.random() < 0.25
+    before = state.stat().st_mtime_ns if state.exists() else None
+    while not is_early and process.poll() is None:
+        if state.exists() and state.stat().st_mtime_ns != before:  # it has finished a block
+            break
+        time.sleep(0.002)
+    try:
+        process.wait(numbers.uniform(0, 0.5))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return True
+    assert process.returncode == 0
+    return False
+
+
 def test_kill_9_at_random_moments(long_job, tmp_path):
     """Twenty times a run is killed somewhere and gone on with, with other numbers of workers, until it is through."""
     command, expected = long_job
     numbers = random.Random(5)
-    num_kills = num_gone_on = 0
-    round_number = 0
+    num_kills = num_gone_on = num_runs = 0
     while num_kills < 20:
-        prefix = f"run{round_number}"
-        round_number += 1
-        while True:
+        num_runs += 1
+        prefix = f"run{num_runs}"
+        state = tmp_path / f"{prefix}.unfinished" / "state.json"
+        is_killed = True
+        while is_killed:
             options = ["--output-prefix", tmp_path / prefix, "--resume", "--workers", numbers.choice([1, 2, 4])]
+            num_gone_on += state.exists()
             process = subprocess.Popen(
                 [str(part) for part in [*command, *options]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
-            state = tmp_path / f"{prefix}.unfinished" / "state.json"
-            num_gone_on += state.exists()
-            if num_kills >= 20:
+            if num_kills == 20:
                 assert process.wait(120) == 0
                 break
-            try:
-                process.wait(numbers.uniform(0.3, 1.2))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                num_kills += 1
-                continue
-            assert process.returncode == 0
-            break
+            is_killed = kill_somewhere(process, state, numbers)
+            num_kills += is_killed
         assert result_of(tmp_path, prefix) == expected
         assert not (tmp_path / f"{prefix}.unfinished").exists()
-    assert num_gone_on >= 5
+    assert num_gone_on >= 10
 
 
 def test_finished_work_is_not_done_again(long_job, tmp_path):

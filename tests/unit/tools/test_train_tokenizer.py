@@ -139,7 +139,7 @@ def test_bad_input(run, tmp_path):
     for name, message in {
         "empty.jsonl": "empty.jsonl: the input is empty; give JSON Lines with a text each",
         "blank.jsonl": "the input is empty",
-        "folder": "folder is a folder without .jsonl or .jsonl.gz files",
+        "folder": "folder: the folder holds no files",
         "other.jsonl": "other.jsonl, line 1, byte 0: no key 'text' (keys: content); name the text's key",
         "none*.jsonl": "matches no file",
     }.items():

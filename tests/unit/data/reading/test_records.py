@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.data import records
+from dsv3_megatron.data.reading import records
 from dsv3_megatron.data.reading.records import LineParser, RecordError, find_invalid_utf8
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.data import sentences
+from dsv3_megatron.data.transforms import sentences
 from dsv3_megatron.data.transforms.sentences import (
     PunktModel,
     SentenceSplitter,

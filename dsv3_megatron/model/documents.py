@@ -1,0 +1,49 @@
+"""Documents packed into the sequences of a micro-batch: what the modules of a stage need to keep them apart.
+
+Megatron-Core hands its `packed_seq_params` to every layer of a stage and to the MTP modules without looking into it,
+where the layers are this library's; `PackedDocuments` travels under that name. Its own packed format, one row of all
+tokens, would merge the sequences of a micro-batch, whose balance losses are apart.
+
+Each pipeline stage makes its own from the batch it reads, so nothing of this goes between ranks.
+
+Legend: B sequences, S positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dsv3_megatron.ops.attention import DocumentBounds
+
+
+@dataclass(frozen=True)
+class PackedDocuments:
+    """Where attention stops and where rotary positions restart.
+
+    Attributes:
+        bounds: Documents of each sequence that do not see each other (as of `causal_attention`); None: attention
+            crosses their ends.
+        position_ids_BS: Rotary positions, int64; None: 0 .. S - 1. Restarting them at the bounds changes nothing but
+            rounding, since scores depend on distances alone; without bounds it makes tokens of two documents look near.
+    """
+
+    bounds: DocumentBounds | None = None
+    position_ids_BS: torch.Tensor | None = None
+
+    def starts_BS(self, device: torch.device) -> torch.Tensor:
+        """True where a document begins; with `bounds` only."""
+        assert self.bounds is not None
+        starts_BS = torch.zeros(len(self.bounds), self.bounds[0][-1], dtype=torch.bool)
+        for row, bounds in enumerate(self.bounds):
+            starts_BS[row, list(bounds[:-1])] = True
+        return starts_BS.to(device, non_blocking=True)
+
+    def remaining_BS(self, device: torch.device) -> torch.Tensor:
+        """How many positions of the same document follow each position, int64; with `bounds` only."""
+        assert self.bounds is not None
+        rows = [torch.repeat_interleave(torch.tensor(bounds[1:]), torch.tensor(bounds).diff())
+                for bounds in self.bounds]
+        ends_BS = torch.stack(rows)
+        return (ends_BS - 1 - torch.arange(ends_BS.shape[1])).to(device, non_blocking=True)
