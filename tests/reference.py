@@ -204,15 +204,18 @@ def select_experts(biased_E: list[float], arch: Architecture) -> list[int]:
     """One token's experts, best first: top K of the biased scores within the best groups.
 
     A group's score is the sum of its K / M best biased scores, M the groups kept (section 2.1.2, node-limited
-    routing; biased as in DeepSeek's code). Experts of other groups are out whatever their score, also where the
-    scores of the kept ones are negative.
+    routing; biased as in DeepSeek's code), or of a given number. Experts of other groups are out whatever their score,
+    also where the scores of the kept ones are negative; or, masked with "zero", they compete with a score of 0.
     """
     per_group = arch.num_experts // arch.moe_router_num_groups
-    per_node = arch.moe_router_topk // arch.moe_router_group_topk
+    per_node = arch.moe_router_group_score_topk or arch.moe_router_topk // arch.moe_router_group_topk
     groups = range(arch.moe_router_num_groups)
     members = [list(range(group * per_group, (group + 1) * per_group)) for group in groups]
     group_scores = [sum(sorted((biased_E[e] for e in members[group]), reverse=True)[:per_node]) for group in groups]
     kept = sorted(groups, key=lambda group: -group_scores[group])[: arch.moe_router_group_topk]
+    if arch.moe_router_group_mask == "zero":
+        ranks = [score if e // per_group in kept else 0.0 for e, score in enumerate(biased_E)]
+        return sorted(range(arch.num_experts), key=lambda e: -ranks[e])[: arch.moe_router_topk]
     candidates = [e for group in sorted(kept) for e in members[group]]
     return sorted(candidates, key=lambda e: -biased_E[e])[: arch.moe_router_topk]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dsv3_megatron.config.fields import ConfigError, divisors, option, require_finite
 
 ROPE_TYPES = ("rope", "yarn")
+GROUP_MASKS = ("exclude", "zero")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class ModelConfig:
     num_shared_experts: int = option(1, help="experts that every token goes to")
     moe_router_num_groups: int = option(1, help="groups of experts for node-limited routing")
     moe_router_group_topk: int = option(1, help="groups a token may go to")
+    moe_router_group_score_topk: int | None = option(
+        None, help="best experts summed to a group's score; none: topk / group_topk, as in the report; 2: as "
+        "Transformers and DeepSeek's code do whatever the other two are")
+    moe_router_group_mask: str = option(
+        "exclude", choices=GROUP_MASKS, help="experts of the other groups: exclude them, or rank them with affinity 0, "
+        "as Transformers did until 2026; the two differ where biases make affinities negative")
     moe_router_topk_scaling_factor: float = option(2.5, help="factor on the normalised gates")
     mtp_num_layers: int = option(1, help="multi-token-prediction modules (depth D); 0: none")
     max_position_embeddings: int = option(4096, help="longest sequence the model is meant for, in tokens")
@@ -118,9 +125,21 @@ class ModelConfig:
                 f"moe_router_topk={self.moe_router_topk} must not exceed the {reachable} experts in the "
                 f"moe_router_group_topk={kept} groups a token may go to; keep more groups or choose fewer experts"
             )
-        if groups > 1 and self.moe_router_topk % kept:
+        if self.moe_router_group_mask not in GROUP_MASKS:
+            raise ConfigError(f"moe_router_group_mask={self.moe_router_group_mask!r} must be one of "
+                              f"{', '.join(GROUP_MASKS)}")
+        summed = self.moe_router_group_score_topk
+        if groups == 1:
+            return
+        if summed is None and self.moe_router_topk % kept:
             raise ConfigError(
                 f"moe_router_group_topk={kept} must divide moe_router_topk={self.moe_router_topk}: "
                 f"a group's score is the sum of its topk/group_topk best experts; "
-                f"try {divisors(self.moe_router_topk, near=kept)}"
+                f"try {divisors(self.moe_router_topk, near=kept)}, or set moe_router_group_score_topk"
+            )
+        if summed is not None and not 1 <= summed <= self.num_experts // groups:
+            raise ConfigError(
+                f"moe_router_group_score_topk={summed} must lie in 1..{self.num_experts // groups}, the experts of a "
+                f"group (num_experts={self.num_experts} in moe_router_num_groups={groups}); leave it out for "
+                "topk / group_topk"
             )

@@ -12,6 +12,7 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.model.init import initialize_weights
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.mcore_config import mcore_config
+from dsv3_megatron.model.router import RouterOptions
 from dsv3_megatron.model.specs import block_specs, resolve_transformer_impl
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 
@@ -42,7 +43,7 @@ def build_stages(
 def _build_stage(run: RunConfig, config: MLATransformerConfig, groups: ProcessGroupCollection, layout: StageLayout,
                  chunk: int, transformer_impl: str) -> DeepSeekV3Model:
     decoder, mtp = block_specs(config, layout, transformer_impl=transformer_impl,
-                               balance_loss_coeff=run.training.moe_aux_loss_coeff)
+                               router=RouterOptions.of(run))
     stage = DeepSeekV3Model(
         config=config, transformer_layer_spec=decoder, vocab_size=run.model.vocab_size,
         max_sequence_length=run.training.seq_length, pre_process=layout.has_embedding, post_process=layout.has_loss,

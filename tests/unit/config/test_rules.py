@@ -52,7 +52,11 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "keep more groups or choose fewer experts"),
     ("tiny", {"moe_router_topk": 3}, 1,
      "moe_router_group_topk=2 must divide moe_router_topk=3: a group's score is the sum of its topk/group_topk best "
-     "experts; try 1 or 3"),
+     "experts; try 1 or 3, or set moe_router_group_score_topk"),
+    ("tiny", {"moe_router_group_score_topk": 3}, 1,
+     "moe_router_group_score_topk=3 must lie in 1..2, the experts of a group (num_experts=8 in "
+     "moe_router_num_groups=4); leave it out for topk / group_topk"),
+    ("tiny", {"moe_router_group_mask": "inf"}, 1, "moe_router_group_mask='inf' must be one of exclude, zero"),
     # -- how it is split --
     ("tiny", {"tensor_model_parallel_size": 0}, 1, "tensor_model_parallel_size=0 must be at least 1"),
     ("tiny", {"context_parallel_size": 2}, 2,
