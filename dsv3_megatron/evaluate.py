@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv3_megatron.checkpoint.hf.directory import CONFIG
 from dsv3_megatron.checkpoint.layout import TRACKER, CheckpointError, check_architecture, read_manifest
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
@@ -180,7 +181,9 @@ def open_checkpoint(load: str) -> _Checkpoint:
                               "Hugging Face checkpoint")
     if (folder / TRACKER).is_file():
         return _open_own(load)
-    raise CheckpointError(f"load={load} holds no checkpoint: neither {TRACKER}, as runs write it, nor config.json, as "
+    if (folder / CONFIG).is_file():
+        return _open_hugging_face(load)
+    raise CheckpointError(f"load={load} holds no checkpoint: neither {TRACKER}, as runs write it, nor {CONFIG}, as "
                           "Hugging Face's do")
 
 
@@ -193,6 +196,19 @@ def _open_own(load: str) -> _Checkpoint:
                       CheckpointConfig(), LoggingConfig())
     check_architecture(load, empty)  # a field that this version does not know
     return _Checkpoint(model, manifest.run["preset"], manifest.run["training"]["seq_length"], manifest.precision)
+
+
+def _open_hugging_face(load: str) -> _Checkpoint:
+    from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
+
+    directory = HuggingFaceDirectory(load)
+
+    def load_into(stages: list[Any], groups: Any) -> None:
+        from dsv3_megatron.checkpoint.hf.load import load_hugging_face
+
+        load_hugging_face(directory, stages, groups)
+
+    return _Checkpoint(directory.model, load=load_into)
 
 
 def _open_rows(request: Request, checkpoint: _Checkpoint) -> tuple[Rows, int]:

@@ -43,6 +43,8 @@ _FIELDS = {
     "initializer_range": "init_method_std",
 }
 _FLOATS = {"routed_scaling_factor", "rms_norm_eps", "initializer_range"}
+# Every reader of these files scores a group by its two best experts, whatever topk / group_topk is; no setting says so.
+_GROUP_SCORE_TOPK = 2
 # Left out of a file they mean this, as in `transformers`.
 _DEFAULTS = {"n_shared_experts": 0, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0,
              "rms_norm_eps": 1e-6, "initializer_range": 0.02, "q_lora_rank": None}
@@ -110,6 +112,10 @@ def model_config_from_json(config: dict[str, Any], source: str = "config.json") 
     for name, field in _FIELDS.items():
         values[field] = _number(config, name, source)
     values |= _rotary(config, source)
+    groups, top_k, kept = (values[field] for field in (
+        "moe_router_num_groups", "moe_router_topk", "moe_router_group_topk"))
+    if groups > 1 and top_k != _GROUP_SCORE_TOPK * kept:
+        values["moe_router_group_score_topk"] = _GROUP_SCORE_TOPK
     _check_derived(config, values, source)
     model = ModelConfig(**values)
     try:
@@ -133,8 +139,9 @@ def model_config_to_json(model: ModelConfig, *, dtype: str, is_fp8: bool = False
         eos_token_id: Likewise.
 
     Raises:
-        CheckpointError: rotary settings that `config.json` cannot express.
+        CheckpointError: routing or rotary settings that `config.json` cannot express.
     """
+    _check_routing(model)
     content: dict[str, Any] = {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": MODEL_TYPE, "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id, "use_cache": True, "torch_dtype": dtype, "rope_interleave": True,
@@ -145,6 +152,23 @@ def model_config_to_json(model: ModelConfig, *, dtype: str, is_fp8: bool = False
     if is_fp8:
         content["quantization_config"] = dict(QUANTIZATION)
     return dict(sorted(content.items()))
+
+
+def _check_routing(model: ModelConfig) -> None:
+    """Refuse a choice of experts that programs which read the file would not make."""
+    if model.moe_router_num_groups == 1:
+        return
+    summed = model.moe_router_group_score_topk or model.moe_router_topk // model.moe_router_group_topk
+    if summed != _GROUP_SCORE_TOPK:
+        given = ("" if model.moe_router_group_score_topk else
+                 f" (topk / group_topk = {model.moe_router_topk} / {model.moe_router_group_topk})")
+        raise CheckpointError(
+            f"moe_router_group_score_topk={summed}{given}: transformers, vLLM and DeepSeek's code score a group by "
+            f"its {_GROUP_SCORE_TOPK} best experts, would keep other groups and compute other logits; train with "
+            f"moe_router_group_score_topk={_GROUP_SCORE_TOPK}")
+    if model.moe_router_group_mask != "exclude":
+        raise CheckpointError(f"moe_router_group_mask={model.moe_router_group_mask!r}: config.json has no setting for "
+                              "it, and present readers exclude the experts of other groups")
 
 
 def check_quantization(config: dict[str, Any], source: str = "config.json") -> bool:

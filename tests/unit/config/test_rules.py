@@ -23,7 +23,8 @@ def base(name: str) -> RunConfig:
     run = preset(name)
     if name != "tiny":
         return run
-    return run.override(micro_batch_size=4, global_batch_size=16, train_iters=300, lr=3e-3, lr_warmup_iters=20)
+    return run.override(micro_batch_size=4, global_batch_size=16, train_iters=300, lr=3e-3, lr_warmup_iters=20,
+                        moe_router_group_score_topk=None)
 
 
 BROKEN: list[tuple[str, dict[str, Any], int, str]] = [

@@ -37,9 +37,32 @@ def test_the_published_file():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_there_and_back(name):
-    model = variant(name)
+    model = variant(name, **({"moe_router_group_score_topk": 2} if name == "groups-keep-one" else {}))
     content = json.loads(json.dumps(model_config_to_json(model, dtype="float32")))
     assert model_config_from_json(content) == rotary_rebuilt(model)
+
+
+@pytest.mark.parametrize("changes, summed", [
+    ({"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}, None),  # V3's proportion: the report's rule says 2 too
+    ({"n_group": 4, "topk_group": 1, "num_experts_per_tok": 4}, 2),
+    ({"n_group": 4, "topk_group": 3, "num_experts_per_tok": 4}, 2),
+    ({"n_group": 1, "topk_group": 1, "num_experts_per_tok": 4}, None),
+], ids=str)
+def test_groups_are_scored_by_their_two_best_experts(changes, summed):
+    model = model_config_from_json({**config_json(variant("plain", num_experts=16)), **changes})
+    assert model.moe_router_group_score_topk == summed
+    assert model_config_from_json(model_config_to_json(model, dtype="float32")).moe_router_group_score_topk == summed
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"moe_router_topk": 6}, r"moe_router_group_score_topk=3 \(topk / group_topk = 6 / 2\): transformers, vLLM and "
+     r"DeepSeek's code score a group by its 2 best experts"),
+    ({"moe_router_group_score_topk": 1}, "moe_router_group_score_topk=1: transformers"),
+    ({"moe_router_group_mask": "zero"}, "moe_router_group_mask='zero': config.json has no setting for it"),
+])
+def test_routing_that_no_reader_of_the_file_does(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        model_config_to_json(variant("groups", **changes), dtype="float32")
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
