@@ -17,13 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from tests.huggingface_model import (
-    huggingface_config,
-    huggingface_model,
-    huggingface_mtp,
-    mtp_outputs,
-    stacked_experts,
-)
 from tests.reference import (
     Architecture,
     Routing,
@@ -42,6 +35,13 @@ from tests.reference import (
     softmax_scale,
     updated_router_bias,
     weight_shapes,
+)
+from tests.transformers_model import (
+    huggingface_config,
+    huggingface_model,
+    huggingface_mtp,
+    mtp_outputs,
+    stacked_experts,
 )
 
 BASE = Architecture(

@@ -23,19 +23,19 @@ from torch.nn.functional import cross_entropy
 
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.optim.router_bias import routers
-from tests.huggingface_model import (
-    half_split_rotary,
-    huggingface_gradients,
-    huggingface_model,
-    huggingface_mtp,
-    mtp_outputs,
-)
 from tests.parity.architectures import MTP_LAMBDA
 from tests.parity.compare import assert_close, gradients_by_name
 from tests.parity.pairwise import all_pairs, covering_rows, pairs_of
 from tests.parity.weights import whole_from_reference
 from tests.reference import Weights, shift_left
 from tests.reference_weights import Architecture, is_router_bias
+from tests.transformers_model import (
+    half_split_rotary,
+    huggingface_gradients,
+    huggingface_model,
+    huggingface_mtp,
+    mtp_outputs,
+)
 
 # Both sides in fp32; the largest difference relative to the largest entry of each tensor.
 TOLERANCE = 1e-5
