@@ -169,19 +169,20 @@ def mla(weights: Weights, prefix: str, arch: Architecture, x_BSH: Tensor) -> Ten
         arch.v_head_dim,
     )
     batch, length, _ = x_BSH.shape
+    epsilon = arch.layernorm_epsilon if arch.latent_layernorm_epsilon is None else arch.latent_layernorm_epsilon
     # eq. 6-8: queries, per head [nope | rope].
     if arch.q_lora_rank is None:
         q = linear(x_BSH, weights[f"{prefix}.q_proj.weight"])
     else:
         c_q = linear(x_BSH, weights[f"{prefix}.q_a_proj.weight"])
-        c_q = rms_norm(c_q, weights[f"{prefix}.q_a_layernorm.weight"], arch.layernorm_epsilon)
+        c_q = rms_norm(c_q, weights[f"{prefix}.q_a_layernorm.weight"], epsilon)
         q = linear(c_q, weights[f"{prefix}.q_b_proj.weight"])
     q_BSND = q.reshape(batch, length, heads, nope + rotary)
     q_nope, q_rope = q_BSND[..., :nope], rope(q_BSND[..., nope:], arch)
     # eq. 1, 3: the latent (normed) and the one rotary key of all heads (not normed).
     down = linear(x_BSH, weights[f"{prefix}.kv_a_proj_with_mqa.weight"])
     c_kv, k_rope_BSD = down[..., : arch.kv_lora_rank], down[..., arch.kv_lora_rank :]
-    c_kv = rms_norm(c_kv, weights[f"{prefix}.kv_a_layernorm.weight"], arch.layernorm_epsilon)
+    c_kv = rms_norm(c_kv, weights[f"{prefix}.kv_a_layernorm.weight"], epsilon)
     k_rope = rope(k_rope_BSD[:, :, None, :], arch)[:, :, 0, :]
     # eq. 2, 5: keys and values, per head [nope | value].
     kv_BSND = linear(c_kv, weights[f"{prefix}.kv_b_proj.weight"]).reshape(batch, length, heads, nope + value)

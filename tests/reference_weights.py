@@ -50,6 +50,7 @@ class Architecture:
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
     layernorm_epsilon: float = 1e-6
+    latent_layernorm_epsilon: float | None = None
 
     @classmethod
     def of(cls, config: object) -> Architecture:

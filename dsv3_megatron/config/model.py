@@ -57,12 +57,20 @@ class ModelConfig:
     mscale: float = option(1.0, help="YaRN: numerator of the cos/sin multiplier")
     mscale_all_dim: float = option(1.0, help="YaRN: its denominator, and the softmax scale's exponent base")
     layernorm_epsilon: float = option(1e-6, flag="norm-epsilon", help="epsilon of every RMSNorm")
+    latent_layernorm_epsilon: float | None = option(
+        None, flag="latent-norm-epsilon", help="epsilon of the query and key/value latents' norms; none: as of every "
+        "other; Transformers and DeepSeek's code have 1e-6 whatever the others have")
     init_method_std: float = option(0.006, help="standard deviation of the initial weights")
 
     @property
     def qk_head_dim(self) -> int:
         """Width of one query or key head, rotary part included."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_epsilon(self) -> float:
+        """Epsilon of the latents' norms."""
+        return self.layernorm_epsilon if self.latent_layernorm_epsilon is None else self.latent_layernorm_epsilon
 
     @property
     def num_moe_layers(self) -> int:
@@ -89,6 +97,9 @@ class ModelConfig:
                      "init_method_std"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be greater than 0")
+        if self.latent_epsilon <= 0:
+            raise ConfigError(f"latent_layernorm_epsilon={self.latent_epsilon} must be greater than 0; leave it out "
+                              "for layernorm_epsilon")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ConfigError(f"q_lora_rank={self.q_lora_rank} must be at least 1; leave it out for full-rank queries")
         if self.qk_rope_head_dim % 2:

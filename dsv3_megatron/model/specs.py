@@ -75,7 +75,7 @@ def residual_add(training: bool, fused: bool) -> Callable[..., torch.Tensor]:
 
 
 def layer_spec(config: MLATransformerConfig, *, is_moe: bool, transformer_impl: str,
-               router: RouterOptions) -> ModuleSpec:
+               router: RouterOptions, latent_epsilon: float) -> ModuleSpec:
     """One transformer layer: MLA, then experts or a dense FFN."""
     if transformer_impl == "transformer_engine":
         return _transformer_engine_layer(config, is_moe, router)
@@ -88,8 +88,9 @@ def layer_spec(config: MLATransformerConfig, *, is_moe: bool, transformer_impl: 
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=LocalMLASelfAttention, params={"attn_mask_type": AttnMaskType.causal},
-                                      submodules=LocalMLASubmodules()),
+            self_attention=ModuleSpec(
+                module=LocalMLASelfAttention, submodules=LocalMLASubmodules(),
+                params={"attn_mask_type": AttnMaskType.causal, "latent_epsilon": latent_epsilon}),
             self_attn_bda=residual_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
@@ -99,11 +100,13 @@ def layer_spec(config: MLATransformerConfig, *, is_moe: bool, transformer_impl: 
 
 
 def block_specs(
-    config: MLATransformerConfig, layout: StageLayout, *, transformer_impl: str, router: RouterOptions
+    config: MLATransformerConfig, layout: StageLayout, *, transformer_impl: str, router: RouterOptions,
+    latent_epsilon: float
 ) -> tuple[TransformerBlockSubmodules, ModuleSpec | None]:
     """Specs of one stage's transformer layers, and of its MTP modules if it has any."""
     def layer(is_moe: bool) -> ModuleSpec:
-        return layer_spec(config, is_moe=is_moe, transformer_impl=transformer_impl, router=router)
+        return layer_spec(config, is_moe=is_moe, transformer_impl=transformer_impl, router=router,
+                          latent_epsilon=latent_epsilon)
 
     norm = _transformer_engine_norm() if transformer_impl == "transformer_engine" else RMSNorm
     decoder = TransformerBlockSubmodules(

@@ -5,7 +5,8 @@ each token goes to, and the gradient of every parameter. The grid covers every p
 MTP are Transformers' own decoder layer between its own norms.
 
 Transformers differs from the report in how it scores groups, which `moe_router_group_score_topk` follows where asked,
-and did in how it masks them (`moe_router_group_mask`): the last tests show both.
+and did in how it masks them (`moe_router_group_mask`); its latents' norms have an epsilon that no setting of it changes
+(`latent_layernorm_epsilon`). The last tests show both.
 
 Legend: B sequences, S positions, T tokens, E experts, K experts per token, H hidden, V vocabulary.
 """
@@ -258,6 +259,13 @@ def test_group_scores_of_the_report_and_of_transformers(build, groups) -> None:
     check(build, groups, grouped(moe_router_topk=6, moe_router_group_score_topk=2), 11)
     with pytest.raises(AssertionError, match="hidden states after layer 1"):
         check(build, groups, grouped(moe_router_topk=6), 11)
+
+
+def test_latents_have_an_epsilon_of_their_own(build, groups) -> None:
+    """Transformers norms the latents with 1e-6 whatever rms_norm_eps says, as DeepSeek's code does."""
+    check(build, groups, grouped(q_lora_rank=19, layernorm_epsilon=1e-3, latent_layernorm_epsilon=1e-6), 11)
+    with pytest.raises(AssertionError, match="hidden states after layer 0"):
+        check(build, groups, grouped(q_lora_rank=19, layernorm_epsilon=1e-3), 11)
 
 
 @pytest.fixture

@@ -45,6 +45,8 @@ _FIELDS = {
 _FLOATS = {"routed_scaling_factor", "rms_norm_eps", "initializer_range"}
 # Every reader of these files scores a group by its two best experts, whatever topk / group_topk is; no setting says so.
 _GROUP_SCORE_TOPK = 2
+# `transformers` and DeepSeek's code norm the latents with this epsilon, whatever rms_norm_eps is.
+_LATENT_EPSILON = 1e-6
 # Left out of a file they mean this, as in `transformers`.
 _DEFAULTS = {"n_shared_experts": 0, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0,
              "rms_norm_eps": 1e-6, "initializer_range": 0.02, "q_lora_rank": None}
@@ -116,6 +118,8 @@ def model_config_from_json(config: dict[str, Any], source: str = "config.json") 
         "moe_router_num_groups", "moe_router_topk", "moe_router_group_topk"))
     if groups > 1 and top_k != _GROUP_SCORE_TOPK * kept:
         values["moe_router_group_score_topk"] = _GROUP_SCORE_TOPK
+    if values["layernorm_epsilon"] != _LATENT_EPSILON:
+        values["latent_layernorm_epsilon"] = _LATENT_EPSILON
     _check_derived(config, values, source)
     model = ModelConfig(**values)
     try:
@@ -139,9 +143,14 @@ def model_config_to_json(model: ModelConfig, *, dtype: str, is_fp8: bool = False
         eos_token_id: Likewise.
 
     Raises:
-        CheckpointError: routing or rotary settings that `config.json` cannot express.
+        CheckpointError: routing, norm or rotary settings that `config.json` cannot express.
     """
     _check_routing(model)
+    if model.latent_epsilon != _LATENT_EPSILON:
+        given = "layernorm_epsilon" if model.latent_layernorm_epsilon is None else "latent_layernorm_epsilon"
+        raise CheckpointError(f"{given}={model.latent_epsilon}: config.json has no setting for the epsilon of the "
+                              f"latents' norms, which is {_LATENT_EPSILON} in transformers and DeepSeek's code; train "
+                              f"with latent_layernorm_epsilon={_LATENT_EPSILON}")
     content: dict[str, Any] = {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": MODEL_TYPE, "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id, "use_cache": True, "torch_dtype": dtype, "rope_interleave": True,

@@ -43,6 +43,11 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "rotary_scaling_factor=0.5 must be at least 1: YaRN extends the context by this factor"),
     ("tiny", {"moe_router_topk_scaling_factor": 0.0}, 1, "moe_router_topk_scaling_factor=0.0 must be greater than 0"),
     ("tiny", {"layernorm_epsilon": 0.0}, 1, "layernorm_epsilon=0.0 must be greater than 0"),
+    ("tiny", {"latent_layernorm_epsilon": 0.0}, 1,
+     "latent_layernorm_epsilon=0.0 must be greater than 0; leave it out for layernorm_epsilon"),
+    ("tiny", {"latent_layernorm_epsilon": 1e-5, "transformer_impl": "transformer_engine"}, 1,
+     "latent_layernorm_epsilon=1e-05 cannot differ from layernorm_epsilon=1e-06 with "
+     "transformer_impl=transformer_engine; set transformer_impl=local"),
     ("tiny", {"rotary_base": float("inf")}, 1, "rotary_base=inf must be a finite number"),
     ("dsv3-671b", {"moe_router_num_groups": 6}, 1024,
      "moe_router_num_groups=6 must divide num_experts=256; try 2, 4 or 8"),

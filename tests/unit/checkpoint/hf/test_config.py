@@ -54,13 +54,21 @@ def test_groups_are_scored_by_their_two_best_experts(changes, summed):
     assert model_config_from_json(model_config_to_json(model, dtype="float32")).moe_router_group_score_topk == summed
 
 
+def test_latents_are_normed_with_their_own_epsilon():
+    model = model_config_from_json({**config_json(variant("plain")), "rms_norm_eps": 1e-5})
+    assert (model.layernorm_epsilon, model.latent_epsilon) == (1e-5, 1e-6)
+    assert model_config_from_json(model_config_to_json(model, dtype="float32")) == model
+
+
 @pytest.mark.parametrize("changes, message", [
+    ({"layernorm_epsilon": 1e-5}, "layernorm_epsilon=1e-05: config.json has no setting for the epsilon of the "),
+    ({"latent_layernorm_epsilon": 1e-5}, "latent_layernorm_epsilon=1e-05: config.json has no setting"),
     ({"moe_router_topk": 6}, r"moe_router_group_score_topk=3 \(topk / group_topk = 6 / 2\): transformers, vLLM and "
      r"DeepSeek's code score a group by its 2 best experts"),
     ({"moe_router_group_score_topk": 1}, "moe_router_group_score_topk=1: transformers"),
     ({"moe_router_group_mask": "zero"}, "moe_router_group_mask='zero': config.json has no setting for it"),
 ])
-def test_routing_that_no_reader_of_the_file_does(changes, message):
+def test_models_that_no_reader_of_the_file_computes(changes, message):
     with pytest.raises(CheckpointError, match=message):
         model_config_to_json(variant("groups", **changes), dtype="float32")
 
