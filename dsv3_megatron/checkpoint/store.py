@@ -50,6 +50,8 @@ from dsv3_megatron.checkpoint.agreement import (
     why,
 )
 from dsv3_megatron.checkpoint.layout import (
+    TRAINING,
+    WEIGHTS,
     CheckpointError,
     Manifest,
     Progress,
@@ -70,6 +72,8 @@ logger = logging.getLogger(__name__)
 _READ_ERRORS = (CheckpointException, CheckpointingException, OSError, RuntimeError, EOFError, ValueError, KeyError,
                 pickle.UnpicklingError)
 _RNG = "rng_state"
+# Key of a weight's fp32 copy in the optimizer: this and the weight's own.
+MASTER_PREFIX = "optimizer.state.param."
 _STEP = "optimizer_step"
 _OPTIMIZER_PREFIX = "optimizer."
 
@@ -140,7 +144,8 @@ def load_checkpoint(
 ) -> Progress:
     """Put the newest checkpoint of `directory` into this run's modules and optimizer; called by every rank.
 
-    Bit for bit what was saved, under the layout that wrote it and under any other.
+    Bit for bit what was saved, under the layout that wrote it and under any other. A checkpoint of weights alone, as
+    converted from Hugging Face's, starts a run: the optimizer's fp32 weights are what it holds, its moments zero.
 
     Args:
         directory: Folder of checkpoints.
@@ -158,10 +163,12 @@ def load_checkpoint(
     manifest = on_first_rank(lambda: check_architecture(directory, run), f"load={directory}")
     _allocate_moments(optimizer)
     state = _state(chunks, optimizer, groups, is_loading=True)
-    if _has_same_layout(manifest, run):
+    if manifest.contents == TRAINING and _has_same_layout(manifest, run):
         state[_RNG] = _rng_state()
     loaded = _read(directory, manifest, state, groups)
     _restore(loaded, chunks, optimizer)
+    if manifest.contents == WEIGHTS:
+        return manifest.progress
     if manifest.precision != _precision(chunks):
         # Weights come rounded from bf16; a replica's own share of the fp32 weights replaces them everywhere.
         wrapped: list[Any] = list(chunks)
@@ -228,17 +235,50 @@ def _read(directory: str | Path, manifest: Manifest, state: dict[Any, Any], grou
     Raises:
         CheckpointError: it is damaged, or does not fit.
     """
-    strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.dp_cp)
     try:
+        if manifest.contents == WEIGHTS and _has_optimizer(state):
+            return _load_into_new_run(manifest, state, groups)
         _check_tensors(manifest, state, groups)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            return dist_checkpointing.load(state, str(manifest.path), strategy)
+        return _load_tensors(manifest, state, groups)
     except CheckpointError:
         raise
     except _READ_ERRORS as error:
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
         raise CheckpointError(incomplete(directory, manifest.progress.iteration, reason)) from error
+
+
+def _has_optimizer(state: dict[Any, Any]) -> bool:
+    return any(key[0] == "optimizer" for key in state)
+
+
+def _load_tensors(manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection) -> dict[Any, Any]:
+    """What the checkpoint holds of this rank's state, and what it holds besides tensors."""
+    strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.dp_cp)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        return dist_checkpointing.load(state, str(manifest.path), strategy)
+
+
+def _load_into_new_run(manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection
+                       ) -> dict[Any, Any]:
+    """The state of a run that begins with the checkpoint's weights.
+
+    They are read twice: in the modules' dtype, and in fp32 for the optimizer, so that what is stored in fp32 is not
+    rounded to bf16 on the way.
+    """
+    weights = {key: entry for key, entry in state.items() if key[0] == "model"}
+    moments = {key: entry for key, entry in state.items() if key[0] == "optimizer" and key[3] != "param"}
+    masters = {key: entry for key, entry in state.items() if key[0] == "optimizer" and key[3] == "param"}
+    _check_tensors(manifest, weights, groups)
+    loaded = _load_tensors(manifest, weights, groups)
+    for entry in masters.values():
+        # Under the key of the weight itself.
+        assert entry.key.startswith(MASTER_PREFIX), entry.key
+        entry.key = entry.key.removeprefix(MASTER_PREFIX)
+    loaded |= _load_tensors(manifest, masters, groups)
+    for key, entry in moments.items():
+        loaded[key] = entry.data.zero_()
+    return loaded
 
 
 def _check_tensors(manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection) -> None:
@@ -251,7 +291,7 @@ def _check_tensors(manifest: Manifest, state: dict[Any, Any], groups: ProcessGro
     """
     saved = {key: tuple(entry.size) for key, entry in
              FileSystemReader(manifest.path).read_metadata().state_dict_metadata.items() if hasattr(entry, "size")}
-    if not any(key[0] == "optimizer" for key in state):
+    if not _has_optimizer(state):
         saved = {key: size for key, size in saved.items() if not key.startswith(_OPTIMIZER_PREFIX)}
     wanted: dict[str, tuple[int, ...]] = {}
     for entry in state.values():

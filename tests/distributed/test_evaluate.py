@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.indexed import DatasetWriter
 from dsv3_megatron.evaluate import Request, make_plan
@@ -203,10 +204,12 @@ HUGGING_FACE_MODELS = {
 
 @pytest.mark.parametrize("name", HUGGING_FACE_MODELS)
 def test_log_probabilities_of_transformers(name: str, tmp_path: Path) -> None:
-    """In one process and under a layout, with sequences beyond the original context of the second model."""
+    """In one process, under layouts, and converted to a checkpoint of ours; beyond the original context of the second.
+    """
     model = dataclasses.replace(small_run().model, max_position_embeddings=64, **HUGGING_FACE_MODELS[name])
     published = published_weights(model, dtype=torch.float32)
     write_checkpoint(tmp_path / "hf", config_json(model), published)
+    convert_to_megatron(tmp_path / "hf", tmp_path / "converted")
     ids = torch.randint(0, model.vocab_size, (5, 24), generator=torch.Generator().manual_seed(2))
     np.save(tmp_path / "ids.npy", ids.numpy())
     arch = Architecture.of(model)
@@ -218,10 +221,13 @@ def test_log_probabilities_of_transformers(name: str, tmp_path: Path) -> None:
         reference = losses({key: value.double() for key, value in weights.items()}, arch, ids[:, :-1], ids[:, 1:],
                            mtp_mean_over="main")
 
-    (single,) = run_ranks(1, evaluate, [request_for("single", tmp_path, "hf", micro_batch_size=5)])[0]
-    requests = [request_for(layout, tmp_path, "hf", micro_batch_size=2) for layout in ("pp2", "tp2-ep2")]
-    for layout, found in zip(("single", "pp2", "tp2-ep2"), (single, *run_ranks(2, evaluate, requests)[0]), strict=True):
-        actual = torch.from_numpy(np.load(tmp_path / f"hf-{layout}.npy"))
-        assert relative_error(actual, expected) <= TOLERANCE, layout
+    single = [request_for("single", tmp_path, "hf", micro_batch_size=5)]
+    several = [request_for("pp2", tmp_path, "hf", micro_batch_size=2), request_for("tp2-ep2", tmp_path, "hf"),
+               request_for("ep2", tmp_path, "converted")]
+    results = run_ranks(1, evaluate, single)[0] + run_ranks(2, evaluate, several)[0]
+    for request, found in zip(single + several, results, strict=True):
+        assert request.logprobs is not None
+        actual = torch.from_numpy(np.load(request.logprobs))
+        assert relative_error(actual, expected) <= TOLERANCE, request
         assert found.loss == pytest.approx(-expected.double().mean().item(), rel=1e-6)
         assert found.mtp_losses == pytest.approx([loss.item() for loss in reference.mtp_losses], rel=1e-6)

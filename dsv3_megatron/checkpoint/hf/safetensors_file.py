@@ -7,7 +7,6 @@ needs it, into memory that it frees. The header is JSON: dtype, shape and byte r
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from dsv3_megatron.checkpoint.layout import CheckpointError
+from dsv3_megatron.checkpoint.segments import Segment, read_segments
 
 SUFFIX = ".safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
@@ -42,6 +42,12 @@ class StoredTensor:
     offset: int
     num_bytes: int
 
+    def segment(self, first_row: int = 0, num_rows: int | None = None) -> Segment:
+        """The bytes of the tensor, or of some of its rows."""
+        rows = self.shape[0] - first_row if num_rows is None else num_rows
+        row_bytes = self.num_bytes // self.shape[0] if self.shape[0] else 0
+        return Segment(self.file, self.offset + first_row * row_bytes, rows * row_bytes)
+
     def read(self, first_row: int = 0, num_rows: int | None = None) -> torch.Tensor:
         """The tensor, or some of its rows, in memory of its own.
 
@@ -49,41 +55,17 @@ class StoredTensor:
             CheckpointError: the file cannot be read or has been cut.
         """
         rows = self.shape[0] - first_row if num_rows is None else num_rows
-        shape = (rows, *self.shape[1:])
-        row_bytes = self.num_bytes // self.shape[0] if self.shape[0] else 0
-        raw = torch.empty(rows * row_bytes, dtype=torch.uint8)
-        read_into(self.file, self.offset + first_row * row_bytes, raw, self.name)
-        return raw.view(self.dtype).view(shape)
+        segment = self.segment(first_row, rows)
+        raw = torch.empty(segment.num_bytes, dtype=torch.uint8)
+        read_segments([segment], raw, self.name)
+        return raw.view(self.dtype).view(rows, *self.shape[1:])
 
 
-def read_into(file: Path, offset: int, raw: torch.Tensor, name: str) -> None:
-    """Fill a tensor of bytes from a position of a file.
-
-    Raises:
-        CheckpointError: the file cannot be read or ends before.
-    """
-    view = memoryview(raw.numpy())
-    try:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            done = 0
-            while done < len(view):
-                count = os.preadv(descriptor, [view[done:]], offset + done)
-                if not count:
-                    raise CheckpointError(f"{file} ends within tensor {name}: it is truncated; get it again")
-                done += count
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise CheckpointError(f"{file}: tensor {name} cannot be read: {error.strerror}") from error
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file, by name; the file must be as long as they say.
+def read_header_text(file: Path) -> str:
+    """A file's header as it is, padding included.
 
     Raises:
-        CheckpointError: it is missing, truncated, or no safetensors file, or a tensor has a dtype that this library
-            does not read.
+        CheckpointError: the file is missing, cut before the header's end, or no safetensors file.
     """
     try:
         size = file.stat().st_size
@@ -99,14 +81,28 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{file} is truncated: it has {size:,} bytes, its header alone takes {8 + length:,}; get "
                               "it again")
     try:
-        header = json.loads(text)
-        entries = {name: _entry(name, value, file, 8 + length) for name, value in header.items()
-                   if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{file} is not a safetensors file: its header cannot be read ({error})") from error
-    _check_coverage(file, size, 8 + length, list(entries.values()))
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, by name; the file must be as long as they say.
+
+    Raises:
+        CheckpointError: it is missing, truncated, or no safetensors file, or a tensor has a dtype that this library
+            does not read.
+    """
+    text = read_header_text(file)
+    start = 8 + len(text.encode("utf-8"))
+    try:
+        header = json.loads(text)
+        entries = {name: _entry(name, value, file, start) for name, value in header.items() if name != "__metadata__"}
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is not a safetensors file: its header cannot be read ({error})") from error
+    _check_coverage(file, file.stat().st_size, start, list(entries.values()))
     return entries
 
 
