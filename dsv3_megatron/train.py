@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Command, parse_command
@@ -92,8 +92,17 @@ def _train(command: Command, rank: int) -> int:
         keep_freed_memory()
     from dsv3_megatron.trainer import Trainer
 
+    return run_rank(rank, lambda: Trainer(command.run).train())
+
+
+def run_rank(rank: int, work: Callable[[], int]) -> int:
+    """Do one process's work; of an error that several processes meet, show the first and end them all.
+
+    Returns:
+        Exit code: what `work` returned, or 2 for a setting or an input that is wrong, printed by rank 0.
+    """
     try:
-        return Trainer(command.run).train()
+        return work()
     except ConfigError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
 from dsv3_megatron.checkpoint.layout import Progress as Position
@@ -45,7 +46,7 @@ from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.lr import learning_rate
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, start_process_group
-from dsv3_megatron.platform import prepare, resolve_precision
+from dsv3_megatron.platform import Device, prepare, resolve_precision
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Trainer:
         self.device = prepare()
         start_process_group(self.device)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        _configure_logging(self.rank)
+        configure_logging(self.rank)
         self.precision = resolve_precision(run.training.precision, self.device)
         self.groups = create_groups(run.parallel, run.training.seed)
         stages, self.mcore_config = build_stages(run, self.groups, precision=self.precision)
@@ -213,17 +214,12 @@ class Trainer:
             micro_batch_size=training.micro_batch_size,
             forward_only=forward_only,
         )
-        depths = self.run.model.mtp_num_layers
-        sums = torch.zeros(3 + depths, dtype=torch.float64, device=self.device.torch_device)
-        if self.groups.tp.rank() == 0:
-            for entry in collected:
-                sums[: 2 + depths] += entry["sums"]
-        sums[-1] = self.stop_signal or 0
-        torch.distributed.all_reduce(sums[:-1])
-        torch.distributed.all_reduce(sums[-1:], op=torch.distributed.ReduceOp.MAX)
-        values = sums.tolist()
-        means = [value / values[0] for value in values[1:-1]]
-        return StepLosses(means[0], tuple(means[1:])), int(values[-1])
+        tokens, *sums = sum_over_ranks(collected, self.groups, self.device,
+                                       num_mtp_layers=self.run.model.mtp_num_layers)
+        stop_signal = torch.tensor(self.stop_signal or 0, device=self.device.torch_device)
+        torch.distributed.all_reduce(stop_signal, op=torch.distributed.ReduceOp.MAX)
+        main, *mtp = (value / tokens for value in sums)
+        return StepLosses(main, tuple(mtp)), int(stop_signal)
 
     def _forward_step(self, batches: Iterator[Batch], chunk: torch.nn.Module
                       ) -> tuple[Any, Callable[[TokenLosses], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]]:
@@ -304,7 +300,25 @@ def sum_losses(loss_mask_BS: torch.Tensor, losses: TokenLosses, *, mtp_weight: f
     return total, tokens.to(torch.int), {"sums": sums}
 
 
-def _configure_logging(rank: int) -> None:
+def sum_over_ranks(collected: list[dict[str, Any]], groups: ProcessGroupCollection, device: Device, *,
+                   num_mtp_layers: int) -> list[float]:
+    """The sums that `sum_losses` reported, over micro-batches and replicas; the same on every rank, all of which call.
+
+    Args:
+        collected: This rank's reports; none but on the last pipeline stage.
+        groups: The run's process groups; tensor-parallel ranks report the same numbers.
+        device: Of this process.
+        num_mtp_layers: MTP losses in a report.
+    """
+    sums = torch.zeros(2 + num_mtp_layers, dtype=torch.float64, device=device.torch_device)
+    if groups.tp.rank() == 0:
+        for report in collected:
+            sums += report["sums"]
+    torch.distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def configure_logging(rank: int) -> None:
     """Rank 0 says what was chosen; the others only warn."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("dsv3_megatron").setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -169,19 +169,20 @@ def mla(weights: Weights, prefix: str, arch: Architecture, x_BSH: Tensor) -> Ten
         arch.v_head_dim,
     )
     batch, length, _ = x_BSH.shape
+    epsilon = arch.layernorm_epsilon if arch.latent_layernorm_epsilon is None else arch.latent_layernorm_epsilon
     # eq. 6-8: queries, per head [nope | rope].
     if arch.q_lora_rank is None:
         q = linear(x_BSH, weights[f"{prefix}.q_proj.weight"])
     else:
         c_q = linear(x_BSH, weights[f"{prefix}.q_a_proj.weight"])
-        c_q = rms_norm(c_q, weights[f"{prefix}.q_a_layernorm.weight"], arch.layernorm_epsilon)
+        c_q = rms_norm(c_q, weights[f"{prefix}.q_a_layernorm.weight"], epsilon)
         q = linear(c_q, weights[f"{prefix}.q_b_proj.weight"])
     q_BSND = q.reshape(batch, length, heads, nope + rotary)
     q_nope, q_rope = q_BSND[..., :nope], rope(q_BSND[..., nope:], arch)
     # eq. 1, 3: the latent (normed) and the one rotary key of all heads (not normed).
     down = linear(x_BSH, weights[f"{prefix}.kv_a_proj_with_mqa.weight"])
     c_kv, k_rope_BSD = down[..., : arch.kv_lora_rank], down[..., arch.kv_lora_rank :]
-    c_kv = rms_norm(c_kv, weights[f"{prefix}.kv_a_layernorm.weight"], arch.layernorm_epsilon)
+    c_kv = rms_norm(c_kv, weights[f"{prefix}.kv_a_layernorm.weight"], epsilon)
     k_rope = rope(k_rope_BSD[:, :, None, :], arch)[:, :, 0, :]
     # eq. 2, 5: keys and values, per head [nope | value].
     kv_BSND = linear(c_kv, weights[f"{prefix}.kv_b_proj.weight"]).reshape(batch, length, heads, nope + value)
@@ -204,15 +205,18 @@ def select_experts(biased_E: list[float], arch: Architecture) -> list[int]:
     """One token's experts, best first: top K of the biased scores within the best groups.
 
     A group's score is the sum of its K / M best biased scores, M the groups kept (section 2.1.2, node-limited
-    routing; biased as in DeepSeek's code). Experts of other groups are out whatever their score, also where the
-    scores of the kept ones are negative.
+    routing; biased as in DeepSeek's code), or of a given number. Experts of other groups are out whatever their score,
+    also where the scores of the kept ones are negative; or, masked with "zero", they compete with a score of 0.
     """
     per_group = arch.num_experts // arch.moe_router_num_groups
-    per_node = arch.moe_router_topk // arch.moe_router_group_topk
+    per_node = arch.moe_router_group_score_topk or arch.moe_router_topk // arch.moe_router_group_topk
     groups = range(arch.moe_router_num_groups)
     members = [list(range(group * per_group, (group + 1) * per_group)) for group in groups]
     group_scores = [sum(sorted((biased_E[e] for e in members[group]), reverse=True)[:per_node]) for group in groups]
     kept = sorted(groups, key=lambda group: -group_scores[group])[: arch.moe_router_group_topk]
+    if arch.moe_router_group_mask == "zero":
+        ranks = [score if e // per_group in kept else 0.0 for e, score in enumerate(biased_E)]
+        return sorted(range(arch.num_experts), key=lambda e: -ranks[e])[: arch.moe_router_topk]
     candidates = [e for group in sorted(kept) for e in members[group]]
     return sorted(candidates, key=lambda e: -biased_E[e])[: arch.moe_router_topk]
 

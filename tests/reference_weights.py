@@ -37,6 +37,8 @@ class Architecture:
     num_shared_experts: int = 1
     moe_router_num_groups: int = 1
     moe_router_group_topk: int = 1
+    moe_router_group_score_topk: int | None = None
+    moe_router_group_mask: str = "exclude"
     moe_router_topk_scaling_factor: float = 2.5
     mtp_num_layers: int = 1
     rotary_base: float = 10000.0
@@ -48,6 +50,7 @@ class Architecture:
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
     layernorm_epsilon: float = 1e-6
+    latent_layernorm_epsilon: float | None = None
 
     @classmethod
     def of(cls, config: object) -> Architecture:

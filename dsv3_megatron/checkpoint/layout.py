@@ -27,6 +27,7 @@ from dsv3_megatron.config.run import RunConfig
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "checkpoint.json"
 FORMAT_VERSION = 1
+TRAINING, WEIGHTS = "training", "weights"
 # Suffixes of what is not, or no longer, a checkpoint: being written, being removed, being replaced.
 _SAVING, _REMOVING, _REPLACED = ".saving", ".removing", ".replaced"
 # Architecture fields without weights that a later phase of a run may change: long-context extension, and
@@ -67,6 +68,7 @@ class Manifest:
         world_size: Processes that wrote it.
         precision: "bf16" or "fp32", of the weights as trained.
         files: Size in bytes of each of its other files, by name.
+        contents: TRAINING, a run's whole state; or WEIGHTS, to start one from.
     """
 
     path: Path
@@ -76,6 +78,7 @@ class Manifest:
     world_size: int
     precision: str
     files: dict[str, int]
+    contents: str = TRAINING
 
 
 def iteration_path(directory: str | Path, iteration: int) -> Path:
@@ -205,25 +208,25 @@ def begin_save(directory: str | Path, iteration: int) -> Path:
             os.rename(entry, entry.with_suffix(""))
         elif entry.suffix in (_SAVING, _REMOVING, _REPLACED):
             shutil.rmtree(entry)
-    target = _saving_path(directory, iteration)
+    target = saving_path(directory, iteration)
     target.mkdir()
     return target
 
 
 def finish_save(directory: str | Path, progress: Progress, run: dict[str, Any], *, versions: dict[str, str],
-                world_size: int, precision: str) -> Path:
+                world_size: int, precision: str, contents: str = TRAINING) -> Path:
     """Turn the folder that `begin_save` made, now filled, into the newest checkpoint.
 
     Flush its files, write its manifest, rename it, then replace the tracker: in this order.
     """
-    folder, written = Path(directory), _saving_path(directory, progress.iteration)
+    folder, written = Path(directory), saving_path(directory, progress.iteration)
     sizes = {}
     for file in sorted(written.iterdir()):
         _flush(file)
         sizes[file.name] = file.stat().st_size
     content = {
         "format_version": FORMAT_VERSION, "progress": dataclasses.asdict(progress), "precision": precision,
-        "world_size": world_size, "versions": versions, "run": run, "files": sizes}
+        "contents": contents, "world_size": world_size, "versions": versions, "run": run, "files": sizes}
     _write(written / MANIFEST, json.dumps(content, indent=2) + "\n")
     _flush(written)
     final = iteration_path(directory, progress.iteration)
@@ -260,7 +263,8 @@ def remove_old(directory: str | Path, newest: int, keep_last: int) -> list[int]:
     return removed
 
 
-def _saving_path(directory: str | Path, iteration: int) -> Path:
+def saving_path(directory: str | Path, iteration: int) -> Path:
+    """Folder in which the checkpoint of `iteration` is written before `finish_save` gives it its name."""
     path = iteration_path(directory, iteration)
     return path.with_name(path.name + _SAVING)
 
@@ -279,7 +283,8 @@ def _parse_manifest(path: Path) -> Manifest:
     if content["format_version"] > FORMAT_VERSION:
         raise ValueError(f"format_version={content['format_version']} is newer than this library's {FORMAT_VERSION}")
     return Manifest(path, Progress(**content["progress"]), content["run"], content["versions"],
-                    content["world_size"], content["precision"], content["files"])
+                    content["world_size"], content["precision"], content["files"],
+                    content.get("contents", TRAINING))
 
 
 def _is_complete(directory: str | Path, iteration: int) -> bool:

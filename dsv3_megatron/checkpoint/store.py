@@ -50,6 +50,8 @@ from dsv3_megatron.checkpoint.agreement import (
     why,
 )
 from dsv3_megatron.checkpoint.layout import (
+    TRAINING,
+    WEIGHTS,
     CheckpointError,
     Manifest,
     Progress,
@@ -62,7 +64,7 @@ from dsv3_megatron.checkpoint.layout import (
 )
 from dsv3_megatron.config.run import RunConfig
 
-__all__ = ["CheckpointError", "Progress", "latest_iteration", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointError", "Progress", "latest_iteration", "load_checkpoint", "load_weights", "save_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,10 @@ logger = logging.getLogger(__name__)
 _READ_ERRORS = (CheckpointException, CheckpointingException, OSError, RuntimeError, EOFError, ValueError, KeyError,
                 pickle.UnpicklingError)
 _RNG = "rng_state"
+# Key of a weight's fp32 copy in the optimizer: this and the weight's own.
+MASTER_PREFIX = "optimizer.state.param."
 _STEP = "optimizer_step"
+_OPTIMIZER_PREFIX = "optimizer."
 
 
 def save_checkpoint(
@@ -139,7 +144,8 @@ def load_checkpoint(
 ) -> Progress:
     """Put the newest checkpoint of `directory` into this run's modules and optimizer; called by every rank.
 
-    Bit for bit what was saved, under the layout that wrote it and under any other.
+    Bit for bit what was saved, under the layout that wrote it and under any other. A checkpoint of weights alone, as
+    converted from Hugging Face's, starts a run: the optimizer's fp32 weights are what it holds, its moments zero.
 
     Args:
         directory: Folder of checkpoints.
@@ -157,20 +163,12 @@ def load_checkpoint(
     manifest = on_first_rank(lambda: check_architecture(directory, run), f"load={directory}")
     _allocate_moments(optimizer)
     state = _state(chunks, optimizer, groups, is_loading=True)
-    if _has_same_layout(manifest, run):
+    if manifest.contents == TRAINING and _has_same_layout(manifest, run):
         state[_RNG] = _rng_state()
-    strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.dp_cp)
-    try:
-        _check_tensors(manifest, state, groups)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            loaded = dist_checkpointing.load(state, str(manifest.path), strategy)
-    except CheckpointError:
-        raise
-    except _READ_ERRORS as error:
-        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
-        raise CheckpointError(incomplete(directory, manifest.progress.iteration, reason)) from error
+    loaded = _read(directory, manifest, state, groups)
     _restore(loaded, chunks, optimizer)
+    if manifest.contents == WEIGHTS:
+        return manifest.progress
     if manifest.precision != _precision(chunks):
         # Weights come rounded from bf16; a replica's own share of the fp32 weights replaces them everywhere.
         wrapped: list[Any] = list(chunks)
@@ -183,12 +181,37 @@ def load_checkpoint(
     return manifest.progress
 
 
+def load_weights(directory: str | Path, run: RunConfig, chunks: list[torch.nn.Module], groups: ProcessGroupCollection
+                 ) -> Progress:
+    """Put the weights and router biases of the newest checkpoint of `directory` into modules that nothing trains.
+
+    Called by every rank. The optimizer's part of the checkpoint, most of its bytes, is not read. Values are converted
+    to the modules' dtype.
+
+    Args:
+        directory: Folder of checkpoints.
+        run: The configuration that the modules were built from.
+        chunks: This rank's stages, bare or wrapped.
+        groups: The run's process groups.
+
+    Returns:
+        Progress of the run that wrote it.
+
+    Raises:
+        CheckpointError: there is none, it is incomplete or unreadable, or of another architecture.
+    """
+    manifest = on_first_rank(lambda: check_architecture(directory, run), f"load={directory}")
+    state = _state(chunks, None, groups, is_loading=True)
+    _restore_models(_read(directory, manifest, state, groups), chunks)
+    return manifest.progress
+
+
 # ---- the state as one flat dictionary, so that nothing of a layout's structure is saved ----
 
 
-def _state(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, groups: ProcessGroupCollection, *,
+def _state(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer | None, groups: ProcessGroupCollection, *,
            is_loading: bool) -> dict[Any, Any]:
-    """(what, chunk or optimizer, ...) -> sharded tensor, of this rank."""
+    """(what, chunk or optimizer, ...) -> sharded tensor, of this rank; of the model alone without an optimizer."""
     metadata = {
         "dp_cp_group": groups.dp_cp,
         "non_homogeneous_layers": True,
@@ -198,21 +221,78 @@ def _state(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, groups: 
     models = {index: _stage(chunk).sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
     state: dict[Any, Any] = {
         ("model", index, key): entry for index, entries in models.items() for key, entry in entries.items()}
-    for index, part in enumerate(_parts(optimizer)):
+    for index, part in enumerate(_parts(optimizer) if optimizer is not None else []):
         shards = part.sharded_state_dict(models, is_loading, metadata=metadata)["param_state"]
         state |= {("optimizer", index, number, key): entry
                   for number, tensors in shards.items() for key, entry in tensors.items()}
     return state
 
 
+def _read(directory: str | Path, manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection
+          ) -> dict[Any, Any]:
+    """What the checkpoint has for each entry of `state`.
+
+    Raises:
+        CheckpointError: it is damaged, or does not fit.
+    """
+    try:
+        if manifest.contents == WEIGHTS and _has_optimizer(state):
+            return _load_into_new_run(manifest, state, groups)
+        _check_tensors(manifest, state, groups)
+        return _load_tensors(manifest, state, groups)
+    except CheckpointError:
+        raise
+    except _READ_ERRORS as error:
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+        raise CheckpointError(incomplete(directory, manifest.progress.iteration, reason)) from error
+
+
+def _has_optimizer(state: dict[Any, Any]) -> bool:
+    return any(key[0] == "optimizer" for key in state)
+
+
+def _load_tensors(manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection) -> dict[Any, Any]:
+    """What the checkpoint holds of this rank's state, and what it holds besides tensors."""
+    strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.dp_cp)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        return dist_checkpointing.load(state, str(manifest.path), strategy)
+
+
+def _load_into_new_run(manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection
+                       ) -> dict[Any, Any]:
+    """The state of a run that begins with the checkpoint's weights.
+
+    They are read twice: in the modules' dtype, and in fp32 for the optimizer, so that what is stored in fp32 is not
+    rounded to bf16 on the way.
+    """
+    weights = {key: entry for key, entry in state.items() if key[0] == "model"}
+    moments = {key: entry for key, entry in state.items() if key[0] == "optimizer" and key[3] != "param"}
+    masters = {key: entry for key, entry in state.items() if key[0] == "optimizer" and key[3] == "param"}
+    _check_tensors(manifest, weights, groups)
+    loaded = _load_tensors(manifest, weights, groups)
+    for entry in masters.values():
+        # Under the key of the weight itself.
+        assert entry.key.startswith(MASTER_PREFIX), entry.key
+        entry.key = entry.key.removeprefix(MASTER_PREFIX)
+    loaded |= _load_tensors(manifest, masters, groups)
+    for key, entry in moments.items():
+        loaded[key] = entry.data.zero_()
+    return loaded
+
+
 def _check_tensors(manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection) -> None:
-    """Check that the checkpoint has every tensor of this run, in its shape, and no other.
+    """Check that the checkpoint has every tensor of this state, in its shape, and no other.
+
+    The optimizer's tensors may be there without being asked for.
 
     Raises:
         CheckpointError: it has not, for example because it was written with other modules.
     """
     saved = {key: tuple(entry.size) for key, entry in
              FileSystemReader(manifest.path).read_metadata().state_dict_metadata.items() if hasattr(entry, "size")}
+    if not _has_optimizer(state):
+        saved = {key: size for key, size in saved.items() if not key.startswith(_OPTIMIZER_PREFIX)}
     wanted: dict[str, tuple[int, ...]] = {}
     for entry in state.values():
         built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
@@ -239,18 +319,23 @@ def _num_bytes(state: dict[Any, Any]) -> int:
 
 def _restore(loaded: dict[Any, Any], chunks: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
     """Put what was loaded into the modules and the optimizer."""
-    models: list[dict[str, Any]] = [{} for _ in chunks]
+    _restore_models(loaded, chunks)
     parts = _parts(optimizer)
     moments: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in parts]
     for key, value in loaded.items():
-        if key[0] == "model":
-            models[key[1]][key[2]] = value
-        elif key[0] == "optimizer":
+        if key[0] == "optimizer":
             moments[key[1]].setdefault(key[2], {})[key[3]] = value
-    for chunk, weights in zip(chunks, models, strict=True):
-        _stage(chunk).load_state_dict(weights, strict=True)
     for part, param_state in zip(parts, moments, strict=True):
         _restore_moments(part, param_state, loaded[_STEP])
+
+
+def _restore_models(loaded: dict[Any, Any], chunks: list[torch.nn.Module]) -> None:
+    models: list[dict[str, Any]] = [{} for _ in chunks]
+    for key, value in loaded.items():
+        if key[0] == "model":
+            models[key[1]][key[2]] = value
+    for chunk, weights in zip(chunks, models, strict=True):
+        _stage(chunk).load_state_dict(weights, strict=True)
 
 
 def _restore_moments(part: Any, param_state: dict[int, dict[str, torch.Tensor]], step: int) -> None:

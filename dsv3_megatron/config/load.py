@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,7 +47,7 @@ class Command:
     world_size: int | None
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports a wrong flag as a ConfigError, like every other wrong value."""
 
     def error(self, message: str) -> NoReturn:
@@ -56,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: a flag for each field of each section of RunConfig."""
-    parser = _Parser(
+    parser = Parser(
         prog="pretrain_dsv3.sh", allow_abbrev=False,
         usage="bash examples/pretrain_dsv3.sh [--preset NAME] [--config FILE] [flags]",
         description="Pretrain a DeepSeek-V3-style model. Without arguments: the quickstart.",
@@ -71,11 +71,22 @@ def build_parser() -> argparse.ArgumentParser:
     start.add_argument("--check-only", action="store_true", help="check the run and its inputs, and stop")
     start.add_argument("--world-size", type=int, metavar="N", help="with --print-model or --check-only: processes to "
                        "plan for")
-    for section, cls in SECTIONS.items():
-        group = parser.add_argument_group(_GROUP_TITLES[section])
-        for field in dataclasses.fields(cls):
-            _add_flag(group, field)
+    for section in SECTIONS:
+        add_section(parser, section)
     return parser
+
+
+def add_section(parser: argparse.ArgumentParser, section: str) -> None:
+    """Give a command line the flags of one section of a run; `given_fields` reads them back."""
+    group = parser.add_argument_group(_GROUP_TITLES[section])
+    for field in dataclasses.fields(SECTIONS[section]):
+        _add_flag(group, field)
+
+
+def given_fields(options: Mapping[str, Any], sections: Iterable[str] = tuple(SECTIONS)) -> dict[str, Any]:
+    """The fields of these sections, by name, whose flags were given."""
+    known = {field.name for section in sections for field in dataclasses.fields(SECTIONS[section])}
+    return {name: value for name, value in options.items() if name in known and value is not _UNSET}
 
 
 def parse_command(arguments: Sequence[str]) -> Command:
@@ -90,8 +101,7 @@ def parse_command(arguments: Sequence[str]) -> Command:
     name = given["preset"] or from_file.pop("preset", None) or "tiny"
     from_file.pop("preset", None)
     run = preset(name).override(**from_file)
-    fields = {field.name for cls in SECTIONS.values() for field in dataclasses.fields(cls)}
-    run = run.override(**{key: value for key, value in given.items() if key in fields and value is not _UNSET})
+    run = run.override(**given_fields(given))
     return Command(run, given["print_model"], given["as_json"], given["check_only"], given["world_size"])
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dsv3_megatron.config.fields import ConfigError, divisors, option, require_finite
 
 ROPE_TYPES = ("rope", "yarn")
+GROUP_MASKS = ("exclude", "zero")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class ModelConfig:
     num_shared_experts: int = option(1, help="experts that every token goes to")
     moe_router_num_groups: int = option(1, help="groups of experts for node-limited routing")
     moe_router_group_topk: int = option(1, help="groups a token may go to")
+    moe_router_group_score_topk: int | None = option(
+        None, help="best experts summed to a group's score; none: topk / group_topk, as in the report; 2: as "
+        "Transformers and DeepSeek's code do whatever the other two are")
+    moe_router_group_mask: str = option(
+        "exclude", choices=GROUP_MASKS, help="experts of the other groups: exclude them, or rank them with affinity 0, "
+        "as Transformers did until 2026; the two differ where biases make affinities negative")
     moe_router_topk_scaling_factor: float = option(2.5, help="factor on the normalised gates")
     mtp_num_layers: int = option(1, help="multi-token-prediction modules (depth D); 0: none")
     max_position_embeddings: int = option(4096, help="longest sequence the model is meant for, in tokens")
@@ -50,12 +57,20 @@ class ModelConfig:
     mscale: float = option(1.0, help="YaRN: numerator of the cos/sin multiplier")
     mscale_all_dim: float = option(1.0, help="YaRN: its denominator, and the softmax scale's exponent base")
     layernorm_epsilon: float = option(1e-6, flag="norm-epsilon", help="epsilon of every RMSNorm")
+    latent_layernorm_epsilon: float | None = option(
+        None, flag="latent-norm-epsilon", help="epsilon of the query and key/value latents' norms; none: as of every "
+        "other; Transformers and DeepSeek's code have 1e-6 whatever the others have")
     init_method_std: float = option(0.006, help="standard deviation of the initial weights")
 
     @property
     def qk_head_dim(self) -> int:
         """Width of one query or key head, rotary part included."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_epsilon(self) -> float:
+        """Epsilon of the latents' norms."""
+        return self.layernorm_epsilon if self.latent_layernorm_epsilon is None else self.latent_layernorm_epsilon
 
     @property
     def num_moe_layers(self) -> int:
@@ -82,6 +97,9 @@ class ModelConfig:
                      "init_method_std"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be greater than 0")
+        if self.latent_epsilon <= 0:
+            raise ConfigError(f"latent_layernorm_epsilon={self.latent_epsilon} must be greater than 0; leave it out "
+                              "for layernorm_epsilon")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ConfigError(f"q_lora_rank={self.q_lora_rank} must be at least 1; leave it out for full-rank queries")
         if self.qk_rope_head_dim % 2:
@@ -118,9 +136,21 @@ class ModelConfig:
                 f"moe_router_topk={self.moe_router_topk} must not exceed the {reachable} experts in the "
                 f"moe_router_group_topk={kept} groups a token may go to; keep more groups or choose fewer experts"
             )
-        if groups > 1 and self.moe_router_topk % kept:
+        if self.moe_router_group_mask not in GROUP_MASKS:
+            raise ConfigError(f"moe_router_group_mask={self.moe_router_group_mask!r} must be one of "
+                              f"{', '.join(GROUP_MASKS)}")
+        summed = self.moe_router_group_score_topk
+        if groups == 1:
+            return
+        if summed is None and self.moe_router_topk % kept:
             raise ConfigError(
                 f"moe_router_group_topk={kept} must divide moe_router_topk={self.moe_router_topk}: "
                 f"a group's score is the sum of its topk/group_topk best experts; "
-                f"try {divisors(self.moe_router_topk, near=kept)}"
+                f"try {divisors(self.moe_router_topk, near=kept)}, or set moe_router_group_score_topk"
+            )
+        if summed is not None and not 1 <= summed <= self.num_experts // groups:
+            raise ConfigError(
+                f"moe_router_group_score_topk={summed} must lie in 1..{self.num_experts // groups}, the experts of a "
+                f"group (num_experts={self.num_experts} in moe_router_num_groups={groups}); leave it out for "
+                "topk / group_topk"
             )

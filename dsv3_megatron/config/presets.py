@@ -20,7 +20,8 @@ def tiny() -> RunConfig:
     """The quickstart's model: every mechanism of V3 at a size that two CPU cores train in minutes.
 
     Widths keep V3's proportions roughly (rotary part half of the no-RoPE part, query latent wider
-    than the key/value latent); counts are chosen so that PP2 x EP2 divides them. Vocabulary, batch,
+    than the key/value latent); counts are chosen so that PP2 x EP2 divides them. Groups are scored by two
+    experts, not by topk / group_topk = 1: so do the programs that it is exported to. Vocabulary, batch,
     learning rate, initial width and bias step are chosen for a run of under a million tokens, in which the
     model has to beat a bigram model counted on the same tokens with room.
     """
@@ -28,7 +29,8 @@ def tiny() -> RunConfig:
         num_layers=4, num_dense_layers=1, hidden_size=128, num_attention_heads=4, q_lora_rank=64, kv_lora_rank=32,
         qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, ffn_hidden_size=384, num_experts=8,
         moe_ffn_hidden_size=96, moe_router_topk=2, moe_router_num_groups=4, moe_router_group_topk=2,
-        num_shared_experts=1, mtp_num_layers=1, vocab_size=2048, max_position_embeddings=256, init_method_std=0.06)
+        moe_router_group_score_topk=2, num_shared_experts=1, mtp_num_layers=1, vocab_size=2048,
+        max_position_embeddings=256, init_method_std=0.06)
     training = TrainingConfig(
         seq_length=256, micro_batch_size=2, global_batch_size=8, train_iters=400, lr=6e-3, min_lr=1e-4,
         lr_warmup_iters=30, lr_decay_style="linear", moe_router_bias_update_rate=5e-3, eval_interval=100,

@@ -69,6 +69,8 @@ class RunConfig:
                 f"{flags} cannot go with transformer_impl=transformer_engine, whose attention knows one document a "
                 "sequence; set transformer_impl=local"
             )
+        if self.training.transformer_impl == "transformer_engine":
+            require_engine_epsilon(self.model)
         if self.checkpoint.save and self.checkpoint.save_interval < 1:
             raise ConfigError(f"save_interval={self.checkpoint.save_interval} must be at least 1")
         if self.checkpoint.keep_last < 0:
@@ -79,6 +81,18 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, as `load.py` writes and reads them."""
         return dataclasses.asdict(self)
+
+
+def require_engine_epsilon(model: ModelConfig) -> None:
+    """Check that Transformer Engine's modules, whose fused norms have one epsilon, can compute the model.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if model.latent_epsilon != model.layernorm_epsilon:
+        raise ConfigError(
+            f"latent_layernorm_epsilon={model.latent_layernorm_epsilon} cannot differ from layernorm_epsilon="
+            f"{model.layernorm_epsilon} with transformer_impl=transformer_engine; set transformer_impl=local")
 
 
 def section_of(name: str) -> str:

@@ -52,8 +52,10 @@ class LocalMLASelfAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int | None = None,
         name: str | None = None,
+        latent_epsilon: float | None = None,
     ) -> None:
         super().__init__(config=config)
+        epsilon = config.layernorm_epsilon if latent_epsilon is None else latent_epsilon
         parts = submodules or LocalMLASubmodules()
         assert pg_collection is not None, "process groups are passed, never global"
         assert attn_mask_type == AttnMaskType.causal, "only causal attention is supported"
@@ -72,11 +74,11 @@ class LocalMLASelfAttention(MegatronModule):
             self.linear_q_proj = column(config.hidden_size, heads * query_width)
         else:
             self.linear_q_down_proj = parts.replicated(config.hidden_size, config.q_lora_rank, config=config)
-            self.q_layernorm = parts.norm(config, config.q_lora_rank, config.layernorm_epsilon)
+            self.q_layernorm = parts.norm(config, config.q_lora_rank, epsilon)
             self.linear_q_up_proj = column(config.q_lora_rank, heads * query_width)
         self.linear_kv_down_proj = parts.replicated(
             config.hidden_size, config.kv_lora_rank + config.qk_pos_emb_head_dim, config=config)
-        self.kv_layernorm = parts.norm(config, config.kv_lora_rank, config.layernorm_epsilon)
+        self.kv_layernorm = parts.norm(config, config.kv_lora_rank, epsilon)
         self.linear_kv_up_proj = column(config.kv_lora_rank, heads * (config.qk_head_dim + config.v_head_dim))
         self.linear_proj = parts.row_parallel(
             heads * config.v_head_dim, config.hidden_size, config=config, init_method=config.init_method, bias=False,

@@ -8,10 +8,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.run import RunConfig, require_engine_epsilon
 from dsv3_megatron.model.init import initialize_weights
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.mcore_config import mcore_config
+from dsv3_megatron.model.router import RouterOptions
 from dsv3_megatron.model.specs import block_specs, resolve_transformer_impl
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 
@@ -34,6 +35,8 @@ def build_stages(
     mine = [layout for layout in stage_layouts(run.model, run.parallel) if layout.stage % ranks == rank]
     transformer_impl = resolve_transformer_impl(run.training.transformer_impl,
                                                 has_documents=run.data.has_document_attention)
+    if transformer_impl == "transformer_engine":
+        require_engine_epsilon(run.model)
     stages = [_build_stage(run, config, groups, layout, chunk, transformer_impl) for chunk, layout in enumerate(mine)]
     if torch.get_default_device().type != "meta":
         initialize_weights(list(stages), groups, std=run.model.init_method_std, seed=run.training.seed)
@@ -43,7 +46,7 @@ def build_stages(
 def _build_stage(run: RunConfig, config: MLATransformerConfig, groups: ProcessGroupCollection, layout: StageLayout,
                  chunk: int, transformer_impl: str) -> DeepSeekV3Model:
     decoder, mtp = block_specs(config, layout, transformer_impl=transformer_impl,
-                               balance_loss_coeff=run.training.moe_aux_loss_coeff)
+                               router=RouterOptions.of(run), latent_epsilon=run.model.latent_epsilon)
     stage = DeepSeekV3Model(
         config=config, transformer_layer_spec=decoder, vocab_size=run.model.vocab_size,
         max_sequence_length=run.training.seq_length, pre_process=layout.has_embedding, post_process=layout.has_loss,

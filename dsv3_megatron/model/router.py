@@ -9,12 +9,36 @@ Shapes: T tokens of this rank, E experts, K top-k, G groups, B micro-batch, s lo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from dsv3_megatron.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """What Megatron-Core's configuration has no field for, or what its own router would apply a second time.
+
+    Attributes:
+        balance_loss_coeff: alpha of the sequence-wise balance loss.
+        group_score_topk: Best experts summed to a group's score; None: top-k / groups kept.
+        group_mask: "exclude" or "zero", see `select_experts`.
+    """
+
+    balance_loss_coeff: float = 0.0
+    group_score_topk: int | None = None
+    group_mask: str = "exclude"
+
+    @classmethod
+    def of(cls, run: RunConfig) -> RouterOptions:
+        """A run's."""
+        return cls(run.training.moe_aux_loss_coeff, run.model.moe_router_group_score_topk,
+                   run.model.moe_router_group_mask)
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -31,7 +55,8 @@ class _AttachLoss(torch.autograd.Function):
 
 
 def select_experts(
-    scores_TE: torch.Tensor, bias_E: torch.Tensor, *, top_k: int, num_groups: int, group_top_k: int, route_scale: float
+    scores_TE: torch.Tensor, bias_E: torch.Tensor, *, top_k: int, num_groups: int, group_top_k: int, route_scale: float,
+    group_score_topk: int | None = None, group_mask: str = "exclude",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose each token's experts; the bias affects the choice, not the weight.
 
@@ -40,9 +65,13 @@ def select_experts(
         bias_E: fp32 balancing bias, no gradient.
         top_k: Experts per token, 1..E.
         num_groups: Groups of experts; 1: no node limit.
-        group_top_k: Groups a token may go to. A group's score is the sum of its top_k / group_top_k
-            best biased affinities.
+        group_top_k: Groups a token may go to.
         route_scale: Dimensionless gate multiplier.
+        group_score_topk: Biased affinities, a group's best, that are summed to its score. None: top_k / group_top_k,
+            at least 1, as in the report; Transformers and DeepSeek's code always sum 2, which is V3's 8 / 4.
+        group_mask: "exclude" keeps the experts of other groups out whatever their affinity, as DeepSeek's code and
+            Megatron-Core do. "zero" ranks them with a biased affinity of 0, as Transformers did before its change
+            45441 of 2026: where a kept group's is negative they are chosen before it, and the node limit is broken.
 
     Returns:
         gates_TK: fp32; each row sums to route_scale.
@@ -54,11 +83,12 @@ def select_experts(
         biased_TE = scores_TE + bias_E
         if num_groups > 1:
             biased_TGE = biased_TE.unflatten(1, (num_groups, -1))
-            best = max(1, top_k // group_top_k)
+            best = group_score_topk or max(1, top_k // group_top_k)
             group_scores_TG = biased_TGE.topk(best, dim=-1).values.sum(-1)
             kept_ids = group_scores_TG.topk(group_top_k, dim=-1).indices
             dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, kept_ids, False)
-            biased_TE = biased_TGE.masked_fill(dropped_TG.unsqueeze(-1), float("-inf")).flatten(1)
+            fill = {"exclude": float("-inf"), "zero": 0.0}[group_mask]
+            biased_TE = biased_TGE.masked_fill(dropped_TG.unsqueeze(-1), fill).flatten(1)
         expert_ids_TK = biased_TE.topk(top_k, dim=-1).indices
     chosen_TK = scores_TE.gather(1, expert_ids_TK)
     gates_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * route_scale
@@ -81,12 +111,13 @@ class DeepSeekRouter(MegatronModule):
     balance_loss_sum: torch.Tensor
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None,
-                 is_mtp_layer: bool = False, *, balance_loss_coeff: float = 0.0) -> None:
+                 is_mtp_layer: bool = False, *, options: RouterOptions | None = None) -> None:
         super().__init__(config=config)
         assert pg_collection is not None, "process groups are passed, never global"
         self.tp_group = pg_collection.tp
         self.is_mtp_layer = is_mtp_layer
-        self.balance_loss_coeff = balance_loss_coeff
+        self.options = options or RouterOptions()
+        self.balance_loss_coeff = self.options.balance_loss_coeff
         self.layer_number: int | None = None
         device, experts = torch.cuda.current_device(), config.num_moe_experts
         self.weight = torch.nn.Parameter(
@@ -119,7 +150,8 @@ class DeepSeekRouter(MegatronModule):
         gates_TK, ids_TK = select_experts(
             scores_TE, self.expert_bias.float(), top_k=config.moe_router_topk,
             num_groups=config.moe_router_num_groups or 1, group_top_k=config.moe_router_group_topk or 1,
-            route_scale=config.moe_router_topk_scaling_factor or 1.0)
+            route_scale=config.moe_router_topk_scaling_factor or 1.0,
+            group_score_topk=self.options.group_score_topk, group_mask=self.options.group_mask)
         routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, ids_TK, True)
         probs_TE = torch.zeros_like(scores_TE).scatter(1, ids_TK, gates_TK)
         if self.training and torch.is_grad_enabled():

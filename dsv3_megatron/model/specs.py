@@ -34,7 +34,7 @@ from dsv3_megatron.model.experts import GroupedExperts, LocalMLP, LocalSharedExp
 from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from dsv3_megatron.model.mtp import DocumentMTPLayer
 from dsv3_megatron.model.norm import RMSNorm
-from dsv3_megatron.model.router import DeepSeekRouter
+from dsv3_megatron.model.router import DeepSeekRouter, RouterOptions
 from dsv3_megatron.parallel.layout import StageLayout
 
 logger = logging.getLogger(__name__)
@@ -80,21 +80,22 @@ def residual_add(training: bool, fused: bool) -> Callable[..., torch.Tensor]:
 
 
 def layer_spec(config: MLATransformerConfig, *, is_moe: bool, transformer_impl: str,
-               balance_loss_coeff: float) -> ModuleSpec:
+               router: RouterOptions, latent_epsilon: float) -> ModuleSpec:
     """One transformer layer: MLA, then experts or a dense FFN."""
     if transformer_impl == "transformer_engine":
-        return _transformer_engine_layer(config, is_moe, balance_loss_coeff)
+        return _transformer_engine_layer(config, is_moe, router)
     ffn = MLPSubmodules(linear_fc1=LocalColumnParallelLinear, linear_fc2=LocalRowParallelLinear)
     if is_moe:
-        mlp = _moe(GroupedExperts, partial(_shared_experts, submodules=ffn), balance_loss_coeff)
+        mlp = _moe(GroupedExperts, partial(_shared_experts, submodules=ffn), router)
     else:
         mlp = partial(LocalMLP.as_mlp_submodule, submodules=ffn)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=LocalMLASelfAttention, params={"attn_mask_type": AttnMaskType.causal},
-                                      submodules=LocalMLASubmodules()),
+            self_attention=ModuleSpec(
+                module=LocalMLASelfAttention, submodules=LocalMLASubmodules(),
+                params={"attn_mask_type": AttnMaskType.causal, "latent_epsilon": latent_epsilon}),
             self_attn_bda=residual_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
@@ -104,12 +105,13 @@ def layer_spec(config: MLATransformerConfig, *, is_moe: bool, transformer_impl: 
 
 
 def block_specs(
-    config: MLATransformerConfig, layout: StageLayout, *, transformer_impl: str, balance_loss_coeff: float
+    config: MLATransformerConfig, layout: StageLayout, *, transformer_impl: str, router: RouterOptions,
+    latent_epsilon: float
 ) -> tuple[TransformerBlockSubmodules, ModuleSpec | None]:
     """Specs of one stage's transformer layers, and of its MTP modules if it has any."""
     def layer(is_moe: bool) -> ModuleSpec:
-        return layer_spec(config, is_moe=is_moe, transformer_impl=transformer_impl,
-                          balance_loss_coeff=balance_loss_coeff)
+        return layer_spec(config, is_moe=is_moe, transformer_impl=transformer_impl, router=router,
+                          latent_epsilon=latent_epsilon)
 
     norm = _transformer_engine_norm() if transformer_impl == "transformer_engine" else RMSNorm
     decoder = TransformerBlockSubmodules(
@@ -132,10 +134,9 @@ def _shared_experts(*, config: Any, pg_collection: Any, gate: bool, submodules: 
     return LocalSharedExperts(config=config, submodules=submodules, gate=gate, pg_collection=pg_collection, name=name)
 
 
-def _moe(experts: Any, shared_experts: Any, balance_loss_coeff: float) -> partial[MoELayer]:
+def _moe(experts: Any, shared_experts: Any, router: RouterOptions) -> partial[MoELayer]:
     return partial(MoELayer, submodules=MoESubmodules(
-        experts=experts, shared_experts=shared_experts,
-        router=partial(DeepSeekRouter, balance_loss_coeff=balance_loss_coeff)))
+        experts=experts, shared_experts=shared_experts, router=partial(DeepSeekRouter, options=router)))
 
 
 class TransformerEngineMLASelfAttention(MLASelfAttention):
@@ -149,7 +150,7 @@ class TransformerEngineMLASelfAttention(MLASelfAttention):
         return {**super()._resolve_qk_norm_config(submodules), "linear_q_proj": submodules.linear_q_proj}
 
 
-def _transformer_engine_layer(config: MLATransformerConfig, is_moe: bool, balance_loss_coeff: float) -> ModuleSpec:
+def _transformer_engine_layer(config: MLATransformerConfig, is_moe: bool, router: RouterOptions) -> ModuleSpec:
     """Megatron-Core's Transformer Engine layer with this library's router and checkpoint keys.
 
     Where the local tree has a norm and a linear, this one has a fused module; the rest has equal names. Below
@@ -191,7 +192,7 @@ def _transformer_engine_layer(config: MLATransformerConfig, is_moe: bool, balanc
     }
     if is_moe:
         moe = submodules.mlp.keywords["submodules"]
-        submodules.mlp = _moe(moe.experts, moe.shared_experts, balance_loss_coeff)
+        submodules.mlp = _moe(moe.experts, moe.shared_experts, router)
     else:
         keys["mlp.linear_fc1.layer_norm_"] = "pre_mlp_layernorm."
     submodules.sharded_state_dict_keys_map = {**submodules.sharded_state_dict_keys_map, **keys}

@@ -39,8 +39,9 @@ def build(groups: Any) -> Callable[..., tuple[torch.nn.Module, Weights]]:
     from dsv3_megatron.model.build import build_stages
     from tests.parity.weights import load_reference_weights
 
-    def build_model(model: ModelConfig, dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Module, Weights]:
-        stages, _config = build_stages(run_of(model), groups, precision="fp32")
+    def build_model(model: ModelConfig, dtype: torch.dtype = torch.float64, **training: Any
+                    ) -> tuple[torch.nn.Module, Weights]:
+        stages, _config = build_stages(run_of(model, **training), groups, precision="fp32")
         weights = reference_weights(model)
         load_reference_weights([stages[0].to(dtype).train()], groups, weights, model.num_layers)
         return stages[0], weights

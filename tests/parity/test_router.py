@@ -5,8 +5,10 @@ Legend: T tokens, E experts, K experts per token, G groups, L layers.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -38,13 +40,17 @@ def routing_problems(draw, *, ties: bool):
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
         scores_TE = torch.rand(tokens, num_experts, generator=generator, dtype=torch.float64) * 0.98 + 0.01
         bias_E = torch.randn(num_experts, generator=generator, dtype=torch.float64)
-    return scores_TE, bias_E, {"top_k": top_k, "num_groups": num_groups, "group_top_k": kept}
+    options = {"top_k": top_k, "num_groups": num_groups, "group_top_k": kept}
+    if not ties:
+        options["group_score_topk"] = draw(st.none() | st.integers(1, group_size))
+    return scores_TE, bias_E, options
 
 
-def architecture(num_experts: int, options: dict[str, int]) -> Architecture:
-    return Architecture.of(variant("plain", num_experts=num_experts, moe_router_topk=options["top_k"],
-                                   moe_router_num_groups=options["num_groups"],
-                                   moe_router_group_topk=options["group_top_k"]))
+def architecture(num_experts: int, options: dict[str, Any]) -> Architecture:
+    return Architecture.of(variant(
+        "plain", num_experts=num_experts, moe_router_topk=options["top_k"],
+        moe_router_num_groups=options["num_groups"], moe_router_group_topk=options["group_top_k"],
+        moe_router_group_score_topk=options["group_score_topk"]))
 
 
 def is_a_best_choice(chosen: list[int], biased_E: list[Fraction], options: dict[str, int]) -> bool:
@@ -109,6 +115,39 @@ class TestChoice:
         _, ids_TK = select_experts(torch.full((1, 4), 0.5), bias_E, top_k=2, num_groups=2, group_top_k=1,
                                    route_scale=1.0)
         assert sorted(ids_TK[0].tolist()) == [0, 1]
+
+    @CHOICE
+    @given(routing_problems(ties=False))
+    def test_zero_mask_equals_a_loop_over_tokens(self, problem):
+        """The same biased affinities are chosen, those of dropped groups counted as 0; which of these is open."""
+        scores_TE, bias_E, options = problem
+        _, ids_TK = select_experts(scores_TE, bias_E, route_scale=2.5, group_mask="zero", **options)
+        summed = options["group_score_topk"] or max(1, options["top_k"] // options["group_top_k"])
+        for scores_E, ids_K in zip(scores_TE, ids_TK.tolist(), strict=True):
+            arch = dataclasses.replace(architecture(len(scores_E), options), moe_router_group_mask="zero")
+            biased_E = (scores_E + bias_E).tolist()
+            kept = select_experts_of_one_token(biased_E, dataclasses.replace(
+                arch, moe_router_group_mask="exclude", moe_router_topk=arch.num_experts,
+                moe_router_group_score_topk=summed))
+            expected = select_experts_of_one_token(biased_E, arch)
+            assert len(set(ids_K)) == options["top_k"]
+            assert [biased_E[e] if e in kept else 0.0 for e in ids_K] == [
+                biased_E[e] if e in kept else 0.0 for e in expected]
+
+    def test_a_dropped_group_comes_back_where_it_is_masked_with_zero(self):
+        """The same affinities as above under the other mask: -1.5 of the kept group lose to 0 and 0."""
+        bias_E = torch.tensor([-2.0, -2.0, -2.5, -2.5])
+        _, ids_TK = select_experts(torch.full((1, 4), 0.5), bias_E, top_k=2, num_groups=2, group_top_k=1,
+                                   route_scale=1.0, group_mask="zero")
+        assert sorted(ids_TK[0].tolist()) == [2, 3]
+
+    @pytest.mark.parametrize("group_score_topk, expected", [(None, [0]), (1, [0]), (2, [2])])
+    def test_affinities_summed_to_a_group_score(self, group_score_topk, expected):
+        """One expert of one group: the report compares 0.9 with 0.8, Transformers 0.9 + 0.1 with 0.8 + 0.7."""
+        scores_TE = torch.tensor([[0.9, 0.1, 0.8, 0.7]])
+        _, ids_TK = select_experts(scores_TE, torch.zeros(4), top_k=1, num_groups=2, group_top_k=1, route_scale=1.0,
+                                   group_score_topk=group_score_topk)
+        assert ids_TK[0].tolist() == expected
 
     def test_no_gradient_through_the_choice(self):
         scores_TE = torch.rand(5, 8, dtype=torch.float64, requires_grad=True)

@@ -21,11 +21,11 @@ MAX_LINES = 450
 # Left never imports right; those on one level do not import each other. Kernels' references live in ops.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("config",), ("platform",), ("kernels",), ("ops",), ("data",), ("parallel",), ("model",), ("schedule",), ("optim",),
-    ("checkpoint", "metrics"), ("trainer",), ("train",),
+    ("checkpoint", "metrics"), ("trainer",), ("evaluator", "train"), ("evaluate",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # The only modules beside the packages above; they may import every stage.
-ENTRY_MODULES = {"trainer", "train"}
+ENTRY_MODULES = {"trainer", "evaluator", "train", "evaluate"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 STAND_IN_NAMES = {"STAND_INS", "StandIn", "CpuStream", "CpuEvent", "install_stand_ins", "remove_stand_ins"}
 

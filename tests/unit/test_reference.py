@@ -36,6 +36,13 @@ from tests.reference import (
     updated_router_bias,
     weight_shapes,
 )
+from tests.transformers_model import (
+    huggingface_config,
+    huggingface_model,
+    huggingface_mtp,
+    mtp_outputs,
+    stacked_experts,
+)
 
 BASE = Architecture(
     num_layers=2,
@@ -109,81 +116,6 @@ def wide_transformers(monkeypatch):
     torch.set_default_dtype(previous)
 
 
-def huggingface_config(arch: Architecture):
-    from transformers import DeepseekV3Config
-
-    rope_parameters = {"rope_type": "default", "rope_theta": arch.rotary_base}
-    if arch.rope_type == "yarn":
-        rope_parameters = {
-            "rope_type": "yarn",
-            "rope_theta": arch.rotary_base,
-            "factor": arch.rotary_scaling_factor,
-            "original_max_position_embeddings": arch.original_max_position_embeddings,
-            "beta_fast": arch.beta_fast,
-            "beta_slow": arch.beta_slow,
-            "mscale": arch.mscale,
-            "mscale_all_dim": arch.mscale_all_dim,
-        }
-    return DeepseekV3Config(
-        vocab_size=arch.vocab_size,
-        hidden_size=arch.hidden_size,
-        intermediate_size=arch.ffn_hidden_size,
-        moe_intermediate_size=arch.moe_ffn_hidden_size,
-        num_hidden_layers=arch.num_layers,
-        num_attention_heads=arch.num_attention_heads,
-        num_key_value_heads=arch.num_attention_heads,
-        n_shared_experts=arch.num_shared_experts,
-        n_routed_experts=arch.num_experts,
-        routed_scaling_factor=arch.moe_router_topk_scaling_factor,
-        kv_lora_rank=arch.kv_lora_rank,
-        q_lora_rank=arch.q_lora_rank,
-        qk_rope_head_dim=arch.qk_rope_head_dim,
-        v_head_dim=arch.v_head_dim,
-        qk_nope_head_dim=arch.qk_nope_head_dim,
-        n_group=arch.moe_router_num_groups,
-        topk_group=arch.moe_router_group_topk,
-        num_experts_per_tok=arch.moe_router_topk,
-        first_k_dense_replace=arch.num_dense_layers,
-        rms_norm_eps=arch.layernorm_epsilon,
-        max_position_embeddings=int(arch.original_max_position_embeddings * arch.rotary_scaling_factor),
-        rope_parameters=rope_parameters,
-        num_mtp_layers=max(arch.mtp_num_layers, 1),
-        attn_implementation="eager",
-        experts_implementation="eager",
-    )
-
-
-def stacked_experts(weights: dict, arch: Architecture) -> dict:
-    """Checkpoint names -> Transformers' parameters: each layer's experts in two tensors, gate above up."""
-    stacked = {name: value for name, value in weights.items() if ".mlp.experts." not in name}
-    for layer in range(arch.num_layers + arch.mtp_num_layers):
-        prefix = f"model.layers.{layer}.mlp.experts"
-        if f"{prefix}.0.gate_proj.weight" not in weights:
-            continue
-        part = {
-            kind: torch.stack([weights[f"{prefix}.{e}.{kind}_proj.weight"] for e in range(arch.num_experts)])
-            for kind in ("gate", "up", "down")
-        }
-        stacked[f"{prefix}.gate_up_proj"] = torch.cat((part["gate"], part["up"]), dim=1)
-        stacked[f"{prefix}.down_proj"] = part["down"]
-    return stacked
-
-
-def huggingface_model(arch: Architecture, weights: dict):
-    from transformers import DeepseekV3ForCausalLM
-
-    model = DeepseekV3ForCausalLM(huggingface_config(arch))
-    main = {name: value for name, value in stacked_experts(weights, arch).items() if not is_mtp(name, arch)}
-    missing, unexpected = model.load_state_dict(main, strict=False)
-    # Without shared experts Transformers still has them, zero wide.
-    assert unexpected == [] and all(model.state_dict()[name].numel() == 0 for name in missing)
-    return model
-
-
-def is_mtp(name: str, arch: Architecture) -> bool:
-    return any(name.startswith(f"model.layers.{arch.num_layers + k}.") for k in range(arch.mtp_num_layers))
-
-
 def assert_equal_to(actual: dict, expected: dict, *, tolerance: float) -> None:
     """Compare tensor by tensor, relative to the largest entry of the expected one."""
     assert actual.keys() == expected.keys()
@@ -252,38 +184,15 @@ def test_experts_of_kept_groups_win_with_negative_biased_scores(wide_transformer
 
 @pytest.mark.parametrize("name", ["groups", "yarn"])
 def test_mtp_equals_transformers_mtp_layers(name, wide_transformers):
-    from transformers.modeling_layers import MtpModel
-
-    depths = 2
-    arch = variant(name, mtp_num_layers=depths)
+    arch = variant(name, mtp_num_layers=2)
     weights = random_weights(arch, seed=5)
     tokens_BS, labels_BS = tokens(arch)
-    length = tokens_BS.shape[1]
     result = losses(weights, arch, tokens_BS, labels_BS)
     model = huggingface_model(arch, weights)
-    mtp = MtpModel(model, depths)
-    renamed = {}
-    outside_block = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "shared_head.norm": "post_norm"}
-    for name, value in stacked_experts(weights, arch).items():
-        if not is_mtp(name, arch):
-            continue
-        layer, rest = name.removeprefix("model.layers.").split(".", 1)
-        theirs = outside_block.get(rest.removesuffix(".weight"))
-        rest = f"{theirs}.weight" if theirs else f"mtp_block.{rest}"
-        renamed[f"layers.{int(layer) - arch.num_layers}.{rest}"] = value
-    assert renamed.keys() == {name for name in mtp.state_dict() if name.startswith("layers.")}
-    mtp.load_state_dict(renamed, strict=False)
-
     hidden_BSH = model.model(tokens_BS, use_cache=False).last_hidden_state
     torch.testing.assert_close(result.normed_BSH[0], hidden_BSH, rtol=0, atol=1e-11)
-    causal = torch.full((length, length), -math.inf).triu(1)[None, None]
-    for depth in range(1, depths + 1):
-        # Transformers turns by the position of the token read, we by the position that reads: RoPE is relative.
-        position_ids = torch.arange(depth, depth + length)[None]
-        embedded = model.model.embed_tokens(shift_left(tokens_BS, depth))
-        hidden_BSH = mtp.layers[depth - 1](
-            embedded, hidden_BSH, model.model.rotary_emb(embedded, position_ids), causal, position_ids, None
-        )
+    outputs = mtp_outputs(model, huggingface_mtp(model, arch, weights), tokens_BS, hidden_BSH)
+    for depth, hidden_BSH in enumerate(outputs, start=1):
         torch.testing.assert_close(result.normed_BSH[depth], hidden_BSH, rtol=0, atol=1e-10)
         torch.testing.assert_close(result.mtp_logits_BSV[depth - 1], model.lm_head(hidden_BSH), rtol=0, atol=1e-10)
 

@@ -23,7 +23,8 @@ def base(name: str) -> RunConfig:
     run = preset(name)
     if name != "tiny":
         return run
-    return run.override(micro_batch_size=4, global_batch_size=16, train_iters=300, lr=3e-3, lr_warmup_iters=20)
+    return run.override(micro_batch_size=4, global_batch_size=16, train_iters=300, lr=3e-3, lr_warmup_iters=20,
+                        moe_router_group_score_topk=None)
 
 
 BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
@@ -42,6 +43,11 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "rotary_scaling_factor=0.5 must be at least 1: YaRN extends the context by this factor"),
     ("tiny", {"moe_router_topk_scaling_factor": 0.0}, 1, "moe_router_topk_scaling_factor=0.0 must be greater than 0"),
     ("tiny", {"layernorm_epsilon": 0.0}, 1, "layernorm_epsilon=0.0 must be greater than 0"),
+    ("tiny", {"latent_layernorm_epsilon": 0.0}, 1,
+     "latent_layernorm_epsilon=0.0 must be greater than 0; leave it out for layernorm_epsilon"),
+    ("tiny", {"latent_layernorm_epsilon": 1e-5, "transformer_impl": "transformer_engine"}, 1,
+     "latent_layernorm_epsilon=1e-05 cannot differ from layernorm_epsilon=1e-06 with "
+     "transformer_impl=transformer_engine; set transformer_impl=local"),
     ("tiny", {"rotary_base": float("inf")}, 1, "rotary_base=inf must be a finite number"),
     ("dsv3-671b", {"moe_router_num_groups": 6}, 1024,
      "moe_router_num_groups=6 must divide num_experts=256; try 2, 4 or 8"),
@@ -52,7 +58,11 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "keep more groups or choose fewer experts"),
     ("tiny", {"moe_router_topk": 3}, 1,
      "moe_router_group_topk=2 must divide moe_router_topk=3: a group's score is the sum of its topk/group_topk best "
-     "experts; try 1 or 3"),
+     "experts; try 1 or 3, or set moe_router_group_score_topk"),
+    ("tiny", {"moe_router_group_score_topk": 3}, 1,
+     "moe_router_group_score_topk=3 must lie in 1..2, the experts of a group (num_experts=8 in "
+     "moe_router_num_groups=4); leave it out for topk / group_topk"),
+    ("tiny", {"moe_router_group_mask": "inf"}, 1, "moe_router_group_mask='inf' must be one of exclude, zero"),
     # -- how it is split --
     ("tiny", {"tensor_model_parallel_size": 0}, 1, "tensor_model_parallel_size=0 must be at least 1"),
     ("tiny", {"context_parallel_size": 2}, 2,

@@ -1,0 +1,160 @@
+"""Tensor by tensor: is a checkpoint of ours what a Hugging Face checkpoint says, and if not, how far is it?"""
+
+from __future__ import annotations
+
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from dsv3_megatron.checkpoint.hf.directory import SCALE_SUFFIX, HuggingFaceDirectory
+from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, tensors_by_parameter
+from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES
+from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
+from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, Progress, ignore, memory_for
+from dsv3_megatron.checkpoint.layout import CheckpointError
+
+# Elements whose difference is computed at a time.
+_STRIP = 4_000_000
+
+
+@dataclass
+class AuditRow:
+    """Tensors of one pair of dtypes.
+
+    Attributes:
+        theirs: Dtype in Hugging Face's checkpoint, as its files name it.
+        ours: Dtype in our checkpoint.
+        num_tensors: How many.
+        their_bytes: In Hugging Face's checkpoint, block scales included.
+        our_bytes: In ours.
+        num_identical: Of these tensors, those that are equal bit for bit, FP8 dequantized to our dtype.
+        largest_difference: Between any two elements; infinite where only one of them is a number.
+        where: Hugging Face's name of the tensor with that difference.
+    """
+
+    theirs: str
+    ours: str
+    num_tensors: int = 0
+    their_bytes: int = 0
+    our_bytes: int = 0
+    num_identical: int = 0
+    largest_difference: float = 0.0
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The comparison of two checkpoints."""
+
+    rows: tuple[AuditRow, ...]
+
+    def __str__(self) -> str:
+        """A table for people."""
+        head = ("Hugging Face", "ours", "tensors", "bytes there", "bytes here", "identical", "largest difference")
+        lines = [f"{head[0]:<14}{head[1]:<10}{head[2]:>9}{head[3]:>18}{head[4]:>18}{head[5]:>11}  {head[6]}"]
+        for row in self.rows:
+            where = f" ({row.where})" if row.where else ""
+            lines.append(f"{row.theirs:<14}{row.ours:<10}{row.num_tensors:>9,}{row.their_bytes:>18,}"
+                         f"{row.our_bytes:>18,}{row.num_identical:>11,}  {row.largest_difference:.6g}{where}")
+        lines.append(f"{'all':<24}{sum(row.num_tensors for row in self.rows):>9,}"
+                     f"{sum(row.their_bytes for row in self.rows):>18,}{sum(row.our_bytes for row in self.rows):>18,}"
+                     f"{sum(row.num_identical for row in self.rows):>11,}")
+        return "\n".join(lines)
+
+    def require_equal(self) -> None:
+        """Raise unless every tensor is equal bit for bit.
+
+        Raises:
+            CheckpointError: naming the tensor that is furthest off.
+        """
+        _require(self.rows)
+
+    def require_expected(self) -> None:
+        """Raise unless what has the same dtype on both sides is equal bit for bit, and the rest is finite.
+
+        Raises:
+            CheckpointError: naming the tensor that is furthest off.
+        """
+        _require([row for row in self.rows if row.theirs == row.ours or not math.isfinite(row.largest_difference)])
+
+
+def audit(directory: HuggingFaceDirectory, weights: MegatronWeights, *, is_master: bool = False, num_workers: int = 4,
+          progress: Progress | None = None) -> Audit:
+    """Read both checkpoints and compare every tensor of Hugging Face's, MTP modules' copies included.
+
+    Args:
+        directory: The one.
+        weights: The other, of the same architecture.
+        is_master: Compare with our fp32 master weights, where the checkpoint has them.
+        num_workers: Tensors compared at a time, within a bound on memory.
+        progress: Told what is done.
+
+    Raises:
+        CheckpointError: the architectures differ, or a file cannot be read.
+    """
+    tensors = [tensor for tensor in directory.tensors.values() if tensor.num_elements]
+    _check_same_tensors(directory, weights)
+    report = progress.start("verify", sum(directory.stored[tensor.name].num_bytes for tensor in tensors)) \
+        if progress else ignore
+    budget = MemoryBudget(memory_for(4 * tensor.num_elements for tensor in tensors))
+    rows: dict[tuple[str, str], AuditRow] = {}
+    lock = threading.Lock()
+
+    def compare(tensor: HuggingFaceTensor) -> None:
+        entry, dtype = directory.stored[tensor.name], weights.dtype(tensor, is_master)
+        with budget.take(2 * dtype.itemsize * tensor.num_elements + entry.num_bytes):
+            ours, theirs = weights.read(tensor, is_master), directory.tensor(tensor.name, dtype)
+            is_identical = torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+            difference = 0.0 if is_identical else _largest_difference(ours, theirs)
+        scale = directory.stored.get(tensor.name + SCALE_SUFFIX)
+        with lock:
+            row = rows.setdefault((NAMES[entry.dtype], NAMES[dtype]), AuditRow(NAMES[entry.dtype], NAMES[dtype]))
+            row.num_tensors += 1
+            row.their_bytes += entry.num_bytes + (scale.num_bytes if scale else 0)
+            row.our_bytes += dtype.itemsize * tensor.num_elements
+            row.num_identical += is_identical
+            if difference > row.largest_difference:
+                row.largest_difference, row.where = difference, tensor.name
+        report(entry.num_bytes)
+
+    with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="audit") as pool:
+        futures = [pool.submit(compare, tensor) for tensor in tensors]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+    return Audit(tuple(rows[key] for key in sorted(rows)))
+
+
+def _largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    largest = 0.0
+    for one, other in zip(ours.flatten().split(_STRIP), theirs.flatten().split(_STRIP), strict=True):
+        difference = (one.double() - other.double()).abs().max().item()
+        largest = max(largest, math.inf if math.isnan(difference) else difference)
+    return largest
+
+
+def _check_same_tensors(directory: HuggingFaceDirectory, weights: MegatronWeights) -> None:
+    theirs, ours = tensors_by_parameter(directory.model), tensors_by_parameter(weights.model)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise CheckpointError(
+                f"{directory.path} and {weights.manifest.path} are of different architectures: {name} is "
+                f"{_shapes(theirs.get(name))} in one, {_shapes(ours.get(name))} in the other")
+
+
+def _shapes(parts: tuple[HuggingFaceTensor, ...] | None) -> str:
+    return " on ".join(str(list(part.shape)) for part in parts) if parts else "missing"
+
+
+def _require(rows: list[AuditRow] | tuple[AuditRow, ...]) -> None:
+    for row in rows:
+        if row.num_identical < row.num_tensors:
+            raise CheckpointError(f"{row.num_tensors - row.num_identical} of {row.num_tensors} tensors that are "
+                                  f"{row.theirs} there and {row.ours} here differ; by {row.largest_difference:.6g} in "
+                                  f"{row.where or 'the sign of a zero'}")

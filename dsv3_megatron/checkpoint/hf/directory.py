@@ -1,0 +1,229 @@
+"""A Hugging Face checkpoint as a folder: checked as a whole when it is opened, its tensors read one at a time.
+
+What can be known from `config.json`, the index and the shards' headers is checked at once: every tensor of the model is
+there, in its shape, in a known dtype, with scales where it is FP8, and nothing else is. The values are read when asked
+for; FP8 comes dequantized.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv3_megatron.checkpoint.hf.config import check_quantization, model_config_from_json
+from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, hugging_face_tensors, layer_of
+from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, SUFFIX, StoredTensor, read_header
+from dsv3_megatron.checkpoint.layout import CheckpointError
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.ops.block_fp8 import dequantize_weight_blocks, scale_shape
+
+logger = logging.getLogger(__name__)
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+SCALE_SUFFIX = "_scale_inv"
+_FP8 = torch.float8_e4m3fn
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Rows compared at a time where a copy is checked.
+_COMPARED_BYTES = 64_000_000
+
+
+class HuggingFaceDirectory:
+    """The tensors of a checkpoint in Hugging Face's layout, by name.
+
+    Attributes:
+        path: The folder.
+        json: Content of its `config.json`.
+        model: The architecture; without MTP modules where the folder has none of their tensors, as `transformers`
+            writes it whatever its `config.json` says.
+        tensors: The model's tensors by name, those of left-out copies not.
+        stored: Where every tensor's bytes are, block scales included.
+        is_fp8: Whether any matrix is stored in FP8.
+
+    Raises:
+        CheckpointError: on opening it, naming the file and tensor that is missing, truncated, unknown, of a wrong shape
+            or dtype, or in contradiction with `config.json`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.json = _read_json(self.path, CONFIG)
+        source = str(self.path / CONFIG)
+        stated = model_config_from_json(self.json, source)
+        self.model: ModelConfig = stated
+        self.stored = _stored_tensors(self.path)
+        names = {name for name in self.stored if not name.endswith(SCALE_SUFFIX)}
+        layers = [layer for name in names if (layer := layer_of(name)) is not None]
+        if self.model.mtp_num_layers and max(layers, default=0) < self.model.num_layers:
+            logger.info("%s: num_nextn_predict_layers=%d, but no tensor of an MTP module is there: read without",
+                        self.path, self.model.mtp_num_layers)
+            self.model = dataclasses.replace(self.model, mtp_num_layers=0)
+        expected = {tensor.name: tensor for tensor in hugging_face_tensors(self.model)}
+        self._check_names(names, expected, stated, max(layers, default=-1) + 1)
+        self.tensors = {name: tensor for name, tensor in expected.items() if name in names}
+        for tensor in self.tensors.values():
+            self._check_stored(tensor)
+        self.is_fp8 = any(self.stored[name].dtype == _FP8 for name in names)
+        self._check_scales_and_config(check_quantization(self.json, source))
+
+    # ---- reading -----------------------------------------------------------------------------------
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor of the model, dequantized, in memory of its own.
+
+        Args:
+            name: Hugging Face's name.
+            dtype: To convert to; None keeps the stored one, BF16 for FP8. FP8 times scale is computed in FP32.
+
+        Raises:
+            CheckpointError: a scale is not a positive finite number, or the file cannot be read.
+        """
+        entry = self.stored[name]
+        if entry.dtype != _FP8:
+            return entry.read().to(dtype or entry.dtype)
+        return dequantize_weight_blocks(entry.read(), self.scales(name), dtype or torch.bfloat16)
+
+    def scales(self, name: str) -> torch.Tensor:
+        """Block scales of a tensor that is stored in FP8, fp32 [ceil(out/128), ceil(in/128)].
+
+        Raises:
+            CheckpointError: one of them is not a positive finite number.
+        """
+        entry = self.stored[name + SCALE_SUFFIX]
+        scales = entry.read()
+        wrong = ~(torch.isfinite(scales) & (scales > 0))
+        if wrong.any():
+            row, column = wrong.nonzero()[0].tolist()
+            raise CheckpointError(f"{entry.file}: tensor {entry.name} has {scales[row, column].item()} for block "
+                                  f"({row}, {column}); a scale must be a positive finite number")
+        return scales
+
+    def check_copies(self) -> None:
+        """Compare each MTP module's stored copy of the embedding and the head with the main model's.
+
+        Raises:
+            CheckpointError: one differs: this library, like the published model, has one of each.
+        """
+        originals = {tensor.parameter: tensor.name for tensor in self.tensors.values() if not tensor.is_copy}
+        for tensor in self.tensors.values():
+            if not tensor.is_copy:
+                continue
+            copy, original = self.stored[tensor.name], self.stored[originals[tensor.parameter]]
+            step = max(1, _COMPARED_BYTES // max(1, copy.num_bytes // copy.shape[0]))
+            for row in range(0, copy.shape[0], step):
+                rows = min(step, copy.shape[0] - row)
+                if copy.dtype != original.dtype or not _same_bits(copy.read(row, rows), original.read(row, rows)):
+                    raise CheckpointError(
+                        f"{copy.file}: tensor {copy.name} differs from {original.name}; an MTP module shares "
+                        "embedding and head with the main model, and this library holds one of each")
+
+    # ---- checking ----------------------------------------------------------------------------------
+
+    def _check_names(self, names: set[str], expected: dict[str, HuggingFaceTensor], stated: ModelConfig,
+                     num_layers: int) -> None:
+        missing = [tensor.name for tensor in expected.values()
+                   if tensor.name not in names and not tensor.is_copy and tensor.num_elements]
+        extra = sorted(names - expected.keys())
+        if not missing and not extra:
+            return
+        hint = ""
+        num_stated = stated.num_layers + stated.mtp_num_layers
+        if num_layers != num_stated:
+            hint = (f"; {CONFIG} says num_hidden_layers={stated.num_layers} + num_nextn_predict_layers="
+                    f"{stated.mtp_num_layers} = {num_stated} layers, the weights have {num_layers}")
+        if missing:
+            raise CheckpointError(f"{self.path}: {len(missing)} tensors of the model that {CONFIG} describes are in no "
+                                  f"file: {', '.join(missing[:3])}{hint}")
+        file = self.stored[extra[0]].file.name
+        raise CheckpointError(f"{self.path}: {len(extra)} tensors are not of the model that {CONFIG} describes: "
+                              f"{', '.join(extra[:3])} (the first in {file}){hint}")
+
+    def _check_stored(self, tensor: HuggingFaceTensor) -> None:
+        entry = self.stored[tensor.name]
+        if entry.shape != tensor.shape:
+            raise CheckpointError(f"{entry.file}: tensor {tensor.name} has shape {list(entry.shape)}, the model that "
+                                  f"{CONFIG} describes has {list(tensor.shape)}")
+        if entry.dtype == _FP8 and tensor.storage is not Storage.MATRIX:
+            raise CheckpointError(f"{entry.file}: tensor {tensor.name} is FP8; embedding, head, router, eh_proj and "
+                                  "norms are never quantized")
+
+    def _check_scales_and_config(self, is_stated: bool) -> None:
+        quantized = {name for name in self.tensors if self.stored[name].dtype == _FP8}
+        if quantized and not is_stated:
+            raise CheckpointError(f"{self.path}: tensor {min(quantized)} is FP8, but {CONFIG} has no "
+                                  "quantization_config")
+        if is_stated and not quantized:
+            raise CheckpointError(f"{self.path}: {CONFIG} has a quantization_config, but no tensor is FP8; remove it "
+                                  "from the file if the weights have been dequantized")
+        scaled = {name.removesuffix(SCALE_SUFFIX) for name in self.stored if name.endswith(SCALE_SUFFIX)}
+        for name in sorted(quantized - scaled):
+            raise CheckpointError(f"{self.stored[name].file}: tensor {name} is FP8, but {name}{SCALE_SUFFIX} is in no "
+                                  "file")
+        for name in sorted(scaled - quantized):
+            entry = self.stored[name + SCALE_SUFFIX]
+            raise CheckpointError(f"{entry.file}: tensor {entry.name} scales a tensor that is not FP8 or not there")
+        for name in sorted(scaled):
+            entry, shape = self.stored[name + SCALE_SUFFIX], scale_shape(self.tensors[name].shape)
+            if entry.shape != shape or entry.dtype != torch.float32:
+                raise CheckpointError(
+                    f"{entry.file}: tensor {entry.name} is {NAMES[entry.dtype]} {list(entry.shape)}; the scales of "
+                    f"{list(self.tensors[name].shape)} in 128 x 128 blocks are F32 {list(shape)}")
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder's safetensors files, which must be those that the index names."""
+    if not (path / INDEX).is_file():
+        if not (path / SINGLE).is_file():
+            raise CheckpointError(_without_weights(path))
+        return read_header(path / SINGLE)
+    weight_map = _read_json(path, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path / INDEX}: weight_map must give the file of each tensor")
+    stored: dict[str, StoredTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or not file.endswith(SUFFIX):
+            raise CheckpointError(f"{path / INDEX}: {file!r} is not the name of a safetensors file in the same folder")
+        if not (path / file).is_file():
+            first = min(name for name, where in weight_map.items() if where == file)
+            raise CheckpointError(f"{path / file} is missing: the index says that it holds {first} and "
+                                  f"{sum(where == file for where in weight_map.values()) - 1} more; get it again")
+        for name, entry in read_header(path / file).items():
+            if weight_map.get(name) != file:
+                where = f"in {weight_map[name]}" if name in weight_map else "nowhere"
+                raise CheckpointError(f"{path / file} holds tensor {name}; {INDEX} has it {where}")
+            stored[name] = entry
+    lost = sorted(weight_map.keys() - stored.keys())
+    if lost:
+        raise CheckpointError(f"{path / INDEX} says that tensor {lost[0]} is in {weight_map[lost[0]]}, which does not "
+                              f"hold it ({len(lost)} such)")
+    return stored
+
+
+def _without_weights(path: Path) -> str:
+    pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
+    if pickled:
+        return (f"{path} holds pickled weights ({pickled[0]}): loading a pickle runs whatever code is in it, so only "
+                "safetensors are read; save the model again with safe_serialization=True")
+    return f"{path} has neither {INDEX} nor {SINGLE}: it is no Hugging Face checkpoint"
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    file = path / name
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        reason = f"{file} does not exist: {path} is no Hugging Face checkpoint"
+        raise CheckpointError(_without_weights(path) if list(path.glob("*.bin")) else reason) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, not a {type(content).__name__}")
+    return content

@@ -1,0 +1,154 @@
+"""A safetensors file read by position: its header checked against its size, its tensors read into plain memory.
+
+The safetensors package maps whole files; a conversion that must stay within a bound reads what it needs, when it
+needs it, into memory that it frees. The header is JSON: dtype, shape and byte range of each tensor by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsv3_megatron.checkpoint.layout import CheckpointError
+from dsv3_megatron.checkpoint.segments import Segment, read_segments
+
+SUFFIX = ".safetensors"
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes are.
+
+    Attributes:
+        name: Its name.
+        dtype: One of `DTYPES`.
+        shape: Its shape.
+        file: The file.
+        offset: First byte in the file.
+        num_bytes: Length.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    num_bytes: int
+
+    def segment(self, first_row: int = 0, num_rows: int | None = None) -> Segment:
+        """The bytes of the tensor, or of some of its rows."""
+        rows = self.shape[0] - first_row if num_rows is None else num_rows
+        row_bytes = self.num_bytes // self.shape[0] if self.shape[0] else 0
+        return Segment(self.file, self.offset + first_row * row_bytes, rows * row_bytes)
+
+    def read(self, first_row: int = 0, num_rows: int | None = None) -> torch.Tensor:
+        """The tensor, or some of its rows, in memory of its own.
+
+        Raises:
+            CheckpointError: the file cannot be read or has been cut.
+        """
+        rows = self.shape[0] - first_row if num_rows is None else num_rows
+        segment = self.segment(first_row, rows)
+        raw = torch.empty(segment.num_bytes, dtype=torch.uint8)
+        read_segments([segment], raw, self.name)
+        return raw.view(self.dtype).view(rows, *self.shape[1:])
+
+
+def read_header_text(file: Path) -> str:
+    """A file's header as it is, padding included.
+
+    Raises:
+        CheckpointError: the file is missing, cut before the header's end, or no safetensors file.
+    """
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > _MAX_HEADER_BYTES:
+                raise CheckpointError(f"{file} is not a safetensors file: its first 8 bytes are no header's length")
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    if len(text) < length:
+        raise CheckpointError(f"{file} is truncated: it has {size:,} bytes, its header alone takes {8 + length:,}; get "
+                              "it again")
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is not a safetensors file: its header cannot be read ({error})") from error
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, by name; the file must be as long as they say.
+
+    Raises:
+        CheckpointError: it is missing, truncated, or no safetensors file, or a tensor has a dtype that this library
+            does not read.
+    """
+    text = read_header_text(file)
+    start = 8 + len(text.encode("utf-8"))
+    try:
+        header = json.loads(text)
+        entries = {name: _entry(name, value, file, start) for name, value in header.items() if name != "__metadata__"}
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is not a safetensors file: its header cannot be read ({error})") from error
+    _check_coverage(file, file.stat().st_size, start, list(entries.values()))
+    return entries
+
+
+def header_bytes(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+    """The start of a file that will hold these tensors one after the other, and each one's position in it.
+
+    Args:
+        tensors: Name, dtype and shape, in the order in which their bytes will follow.
+    """
+    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position, relative = 0, {}
+    for name, dtype, shape in tensors:
+        num_bytes = dtype.itemsize * torch.Size(shape).numel()
+        content[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + num_bytes]}
+        relative[name] = position
+        position += num_bytes
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + offset for name, offset in relative.items()}
+
+
+def _entry(name: str, value: dict[str, object], file: Path, start: int) -> StoredTensor:
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{file}: tensor {name} is {dtype}; this library reads {', '.join(DTYPES)}")
+    assert isinstance(shape, list) and isinstance(offsets, list)
+    begin, end = map(int, offsets)
+    torch_dtype = DTYPES[str(dtype)]
+    expected = torch_dtype.itemsize * torch.Size(shape).numel()
+    if end - begin != expected or begin < 0:
+        raise CheckpointError(f"{file}: tensor {name} of {dtype} {shape} takes {expected:,} bytes, the header gives it "
+                              f"{end - begin:,}")
+    return StoredTensor(name, torch_dtype, tuple(map(int, shape)), file, start + begin, expected)
+
+
+def _check_coverage(file: Path, size: int, start: int, entries: list[StoredTensor]) -> None:
+    """Tensors must follow one another without gap or overlap up to the file's end."""
+    position = start
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.num_bytes)):
+        if entry.offset + entry.num_bytes > size:
+            raise CheckpointError(f"{file} is truncated: tensor {entry.name} ends at byte "
+                                  f"{entry.offset + entry.num_bytes:,}, the file at {size:,}; get it again")
+        if entry.offset != position:
+            raise CheckpointError(f"{file}: tensor {entry.name} begins at byte {entry.offset:,}, the one before ends "
+                                  f"at {position:,}: the header is wrong")
+        position += entry.num_bytes
+    if position != size:
+        raise CheckpointError(f"{file} has {size:,} bytes, its tensors end at {position:,}: the header is wrong")

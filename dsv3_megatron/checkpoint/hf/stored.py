@@ -1,0 +1,94 @@
+"""The weights of a checkpoint of ours by Hugging Face's names, read a tensor at a time, under whatever layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, checkpoint_place, tensors_by_parameter
+from dsv3_megatron.checkpoint.hf.source import Source, read_source
+from dsv3_megatron.checkpoint.layout import CheckpointError, Manifest, incomplete, read_manifest
+from dsv3_megatron.checkpoint.segments import Segment
+from dsv3_megatron.checkpoint.tensor_files import TensorFiles
+from dsv3_megatron.config.model import ModelConfig
+
+# Key of a weight's fp32 copy in the optimizer, as `store.py` has it: this and the weight's own.
+_MASTER = "optimizer.state.param."
+
+
+class MegatronWeights:
+    """One checkpoint of ours, checked to hold every tensor of its model in its shape.
+
+    Args:
+        directory: Folder of checkpoints.
+        iteration: Which one; None: the newest.
+
+    Attributes:
+        manifest: What it says of itself.
+        model: Its architecture.
+        source: The Hugging Face checkpoint it was converted from, if it was.
+
+    Raises:
+        CheckpointError: it is missing, truncated, corrupt, or of a model that this library does not know.
+    """
+
+    def __init__(self, directory: str | Path, iteration: int | None = None) -> None:
+        self.manifest: Manifest = read_manifest(directory, iteration)
+        stored = self.manifest.run.get("model", {})
+        known = {field.name for field in dataclasses.fields(ModelConfig)}
+        unknown = sorted(stored.keys() - known)
+        if unknown:
+            raise CheckpointError(f"checkpoint {self.manifest.path} has {', '.join(unknown)}, which this version does "
+                                  "not know")
+        try:
+            self.model = ModelConfig(**stored)
+        except TypeError as error:
+            raise CheckpointError(f"checkpoint {self.manifest.path} does not describe its model: {error}") from error
+        self.source: Source | None = read_source(self.manifest.path)
+        self._files = TensorFiles(self.manifest.path)
+        self._keys = self._files.keys()
+        self._rows: dict[str, int] = {}
+        for parameter, parts in tensors_by_parameter(self.model).items():
+            self._rows[parameter] = sum(part.shape[0] for part in parts)
+            self._check(directory, parameter, (self._rows[parameter], *parts[0].shape[1:]))
+
+    def dtype(self, tensor: HuggingFaceTensor, is_master: bool = False) -> torch.dtype:
+        """Dtype in which a tensor is stored; of its fp32 master weights where asked for and there."""
+        return self._files.dtype(self._key(tensor, is_master)[0])
+
+    def segments(self, tensor: HuggingFaceTensor, is_master: bool = False) -> list[Segment] | None:
+        """A tensor's bytes, where they lie in whole rows; else None. Arguments as of `read`."""
+        if not tensor.num_elements:
+            return []
+        key, index = self._key(tensor, is_master)
+        return self._files.segments(key, index, tensor.first_row, tensor.shape[0])
+
+    def read(self, tensor: HuggingFaceTensor, is_master: bool = False) -> torch.Tensor:
+        """A tensor, in memory of its own.
+
+        Args:
+            tensor: One of `hugging_face_tensors(self.model)`.
+            is_master: Read the optimizer's fp32 weight where the checkpoint has one.
+
+        Raises:
+            CheckpointError: a file cannot be read or has been cut.
+        """
+        if not tensor.num_elements:
+            return torch.empty(tensor.shape, dtype=torch.bfloat16)
+        key, index = self._key(tensor, is_master)
+        return self._files.read(key, index, tensor.first_row, tensor.shape[0])
+
+    def _key(self, tensor: HuggingFaceTensor, is_master: bool) -> tuple[str, int | None]:
+        key, index = checkpoint_place(tensor.parameter)
+        return (_MASTER + key if is_master and _MASTER + key in self._keys else key), index
+
+    def _check(self, directory: str | Path, parameter: str, shape: tuple[int, ...]) -> None:
+        key, index = checkpoint_place(parameter)
+        expected = shape if index is None else (self.model.num_experts, *shape)
+        found = self._files.shape(key) if key in self._keys else None
+        if found != expected:
+            what = "is missing" if found is None else f"has shape {list(found)}"
+            raise CheckpointError(incomplete(directory, self.manifest.progress.iteration,
+                                             f"tensor {key} {what}, the model has {list(expected)}"))

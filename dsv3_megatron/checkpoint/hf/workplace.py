@@ -1,0 +1,287 @@
+"""A conversion under way: files written in parallel under another name, resumed after a stop, published at once.
+
+    OUTPUT.partial/
+        conversion.json     what is being converted to what; the same command goes on, another is refused
+        lock                held by the process that converts
+        finished/NAME.json  a file of the result that is complete, and what its writer has to say of it
+        result/             renamed to OUTPUT when all of it is there
+
+A file is written under another name, flushed to disk and renamed; so a file with its final name is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from dsv3_megatron.checkpoint.layout import CheckpointError
+
+# Told a number of bytes that have been written or read; called from any thread.
+Report = Callable[[int], None]
+_WRITING = ".writing"
+# Disk space beyond the tensors themselves: headers, index.
+_OVERHEAD = 1.01
+_LEAST_MEMORY = 256_000_000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One file of the result.
+
+    Attributes:
+        name: Its path below the result.
+        num_bytes: About how long it will be.
+        write: Writes it to the given path, telling the bytes it has written; returns what to remember of it, plain
+            values. Runs in a thread of its own.
+    """
+
+    name: str
+    num_bytes: int
+    write: Callable[[Path, Report], Any]
+
+
+class Progress(Protocol):
+    """Shows how far a conversion is."""
+
+    def start(self, what: str, num_bytes: int) -> Report:
+        """A part of the work begins; the result is told how many of its bytes are done."""
+
+
+def ignore(_num_bytes: int) -> None:
+    """The Report that nobody reads."""
+
+
+def memory_for(sizes: Iterable[int]) -> int:
+    """Bytes that threads may hold together: twice the largest tensor, and at least a quarter of a gigabyte."""
+    return max(_LEAST_MEMORY, 2 * max(sizes, default=0))
+
+
+class MemoryBudget:
+    """Lets threads take memory up to a limit; one that needs more than all of it waits until it is alone."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self._free = num_bytes
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, num_bytes: int) -> Iterator[None]:
+        """Hold so many bytes of the budget inside the block."""
+        held = min(num_bytes, self.num_bytes)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= held)
+            self._free -= held
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += held
+                self._changed.notify_all()
+
+
+class Workplace:
+    """The folder in which a conversion is made.
+
+    Args:
+        output: The final folder; must not exist or be empty.
+        identity: What is converted to what, plain values: a stopped conversion goes on if it is the same.
+    """
+
+    def __init__(self, output: str | Path, identity: dict[str, Any]) -> None:
+        self.output = Path(os.path.abspath(output))
+        self.identity = identity
+        self.root = self.output.with_name(self.output.name + ".partial")
+        self.result = self.root / "result"
+        self._finished = self.root / "finished"
+        self._lock: IO[str] | None = None
+
+    def open(self, num_bytes: int) -> None:
+        """Start or go on with the conversion.
+
+        Args:
+            num_bytes: Of the whole result, to compare with the free disk space.
+
+        Raises:
+            CheckpointError: the output is not empty, another conversion is or was under way, or the disk is too small.
+        """
+        check_output(self.output)
+        try:
+            self._finished.mkdir(parents=True, exist_ok=True)
+            self.result.mkdir(exist_ok=True)
+            self._take_lock()
+            self._check_identity()
+            self._check_space(num_bytes)
+        except OSError as error:
+            raise CheckpointError(f"{self.root}: {error.strerror} ({error.filename})") from error
+
+    def run(self, pieces: Sequence[Piece], *, num_workers: int, report: Report) -> None:
+        """Write those pieces that are not finished, in parallel.
+
+        Args:
+            pieces: Files of the result; several processes may each run a part of them.
+            num_workers: Threads.
+            report: Told the bytes written, from any thread; and at once those of pieces that were finished before.
+
+        Raises:
+            CheckpointError: one could not be written; what is finished stays, and the same command goes on from it.
+        """
+        stop = threading.Event()
+
+        def careful(count: int) -> None:
+            if stop.is_set():
+                raise _StoppedError
+            report(count)
+
+        todo = []
+        for piece in pieces:
+            if self._record(piece).is_file() and (self.result / piece.name).is_file():
+                report(piece.num_bytes)
+            else:
+                todo.append(piece)
+        with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="convert") as pool:
+            futures = [pool.submit(self._write, piece, careful) for piece in todo]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                # An error of one, or Ctrl-C: the others stop at their next step.
+                stop.set()
+                for future in futures:
+                    future.cancel()
+        errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
+        real = [error for error in errors if not isinstance(error, _StoppedError)]
+        if real:
+            raise real[0]
+        assert not errors, "stopped without an error"
+
+    def told(self, piece: Piece) -> Any:
+        """What a finished piece's writer returned."""
+        return json.loads(self._record(piece).read_text(encoding="utf-8"))
+
+    def is_finished(self, pieces: Sequence[Piece]) -> bool:
+        """Whether all of these pieces are complete."""
+        return all(self._record(piece).is_file() for piece in pieces)
+
+    def publish(self) -> Path:
+        """Give the result its final name, and remove the rest.
+
+        Raises:
+            CheckpointError: something has appeared under that name meanwhile.
+        """
+        check_output(self.output)
+        try:
+            if self.output.is_dir():
+                self.output.rmdir()
+            os.rename(self.result, self.output)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.output}: {error.strerror}; the complete result is in {self.result}") from error
+        _flush(self.output.parent)
+        self.close()
+        shutil.rmtree(self.root)
+        return self.output
+
+    def close(self) -> None:
+        """Let another process go on; what is finished stays."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # ---- parts ---------------------------------------------------------------------------------------
+
+    def _write(self, piece: Piece, report: Report) -> None:
+        final = self.result / piece.name
+        partial = final.with_name(final.name + _WRITING)
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            told = piece.write(partial, report)
+            _flush(partial)
+            os.rename(partial, final)
+            record = self._record(piece)
+            record.parent.mkdir(parents=True, exist_ok=True)
+            written = record.with_name(record.name + _WRITING)
+            written.write_text(json.dumps(told), encoding="utf-8")
+            _flush(written)
+            os.rename(written, record)
+        except OSError as error:
+            way_out = ("free some space and give the same command again: it goes on from what is finished"
+                       if error.errno in (errno.ENOSPC, errno.EDQUOT) else "the same command goes on from what is "
+                       "finished")
+            raise CheckpointError(f"{final} could not be written: {error.strerror}; {way_out}") from error
+
+    def _record(self, piece: Piece) -> Path:
+        return self._finished / f"{piece.name}.json"
+
+    def _take_lock(self) -> None:
+        lock = open(self.root / "lock", "w", encoding="utf-8")  # held until close()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise CheckpointError(f"{self.root} is being written by another process; wait for it, or choose another "
+                                  "output") from error
+        self._lock = lock
+
+    def _check_identity(self) -> None:
+        file = self.root / "conversion.json"
+        if not file.exists():
+            written = file.with_name(file.name + _WRITING)
+            written.write_text(json.dumps(self.identity, indent=2, sort_keys=True), encoding="utf-8")
+            os.rename(written, file)
+            return
+        known = json.loads(file.read_text(encoding="utf-8"))
+        mine = json.loads(json.dumps(self.identity))
+        differing = sorted(key for key in known.keys() | mine.keys() if known.get(key) != mine.get(key))
+        if differing:
+            details = "; ".join(f"{key} was {_short(known.get(key))}, is {_short(mine.get(key))}" for key in differing)
+            raise CheckpointError(f"{self.root} holds another conversion that was not finished ({details}); remove it, "
+                                  "or choose another output")
+
+    def _check_space(self, num_bytes: int) -> None:
+        have = sum(file.stat().st_blocks * 512 for file in self.result.rglob("*") if file.is_file())
+        needed, free = int(num_bytes * _OVERHEAD) - have, shutil.disk_usage(self.root).free
+        if free < needed:
+            raise CheckpointError(f"{self.output} needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free "
+                                  "there; free some, or choose another output")
+
+
+class _StoppedError(Exception):
+    """Ends a thread because another one failed."""
+
+
+def check_output(output: str | Path) -> None:
+    """Refuse a final folder that has something in it.
+
+    Raises:
+        CheckpointError: it exists and is not an empty folder.
+    """
+    path = Path(output)
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise CheckpointError(f"{path} is not empty; choose another output, or remove it")
+    elif path.exists() or path.is_symlink():
+        raise CheckpointError(f"{path} exists and is not a folder; choose another output")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

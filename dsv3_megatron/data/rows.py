@@ -1,0 +1,115 @@
+"""Rows of token ids to be scored: those of an array, or a dataset cut into consecutive windows. No torch.
+
+A row of n ids has n - 1 tokens to predict. Windows overlap by one token, so that every token of a dataset but its first
+is predicted exactly once, in file order, whatever the window's length.
+
+Shapes: B rows, S ids in a row, T tokens of a dataset.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Protocol
+
+import numpy as np
+
+from dsv3_megatron.data.blend import check_data
+from dsv3_megatron.data.indexed import dataset_paths, read_header
+
+_CHECKED_BYTES = 64 << 20
+
+
+class Rows(Protocol):
+    """Rows of ids by number; an array [B, S] is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> np.ndarray: ...
+
+
+class Windows:
+    """A dataset's tokens as rows of `length` + 1 ids, the last one perhaps shorter.
+
+    Args:
+        tokens_T: All tokens, at least 2.
+        length: Tokens that a row predicts.
+    """
+
+    def __init__(self, tokens_T: np.ndarray, length: int) -> None:
+        self.tokens_T, self.length = tokens_T, length
+
+    def __len__(self) -> int:
+        return math.ceil((len(self.tokens_T) - 1) / self.length)
+
+    def __getitem__(self, index: int, /) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        start = index * self.length
+        return self.tokens_T[start : start + self.length + 1]
+
+
+def open_windows(prefix: str, *, length: int, vocab_size: int) -> Windows:
+    """The rows of a dataset.
+
+    Args:
+        prefix: Of PREFIX.bin and PREFIX.idx; a suffix is dropped.
+        length: Tokens that a row predicts.
+        vocab_size: Of the model.
+
+    Raises:
+        ValueError: a file is missing or damaged, the vocabulary is larger than the model's, or there are fewer tokens
+            than one whole row needs.
+    """
+    prefix = prefix.removesuffix(".bin").removesuffix(".idx")
+    header = read_header(prefix)
+    check_data([prefix], vocab_size=vocab_size)
+    if header.num_tokens < length + 1:
+        raise ValueError(f"data_path={prefix} has {header.num_tokens} tokens, fewer than one sequence of seq_length + "
+                         f"1 = {length + 1}: use more data, or a seq_length of at most {max(1, header.num_tokens - 1)}")
+    return Windows(np.memmap(dataset_paths(prefix)[0], dtype=header.dtype, mode="r"), length)
+
+
+def open_token_array(file: str | os.PathLike[str], *, vocab_size: int, max_length: int) -> np.ndarray:
+    """An array [B, S] of token ids, memory-mapped.
+
+    Args:
+        file: In numpy's .npy format; pickled objects are refused.
+        vocab_size: Of the model: ids lie in 0..vocab_size - 1.
+        max_length: Largest S.
+
+    Raises:
+        ValueError: no such file, another format, dtype or shape, a row that is too long, or an id outside the
+            vocabulary; names its row and position.
+    """
+    name = f"tokens={os.fspath(file)}"
+    if not os.path.isfile(file):
+        raise ValueError(f"{name}: no such file; write ids, an integer array [batch, seq], with numpy.save(FILE, ids)")
+    try:
+        ids_BS = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{name} is not an array in .npy format ({error}); write it with numpy.save(FILE, ids)"
+                         ) from error
+    if not isinstance(ids_BS, np.ndarray):
+        raise ValueError(f"{name} is an archive of arrays; write one array with numpy.save(FILE, ids)")
+    if ids_BS.dtype.kind not in "iu":
+        raise ValueError(f"{name} has dtype {ids_BS.dtype}; token ids must be integers, as in ids.astype('int32')")
+    if ids_BS.ndim != 2 or ids_BS.shape[0] < 1 or ids_BS.shape[1] < 2:
+        raise ValueError(f"{name} has shape {list(ids_BS.shape)}; it must be [batch, seq] with at least one row of at "
+                         "least two tokens: the first predicts the second")
+    if ids_BS.shape[1] > max_length:
+        raise ValueError(f"{name} has rows of {ids_BS.shape[1]} tokens; they must not exceed the model's "
+                         f"max_position_embeddings={max_length}; cut them")
+    _check_ids(ids_BS, vocab_size, name)
+    return ids_BS
+
+
+def _check_ids(ids_BS: np.ndarray, vocab_size: int, name: str) -> None:
+    step = max(1, _CHECKED_BYTES // (ids_BS.shape[1] * ids_BS.itemsize))
+    for start in range(0, ids_BS.shape[0], step):
+        wrong = (ids_BS[start : start + step] < 0) | (ids_BS[start : start + step] >= vocab_size)
+        if wrong.any():
+            row, position = (int(number) for number in np.argwhere(wrong)[0])
+            raise ValueError(f"{name}: id {ids_BS[start + row, position]} in row {start + row}, position {position} "
+                             f"must lie in 0..{vocab_size - 1} (the model's vocab_size={vocab_size}); use the "
+                             "tokenizer that the model was trained with")

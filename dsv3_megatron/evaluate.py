@@ -1,0 +1,261 @@
+"""Loss and perplexity of a checkpoint on a dataset or on given token ids: what `tools/evaluate.py` starts.
+
+Everything that can be wrong with what was asked for is found before anything is allocated or a process group starts,
+and is printed once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv3_megatron.checkpoint.hf.directory import CONFIG
+from dsv3_megatron.checkpoint.layout import TRACKER, CheckpointError, check_architecture, read_manifest
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
+from dsv3_megatron.data.rows import Rows, open_token_array, open_windows
+from dsv3_megatron.train import EXIT_CONFIG, run_rank
+
+if TYPE_CHECKING:
+    from dsv3_megatron.evaluator import Evaluation
+
+# Of rows from a dataset and a checkpoint that does not say what it was trained with.
+_DEFAULT_SEQ_LENGTH = 4096
+# Micro-batches of a step for each pipeline stage: the pipeline fills and empties once a step.
+_MICROBATCHES_PER_STAGE = 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate on what, how, and where the answer goes.
+
+    Attributes:
+        load: Folder of a run's checkpoints, or of a Hugging Face checkpoint.
+        data_path: Prefix of a dataset; or else
+        tokens: .npy file of ids [batch, seq].
+        logprobs: File for the log-probability of each next token; with `tokens` only.
+        seq_length: Tokens that a row of a dataset predicts; None: as the checkpoint was trained, at most 4096 if it
+            does not say.
+        micro_batch_size: Rows of one forward pass.
+        precision: "auto", "bf16", "fp32"; None: as the checkpoint was trained, "auto" if it does not say.
+        transformer_impl: As of a run.
+        parallel: The layout: fields of ParallelConfig.
+        as_json: Print one JSON object.
+    """
+
+    load: str
+    data_path: str | None = None
+    tokens: str | None = None
+    logprobs: str | None = None
+    seq_length: int | None = None
+    micro_batch_size: int = 1
+    precision: str | None = None
+    transformer_impl: str = "auto"
+    parallel: Mapping[str, Any] = field(default_factory=dict)
+    as_json: bool = False
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A request that can be met: the run to build, how to load it, what to score."""
+
+    run: RunConfig
+    load: Callable[[list[Any], Any], None] | None
+    rows: Rows
+    logprobs: str | None
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What a checkpoint says of its model before its tensors are read."""
+
+    model: ModelConfig
+    preset: str = "evaluation"
+    seq_length: int = _DEFAULT_SEQ_LENGTH
+    precision: str = "auto"
+    load: Callable[[list[Any], Any], None] | None = None
+
+
+def main(request: Request) -> int:
+    """Run one process of an evaluation; the first one prints the result to stdout.
+
+    Returns:
+        Exit code: 0 done, 2 something that was asked for is wrong; any other error ends the process.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        plan = make_plan(request, world_size)
+    except ValueError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+
+    def work() -> int:
+        result = _evaluate(plan)
+        if rank == 0:
+            print(as_json(result) if request.as_json else as_text(result))
+        return 0
+
+    return run_rank(rank, work)
+
+
+def _evaluate(plan: _Plan) -> Evaluation:
+    from dsv3_megatron.ops.host_memory import keep_freed_memory
+    from dsv3_megatron.platform import prepare
+
+    if not prepare().is_cuda:  # before anything imports Megatron-Core
+        keep_freed_memory()
+    from dsv3_megatron.evaluator import Evaluator
+
+    evaluator = Evaluator(plan.run, plan.load)
+    result = evaluator.evaluate(plan.rows, logprobs=plan.logprobs)
+    evaluator.close()
+    return result
+
+
+def make_plan(request: Request, world_size: int) -> _Plan:
+    """Check a request against its checkpoint, its data and the number of processes.
+
+    Raises:
+        ValueError: the first thing that is wrong, in one message with the way out.
+    """
+    if (request.data_path is None) == (request.tokens is None):
+        raise ConfigError("give what to evaluate on: either --data-path PREFIX or --tokens FILE.npy")
+    if request.micro_batch_size < 1:
+        raise ConfigError(f"micro_batch_size={request.micro_batch_size} must be at least 1")
+    checkpoint = open_checkpoint(request.load)
+    checkpoint.model.validate()
+    rows, length = _open_rows(request, checkpoint)
+    if request.logprobs is not None:
+        _check_output(Path(request.logprobs))
+    parallel = ParallelConfig(**request.parallel)
+    # Sequence parallelism cuts a sequence into equal parts; what is added at its end changes nothing before it.
+    tensor_ranks = max(1, parallel.tensor_model_parallel_size)
+    padded_length = math.ceil(length / tensor_ranks) * tensor_ranks
+    parallel.validate(checkpoint.model, padded_length)
+    parallel.validate_world_size(world_size)
+    training = TrainingConfig(
+        seq_length=padded_length, micro_batch_size=request.micro_batch_size,
+        global_batch_size=_rows_per_step(parallel, world_size, request.micro_batch_size, len(rows)),
+        precision=request.precision or checkpoint.precision, transformer_impl=request.transformer_impl, train_iters=1,
+        eval_interval=0)
+    training.validate(parallel, world_size)
+    run = RunConfig(checkpoint.preset, checkpoint.model, parallel, training, DataConfig(),
+                    CheckpointConfig(load=request.load), LoggingConfig())
+    from dsv3_megatron.parallel.layout import stage_layouts
+
+    stage_layouts(run.model, run.parallel)
+    return _Plan(run, checkpoint.load, rows, request.logprobs)
+
+
+def _rows_per_step(parallel: ParallelConfig, world_size: int, micro_batch_size: int, num_rows: int) -> int:
+    """Enough micro-batches to fill the pipeline, and no more than there are rows for."""
+    stages = parallel.pipeline_model_parallel_size
+    rows_per_microbatch = micro_batch_size * parallel.data_parallel_size(world_size)
+    wanted = 1 if stages == 1 else _MICROBATCHES_PER_STAGE * stages
+    microbatches = min(wanted, math.ceil(num_rows / rows_per_microbatch))
+    if parallel.num_virtual_stages_per_pipeline_rank > 1:
+        microbatches = math.ceil(microbatches / stages) * stages
+    return microbatches * rows_per_microbatch
+
+
+def open_checkpoint(load: str) -> _Checkpoint:
+    """What kind of checkpoint a folder holds, and of which model; reads no tensors.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of an architecture that this version does not know.
+    """
+    folder = Path(load)
+    if not folder.is_dir():
+        raise CheckpointError(f"load={load} does not exist; give a folder of checkpoints that a run saved, or of a "
+                              "Hugging Face checkpoint")
+    if (folder / TRACKER).is_file():
+        return _open_own(load)
+    if (folder / CONFIG).is_file():
+        return _open_hugging_face(load)
+    raise CheckpointError(f"load={load} holds no checkpoint: neither {TRACKER}, as runs write it, nor {CONFIG}, as "
+                          "Hugging Face's do")
+
+
+def _open_own(load: str) -> _Checkpoint:
+    manifest = read_manifest(load)
+    known = {item.name for item in dataclasses.fields(ModelConfig)}
+    stored = manifest.run["model"]
+    model = ModelConfig(**{name: value for name, value in stored.items() if name in known})
+    empty = RunConfig(manifest.run["preset"], model, ParallelConfig(), TrainingConfig(), DataConfig(),
+                      CheckpointConfig(), LoggingConfig())
+    check_architecture(load, empty)  # a field that this version does not know
+    return _Checkpoint(model, manifest.run["preset"], manifest.run["training"]["seq_length"], manifest.precision)
+
+
+def _open_hugging_face(load: str) -> _Checkpoint:
+    from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
+
+    directory = HuggingFaceDirectory(load)
+
+    def load_into(stages: list[Any], groups: Any) -> None:
+        from dsv3_megatron.checkpoint.hf.load import load_hugging_face
+
+        load_hugging_face(directory, stages, groups)
+
+    return _Checkpoint(directory.model, load=load_into)
+
+
+def _open_rows(request: Request, checkpoint: _Checkpoint) -> tuple[Rows, int]:
+    """The rows, and how many tokens the longest of them predicts."""
+    model = checkpoint.model
+    if request.tokens is not None:
+        if request.seq_length is not None:
+            raise ConfigError(f"seq_length={request.seq_length} cuts a dataset into rows; an array has its own: leave "
+                              "out --seq-length or --tokens")
+        ids_BS = open_token_array(request.tokens, vocab_size=model.vocab_size,
+                                  max_length=model.max_position_embeddings)
+        return ids_BS, ids_BS.shape[1] - 1
+    assert request.data_path is not None
+    if request.logprobs is not None:
+        raise ConfigError("--logprobs goes with --tokens FILE.npy, whose shape it has; leave out --logprobs or "
+                          "--data-path")
+    length = min(checkpoint.seq_length, model.max_position_embeddings)
+    if request.seq_length is not None:
+        length = request.seq_length
+    if not 1 <= length <= model.max_position_embeddings:
+        raise ConfigError(f"seq_length={length} must lie in 1..{model.max_position_embeddings}, the model's "
+                          "max_position_embeddings")
+    return open_windows(request.data_path, length=length, vocab_size=model.vocab_size), length
+
+
+def _check_output(file: Path) -> None:
+    if file.exists():
+        raise ConfigError(f"logprobs={file} exists; remove it, or give another name")
+    if not file.parent.is_dir():
+        raise ConfigError(f"logprobs={file}: the folder {file.parent} does not exist; make it first")
+    if not os.access(file.parent, os.W_OK):
+        raise ConfigError(f"logprobs={file}: this user may not write into {file.parent}; choose another folder")
+
+
+def as_text(result: Evaluation) -> str:
+    """A line for each number."""
+    lines = [f"loss        {result.loss:.6f} nats/token", f"perplexity  {result.perplexity:.4f}",
+             f"tokens      {result.tokens} in {result.rows} rows"]
+    lines += [f"mtp_{depth} loss  {loss:.6f} nats/token" for depth, loss in enumerate(result.mtp_losses, start=1)]
+    return "\n".join(lines)
+
+
+def as_json(result: Evaluation) -> str:
+    """One JSON object; null for what is infinite or not a number, which JSON cannot say."""
+    def number(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return json.dumps({
+        "loss": number(result.loss), "perplexity": number(result.perplexity), "tokens": result.tokens,
+        "rows": result.rows, "mtp_losses": [number(loss) for loss in result.mtp_losses]})

@@ -1,0 +1,247 @@
+"""Scores rows of tokens with a model that is only run forward, under any layout.
+
+The same stages, pipeline schedule and sums of losses as a run's validation, without an optimizer and without buffers
+for gradients. A step is `global_batch_size` rows; rows that fill up the last one do not count.
+
+Shapes: B micro-batch, S sequence, R rows of a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from dsv3_megatron.checkpoint.agreement import on_first_rank
+from dsv3_megatron.checkpoint.store import load_weights
+from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.data.batches import Batch, BatchIterator
+from dsv3_megatron.data.rows import Rows
+from dsv3_megatron.model.build import build_stages
+from dsv3_megatron.model.language_model import TokenLosses
+from dsv3_megatron.parallel.groups import create_groups, destroy_groups, start_process_group
+from dsv3_megatron.platform import prepare, resolve_precision
+from dsv3_megatron.trainer import configure_logging, sum_losses, sum_over_ranks
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of some rows.
+
+    Attributes:
+        loss: Mean -log p of the next token, nats.
+        mtp_losses: Of each MTP depth: the sum over the positions that have a target, divided by all tokens, as a run's
+            validation reports it (DeepSeek-V3 report, eq. 24).
+        tokens: Tokens predicted.
+        rows: Rows they were in.
+    """
+
+    loss: float
+    mtp_losses: tuple[float, ...]
+    tokens: int
+    rows: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that is beyond a float."""
+        return math.exp(self.loss) if not self.loss > 709 else math.inf
+
+
+class RowSamples:
+    """Rows of ids as samples of one length, as many as fill whole steps; what is added has a loss mask of 0."""
+
+    def __init__(self, rows: Rows, *, seq_length: int, num_rows_per_step: int) -> None:
+        self.rows, self.seq_length = rows, seq_length
+        self.num_samples = math.ceil(len(rows) / num_rows_per_step) * num_rows_per_step
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        ids = torch.zeros(self.seq_length + 1, dtype=torch.int64)
+        mask_S = torch.zeros(self.seq_length)
+        if index < len(self.rows):
+            row = np.asarray(self.rows[index]).astype(np.int64)
+            ids[: len(row)] = torch.from_numpy(row)
+            mask_S[: len(row) - 1] = 1.0
+        return {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": mask_S,
+                "position_ids": torch.arange(self.seq_length)}
+
+
+class Evaluator:
+    """One process's share of an evaluation.
+
+    Args:
+        run: A run validated against the number of processes: its model, layout, micro-batch, rows of a step
+            (`global_batch_size`), sequence length, precision and modules are used.
+        load: Puts a checkpoint into this rank's stages; None loads the newest in the folder `run.checkpoint.load`.
+    """
+
+    def __init__(self, run: RunConfig, load: Callable[[list[Any], Any], None] | None = None) -> None:
+        self.run = run
+        self.device = prepare()
+        start_process_group(self.device)
+        self.rank = torch.distributed.get_rank()
+        configure_logging(self.rank)
+        self.groups = create_groups(run.parallel, run.training.seed)
+        self.precision = resolve_precision(run.training.precision, self.device)
+        stages, config = build_stages(run, self.groups, precision=self.precision)
+        self.stages: list[Any] = [stage.eval() for stage in stages]
+        self.forward = get_forward_backward_func(
+            pp_size=run.parallel.pipeline_model_parallel_size, vp_size=config.virtual_pipeline_model_parallel_size)
+        started = time.monotonic()
+        if load is not None:
+            load(self.stages, self.groups)
+        else:
+            assert run.checkpoint.load is not None
+            load_weights(run.checkpoint.load, run, self.stages, self.groups)
+        logger.info("loaded the weights in %.1f s; %s on %s", time.monotonic() - started, self.precision,
+                    self.device.name)
+
+    def evaluate(self, rows: Rows, *, logprobs: str | Path | None = None) -> Evaluation:
+        """Score every row; called by every rank with the same rows.
+
+        Args:
+            rows: Ids of each, 2 to seq_length + 1 of them.
+            logprobs: File to write the log-probability of each next token to, float32 [rows, ids - 1]; all rows must
+                be as long as the first. It appears when it is complete.
+
+        Returns:
+            The same on every rank.
+
+        Raises:
+            CheckpointError: on every rank, if the file cannot be written.
+        """
+        training, depths = self.run.training, self.run.model.mtp_num_layers
+        samples = RowSamples(rows, seq_length=training.seq_length, num_rows_per_step=training.global_batch_size)
+        batches = [BatchIterator(
+            samples, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
+            data_parallel_rank=self.groups.dp.rank(), data_parallel_size=self.groups.dp.size()) for _ in self.stages]
+        writer = LogProbsWriter(logprobs, len(rows), len(rows[0]) - 1) if logprobs else None
+        totals = [0.0] * (2 + depths)
+        started = time.monotonic()
+        with _progress_bar(len(rows), is_shown=self.rank == 0) as bar:
+            try:
+                for first in range(0, len(samples), training.global_batch_size):
+                    reports = self._run_step(batches)
+                    sums = sum_over_ranks(reports, self.groups, self.device, num_mtp_layers=depths)
+                    totals = [total + value for total, value in zip(totals, sums, strict=True)]
+                    if writer is not None:
+                        writer.write(self._gather_logprobs(reports, first))
+                    bar.update(min(training.global_batch_size, len(rows) - first))
+                if writer is not None:
+                    writer.publish()
+            finally:
+                if writer is not None:
+                    writer.close()
+        tokens, main, *mtp = totals
+        seconds = time.monotonic() - started
+        logger.info("scored %d tokens in %.1f s, %.0f tokens/s", tokens, seconds, tokens / seconds)
+        return Evaluation(main / tokens, tuple(value / tokens for value in mtp), int(tokens), len(rows))
+
+    def close(self) -> None:
+        """Leave the process group."""
+        destroy_groups()
+
+    def _run_step(self, batches: list[BatchIterator]) -> list[dict[str, Any]]:
+        """This rank's reports on its rows of one step; none but on the last pipeline stage."""
+        training = self.run.training
+        with torch.no_grad():
+            return self.forward(
+                forward_step_func=self._forward_step,
+                data_iterator=batches if len(batches) > 1 else batches[0],
+                model=self.stages if len(self.stages) > 1 else self.stages[0],
+                num_microbatches=training.num_microbatches(self.groups.dp.size()),
+                seq_length=training.seq_length, micro_batch_size=training.micro_batch_size, forward_only=True)
+
+    def _forward_step(self, batches: Iterator[Batch], stage: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+        batch = next(batches).to(self.device.torch_device)
+        output = stage(input_ids=batch.tokens_BS, position_ids=batch.position_ids_BS, attention_mask=None,
+                       labels=batch.labels_BS)
+        return output, partial(_report, batch)
+
+    def _gather_logprobs(self, reports: list[dict[str, Any]], first: int) -> np.ndarray:
+        """[R, S] of a step whose first row is `first`: each row from the rank that has it."""
+        training = self.run.training
+        logprobs_RS = torch.zeros(training.global_batch_size, training.seq_length, device=self.device.torch_device)
+        if self.groups.tp.rank() == 0:
+            for report in reports:
+                logprobs_RS[report["sample_ids"] - first] = report["logprobs"]
+        torch.distributed.all_reduce(logprobs_RS)
+        return logprobs_RS.cpu().numpy()
+
+
+def _report(batch: Batch, losses: TokenLosses) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """The sums of a micro-batch's losses, and each token's log-probability."""
+    total, tokens, report = sum_losses(batch.loss_mask_BS, losses, mtp_weight=0.0)
+    logprobs_BS = -TokenLosses(*losses).main_BS.float()
+    return total, tokens, {**report, "sample_ids": batch.sample_ids_B, "logprobs": logprobs_BS}
+
+
+class LogProbsWriter:
+    """Writes float32 [rows, columns] in .npy format, row after row, under another name until `publish`.
+
+    Every rank has one and calls its methods; the first writes, and the others hear of its errors.
+    """
+
+    def __init__(self, path: str | Path, num_rows: int, num_columns: int) -> None:
+        self.path, self.partial = Path(path), Path(f"{path}.partial")
+        self.num_rows, self.num_columns, self.num_written = num_rows, num_columns, 0
+        self._stream: IO[bytes] | None = None
+        on_first_rank(self._open, f"logprobs={path}")
+
+    def write(self, logprobs_RS: np.ndarray) -> None:
+        """Append rows [R, S]; columns and rows beyond the array's are dropped."""
+        rows = logprobs_RS[: self.num_rows - self.num_written, : self.num_columns]
+        self.num_written += len(rows)
+        on_first_rank(lambda: self._append(rows), f"logprobs={self.path}")
+
+    def publish(self) -> None:
+        """Flush the file to disk and give it its name."""
+        assert self.num_written == self.num_rows
+        on_first_rank(self._publish, f"logprobs={self.path}")
+
+    def close(self) -> None:
+        """Drop what was written, unless it was published."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+            self.partial.unlink(missing_ok=True)
+
+    def _open(self) -> None:
+        self._stream = open(self.partial, "wb")
+        np.lib.format.write_array_header_1_0(self._stream, {
+            "descr": "<f4", "fortran_order": False, "shape": (self.num_rows, self.num_columns)})
+
+    def _append(self, rows: np.ndarray) -> None:
+        assert self._stream is not None
+        self._stream.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
+
+    def _publish(self) -> None:
+        assert self._stream is not None
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        self._stream = None
+        os.replace(self.partial, self.path)
+
+
+def _progress_bar(total: int, *, is_shown: bool) -> Any:
+    """A bar on stderr; off a terminal it is printed now and then."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="row", file=sys.stderr, disable=not is_shown, dynamic_ncols=True,
+                mininterval=0.2 if sys.stderr.isatty() else 10.0)

@@ -1,0 +1,108 @@
+"""Converted checkpoints in real runs: a run starts from Hugging Face's weights, and its own become Hugging Face's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
+from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
+from dsv3_megatron.checkpoint.store import Progress, load_checkpoint, save_checkpoint
+from tests.distributed.launch import run_ranks
+from tests.distributed.small_run import SEQ_LENGTH, merge, small_run, start
+from tests.hugging_face import config_json, dequantized, published_weights, quantized, write_checkpoint
+from tests.parity.weights import reference_names, router_bias_name, whole_from_reference
+
+pytestmark = pytest.mark.distributed
+
+PP2_EP2 = {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
+TP2 = {"tensor_model_parallel_size": 2}
+TP2_EP2_ETP2 = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
+MODEL = small_run().model
+
+
+def train_from(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Take a step, load over it, and take two more."""
+    training = start(small_run(**changes))
+    training.step(0)
+    progress = load_checkpoint(folder, training.run, training.chunks, training.optimizer, training.groups)
+    assert progress == Progress(0, 0, 0)
+    state = training.whole_state()
+    biases = {key: value.clone() for key, value in state.items() if key.startswith("bias")}
+    return {"state": state, "biases": biases, "losses": [training.step(number) for number in range(2)]}
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp8"])
+def test_a_run_starts_from_hugging_face(tmp_path, kind):
+    """Weights in the modules' dtype, the optimizer's exact in FP32, moments zero; the same losses in every layout."""
+    weights = published_weights(MODEL, torch.float32 if kind == "fp32" else torch.bfloat16)
+    if kind == "fp8":
+        # Widths of at most 48: one block, of a scale that trains.
+        weights = {name: torch.full_like(value, 1e-4) if name.endswith("_scale_inv") else value
+                   for name, value in quantized(weights).items()}
+    source = write_checkpoint(tmp_path / "hf", config_json(MODEL, max_position_embeddings=SEQ_LENGTH), weights)
+    convert_to_megatron(source, tmp_path / "ours")
+    expected = dequantized(weights)
+    losses: dict[str, list[float]] = {}
+    for ranks, changes in ((1, {}), (4, PP2_EP2), (2, TP2 | {"precision": "bf16"})):
+        results = run_ranks(ranks, train_from, tmp_path / "ours", changes)
+        for key, value in merge([result["state"] for result in results]).items():
+            what, parameter = key.split(":")
+            if what in ("exp_avg", "exp_avg_sq"):
+                assert not value.any(), key
+            elif what == "bias":
+                continue
+            else:
+                wanted = whole_from_reference(parameter, expected, MODEL.num_layers).float()
+                is_rounded = what == "weight" and "precision" in changes
+                assert torch.equal(value.float(), wanted.bfloat16().float() if is_rounded else wanted), key
+        biases = merge([result["biases"] for result in results])
+        assert biases and all(torch.equal(value, expected[router_bias_name(int(key.split(":")[1]))])
+                              for key, value in biases.items())
+        losses[str(changes)] = results[0]["losses"]
+    first, *others = losses.values()
+    assert first[1] != first[0]
+    assert others[0] == pytest.approx(first, rel=2e-6)
+    assert others[1] == pytest.approx(first, rel=2e-2), "bf16"
+
+
+def train_and_save(folder: Path, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
+    training = start(small_run(**changes))
+    for number in range(2):
+        training.step(number)
+    save_checkpoint(folder, Progress(2, 8, 128), training.run, training.chunks, training.optimizer, training.groups,
+                    keep_last=0)
+    return training.whole_state()
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize(("ranks", "changes"), [(4, PP2_EP2), (4, TP2_EP2_ETP2), (2, TP2 | {"precision": "bf16"})],
+                         ids=["PP2xEP2", "TP2xEP2xETP2", "TP2-bf16"])
+def test_a_run_becomes_hugging_face(tmp_path, ranks, changes):
+    """Whatever layout wrote the checkpoint: the weights as trained, and in FP32 the optimizer's."""
+    state = merge(run_ranks(ranks, train_and_save, tmp_path / "ours", changes))
+    convert_to_hugging_face(tmp_path / "ours", tmp_path / "hf", is_verified=True, max_shard_bytes=50_000)
+    convert_to_hugging_face(tmp_path / "ours", tmp_path / "wide", dtype="fp32", is_verified=True)
+    as_trained, wide = read_all(tmp_path / "hf"), read_all(tmp_path / "wide")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
+    covered = set()
+    for key, value in state.items():
+        what, parameter = key.split(":")
+        if what == "bias":
+            assert torch.equal(as_trained[router_bias_name(int(parameter))], value)
+            covered.add(router_bias_name(int(parameter)))
+        elif what in ("weight", "param"):
+            found = whole_from_reference(parameter, as_trained if what == "weight" else wide, MODEL.num_layers)
+            assert found.dtype == value.dtype and torch.equal(found, value), key
+            covered |= set(reference_names(parameter, MODEL.num_layers))
+    copies = {name for name in as_trained if "embed_tokens" in name or "shared_head.head" in name} - covered
+    assert as_trained.keys() == wide.keys() == covered | copies
+    assert torch.equal(as_trained["model.layers.4.embed_tokens.weight"], as_trained["model.embed_tokens.weight"])
+    assert torch.equal(as_trained["model.layers.4.shared_head.head.weight"], as_trained["lm_head.weight"])

@@ -1,0 +1,146 @@
+"""config.json to ModelConfig and back, in both spellings; what is unknown or contradicts itself is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from transformers import DeepseekV3Config
+
+from dsv3_megatron.checkpoint.hf import model_config_from_json, model_config_to_json
+from dsv3_megatron.checkpoint.layout import CheckpointError
+from dsv3_megatron.config.presets import PRESETS, preset
+from tests.hugging_face import config_json
+from tests.parity.architectures import VARIANTS, variant
+
+YARN_V3 = {"rope_type": "yarn", "rotary_scaling_factor": 40.0, "original_max_position_embeddings": 4096,
+           "max_position_embeddings": 163840, "init_method_std": 0.02}
+V3 = dataclasses.replace(preset("dsv3-671b").model, **YARN_V3)
+
+
+def rotary_rebuilt(model):
+    """The fields that plain rotary embedding does not use, at their defaults."""
+    if model.rope_type == "yarn":
+        return model
+    plain = preset("tiny").model
+    return dataclasses.replace(model, **{name: getattr(plain, name) for name in (
+        "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim")})
+
+
+def test_the_published_file():
+    published = config_json(V3)
+    assert published["rope_scaling"]["factor"] == 40 and published["max_position_embeddings"] == 163840
+    assert model_config_from_json(published) == V3
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_there_and_back(name):
+    model = variant(name, **({"moe_router_group_score_topk": 2} if name == "groups-keep-one" else {}))
+    content = json.loads(json.dumps(model_config_to_json(model, dtype="float32")))
+    assert model_config_from_json(content) == rotary_rebuilt(model)
+
+
+@pytest.mark.parametrize("changes, summed", [
+    ({"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}, None),  # V3's proportion: the report's rule says 2 too
+    ({"n_group": 4, "topk_group": 1, "num_experts_per_tok": 4}, 2),
+    ({"n_group": 4, "topk_group": 3, "num_experts_per_tok": 4}, 2),
+    ({"n_group": 1, "topk_group": 1, "num_experts_per_tok": 4}, None),
+], ids=str)
+def test_groups_are_scored_by_their_two_best_experts(changes, summed):
+    model = model_config_from_json({**config_json(variant("plain", num_experts=16)), **changes})
+    assert model.moe_router_group_score_topk == summed
+    assert model_config_from_json(model_config_to_json(model, dtype="float32")).moe_router_group_score_topk == summed
+
+
+def test_latents_are_normed_with_their_own_epsilon():
+    model = model_config_from_json({**config_json(variant("plain")), "rms_norm_eps": 1e-5})
+    assert (model.layernorm_epsilon, model.latent_epsilon) == (1e-5, 1e-6)
+    assert model_config_from_json(model_config_to_json(model, dtype="float32")) == model
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"layernorm_epsilon": 1e-5}, "layernorm_epsilon=1e-05: config.json has no setting for the epsilon of the "),
+    ({"latent_layernorm_epsilon": 1e-5}, "latent_layernorm_epsilon=1e-05: config.json has no setting"),
+    ({"moe_router_topk": 6}, r"moe_router_group_score_topk=3 \(topk / group_topk = 6 / 2\): transformers, vLLM and "
+     r"DeepSeek's code score a group by its 2 best experts"),
+    ({"moe_router_group_score_topk": 1}, "moe_router_group_score_topk=1: transformers"),
+    ({"moe_router_group_mask": "zero"}, "moe_router_group_mask='zero': config.json has no setting for it"),
+])
+def test_models_that_no_reader_of_the_file_computes(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        model_config_to_json(variant("groups", **changes), dtype="float32")
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_there_and_back(name):
+    model = preset(name).model
+    assert model_config_from_json(model_config_to_json(model, dtype="bfloat16")) == model
+
+
+@pytest.mark.parametrize("name", ["plain", "yarn", "yarn-mscale", "full-rank-query", "no-shared", "no-mtp", "mtp-2"])
+def test_as_transformers_writes_it(name, tmp_path):
+    """Our file, read and written again by transformers, in its own spelling of the rotary settings."""
+    model = variant(name)
+    (tmp_path / "config.json").write_text(json.dumps(model_config_to_json(model, dtype="float32")))
+    DeepseekV3Config.from_pretrained(tmp_path).save_pretrained(tmp_path / "theirs")
+    content = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert "rope_parameters" in content and "rope_theta" not in content
+    assert model_config_from_json(content) == rotary_rebuilt(model)
+
+
+def test_yarn_settings_left_out_mean_what_they_mean_in_transformers():
+    content = config_json(V3)
+    content["rope_scaling"] = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
+    model = model_config_from_json(content)
+    assert (model.beta_fast, model.beta_slow, model.mscale, model.mscale_all_dim) == (32, 1, 1, 0)
+
+
+def test_the_same_rotary_settings_in_both_spellings():
+    content = config_json(V3)
+    content["rope_parameters"] = {**content["rope_scaling"], "rope_type": "yarn", "rope_theta": 10000.0}
+    assert model_config_from_json(content) == V3
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"model_type": "llama"}, "model_type='llama'; this library reads 'deepseek_v3'"),
+    ({"index_topk": 2048}, "index_topk=2048: not known to this library"),
+    ({"hidden_act": "gelu"}, "hidden_act='gelu' is another model"),
+    ({"scoring_func": "softmax"}, "scoring_func='softmax' is another model"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+    ({"rope_interleave": False}, "rope_interleave=False"),
+    ({"num_key_value_heads": 8}, "num_key_value_heads=8 contradicts num_attention_heads=128"),
+    ({"qk_head_dim": 128}, "qk_head_dim=128 contradicts qk_nope_head_dim + qk_rope_head_dim=192"),
+    ({"num_mtp_layers": 2}, "num_nextn_predict_layers=1 and num_mtp_layers=2 contradict each other"),
+    ({"hidden_size": "7168"}, "hidden_size='7168' must be a whole number"),
+    ({"hidden_size": None}, "hidden_size=null; it must be a number"),
+    ({"n_group": 7}, "moe_router_num_groups=7 must divide num_experts=256"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type='dynamic' is not known"),
+    ({"rope_scaling": {"type": "yarn", "factor": 40}}, "original_max_position_embeddings is missing"),
+    ({"rope_scaling": {"type": "yarn", "rope_type": "default"}}, "type='yarn' contradicts rope_type='default'"),
+    ({"rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
+                       "attention_factor": 1.2}}, "attention_factor=1.2: not known"),
+    ({"rope_scaling": {"rope_type": "default", "factor": 2}}, "factor: without effect under rope_type='default'"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+     "rope_scaling and rope_parameters contradict each other: rope_type is 'yarn' in one and 'rope' in the other"),
+    ({"rope_parameters": {**config_json(V3)["rope_scaling"], "rope_theta": 50000.0}},
+     "rope_parameters and rope_theta contradict each other: rotary_base is 50000.0 in one and 10000.0 in the other"),
+], ids=str)
+def test_refused(change, message):
+    with pytest.raises(CheckpointError) as error:
+        model_config_from_json(config_json(V3, **change), "x/config.json")
+    assert str(error.value).startswith("x/config.json: ") and message in str(error.value)
+
+
+def test_missing_setting():
+    content = config_json(V3)
+    del content["kv_lora_rank"]
+    with pytest.raises(CheckpointError, match="kv_lora_rank is missing"):
+        model_config_from_json(content)
+
+
+def test_what_config_json_cannot_express():
+    model = dataclasses.replace(V3, mscale=0.7, mscale_all_dim=0.0)
+    with pytest.raises(CheckpointError, match="read a config.json with these differently"):
+        model_config_to_json(model, dtype="bfloat16")

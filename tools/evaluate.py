@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Loss and perplexity of a checkpoint, of a run or in Hugging Face's format, on a dataset or on given token ids.
+
+    python tools/evaluate.py --load checkpoints --data-path data/valid_text_document
+    python tools/evaluate.py --load DeepSeek-V3/ --tokens ids.npy --logprobs logprobs.npy --json
+    torchrun --nproc-per-node 4 tools/evaluate.py --load checkpoints --pipeline-model-parallel-size 2 \
+        --expert-model-parallel-size 2 --data-path data/valid_text_document
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.load import Parser, add_section, given_fields
+from dsv3_megatron.config.training import PRECISIONS, TRANSFORMER_IMPLS
+from dsv3_megatron.evaluate import Request
+from dsv3_megatron.evaluate import main as evaluate
+
+
+def _parse_arguments(arguments: list[str] | None) -> Request:
+    parser = Parser(
+        allow_abbrev=False, description="Loss and perplexity of a checkpoint on a dataset or on given token ids.",
+        epilog="Started by torchrun for several processes, under any layout; alone without.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=130))
+    add = parser.add_argument_group("model and data").add_argument
+    add("--load", required=True, metavar="DIR", help="folder of checkpoints that a run saved (the newest is used), or "
+        "of a Hugging Face checkpoint")
+    add("--data-path", metavar="PREFIX", help="dataset PREFIX.bin and PREFIX.idx; each token but the first is "
+        "predicted once, in file order")
+    add("--tokens", metavar="FILE", help="integer array [batch, seq] of token ids in .npy format")
+    add("--seq-length", type=int, metavar="N", help="with --data-path: tokens predicted in a row (default: as trained)")
+    add = parser.add_argument_group("how").add_argument
+    add("--micro-batch-size", type=int, default=1, metavar="N", help="rows in one forward pass (%(default)s)")
+    add("--precision", choices=PRECISIONS, help="of weights and activations (default: as trained; auto for Hugging "
+        "Face)")
+    add("--transformer-impl", choices=TRANSFORMER_IMPLS, default="auto", help="modules to build from (%(default)s)")
+    add = parser.add_argument_group("output").add_argument
+    add("--logprobs", metavar="FILE", help="with --tokens: write the log-probability of each next token, float32 "
+        "[batch, seq - 1], in .npy format")
+    add("--json", action="store_true", help="print one JSON object")
+    add_section(parser, "parallel")
+    options = vars(parser.parse_args(arguments))
+    return Request(
+        load=options["load"], data_path=options["data_path"], tokens=options["tokens"], logprobs=options["logprobs"],
+        seq_length=options["seq_length"], micro_batch_size=options["micro_batch_size"], precision=options["precision"],
+        transformer_impl=options["transformer_impl"], parallel=given_fields(options, ["parallel"]),
+        as_json=options["json"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status (2 for input that the user can correct)."""
+    try:
+        request = _parse_arguments(arguments)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return evaluate(request)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
