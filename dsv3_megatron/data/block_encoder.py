@@ -86,8 +86,12 @@ class BlockEncoder:
         self.dtype = choose_dtype(encoder.vocab_size)
         self._eod = None if eod_id is None else np.array([eod_id], dtype=np.uint32)
 
-    def __call__(self, block: Block) -> tuple[EncodedBlock, list[bytes]]:
-        """The result, and the ids' bytes: all pieces of the first key, then those of the second, and so on."""
+    def __call__(self, block: Block, lines: bytes | bytearray | None) -> tuple[EncodedBlock, list[bytes]]:
+        """The result, and the ids' bytes: all pieces of the first key, then those of the second, and so on.
+
+        `lines` are the block's, from `Block.detach_lines`.
+        """
+        block = block.attach_lines(lines)
         try:
             result = self._encode(block, is_checked=False)
         except _WrongId:  # rare: once more, to find the document

@@ -23,7 +23,7 @@ from dsv3_megatron.data.tokenizer import count_ids, find_eod_id, fingerprint, lo
 BACKENDS = ("auto", "gigatoken", "huggingface")
 # gigatoken caches the ids of every word it has seen and never forgets: 75 MB for 10 MB of random letters. When a
 # worker's memory has grown by this much its tokenizer is made anew (0.2 s), which gives the memory back.
-MAX_CACHE_BYTES = 96_000_000
+MAX_CACHE_BYTES = 64_000_000
 # A text beyond this is encoded in pieces where that gives the same ids.
 PIECE_BYTES = 8_000_000
 # Where two lower-case letters are followed by a space or a line break and then a letter, every byte-level BPE split

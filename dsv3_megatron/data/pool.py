@@ -1,7 +1,8 @@
 """Worker processes that turn items into results, in the items' order, and never outlive their work.
 
 Workers are forked, so that they share what the parent has loaded. A worker that dies, by the system's hand for want of
-memory say, ends the work with its exit status; a parent that dies takes its workers with it.
+memory say, ends the work with its exit status; a parent that dies takes its workers with it. Large bytes travel beside
+items and results, as they are: pickled, they would be copied several times.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from types import TracebackType
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+
+Payload = bytes | bytearray | None
+Function = Callable[[Any, Payload], tuple[Any, list[bytes]]]
 
 
 class WorkerDied(RuntimeError):
@@ -40,7 +44,7 @@ class WorkerError(RuntimeError):
 
 
 class _Worker:
-    def __init__(self, function: Callable[[Any], tuple[Any, list[bytes]]], others: list[Connection]) -> None:
+    def __init__(self, function: Function, others: list[Connection]) -> None:
         self.connection, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("fork")
         inherited = [self.connection, *others]
@@ -52,7 +56,7 @@ class _Worker:
 
 
 def _serve(
-    function: Callable[[Any], tuple[Any, list[bytes]]], connection: Connection, inherited: list[Connection], parent: int
+    function: Function, connection: Connection, inherited: list[Connection], parent: int
 ) -> None:
     """A worker's life: an item in, a result out, until there is nothing left or no parent."""
     for other in inherited:  # else the end of the parent would not be seen here
@@ -66,9 +70,11 @@ def _serve(
         if os.getppid() != parent:
             os._exit(1)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while (item := connection.recv()) is not None:
+        while True:
+            item, has_payload = connection.recv()
+            payload = connection.recv_bytes() if has_payload else None
             try:
-                header, buffers = function(item)
+                header, buffers = function(item, payload)
             except Exception:  # noqa: BLE001 - raised again in the parent
                 connection.send((None, traceback.format_exc(), 0))
                 continue
@@ -82,11 +88,11 @@ class WorkerPool:
     """A context manager that owns the workers; they are gone when it is left, whatever happened.
 
     Args:
-        function: Run in the workers: item -> (result, buffers). Buffers are bytes that are sent as they are.
+        function: Run in the workers: (item, payload) -> (result, buffers).
         num_workers: Processes.
     """
 
-    def __init__(self, function: Callable[[Any], tuple[Any, list[bytes]]], num_workers: int) -> None:
+    def __init__(self, function: Function, num_workers: int) -> None:
         self._workers: list[_Worker] = []
         self._stop = threading.Event()
         try:
@@ -114,8 +120,8 @@ class WorkerPool:
             worker.process.join()
         self._workers = []
 
-    def map_ordered(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any, list[bytes]]]:
-        """Yield (item, result, buffers) in the items' order.
+    def map_ordered(self, items: Iterable[tuple[Any, Payload]]) -> Iterator[tuple[Any, Any, list[bytes]]]:
+        """Yield (item, result, buffers) in the items' order, from (item, payload) pairs.
 
         Items are taken from their iterable in a thread of its own, a few ahead; so many results wait at the most for an
         earlier one that is not ready.
@@ -133,7 +139,7 @@ class WorkerPool:
         while not is_exhausted or taken < given:
             while idle and not is_exhausted and given - taken < depth and source.has_items():
                 try:
-                    item = source.get()
+                    item, payload = source.get()
                 except StopIteration:
                     is_exhausted = True
                     break
@@ -141,7 +147,9 @@ class WorkerPool:
                 worker.index, worker.item = given, item
                 given += 1
                 try:
-                    worker.connection.send(item)
+                    worker.connection.send((item, payload is not None))
+                    if payload is not None:
+                        worker.connection.send_bytes(payload)
                 except (BrokenPipeError, ConnectionResetError):
                     raise self._died(worker) from None
             while taken in ready:

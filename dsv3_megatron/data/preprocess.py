@@ -193,7 +193,7 @@ def _encode_all(
             max_line_bytes=reader.max_line_bytes,
             block_bytes=BLOCK_BYTES,
         )
-        for block, result, buffers in pool.map_ordered(blocks):
+        for block, result, buffers in pool.map_ordered(block.detach_lines() for block in blocks):
             run.take(block, result, buffers)
             if report is not None:
                 report(run.totals)

@@ -51,7 +51,7 @@ def append_rows(file_name: str, measurements: list[Measurement], device: str) ->
 
 def versions() -> str:
     """Versions of the packages that decide about speed."""
-    names = ("torch", "megatron-core", "transformers")
+    names = ("torch", "megatron-core", "transformers", "tokenizers", "gigatoken")
     return " ".join(f"{name}={importlib.metadata.version(name)}" for name in names)
 
 

@@ -42,10 +42,31 @@ def throughput_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def whole_process_table(name: str) -> str:
+    """Seconds and peak memory of whole commands, and how many times slower than ours."""
+    measured = newest(name)
+    lines = ["| Input | Command | time | MB/s | ours is | peak memory | runs | device |",
+             "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"]
+    for (config, contender), metrics in measured.items():
+        seconds = float(metrics["time_median"]["value"])
+        ours = measured.get((config, OURS), {}).get("time_median")
+        ratio = f"{seconds / float(ours['value']):.1f}x" if ours and contender != OURS else ""
+        rate, memory, runs = (
+            f"{float(metrics[metric]['value']):,.0f}{unit}" if metric in metrics else ""
+            for metric, unit in (("throughput", ""), ("peak_memory", " MB"), ("num_runs", ""))
+        )
+        device = metrics["time_median"]["device"]
+        lines.append(f"| {config} | {contender} | {seconds:.2f} s | {rate} | {ratio} | {memory} | {runs} | {device} |")
+    return "\n".join(lines)
+
+
+TABLES = {"training_throughput": throughput_table, "preprocess": whole_process_table}
+
+
 def updated(text: str) -> str:
     """The README with every table made anew."""
     def table(match: re.Match[str]) -> str:
-        return f"<!-- bench:{match[1]} -->\n{throughput_table(match[1])}\n<!-- /bench -->"
+        return f"<!-- bench:{match[1]} -->\n{TABLES[match[1]](match[1])}\n<!-- /bench -->"
 
     return re.sub(r"<!-- bench:(\w+) -->\n.*?<!-- /bench -->", table, text, flags=re.DOTALL)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,10 +56,20 @@ class Block:
     file: int
     start: int
     stop: int
-    data: bytearray | list[Column] | None
+    data: bytes | bytearray | list[Column] | None
     next: Position
     input_bytes: int
     reject: Reject | None = None
+
+    def detach_lines(self) -> tuple[Block, bytes | bytearray | None]:
+        """The block without its lines, and these; for sending them apart."""
+        if self.data is None or isinstance(self.data, list):
+            return self, None
+        return replace(self, data=None), self.data
+
+    def attach_lines(self, lines: bytes | bytearray | None) -> Block:
+        """Undo `detach_lines`."""
+        return self if lines is None else replace(self, data=lines)
 
 
 def iterate_blocks(

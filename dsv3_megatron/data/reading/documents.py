@@ -136,7 +136,7 @@ class RecordReader:
             reading.num_lines += 1
             reading.rejects.append(replace(reject, line=reading.num_lines))
 
-    def _lines(self, first: int, data: bytearray, reading: Reading) -> Iterator[Record]:
+    def _lines(self, first: int, data: bytes | bytearray, reading: Reading) -> Iterator[Record]:
         """JSON lines; `first` is the byte of the file at which they begin."""
         is_utf8 = find_invalid_utf8(data) is None
         start = 0
