@@ -243,11 +243,9 @@ def measurements_of(case: Case) -> list[Measurement]:
             ("num_runs", ""): len(runs),
         }
         rows += [Measurement(name, case.config, metric, value, unit) for (metric, unit), value in values.items()]
-        print(
-            f"{case.config:28} {name:28} {statistics.median(seconds):7.2f} s ({min(seconds):.2f} to {max(seconds):.2f}, "
-            f"{len(runs)} runs) {values['peak_memory', 'MB']:7.0f} MB",
-            flush=True,
-        )
+        spread = f"({min(seconds):.2f} to {max(seconds):.2f}, {len(runs)} runs)"
+        memory = values["peak_memory", "MB"]
+        print(f"{case.config:28} {name:28} {statistics.median(seconds):7.2f} s {spread} {memory:7.0f} MB", flush=True)
     return rows
 
 

@@ -27,7 +27,13 @@ else:
     from backports import zstd
 
 GOOD = b'{"text": "fine"}\n'  # 17 bytes
-COMPRESSORS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd.compress}
+CHECKSUM = {zstd.CompressionParameter.checksum_flag: 1}  # as the zstd command writes it
+COMPRESSORS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda data: zstd.compress(data, options=CHECKSUM),
+}
 
 
 def line(content):
@@ -97,7 +103,7 @@ def test_a_bad_document_stops_or_is_left_out(preprocess, tmp_path, reason):
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_compressed_file(preprocess, tmp_path, kind, damage):
     numbers = random.Random(0)
-    lines = [json.dumps({"text": f"{number} {numbers.random()}"}).encode() + b"\n" for number in range(60_000)]
+    lines = [json.dumps({"text": numbers.randbytes(400).hex()}).encode() + b"\n" for _ in range(2500)]
     raw = bytearray(COMPRESSORS[kind](b"".join(lines)))
     if damage == "cut":
         del raw[len(raw) * 7 // 8 :]
@@ -116,7 +122,7 @@ def test_a_damaged_compressed_file(preprocess, tmp_path, kind, damage):
     if damage == "cut":  # everything before the cut is there
         (rejected,) = rejects
         num_documents = rejected["line"] - 1
-        assert num_documents > 30_000
+        assert num_documents > 1000
         assert out.startswith(f"{num_documents} documents in, {num_documents} written, ")
         assert rejected["byte"] == sum(map(len, lines[:num_documents]))
 
@@ -167,7 +173,7 @@ def test_bad_text_files(preprocess, tmp_path):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
 def test_a_line_beyond_all_bounds_is_never_held(preprocess, tmp_path, name, monkeypatch):
-    shrink_blocks(monkeypatch, 1000)
+    shrink_blocks(monkeypatch, 100_000)
     content = GOOD + b'{"text": "' + b"a" * 3_000_000 + b'"}\n' + GOOD
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     options = ["--max-document-bytes", 100, "--on-error", "skip"]
