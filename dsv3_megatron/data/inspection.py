@@ -172,7 +172,7 @@ def plot_lengths(prefix: str, path: str) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if lengths_D.size:
-        edges = np.unique(np.geomspace(1, int(lengths_D.max()) + 1, 61).round().astype(np.int64))
+        edges = np.unique(np.geomspace(int(lengths_D.min()), int(lengths_D.max()) + 1, 61).round().astype(np.int64))
         edges = edges if edges.size > 1 else np.array([1, 2])
         for weights, label in ((None, "documents"), (lengths_D.astype(np.float64), "tokens")):
             counts, _ = np.histogram(lengths_D, edges, weights=weights)

@@ -19,8 +19,15 @@ FOLDER_SUFFIX = ".unfinished"
 
 
 def job_hash(identity: dict[str, Any]) -> str:
-    """A hash of what determines a job's output, the same for all shards of it."""
-    whole = {key: value for key, value in identity.items() if key != "shard"}
+    """A hash of what determines a job's output, the same for all shards of it and on machines with copies of its input.
+
+    Of an input's place and time only the name and the size go into it.
+    """
+    inputs = [
+        {key: os.path.basename(value) if key == "path" else value for key, value in file.items() if key != "mtime_ns"}
+        for file in identity["inputs"]
+    ]
+    whole = {key: value for key, value in identity.items() if key != "shard"} | {"inputs": inputs}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode("utf-8")).hexdigest()[:16]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from dsv3_megatron.data.block_encoder import BlockEncoder, EncodedBlock, Transforms
 from dsv3_megatron.data.encoder import Encoder
-from dsv3_megatron.data.indexed import read_sidecar
+from dsv3_megatron.data.indexed import dataset_paths, read_sidecar
 from dsv3_megatron.data.indexed_writer import DatasetWriter, WriterState, publish
 from dsv3_megatron.data.job import FOLDER_SUFFIX, Job, job_hash
 from dsv3_megatron.data.pool import WorkerDied, WorkerPool
@@ -220,8 +220,11 @@ def _done_before(options: PreprocessOptions, identity: dict[str, Any]) -> Totals
         return None
     sidecars = [read_sidecar(options.dataset_prefix(key)) for key in options.keys]
     wanted = (job_hash(identity), identity["shard"])
-    for sidecar in sidecars:
+    newest_input = max(file.mtime_ns for file in options.files)
+    for key, sidecar in zip(options.keys, sidecars, strict=True):
         if sidecar is None or (sidecar.options.get("job"), sidecar.options.get("shard")) != wanted:
+            return None
+        if os.stat(dataset_paths(options.dataset_prefix(key))[1]).st_mtime_ns < newest_input:
             return None
     assert sidecars[0] is not None
     return Totals.from_counts(sidecars[0].counts)
