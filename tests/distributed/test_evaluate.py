@@ -13,7 +13,7 @@ import torch
 
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.data.indexed import DatasetWriter
+from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.evaluate import Request, make_plan
 from dsv3_megatron.evaluator import Evaluation, Evaluator
 from tests.distributed.launch import RankError, run_ranks

@@ -14,7 +14,7 @@ import pytest
 from dsv3_megatron.checkpoint.layout import Progress, begin_save, finish_save
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.data.indexed import DatasetWriter
+from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.evaluate import Request, as_json, as_text, make_plan
 from dsv3_megatron.evaluator import Evaluation, RowSamples
 from tests.hugging_face import config_json, published_weights, write_checkpoint

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_megatron.data.indexed import DatasetWriter
+from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.rows import Windows, open_token_array, open_windows
 
 
