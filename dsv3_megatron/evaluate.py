@@ -21,9 +21,18 @@ from dsv3_megatron.checkpoint.layout import TRACKER, CheckpointError, check_arch
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
+from dsv3_megatron.config.run import RunConfig, require_document_attention
+from dsv3_megatron.config.training import (
+    DOCUMENT_SWITCHES,
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    TrainingConfig,
+)
+from dsv3_megatron.data.blend import parse_blend, without_suffix
+from dsv3_megatron.data.document_ends import named_eod_id, resolve_eod_id
 from dsv3_megatron.data.rows import Rows, open_token_array, open_windows
+from dsv3_megatron.data.tokenizer import fingerprint, has_tokenizer
 from dsv3_megatron.train import EXIT_CONFIG, run_rank
 
 if TYPE_CHECKING:
@@ -50,6 +59,10 @@ class Request:
         precision: "auto", "bf16", "fp32"; None: as the checkpoint was trained, "auto" if it does not say.
         transformer_impl: As of a run.
         parallel: The layout: fields of ParallelConfig.
+        switches: Document switches (fields of DataConfig) by name; those left out are as in training, and off for a
+            checkpoint that does not say.
+        tokenizer_model: Folder of the tokenizer that made the data; None: the run's or the Hugging Face folder's, if it
+            is there.
         as_json: Print one JSON object.
     """
 
@@ -62,28 +75,43 @@ class Request:
     precision: str | None = None
     transformer_impl: str = "auto"
     parallel: Mapping[str, Any] = field(default_factory=dict)
+    switches: Mapping[str, bool] = field(default_factory=dict)
+    tokenizer_model: str | None = None
     as_json: bool = False
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A request that can be met: the run to build, how to load it, what to score."""
+    """A request that can be met: the run to build, how to load it, what to score.
+
+    `eod_id` is the token that ends a document, if the run's data settings need it; `documents` says in a line which of
+    them are in force.
+    """
 
     run: RunConfig
     load: Callable[[list[Any], Any], None] | None
     rows: Rows
     logprobs: str | None
+    eod_id: int | None
+    documents: str
 
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """What a checkpoint says of its model before its tensors are read."""
+    """What a checkpoint says of its model before its tensors are read.
+
+    `switches` are the document switches it was trained with, None if it does not say; `tokenizer_model` is a tokenizer
+    that is there, `prefixes` are the datasets it was trained on, which may not be.
+    """
 
     model: ModelConfig
     preset: str = "evaluation"
     seq_length: int = _DEFAULT_SEQ_LENGTH
     precision: str = "auto"
     load: Callable[[list[Any], Any], None] | None = None
+    switches: tuple[str, ...] | None = None
+    tokenizer_model: str | None = None
+    prefixes: tuple[str, ...] = ()
 
 
 def main(request: Request) -> int:
@@ -99,6 +127,8 @@ def main(request: Request) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    if rank == 0:
+        print(plan.documents, file=sys.stderr)
 
     def work() -> int:
         result = _evaluate(plan)
@@ -117,7 +147,7 @@ def _evaluate(plan: _Plan) -> Evaluation:
         keep_freed_memory()
     from dsv3_megatron.evaluator import Evaluator
 
-    evaluator = Evaluator(plan.run, plan.load)
+    evaluator = Evaluator(plan.run, plan.load, eod_id=plan.eod_id)
     result = evaluator.evaluate(plan.rows, logprobs=plan.logprobs)
     evaluator.close()
     return result
@@ -136,6 +166,8 @@ def make_plan(request: Request, world_size: int) -> _Plan:
     checkpoint = open_checkpoint(request.load)
     checkpoint.model.validate()
     rows, length = _open_rows(request, checkpoint)
+    data, eod_id, documents = _open_documents(request, checkpoint)
+    require_document_attention(data, request.transformer_impl)
     if request.logprobs is not None:
         _check_output(Path(request.logprobs))
     parallel = ParallelConfig(**request.parallel)
@@ -150,12 +182,12 @@ def make_plan(request: Request, world_size: int) -> _Plan:
         precision=request.precision or checkpoint.precision, transformer_impl=request.transformer_impl, train_iters=1,
         eval_interval=0)
     training.validate(parallel, world_size)
-    run = RunConfig(checkpoint.preset, checkpoint.model, parallel, training, DataConfig(),
+    run = RunConfig(checkpoint.preset, checkpoint.model, parallel, training, data,
                     CheckpointConfig(load=request.load), LoggingConfig())
     from dsv3_megatron.parallel.layout import stage_layouts
 
     stage_layouts(run.model, run.parallel)
-    return _Plan(run, checkpoint.load, rows, request.logprobs)
+    return _Plan(run, checkpoint.load, rows, request.logprobs, eod_id, documents)
 
 
 def _rows_per_step(parallel: ParallelConfig, world_size: int, micro_batch_size: int, num_rows: int) -> int:
@@ -195,7 +227,13 @@ def _open_own(load: str) -> _Checkpoint:
     empty = RunConfig(manifest.run["preset"], model, ParallelConfig(), TrainingConfig(), DataConfig(),
                       CheckpointConfig(), LoggingConfig())
     check_architecture(load, empty)  # a field that this version does not know
-    return _Checkpoint(model, manifest.run["preset"], manifest.run["training"]["seq_length"], manifest.precision)
+    data = manifest.run.get("data", {})
+    tokenizer = data.get("tokenizer_model")
+    return _Checkpoint(
+        model, manifest.run["preset"], manifest.run["training"]["seq_length"], manifest.precision,
+        switches=tuple(name for name in DOCUMENT_SWITCHES if data.get(name)),
+        tokenizer_model=tokenizer if tokenizer and has_tokenizer(tokenizer) else None,
+        prefixes=parse_blend(data["data_path"]).prefixes if data.get("data_path") else ())
 
 
 def _open_hugging_face(load: str) -> _Checkpoint:
@@ -208,12 +246,13 @@ def _open_hugging_face(load: str) -> _Checkpoint:
 
         load_hugging_face(directory, stages, groups)
 
-    return _Checkpoint(directory.model, load=load_into)
+    return _Checkpoint(directory.model, load=load_into, tokenizer_model=load if has_tokenizer(load) else None)
 
 
 def _open_rows(request: Request, checkpoint: _Checkpoint) -> tuple[Rows, int]:
     """The rows, and how many tokens the longest of them predicts."""
     model = checkpoint.model
+    identity = fingerprint(request.tokenizer_model) if request.tokenizer_model is not None else None
     if request.tokens is not None:
         if request.seq_length is not None:
             raise ConfigError(f"seq_length={request.seq_length} cuts a dataset into rows; an array has its own: leave "
@@ -231,7 +270,57 @@ def _open_rows(request: Request, checkpoint: _Checkpoint) -> tuple[Rows, int]:
     if not 1 <= length <= model.max_position_embeddings:
         raise ConfigError(f"seq_length={length} must lie in 1..{model.max_position_embeddings}, the model's "
                           "max_position_embeddings")
-    return open_windows(request.data_path, length=length, vocab_size=model.vocab_size), length
+    return open_windows(request.data_path, length=length, vocab_size=model.vocab_size,
+                        tokenizer_fingerprint=identity), length
+
+
+def _open_documents(request: Request, checkpoint: _Checkpoint) -> tuple[DataConfig, int | None, str]:
+    """The document switches in force, the EOD if one is on, and a line that says so.
+
+    Those of training hold unless the request says otherwise. Only in an array, whose tokens may come from anywhere,
+    they fall away where nothing says which token ends a document.
+    """
+    trained = checkpoint.switches or ()
+    switches: dict[str, Any] = {**dict.fromkeys(trained, True), **request.switches}
+    data = DataConfig(**switches)
+    tokenizer = request.tokenizer_model or checkpoint.tokenizer_model
+    if not data.document_flags:
+        return data, None, _documents_line(data, None, checkpoint)
+    if request.data_path is not None:
+        eod_id = _eod_id_of_dataset(request.data_path, tokenizer, data.document_flags, request)
+        return data, eod_id, _documents_line(data, eod_id, checkpoint)
+    # What was given goes before what training says.
+    named = named_eod_id(checkpoint.prefixes if request.tokenizer_model is None else (), tokenizer)
+    if named is None:
+        reason = "nothing says which token ends a document (EOD): give the tokenizer, --tokenizer-model DIR"
+        asked = [name for name, is_on in request.switches.items() if is_on]
+        if asked:
+            raise ConfigError(f"{' and '.join(f'{name}=True' for name in asked)}, but {reason}, or leave it off")
+        return DataConfig(), None, f"{_documents_line(DataConfig(), None, checkpoint)}; {reason}"
+    if named >= checkpoint.model.vocab_size:
+        raise ConfigError(f"the token that ends a document (EOD) has id {named}; it must lie in 0.."
+                          f"{checkpoint.model.vocab_size - 1} (the model's vocab_size={checkpoint.model.vocab_size}); "
+                          "use the tokenizer that the model was trained with")
+    return data, named, _documents_line(data, named, checkpoint)
+
+
+def _eod_id_of_dataset(data_path: str, tokenizer: str | None, switches: tuple[str, ...], request: Request) -> int:
+    """As of a run's data; an error says which switches nobody gave, and how to turn them off."""
+    try:
+        return resolve_eod_id([without_suffix(data_path)], tokenizer_model=tokenizer, flags=switches)
+    except ValueError as error:
+        flags = " ".join(f"--no-{name.replace('_', '-')}" for name in switches if name not in request.switches)
+        raise ConfigError(f"{error} (as in training; here {flags})" if flags else str(error)) from error
+
+
+def _documents_line(data: DataConfig, eod_id: int | None, checkpoint: _Checkpoint) -> str:
+    on, trained = data.document_flags, checkpoint.switches
+    line = f"documents: {' and '.join(on)} at EOD {eod_id}" if on else "documents: packed, nothing keeps them apart"
+    if trained is None:
+        return line
+    if on == trained:
+        return f"{line}, as in training"
+    return f"{line}; trained with {' and '.join(trained)}" if trained else f"{line}; trained packed"
 
 
 def _check_output(file: Path) -> None:

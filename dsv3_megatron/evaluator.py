@@ -1,7 +1,8 @@
 """Scores rows of tokens with a model that is only run forward, under any layout.
 
 The same stages, pipeline schedule and sums of losses as a run's validation, without an optimizer and without buffers
-for gradients. A step is `global_batch_size` rows; rows that fill up the last one do not count.
+for gradients. A step is `global_batch_size` rows; rows that fill up the last one do not count. Documents are kept
+apart, or not, as the run's data settings say; the parts of a document that rows cut are documents, as in training.
 
 Shapes: B micro-batch, S sequence, R rows of a step.
 """
@@ -25,10 +26,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from dsv3_megatron.checkpoint.agreement import on_first_rank
 from dsv3_megatron.checkpoint.store import load_weights
+from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.training import DataConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
+from dsv3_megatron.data.document_ends import document_bounds, restarted_positions
 from dsv3_megatron.data.rows import Rows
 from dsv3_megatron.model.build import build_stages
+from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, start_process_group
 from dsv3_megatron.platform import prepare, resolve_precision
@@ -45,7 +50,7 @@ class Evaluation:
         loss: Mean -log p of the next token, nats.
         mtp_losses: Of each MTP depth: the sum over the positions that have a target, divided by all tokens, as a run's
             validation reports it (DeepSeek-V3 report, eq. 24).
-        tokens: Tokens predicted.
+        tokens: Tokens predicted, without those that `eod_mask_loss` leaves out.
         rows: Rows they were in.
     """
 
@@ -61,10 +66,20 @@ class Evaluation:
 
 
 class RowSamples:
-    """Rows of ids as samples of one length, as many as fill whole steps; what is added has a loss mask of 0."""
+    """Rows of ids as samples of one length, as many as fill whole steps; what is added has a loss mask of 0.
 
-    def __init__(self, rows: Rows, *, seq_length: int, num_rows_per_step: int) -> None:
+    Args:
+        rows: Ids of each, 2 to seq_length + 1 of them.
+        seq_length: Tokens of a sample.
+        num_rows_per_step: Samples of a step.
+        data: Whether positions restart and losses are masked where documents end, as a run's datasets do it.
+        eod_id: The token that ends a document; None where no switch of `data` is on.
+    """
+
+    def __init__(self, rows: Rows, *, seq_length: int, num_rows_per_step: int, data: DataConfig | None = None,
+                 eod_id: int | None = None) -> None:
         self.rows, self.seq_length = rows, seq_length
+        self.data, self.eod_id = data or DataConfig(), eod_id
         self.num_samples = math.ceil(len(rows) / num_rows_per_step) * num_rows_per_step
 
     def __len__(self) -> int:
@@ -77,8 +92,14 @@ class RowSamples:
             row = np.asarray(self.rows[index]).astype(np.int64)
             ids[: len(row)] = torch.from_numpy(row)
             mask_S[: len(row) - 1] = 1.0
-        return {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": mask_S,
-                "position_ids": torch.arange(self.seq_length)}
+        tokens_S, positions_S = ids[:-1], torch.arange(self.seq_length)
+        if self.data.eod_mask_loss:
+            mask_S[tokens_S == self.eod_id] = 0.0
+        if self.data.reset_position_ids:
+            assert self.eod_id is not None
+            (bounds,) = document_bounds(tokens_S[None].numpy(), self.eod_id)
+            positions_S = torch.from_numpy(restarted_positions(bounds))
+        return {"tokens": tokens_S, "labels": ids[1:], "loss_mask": mask_S, "position_ids": positions_S}
 
 
 class Evaluator:
@@ -86,12 +107,15 @@ class Evaluator:
 
     Args:
         run: A run validated against the number of processes: its model, layout, micro-batch, rows of a step
-            (`global_batch_size`), sequence length, precision and modules are used.
+            (`global_batch_size`), sequence length, precision, modules and document switches are used.
         load: Puts a checkpoint into this rank's stages; None loads the newest in the folder `run.checkpoint.load`.
+        eod_id: The token that ends a document; None only if no document switch is on.
     """
 
-    def __init__(self, run: RunConfig, load: Callable[[list[Any], Any], None] | None = None) -> None:
-        self.run = run
+    def __init__(self, run: RunConfig, load: Callable[[list[Any], Any], None] | None = None, *,
+                 eod_id: int | None = None) -> None:
+        assert eod_id is not None or not run.data.document_flags
+        self.run, self.eod_id = run, eod_id
         self.device = prepare()
         start_process_group(self.device)
         self.rank = torch.distributed.get_rank()
@@ -124,12 +148,15 @@ class Evaluator:
 
         Raises:
             CheckpointError: on every rank, if the file cannot be written.
+            ConfigError: no token of any row counts.
         """
-        training, depths = self.run.training, self.run.model.mtp_num_layers
-        samples = RowSamples(rows, seq_length=training.seq_length, num_rows_per_step=training.global_batch_size)
+        training, data, depths = self.run.training, self.run.data, self.run.model.mtp_num_layers
+        samples = RowSamples(rows, seq_length=training.seq_length, num_rows_per_step=training.global_batch_size,
+                             data=data, eod_id=self.eod_id)
         batches = [BatchIterator(
             samples, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
-            data_parallel_rank=self.groups.dp.rank(), data_parallel_size=self.groups.dp.size()) for _ in self.stages]
+            data_parallel_rank=self.groups.dp.rank(), data_parallel_size=self.groups.dp.size(),
+            eod_id=self.eod_id if data.reset_attention_mask else None) for _ in self.stages]
         writer = LogProbsWriter(logprobs, len(rows), len(rows[0]) - 1) if logprobs else None
         totals = [0.0] * (2 + depths)
         started = time.monotonic()
@@ -142,6 +169,9 @@ class Evaluator:
                     if writer is not None:
                         writer.write(self._gather_logprobs(reports, first))
                     bar.update(min(training.global_batch_size, len(rows) - first))
+                if not totals[0]:
+                    raise ConfigError(f"eod_mask_loss=True leaves out the token after each EOD (id {self.eod_id}), and "
+                                      "the rows have no other to predict; give --no-eod-mask-loss")
                 if writer is not None:
                     writer.publish()
             finally:
@@ -169,9 +199,7 @@ class Evaluator:
 
     def _forward_step(self, batches: Iterator[Batch], stage: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
         batch = next(batches).to(self.device.torch_device)
-        output = stage(input_ids=batch.tokens_BS, position_ids=batch.position_ids_BS, attention_mask=None,
-                       labels=batch.labels_BS)
-        return output, partial(_report, batch)
+        return forward_stage(stage, batch, self.run.data), partial(_report, batch)
 
     def _gather_logprobs(self, reports: list[dict[str, Any]], first: int) -> np.ndarray:
         """[R, S] of a step whose first row is `first`: each row from the rank that has it."""

@@ -40,7 +40,7 @@ from dsv3_megatron.metrics.progress import Progress
 from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.model.build import build_stages, wrap_stages
-from dsv3_megatron.model.documents import PackedDocuments
+from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.lr import learning_rate
@@ -225,14 +225,8 @@ class Trainer:
                       ) -> tuple[Any, Callable[[TokenLosses], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]]:
         """Megatron-Core's forward step: a micro-batch through one chunk, and how its output becomes a loss."""
         batch = next(batches).to(self.device.torch_device, is_non_blocking=True)
-        documents = None
-        if self.run.data.has_document_attention:
-            documents = PackedDocuments(batch.document_bounds,
-                                        batch.position_ids_BS if self.run.data.reset_position_ids else None)
-        output = chunk(input_ids=batch.tokens_BS, position_ids=batch.position_ids_BS, attention_mask=None,
-                       packed_seq_params=documents, labels=batch.labels_BS)
-        return output, partial(sum_losses, batch.loss_mask_BS,
-                               mtp_weight=get_model_config(chunk).mtp_loss_scaling_factor)
+        return forward_stage(chunk, batch, self.run.data), partial(
+            sum_losses, batch.loss_mask_BS, mtp_weight=get_model_config(chunk).mtp_loss_scaling_factor)
 
     def evaluate(self) -> StepLosses:
         """Mean losses over the first eval_iters global batches of the validation data; no state changes."""

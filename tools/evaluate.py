@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -18,9 +19,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser, add_section, given_fields
-from dsv3_megatron.config.training import PRECISIONS, TRANSFORMER_IMPLS
+from dsv3_megatron.config.training import DOCUMENT_SWITCHES, PRECISIONS, TRANSFORMER_IMPLS, DataConfig
 from dsv3_megatron.evaluate import Request
 from dsv3_megatron.evaluate import main as evaluate
+
+_ABOUT_DOCUMENTS = """\
+Each switch is as the run was trained, and off for Hugging Face, unless it is given here; a line on stderr says what is
+in force. The token that ends a document (EOD) is the one that the dataset's sidecar names, or else the tokenizer. In
+--tokens documents end where the EOD is, as named by --tokenizer-model, the data the run was trained on, its tokenizer,
+or the one in Hugging Face's folder; if none of them is there, the switches of training fall away."""
+
+
+def _add_document_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("documents", _ABOUT_DOCUMENTS).add_argument
+    helps = {item.name: item.metadata["help"] for item in dataclasses.fields(DataConfig)}
+    for name in DOCUMENT_SWITCHES:
+        add(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=helps[name])
+    add("--tokenizer-model", metavar="DIR", help="tokenizer that made the data (default: the run's, or the one in "
+        "Hugging Face's folder, if it is there)")
 
 
 def _parse_arguments(arguments: list[str] | None) -> Request:
@@ -40,9 +56,10 @@ def _parse_arguments(arguments: list[str] | None) -> Request:
     add("--precision", choices=PRECISIONS, help="of weights and activations (default: as trained; auto for Hugging "
         "Face)")
     add("--transformer-impl", choices=TRANSFORMER_IMPLS, default="auto", help="modules to build from (%(default)s)")
+    _add_document_flags(parser)
     add = parser.add_argument_group("output").add_argument
-    add("--logprobs", metavar="FILE", help="with --tokens: write the log-probability of each next token, float32 "
-        "[batch, seq - 1], in .npy format")
+    add("--logprobs", metavar="FILE", help="with --tokens: write the log-probability of each next token, counted "
+        "or not, float32 [batch, seq - 1], in .npy format")
     add("--json", action="store_true", help="print one JSON object")
     add_section(parser, "parallel")
     options = vars(parser.parse_args(arguments))
@@ -50,7 +67,8 @@ def _parse_arguments(arguments: list[str] | None) -> Request:
         load=options["load"], data_path=options["data_path"], tokens=options["tokens"], logprobs=options["logprobs"],
         seq_length=options["seq_length"], micro_batch_size=options["micro_batch_size"], precision=options["precision"],
         transformer_impl=options["transformer_impl"], parallel=given_fields(options, ["parallel"]),
-        as_json=options["json"])
+        switches={name: options[name] for name in DOCUMENT_SWITCHES if options[name] is not None},
+        tokenizer_model=options["tokenizer_model"], as_json=options["json"])
 
 
 def main(arguments: list[str] | None = None) -> int:

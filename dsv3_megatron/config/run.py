@@ -63,12 +63,7 @@ class RunConfig:
                 f"seq_length={self.training.seq_length} must not exceed "
                 f"max_position_embeddings={self.model.max_position_embeddings}"
             )
-        if self.data.has_document_attention and self.training.transformer_impl == "transformer_engine":
-            flags = " and ".join(f"{flag}=True" for flag in self.data.document_flags if flag.startswith("reset"))
-            raise ConfigError(
-                f"{flags} cannot go with transformer_impl=transformer_engine, whose attention knows one document a "
-                "sequence; set transformer_impl=local"
-            )
+        require_document_attention(self.data, self.training.transformer_impl)
         if self.training.transformer_impl == "transformer_engine":
             require_engine_epsilon(self.model)
         if self.checkpoint.save and self.checkpoint.save_interval < 1:
@@ -93,6 +88,19 @@ def require_engine_epsilon(model: ModelConfig) -> None:
         raise ConfigError(
             f"latent_layernorm_epsilon={model.latent_layernorm_epsilon} cannot differ from layernorm_epsilon="
             f"{model.layernorm_epsilon} with transformer_impl=transformer_engine; set transformer_impl=local")
+
+
+def require_document_attention(data: DataConfig, transformer_impl: str) -> None:
+    """Check that the modules a run asks for can keep documents apart where it asks for that.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if data.has_document_attention and transformer_impl == "transformer_engine":
+        flags = " and ".join(f"{flag}=True" for flag in data.document_flags if flag.startswith("reset"))
+        raise ConfigError(
+            f"{flags} cannot go with transformer_impl=transformer_engine, whose attention knows one document a "
+            "sequence; set transformer_impl=local")
 
 
 def section_of(name: str) -> str:

@@ -13,6 +13,8 @@ from dsv3_megatron.config.parallel import ParallelConfig
 PRECISIONS = ("auto", "bf16", "fp32")
 TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
 LR_DECAY_STYLES = ("constant", "cosine", "linear")
+# Fields of DataConfig that are off where documents are packed and nothing else.
+DOCUMENT_SWITCHES = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,7 @@ class DataConfig:
     @property
     def document_flags(self) -> tuple[str, ...]:
         """The switches that are on: those that need to know where documents end."""
-        names = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
-        return tuple(name for name in names if getattr(self, name))
+        return tuple(name for name in DOCUMENT_SWITCHES if getattr(self, name))
 
     @property
     def has_document_attention(self) -> bool:

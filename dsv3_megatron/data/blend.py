@@ -46,9 +46,6 @@ def parse_blend(arguments: str | Sequence[str], field: str = "data_path") -> Ble
         except ValueError:
             return None
 
-    def without_suffix(prefix: str) -> str:
-        return prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
-
     numbers = [as_number(item) for item in items]
     if all(number is None for number in numbers):
         return Blend(tuple(map(without_suffix, items)))
@@ -62,6 +59,11 @@ def parse_blend(arguments: str | Sequence[str], field: str = "data_path") -> Ble
         if weight is None or not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"{field}: the weight {weight} of {prefix} must be a positive number")
     return Blend(tuple(map(without_suffix, items[1::2])), tuple(weight for weight in weights if weight is not None))
+
+
+def without_suffix(prefix: str) -> str:
+    """A dataset's prefix, where one of its two files may have been named."""
+    return prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
 
 
 def read_vocab_size(prefix: str) -> int:

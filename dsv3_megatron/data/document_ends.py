@@ -6,11 +6,12 @@ data in which every document ends with it.
 
 No torch here: a run checks its data with this module before it allocates anything.
 
-Legend: B sequences, S positions.
+Legend: B sequences, S positions of a sequence, D documents.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,6 +60,25 @@ def resolve_eod_id(prefixes: Sequence[str], *, tokenizer_model: str | None, flag
     return next(iter(found))
 
 
+def named_eod_id(prefixes: Sequence[str], tokenizer_model: str | None) -> int | None:
+    """The EOD that the sidecars of datasets name, or else a tokenizer does; None where neither says it.
+
+    Unlike `resolve_eod_id` it takes their word: the datasets need not be there any more, and no token is read.
+
+    Args:
+        prefixes: Of datasets; one without a sidecar says nothing.
+        tokenizer_model: Folder or file of a tokenizer that is there.
+
+    Raises:
+        ValueError: a sidecar or the tokenizer is damaged.
+    """
+    sidecars = [sidecar for sidecar in map(read_sidecar, prefixes) if sidecar is not None]
+    named = {sidecar.options["eod_id"] for sidecar in sidecars if sidecar.options.get("eod_id") is not None}
+    if len(named) == 1:
+        return named.pop()
+    return find_eod_id(load_tokenizer(tokenizer_model), tokenizer_model) if tokenizer_model is not None else None
+
+
 def _check_ends(prefix: str, eod_id: int, because: str, way_out: str) -> None:
     header, index = read_header(prefix), map_index(prefix)
     if not header.num_tokens:
@@ -90,3 +110,12 @@ def document_bounds(tokens_BS: np.ndarray, eod_id: int) -> tuple[tuple[int, ...]
         starts = np.flatnonzero(tokens_S[:-1] == eod_id) + 1
         rows.append((0, *starts.tolist(), length))
     return tuple(rows)
+
+
+def restarted_positions(bounds: Sequence[int]) -> np.ndarray:
+    """Positions that count from 0 in each document of a sequence, int64 [S], as Megatron-Core's datasets restart them.
+
+    Args:
+        bounds: Of one sequence, from `document_bounds`.
+    """
+    return np.concatenate([np.arange(end - start) for start, end in itertools.pairwise(bounds)])

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dsv3_megatron.data.blend import check_data
+from dsv3_megatron.data.blend import check_data, without_suffix
 from dsv3_megatron.data.indexed import dataset_paths, read_header
 
 _CHECKED_BYTES = 64 << 20
@@ -49,21 +49,22 @@ class Windows:
         return self.tokens_T[start : start + self.length + 1]
 
 
-def open_windows(prefix: str, *, length: int, vocab_size: int) -> Windows:
+def open_windows(prefix: str, *, length: int, vocab_size: int, tokenizer_fingerprint: str | None = None) -> Windows:
     """The rows of a dataset.
 
     Args:
         prefix: Of PREFIX.bin and PREFIX.idx; a suffix is dropped.
         length: Tokens that a row predicts.
         vocab_size: Of the model.
+        tokenizer_fingerprint: Of the tokenizer that made the data; None leaves it unchecked.
 
     Raises:
-        ValueError: a file is missing or damaged, the vocabulary is larger than the model's, or there are fewer tokens
-            than one whole row needs.
+        ValueError: a file is missing or damaged, the vocabulary is larger than the model's, another tokenizer made it,
+            or there are fewer tokens than one whole row needs.
     """
-    prefix = prefix.removesuffix(".bin").removesuffix(".idx")
+    prefix = without_suffix(prefix)
     header = read_header(prefix)
-    check_data([prefix], vocab_size=vocab_size)
+    check_data([prefix], vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint)
     if header.num_tokens < length + 1:
         raise ValueError(f"data_path={prefix} has {header.num_tokens} tokens, fewer than one sequence of seq_length + "
                          f"1 = {length + 1}: use more data, or a seq_length of at most {max(1, header.num_tokens - 1)}")

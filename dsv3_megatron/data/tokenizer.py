@@ -143,14 +143,28 @@ def save_tokenizer(tokenizer: Tokenizer, output_dir: str | os.PathLike[str]) -> 
 
 
 def tokenizer_file(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    file = path / "tokenizer.json" if path.is_dir() else path
+    """The tokenizer.json that a folder holds, or that `path` is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    file = _file_in(path)
     if not file.is_file():
         raise ValueError(
             f"tokenizer_model={os.fspath(path)}: {file} does not exist; give a folder with a tokenizer.json, or make "
             "one with: python tools/train_tokenizer.py --input train.jsonl --vocab-size 4096 --output DIR"
         )
     return file
+
+
+def has_tokenizer(path: str | os.PathLike[str]) -> bool:
+    """Whether `tokenizer_file` finds one."""
+    return _file_in(path).is_file()
+
+
+def _file_in(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    return path / "tokenizer.json" if path.is_dir() else path
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

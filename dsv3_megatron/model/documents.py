@@ -12,9 +12,12 @@ Legend: B sequences, S positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from dsv3_megatron.config.training import DataConfig
+from dsv3_megatron.data.batches import Batch
 from dsv3_megatron.ops.attention import DocumentBounds
 
 
@@ -47,3 +50,21 @@ class PackedDocuments:
                 for bounds in self.bounds]
         ends_BS = torch.stack(rows)
         return (ends_BS - 1 - torch.arange(ends_BS.shape[1])).to(device, non_blocking=True)
+
+
+def forward_stage(stage: torch.nn.Module, batch: Batch, data: DataConfig) -> Any:
+    """A micro-batch through one pipeline stage, its documents kept apart as a run's settings say.
+
+    Args:
+        stage: A DeepSeekV3Model, wrapped or not; what the stage before it gave has been set as its input.
+        batch: On the stage's device; with `document_bounds` where documents are isolated.
+        data: Of the run.
+
+    Returns:
+        TokenLosses of the last stage, hidden states of the others.
+    """
+    documents = None
+    if data.has_document_attention:
+        documents = PackedDocuments(batch.document_bounds, batch.position_ids_BS if data.reset_position_ids else None)
+    return stage(input_ids=batch.tokens_BS, position_ids=batch.position_ids_BS, attention_mask=None,
+                 packed_seq_params=documents, labels=batch.labels_BS)

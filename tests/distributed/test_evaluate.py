@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
-from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.indexed_writer import DatasetWriter
-from dsv3_megatron.evaluate import Request, make_plan
-from dsv3_megatron.evaluator import Evaluation, Evaluator
+from dsv3_megatron.evaluate import Request
+from dsv3_megatron.evaluator import Evaluation
+from tests.distributed.evaluations import LAYOUTS, TOLERANCE, arguments_of, evaluate, request_for, validation
 from tests.distributed.launch import RankError, run_ranks
 from tests.distributed.small_run import SEQ_LENGTH, small_run
 from tests.hugging_face import config_json, published_weights, write_checkpoint
@@ -27,47 +27,10 @@ from tests.transformers_model import huggingface_model
 
 pytestmark = pytest.mark.distributed
 
-# fp32 on both sides: sums in another order.
-TOLERANCE = 1e-5
 NUM_WINDOWS = 12
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "dp2": {},
-    "pp2": {"pipeline_model_parallel_size": 2},
-    "pp2-interleaved": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
-    "ep2": {"expert_model_parallel_size": 2},
-    "tp2": {"tensor_model_parallel_size": 2},
-    "tp2-ep2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
-}
-
-
-def evaluate(requests: list[Request]) -> list[Evaluation]:
-    """This rank's share of one evaluation after another."""
-    from megatron.core import parallel_state
-
-    found = []
-    for request in requests:
-        plan = make_plan(request, torch.distributed.get_world_size())
-        found.append(Evaluator(plan.run, plan.load).evaluate(plan.rows, logprobs=plan.logprobs))
-        parallel_state.destroy_model_parallel()
-    return found
-
-
-def request_for(name: str, folder: Path, load: str, **changes: Any) -> Request:
-    """Of the array `ids.npy` in `folder`, in fp32, under the layout called `name`; log-probabilities to NAME.npy."""
-    return dataclasses.replace(
-        Request(load=str(folder / load), tokens=str(folder / "ids.npy"), logprobs=str(folder / f"{load}-{name}.npy"),
-                precision="fp32", parallel=LAYOUTS.get(name, {})), **changes)
 
 
 # -- a checkpoint of a run -----------------------------------------------------------------------------
-
-
-def arguments_of(run: RunConfig) -> list[str]:
-    """The command line of a run that differs from `tiny` in these fields only."""
-    model = {name: value for name, value in dataclasses.asdict(run.model).items() if value is not None}
-    flags = {"layernorm_epsilon": "norm_epsilon"}
-    return [part for name, value in model.items()
-            for part in (f"--{flags.get(name, name).replace('_', '-')}", str(value))]
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +48,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"--save {folder}/run --tensorboard-dir {folder}/logs").split())
     np.save(folder / "ids.npy", generator.integers(0, 128, size=(7, 12)).astype(np.uint16))
     return folder
-
-
-def validation(folder: Path) -> dict[str, Any]:
-    records = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
-    (record,) = [record for record in records if record["kind"] == "validation"]
-    return record
 
 
 def test_the_runs_own_validation_loss(trained: Path) -> None:

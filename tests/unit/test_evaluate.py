@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from dsv3_megatron.checkpoint.layout import Progress, begin_save, finish_save
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.training import DOCUMENT_SWITCHES, DataConfig
 from dsv3_megatron.data.indexed_writer import DatasetWriter
-from dsv3_megatron.evaluate import Request, as_json, as_text, make_plan
+from dsv3_megatron.data.tokenizer import EOS_TOKEN, save_tokenizer
+from dsv3_megatron.evaluate import Request, as_json, as_text, main, make_plan
 from dsv3_megatron.evaluator import Evaluation, RowSamples
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.architectures import variant
@@ -124,6 +128,112 @@ class TestPlan:
             plan(folder, tokens="ids.npy")
 
 
+def save_word_tokenizer(folder: Path, *, eod_id: int) -> str:
+    words = {f"word{number}": number for number in range(3) if number != eod_id}
+    save_tokenizer(Tokenizer(WordLevel({**words, EOS_TOKEN: eod_id}, unk_token="word0")), folder)
+    return str(folder)
+
+
+class TestDocuments:
+    """`isolated`, a run that was trained with every switch on `train`, whose sidecar says that documents end with 1."""
+
+    @pytest.fixture
+    def isolated(self, folder: Path) -> Path:
+        made = {"train": {"append_eod": True, "eod_id": 1}, "silent": {}, "open": {"append_eod": False}}
+        for name, options in made.items():
+            with DatasetWriter(str(folder / name), vocab_size=2048, options=options) as writer:
+                writer.add_documents(np.array([5, 1] * 200), np.array([2] * 200))
+        write_run(folder / "isolated", preset("tiny").override(
+            **dict.fromkeys(DOCUMENT_SWITCHES, True), data_path=["1", f"{folder}/train"]))
+        return folder
+
+    @pytest.mark.parametrize("request_, on, line", [
+        ({}, DOCUMENT_SWITCHES, "documents: reset_attention_mask and reset_position_ids and eod_mask_loss at EOD 1, as "
+         "in training"),
+        ({"switches": {"eod_mask_loss": False}}, DOCUMENT_SWITCHES[:2], "documents: reset_attention_mask and "
+         "reset_position_ids at EOD 1; trained with reset_attention_mask and reset_position_ids and eod_mask_loss"),
+        ({"switches": dict.fromkeys(DOCUMENT_SWITCHES, False)}, (), "documents: packed, nothing keeps them apart; "
+         "trained with reset_attention_mask and reset_position_ids and eod_mask_loss"),
+        ({"load": "run"}, (), "documents: packed, nothing keeps them apart, as in training"),
+        ({"load": "run", "switches": {"reset_attention_mask": True}}, ("reset_attention_mask",),
+         "documents: reset_attention_mask at EOD 1; trained packed"),
+    ])
+    @pytest.mark.parametrize("what", ["dataset", "array"])
+    def test_as_trained_unless_given(self, isolated: Path, request_, on, line, what) -> None:
+        asked = {"load": "isolated", **request_}
+        asked |= {"data_path": "train.bin"} if what == "dataset" else {"tokens": "ids.npy"}
+        if what == "array" and asked["load"] == "run" and on:
+            asked["tokenizer_model"] = save_word_tokenizer(isolated / "words", eod_id=1)
+        found = plan(isolated, **asked)
+        assert found.run.data == DataConfig(**dict.fromkeys(on, True))
+        assert (found.eod_id, found.documents) == (1 if on else None, line)
+
+    def test_the_tokenizer_of_the_run_says_the_eod_where_the_data_does_not(self, isolated: Path) -> None:
+        words = save_word_tokenizer(isolated / "words", eod_id=1)
+        run = preset("tiny").override(reset_attention_mask=True, tokenizer_model=words, data_path=[f"{isolated}/gone"])
+        write_run(isolated / "named", run)
+        for asked in ({"data_path": "silent"}, {"tokens": "ids.npy"}):
+            assert plan(isolated, load="named", **asked).eod_id == 1
+        # The tokenizer that is given goes before what training says; in a dataset its sidecar goes before both.
+        other = save_word_tokenizer(isolated / "other", eod_id=2)
+        assert plan(isolated, load="isolated", tokens="ids.npy", tokenizer_model=other).eod_id == 2
+        assert plan(isolated, load="isolated", data_path="train", tokenizer_model=other).eod_id == 1
+
+    def test_a_hugging_face_folder_has_a_tokenizer_and_no_switches(self, folder: Path) -> None:
+        model = variant("groups", mtp_num_layers=0)
+        write_checkpoint(folder / "hf", config_json(model), published_weights(model))
+        np.save(folder / "small.npy", np.zeros((2, 5), np.int64))
+        asked = {"load": "hf", "tokens": "small.npy"}
+        assert plan(folder, **asked).documents == "documents: packed, nothing keeps them apart"
+        switches = {"eod_mask_loss": True}
+        with pytest.raises(ValueError, match=r"^eod_mask_loss=True, but nothing says which token ends a document "
+                           r"\(EOD\): give the tokenizer, --tokenizer-model DIR, or leave it off$"):
+            plan(folder, **asked, switches=switches)
+        save_word_tokenizer(folder / "hf", eod_id=2)
+        found = plan(folder, **asked, switches=switches)
+        assert (found.eod_id, found.documents) == (2, "documents: eod_mask_loss at EOD 2")
+
+    def test_switches_of_training_fall_away_from_an_array_without_an_eod(self, folder: Path) -> None:
+        write_run(folder / "lost", preset("tiny").override(
+            reset_attention_mask=True, tokenizer_model=f"{folder}/gone", data_path=[f"{folder}/gone"]))
+        found = plan(folder, load="lost", tokens="ids.npy")
+        assert (found.run.data, found.eod_id) == (DataConfig(), None)
+        assert found.documents == (
+            "documents: packed, nothing keeps them apart; trained with reset_attention_mask; nothing says which token "
+            "ends a document (EOD): give the tokenizer, --tokenizer-model DIR")
+        with pytest.raises(ValueError, match="^eod_mask_loss=True, but nothing says which token"):
+            plan(folder, load="lost", tokens="ids.npy", switches={"eod_mask_loss": True})
+
+    @pytest.mark.parametrize("request_, message", [
+        ({"data_path": "silent"}, r"which has no sidecar with an eod_id: give the tokenizer .* leave .* off \(as in "
+         r"training; here --no-reset-attention-mask --no-reset-position-ids --no-eod-mask-loss\)$"),
+        ({"data_path": "open", "switches": {"reset_position_ids": True}}, r"open was made without --append-eod: .*off "
+         r"\(as in training; here --no-reset-attention-mask --no-eod-mask-loss\)$"),
+        ({"load": "run", "data_path": "open", "switches": {"eod_mask_loss": True}}, "or leave eod_mask_loss off$"),
+        ({"data_path": "train", "transformer_impl": "transformer_engine"}, "^reset_attention_mask=True and "
+         "reset_position_ids=True cannot go with transformer_impl=transformer_engine"),
+        ({"tokens": "ids.npy", "tokenizer_model": "nowhere"}, "tokenizer_model=nowhere: nowhere does not exist"),
+    ])
+    def test_what_is_refused(self, isolated: Path, request_, message) -> None:
+        with pytest.raises(ValueError, match=message):
+            plan(isolated, **{"load": "isolated", **request_})
+
+    def test_a_tokenizer_of_another_vocabulary(self, isolated: Path) -> None:
+        words = save_word_tokenizer(isolated / "words", eod_id=2048)
+        with pytest.raises(ValueError, match=r"has id 2048; it must lie in 0\.\.2047 \(the model's vocab_size=2048\)"):
+            plan(isolated, load="isolated", tokens="ids.npy", tokenizer_model=words)
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_the_first_rank_says_what_is_in_force(self, isolated: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str], rank: int) -> None:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr("dsv3_megatron.evaluate._evaluate", lambda plan: RESULT)
+        assert main(Request(load=f"{isolated}/isolated", data_path=f"{isolated}/train")) == 0
+        captured = capsys.readouterr()
+        assert captured.err.count("at EOD 1, as in training\n") == captured.err.count("\n") == 1 - rank
+
+
 class TestCommand:
     def test_flags_become_a_request(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Request] = []
@@ -132,6 +242,14 @@ class TestCommand:
                              "3", "--pipeline-model-parallel-size", "2", "--precision", "fp32"]) == 0
         assert seen == [Request(load="c", tokens="t.npy", logprobs="l.npy", micro_batch_size=3, precision="fp32",
                                 parallel=PP2, as_json=True)]
+
+    def test_switches_that_are_not_given_are_not_requested(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[Request] = []
+        monkeypatch.setattr(command, "evaluate", lambda request: seen.append(request) or 0)
+        command.main(["--load", "c", "--data-path", "p", "--reset-attention-mask", "--no-eod-mask-loss",
+                      "--tokenizer-model", "t"])
+        assert seen[0].switches == {"reset_attention_mask": True, "eod_mask_loss": False}
+        assert seen[0].tokenizer_model == "t"
 
     @pytest.mark.parametrize("arguments, message", [
         (["--tokens", "t.npy"], "error: the following arguments are required: --load; see --help"),
@@ -175,3 +293,14 @@ def test_samples_of_rows_fill_whole_steps() -> None:
     assert [sample["loss_mask"].tolist() for sample in (first, second, added)] == [
         [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert second["labels"][0] == 9 and first["position_ids"].tolist() == [0, 1, 2, 3]
+
+
+def test_samples_of_rows_restart_and_mask_after_an_eod() -> None:
+    """A row that is filled up, an EOD at its end that predicts, one that is predicted only."""
+    rows = [np.array([5, 1, 6, 7, 1, 8]), np.array([1, 1, 9, 1])]
+    data = DataConfig(reset_position_ids=True, eod_mask_loss=True)
+    samples = [RowSamples(rows, seq_length=5, num_rows_per_step=2, data=data, eod_id=1)[index] for index in range(2)]
+    assert [sample["position_ids"].tolist() for sample in samples] == [[0, 1, 0, 1, 2], [0, 0, 0, 1, 0]]
+    assert [sample["loss_mask"].tolist() for sample in samples] == [[1, 0, 1, 1, 0], [0, 0, 1, 0, 0]]
+    off = RowSamples(rows, seq_length=5, num_rows_per_step=2, data=DataConfig(), eod_id=1)[0]
+    assert off["position_ids"].tolist() == [0, 1, 2, 3, 4] and off["loss_mask"].tolist() == [1] * 5

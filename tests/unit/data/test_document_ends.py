@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_megatron.data.document_ends import document_bounds, resolve_eod_id
+from dsv3_megatron.data.document_ends import document_bounds, named_eod_id, resolve_eod_id, restarted_positions
 from dsv3_megatron.data.encoder import HuggingFaceEncoder
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.preprocess import PreprocessOptions, preprocess
@@ -31,6 +31,8 @@ def test_bounds_are_those_of_the_definition(rows):
     for tokens, starts in zip(rows, bounds, strict=True):
         assert all(type(start) is int for start in starts)
         assert starts == (0, *(s for s in range(1, 9) if tokens[s - 1] == 0), 9)
+        positions = restarted_positions(starts).tolist()
+        assert positions == [s - max(start for start in starts if start <= s) for s in range(9)]
 
 
 def test_the_sidecar_says_which_token_it_is(tmp_path):
@@ -95,3 +97,16 @@ def test_datasets_that_disagree(tmp_path):
     message = rf"the same in all datasets, but it is 1 in {first}, 2 in {second}: preprocess all with one tokenizer, or"
     with pytest.raises(ValueError, match=message):
         resolve(first, second)
+
+
+def test_a_name_is_taken_at_its_word(tmp_path, tokenizer_dir):
+    """By a sidecar without a dataset; where there is none, or several disagree, by the tokenizer, whose EOD is 1."""
+    nine = write(tmp_path / "a", [(5, 9)], {"append_eod": True, "eod_id": 9})
+    two = write(tmp_path / "b", [(5, 2)], {"append_eod": True, "eod_id": 2})
+    silent, gone = write(tmp_path / "c", options={}), str(tmp_path / "gone")
+    (tmp_path / "a.bin").unlink()
+    (tmp_path / "a.idx").unlink()
+    assert named_eod_id([gone, nine, silent], tokenizer_dir) == 9
+    for prefixes in ([], [gone, silent], [nine, two]):
+        assert named_eod_id(prefixes, tokenizer_dir) == 1
+        assert named_eod_id(prefixes, None) is None

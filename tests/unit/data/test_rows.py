@@ -49,6 +49,15 @@ def test_datasets_that_are_refused(dataset: str, length: int, vocab_size: int, m
         open_windows(dataset, length=length, vocab_size=vocab_size)
 
 
+def test_a_dataset_of_another_tokenizer(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "valid")
+    with DatasetWriter(prefix, vocab_size=50, tokenizer_fingerprint="a" * 64) as writer:
+        writer.add_documents(np.arange(20), np.array([20]))
+    assert len(open_windows(prefix, length=8, vocab_size=50, tokenizer_fingerprint="a" * 64)) == 3
+    with pytest.raises(ValueError, match="made by tokenizer a{12}, the run's tokenizer_model is b{12}"):
+        open_windows(prefix, length=8, vocab_size=50, tokenizer_fingerprint="b" * 64)
+
+
 def test_a_missing_dataset(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data file .*none.idx does not exist"):
         open_windows(str(tmp_path / "none"), length=8, vocab_size=50)
