@@ -193,6 +193,20 @@ def check_save_directory(directory: str | Path) -> None:
                               "choose a folder that this user may write to") from error
 
 
+def check_empty(output: str | Path) -> None:
+    """Refuse a folder to make that has something in it already.
+
+    Raises:
+        CheckpointError: it exists and is not an empty folder.
+    """
+    path = Path(output)
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise CheckpointError(f"{path} is not empty; choose another output, or remove it")
+    elif path.exists() or path.is_symlink():
+        raise CheckpointError(f"{path} exists and is not a folder; choose another output")
+
+
 # ---- writing: these run on one process; `store.py` has the others wait ----
 
 

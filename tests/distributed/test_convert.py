@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import filecmp
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
+from dsv3_megatron import train
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
+from dsv3_megatron.checkpoint.layout import latest_iteration
 from dsv3_megatron.checkpoint.store import Progress, load_checkpoint, save_checkpoint
+from dsv3_megatron.data.indexed import DatasetWriter
+from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_run import SEQ_LENGTH, merge, small_run, start
 from tests.hugging_face import config_json, dequantized, published_weights, quantized, write_checkpoint
@@ -106,3 +113,47 @@ def test_a_run_becomes_hugging_face(tmp_path, ranks, changes):
     assert as_trained.keys() == wide.keys() == covered | copies
     assert torch.equal(as_trained["model.layers.4.embed_tokens.weight"], as_trained["model.embed_tokens.weight"])
     assert torch.equal(as_trained["model.layers.4.shared_head.head.weight"], as_trained["lm_head.weight"])
+
+
+# ---- --export-hf ----
+
+VOCAB = MIN_VOCAB_SIZE + 14
+RUN = (
+    "--num-layers 3 --num-dense-layers 1 --hidden-size 32 --num-attention-heads 2 --q-lora-rank 24 --kv-lora-rank 16 "
+    "--qk-nope-head-dim 8 --qk-rope-head-dim 8 --v-head-dim 8 --ffn-hidden-size 48 --num-experts 4 "
+    "--moe-ffn-hidden-size 16 --moe-router-topk 2 --moe-router-num-groups 2 --moe-router-group-topk 1 "
+    f"--vocab-size {VOCAB} --seq-length 16 --micro-batch-size 1 --global-batch-size 4 --train-iters 2 "
+    "--lr-warmup-iters 0 --precision fp32 --eval-interval 0 --expert-model-parallel-size 2").split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments that name a dataset and its tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    tokenizer = train_tokenizer(["some words, and some more words"] * 40, vocab_size=VOCAB)
+    fingerprint = save_tokenizer(tokenizer, folder / "tokenizer")
+    with DatasetWriter(str(folder / "train"), vocab_size=VOCAB, tokenizer_fingerprint=fingerprint) as writer:
+        ids = np.random.default_rng(0).integers(0, VOCAB, size=2000)
+        writer.add_documents(ids.astype(np.int64), np.full(50, 40))
+    return ["--data-path", str(folder / "train"), "--split", "100,0,0", "--tokenizer-model", str(folder / "tokenizer")]
+
+
+def test_a_run_exports_itself(tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder loads in transformers, and is what the command makes of the run's last checkpoint."""
+    saved, exported = tmp_path / "saved", tmp_path / "hf"
+    arguments = [*RUN, *data, "--save", str(saved), "--export-hf", str(exported)]
+    run_ranks(2, "dsv3_megatron.train", *arguments)
+    assert latest_iteration(saved) == 2
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "saved"]
+    convert_to_hugging_face(saved, tmp_path / "again", dtype="fp32")
+    names = sorted(file.name for file in exported.iterdir())
+    assert filecmp.cmpfiles(exported, tmp_path / "again", names, shallow=False) == (names, [], [])
+
+    model, loading = DeepseekV3ForCausalLM.from_pretrained(exported, output_loading_info=True, dtype=torch.float32)
+    assert not loading["missing_keys"] and not loading["mismatched_keys"]
+    assert all(".layers.3." in name for name in loading["unexpected_keys"]), "MTP aside"
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (0, 1)
+    assert AutoTokenizer.from_pretrained(exported).decode([1]) == "<｜end▁of▁sentence｜>"
+
+    assert train.main([*arguments, "--check-only", "--world-size", "2"]) == 2
+    assert f"error: {exported} is not empty; choose another output" in capsys.readouterr().err

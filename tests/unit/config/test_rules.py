@@ -117,6 +117,8 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"lr_decay_style": "wsd"}, 1, "lr_decay_style='wsd' must be one of constant, cosine, linear"),
     # -- what is written --
     ("tiny", {"save": "checkpoints", "save_interval": 0}, 1, "save_interval=0 must be at least 1"),
+    ("tiny", {"export_hf": "exported"}, 1,
+     "export_hf=exported needs save: the run's last checkpoint is what is exported"),
     ("tiny", {"keep_last": -1}, 1, "keep_last=-1 must not be negative; 0 keeps all checkpoints"),
     ("tiny", {"log_interval": 0}, 1, "log_interval=0 must be at least 1"),
 ]
