@@ -395,8 +395,8 @@ def test_a_failed_verification_publishes_nothing(tmp_path):
     name = "model.layers.1.self_attn.o_proj.weight"
     real = MegatronWeights.read
 
-    def wrong(self, tensor, is_master=False):
-        value = real(self, tensor, is_master)
+    def wrong(self, tensor, *arguments):
+        value = real(self, tensor, *arguments)
         return value + 1 if tensor.name == name else value
 
     with (mock.patch.object(MegatronWeights, "read", wrong),
