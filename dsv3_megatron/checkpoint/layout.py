@@ -28,6 +28,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "checkpoint.json"
 FORMAT_VERSION = 1
 TRAINING, WEIGHTS = "training", "weights"
+# Key of a weight's fp32 copy in the optimizer: this and the weight's own.
+MASTER_PREFIX = "optimizer.state.param."
 # Suffixes of what is not, or no longer, a checkpoint: being written, being removed, being replaced.
 _SAVING, _REMOVING, _REPLACED = ".saving", ".removing", ".replaced"
 # Architecture fields without weights that a later phase of a run may change: long-context extension, and

@@ -9,13 +9,10 @@ import torch
 
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, checkpoint_place, tensors_by_parameter
 from dsv3_megatron.checkpoint.hf.source import Source, read_source
-from dsv3_megatron.checkpoint.layout import CheckpointError, Manifest, incomplete, read_manifest
+from dsv3_megatron.checkpoint.layout import MASTER_PREFIX, CheckpointError, Manifest, incomplete, read_manifest
 from dsv3_megatron.checkpoint.segments import Segment
 from dsv3_megatron.checkpoint.tensor_files import TensorFiles
 from dsv3_megatron.config.model import ModelConfig
-
-# Key of a weight's fp32 copy in the optimizer, as `store.py` has it: this and the weight's own.
-_MASTER = "optimizer.state.param."
 
 
 class MegatronWeights:
@@ -86,7 +83,7 @@ class MegatronWeights:
 
     def _key(self, tensor: HuggingFaceTensor, is_master: bool) -> tuple[str, int | None]:
         key, index = checkpoint_place(tensor.parameter)
-        return (_MASTER + key if is_master and _MASTER + key in self._keys else key), index
+        return (MASTER_PREFIX + key if is_master and MASTER_PREFIX + key in self._keys else key), index
 
     def _check(self, directory: str | Path, parameter: str, shape: tuple[int, ...]) -> None:
         key, index = checkpoint_place(parameter)
