@@ -21,13 +21,13 @@ from dsv3_megatron.data.indexed import DatasetWriter
 from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_run import SEQ_LENGTH, merge, small_run, start
-from tests.hugging_face import config_json, dequantized, published_weights, quantized, write_checkpoint
+from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.weights import reference_names, router_bias_name, whole_from_reference
 
 pytestmark = pytest.mark.distributed
 
 PP2_EP2 = {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
-TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
 TP2_EP2_ETP2 = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
 MODEL = small_run().model
 
@@ -38,51 +38,34 @@ def train_from(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     training.step(0)
     progress = load_checkpoint(folder, training.run, training.chunks, training.optimizer, training.groups)
     assert progress == Progress(0, 0, 0)
-    state = training.whole_state()
-    biases = {key: value.clone() for key, value in state.items() if key.startswith("bias")}
-    return {"state": state, "biases": biases, "losses": [training.step(number) for number in range(2)]}
+    return {"state": training.whole_state(), "losses": [training.step(number) for number in range(2)]}
 
 
-@pytest.mark.parametrize("kind", ["fp32", "fp8"])
-def test_a_run_starts_from_hugging_face(tmp_path, kind):
-    """Weights in the modules' dtype, the optimizer's exact in FP32, moments zero; the same losses in every layout."""
-    weights = published_weights(MODEL, torch.float32 if kind == "fp32" else torch.bfloat16)
-    if kind == "fp8":
-        # Widths of at most 48: one block, of a scale that trains.
-        weights = {name: torch.full_like(value, 1e-4) if name.endswith("_scale_inv") else value
-                   for name, value in quantized(weights).items()}
+@pytest.mark.parametrize(("ranks", "changes"), [(4, PP2_EP2), (1, {"precision": "bf16"})], ids=["PP2xEP2", "bf16"])
+def test_a_run_starts_from_hugging_face(tmp_path, ranks, changes):
+    """Weights in the modules' dtype, the optimizer's in FP32 without a rounding between, moments zero."""
+    weights = published_weights(MODEL, torch.float32)
     source = write_checkpoint(tmp_path / "hf", config_json(MODEL, max_position_embeddings=SEQ_LENGTH), weights)
     convert_to_megatron(source, tmp_path / "ours")
-    expected = dequantized(weights)
-    losses: dict[str, list[float]] = {}
-    layouts = ((1, {}), (4, PP2_EP2), (2, TP2 | {"precision": "bf16"}))
-    for ranks, changes in layouts if kind == "fp32" else layouts[2:]:
-        results = run_ranks(ranks, train_from, tmp_path / "ours", changes)
-        for key, value in merge([result["state"] for result in results]).items():
-            what, parameter = key.split(":")
-            if what in ("exp_avg", "exp_avg_sq"):
-                assert not value.any(), key
-            elif what == "bias":
-                continue
-            else:
-                wanted = whole_from_reference(parameter, expected, MODEL.num_layers).float()
-                is_rounded = what == "weight" and "precision" in changes
-                assert torch.equal(value.float(), wanted.bfloat16().float() if is_rounded else wanted), key
-        biases = merge([result["biases"] for result in results])
-        assert biases and all(torch.equal(value, expected[router_bias_name(int(key.split(":")[1]))])
-                              for key, value in biases.items())
-        losses[str(changes)] = results[0]["losses"]
-    first, *others = losses.values()
-    assert first[1] != first[0]
-    for other, tolerance in zip(others, (2e-6, 2e-2), strict=False):  # another order of fp32 sums; bf16
-        assert other == pytest.approx(first, rel=tolerance)
+    results = run_ranks(ranks, train_from, tmp_path / "ours", changes)
+    for key, value in merge([result["state"] for result in results]).items():
+        what, name = key.split(":")
+        if what in ("exp_avg", "exp_avg_sq"):
+            assert not value.any(), key
+        elif what == "bias":
+            assert torch.equal(value, weights[router_bias_name(int(name))])
+        else:
+            wanted = whole_from_reference(name, weights, MODEL.num_layers)
+            is_rounded = what == "weight" and "precision" in changes
+            assert torch.equal(value, wanted.bfloat16() if is_rounded else wanted), key
+    first, second = results[0]["losses"]
+    assert first == first and second != first, "it trains on"
 
 
 def train_and_save(folder: Path, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
     training = start(small_run(**changes))
-    for number in range(2):
-        training.step(number)
-    save_checkpoint(folder, Progress(2, 8, 128), training.run, training.chunks, training.optimizer, training.groups,
+    training.step(0)
+    save_checkpoint(folder, Progress(1, 4, 64), training.run, training.chunks, training.optimizer, training.groups,
                     keep_last=0)
     return training.whole_state()
 
@@ -91,8 +74,8 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize(("ranks", "changes"), [(4, TP2_EP2_ETP2), (4, PP2_EP2 | {"precision": "bf16"})],
-                         ids=["TP2xEP2xETP2", "PP2xEP2-bf16"])
+@pytest.mark.parametrize(("ranks", "changes"), [(4, TP2_EP2_ETP2), (2, PP2 | {"precision": "bf16"})],
+                         ids=["TP2xEP2xETP2", "PP2-bf16"])
 def test_a_run_becomes_hugging_face(tmp_path, ranks, changes):
     """Whatever layout wrote the checkpoint: the weights as trained, and in FP32 the optimizer's."""
     state = merge(run_ranks(ranks, train_and_save, tmp_path / "ours", changes))

@@ -4,8 +4,9 @@ A synthetic checkpoint is written: V3's widths with `--layers` layers of which o
 of the others, no MTP module, random values. Then, in BF16 and in FP8, each step a process of its own with its own peak
 memory: a plain copy of the source's files, hf-to-megatron, a plain copy of our files, megatron-to-hf, and the audit.
 A plain copy is `shutil.copyfile` of each file in as many threads, flushed to disk, as the conversion's files are.
-Copies and conversions alternate, `--repeats` times; medians are recorded. With `--drop-caches` (as root, on a machine
-of one's own) every step reads from disk; without it what fits is read from memory.
+Copies and conversions alternate, `--repeats` times; medians are recorded (the first writes to fresh blocks of a
+virtual disk are slow). With `--drop-caches` (as root, on a machine of one's own) every step reads from disk; without
+it what fits is read from memory.
 
 The result of the way back is compared with the source byte for byte.
 
