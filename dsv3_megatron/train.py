@@ -57,7 +57,7 @@ def _model_table(command: Command) -> str:
 
 def _check_inputs(command: Command) -> None:
     """Data, tokenizer, layout and checkpoint fit the run; nothing is allocated for the answer."""
-    from dsv3_megatron.checkpoint.layout import check_architecture, check_save_directory
+    from dsv3_megatron.checkpoint.layout import check_architecture, check_empty, check_save_directory
     from dsv3_megatron.data.blend import check_data, parse_blend
     from dsv3_megatron.data.datasets import parse_split
     from dsv3_megatron.data.document_ends import resolve_eod_id
@@ -81,6 +81,8 @@ def _check_inputs(command: Command) -> None:
         check_architecture(run.checkpoint.load, run)
     if run.checkpoint.save:
         check_save_directory(run.checkpoint.save)
+    if run.checkpoint.export_hf:
+        check_empty(run.checkpoint.export_hf)
 
 
 def _train(command: Command, rank: int) -> int:

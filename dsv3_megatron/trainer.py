@@ -30,6 +30,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
+from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
 from dsv3_megatron.config.run import RunConfig
@@ -143,6 +144,9 @@ class Trainer:
                     saved_at = self.iteration
             if run.checkpoint.save and saved_at != self.iteration:
                 self.save()
+            if run.checkpoint.export_hf and self.iteration >= training.train_iters and not stopped:
+                folder = export_run(run, self.iteration, precision=self.precision)
+                self.progress.message(f"exported for Hugging Face: {folder}")
         finally:
             for sig, handler in previous.items():
                 signal.signal(sig, handler)

@@ -28,6 +28,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "checkpoint.json"
 FORMAT_VERSION = 1
 TRAINING, WEIGHTS = "training", "weights"
+# Key of a weight's fp32 copy in the optimizer: this and the weight's own.
+MASTER_PREFIX = "optimizer.state.param."
 # Suffixes of what is not, or no longer, a checkpoint: being written, being removed, being replaced.
 _SAVING, _REMOVING, _REPLACED = ".saving", ".removing", ".replaced"
 # Architecture fields without weights that a later phase of a run may change: long-context extension, and
@@ -191,6 +193,20 @@ def check_save_directory(directory: str | Path) -> None:
     except OSError as error:
         raise CheckpointError(f"save={directory} cannot be written to: {error.strerror} ({error.filename}); "
                               "choose a folder that this user may write to") from error
+
+
+def check_empty(output: str | Path) -> None:
+    """Refuse a folder to make that has something in it already.
+
+    Raises:
+        CheckpointError: it exists and is not an empty folder.
+    """
+    path = Path(output)
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise CheckpointError(f"{path} is not empty; choose another output, or remove it")
+    elif path.exists() or path.is_symlink():
+        raise CheckpointError(f"{path} exists and is not a folder; choose another output")
 
 
 # ---- writing: these run on one process; `store.py` has the others wait ----

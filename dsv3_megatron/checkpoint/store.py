@@ -50,6 +50,7 @@ from dsv3_megatron.checkpoint.agreement import (
     why,
 )
 from dsv3_megatron.checkpoint.layout import (
+    MASTER_PREFIX,
     TRAINING,
     WEIGHTS,
     CheckpointError,
@@ -72,8 +73,6 @@ logger = logging.getLogger(__name__)
 _READ_ERRORS = (CheckpointException, CheckpointingException, OSError, RuntimeError, EOFError, ValueError, KeyError,
                 pickle.UnpicklingError)
 _RNG = "rng_state"
-# Key of a weight's fp32 copy in the optimizer: this and the weight's own.
-MASTER_PREFIX = "optimizer.state.param."
 _STEP = "optimizer_step"
 _OPTIMIZER_PREFIX = "optimizer."
 

@@ -144,6 +144,7 @@ class TensorFiles:
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
                 self._chunks[key] = [self._chunk(key, entry, part, metadata) for part in entry.chunks]
+        self._by_offsets = {(chunk.key, chunk.offsets): chunk for chunks in self._chunks.values() for chunk in chunks}
 
     def _chunk(self, key: str, entry: TensorStorageMetadata, part: ChunkStorageMetadata, metadata: Metadata) -> Chunk:
         assert metadata.storage_data is not None
@@ -217,7 +218,8 @@ class TensorFiles:
         """The chunk that holds the element [index, row, column], of as many as the tensor has dimensions."""
         shape = self.shape(key)
         point = (*(() if index is None else (index,)), row, column)[: len(shape)]
-        for chunk in self._chunks[key]:
+        begins_here = self._by_offsets.get((key, point))
+        for chunk in [begins_here] if begins_here else self._chunks[key]:
             if all(low <= at < low + size for low, size, at in zip(chunk.offsets, chunk.sizes, point, strict=True)):
                 return chunk
         raise CheckpointError(f"checkpoint {self.folder} is truncated or corrupt: {key} has no value at {list(point)}")

@@ -68,6 +68,9 @@ class RunConfig:
             require_engine_epsilon(self.model)
         if self.checkpoint.save and self.checkpoint.save_interval < 1:
             raise ConfigError(f"save_interval={self.checkpoint.save_interval} must be at least 1")
+        if self.checkpoint.export_hf and not self.checkpoint.save:
+            raise ConfigError(f"export_hf={self.checkpoint.export_hf} needs save: the run's last checkpoint is what is "
+                              "exported")
         if self.checkpoint.keep_last < 0:
             raise ConfigError(f"keep_last={self.checkpoint.keep_last} must not be negative; 0 keeps all checkpoints")
         if self.logging.log_interval < 1:

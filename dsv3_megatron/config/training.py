@@ -149,6 +149,7 @@ class CheckpointConfig:
     load: str | None = option(None, help="folder to start from; resumes its newest checkpoint")
     save_interval: int = option(500, help="steps between checkpoints; one is always written at the end")
     keep_last: int = option(3, help="checkpoints kept; 0: all of them")
+    export_hf: str | None = option(None, help="folder for the trained model in Hugging Face's layout, made at the end")
 
 
 @dataclass(frozen=True)

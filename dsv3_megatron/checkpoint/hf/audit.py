@@ -16,8 +16,8 @@ from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, Progress, ignore, memory_for
 from dsv3_megatron.checkpoint.layout import CheckpointError
 
-# Elements whose difference is computed at a time.
-_STRIP = 4_000_000
+# Elements that are compared at a time, where a tensor is not dequantized as a whole.
+_STRIP = 8_000_000
 
 
 @dataclass
@@ -99,25 +99,34 @@ def audit(directory: HuggingFaceDirectory, weights: MegatronWeights, *, is_maste
     _check_same_tensors(directory, weights)
     report = progress.start("verify", sum(directory.stored[tensor.name].num_bytes for tensor in tensors)) \
         if progress else ignore
-    budget = MemoryBudget(memory_for(4 * tensor.num_elements for tensor in tensors))
-    rows: dict[tuple[str, str], AuditRow] = {}
+    fp8 = [tensor.name for tensor in tensors if directory.stored[tensor.name].dtype == torch.float8_e4m3fn]
+    budget = MemoryBudget(memory_for(2 * directory.tensors[name].num_elements for name in fp8))
+    table: dict[tuple[str, str], AuditRow] = {}
     lock = threading.Lock()
 
     def compare(tensor: HuggingFaceTensor) -> None:
         entry, dtype = directory.stored[tensor.name], weights.dtype(tensor, is_master)
-        with budget.take(2 * dtype.itemsize * tensor.num_elements + entry.num_bytes):
-            ours, theirs = weights.read(tensor, is_master), directory.tensor(tensor.name, dtype)
-            is_identical = torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
-            difference = 0.0 if is_identical else _largest_difference(ours, theirs)
+        if entry.dtype == torch.float8_e4m3fn:
+            with budget.take(2 * dtype.itemsize * tensor.num_elements + entry.num_bytes):
+                is_identical, difference = _compare(weights.read(tensor, is_master),
+                                                    directory.tensor(tensor.name, dtype))
+        else:
+            is_identical, difference = True, 0.0
+            step = max(1, _STRIP // max(1, tensor.num_elements // tensor.shape[0]))
+            for row in range(0, tensor.shape[0], step):
+                count = min(step, tensor.shape[0] - row)
+                same, gap = _compare(weights.read(tensor, is_master, row, count), entry.read(row, count).to(dtype))
+                is_identical, difference = is_identical and same, max(difference, gap)
         scale = directory.stored.get(tensor.name + SCALE_SUFFIX)
         with lock:
-            row = rows.setdefault((NAMES[entry.dtype], NAMES[dtype]), AuditRow(NAMES[entry.dtype], NAMES[dtype]))
-            row.num_tensors += 1
-            row.their_bytes += entry.num_bytes + (scale.num_bytes if scale else 0)
-            row.our_bytes += dtype.itemsize * tensor.num_elements
-            row.num_identical += is_identical
-            if difference > row.largest_difference:
-                row.largest_difference, row.where = difference, tensor.name
+            pair = NAMES[entry.dtype], NAMES[dtype]
+            line = table.setdefault(pair, AuditRow(*pair))
+            line.num_tensors += 1
+            line.their_bytes += entry.num_bytes + (scale.num_bytes if scale else 0)
+            line.our_bytes += dtype.itemsize * tensor.num_elements
+            line.num_identical += is_identical
+            if difference > line.largest_difference:
+                line.largest_difference, line.where = difference, tensor.name
         report(entry.num_bytes)
 
     with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="audit") as pool:
@@ -128,15 +137,18 @@ def audit(directory: HuggingFaceDirectory, weights: MegatronWeights, *, is_maste
         finally:
             for future in futures:
                 future.cancel()
-    return Audit(tuple(rows[key] for key in sorted(rows)))
+    return Audit(tuple(table[pair] for pair in sorted(table)))
 
 
-def _largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def _compare(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[bool, float]:
+    """Whether two tensors of one dtype are equal bit for bit, and their largest difference."""
+    if torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
+        return True, 0.0
     largest = 0.0
     for one, other in zip(ours.flatten().split(_STRIP), theirs.flatten().split(_STRIP), strict=True):
         difference = (one.double() - other.double()).abs().max().item()
         largest = max(largest, math.inf if math.isnan(difference) else difference)
-    return largest
+    return False, largest
 
 
 def _check_same_tensors(directory: HuggingFaceDirectory, weights: MegatronWeights) -> None:

@@ -7,6 +7,7 @@ are buffers and not parameters, are named likewise (`decoder.layers.5.mlp.router
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,10 +49,7 @@ class HuggingFaceTensor:
 
     @property
     def num_elements(self) -> int:
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
     @property
     def scale_name(self) -> str:

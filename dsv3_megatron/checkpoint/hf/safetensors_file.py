@@ -7,6 +7,7 @@ needs it, into memory that it frees. The header is JSON: dtype, shape and byte r
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ def header_bytes(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) ->
     content: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position, relative = 0, {}
     for name, dtype, shape in tensors:
-        num_bytes = dtype.itemsize * torch.Size(shape).numel()
+        num_bytes = dtype.itemsize * math.prod(shape)
         content[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + num_bytes]}
         relative[name] = position
         position += num_bytes
@@ -132,7 +133,7 @@ def _entry(name: str, value: dict[str, object], file: Path, start: int) -> Store
     assert isinstance(shape, list) and isinstance(offsets, list)
     begin, end = map(int, offsets)
     torch_dtype = DTYPES[str(dtype)]
-    expected = torch_dtype.itemsize * torch.Size(shape).numel()
+    expected = torch_dtype.itemsize * math.prod(shape)
     if end - begin != expected or begin < 0:
         raise CheckpointError(f"{file}: tensor {name} of {dtype} {shape} takes {expected:,} bytes, the header gives it "
                               f"{end - begin:,}")

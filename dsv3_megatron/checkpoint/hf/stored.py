@@ -9,13 +9,10 @@ import torch
 
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, checkpoint_place, tensors_by_parameter
 from dsv3_megatron.checkpoint.hf.source import Source, read_source
-from dsv3_megatron.checkpoint.layout import CheckpointError, Manifest, incomplete, read_manifest
+from dsv3_megatron.checkpoint.layout import MASTER_PREFIX, CheckpointError, Manifest, incomplete, read_manifest
 from dsv3_megatron.checkpoint.segments import Segment
 from dsv3_megatron.checkpoint.tensor_files import TensorFiles
 from dsv3_megatron.config.model import ModelConfig
-
-# Key of a weight's fp32 copy in the optimizer, as `store.py` has it: this and the weight's own.
-_MASTER = "optimizer.state.param."
 
 
 class MegatronWeights:
@@ -65,12 +62,15 @@ class MegatronWeights:
         key, index = self._key(tensor, is_master)
         return self._files.segments(key, index, tensor.first_row, tensor.shape[0])
 
-    def read(self, tensor: HuggingFaceTensor, is_master: bool = False) -> torch.Tensor:
-        """A tensor, in memory of its own.
+    def read(self, tensor: HuggingFaceTensor, is_master: bool = False, first_row: int = 0, num_rows: int | None = None
+             ) -> torch.Tensor:
+        """A tensor, or some of its rows, in memory of its own.
 
         Args:
             tensor: One of `hugging_face_tensors(self.model)`.
             is_master: Read the optimizer's fp32 weight where the checkpoint has one.
+            first_row: First row to read.
+            num_rows: How many; None: all from there on.
 
         Raises:
             CheckpointError: a file cannot be read or has been cut.
@@ -78,11 +78,12 @@ class MegatronWeights:
         if not tensor.num_elements:
             return torch.empty(tensor.shape, dtype=torch.bfloat16)
         key, index = self._key(tensor, is_master)
-        return self._files.read(key, index, tensor.first_row, tensor.shape[0])
+        rows = tensor.shape[0] - first_row if num_rows is None else num_rows
+        return self._files.read(key, index, tensor.first_row + first_row, rows)
 
     def _key(self, tensor: HuggingFaceTensor, is_master: bool) -> tuple[str, int | None]:
         key, index = checkpoint_place(tensor.parameter)
-        return (_MASTER + key if is_master and _MASTER + key in self._keys else key), index
+        return (MASTER_PREFIX + key if is_master and MASTER_PREFIX + key in self._keys else key), index
 
     def _check(self, directory: str | Path, parameter: str, shape: tuple[int, ...]) -> None:
         key, index = checkpoint_place(parameter)

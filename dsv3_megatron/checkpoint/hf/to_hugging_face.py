@@ -27,7 +27,7 @@ from dsv3_megatron.checkpoint.hf.config import QUANTIZATION, model_config_to_jso
 from dsv3_megatron.checkpoint.hf.directory import CONFIG, INDEX, SCALE_SUFFIX, HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, hugging_face_tensors
 from dsv3_megatron.checkpoint.hf.shards import MAX_SHARD_BYTES, Shard, ShardEntry, index_json, plan_shards
-from dsv3_megatron.checkpoint.hf.source import DESCRIPTION, FILE_PREFIX, carried_files
+from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX, carried_files
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, Piece, Progress, Report, Workplace, ignore, memory_for
 from dsv3_megatron.checkpoint.layout import CheckpointError
@@ -201,7 +201,7 @@ class _ShardWriter:
         if not torch.equal(dequantize_weight_blocks(values, scales, weight.dtype), weight):
             raise CheckpointError(
                 f"checkpoint {self.weights.manifest.path}: {name} is not what was converted: its values are no FP8 "
-                f"values times the kept scales; delete {DESCRIPTION} there to have it quantized anew")
+                "values times the kept scales; convert the source again, or export with --dtype bf16")
         return values
 
     def _quantize(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

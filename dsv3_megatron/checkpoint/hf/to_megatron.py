@@ -24,7 +24,6 @@ from dsv3_megatron.checkpoint.hf.audit import Audit, audit
 from dsv3_megatron.checkpoint.hf.directory import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, checkpoint_place, tensors_by_parameter
 from dsv3_megatron.checkpoint.hf.safetensors_file import header_bytes
-from dsv3_megatron.checkpoint.hf.shards import MAX_SHARD_BYTES
 from dsv3_megatron.checkpoint.hf.source import (
     DESCRIPTION,
     FILE_PREFIX,
@@ -49,12 +48,14 @@ from dsv3_megatron.parallel.layout import stage_layouts
 logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.json"
+# Small enough to share among threads and to lose little at a stop.
+FILE_BYTES = 1_000_000_000
 _SEQ_LENGTH = 4096
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 def convert_to_megatron(source: str | Path, output: str | Path, *, parallel: ParallelConfig | None = None,
-                        num_workers: int = 4, max_file_bytes: int = MAX_SHARD_BYTES, is_verified: bool = False,
+                        num_workers: int = 4, max_file_bytes: int = FILE_BYTES, is_verified: bool = False,
                         progress: Progress | None = None) -> Audit | None:
     """Make OUTPUT/iter_0000000 of a Hugging Face checkpoint, and OUTPUT/model.json for `--config`.
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from dsv3_megatron.checkpoint.layout import CheckpointError
+from dsv3_megatron.checkpoint.layout import CheckpointError, check_empty
 
 # Told a number of bytes that have been written or read; called from any thread.
 Report = Callable[[int], None]
@@ -114,14 +114,18 @@ class Workplace:
         Raises:
             CheckpointError: the output is not empty, another conversion is or was under way, or the disk is too small.
         """
-        check_output(self.output)
+        check_empty(self.output)
         try:
             self._finished.mkdir(parents=True, exist_ok=True)
             self.result.mkdir(exist_ok=True)
             self._take_lock()
             self._check_identity()
             self._check_space(num_bytes)
+        except CheckpointError:
+            self.close()
+            raise
         except OSError as error:
+            self.close()
             raise CheckpointError(f"{self.root}: {error.strerror} ({error.filename})") from error
 
     def run(self, pieces: Sequence[Piece], *, num_workers: int, report: Report) -> None:
@@ -177,7 +181,7 @@ class Workplace:
         Raises:
             CheckpointError: something has appeared under that name meanwhile.
         """
-        check_output(self.output)
+        check_empty(self.output)
         try:
             if self.output.is_dir():
                 self.output.rmdir()
@@ -258,20 +262,6 @@ class Workplace:
 
 class _StoppedError(Exception):
     """Ends a thread because another one failed."""
-
-
-def check_output(output: str | Path) -> None:
-    """Refuse a final folder that has something in it.
-
-    Raises:
-        CheckpointError: it exists and is not an empty folder.
-    """
-    path = Path(output)
-    if path.is_dir():
-        if any(path.iterdir()):
-            raise CheckpointError(f"{path} is not empty; choose another output, or remove it")
-    elif path.exists() or path.is_symlink():
-        raise CheckpointError(f"{path} exists and is not a folder; choose another output")
 
 
 def _short(value: Any) -> str:

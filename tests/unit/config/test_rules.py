@@ -131,6 +131,8 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "attention knows one document a sequence; set transformer_impl=local"),
     # -- what is written --
     ("tiny", {"save": "checkpoints", "save_interval": 0}, 1, "save_interval=0 must be at least 1"),
+    ("tiny", {"export_hf": "exported"}, 1,
+     "export_hf=exported needs save: the run's last checkpoint is what is exported"),
     ("tiny", {"keep_last": -1}, 1, "keep_last=-1 must not be negative; 0 keeps all checkpoints"),
     ("tiny", {"log_interval": 0}, 1, "log_interval=0 must be at least 1"),
 ]

@@ -1,0 +1,63 @@
+"""The export at the end of a run: its last checkpoint in Hugging Face's layout, every rank a part of the files.
+
+The same code as `tools/convert_checkpoint.py megatron-to-hf`; what it makes is what that makes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dsv3_megatron.checkpoint.agreement import from_all_ranks, on_first_rank, wait_for_folder
+from dsv3_megatron.checkpoint.hf.to_hugging_face import prepare_export
+from dsv3_megatron.checkpoint.hf.workplace import ignore
+from dsv3_megatron.checkpoint.layout import CheckpointError
+from dsv3_megatron.config.run import RunConfig
+
+
+def export_run(run: RunConfig, iteration: int, *, precision: str) -> Path:
+    """Write the checkpoint of `iteration` to `run.checkpoint.export_hf`; called by every rank.
+
+    Args:
+        run: The run, with `save` and `export_hf`.
+        iteration: A checkpoint that has been saved.
+        precision: "bf16" or "fp32", of the weights as trained: of the files too.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: on every rank, if any could not write its part; what is finished stays for
+            `tools/convert_checkpoint.py` to go on with.
+    """
+    source, output = run.checkpoint.save, run.checkpoint.export_hf
+    assert source is not None and output is not None
+    reasons: list[str] = []
+    try:
+        export = prepare_export(source, output, iteration=iteration, dtype=precision)
+    except ValueError as error:
+        reasons = [str(error)]
+    _raise_any(reasons, output)
+    place = export.place
+    on_first_rank(lambda: place.open(export.num_bytes), f"export_hf={output}")
+    wait_for_folder(place.result)
+    try:
+        place.run(export.pieces[torch.distributed.get_rank():: torch.distributed.get_world_size()], num_workers=1,
+                  report=ignore)
+    except CheckpointError as error:
+        reasons = [str(error)]
+    _raise_any(reasons, output)
+
+    def publish() -> Path:
+        assert place.is_finished(export.pieces), "a rank left out a file"
+        export.finish()
+        return place.publish()
+
+    return on_first_rank(publish, f"export_hf={output}")
+
+
+def _raise_any(reasons: list[str], output: str) -> None:
+    text = from_all_ranks(reasons, "")
+    if text:
+        raise CheckpointError(f"export_hf={output}: {text}")

@@ -1,0 +1,454 @@
+"""Conversions there and back, what stops them, and that nothing half-done is ever under the final name."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dsv3_megatron.checkpoint.hf.directory import HuggingFaceDirectory
+from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
+from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
+from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
+from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget
+from dsv3_megatron.checkpoint.layout import CheckpointError, read_manifest
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.load import parse_command
+from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.ops.block_fp8 import quantize_weight_blocks
+from tests.hugging_face import QUANTIZED, config_json, dequantized, published_weights, quantized, write_checkpoint
+from tests.parity.architectures import variant
+from tests.reference_weights import is_router_bias
+from tools import convert_checkpoint
+
+ROOT = Path(__file__).resolve().parents[4]
+# Wider than one block, and no multiple of it.
+WIDE = dataclasses.replace(variant("plain"), hidden_size=130, moe_ffn_hidden_size=136, num_experts=4)
+ITERATION = "iter_0000000"
+
+
+def make_source(folder: Path, kind: str, model: Any = WIDE, num_shards: int = 3, **changes: Any) -> Path:
+    weights = published_weights(model, torch.float32 if kind == "fp32" else torch.bfloat16)
+    if kind == "fp8":
+        weights = quantized(weights)
+    if kind == "bf16-bias":  # as transformers writes a model cast to bf16
+        weights = {name: value.bfloat16() for name, value in weights.items()}
+    return write_checkpoint(folder, config_json(model, **changes), weights, num_shards)
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    names = sorted(file.name for file in one.iterdir())
+    assert names == sorted(file.name for file in other.iterdir())
+    assert filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
+
+
+# ---- there and back ----
+
+
+@pytest.mark.parametrize(("kind", "name", "num_shards"), [
+    ("bf16", "plain", 3), ("fp32", "plain", 0), ("fp8", "plain", 2), ("bf16-bias", "mtp-2-groups", 3),
+    ("fp8", "no-shared", 3), ("fp8", "full-rank-query", 0), ("bf16", "all-dense", 1), ("fp32", "yarn-mscale", 2)])
+def test_there_and_back_is_the_same_files(tmp_path, kind, name, num_shards):
+    model = WIDE if name == "plain" else variant(name)
+    source = make_source(tmp_path / "hf", kind, model, num_shards)
+    (source / "tokenizer.json").write_text('{"model": "é"}')
+    (source / "modeling_deepseek.py").write_text("print('never run')")
+    there = convert_to_megatron(source, tmp_path / "ours", is_verified=True)
+    back = convert_to_hugging_face(tmp_path / "ours", tmp_path / "back", is_verified=True)
+    assert_same_files(source, tmp_path / "back")
+    for table in (there, back):
+        assert table is not None
+        assert sum(row.num_tensors for row in table.rows) == sum(row.num_identical for row in table.rows)
+        assert sum(row.num_tensors for row in table.rows) == len(HuggingFaceDirectory(source).tensors)
+        assert "identical" in str(table)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["back", "hf", "ours"], "nothing is left over"
+
+
+def test_mtp_left_out_by_transformers(tmp_path):
+    """config.json speaks of an MTP module that the weights do not have."""
+    weights = {name: value for name, value in published_weights(WIDE).items() if "model.layers.3." not in name}
+    source = write_checkpoint(tmp_path / "hf", config_json(WIDE), weights)
+    convert_to_megatron(source, tmp_path / "ours")
+    convert_to_hugging_face(tmp_path / "ours", tmp_path / "back")
+    assert_same_files(source, tmp_path / "back")
+    assert read_manifest(tmp_path / "ours").run["model"]["mtp_num_layers"] == 0
+
+
+def test_bf16_to_fp8_is_the_reference_quantizer(tmp_path):
+    source = make_source(tmp_path / "hf", "bf16")
+    convert_to_megatron(source, tmp_path / "ours")
+    convert_to_hugging_face(tmp_path / "ours", tmp_path / "fp8", dtype="fp8", is_verified=True)
+    original, result = read_all(source), read_all(tmp_path / "fp8")
+    num_matrices = 0
+    for name, value in original.items():
+        if value.ndim == 2 and any(f"{part}.weight" in name for part in QUANTIZED):
+            values, scales = quantize_weight_blocks(value)
+            assert torch.equal(result[name].view(torch.uint8), values.view(torch.uint8)), name
+            assert torch.equal(result[name + "_scale_inv"], scales), name
+            num_matrices += 1
+        else:
+            assert result[name].dtype == value.dtype and torch.equal(result[name], value), name
+    assert len(result) == len(original) + num_matrices
+    content = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert content["quantization_config"]["weight_block_size"] == [128, 128]
+    assert HuggingFaceDirectory(tmp_path / "fp8").is_fp8
+
+
+def test_fp8_to_bf16_and_fp32(tmp_path):
+    source = make_source(tmp_path / "hf", "fp8")
+    convert_to_megatron(source, tmp_path / "ours")
+    expected = dequantized(read_all(source))
+    for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        convert_to_hugging_face(tmp_path / "ours", tmp_path / dtype, dtype=dtype, is_verified=True)
+        result = read_all(tmp_path / dtype)
+        assert result.keys() == expected.keys()
+        for name, value in result.items():
+            assert value.dtype == (torch.float32 if is_router_bias(name) else torch_dtype)
+            assert torch.equal(value.float(), expected[name].float()), name
+        assert "quantization_config" not in json.loads((tmp_path / dtype / "config.json").read_text())
+
+
+def test_dtypes_mixed_within_one_parameter(tmp_path):
+    """A gate in BF16 on an up-projection in FP32, one expert in FP32: held in FP32, and written as they were."""
+    weights = published_weights(WIDE)
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.experts.2.gate_proj.weight"):
+        weights[name] = weights[name].float() * 1.0001
+    source = write_checkpoint(tmp_path / "hf", config_json(WIDE), weights)
+    convert_to_megatron(source, tmp_path / "ours", is_verified=True)
+    convert_to_hugging_face(tmp_path / "ours", tmp_path / "back")
+    assert_same_files(source, tmp_path / "back")
+
+
+def test_weights_that_are_not_what_was_converted(tmp_path):
+    source = make_source(tmp_path / "hf", "fp8")
+    convert_to_megatron(source, tmp_path / "ours")
+    scales = tmp_path / "ours" / ITERATION / "hf_scales.safetensors"
+    content = load_file(scales)
+    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    content[name] = content[name] * 1.5
+    save_file(content, scales)
+    manifest = tmp_path / "ours" / ITERATION / "checkpoint.json"
+    described = json.loads(manifest.read_text())
+    described["files"]["hf_scales.safetensors"] = scales.stat().st_size
+    manifest.write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match="o_proj.weight is not what was converted"):
+        convert_to_hugging_face(tmp_path / "ours", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_the_run_that_starts_from_it(tmp_path):
+    """model.json is a --config whose architecture is the checkpoint's; the layout is checked and recorded."""
+    source = make_source(tmp_path / "hf", "bf16")
+    layout = ParallelConfig(pipeline_model_parallel_size=3, expert_model_parallel_size=2)
+    convert_to_megatron(source, tmp_path / "ours", parallel=layout)
+    run = parse_command(["--config", str(tmp_path / "ours" / "model.json")]).run
+    assert run.model == MegatronWeights(tmp_path / "ours").model == HuggingFaceDirectory(source).model
+    manifest = read_manifest(tmp_path / "ours")
+    assert manifest.contents == "weights" and manifest.progress.iteration == 0
+    assert manifest.run["parallel"]["pipeline_model_parallel_size"] == 3
+    with pytest.raises(ConfigError, match="expert_model_parallel_size=3 must divide num_experts=4"):
+        convert_to_megatron(source, tmp_path / "other", parallel=ParallelConfig(expert_model_parallel_size=3))
+    assert not (tmp_path / "other").exists() and not (tmp_path / "other.partial").exists()
+
+
+# ---- stops ----
+
+
+def stop_after(num_bytes: int, error: BaseException):
+    """Moving bytes fails for good after so many."""
+    real, done, lock = os.copy_file_range, 0, threading.Lock()
+
+    def copy(source: int, target: int, count: int, start: int, offset: int) -> int:
+        nonlocal done
+        with lock:
+            done += count
+            if done > num_bytes:
+                raise error
+        return real(source, target, count, start, offset)
+
+    return mock.patch("os.copy_file_range", copy)
+
+
+def directions(tmp_path: Path):
+    """Both conversions as (name, function, final folder, file that shows it is complete)."""
+    source = make_source(tmp_path / "hf", "bf16", num_shards=6)
+    convert_to_megatron(source, tmp_path / "ready", max_file_bytes=300_000)
+    return [
+        (lambda: convert_to_megatron(source, tmp_path / "ours", num_workers=1, max_file_bytes=300_000),
+         tmp_path / "ours", "*/result/*/*.distcp"),
+        (lambda: convert_to_hugging_face(tmp_path / "ready", tmp_path / "back", num_workers=1),
+         tmp_path / "back", "*/result/*.safetensors"),
+    ]
+
+
+def test_disk_full_then_the_same_command_goes_on(tmp_path):
+    for convert, output, pattern in directions(tmp_path):
+        with (stop_after(800_000, OSError(errno.ENOSPC, "No space left on device")),
+              pytest.raises(CheckpointError, match="could not be written: No space left on device; free some space "
+                                                   "and give the same command again")):
+            convert()
+        assert not output.exists()
+        finished = {file: file.stat().st_ino for file in tmp_path.glob(pattern) if file.stat().st_size}
+        assert finished, "some files were complete"
+        convert()
+        renamed = {output / file.relative_to(tmp_path / f"{output.name}.partial/result"): inode
+                   for file, inode in finished.items()}
+        renamed = {Path(str(file).replace(".saving", "")): inode for file, inode in renamed.items()}
+        assert {file: file.stat().st_ino for file in renamed} == renamed, "what was complete was not written again"
+        assert not output.with_name(output.name + ".partial").exists()
+    assert_same_files(tmp_path / "hf", tmp_path / "back")
+
+
+def test_interrupted(tmp_path):
+    for convert, output, _pattern in directions(tmp_path):
+        with stop_after(800_000, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+            convert()
+        assert not output.exists()
+        convert()
+    assert_same_files(tmp_path / "hf", tmp_path / "back")
+
+
+KILLED = """
+import os, signal, sys
+from dsv3_megatron.platform import prepare
+prepare()
+real, moved = os.copy_file_range, 0
+def copy(*arguments):
+    global moved
+    moved += 1
+    if moved == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+os.copy_file_range = copy
+from tools.convert_checkpoint import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_killed_then_the_same_command_goes_on(tmp_path):
+    source, output = make_source(tmp_path / "hf", "bf16", num_shards=6), tmp_path / "ours"
+    command = ["hf-to-megatron", "--input", str(source), "--output", str(output)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KILLED, "40", *command], env=environment, cwd=ROOT,
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -9, done.stderr
+    assert not output.exists() and (tmp_path / "ours.partial").exists()
+    assert convert_checkpoint.main([*command, "--verify"]) == 0
+    assert convert_checkpoint.main(["megatron-to-hf", "--input", str(output), "--output", str(tmp_path / "back")]) == 0
+    assert_same_files(source, tmp_path / "back")
+
+
+def test_another_conversion_was_under_way(tmp_path):
+    source = make_source(tmp_path / "hf", "bf16")
+    with stop_after(100_000, OSError(errno.EIO, "I/O error")), pytest.raises(CheckpointError, match="I/O error"):
+        convert_to_megatron(source, tmp_path / "ours")
+    other = make_source(tmp_path / "hf2", "bf16")
+    with pytest.raises(CheckpointError, match=r"ours.partial holds another conversion .*input was .*hf.*, is .*hf2"):
+        convert_to_megatron(other, tmp_path / "ours")
+    os.utime(next(source.glob("*.safetensors")), (0, 0))
+    with pytest.raises(CheckpointError, match="holds another conversion that was not finished .files was"):
+        convert_to_megatron(source, tmp_path / "ours")
+
+
+def test_two_processes_at_once(tmp_path):
+    source = make_source(tmp_path / "hf", "bf16")
+    entered, go_on = threading.Event(), threading.Event()
+
+    def wait(*_arguments: Any, **_keywords: Any) -> None:
+        entered.set()
+        assert go_on.wait(60)
+
+    with mock.patch.object(HuggingFaceDirectory, "check_copies", wait):
+        thread = threading.Thread(target=convert_to_megatron, args=(source, tmp_path / "ours"))
+        thread.start()
+        assert entered.wait(60)
+        with pytest.raises(CheckpointError, match="ours.partial is being written by another process"):
+            convert_to_megatron(source, tmp_path / "ours")
+        go_on.set()
+        thread.join()
+    assert (tmp_path / "ours" / ITERATION).is_dir()
+
+
+def test_outputs_that_are_refused(tmp_path):
+    source = make_source(tmp_path / "hf", "bf16")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name, message in (("full", "full is not empty; choose another output"), ("file", "exists and is not a folder")):
+        with pytest.raises(CheckpointError, match=message):
+            convert_to_megatron(source, tmp_path / name)
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
+    with (mock.patch("dsv3_megatron.checkpoint.hf.workplace.shutil.disk_usage", return_value=mock.Mock(free=1000)),
+          pytest.raises(CheckpointError, match=r"needs 0.00 GB more, 0.00 GB are free there")):
+        convert_to_megatron(source, tmp_path / "small")
+    (tmp_path / "empty").mkdir()
+    convert_to_megatron(source, tmp_path / "empty")
+    assert (tmp_path / "empty" / ITERATION).is_dir()
+
+
+def test_where_the_kernel_cannot_move_bytes(tmp_path):
+    source = make_source(tmp_path / "hf", "bf16")
+    with mock.patch("os.copy_file_range", side_effect=OSError(errno.EXDEV, "Invalid cross-device link")):
+        convert_to_megatron(source, tmp_path / "ours")
+        convert_to_hugging_face(tmp_path / "ours", tmp_path / "back")
+    assert_same_files(source, tmp_path / "back")
+
+
+# ---- damage ----
+
+
+def test_a_scale_that_is_no_number(tmp_path):
+    source = make_source(tmp_path / "hf", "fp8")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"
+    file = next(file for file in source.glob("*.safetensors") if name in load_file(file))
+    content = load_file(file)
+    for value, message in ((float("nan"), f"{file}: tensor {name} has nan for block .0, 1.; a scale must be"),
+                           (1e-40, f"{file}: tensor {name} has scales from 1e-40")):
+        content[name][0, 1] = value
+        save_file(content, file)
+        with pytest.raises(CheckpointError, match=message):
+            convert_to_megatron(source, tmp_path / "ours")
+        assert not (tmp_path / "ours").exists()
+        shutil.rmtree(tmp_path / "ours.partial")
+
+
+def test_a_source_that_is_cut_while_it_is_read(tmp_path):
+    source = make_source(tmp_path / "hf", "bf16")
+    file = max(source.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    size = file.stat().st_size
+    with mock.patch.object(HuggingFaceDirectory, "check_copies", lambda self: os.truncate(file, size - 1000)), \
+            pytest.raises(CheckpointError, match=rf"{file.name} ends within tensor model\.\S+: it is truncated"):
+        convert_to_megatron(source, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def ours_of(tmp_path: Path) -> Path:
+    convert_to_megatron(make_source(tmp_path / "hf", "bf16"), tmp_path / "ours")
+    return tmp_path / "ours"
+
+
+def test_our_checkpoint_damaged(tmp_path):
+    ours = ours_of(tmp_path)
+    file = ours / ITERATION / "__0_0.distcp"
+    whole = file.read_bytes()
+    manifest = (ours / ITERATION / "checkpoint.json").read_text()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"truncated or corrupt: __0_0.distcp has \d+ bytes"):
+        convert_to_hugging_face(ours, tmp_path / "back")
+    file.write_bytes(bytes(len(whole)))
+    with pytest.raises(CheckpointError, match=r"is truncated or corrupt: \S+ in __0_0.distcp: "):
+        convert_to_hugging_face(ours, tmp_path / "back")
+    file.write_bytes(whole)
+    (ours / ITERATION / "checkpoint.json").write_text(manifest.replace('"num_layers": 3', '"num_layers": 4'))
+    with pytest.raises(CheckpointError, match=r"tensor decoder.layers.3.input_layernorm.weight is missing"):
+        convert_to_hugging_face(ours, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def flip_one_bit(ours: Path, name: str) -> None:
+    weights = MegatronWeights(ours)
+    tensor = HuggingFaceDirectory(ours.parent / "hf").tensors[name]
+    segments = weights.segments(tensor)
+    assert segments
+    with open(segments[0].file, "r+b") as stream:
+        stream.seek(segments[0].offset + 7)
+        byte = stream.read(1)[0]
+        stream.seek(segments[0].offset + 7)
+        stream.write(bytes([byte ^ 1]))
+
+
+def test_verify_sees_one_bit(tmp_path, capsys):
+    ours = ours_of(tmp_path)
+    command = ["verify", "--hf", str(tmp_path / "hf"), "--megatron", str(ours)]
+    assert convert_checkpoint.main(command) == 0
+    table = capsys.readouterr().out.splitlines()
+    num_tensors = len(HuggingFaceDirectory(tmp_path / "hf").tensors)
+    assert re.split(r"\s{2,}", table[-1].strip())[:2] == ["all", str(num_tensors)]
+    name = "model.layers.2.mlp.experts.1.down_proj.weight"
+    flip_one_bit(ours, name)
+    assert convert_checkpoint.main(command) == 2
+    shown = capsys.readouterr()
+    assert f"({name})" in shown.out and f"1 of {num_tensors - 3} tensors that are BF16" in shown.err
+
+
+def test_a_failed_verification_publishes_nothing(tmp_path):
+    source = make_source(tmp_path / "hf", "bf16")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    real = MegatronWeights.read
+
+    def wrong(self, tensor, *arguments):
+        value = real(self, tensor, *arguments)
+        return value + 1 if tensor.name == name else value
+
+    with (mock.patch.object(MegatronWeights, "read", wrong),
+          pytest.raises(CheckpointError, match=f"differ; by .* {name}")):
+        convert_to_megatron(source, tmp_path / "ours", is_verified=True)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_two_architectures(tmp_path, capsys):
+    ours = ours_of(tmp_path)
+    other = make_source(tmp_path / "hf2", "bf16", dataclasses.replace(WIDE, hidden_size=128))
+    assert convert_checkpoint.main(["verify", "--hf", str(other), "--megatron", str(ours)]) == 2
+    assert "are of different architectures: " in capsys.readouterr().err
+
+
+# ---- the command, and its parts ----
+
+
+def test_the_command(tmp_path, capsys):
+    source = make_source(tmp_path / "hf", "fp8")
+    assert convert_checkpoint.main(["hf-to-megatron", "--input", str(source), "--output", str(tmp_path / "ours"),
+                                    "--tensor-model-parallel-size", "2", "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^F8_E4M3 +BF16 +\d+", shown, re.MULTILINE) and "--load" in shown
+    assert convert_checkpoint.main(["megatron-to-hf", "--input", str(tmp_path / "ours"), "--output",
+                                    str(tmp_path / "back"), "--dtype", "bf16", "--max-shard-gb", "0.001"]) == 0
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    assert convert_checkpoint.main(["hf-to-megatron", "--input", str(tmp_path), "--output", str(tmp_path / "x")]) == 2
+    assert f"error: {tmp_path / 'config.json'} does not exist" in capsys.readouterr().err
+    assert convert_checkpoint.main(["inventory", "--preset", "tiny", "--list"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {"file": "model-00001-of-000001.safetensors", "name": "lm_head.weight", "dtype": "BF16",
+            "shape": [2048, 128]} in lines
+
+
+def test_memory_budget():
+    """No more is held at a time than there is, but one that is larger than all of it gets in alone."""
+    budget, held, peak, lock = MemoryBudget(10), 0, 0, threading.Lock()
+
+    def use(size: int) -> None:
+        nonlocal held, peak
+        with budget.take(size):
+            with lock:
+                held += min(size, 10)
+                peak = max(peak, held)
+            time.sleep(0.002)
+            with lock:
+                held -= min(size, 10)
+
+    threads = [threading.Thread(target=use, args=(size,)) for size in (3, 4, 5, 25, 1, 2, 10, 6) * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert held == 0 and 5 < peak <= 10
