@@ -168,9 +168,9 @@ def _run(options: argparse.Namespace) -> None:
     result = simulate(plan, _costs(options, plan.num_stages))
     outcomes: list[Outcome] = []
     if options.compare:
+        most = _COMPARED_VIRTUAL_STAGES if options.virtual_stages is None else options.virtual_stages
         outcomes = compare(_costs(options, 1), num_stages=plan.num_stages, num_ranks=plan.num_ranks,
-                           num_microbatches=plan.num_microbatches,
-                           max_virtual_stages=options.virtual_stages or _COMPARED_VIRTUAL_STAGES)
+                           num_microbatches=plan.num_microbatches, max_virtual_stages=most)
     for path, write in ((options.png, plot_timeline), (options.trace, write_trace)):
         if path:
             write(plan, result.timeline, path)

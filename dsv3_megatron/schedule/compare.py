@@ -81,7 +81,14 @@ class Recommendation:
 
 
 def candidates(max_virtual_stages: int, is_pair_faster: bool) -> list[Candidate]:
-    """Every schedule; the interleaved ones with 2, 4, 8, ... and `max_virtual_stages` chunks per rank."""
+    """Every schedule; the interleaved ones with 2, 4, 8, ... and `max_virtual_stages` chunks per rank.
+
+    Raises:
+        ConfigError: `max_virtual_stages` is less than 2.
+    """
+    if max_virtual_stages < 2:
+        raise ConfigError(f"virtual_stages={max_virtual_stages} must be at least 2, as the most chunks per rank to "
+                          "compare the interleaved schedule with; try 2, or leave it out")
     chunks = sorted({max_virtual_stages, *(2 ** power for power in range(1, max_virtual_stages.bit_length()))})
     found: list[Candidate] = []
     for schedule in SCHEDULES:
@@ -106,6 +113,9 @@ def compare(costs_of_chunk: Costs, *, num_stages: int, num_ranks: int, num_micro
 
     Returns:
         In the order of SCHEDULES; one that cannot be had with these sizes says why.
+
+    Raises:
+        ConfigError: the costs are wrong, or `max_virtual_stages` is less than 2.
     """
     chunk, pair = costs_of_chunk.stages[0], costs_of_chunk.overlapped
     assert isinstance(pair, (int, float, Fraction)), "the cost of a pair is one number here"

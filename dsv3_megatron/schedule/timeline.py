@@ -70,7 +70,8 @@ def run_in_order(plan: Plan, duration: Callable[[int, Action], Time], delay: Tim
                     made[output] = (clocks[rank], rank)
                     runnable.extend(waiting.pop(output, ()))
     if waiting:
+        lacking = sorted((rank, output) for output, ranks in waiting.items() for rank in ranks)
         stuck = "; ".join(f"rank {rank} waits for the {output} before {plan.actions[rank][len(spans[rank])]}"
-                          for output, ranks in waiting.items() for rank in ranks)
+                          for rank, output in lacking)
         raise PlanError(f"the plan comes to a stop: {stuck}")
     return tuple(map(tuple, spans))

@@ -128,7 +128,7 @@ def check_rendezvous(plan: Plan, programs: Sequence[Program]) -> None:
     if waiting:
         stuck = "; ".join(f"rank {rank} waits for rank "
                           f"{transfer.source + transfer.destination - rank} with the {transfer.output}"
-                          for transfer, rank in waiting.items())
+                          for rank, transfer in sorted((rank, transfer) for transfer, rank in waiting.items()))
         raise PlanError(f"deadlock: {stuck}")
 
 
