@@ -104,6 +104,9 @@ class Costs:
         require_cost("p2p", self.p2p, is_zero_allowed=True)
         if isinstance(self.overlapped, Mapping):
             for (forward, backward), pair in self.overlapped.items():
+                if not (0 <= forward < num_stages and 0 <= backward < num_stages):
+                    raise ConfigError(f"overlapped has the pair [{forward}, {backward}]; the plan has stages "
+                                      f"0..{num_stages - 1}")
                 require_pair(f"overlapped[{forward}, {backward}]", pair, self.stages[forward].forward,
                              self.stages[backward].backward)
         elif self.overlapped is not None:

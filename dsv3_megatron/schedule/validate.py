@@ -102,7 +102,7 @@ def check_rendezvous(plan: Plan, programs: Sequence[Program]) -> None:
         PlanError: ranks wait for each other; or one side has a transfer that the other lacks or has at another place;
             or something is sent before it is made, or used before it is received.
     """
-    _check_same_order(plan, programs)
+    _check_same_order(programs)
     _check_reaches(plan, programs)
     positions = [0] * len(programs)
     posted: Counter[Transfer] = Counter()
@@ -132,7 +132,7 @@ def check_rendezvous(plan: Plan, programs: Sequence[Program]) -> None:
         raise PlanError(f"deadlock: {stuck}")
 
 
-def _check_same_order(plan: Plan, programs: Sequence[Program]) -> None:
+def _check_same_order(programs: Sequence[Program]) -> None:
     """What each pair of ranks sends and receives must be the same list."""
     lists: dict[tuple[int, int], tuple[list[Output], list[Output]]] = {}
     for rank, program in enumerate(programs):

@@ -37,7 +37,7 @@ def usual_costs(draw: st.DrawFn) -> dict[str, Fraction]:
 
 @given(st.sampled_from(("1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")), st.integers(1, 5), st.integers(0, 5),
        usual_costs())
-@settings(max_examples=120)
+@settings(max_examples=80)
 def test_bubbles_are_the_published_ones(schedule: str, half: int, more: int, costs: dict[str, Fraction]) -> None:
     ranks = 2 * half
     microbatches = 2 * ranks + (ranks if schedule == "interleaved" else 2) * more
@@ -59,7 +59,7 @@ def test_bubbles_are_the_published_ones(schedule: str, half: int, more: int, cos
 
 
 @given(plans(max_ranks=6), tenths, tenths, tenths, st.integers(0, 10))
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_a_formula_that_is_given_holds(plan: Plan, f: Fraction, i: Fraction, w: Fraction, hidden: int) -> None:
     """For any costs: either no formula is claimed, or it is what comes out."""
     costs = {"forward": f, "backward": i + w, "weight": w,
@@ -183,6 +183,8 @@ def test_measured_pairs() -> None:
     assert found == set(measured.values())
     with pytest.raises(ConfigError, match=r"overlapped has no cost of stage 1's forward with stage 0's backward"):
         simulate(plan, Costs((stage, stage), overlapped={(0, 1): 3}))
+    with pytest.raises(ConfigError, match=r"overlapped has the pair \[0, 2\]; the plan has stages 0\.\.1"):
+        simulate(plan, Costs((stage, stage), overlapped={(0, 2): 3}))
 
 
 def test_transfers_cost_only_between_ranks() -> None:
