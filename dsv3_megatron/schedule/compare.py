@@ -71,12 +71,14 @@ class Recommendation:
 
     Attributes:
         fastest: The shortest step; of equal ones the smallest.
-        frugal: The shortest step that needs no more activations and parameters than 1F1B, if that is another.
+        same_parameters: The shortest step of those that hold no more parameters than 1F1B, if that is another.
+        same_memory: The shortest step of those that hold no more activations either, if that is yet another.
         reason: A sentence or two for a reader.
     """
 
     fastest: Outcome
-    frugal: Outcome | None
+    same_parameters: Outcome | None
+    same_memory: Outcome | None
     reason: str
 
 
@@ -147,11 +149,9 @@ def recommend(outcomes: Sequence[Outcome]) -> Recommendation:
         raise ValueError("no schedule can be had with these sizes: " + "; ".join(str(o.problem) for o in outcomes))
     fastest = min(possible, key=_rank)
     plain = next((outcome for outcome in possible if outcome.candidate.schedule == "1f1b"), fastest)
-    small = [outcome for outcome in possible
-             if outcome.activations <= plain.activations and outcome.parameters <= plain.parameters]
-    frugal = min(small, key=_rank) if small else None
-    if frugal is fastest:
-        frugal = None
+    lean = [outcome for outcome in possible if outcome.parameters <= plain.parameters]
+    same_parameters = min(lean, key=_rank)
+    same_memory = min((outcome for outcome in lean if outcome.activations <= plain.activations), key=_rank)
     reason = f"{fastest.candidate} has the shortest step, {_number(fastest.step_time)}"
     if fastest is not plain:
         reason += f", {float(100 * (1 - fastest.step_time / plain.step_time)):.1f}% less than 1f1b"
@@ -160,10 +160,14 @@ def recommend(outcomes: Sequence[Outcome]) -> Recommendation:
                "what one rank of 1f1b holds of a micro-batch, and of the model).")
     if fastest.candidate.schedule == "interleaved":
         reason += f" It needs a model of {fastest.num_stages} layers or more."
-    if frugal is not None:
-        reason += (f" If that is too much: {frugal.candidate} needs no more memory than 1f1b and takes "
-                   f"{_number(frugal.step_time)}.")
-    return Recommendation(fastest, frugal, reason)
+    if same_parameters is not fastest:
+        reason += (f" With no more parameters than 1f1b: {same_parameters.candidate}, "
+                   f"{_number(same_parameters.step_time)}.")
+    if same_memory is not same_parameters:
+        reason += (f" With no more parameters and activations than 1f1b: {same_memory.candidate}, "
+                   f"{_number(same_memory.step_time)}.")
+    return Recommendation(fastest, same_parameters if same_parameters is not fastest else None,
+                          same_memory if same_memory is not same_parameters else None, reason)
 
 
 def _rank(outcome: Outcome) -> tuple[Any, ...]:

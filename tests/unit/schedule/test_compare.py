@@ -50,8 +50,9 @@ def test_more_virtual_stages_win_where_they_do() -> None:
     assert choice.fastest.bubble == Fraction(9, 8) < min(
         outcome.bubble for name, outcome in found.items() if not name.startswith("interleaved"))
     assert "It needs a model of 32 layers or more." in choice.reason
-    assert choice.frugal is not None and choice.frugal.activations <= found["1f1b"].activations
-    assert f"If that is too much: {choice.frugal.candidate} needs no more memory" in choice.reason
+    assert choice.same_parameters is None and choice.same_memory is not None
+    assert choice.same_memory.activations <= found["1f1b"].activations < choice.fastest.activations
+    assert f"no more parameters and activations than 1f1b: {choice.same_memory.candidate}, " in choice.reason
 
 
 def test_interleaved_pairs_compete_where_pairs_save_time() -> None:
@@ -68,6 +69,8 @@ def test_dualpipe_wins_where_it_does() -> None:
     assert choice.fastest is found["dualpipe"]
     assert all(choice.fastest.step_time < o.step_time for n, o in found.items() if n != "dualpipe")
     assert "dualpipe has the shortest step" in choice.reason and "parameters: 2, 1f1b 1" in choice.reason
+    assert choice.same_parameters is not None and choice.same_parameters.parameters == 1
+    assert f"With no more parameters than 1f1b: {choice.same_parameters.candidate}, " in choice.reason
 
 
 def test_what_cannot_be_had_says_why() -> None:
@@ -81,4 +84,4 @@ def test_what_cannot_be_had_says_why() -> None:
 
 def test_one_rank_needs_no_pipeline() -> None:
     choice = recommend(list(outcomes(1, 4, (1, 2, 1, 3)).values()))
-    assert choice.fastest.candidate.schedule == "1f1b" and choice.frugal is None
+    assert choice.fastest.candidate.schedule == "1f1b" and choice.same_parameters is choice.same_memory is None
