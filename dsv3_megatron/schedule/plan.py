@@ -1,0 +1,231 @@
+"""A pipeline schedule as data: who holds which stage, and what every rank runs in which order.
+
+Usage:
+    plan = build_plan("dualpipev", num_ranks=4, num_microbatches=16)
+    plan.actions[0][0]             # rank 0's first action
+    plan.placement[0][1].stage     # the stage that is rank 0's chunk 1
+
+P ranks hold these stages of the model (the same number of stages means the same stage size):
+
+    schedule      stages  rank r's chunks, as stages        directions
+    1f1b, zb1p    P       r                                 1
+    interleaved   V * P   r, P+r, 2P+r, ... (V of them)     1
+    zbv           2P      r, 2P-1-r                         1
+    dualpipev     2P      r, 2P-1-r                         1
+    dualpipe      P       min(r, P-1-r), max(r, P-1-r)      2
+
+DualPipe has two copies of the model, laid along the ranks in opposite directions: half of the micro-batches enter at
+rank 0 and half at rank P-1. Chunk 0 of a rank is the direction that enters at its nearer end, so it is direction 0 on
+the first half of the ranks and direction 1 on the second, and ranks r and P-1-r run the same order. The micro-batches
+of each direction are numbered from 0.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.schedule import orders
+from dsv3_megatron.schedule.actions import Action, Kind, Operation
+
+SCHEDULES = ("1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev")
+_V_SHAPED = ("zbv", "dualpipev")
+
+
+class Place(NamedTuple):
+    """A stage of one of the model's copies."""
+
+    direction: int
+    stage: int
+
+
+class Output(NamedTuple):
+    """What an operation makes and another one waits for: a stage's output, or the gradient of a stage's input."""
+
+    is_gradient: bool
+    direction: int
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        direction = f" of direction {self.direction}" if self.direction else ""
+        return (f"{'gradient' if self.is_gradient else 'output'} of stage {self.stage}{direction}, "
+                f"micro-batch {self.microbatch}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step of a pipeline.
+
+    Attributes:
+        schedule: One of SCHEDULES.
+        num_microbatches: Of the whole step, both directions together.
+        placement: By rank, by chunk: the stage that it is.
+        actions: By rank: what it runs, in order.
+        is_overlapped: Interleaved 1F1B with forward & backward pairs; DualPipe has them always.
+    """
+
+    schedule: str
+    num_microbatches: int
+    placement: tuple[tuple[Place, ...], ...]
+    actions: tuple[tuple[Action, ...], ...]
+    is_overlapped: bool = False
+
+    @property
+    def num_ranks(self) -> int:
+        """P."""
+        return len(self.placement)
+
+    @property
+    def num_chunks(self) -> int:
+        """Stages that a rank holds."""
+        return len(self.placement[0])
+
+    @cached_property
+    def holders(self) -> dict[Place, int]:
+        """The rank that holds each stage."""
+        return {place: rank for rank, places in enumerate(self.placement) for place in places}
+
+    @cached_property
+    def num_stages(self) -> int:
+        """Of the model."""
+        return 1 + max(place.stage for place in self.holders)
+
+    @cached_property
+    def num_directions(self) -> int:
+        """Copies of the model."""
+        return 1 + max(place.direction for place in self.holders)
+
+    @property
+    def microbatches_per_chunk(self) -> int:
+        """Micro-batches that go through each stage of a copy."""
+        return self.num_microbatches // self.num_directions
+
+    def inputs(self, rank: int, operation: Operation) -> Iterator[Output]:
+        """What must have been made, here or on another rank, before an operation can run."""
+        direction, stage = self.placement[rank][operation.chunk]
+        if operation.kind is Kind.FORWARD:
+            if stage > 0:
+                yield Output(False, direction, stage - 1, operation.microbatch)
+        elif operation.kind is Kind.BACKWARD_WEIGHT:
+            yield Output(True, direction, stage, operation.microbatch)
+        else:
+            yield Output(False, direction, stage, operation.microbatch)
+            if stage < self.num_stages - 1:
+                yield Output(True, direction, stage + 1, operation.microbatch)
+
+    def output(self, rank: int, operation: Operation) -> Output | None:
+        """What an operation makes; nothing that anyone waits for if it is a weight part."""
+        if operation.kind is Kind.BACKWARD_WEIGHT:
+            return None
+        return Output(operation.kind is not Kind.FORWARD, *self.placement[rank][operation.chunk], operation.microbatch)
+
+    def receiver(self, output: Output) -> int | None:
+        """The rank that waits for an output; none at the ends of the pipeline."""
+        stage = output.stage + (-1 if output.is_gradient else 1)
+        return self.holders.get(Place(output.direction, stage))
+
+
+def build_plan(schedule: str, *, num_ranks: int, num_microbatches: int, virtual_stages: int | None = None,
+               is_overlapped: bool = False) -> Plan:
+    """Write down what every rank of a pipeline does in one step.
+
+    Args:
+        schedule: One of SCHEDULES.
+        num_ranks: P, pipeline_model_parallel_size.
+        num_microbatches: Of the step, on each data-parallel rank.
+        virtual_stages: Chunks per rank of the interleaved schedule, 2 if not given; the others have their own number.
+        is_overlapped: Interleaved only: run forwards and backwards of the steady state as pairs.
+
+    Raises:
+        ConfigError: there is no such schedule, or it cannot be had with these sizes.
+    """
+    num_chunks = _check(schedule, num_ranks, num_microbatches, virtual_stages, is_overlapped)
+    ranks = range(num_ranks)
+    placement: list[tuple[Place, ...]]
+    if schedule == "dualpipe":
+        half = num_ranks // 2
+        near = [(min(rank, num_ranks - 1 - rank), int(rank >= half)) for rank in ranks]
+        placement = [(Place(direction, stage), Place(1 - direction, num_ranks - 1 - stage))
+                     for stage, direction in near]
+        actions = [orders.dualpipe(stage, half, num_microbatches // 2) for stage, _ in near]
+    elif schedule in _V_SHAPED:
+        placement = [(Place(0, rank), Place(0, 2 * num_ranks - 1 - rank)) for rank in ranks]
+        order = orders.dualpipe if schedule == "dualpipev" else orders.zero_bubble_v
+        actions = [order(rank, num_ranks, num_microbatches) for rank in ranks]
+    else:
+        placement = [tuple(Place(0, chunk * num_ranks + rank) for chunk in range(num_chunks)) for rank in ranks]
+        if schedule == "interleaved":
+            actions = [orders.interleaved(rank, num_ranks, num_microbatches, num_chunks, is_overlapped)
+                       for rank in ranks]
+        else:
+            order = orders.zero_bubble if schedule == "zb1p" else orders.one_forward_one_backward
+            actions = [order(rank, num_ranks, num_microbatches) for rank in ranks]
+    return Plan(schedule, num_microbatches, tuple(placement), tuple(actions), is_overlapped)
+
+
+def _check(schedule: str, num_ranks: int, num_microbatches: int, virtual_stages: int | None, is_overlapped: bool,
+           ) -> int:
+    """The rules; returns the number of chunks per rank."""
+    if schedule not in SCHEDULES:
+        near = difflib.get_close_matches(schedule.lower(), SCHEDULES, 1)
+        raise ConfigError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}"
+                          + (f"; did you mean {near[0]}?" if near else ""))
+    for name, value in (("pipeline_model_parallel_size", num_ranks), ("num_microbatches", num_microbatches)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1")
+    if is_overlapped and schedule != "interleaved":
+        raise ConfigError(f"is_overlapped is an option of the interleaved schedule, not of schedule={schedule}; "
+                          "leave it out")
+    num_chunks = _check_virtual_stages(schedule, virtual_stages)
+    if schedule == "interleaved":
+        _check_interleaved(num_ranks, num_microbatches)
+    elif schedule.startswith("dualpipe"):
+        _check_dualpipe(schedule, num_ranks, num_microbatches)
+    return num_chunks
+
+
+def _check_virtual_stages(schedule: str, virtual_stages: int | None) -> int:
+    if schedule != "interleaved":
+        own = 2 if schedule in _V_SHAPED or schedule == "dualpipe" else 1
+        if virtual_stages not in (None, own):
+            raise ConfigError(f"virtual_stages={virtual_stages} must be {own} under schedule={schedule}, whose ranks "
+                              f"hold {own} stage{'s'[:own - 1]} each; leave it out, or use schedule=interleaved")
+        return own
+    if virtual_stages is not None and virtual_stages < 2:
+        raise ConfigError(f"virtual_stages={virtual_stages} must be at least 2 under schedule=interleaved; try 2, or "
+                          "use schedule=1f1b, which is the same with one")
+    return virtual_stages or 2
+
+
+def _check_interleaved(num_ranks: int, num_microbatches: int) -> None:
+    if num_ranks < 2:
+        raise ConfigError(f"pipeline_model_parallel_size={num_ranks} must be at least 2 under schedule=interleaved; "
+                          "try 2, or use schedule=1f1b")
+    if num_microbatches % num_ranks:
+        above = num_microbatches // num_ranks * num_ranks + num_ranks
+        below = f"{above - num_ranks} or " if above > num_ranks else ""
+        raise ConfigError(f"pipeline_model_parallel_size={num_ranks} must divide num_microbatches={num_microbatches} "
+                          f"under schedule=interleaved, as Megatron-Core requires; try num_microbatches={below}{above}")
+
+
+def _check_dualpipe(schedule: str, num_ranks: int, num_microbatches: int) -> None:
+    is_two_way = schedule == "dualpipe"
+    if is_two_way and num_ranks % 2:
+        below = f"{num_ranks - 1} or " if num_ranks > 1 else ""
+        raise ConfigError(f"pipeline_model_parallel_size={num_ranks} must be even under schedule=dualpipe, which has "
+                          f"as many ranks before the fold as after it; try {below}{num_ranks + 1}, or "
+                          "schedule=dualpipev")
+    fewest = 2 * num_ranks
+    if num_microbatches < fewest:
+        raise ConfigError(f"num_microbatches={num_microbatches} must be at least 2 x pipeline_model_parallel_size="
+                          f"{num_ranks} under schedule={schedule}, or the steady state is never reached; "
+                          f"try num_microbatches={fewest}")
+    if is_two_way and num_microbatches % 2:
+        below = f"{num_microbatches - 1} or " if num_microbatches > fewest else ""
+        raise ConfigError(f"num_microbatches={num_microbatches} must be even under schedule=dualpipe, where half of "
+                          f"them enter at each end; try num_microbatches={below}{num_microbatches + 1}")
