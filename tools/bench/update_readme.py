@@ -60,7 +60,21 @@ def whole_process_table(name: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"training_throughput": throughput_table, "preprocess": whole_process_table}
+def conversion_table(name: str) -> str:
+    """Conversions against a plain copy of the same files."""
+    lines = ["| Checkpoint | Step | time | against a plain copy | peak memory | rounds | device |",
+             "| --- | --- | ---: | ---: | ---: | ---: | --- |"]
+    for (config, step), metrics in newest(name).items():
+        if "relative_to_copy" not in metrics:
+            continue
+        values = {metric: float(row["value"]) for metric, row in metrics.items()}
+        lines.append(
+            f"| {config} | {step} | {values['seconds']:.1f} s | {values['relative_to_copy']:.2f}x its speed | "
+            f"{values['process_peak_memory']:.1f} GB | {values['repeats']:.0f} | {metrics['seconds']['device']} |")
+    return "\n".join(lines)
+
+
+TABLES = {"training_throughput": throughput_table, "preprocess": whole_process_table, "convert": conversion_table}
 
 
 def updated(text: str) -> str:
