@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 _FP8 = torch.float8_e4m3fn
 _TORCH_NAMES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
-# transformers, vLLM and DeepSeek's code score a group of experts by its best two, whatever top-k is.
-_BEST_OF_GROUP = 2
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,6 @@ def prepare_export(source: str | Path, output: str | Path, *, iteration: int | N
     chosen = dtype or (kept.dtype if kept else manifest.precision)
     is_again = kept is not None and chosen == kept.dtype
     shards = kept.shards if kept is not None and is_again else plan_shards(weights.model, chosen, max_shard_bytes)
-    _warn_of_group_scores(weights)
     files = _files_to_add(weights, tokenizer)
     place = Workplace(output, {
         "conversion": "megatron-to-hf", "input": str(manifest.path.resolve()), "dtype": chosen,
@@ -255,15 +252,6 @@ def _special_ids(tokenizer: str | Path | None) -> tuple[int | None, int | None]:
         return None, None
     loaded = load_tokenizer(tokenizer)
     return loaded.token_to_id(BOS_TOKEN), loaded.token_to_id(EOS_TOKEN)
-
-
-def _warn_of_group_scores(weights: MegatronWeights) -> None:
-    model = weights.model
-    best = max(1, model.moe_router_topk // model.moe_router_group_topk)
-    if model.moe_router_num_groups > 1 and best != _BEST_OF_GROUP:
-        logger.warning("moe_router_topk=%d / moe_router_group_topk=%d: this model scores a group by its best %d "
-                       "experts; transformers and vLLM always take the best %d, and will route some tokens differently",
-                       model.moe_router_topk, model.moe_router_group_topk, best, _BEST_OF_GROUP)
 
 
 def _write(path: Path, text: str) -> None:
