@@ -94,8 +94,10 @@ class LatentCache:
     def attend(self, layer: int, places: Places, attention: LocalMLASelfAttention, query_QBND: torch.Tensor,
                latent_QBC: torch.Tensor, shared_key_QBR: torch.Tensor) -> torch.Tensor:
         self._write(layer, places, latent_QBC, shared_key_QBR)
+        weight = attention.linear_kv_up_proj.weight
+        assert isinstance(weight, torch.Tensor)
         return absorbed_attention(
-            query_QBND, self.entries_LBCW[layer, :, :places.limit], attention.linear_kv_up_proj.weight,
+            query_QBND, self.entries_LBCW[layer, :, :places.limit], weight,
             nope_width=attention.config.qk_head_dim, softmax_scale=attention.softmax_scale,
             hidden_BQC=places.hidden_BQC)
 

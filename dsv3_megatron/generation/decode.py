@@ -25,7 +25,8 @@ def absorbed_attention(
     Args:
         query_QBND: Rotated queries; the rotated part is the last.
         entries_BCW: Cached normed latents and, behind each, its rotated shared key.
-        kv_up_weight: [N (E + V), K], the model's own: per head the rows of W_UK, then those of W_UV. Read through views.
+        kv_up_weight: [N (E + V), K], the model's own: per head the rows of W_UK, then those of W_UV; views of it
+            are read.
         nope_width: E.
         softmax_scale: Multiplies the scores.
         hidden_BQC: True where a token may not look; None: everywhere it may.
