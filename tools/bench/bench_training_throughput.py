@@ -96,35 +96,13 @@ def ours_step(setting: Setting) -> Step:
 def peer_step(setting: Setting) -> Step:
     """A plain training step of Transformers' model."""
     import torch
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    from transformers import DeepseekV3ForCausalLM
 
-    from tools.bench.shapes import LAPTOP as shape
+    from tools.bench.peer import transformers_config
+    from tools.bench.shapes import LAPTOP
 
-    config = DeepseekV3Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_hidden_size,
-        moe_intermediate_size=shape.moe_ffn_hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_attention_heads,
-        n_shared_experts=shape.num_shared_experts,
-        n_routed_experts=shape.num_experts,
-        routed_scaling_factor=2.5,
-        kv_lora_rank=shape.kv_lora_rank,
-        q_lora_rank=shape.q_lora_rank,
-        qk_rope_head_dim=shape.qk_rope_head_dim,
-        v_head_dim=shape.v_head_dim,
-        qk_nope_head_dim=shape.qk_nope_head_dim,
-        n_group=shape.moe_router_num_groups,
-        topk_group=shape.moe_router_group_topk,
-        num_experts_per_tok=shape.moe_router_topk,
-        first_k_dense_replace=shape.num_dense_layers,
-        norm_topk_prob=True,
-        max_position_embeddings=setting.seq_length,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
+    config = transformers_config(
+        LAPTOP, max_position_embeddings=setting.seq_length, use_cache=False, eos_token_id=None, bos_token_id=None)
     for name, value in PEERS[setting.contender].items():
         setattr(config, name, value)
     torch.manual_seed(0)
@@ -134,7 +112,7 @@ def peer_step(setting: Setting) -> Step:
     generator = torch.Generator().manual_seed(0)
 
     def step() -> dict[str, float]:
-        tokens = torch.randint(0, shape.vocab_size, (setting.batch_size, setting.seq_length), generator=generator)
+        tokens = torch.randint(0, LAPTOP.vocab_size, (setting.batch_size, setting.seq_length), generator=generator)
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
