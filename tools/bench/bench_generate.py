@@ -7,12 +7,13 @@ are the tokens after each prompt's first, without the prefill. Contenders are pr
 it to the results.
 
 Usage:
-    python tools/bench/bench_generate.py --batch-sizes 1 8 --steps 5 --threads 2
+    python tools/bench/bench_generate.py --batch-sizes 1 8 --prompt-lengths 64 416 --steps 5 --threads 2
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -170,9 +171,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--contenders", nargs="+", default=[*OURS, PEER], choices=(*OURS, PEER))
-    parser.add_argument("--prompt-length", type=int, default=64)
+    parser.add_argument("--prompt-lengths", type=int, nargs="+", default=[64, 416])
     parser.add_argument("--new-tokens", type=int, default=65, help="of each prompt; all but the first are timed")
-    parser.add_argument("--steps", type=int, default=5, help="timed generations of each contender")
+    parser.add_argument("--steps", type=int, default=3, help="timed generations of each contender")
     parser.add_argument("--warm-up", type=int, default=1, help="generations before them")
     parser.add_argument("--budget-s", type=float, default=120.0, help="seconds after which a contender stops")
     parser.add_argument("--step-limit-s", type=float, default=300.0, help="seconds until a step or start is given up")
@@ -203,10 +204,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"load average {load_average():.1f}: other work disturbs these numbers", file=sys.stderr)
     failed = False
     with options.log.open("w", encoding="utf-8") as log:
-        for batch_size in options.batch_sizes:
+        for batch_size, prompt_length in itertools.product(options.batch_sizes, options.prompt_lengths):
             contenders = measure(
                 __file__,
-                [Setting(name, options.precision, batch_size, options.prompt_length, options.new_tokens,
+                [Setting(name, options.precision, batch_size, prompt_length, options.new_tokens,
                          options.threads) for name in options.contenders],
                 steps=options.steps, warm_up=options.warm_up, budget_s=options.budget_s,
                 limit_s=options.step_limit_s, log=log)
