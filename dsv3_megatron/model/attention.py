@@ -111,21 +111,43 @@ class LocalMLASelfAttention(MegatronModule):
 
         `position_ids_BS` are of the whole sequence, also under sequence parallelism; None is 0 .. S - 1.
         """
+        length = x_sBH.shape[0] * (self.tp_group.size() if self.config.sequence_parallel else 1)
+        query, latent, shared_key = self.project(x_sBH, *self.rotary(length, x_sBH, position_ids_BS))
+        return query, *self.expand(latent, shared_key)
+
+    def project(self, x_sBH: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, and the two things that keys and values are made of: all that has to be kept of a position.
+
+        Args:
+            x_sBH: Normed input.
+            cos_SP: Cosines of the whole sequence's positions, as of `RotaryTables`.
+            sin_SP: Sines.
+
+        Returns:
+            query_SBND: [S, B, N, nope + rope], rotated.
+            latent_sBC: Normed key/value latents [s, B, kv_lora_rank].
+            shared_key_SBR: The rotated part of the key [S, B, rope], one for all heads.
+
+        Source: DeepSeek-V3 report, eq. 1, 3, 6-9.
+        """
         config, heads = self.config, self.num_local_heads
-        nope, rope = config.qk_head_dim, config.qk_pos_emb_head_dim
+        rope = config.qk_pos_emb_head_dim
         if config.q_lora_rank is None:
             query, _ = self.linear_q_proj(x_sBH)
         else:
             query, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(x_sBH)))
         latent, shared_key = self.linear_kv_down_proj(x_sBH).split([config.kv_lora_rank, rope], dim=-1)
-        key_value, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
         if config.sequence_parallel:
             shared_key = gather_from_sequence_parallel_region(shared_key, group=self.tp_group)
-        length, batch = query.shape[:2]
-        cos_SP, sin_SP = self.rotary(length, query, position_ids_BS)
         # The rotary part is the last of a query's width.
-        query = apply_rope(query.view(length, batch, heads, nope + rope), cos_SP, sin_SP)
-        key_nope, value = key_value.view(length, batch, heads, nope + config.v_head_dim).split(
-            [nope, config.v_head_dim], dim=-1)
-        key_rope = apply_rope(shared_key.unsqueeze(2), cos_SP, sin_SP).expand(-1, -1, heads, -1)
-        return query, torch.cat([key_nope, key_rope], dim=-1), value
+        query = apply_rope(query.view(*query.shape[:2], heads, config.qk_head_dim + rope), cos_SP, sin_SP)
+        return query, self.kv_layernorm(latent), apply_rope(shared_key, cos_SP, sin_SP)
+
+    def expand(self, latent_sBC: torch.Tensor, shared_key_SBR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [S, B, N, nope + rope] and values [S, B, N, v] out of what `project` returns (eq. 2, 4, 5)."""
+        config, heads = self.config, self.num_local_heads
+        nope, width = config.qk_head_dim, config.v_head_dim
+        key_value, _ = self.linear_kv_up_proj(latent_sBC)
+        key_nope, value = key_value.view(*key_value.shape[:2], heads, nope + width).split([nope, width], dim=-1)
+        return torch.cat([key_nope, shared_key_SBR.unsqueeze(2).expand(-1, -1, heads, -1)], dim=-1), value

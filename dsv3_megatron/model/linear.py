@@ -23,6 +23,13 @@ from dsv3_megatron.ops.linear import linear
 class LocalColumnParallelLinear(ColumnParallelLinear):
     """Weight [out / TP, in]: each rank computes a slice of the output's features."""
 
+    def forward(self, input_: torch.Tensor, weight: torch.Tensor | None = None,
+                runtime_gather_output: bool | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[..., in] to this rank's [..., out / TP], or to all of it where asked for; and no bias."""
+        if weight is None and _is_product_alone(self):
+            return linear(input_, self.weight), None
+        return super().forward(input_, weight, runtime_gather_output)
+
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *_: Any, allreduce_dgrad: bool = False,
                       sequence_parallel: bool = False, tp_group: Any = None, **__: Any) -> torch.Tensor:
         if sequence_parallel:
@@ -35,8 +42,17 @@ class LocalColumnParallelLinear(ColumnParallelLinear):
 class LocalRowParallelLinear(RowParallelLinear):
     """Weight [out, in / TP]: each rank holds a slice of the input's features; outputs are summed."""
 
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """This rank's [..., in / TP] to the sum [..., out]; and no bias."""
+        return (linear(input_, self.weight), None) if _is_product_alone(self) else super().forward(input_)
+
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return linear(input, weight, accumulate_into_main_grad=True)
+
+
+def _is_product_alone(layer: ColumnParallelLinear | RowParallelLinear) -> bool:
+    """Whether one rank without gradients multiplies: what Megatron-Core does around it takes longer for one token."""
+    return not torch.is_grad_enabled() and layer.tp_group.size() == 1
 
 
 class ReplicatedLinear(torch.nn.Module):

@@ -144,14 +144,7 @@ class DeepSeekRouter(MegatronModule):
         assert padding_mask is None, "padded tokens are not supported"
         config = self.config
         length, batch = x_sBH.shape[:2]
-        wide = torch.promote_types(x_sBH.dtype, torch.float32)
-        logits_TE = torch.nn.functional.linear(x_sBH.flatten(0, 1).to(wide), self.weight.to(wide))
-        scores_TE = torch.sigmoid(logits_TE)
-        gates_TK, ids_TK = select_experts(
-            scores_TE, self.expert_bias.float(), top_k=config.moe_router_topk,
-            num_groups=config.moe_router_num_groups or 1, group_top_k=config.moe_router_group_topk or 1,
-            route_scale=config.moe_router_topk_scaling_factor or 1.0,
-            group_score_topk=self.options.group_score_topk, group_mask=self.options.group_mask)
+        scores_TE, gates_TK, ids_TK = self.choose(x_sBH.flatten(0, 1))
         routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, ids_TK, True)
         probs_TE = torch.zeros_like(scores_TE).scatter(1, ids_TK, gates_TK)
         if self.training and torch.is_grad_enabled():
@@ -163,6 +156,24 @@ class DeepSeekRouter(MegatronModule):
                 probs_TE = _AttachLoss.apply(probs_TE, loss * (length * self.tp_group.size()))
                 self.balance_loss_sum += loss.detach()
         return probs_TE, routing_map_TE
+
+    def choose(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Affinities of tokens to all experts, and the choice by `select_experts`.
+
+        Returns:
+            scores_TE: fp32 (fp64 for fp64 x), in (0, 1).
+            gates_TK: Likewise; weights of the chosen experts.
+            ids_TK: int64, the chosen experts.
+        """
+        config = self.config
+        wide = torch.promote_types(x_TH.dtype, torch.float32)
+        scores_TE = torch.sigmoid(torch.nn.functional.linear(x_TH.to(wide), self.weight.to(wide)))
+        gates_TK, ids_TK = select_experts(
+            scores_TE, self.expert_bias.float(), top_k=config.moe_router_topk,
+            num_groups=config.moe_router_num_groups or 1, group_top_k=config.moe_router_group_topk or 1,
+            route_scale=config.moe_router_topk_scaling_factor or 1.0,
+            group_score_topk=self.options.group_score_topk, group_mask=self.options.group_mask)
+        return scores_TE, gates_TK, ids_TK
 
     def _balance_loss(self, scores_sBE: torch.Tensor) -> torch.Tensor:
         """Sum over the micro-batch's sequences of alpha * sum_i f_i P_i; this rank's tokens' part of P.

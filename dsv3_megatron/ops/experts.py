@@ -21,10 +21,12 @@ from dsv3_megatron.ops.backend import (
     unknown_backend,
     wide_dtype,
 )
-from dsv3_megatron.ops.linear import add_product_, main_grad_of, mark_added_to_main_grad
+from dsv3_megatron.ops.linear import add_product_, main_grad_of, mark_added_to_main_grad, multiply_rows
 from dsv3_megatron.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 BACKENDS = ("auto", "looped", "grouped_mm", "reference")
+# Without gradients the activation of up to this many rows is computed at once.
+_FEW_ROWS = 64
 
 
 def swiglu_experts(
@@ -73,6 +75,8 @@ def swiglu_experts(
         grouped = x_RH.device.type == "cuda" and x_RH.dtype == torch.bfloat16 and not accumulate_into_main_grad
         backend = "grouped_mm" if grouped else "looped"
         log_choice("swiglu_experts", backend, f"{x_RH.device.type}, {x_RH.dtype}")
+    if backend == "looped" and not torch.is_grad_enabled() and x_RH.shape[0] <= _FEW_ROWS:
+        return _few_rows(x_RH, counts, fc1_eFH, fc2_eHF, gates_R, product_backend)
     if backend == "looped":
         return _LoopedExperts.apply(x_RH, gates_R, fc1_eFH, fc2_eHF, counts, product_backend, accumulate_into_main_grad)
     if accumulate_into_main_grad:
@@ -119,6 +123,23 @@ def _row_ranges(counts: tuple[int, ...]) -> list[tuple[int, slice]]:
             ranges.append((expert, slice(start, start + count)))
         start += count
     return ranges
+
+
+def _few_rows(
+    x: torch.Tensor,
+    counts: tuple[int, ...],
+    fc1: torch.Tensor,
+    fc2: torch.Tensor,
+    gates: torch.Tensor | None,
+    product_backend: str,
+) -> torch.Tensor:
+    """As _LoopedExperts' forward, with one activation for all rows: of a few it costs less than calls do."""
+    via_fp32 = choose_product_backend(product_backend, x.device, x.dtype) == "via_fp32"
+    dtype = torch.float32 if via_fp32 else x.dtype
+    ranges, rows_x = _row_ranges(counts), x.to(dtype)
+    hidden = torch.cat([multiply_rows(rows_x[rows], fc1[expert].to(dtype)) for expert, rows in ranges])
+    active = swiglu(hidden, gates)
+    return torch.cat([multiply_rows(active[rows], fc2[expert].to(dtype)) for expert, rows in ranges]).to(x.dtype)
 
 
 class _LoopedExperts(torch.autograd.Function):

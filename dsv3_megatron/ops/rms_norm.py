@@ -38,7 +38,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, backen
         backend = "fused" if x.device.type == "cpu" else "native"
         log_choice("rms_norm", backend, x.device.type)
     if backend == "fused":
-        return _RMSNorm.apply(x, weight, eps)
+        return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _fused(x, weight, eps)[0]
     if backend == "native":
         return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
     return reference_rms_norm(x, weight, eps)
@@ -50,13 +50,19 @@ def reference_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6)
     return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight.to(wide.dtype)).to(x.dtype)
 
 
+def _fused(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result, and 1 / rms of each row [..., 1]."""
+    wide = x.to(wide_dtype(x.dtype))
+    inverse_rms = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+    return (wide * inverse_rms).mul_(weight).to(x.dtype), inverse_rms
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.to(wide_dtype(x.dtype))
-        inverse_rms = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        y, inverse_rms = _fused(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse_rms)
-        return (wide * inverse_rms).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:

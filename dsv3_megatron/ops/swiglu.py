@@ -31,7 +31,7 @@ def swiglu(x: torch.Tensor, row_weights: torch.Tensor | None = None) -> torch.Te
     """
     if x.shape[-1] % 2:
         raise ValueError(f"swiglu: last dimension {x.shape[-1]} must be even (gate half, up half); pass [gate; up]")
-    return _SwiGLU.apply(x, row_weights)
+    return _SwiGLU.apply(x, row_weights) if torch.is_grad_enabled() else _rounded_swiglu(x, row_weights)
 
 
 def reference_swiglu(x: torch.Tensor, row_weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -74,13 +74,17 @@ def swiglu_backward(
     return grad_x, grad_row_weights, output if needs_output else None
 
 
+def _rounded_swiglu(x: torch.Tensor, row_weights: torch.Tensor | None) -> torch.Tensor:
+    """SwiGLU computed in fp32 or fp64, in x's dtype."""
+    wide = wide_dtype(x.dtype)
+    return swiglu_forward(x.to(wide), None if row_weights is None else row_weights.to(wide)).to(x.dtype)
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, row_weights: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, row_weights)
-        wide = wide_dtype(x.dtype)
-        weights = None if row_weights is None else row_weights.to(wide)
-        return swiglu_forward(x.to(wide), weights).to(x.dtype)
+        return _rounded_swiglu(x, row_weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:

@@ -16,6 +16,8 @@ _WARNINGS = (
     (r"MimoModelConfig is experimental", UserWarning),
     # A default of Megatron-Core's own configuration class.
     (r"full scope is deprecated", UserWarning),
+    # Megatron-Core calls torch's checkpoint reader by keywords, whose order no longer matters.
+    (r"The argument order of load has been changed", UserWarning),
     # Megatron-Core's zero_grad looks at the distributed optimizer's shards, which are views.
     (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,6 +38,14 @@ def small_run(**changes: Any) -> RunConfig:
     return run.override(**{
         "seq_length": SEQ_LENGTH, "micro_batch_size": 1, "global_batch_size": GLOBAL_BATCH, "precision": "fp32",
         "transformer_impl": "local", **changes})
+
+
+def architecture_arguments(run: RunConfig) -> list[str]:
+    """The command line of a run that differs from its preset in the architecture only."""
+    model = {name: value for name, value in dataclasses.asdict(run.model).items() if value is not None}
+    flags = {"layernorm_epsilon": "norm_epsilon"}
+    return [part for name, value in model.items()
+            for part in (f"--{flags.get(name, name).replace('_', '-')}", str(value))]
 
 
 @dataclass

@@ -21,11 +21,11 @@ MAX_LINES = 450
 # Left never imports right; those on one level do not import each other. Kernels' references live in ops.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("config",), ("platform",), ("kernels",), ("ops",), ("data",), ("parallel",), ("model",), ("schedule",), ("optim",),
-    ("checkpoint", "metrics"), ("trainer",), ("evaluator", "train"), ("evaluate",),
+    ("checkpoint", "metrics"), ("generation",), ("trainer",), ("evaluator", "train"), ("evaluate",), ("generate",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # The only modules beside the packages above; they may import every stage.
-ENTRY_MODULES = {"trainer", "evaluator", "train", "evaluate"}
+ENTRY_MODULES = {"trainer", "evaluator", "train", "evaluate", "generate"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 STAND_IN_NAMES = {"STAND_INS", "StandIn", "CpuStream", "CpuEvent", "install_stand_ins", "remove_stand_ins"}
 
@@ -104,6 +104,10 @@ def test_every_package_has_a_place_in_the_order() -> None:
     ("optim/extra.py", "from dsv3_megatron.trainer import Trainer",
      "optim.extra:1 imports dsv3_megatron.trainer.Trainer"),
     ("trainer.py", "from dsv3_megatron.train import main", "trainer:1 imports dsv3_megatron.train.main"),
+    ("generation/extra.py", "from dsv3_megatron.evaluate import open_checkpoint",
+     "generation.extra:1 imports dsv3_megatron.evaluate.open_checkpoint"),
+    ("checkpoint/extra.py", "from dsv3_megatron.generation.text import TextCodec",
+     "checkpoint.extra:1 imports dsv3_megatron.generation.text.TextCodec"),
     ("../kernels/extra.py", "from dsv3_megatron.ops import rope", "kernels.extra:1 imports dsv3_megatron.ops.rope"),
 ])
 def test_a_planted_import_is_found(name: str, line: str, reported: str, tmp_path: Path) -> None:

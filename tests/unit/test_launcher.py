@@ -174,14 +174,16 @@ def test_the_quickstart_runs_every_stage_and_skips_what_is_done(tmp_path: Path) 
     modules = [line.split()[1] if line.startswith("-m") else line.split()[0].rsplit("/", 1)[-1]
                for line in quickstart.read("other").splitlines()]
     assert modules == ["dsv3_megatron.data.corpus", "train_tokenizer.py", "preprocess_data.py",
-                       "preprocess_data.py", "dsv3_megatron.metrics.summary"]
+                       "preprocess_data.py", "dsv3_megatron.metrics.summary", "generate.py"]
     assert "--nproc-per-node 4" in quickstart.read("torchrun")
     (tmp_path / "other").unlink()
     (tmp_path / "torchrun").unlink()
     code, _, stderr = quickstart.run()
     assert code == 0
     assert stderr.count("done before") == 4
-    assert quickstart.read("other") == f"-m dsv3_megatron.metrics.summary {quickstart.run_dir}\n"
+    summary, generate = quickstart.read("other").splitlines()
+    assert summary == f"-m dsv3_megatron.metrics.summary {quickstart.run_dir}"
+    assert f"tools/generate.py --load {quickstart.run_dir}/checkpoints --prompts" in generate
     assert quickstart.read("torchrun") == ""
     assert quickstart.run("--fresh")[0] == 0
     assert quickstart.read("torchrun") != ""
@@ -207,7 +209,7 @@ def test_a_stage_that_fails_stops_the_quickstart_with_its_exit_code(tmp_path: Pa
     quickstart = Quickstart(tmp_path, exit_code=5)
     code, _, stderr = quickstart.run()
     assert code == 5
-    assert "[4/5] training on 4 processes: failed with exit code 5" in stderr
+    assert "[4/6] training on 4 processes: failed with exit code 5" in stderr
     assert "summary" not in quickstart.read("other")
 
 

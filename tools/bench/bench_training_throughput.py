@@ -19,13 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import select
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +29,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+from tools.bench.contenders import Contender, Step, measure, serve  # noqa: E402
 from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
 
 OURS = "dsv3_megatron"
@@ -41,7 +38,6 @@ PEERS = {
     "transformers-experts-eager": {"_experts_implementation": "eager"},
     "transformers-experts-batched": {"_experts_implementation": "batched_mm"},
 }
-Step = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -53,53 +49,6 @@ class Setting:
     seq_length: int
     batch_size: int
     threads: int
-
-
-@dataclass
-class Contender:
-    """One process, and the seconds of its timed steps."""
-
-    setting: Setting
-    process: subprocess.Popen[str]
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    spent_s: float = 0.0
-    error: str = ""
-
-    def step(self, is_timed: bool, budget_s: float, limit_s: float) -> None:
-        """Take one step; a process that fails or exceeds the limit is noted and reported, not raised."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        if self.error or (self.spent_s >= budget_s and self.seconds):
-            return
-        try:
-            self.process.stdin.write("step\n")
-            self.process.stdin.flush()
-            if not select.select([self.process.stdout], [], [], limit_s)[0]:
-                self.process.kill()
-                self.error = f"step above {limit_s:.0f} s, killed"
-                return
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            self.error = f"process ended with code {self.process.wait()}"
-            return
-        report = json.loads(answer)
-        self.spent_s += report["seconds"]
-        if is_timed or self.spent_s >= budget_s:
-            self.seconds.append(report["seconds"])
-            self.cpu_seconds.append(report["cpu_seconds"])
-
-    def close(self) -> None:
-        """End the process; it reads the end of its input between two steps."""
-        assert self.process.stdin is not None
-        if self.process.poll() is None:
-            self.process.stdin.close()
-            try:
-                self.process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
 
 
 def ours_step(setting: Setting) -> Step:
@@ -141,41 +90,19 @@ def ours_step(setting: Setting) -> Step:
     )
     run.validate(1)
     trainer = RandomTokenTrainer(run)
-    return lambda: trainer.train_step()[0].lm_loss
+    return lambda: {"loss": trainer.train_step()[0].lm_loss}
 
 
 def peer_step(setting: Setting) -> Step:
     """A plain training step of Transformers' model."""
     import torch
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    from transformers import DeepseekV3ForCausalLM
 
-    from tools.bench.shapes import LAPTOP as shape
+    from tools.bench.peer import transformers_config
+    from tools.bench.shapes import LAPTOP
 
-    config = DeepseekV3Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_hidden_size,
-        moe_intermediate_size=shape.moe_ffn_hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_attention_heads,
-        n_shared_experts=shape.num_shared_experts,
-        n_routed_experts=shape.num_experts,
-        routed_scaling_factor=2.5,
-        kv_lora_rank=shape.kv_lora_rank,
-        q_lora_rank=shape.q_lora_rank,
-        qk_rope_head_dim=shape.qk_rope_head_dim,
-        v_head_dim=shape.v_head_dim,
-        qk_nope_head_dim=shape.qk_nope_head_dim,
-        n_group=shape.moe_router_num_groups,
-        topk_group=shape.moe_router_group_topk,
-        num_experts_per_tok=shape.moe_router_topk,
-        first_k_dense_replace=shape.num_dense_layers,
-        norm_topk_prob=True,
-        max_position_embeddings=setting.seq_length,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
+    config = transformers_config(
+        LAPTOP, max_position_embeddings=setting.seq_length, use_cache=False, eos_token_id=None, bos_token_id=None)
     for name, value in PEERS[setting.contender].items():
         setattr(config, name, value)
     torch.manual_seed(0)
@@ -184,56 +111,18 @@ def peer_step(setting: Setting) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     generator = torch.Generator().manual_seed(0)
 
-    def step() -> float:
-        tokens = torch.randint(0, shape.vocab_size, (setting.batch_size, setting.seq_length), generator=generator)
+    def step() -> dict[str, float]:
+        tokens = torch.randint(0, LAPTOP.vocab_size, (setting.batch_size, setting.seq_length), generator=generator)
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss.detach())
+        return {"loss": float(loss.detach())}
 
     return step
 
 
-def serve(setting: Setting) -> None:
-    """Take a step for each line on standard input; answer with its time. Runs in a contender's process."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is not an answer
-    step = ours_step(setting) if setting.contender == OURS else peer_step(setting)
-    for _line in sys.stdin:
-        wall, cpu = time.perf_counter(), time.process_time()
-        loss = step()
-        report = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "loss": loss}
-        answers.write(json.dumps(report) + "\n")
-        answers.flush()
-
-
-def start(setting: Setting, log: Any) -> Contender:
-    """Start a contender's process with its own number of threads."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads)}
-    command = [sys.executable, __file__, "--serve", json.dumps(vars(setting))]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-    )
-    return Contender(setting, process)
-
-
-def measure(
-    settings: list[Setting], *, steps: int, warm_up: int, budget_s: float, limit_s: float, log: Any
-) -> list[Contender]:
-    """Alternate the contenders' steps."""
-    contenders = [start(setting, log) for setting in settings]
-    try:
-        for index in range(warm_up + steps):
-            for contender in contenders:
-                contender.step(index >= warm_up, budget_s, limit_s)
-    finally:
-        for contender in contenders:
-            contender.close()
-    return contenders
-
-
-def report(contenders: list[Contender], tokens_per_step: int) -> list[Measurement]:
+def report(contenders: list[Contender[Setting]], tokens_per_step: int) -> list[Measurement]:
     """Print a table; return its numbers."""
     rows = []
     median = {c.setting.contender: statistics.median(c.seconds) for c in contenders if c.seconds}
@@ -287,7 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; exit code 1 if a contender failed."""
     options = _parse(arguments)
     if options.serve:
-        serve(Setting(**json.loads(options.serve)))
+        setting = Setting(**json.loads(options.serve))
+        serve(lambda: ours_step(setting) if setting.contender == OURS else peer_step(setting))
         return 0
     from dsv3_megatron.platform import detect_device
 
@@ -302,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
                 for name in options.contenders
             ]
             contenders = measure(
+                __file__,
                 settings,
                 steps=options.steps,
                 warm_up=options.warm_up,

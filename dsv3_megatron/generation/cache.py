@@ -1,0 +1,163 @@
+"""What attention keeps of the positions it has seen: MLA's latents, or keys and values at their full width.
+
+A latent entry is the normed key/value latent and the rotated shared key of a position, 512 + 64 elements a layer for
+DeepSeek-V3, whatever the number of heads; the full entry is every head's key and value, 71 times as much. A cache has
+no notion of how many positions of a row are in use: readers mask what lies beyond their own position, so that a
+rejected draft is forgotten by writing over it.
+
+Shapes: L layers, B rows (sequences), C capacity (positions), W latent entry, N heads, D key width, V value width,
+Q new positions of a row; ... is [T] for prompts packed in a row, [Q, B] for new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.generation.decode import absorbed_attention, full_attention
+from dsv3_megatron.model.attention import LocalMLASelfAttention
+
+KV_CACHES = ("latent", "full")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where new tokens go, and what they may see.
+
+    Attributes:
+        rows: int64 [...], the cache's row of each token.
+        positions: int64 [...], its position in that row.
+        limit: Positions up to here are looked at: the largest position + 1.
+        hidden_BQC: True where position c < limit comes after token q's own; None where none does.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    limit: int
+    hidden_BQC: torch.Tensor | None = None
+
+
+class KeyValueCache(Protocol):
+    """What a model's attention reads and writes, whichever of the two it is."""
+
+    def fill(self, layer: int, places: Places, latent: torch.Tensor, shared_key: torch.Tensor, key: torch.Tensor,
+             value: torch.Tensor) -> None:
+        """Keep prompts' positions, whose keys and values are at hand: [..., W parts], [..., N, D], [..., N, V]."""
+        ...
+
+    def attend(self, layer: int, places: Places, attention: LocalMLASelfAttention, query_QBND: torch.Tensor,
+               latent_QBC: torch.Tensor, shared_key_QBR: torch.Tensor) -> torch.Tensor:
+        """Keep new positions and attend from them to all of their rows so far: [Q, B, N, V]."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all other rows; these are numbered anew, in this order."""
+        ...
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a position over all layers, as allocated."""
+        ...
+
+
+class LatentCache:
+    """Latents and rotated shared keys, beside each other; decoding is absorbed.
+
+    Args:
+        config: Of the model.
+        num_layers: Layers that keep something here.
+        num_rows: Sequences.
+        capacity: Positions of each.
+        dtype: Of the entries.
+        device: Where.
+
+    Source: DeepSeek-V3 report, section 2.1.1: only the boxed vectors of eq. 1 and 3 need to be cached. c_kv is kept
+    after its norm, as in the published code.
+    """
+
+    def __init__(self, config: MLATransformerConfig, *, num_layers: int, num_rows: int, capacity: int,
+                 dtype: torch.dtype, device: torch.device) -> None:
+        self.latent_width = config.kv_lora_rank
+        width = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        # Zeros: what is masked is multiplied by a probability of 0, and 0 times what memory holds may be NaN.
+        self.entries_LBCW = torch.zeros(num_layers, num_rows, capacity, width, dtype=dtype, device=device)
+
+    def fill(self, layer: int, places: Places, latent: torch.Tensor, shared_key: torch.Tensor, key: torch.Tensor,
+             value: torch.Tensor) -> None:
+        self._write(layer, places, latent, shared_key)
+
+    def attend(self, layer: int, places: Places, attention: LocalMLASelfAttention, query_QBND: torch.Tensor,
+               latent_QBC: torch.Tensor, shared_key_QBR: torch.Tensor) -> torch.Tensor:
+        self._write(layer, places, latent_QBC, shared_key_QBR)
+        weight = attention.linear_kv_up_proj.weight
+        assert isinstance(weight, torch.Tensor)
+        return absorbed_attention(
+            query_QBND, self.entries_LBCW[layer, :, :places.limit], weight,
+            nope_width=attention.config.qk_head_dim, softmax_scale=attention.softmax_scale,
+            hidden_BQC=places.hidden_BQC)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.entries_LBCW = self.entries_LBCW[:, list(rows)]
+
+    @property
+    def bytes_per_token(self) -> int:
+        return _bytes_per_position(self.entries_LBCW)
+
+    def _write(self, layer: int, places: Places, latent: torch.Tensor, shared_key: torch.Tensor) -> None:
+        self.entries_LBCW[layer][places.rows, places.positions] = torch.cat([latent, shared_key], dim=-1)
+
+
+class FullCache:
+    """Every head's keys and values, as attention without latents would keep them. Arguments as of LatentCache."""
+
+    def __init__(self, config: MLATransformerConfig, *, num_layers: int, num_rows: int, capacity: int,
+                 dtype: torch.dtype, device: torch.device) -> None:
+        # Heads before positions, so that a head's keys are one matrix.
+        shape = (num_layers, num_rows, config.num_attention_heads, capacity)
+        self.keys_LBNCD = torch.zeros(
+            *shape, config.qk_head_dim + config.qk_pos_emb_head_dim, dtype=dtype, device=device)
+        self.values_LBNCV = torch.zeros(*shape, config.v_head_dim, dtype=dtype, device=device)
+
+    def fill(self, layer: int, places: Places, latent: torch.Tensor, shared_key: torch.Tensor, key: torch.Tensor,
+             value: torch.Tensor) -> None:
+        self.keys_LBNCD[layer].transpose(1, 2)[places.rows, places.positions] = key
+        self.values_LBNCV[layer].transpose(1, 2)[places.rows, places.positions] = value
+
+    def attend(self, layer: int, places: Places, attention: LocalMLASelfAttention, query_QBND: torch.Tensor,
+               latent_QBC: torch.Tensor, shared_key_QBR: torch.Tensor) -> torch.Tensor:
+        key_QBND, value_QBNV = attention.expand(latent_QBC, shared_key_QBR)
+        self.fill(layer, places, latent_QBC, shared_key_QBR, key_QBND, value_QBNV)
+        return full_attention(
+            query_QBND, self.keys_LBNCD[layer, :, :, :places.limit], self.values_LBNCV[layer, :, :, :places.limit],
+            softmax_scale=attention.softmax_scale, hidden_BQC=places.hidden_BQC)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.keys_LBNCD, self.values_LBNCV = self.keys_LBNCD[:, list(rows)], self.values_LBNCV[:, list(rows)]
+
+    @property
+    def bytes_per_token(self) -> int:
+        return _bytes_per_position(self.keys_LBNCD.transpose(2, 3)) + _bytes_per_position(
+            self.values_LBNCV.transpose(2, 3))
+
+
+def make_cache(kind: str, config: MLATransformerConfig, *, num_layers: int, num_rows: int, capacity: int,
+               dtype: torch.dtype, device: torch.device) -> KeyValueCache:
+    """The cache called `kind`, empty.
+
+    Raises:
+        ConfigError: there is no such cache.
+    """
+    if kind not in KV_CACHES:
+        raise ConfigError(f"kv_cache={kind!r} must be one of {', '.join(KV_CACHES)}")
+    made: type[LatentCache] | type[FullCache] = LatentCache if kind == "latent" else FullCache
+    return made(config, num_layers=num_layers, num_rows=num_rows, capacity=capacity, dtype=dtype, device=device)
+
+
+def _bytes_per_position(stored_LBC: torch.Tensor) -> int:
+    layers, rows, positions = stored_LBC.shape[:3]
+    return stored_LBC.numel() * stored_LBC.element_size() // (rows * positions)

@@ -1,0 +1,80 @@
+"""The command on whole checkpoints: of a run under PP2 x EP2, of its conversion, against Transformers' `generate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
+from dsv3_megatron.data.indexed_writer import DatasetWriter
+from dsv3_megatron.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
+from tests.distributed.launch import run_ranks
+from tests.distributed.small_run import architecture_arguments, small_run
+
+pytestmark = pytest.mark.distributed
+
+VOCAB_SIZE, NEW_TOKENS = 320, 12
+WORDS = "the quick brown fox jumps over the lazy dog while seven wizards quietly vex big frogs".split()
+PROMPTS = ["the quick", "fox", "seven wizards quietly vex", "dog while"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps under PP2 x EP2 on four processes, in fp32; `run`, `hf` converted from it, `prompts.jsonl`."""
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("generate")
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(WORDS, size=40)) for _ in range(60)]
+    tokenizer = train_tokenizer(texts, vocab_size=VOCAB_SIZE)
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    ids = [tokenizer.encode(text).ids for text in texts]
+    with DatasetWriter(str(folder / "train"), vocab_size=VOCAB_SIZE,
+                       tokenizer_fingerprint=fingerprint(folder / "tokenizer")) as writer:
+        writer.add_documents(np.concatenate(ids), np.array(list(map(len, ids))))
+    # Groups are scored by two experts, as the programs that read Hugging Face's files do.
+    run = small_run(vocab_size=VOCAB_SIZE, max_position_embeddings=64, moe_router_group_score_topk=2)
+    run_ranks(4, "dsv3_megatron.train", *architecture_arguments(run), *(
+        "--seq-length 16 --micro-batch-size 1 --global-batch-size 4 --train-iters 4 --lr 1e-2 --min-lr 1e-3 "
+        "--lr-warmup-iters 0 --precision fp32 --eval-interval 0 --pipeline-model-parallel-size 2 "
+        f"--expert-model-parallel-size 2 --data-path {folder}/train --tokenizer-model {folder}/tokenizer "
+        f"--save {folder}/run").split())
+    convert_to_hugging_face(folder / "run", folder / "hf", dtype="fp32")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    return folder
+
+
+def generate(*arguments: Any) -> str:
+    (printed,) = run_ranks(1, "tools.generate", "--max-new-tokens", NEW_TOKENS, *arguments)
+    return printed
+
+
+def tokens_of(printed: str) -> list[list[int]]:
+    return [json.loads(line)["tokens"] for line in printed.splitlines()]
+
+
+def test_a_run_and_its_conversion_generate_what_transformers_does(trained: Path) -> None:
+    from transformers import DeepseekV3ForCausalLM
+
+    tokenizer = load_tokenizer(trained / "tokenizer")
+    model = DeepseekV3ForCausalLM.from_pretrained(trained / "hf", dtype=torch.float32).eval()
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt).ids])
+        with torch.no_grad():
+            new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
+                                 eos_token_id=1, pad_token_id=2)[0, ids.shape[1]:].tolist()
+        expected.append([token for token in new if token not in (1, 2)])
+    prompts = ("--prompts", trained / "prompts.jsonl", "--json")
+    assert tokens_of(generate("--load", trained / "run", "--batch-size", 4, *prompts)) == expected
+    assert tokens_of(generate("--load", trained / "hf", "--batch-size", 3, "--kv-cache", "full", "--speculative", "mtp",
+                              "--precision", "fp32", *prompts)) == expected
+
+
+def test_a_text_is_printed_after_its_prompt(trained: Path) -> None:
+    text = generate("--load", trained / "run", "--prompt", PROMPTS[0], "--temperature", 0.9, "--speculative", "mtp")
+    assert text.startswith(PROMPTS[0]) and len(text) > len(PROMPTS[0]) + 5

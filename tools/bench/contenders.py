@@ -1,0 +1,126 @@
+"""Contenders of a benchmark, each a process of its own, whose steps alternate.
+
+A disturbance of the machine meets all of them, and while one computes the others sleep. A contender is the benchmark's
+own script started with `--serve SETTING`, which calls `serve`. One that has used its budget takes no more steps; a step
+above the limit is given up, and so is its contender. How many steps a number rests on is for the results to say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+# Takes one step; what it returns goes into the answer, and a "seconds" of its own in place of the whole step's.
+Step = Callable[[], Mapping[str, float]]
+
+
+class Setting(Protocol):
+    """What one process measures: a dataclass of plain values."""
+
+    @property
+    def contender(self) -> str: ...
+
+    @property
+    def threads(self) -> int: ...
+
+
+@dataclass
+class Contender[S: Setting]:
+    """One process, and the seconds of its timed steps."""
+
+    setting: S
+    process: subprocess.Popen[str]
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    spent_s: float = 0.0
+    error: str = ""
+
+    def step(self, is_timed: bool, budget_s: float, limit_s: float) -> None:
+        """Take one step; a process that fails or exceeds the limit is noted and reported, not raised."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        if self.error or (self.spent_s >= budget_s and self.seconds):
+            return
+        try:
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
+            if not select.select([self.process.stdout], [], [], limit_s)[0]:
+                self.process.kill()
+                self.error = f"step above {limit_s:.0f} s, killed"
+                return
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self.error = f"process ended with code {self.process.wait()}"
+            return
+        report = json.loads(answer)
+        self.spent_s += report["seconds"]
+        if is_timed or self.spent_s >= budget_s:
+            self.seconds.append(report["seconds"])
+            self.cpu_seconds.append(report["cpu_seconds"])
+
+    def close(self) -> None:
+        """End the process; it reads the end of its input between two steps."""
+        assert self.process.stdin is not None
+        if self.process.poll() is None:
+            self.process.stdin.close()
+            try:
+                self.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def serve(make_step: Callable[[], Step]) -> None:
+    """Take a step for each line on standard input; answer with its time. Runs in a contender's process."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not an answer
+    step = make_step()
+    for _line in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        told = step()
+        report = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, **told}
+        answers.write(json.dumps(report) + "\n")
+        answers.flush()
+
+
+def measure[S: Setting](script: str, settings: list[S], *, steps: int, warm_up: int, budget_s: float, limit_s: float,
+                        log: Any) -> list[Contender[S]]:
+    """Alternate the contenders' steps.
+
+    Args:
+        script: The benchmark.
+        settings: Dataclasses, one for each contender.
+        steps: Timed steps of each.
+        warm_up: Steps before them.
+        budget_s: Seconds after which a contender stops.
+        limit_s: Seconds until a step, or the start, is given up.
+        log: File for what the contenders print.
+    """
+    contenders = [_start(script, setting, log) for setting in settings]
+    try:
+        for index in range(warm_up + steps):
+            for contender in contenders:
+                contender.step(index >= warm_up, budget_s, limit_s)
+    finally:
+        for contender in contenders:
+            contender.close()
+    return contenders
+
+
+def _start[S: Setting](script: str, setting: S, log: Any) -> Contender[S]:
+    """Start a contender's process with its own number of threads."""
+    assert dataclasses.is_dataclass(setting) and not isinstance(setting, type)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads)}
+    command = [sys.executable, script, "--serve", json.dumps(dataclasses.asdict(setting))]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+    return Contender(setting, process)
