@@ -17,7 +17,7 @@ from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
 from dsv3_megatron.checkpoint.layout import latest_iteration
 from dsv3_megatron.checkpoint.store import Progress, load_checkpoint, save_checkpoint
-from dsv3_megatron.data.indexed import DatasetWriter
+from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_run import SEQ_LENGTH, merge, small_run, start

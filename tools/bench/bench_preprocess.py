@@ -259,6 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peer-runs", type=int, default=3, help="counted runs of a peer (%(default)s)")
     parser.add_argument("--megatron-lm", metavar="DIR", help="checkout of Megatron-LM, to run its tool too")
     parser.add_argument("--large", action="store_true", help="also 2 GB, and one document of 200 MB")
+    parser.add_argument("--only", metavar="TEXT", default="", help="only inputs whose name holds this")
     parser.add_argument("--device", required=True, help='what this is, such as "AMD EPYC (AVX2, 2 cores)"')
     parser.add_argument("--dry-run", action="store_true", help="print, but do not append to the results")
     options = parser.parse_args(arguments)
@@ -268,6 +269,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for case in make_cases(options, folder):
+        if options.only not in case.config:
+            continue
         run_case(case, folder)
         rows += measurements_of(case)
         seconds = decompressor_seconds(case.input_path, options.runs)

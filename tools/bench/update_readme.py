@@ -74,7 +74,12 @@ def conversion_table(name: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"training_throughput": throughput_table, "preprocess": whole_process_table, "convert": conversion_table}
+TABLES = {
+    "training_throughput": throughput_table,
+    "generate": throughput_table,
+    "preprocess": whole_process_table,
+    "convert": conversion_table,
+}
 
 
 def updated(text: str) -> str:
