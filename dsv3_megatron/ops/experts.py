@@ -75,7 +75,7 @@ def swiglu_experts(
         grouped = x_RH.device.type == "cuda" and x_RH.dtype == torch.bfloat16 and not accumulate_into_main_grad
         backend = "grouped_mm" if grouped else "looped"
         log_choice("swiglu_experts", backend, f"{x_RH.device.type}, {x_RH.dtype}")
-    if backend == "looped" and not torch.is_grad_enabled() and x_RH.shape[0] <= _FEW_ROWS:
+    if backend == "looped" and not torch.is_grad_enabled() and 1 <= x_RH.shape[0] <= _FEW_ROWS:
         return _few_rows(x_RH, counts, fc1_eFH, fc2_eHF, gates_R, product_backend)
     if backend == "looped":
         return _LoopedExperts.apply(x_RH, gates_R, fc1_eFH, fc2_eHF, counts, product_backend, accumulate_into_main_grad)

@@ -72,6 +72,21 @@ def test_no_rows_at_all():
     assert out.shape == (0, 8) and fc1.grad.eq(0).all() and fc2.grad.eq(0).all()
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 9, 64, 65])
+def test_few_rows_without_gradients(num_rows):
+    """What decoding and evaluation take; a rank may get no token at all."""
+    inputs, _ = _case()
+    x, fc1, fc2, gates = inputs
+    repeated = x.repeat(8, 1)[:num_rows]
+    counts = [num_rows - num_rows // 3, 0, num_rows // 3, 0]
+    weights = gates.repeat(8)[:num_rows]
+    with torch.no_grad():
+        out = swiglu_experts(repeated, counts, fc1, fc2, weights)
+    expected = reference_experts(repeated, counts, fc1, fc2, weights)
+    assert out.shape == expected.shape
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_main_grad():
     inputs, grad = _case(torch.bfloat16)
     x, fc1, fc2, gates = (t.requires_grad_() for t in inputs)
