@@ -18,6 +18,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,7 @@ CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_CODES.items()}
 _MAX_UINT16_VOCAB_SIZE = 65500  # Megatron-Core's limit, exclusive
 SIDECAR_VERSION = 1
 _SCAN_CHUNK_BYTES = 64 << 20
+_READ_BYTES = 8 << 20
 
 
 def choose_dtype(vocab_size: int) -> np.dtype:
@@ -189,3 +191,10 @@ def largest_token_id(prefix: str | os.PathLike[str], *, max_bytes: int | None = 
     chunks = np.array_split(tokens_T, math.ceil(tokens_T.nbytes / _SCAN_CHUNK_BYTES))
     every = 1 if max_bytes is None else math.ceil(tokens_T.nbytes / max_bytes)
     return max(int(chunk.max()) for chunk in chunks[::every])
+
+
+def read_chunks(path: str) -> Iterator[bytes]:
+    """The bytes of a file, a few megabytes at a time, each chunk but the last a whole number of ids or offsets."""
+    with open(path, "rb") as stream:
+        while chunk := stream.read(_READ_BYTES):
+            yield chunk

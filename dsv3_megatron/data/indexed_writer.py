@@ -29,6 +29,7 @@ from dsv3_megatron.data.indexed import (
     dataset_paths,
     largest_token_id,
     map_index,
+    read_chunks,
     read_header,
     read_sidecar,
 )
@@ -199,7 +200,7 @@ class DatasetWriter:
                 f"{prefix} holds {header.dtype.name}, {self.prefix} {self.dtype.name}: they cannot be joined"
             )
         bin_file, lengths_file, documents_file = self._files
-        for chunk in _read_chunks(dataset_paths(prefix)[0]):
+        for chunk in read_chunks(dataset_paths(prefix)[0]):
             self._bin_sha256.update(chunk)
             bin_file.write(chunk)
         for start in range(0, header.num_sequences, _CHUNK_BYTES):
@@ -260,7 +261,7 @@ class DatasetWriter:
                     raise ValueError(f"{self._base}.{suffix} has {found} bytes where {size} were written")
                 self._files[-1].truncate(size)
             self._bin_sha256 = hashlib.sha256()
-            for chunk in _read_chunks(f"{self._base}.bin"):
+            for chunk in read_chunks(f"{self._base}.bin"):
                 self._bin_sha256.update(chunk)
             if self._bin_sha256.hexdigest() != state.bin_sha256:
                 raise ValueError(f"{self._base}.bin is not what was written")
@@ -319,24 +320,18 @@ def publish(folder: str, prefix: str) -> None:
 def _idx_parts(header: bytes, lengths_path: str, documents_path: str, itemsize: int) -> Iterator[bytes]:
     """The index from front to back: header, lengths, byte offsets, document boundaries."""
     yield header
-    yield from _read_chunks(lengths_path)
+    yield from read_chunks(lengths_path)
     offset = 0
-    for chunk in _read_chunks(lengths_path):
+    for chunk in read_chunks(lengths_path):
         ends = offset + np.cumsum(np.frombuffer(chunk, np.int32), dtype=np.int64) * itemsize
         yield np.concatenate([[offset], ends[:-1]]).astype(np.int64).tobytes()
         offset = int(ends[-1])
     boundary = 0
     yield np.zeros(1, np.int64).tobytes()
-    for chunk in _read_chunks(documents_path):
+    for chunk in read_chunks(documents_path):
         boundaries = boundary + np.cumsum(np.frombuffer(chunk, np.int32), dtype=np.int64)
         yield boundaries.tobytes()
         boundary = int(boundaries[-1])
-
-
-def _read_chunks(path: str) -> Iterator[bytes]:
-    with open(path, "rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            yield chunk
 
 
 def _flush_to_disk(stream: IO[Any]) -> None:

@@ -14,11 +14,11 @@ from dsv3_megatron.data.indexed import (
     dataset_paths,
     largest_token_id,
     map_index,
+    read_chunks,
     read_header,
     read_sidecar,
 )
 
-_CHUNK_BYTES = 8 << 20
 _CHUNK = 1 << 22
 
 
@@ -155,11 +155,10 @@ def _check_index(prefix: str, index: IndexArrays, itemsize: int, num_tokens: int
 
 def _hash(path: str, report: Callable[[int], None] | None) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            if report is not None:
-                report(len(chunk))
+    for chunk in read_chunks(path):
+        digest.update(chunk)
+        if report is not None:
+            report(len(chunk))
     return digest.hexdigest()
 
 
