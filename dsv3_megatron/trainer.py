@@ -44,6 +44,7 @@ from dsv3_megatron.model.build import build_stages, wrap_stages
 from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
+from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.lr import learning_rate
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, start_process_group
@@ -78,13 +79,16 @@ class Trainer:
         stages, self.mcore_config = build_stages(run, self.groups, precision=self.precision)
         self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
+        self.average = WeightAverage(self.optimizer, list(self.chunks), self.groups, decay=run.training.ema_decay
+                                     ) if run.training.ema_decay else None
         self.mcore_config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=self.groups)
         self.forward_backward = get_forward_backward_func(
             pp_size=run.parallel.pipeline_model_parallel_size,
             vp_size=self.mcore_config.virtual_pipeline_model_parallel_size)
         self.iteration = self.consumed_samples = 0
         if run.checkpoint.load:
-            position = load_checkpoint(run.checkpoint.load, run, self.chunks, self.optimizer, self.groups)
+            position = load_checkpoint(run.checkpoint.load, run, self.chunks, self.optimizer, self.groups,
+                                       average=self.average)
             self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
         self.stop_signal: int | None = None
         self._build_data()
@@ -178,7 +182,11 @@ class Trainer:
         loads_LE, balance_L = collect_expert_loads(
             self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
             num_experts=run.model.num_experts, device=self.device.torch_device)
+        if self.average:
+            self.average.wait()
         is_applied, grad_norm, _ = self.optimizer.step()
+        if self.average and is_applied:
+            self.average.update()
         update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
                              update_rate=training.moe_router_bias_update_rate)
         self.iteration += 1
@@ -252,6 +260,12 @@ class Trainer:
         self.progress.validation(self.iteration, losses.main, mtp_losses=losses.mtp)
         if self.writer:
             self.writer.write_validation(self.iteration, losses.main, mtp_losses=losses.mtp)
+        if self.average and self.average.num_updates and self.run.training.eval_ema:
+            with self.average.swapped_in():
+                loss = self.evaluate().main
+            self.progress.message(f"validation of the average at iteration {self.iteration}: lm loss {loss:.4f}")
+            if self.writer:
+                self.writer.write_average_validation(self.iteration, loss)
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
@@ -260,7 +274,7 @@ class Trainer:
         position = Position(self.iteration, self.consumed_samples,
                             self.consumed_samples * self.run.training.seq_length)
         save_checkpoint(checkpoint.save, position, self.run, self.chunks, self.optimizer, self.groups,
-                        keep_last=checkpoint.keep_last)
+                        keep_last=checkpoint.keep_last, average=self.average)
         self.progress.message(f"checkpoint saved: {os.path.join(checkpoint.save, f'iter_{self.iteration:07d}')}")
 
     def _note_signal(self, number: int, _frame: Any) -> None:

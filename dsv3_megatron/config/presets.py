@@ -67,7 +67,7 @@ def dsv3_16b() -> RunConfig:
         vocab_size=129280, max_position_embeddings=4096, init_method_std=0.006)
     training = TrainingConfig(
         seq_length=4096, micro_batch_size=1, global_batch_size=4608, train_iters=100_000, lr=4.2e-4, min_lr=4.2e-5,
-        lr_warmup_iters=2000)
+        lr_warmup_iters=2000, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16", ema_decay=0.999)
     return _run("dsv3-16b", model, training, ParallelConfig(expert_model_parallel_size=8))
 
 
@@ -75,7 +75,8 @@ def dsv3_671b() -> RunConfig:
     """DeepSeek-V3: architecture of sections 2 and 4.2, layout of section 3.1 of its report.
 
     14.8T tokens at 4096 x 15360 tokens a step are 235,240 steps. The layout is PP16, EP64, ZeRO-1 data
-    parallelism, no TP, on 2048 GPUs. Micro-batch 1 is from DeepEP's "V3 pre-training setting".
+    parallelism, no TP, on 2048 GPUs. Micro-batch 1 is from DeepEP's "V3 pre-training setting". Moments in BF16 and an
+    average of the weights are the report's (sections 3.3.1 and 3.2.3); the average's decay is ours.
     """
     model = ModelConfig(
         num_layers=61, num_dense_layers=3, hidden_size=7168, num_attention_heads=128, q_lora_rank=1536,
@@ -85,7 +86,7 @@ def dsv3_671b() -> RunConfig:
         max_position_embeddings=4096, init_method_std=0.006)
     training = TrainingConfig(
         seq_length=4096, micro_batch_size=1, global_batch_size=15360, train_iters=235_240, lr=2.2e-4, min_lr=2.2e-5,
-        lr_warmup_iters=2000, precision="bf16")
+        lr_warmup_iters=2000, precision="bf16", exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16", ema_decay=0.999)
     parallel = ParallelConfig(pipeline_model_parallel_size=16, expert_model_parallel_size=64)
     return _run("dsv3-671b", model, training, parallel)
 

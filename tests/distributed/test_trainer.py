@@ -26,7 +26,7 @@ MODEL = (
     "--moe-ffn-hidden-size 16 --moe-router-topk 2 --moe-router-num-groups 2 --moe-router-group-topk 1 "
     f"--vocab-size {VOCAB} --seq-length 16 --micro-batch-size 1 --global-batch-size 4 --lr 3e-3 --min-lr 3e-4 "
     "--lr-warmup-iters 5 --lr-decay-iters 20 --precision fp32 --eval-interval 0 --log-interval 1 "
-    "--moe-router-bias-update-rate 0.01").split()
+    "--moe-router-bias-update-rate 0.01 --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 --ema-decay 0.9").split()
 PP2_EP2 = ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2"]
 
 
@@ -100,6 +100,7 @@ def load_tensors(folder: Path) -> dict[str, str]:
         "v.numpy().tobytes()).hexdigest() for k, v in state.items()}))\n")
     result = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True)
     hashes = json.loads(result.stdout.splitlines()[-1])
+    assert any(key.startswith("average.decoder") for key in hashes)
     assert any("experts" in key for key in hashes) and any("expert_bias" in key for key in hashes)
     return hashes
 
