@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.memory import require_recompute
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
@@ -64,6 +65,7 @@ class RunConfig:
                 f"max_position_embeddings={self.model.max_position_embeddings}"
             )
         require_document_attention(self.data, self.training.transformer_impl)
+        require_recompute(self.training, self.model)
         if self.training.transformer_impl == "transformer_engine":
             require_engine_epsilon(self.model)
         if self.checkpoint.save and self.checkpoint.save_interval < 1:

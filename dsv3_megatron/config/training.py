@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv3_megatron.config.fields import ConfigError, divisors, option, require_finite
-from dsv3_megatron.config.memory import MOMENT_DTYPES, MOMENT_ROUNDINGS, require_moments
+from dsv3_megatron.config.memory import MOMENT_DTYPES, MOMENT_ROUNDINGS, RECOMPUTE_GRANULARITIES, require_moments
 from dsv3_megatron.config.parallel import ParallelConfig
 
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -49,6 +49,10 @@ class TrainingConfig:
                             help="of weights and activations; auto: bf16 where the device computes it fast")
     transformer_impl: str = option("auto", choices=TRANSFORMER_IMPLS,
                                    help="modules to build from; auto: transformer_engine where installed with CUDA")
+    recompute_granularity: str | None = option(None, choices=(*RECOMPUTE_GRANULARITIES,), help="computed again in "
+                                               "backward: selective (by name) or full (whole layers); none: all kept")
+    recompute_modules: list[str] = option([], nargs="*", help="with selective: layernorm, mla_up_proj, moe_act; none "
+                                          "given: all three, as in the report")
     seed: int = option(1234, help="of weights and data order")
     eval_interval: int = option(100, help="steps between validations; 0: never")
     eval_iters: int = option(10, help="global batches in one validation")

@@ -8,10 +8,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_megatron.config.memory import recomputed_modules
 from dsv3_megatron.config.run import RunConfig, require_engine_epsilon
 from dsv3_megatron.model.init import initialize_weights
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.mcore_config import mcore_config
+from dsv3_megatron.model.recompute import set_recomputed
 from dsv3_megatron.model.router import RouterOptions
 from dsv3_megatron.model.specs import block_specs, resolve_transformer_impl
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
@@ -30,14 +32,16 @@ def build_stages(
     Returns:
         One module a chunk, in pipeline order, and the configuration they share.
     """
-    config = mcore_config(run, precision)
-    rank, ranks = groups.pp.rank(), groups.pp.size()
-    mine = [layout for layout in stage_layouts(run.model, run.parallel) if layout.stage % ranks == rank]
     transformer_impl = resolve_transformer_impl(run.training.transformer_impl,
                                                 has_documents=run.data.has_document_attention)
+    config = mcore_config(run, precision, transformer_impl=transformer_impl)
+    rank, ranks = groups.pp.rank(), groups.pp.size()
+    mine = [layout for layout in stage_layouts(run.model, run.parallel) if layout.stage % ranks == rank]
     if transformer_impl == "transformer_engine":
         require_engine_epsilon(run.model)
     stages = [_build_stage(run, config, groups, layout, chunk, transformer_impl) for chunk, layout in enumerate(mine)]
+    if transformer_impl == "local":
+        set_recomputed(stages, recomputed_modules(run.training))
     if torch.get_default_device().type != "meta":
         initialize_weights(list(stages), groups, std=run.model.init_method_std, seed=run.training.seed)
     return stages, config

@@ -22,6 +22,7 @@ from dsv3_megatron.ops.backend import (
     wide_dtype,
 )
 from dsv3_megatron.ops.linear import add_product_, main_grad_of, mark_added_to_main_grad, multiply_rows
+from dsv3_megatron.ops.recompute import recomputed, saving
 from dsv3_megatron.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 BACKENDS = ("auto", "looped", "grouped_mm", "reference")
@@ -39,6 +40,7 @@ def swiglu_experts(
     backend: str = "auto",
     product_backend: str = "auto",
     accumulate_into_main_grad: bool = False,
+    is_activation_recomputed: bool = False,
 ) -> torch.Tensor:
     """Apply to each row its expert: fc2 (gate * silu(gate half of fc1 x) * (up half of fc1 x)).
 
@@ -51,6 +53,7 @@ def swiglu_experts(
         backend: "looped", "grouped_mm" or "reference"; "auto" is grouped_mm for bf16 on CUDA, looped elsewhere.
         product_backend: Of the looped products, see `backend.choose_product_backend`.
         accumulate_into_main_grad: As for `linear.linear`; "looped" only.
+        is_activation_recomputed: Keep the activation's input alone for backward, as "looped" always does.
 
     Returns:
         [R, H] in x's dtype.
@@ -78,11 +81,13 @@ def swiglu_experts(
     if backend == "looped" and not torch.is_grad_enabled() and 1 <= x_RH.shape[0] <= _FEW_ROWS:
         return _few_rows(x_RH, counts, fc1_eFH, fc2_eHF, gates_R, product_backend)
     if backend == "looped":
-        return _LoopedExperts.apply(x_RH, gates_R, fc1_eFH, fc2_eHF, counts, product_backend, accumulate_into_main_grad)
+        with saving():
+            return _LoopedExperts.apply(x_RH, gates_R, fc1_eFH, fc2_eHF, counts, product_backend,
+                                        accumulate_into_main_grad)
     if accumulate_into_main_grad:
         raise ValueError(f"accumulate_into_main_grad=True needs backend 'looped', not {backend!r}; use it or 'auto'")
     if backend == "grouped_mm":
-        return _grouped_mm(x_RH, counts, fc1_eFH, fc2_eHF, gates_R)
+        return _grouped_mm(x_RH, counts, fc1_eFH, fc2_eHF, gates_R, is_activation_recomputed)
     return reference_experts(x_RH, counts, fc1_eFH, fc2_eHF, gates_R)
 
 
@@ -109,10 +114,14 @@ def _grouped_mm(
     fc1_eFH: torch.Tensor,
     fc2_eHF: torch.Tensor,
     gates_R: torch.Tensor | None,
+    is_recomputed: bool = False,
 ) -> torch.Tensor:
     ends = torch.tensor(counts, device=x_RH.device).cumsum(0).to(torch.int32)
     hidden = torch.nn.functional.grouped_mm(x_RH, fc1_eFH.transpose(1, 2), offs=ends)
-    return torch.nn.functional.grouped_mm(swiglu(hidden, gates_R), fc2_eHF.transpose(1, 2), offs=ends)
+    gates = () if gates_R is None else (gates_R,)
+    active = recomputed(swiglu, hidden, *gates) if is_recomputed else swiglu(hidden, *gates)
+    with saving():
+        return torch.nn.functional.grouped_mm(active, fc2_eHF.transpose(1, 2), offs=ends)
 
 
 def _row_ranges(counts: tuple[int, ...]) -> list[tuple[int, slice]]:
