@@ -107,16 +107,21 @@ class Plan:
 
     def inputs(self, rank: int, operation: Operation) -> Iterator[Output]:
         """What must have been made, here or on another rank, before an operation can run."""
+        if operation.kind is not Kind.FORWARD:
+            is_split = operation.kind is Kind.BACKWARD_WEIGHT
+            yield Output(is_split, *self.placement[rank][operation.chunk], operation.microbatch)
+        operand = self.operand(rank, operation)
+        if operand is not None:
+            yield operand
+
+    def operand(self, rank: int, operation: Operation) -> Output | None:
+        """What is handed to an operation: the stage before's output or the stage after's gradient; None at the ends."""
         direction, stage = self.placement[rank][operation.chunk]
         if operation.kind is Kind.FORWARD:
-            if stage > 0:
-                yield Output(False, direction, stage - 1, operation.microbatch)
-        elif operation.kind is Kind.BACKWARD_WEIGHT:
-            yield Output(True, direction, stage, operation.microbatch)
-        else:
-            yield Output(False, direction, stage, operation.microbatch)
-            if stage < self.num_stages - 1:
-                yield Output(True, direction, stage + 1, operation.microbatch)
+            return Output(False, direction, stage - 1, operation.microbatch) if stage > 0 else None
+        if operation.kind is Kind.BACKWARD_WEIGHT or stage == self.num_stages - 1:
+            return None
+        return Output(True, direction, stage + 1, operation.microbatch)
 
     def output(self, rank: int, operation: Operation) -> Output | None:
         """What an operation makes; nothing that anyone waits for if it is a weight part."""
