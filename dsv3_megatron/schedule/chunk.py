@@ -3,7 +3,8 @@
 A stage runs in steps: a generator computes until its next communication is posted, yields, and waits for it when it is
 resumed. So two micro-batches can take turns, and the communication of the one hides behind the computation of the
 other. The turns are strict, one resume each, never by readiness: the order of collectives on a communicator is then
-the same on every rank.
+the same on every rank. The backward has the first turn, for it begins with communication (of the combine's gradient)
+and the forward with computation (attention).
 
 Shapes: S sequence, B micro-batch, H hidden.
 """
