@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.guards import GuardConfig
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
@@ -18,6 +19,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
+    "guards": GuardConfig,
 }
 
 
@@ -32,6 +34,7 @@ class RunConfig:
     data: DataConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    guards: GuardConfig = GuardConfig()
 
     def override(self, **values: Any) -> RunConfig:
         """A copy in which each named field, whatever its section, has the given value.
@@ -78,6 +81,7 @@ class RunConfig:
                               "pipeline_model_parallel_size of at least 2; leave it out")
         if self.logging.log_interval < 1:
             raise ConfigError(f"log_interval={self.logging.log_interval} must be at least 1")
+        self.guards.validate(self.checkpoint)
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, as `load.py` writes and reads them."""
