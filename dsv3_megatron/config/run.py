@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.guards import GuardConfig
 from dsv3_megatron.config.memory import require_recompute
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
@@ -19,6 +20,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
+    "guards": GuardConfig,
 }
 
 
@@ -33,6 +35,7 @@ class RunConfig:
     data: DataConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    guards: GuardConfig = GuardConfig()
 
     def override(self, **values: Any) -> RunConfig:
         """A copy in which each named field, whatever its section, has the given value.
@@ -65,7 +68,7 @@ class RunConfig:
                 f"max_position_embeddings={self.model.max_position_embeddings}"
             )
         require_document_attention(self.data, self.training.transformer_impl)
-        require_recompute(self.training, self.model)
+        require_recompute(self.training, self.model, self.parallel)
         if self.training.transformer_impl == "transformer_engine":
             require_engine_epsilon(self.model)
         if self.checkpoint.save and self.checkpoint.save_interval < 1:
@@ -75,8 +78,12 @@ class RunConfig:
                               "exported")
         if self.checkpoint.keep_last < 0:
             raise ConfigError(f"keep_last={self.checkpoint.keep_last} must not be negative; 0 keeps all checkpoints")
+        if self.logging.trace_schedule and self.parallel.pipeline_model_parallel_size == 1:
+            raise ConfigError(f"trace_schedule={self.logging.trace_schedule} records what pipeline ranks do and needs "
+                              "pipeline_model_parallel_size of at least 2; leave it out")
         if self.logging.log_interval < 1:
             raise ConfigError(f"log_interval={self.logging.log_interval} must be at least 1")
+        self.guards.validate(self.checkpoint)
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, as `load.py` writes and reads them."""

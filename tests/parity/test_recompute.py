@@ -86,10 +86,12 @@ def test_what_cannot_be():
          "needs recompute_granularity=selective, not full: full recomputes whole layers"),
         ({"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]},
          "recompute_modules=mlp: the modules that can be recomputed are layernorm, mla_up_proj, moe_act"),
+        ({"recompute_granularity": "full", "pipeline_schedule": "dualpipe", "pipeline_model_parallel_size": 2},
+         "recompute_granularity=full needs a schedule that runs whole layers"),
     ]
     for changes, message in cases:
         with pytest.raises(ConfigError, match=message):
-            run.override(**changes).validate(1)
+            run.override(**changes).validate()
     dense = dataclasses.replace(run, model=variant("all-dense")).override(
         seq_length=24, recompute_granularity="selective", recompute_modules=["moe_act"])
     with pytest.raises(ConfigError, match="recompute_modules=moe_act matches nothing: all 3 layers are dense"):
