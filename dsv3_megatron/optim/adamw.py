@@ -57,6 +57,14 @@ class NarrowMomentAdamW(torch.optim.AdamW):
             for weight in group["params"]:
                 self._state_of(weight)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of every optimizer; torch gives moments the dtype of their weights, here they get their own back."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for moment in MOMENTS:
+                if moment in state:
+                    state[moment] = state[moment].to(self.dtypes[moment])
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One update of every weight that has a gradient.

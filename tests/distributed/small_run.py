@@ -158,9 +158,10 @@ def merge(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def differences(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> list[str]:
-    """Names that are in one state only or whose values are not equal bit for bit."""
+    """Names that are in one state only or whose dtypes or values are not equal, bit for bit."""
     return sorted(expected.keys() ^ actual.keys()) + [
-        name for name in expected.keys() & actual.keys() if not torch.equal(expected[name], actual[name])]
+        name for name in expected.keys() & actual.keys()
+        if expected[name].dtype != actual[name].dtype or not torch.equal(expected[name], actual[name])]
 
 
 def _forward(data_iterator: Any, model: Any, *_: Any) -> tuple[Any, Any]:

@@ -166,6 +166,17 @@ def test_a_second_moment_rounded_to_nearest_stalls_where_stochastic_rounding_fol
     assert second_moment_after("stochastic", 0.95, constant).mean() == pytest.approx(1.02 ** 2, rel=2e-3)
 
 
+def test_loading_keeps_the_dtypes():
+    """Megatron-Core loads an optimizer's own state back into it; torch would make the moments fp32."""
+    optimizer = make([(torch.ones(300), 0)], rounding="stochastic")
+    run(optimizer, gradients(2, 300))
+    before = {moment: state_bits(optimizer, moment).clone() for moment in ("exp_avg", "exp_avg_sq")}
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(state_bits(optimizer, moment), bits) for moment, bits in before.items())
+    run(optimizer, gradients(1, 300))
+    assert optimizer.state[weights_of(optimizer)[0]]["exp_avg"].dtype == BF16
+
+
 def test_choices_are_checked():
     with pytest.raises(ConfigError, match="exp_avg_dtype='fp16' must be one of fp32, bf16"):
         preset("tiny").override(exp_avg_dtype="fp16").validate(1)
