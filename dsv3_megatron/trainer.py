@@ -155,6 +155,7 @@ class Trainer:
         try:
             if run.guards.on_spike == "rollback" and (saved_at < 1 or run.checkpoint.load != run.checkpoint.save):
                 self.save()  # to go back to, until the first one of the schedule
+                saved_at = self.iteration
             while self.iteration < training.train_iters and not stopped and not self.guard.end_reason:
                 report, stopped = self.train_step()
                 self.watchdog.beat("reporting")

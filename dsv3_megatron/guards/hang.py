@@ -36,8 +36,9 @@ EXIT_HANG = 4
 SLOW_FACTOR = 10.0
 # Looks at the last sign of life this often, and at least that often in each timeout.
 _POLL_S, _POLLS_IN_TIMEOUT = 5.0, 10
-# Ranks wait for each other's answers for this many polls, and at least that long.
-_ANSWER_POLLS, _ANSWER_S = 4, 3.0
+# Ranks wait for each other's answers for this many polls, and at least that long; then as many again as the last word
+# of one that cannot answer may take.
+_ANSWER_POLLS, _ANSWER_S, _LAST_WORD_POLLS = 4, 3.0, 3
 _NUM_LISTED = 32
 _STDERR = 2
 _STORE_PREFIX = "dsv3_megatron_watchdog"
@@ -117,17 +118,21 @@ class Watchdog:
         self._put(Beat(self._beat.step, part, 1, True, time.monotonic()))
 
     def _put(self, beat: Beat) -> None:
-        is_longer = beat.is_slow and not self._beat.is_slow
+        is_other_limit = beat.is_slow != self._beat.is_slow
         self._beat = beat
-        if is_longer and self._thread is not None:
+        if is_other_limit and self._thread is not None:
             self._arm()  # now: what begins may keep the interpreter's lock from the start
 
     def _limit_s(self) -> float:
         return self._timeout_s * (SLOW_FACTOR if self._beat.is_slow else 1.0)
 
     def _arm(self) -> None:
-        """Set faulthandler's timer ahead; it fires only if nobody does that for longer than the limit."""
-        faulthandler.dump_traceback_later(self._limit_s() + 2 * self._poll_s, exit=True, file=_STDERR)
+        """Set faulthandler's timer ahead; it fires only if nobody does that for longer than the limit.
+
+        After the others' summary, which ends the process's peers, and before they are gone.
+        """
+        patience_s = self._answer_s + _LAST_WORD_POLLS * self._poll_s
+        faulthandler.dump_traceback_later(self._limit_s() + patience_s, exit=True, file=_STDERR)
 
     # -- the thread ------------------------------------------------------------------------------------
 
@@ -190,6 +195,8 @@ class Watchdog:
             deadline = time.monotonic() + self._answer_s
             while self._ask("summarized") is None and time.monotonic() < deadline:
                 time.sleep(0.1)
+        if len(states) < self._world_size:
+            time.sleep(_LAST_WORD_POLLS * self._poll_s)
         os._exit(EXIT_HANG)
 
     def _collect(self, kind: str, wait_s: float = 0.0) -> dict[int, dict[str, Any]]:
