@@ -92,7 +92,7 @@ class FaultyTrainer(Trainer):
         super()._build_data()
         corrupted = {sample for fault in self.faults if fault.kind == "corrupt" for sample in fault.steps}
         dataset = CorruptedDataset(self.data.train, corrupted, self.run.model.vocab_size - 1)
-        self.batches = [self._iterate(dataset, self.data_position) for _ in self.chunks]
+        self.batches = self._iterate(dataset, self.data_position)
 
     def due(self, kind: str) -> list[Fault]:
         """Faults of a kind that strike this rank in the step under way."""

@@ -40,7 +40,8 @@ def faulty(run: RunConfig, faults: Sequence[Fault] = ()) -> Iterator[FaultyTrain
 
 def whole_state(trainer: FaultyTrainer) -> dict[str, torch.Tensor]:
     """This rank's weights, fp32 weights, moments and biases by name, and the steps that AdamW has counted."""
-    training = Training(trainer.run, trainer.groups, trainer.mcore_config, trainer.chunks, trainer.optimizer)
+    training = Training(trainer.run, trainer.groups, trainer.mcore_config, trainer.chunks, trainer.optimizer,
+                        trainer.forward_backward)
     state = training.whole_state()
     for number, part in enumerate(parts(trainer.optimizer)):
         steps = [values["step"] for values in part.optimizer.state.values()]

@@ -47,6 +47,8 @@ NONFINITE = [
      ["lm loss is nan", "mtp_1 loss is nan", "micro-batch of samples 8 on rank 1"]),
     ("one replica", {}, once("activation", where="layers.1.mlp.shared_experts"),
      ["lm loss is nan", "micro-batch of samples 9 on rank 1", "micro-batch of samples 11 on rank 1"]),
+    ("DualPipe", {**PP2, "pipeline_schedule": "dualpipe"}, once("activation", rank=0, where="layers.0.mlp"),
+     ["lm loss is nan", "micro-batch of samples "]),
     ("MTP", PP2, once("activation", where="mtp.layers.0.eh_proj"), ["mtp_1 loss is nan"]),
     ("balance", {}, once("balance"), ["balance loss is nan"]),
     ("copy", TP2, once("copy", where="q_layernorm.weight"), ["tensor-parallel rank's copy of a gradient"]),

@@ -23,7 +23,7 @@ from tests.distributed.small_run import architecture_arguments
 pytestmark = pytest.mark.distributed
 
 # Short against a test, long against a step on a machine that is busy with others.
-TIMEOUT_S = 6.0
+TIMEOUT_S = 5.0
 # Beyond the timeout: answers, the launcher's own shutdown, and a busy machine.
 END_S = 60.0
 
