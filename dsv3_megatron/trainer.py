@@ -31,11 +31,10 @@ from megatron.core.utils import get_model_config
 from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
-from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.datasets import build_datasets, dataset_config
-from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard
+from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard, require_room
 from dsv3_megatron.guards.events import EventLog
 from dsv3_megatron.guards.hang import Watchdog
 from dsv3_megatron.guards.spikes import LOSS
@@ -328,12 +327,8 @@ class Trainer:
         self.watchdog.slow("rollback")
         position = load_checkpoint(save, self.run, self.chunks, self.optimizer, self.groups)
         training = self.run.training
-        missing = (next_sample - position.consumed_samples + training.train_iters * training.global_batch_size
-                   - len(self.data.train))
-        if missing > 0:
-            raise ConfigError(f"rollback to iteration {position.iteration}: the run would end {missing} samples beyond "
-                              f"its data, which have room for max_rollbacks={self.run.guards.max_rollbacks} times "
-                              f"save_interval={self.run.checkpoint.save_interval} steps; resume with on_spike=skip")
+        require_room(next_sample - position.consumed_samples, num_available=len(self.data.train),
+                     num_needed=training.train_iters * training.global_batch_size)
         self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
         self.guard.rolled_back(position.guards, first_sample=self.data_position, next_sample=next_sample)
         for batches in self.batches:
