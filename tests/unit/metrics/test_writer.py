@@ -150,7 +150,7 @@ def test_truncating_counts_what_it_drops(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_spikes_and_rollbacks_are_counted_where_they_happened(tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
+def test_spikes_and_rollbacks_are_counted(tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
     writer = MetricsWriter(tmp_path, speed)
     writer.write_step(make_report(1))
     writer.write_step(make_report(2, is_spike=True, num_spikes=1, num_rollbacks=3))
