@@ -114,16 +114,19 @@ class DeepSeekV3Model(GPTModel):
                                              defer_weight_grad=weight_grad_deferral())
         return losses_SB.transpose(0, 1).contiguous()
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What a checkpoint holds, without the modules' `_extra_state`.
 
         That is state of FP8 from one step to the next, which neither bf16 nor block-wise FP8 has. Local and Transformer
         Engine modules do not have it in the same places, and a checkpoint of one shall load into the other.
         """
+        has_shared_embedding = self.mtp_process and "embedding" not in self._modules
+        if has_shared_embedding:  # Megatron-Core wants to mark the entry as a copy
+            self._modules["embedding"] = self.embedding
         with as_pipeline_rank(self.pg_collection.pp.rank()):
-            state = super().sharded_state_dict(*args, **kwargs)
-        if "embedding" not in self._modules:  # Megatron-Core adds the embedding that the MTP modules use
-            state.pop(f"{kwargs.get('prefix', '')}embedding.word_embeddings.weight", None)
+            state = super().sharded_state_dict(prefix, *args, **kwargs)
+        if has_shared_embedding:  # the first stage saves it
+            del self._modules["embedding"], state[f"{prefix}embedding.word_embeddings.weight"]
         return {key: entry for key, entry in state.items() if "_extra_state" not in key}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
