@@ -106,11 +106,12 @@ class Stage:
         # Ranks of a tensor-parallel group read the same tokens.
         group = self.module.pg_collection
         generator = torch.Generator().manual_seed(torch.distributed.get_rank() // group.tp.size())
-        self.batches = [random_batch(run, generator) for _ in range(num_microbatches)]
+        device = next(wrapped.parameters()).device
+        self.batches = [random_batch(run, generator).to(device) for _ in range(num_microbatches)]
         shape = (SEQ_LENGTH // group.tp.size(), MICRO_BATCH_SIZE, run.model.hidden_size)
 
         def random() -> list[torch.Tensor]:
-            return [torch.randn(shape, generator=generator).to(config.pipeline_dtype) for _ in self.batches]
+            return [torch.randn(shape, generator=generator).to(device, config.pipeline_dtype) for _ in self.batches]
 
         nothing: list[Any] = [None] * num_microbatches
         self.inputs = nothing if self.module.pre_process else random()
