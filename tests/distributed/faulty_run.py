@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.data.batches import Batch
 from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.platform import prepare
 from dsv3_megatron.train import run_rank
@@ -144,10 +145,10 @@ class FaultyTrainer(Trainer):
                 return (first, *rest) if isinstance(output, tuple) else first
         return None
 
-    def _forward_step(self, *args: Any) -> Any:
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         for kind in ("sleep", "lock", "stop"):
             self.apply(kind)
-        return super()._forward_step(*args)
+        return super()._next_batch(batches)
 
     def _run_microbatches(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._run_microbatches(*args, **kwargs)
