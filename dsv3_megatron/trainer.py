@@ -19,7 +19,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,6 +37,7 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.datasets import build_datasets, dataset_config
 from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
+from dsv3_megatron.metrics.instruments import Instruments
 from dsv3_megatron.metrics.progress import Progress
 from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.metrics.writer import MetricsWriter
@@ -78,7 +79,9 @@ class Trainer:
         stages, self.mcore_config = build_stages(run, self.groups, precision=self.precision)
         self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
-        self.mcore_config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=self.groups)
+        self.instruments = Instruments(run, self.chunks, self.optimizer, self.groups, self.device)
+        self.mcore_config.finalize_model_grads_func = self.instruments.around_reduction(
+            partial(finalize_model_grads, pg_collection=self.groups))
         self.forward_backward = get_forward_backward_func(
             pp_size=run.parallel.pipeline_model_parallel_size,
             vp_size=self.mcore_config.virtual_pipeline_model_parallel_size)
@@ -113,8 +116,9 @@ class Trainer:
                                  log_interval=log.log_interval, enabled=is_reporter)
         self.writer = None
         if log.tensorboard_dir:
-            self.writer = MetricsWriter(log.tensorboard_dir, self.speed, log_interval=log.log_interval,
-                                        resumed_iteration=self.iteration, enabled=is_reporter)
+            self.writer = MetricsWriter(
+                log.tensorboard_dir, self.speed, num_layers=self.run.model.num_layers, log_interval=log.log_interval,
+                picture_interval=log.picture_interval, resumed_iteration=self.iteration, enabled=is_reporter)
             self.writer.write_config(self.run.as_dict(), environment={
                 "precision": self.precision, "world_size": self.world_size, "device": self.device.name})
 
@@ -133,9 +137,10 @@ class Trainer:
         try:
             while self.iteration < training.train_iters and not stopped:
                 report, stopped = self.train_step()
-                self.progress.update(report)
-                if self.writer:
-                    self.writer.write_step(report)
+                with self.instruments.clock.phase("logging"):
+                    self.progress.update(report)
+                    if self.writer:
+                        self.writer.write_step(report)
                 last = self.iteration == training.train_iters
                 if training.eval_interval and (last or self.iteration % training.eval_interval == 0) and not stopped:
                     self._validate()
@@ -167,20 +172,28 @@ class Trainer:
             What it did, and the number of a signal that any rank has received, else 0.
         """
         run, training = self.run, self.run.training
-        started = time.perf_counter()
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        rate = learning_rate(training, self.iteration)
-        set_learning_rate(self.optimizer, rate)
-        losses, stopped = self._run_microbatches(self.batches, forward_only=False)
-        loads_LE, balance_L = collect_expert_loads(
-            self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
-            num_experts=run.model.num_experts, device=self.device.torch_device)
-        is_applied, grad_norm, _ = self.optimizer.step()
-        update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
-                             update_rate=training.moe_router_bias_update_rate)
+        started, clock = time.perf_counter(), self.instruments.clock
+        self.instruments.begin_step(self.iteration + 1)
+        with clock.phase("forward-backward"):
+            for chunk in self.chunks:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            rate = learning_rate(training, self.iteration)
+            set_learning_rate(self.optimizer, rate)
+            losses, stopped = self._run_microbatches([clock.waiting(batches, "data") for batches in self.batches],
+                                                     forward_only=False)
+        with clock.phase("router-bias"):
+            loads_LE, balance_L = collect_expert_loads(
+                self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
+                num_experts=run.model.num_experts, device=self.device.torch_device)
+        with clock.phase("optimizer"):
+            is_applied, grad_norm, _ = self.optimizer.step()
+        with clock.phase("router-bias"):
+            update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
+                                 update_rate=training.moe_router_bias_update_rate)
+        with clock.phase("logging"):
+            measurements = self.instruments.end_step()
         self.iteration += 1
         self.consumed_samples += training.global_batch_size
         return StepReport(
@@ -196,6 +209,9 @@ class Trainer:
             step_time_s=time.perf_counter() - started,
             expert_load={row: counts for row, counts in enumerate(loads_LE.tolist()) if sum(counts)},
             skipped=not is_applied,
+            mtp_weight=training.mtp_loss_scaling_factor if run.model.mtp_num_layers else None,
+            bias_update_rate=training.moe_router_bias_update_rate,
+            measurements=measurements,
         ), stopped
 
     def _mean_balance_loss(self, balance_L: torch.Tensor) -> float | None:
@@ -206,7 +222,7 @@ class Trainer:
             return None
         return float(balance_L.sum()) / (training.moe_aux_loss_coeff * training.global_batch_size * layers)
 
-    def _run_microbatches(self, batches: list[BatchIterator], *, forward_only: bool) -> tuple[StepLosses, int]:
+    def _run_microbatches(self, batches: Sequence[Iterator[Batch]], *, forward_only: bool) -> tuple[StepLosses, int]:
         """One global batch through the pipeline; mean losses and any rank's signal."""
         training = self.run.training
         collected = self.forward_backward(

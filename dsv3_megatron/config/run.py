@@ -73,8 +73,9 @@ class RunConfig:
                               "exported")
         if self.checkpoint.keep_last < 0:
             raise ConfigError(f"keep_last={self.checkpoint.keep_last} must not be negative; 0 keeps all checkpoints")
-        if self.logging.log_interval < 1:
-            raise ConfigError(f"log_interval={self.logging.log_interval} must be at least 1")
+        for name in ("log_interval", "picture_interval"):
+            if getattr(self.logging, name) < 1:
+                raise ConfigError(f"{name}={getattr(self.logging, name)} must be at least 1")
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, as `load.py` writes and reads them."""

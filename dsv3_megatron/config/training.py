@@ -158,3 +158,4 @@ class LoggingConfig:
 
     tensorboard_dir: str | None = option(None, help="folder for TensorBoard logs and the resolved configuration")
     log_interval: int = option(10, help="steps between log lines and scalars")
+    picture_interval: int = option(10, help="logged steps between heat maps and histograms")

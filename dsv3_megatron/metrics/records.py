@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.metrics.measurements import Measurements
+
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -44,6 +46,9 @@ class StepReport:
         expert_load: Layer id (0-based over the main model, MTP depth k is num_layers + k) -> tokens
             routed to each expert in this step.
         skipped: The update was left out (a gradient that is not finite).
+        mtp_weight: lambda of this step; None without MTP.
+        bias_update_rate: gamma of this step; None without routed experts.
+        measurements: What the instruments saw; None on a step that is not logged.
     """
 
     iteration: int
@@ -58,6 +63,14 @@ class StepReport:
     step_time_s: float
     expert_load: Mapping[int, list[int]] = field(default_factory=dict)
     skipped: bool = False
+    mtp_weight: float | None = None
+    bias_update_rate: float | None = None
+    measurements: Measurements | None = None
+
+
+def is_logged(iteration: int, log_interval: int) -> bool:
+    """Whether a step, counted from 1, is one whose values TensorBoard gets: the first and every log_interval-th."""
+    return iteration == 1 or iteration % log_interval == 0
 
 
 @dataclass(frozen=True)

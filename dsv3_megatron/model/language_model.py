@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from dsv3_megatron.model.documents import PackedDocuments
+from dsv3_megatron.model.observation import HeadAgreement
 from dsv3_megatron.ops.cross_entropy import linear_cross_entropy
 
 
@@ -33,7 +34,13 @@ class TokenLosses(NamedTuple):
 
 
 class DeepSeekV3Model(GPTModel):
-    """A stage: embedding, layers, MTP modules, head and losses, as its layout says."""
+    """A stage: embedding, layers, MTP modules, head and losses, as its layout says.
+
+    Attributes:
+        agreement: Compares the heads in training forwards while it is set; no part of the model.
+    """
+
+    agreement: HeadAgreement | None = None
 
     def _postprocess(self, hidden_states: torch.Tensor, input_ids: torch.Tensor, position_ids: torch.Tensor,
                      labels: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
@@ -59,8 +66,11 @@ class DeepSeekV3Model(GPTModel):
             outputs = self.mtp(
                 input_ids=input_ids, position_ids=position_ids, hidden_states=hidden_states,
                 attention_mask=kwargs.get("attention_mask"), packed_seq_params=documents, embedding=self.embedding)
+            hidden_by_depth = outputs.chunk(1 + self.config.mtp_num_layers, dim=0)[1:]
+            if self.agreement is not None and self.training:
+                self.agreement.observe(self.output_layer.weight, hidden_states, hidden_by_depth, remaining)
             labels_k_BS = labels
-            for depth, hidden_k in enumerate(outputs.chunk(1 + self.config.mtp_num_layers, dim=0)[1:], start=1):
+            for depth, hidden_k in enumerate(hidden_by_depth, start=1):
                 labels_k_BS = torch.nn.functional.pad(labels_k_BS[:, 1:], (0, 1))
                 mtp_losses.append(self.token_losses(hidden_k, labels_k_BS) * (remaining >= depth))
         return TokenLosses(self.token_losses(hidden_states, labels), tuple(mtp_losses))
