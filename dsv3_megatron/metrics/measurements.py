@@ -1,6 +1,6 @@
 """What the instruments saw in a step that is logged, over all ranks, as plain numbers. Pure Python.
 
-`instruments.py` fills it, `panels.py` turns it into TensorBoard scalars, histograms and images. Layers are named as in
+`instruments.py` fills it, `scalars.py` and `pictures.py` turn it into what TensorBoard shows. Layers are named as in
 `StepReport.expert_load`: 0-based over the main model, MTP depth k is num_layers + k.
 """
 

@@ -9,9 +9,6 @@ import torch
 
 from dsv3_megatron.platform import Device
 
-HOST_MEMORY = ("host-peak-resident",)
-GPU_MEMORY = ("gpu-allocated", "gpu-peak-allocated", "gpu-peak-reserved")
-
 
 def memory_bytes(device: Device) -> dict[str, int]:
     """Bytes by kind; peaks are since the process began.

@@ -24,7 +24,6 @@ from typing import IO, Any
 
 from dsv3_megatron.metrics.balance import max_violation
 from dsv3_megatron.metrics.flops import RunSpeed
-from dsv3_megatron.metrics.panels import Pictures, balance_scalars, measurement_scalars
 from dsv3_megatron.metrics.records import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -34,39 +33,11 @@ from dsv3_megatron.metrics.records import (
     to_line,
     truncate_records,
 )
+from dsv3_megatron.metrics.scalars import step_scalars
 
-__all__ = ["MetricsWriter", "StepReport", "step_scalars"]
+__all__ = ["MetricsWriter", "StepReport"]
 
 _LOGGER = logging.getLogger(__name__)
-
-
-def step_scalars(report: StepReport, speed: RunSpeed) -> dict[str, float]:
-    """TensorBoard scalars of one step, by name."""
-    rates = speed.rates(report.batch_size, report.step_time_s)
-    scalars: dict[str, float] = {"lm loss": report.lm_loss}
-    scalars |= {f"mtp_{depth} loss": loss for depth, loss in enumerate(report.mtp_losses, start=1)}
-    if report.balance_loss is not None:
-        scalars["seq_load_balancing_loss"] = report.balance_loss
-    scalars |= {
-        "grad-norm": report.grad_norm,
-        "learning-rate": report.learning_rate,
-        "batch-size": report.batch_size,
-        "iteration-time": report.step_time_s,
-        "throughput": rates.tflops_per_device,
-        "tokens-per-second": rates.tokens_per_second,
-        "model-flops-per-second": rates.model_flops_per_second,
-        "consumed-tokens": report.consumed_tokens,
-        "consumed-samples": report.consumed_samples,
-    }
-    if rates.mfu is not None:
-        scalars["mfu"] = rates.mfu
-    for name, value in (("mtp-weight", report.mtp_weight), ("bias-update-rate", report.bias_update_rate)):
-        if value is not None:
-            scalars[name] = value
-    scalars |= balance_scalars(report.expert_load)
-    if report.measurements is not None:
-        scalars |= measurement_scalars(report.measurements)
-    return scalars
 
 
 def step_record(report: StepReport, speed: RunSpeed) -> dict[str, Any]:
@@ -132,6 +103,8 @@ class MetricsWriter:
         self._num_skipped = sum(bool(record.get("skipped")) for record in kept.steps)
         self._file = path.open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one process needs it
+
+        from dsv3_megatron.metrics.pictures import Pictures
 
         self._events = SummaryWriter(str(self.directory), purge_step=resumed_iteration + 1, max_queue=1000)
         self._pictures = Pictures(self._events, num_layers)

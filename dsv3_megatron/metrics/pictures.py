@@ -1,57 +1,19 @@
-"""Measurements as TensorBoard shows them: scalars of every logged step, histograms and heat maps of some of them.
+"""Heat maps and histograms of a run in TensorBoard.
 
 What each tag means stands in `tags.py`, and from there in the README of this folder.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dsv3_megatron.metrics.balance import bias_direction, dead_share, least_load, max_violation, normalised_entropy
 from dsv3_megatron.metrics.heat_map import Axis, LoadHistory, draw_heat_map, relative_loads
-from dsv3_megatron.metrics.measurements import Measurements
 from dsv3_megatron.metrics.records import StepReport
 
 _NUM_BIAS_BINS = 30
-
-
-def balance_scalars(expert_load: Mapping[int, Sequence[int]]) -> dict[str, float]:
-    """How evenly the experts of each layer are loaded, and the mean over the layers."""
-    scalars: dict[str, float] = {}
-    means: dict[str, list[float]] = {}
-    for layer, counts in expert_load.items():
-        found = {"max-violation": max_violation(counts), "least-load": least_load(counts),
-                 "entropy": normalised_entropy(counts), "dead-experts": dead_share(counts)}
-        scalars |= {f"expert-load/layer-{layer}/{name}": value for name, value in found.items()}
-        found["router-bias/direction"] = scalars[f"router-bias/layer-{layer}/direction"] = bias_direction(counts)
-        for name, value in found.items():
-            means.setdefault(name if "/" in name else f"expert-load/{name}", []).append(value)
-    return scalars | {name: statistics.fmean(values) for name, values in means.items()}
-
-
-def measurement_scalars(measurements: Measurements) -> dict[str, float]:
-    """What the instruments saw, as far as it is one number each."""
-    scalars = {f"grad-norm/{component}": norm for component, norm in measurements.grad_norms.items()}
-    for depth, share in enumerate(measurements.head_agreement, start=1):
-        if share is not None:
-            scalars[f"mtp_{depth} agreement"] = share
-    scalars |= {f"time/{phase}": seconds for phase, seconds in measurements.phase_seconds.items()}
-    scalars |= {f"time-slowest-rank/{phase}": seconds
-                for phase, seconds in measurements.slowest_phase_seconds.items()}
-    scalars |= {f"memory/{kind}": size for kind, size in measurements.memory_bytes.items()}
-    routers = measurements.routers
-    if any(len(router.tokens_per_group) > 1 for router in routers.values()):
-        for layer, router in routers.items():
-            scalars[f"expert-groups/layer-{layer}/groups-per-token"] = router.groups_per_token
-            scalars[f"expert-groups/layer-{layer}/max-violation"] = max_violation(router.tokens_per_group)
-        scalars["expert-groups/most-groups-per-token"] = max(r.most_groups_per_token for r in routers.values())
-        for group, tokens in enumerate(zip(*(r.tokens_per_group for r in routers.values()), strict=True)):
-            scalars[f"expert-groups/group-{group}"] = statistics.fmean(tokens)
-    return scalars
 
 
 class Pictures:
