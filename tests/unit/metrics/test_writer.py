@@ -16,6 +16,7 @@ from dsv3_megatron.config.presets import preset
 from dsv3_megatron.metrics.flops import RunSpeed
 from dsv3_megatron.metrics.records import Records, StepReport, read_records, to_line, truncate_records
 from dsv3_megatron.metrics.scalars import step_scalars
+from dsv3_megatron.metrics.tags import TAGS
 from dsv3_megatron.metrics.writer import MetricsWriter
 
 Make = Callable[..., StepReport]
@@ -77,6 +78,8 @@ def test_round_trip(tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
     assert events["lm loss validation"] == [(5, 2.5)]
     assert events["lm loss validation ppl"][0][1] == pytest.approx(math.exp(2.5), rel=1e-6)
     assert events["mtp_1 loss validation"] == [(5, 3.5)]
+    from_validation = {tag.name.replace("{depth}", "1") for tag in TAGS if tag.when == "validation"}
+    assert from_validation <= set(events)
 
 
 def test_resume_drops_what_is_taken_again(tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
