@@ -80,8 +80,8 @@ class Records:
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
 
-    def column(self, name: str) -> list[tuple[int, float]]:
-        """(iteration, value) of every step that has a finite value under `name`."""
+    def column(self, name: str) -> list[tuple[int, Any]]:
+        """(iteration, value) of every step that has a value under `name`; one that is not finite is none."""
         return [(r["iteration"], r[name]) for r in self.steps if r.get(name) is not None]
 
     def validation_column(self, name: str) -> list[tuple[int, float]]:
