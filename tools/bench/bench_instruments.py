@@ -172,7 +172,6 @@ def measure(run: RunConfig, rounds: int, warm_up: int) -> dict[str, Kind]:
     from megatron.core.distributed import finalize_model_grads
 
     trainer = random_token_trainer(run)
-    watch_the_instruments()
     finalize = partial(finalize_model_grads, pg_collection=trainer.groups)
     with tempfile.TemporaryDirectory(prefix="bench-instruments-") as folder:
         kinds = kinds_of(trainer, finalize, Path(folder))
@@ -217,8 +216,9 @@ def report(kinds: dict[str, Kind], config: str, clock: float, log_interval: int,
         extras = [extra(kinds, name, which) for which in (0, 1, 2)]
         extras[2] += clock
         total = [sum_ + shares[name] * more for sum_, more in zip(total, extras, strict=True)]
-        print(f"  {name:12} {1e3 * extras[0]:+9.2f} ms wall  {1e3 * extras[1]:+9.2f} ms CPU  {1e3 * extras[2]:+9.2f} ms "
-              f"own CPU, {100 * shares[name]:.0f}% of the steps")
+        wall, cpu, own = (1e3 * more for more in extras)
+        print(f"  {name:12} {wall:+9.2f} ms wall  {cpu:+9.2f} ms CPU  {own:+9.2f} ms own CPU, "
+              f"{100 * shares[name]:.0f}% of the steps")
         rows += [Measurement(name, config, "extra_time_median", extras[0], "s"),
                  Measurement(name, config, "extra_cpu_time_median", extras[1], "s"),
                  Measurement(name, config, "own_cpu_time_median", extras[2], "s"),
@@ -251,9 +251,11 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     from dsv3_megatron.config.presets import preset
-    from dsv3_megatron.platform import detect_device
+    from dsv3_megatron.platform import prepare
 
+    device = prepare()  # before anything imports Megatron-Core
     torch.set_num_threads(options.threads)
+    watch_the_instruments()
     if load_average() > 0.5:
         print(f"load average {load_average():.1f}: other work disturbs these numbers", file=sys.stderr)
     for name in options.presets:
@@ -269,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = report(measure(run, options.rounds, options.warm_up), config, clock, options.log_interval,
                       options.picture_interval)
         if not options.no_csv:
-            device = f"{detect_device().name}, {options.threads} threads, load {load_average():.1f}"
+            device = f"{device.name}, {options.threads} threads, load {load_average():.1f}"
             print(f"appended to {append_rows('instruments.csv', rows, device).relative_to(REPOSITORY)}")
     return 0
 
