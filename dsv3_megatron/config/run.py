@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.guards import GuardConfig
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
@@ -18,6 +19,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
+    "guards": GuardConfig,
 }
 
 
@@ -32,6 +34,7 @@ class RunConfig:
     data: DataConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    guards: GuardConfig = GuardConfig()
 
     def override(self, **values: Any) -> RunConfig:
         """A copy in which each named field, whatever its section, has the given value.
@@ -73,9 +76,13 @@ class RunConfig:
                               "exported")
         if self.checkpoint.keep_last < 0:
             raise ConfigError(f"keep_last={self.checkpoint.keep_last} must not be negative; 0 keeps all checkpoints")
+        if self.logging.trace_schedule and self.parallel.pipeline_model_parallel_size == 1:
+            raise ConfigError(f"trace_schedule={self.logging.trace_schedule} records what pipeline ranks do and needs "
+                              "pipeline_model_parallel_size of at least 2; leave it out")
         for name in ("log_interval", "picture_interval"):
             if getattr(self.logging, name) < 1:
                 raise ConfigError(f"{name}={getattr(self.logging, name)} must be at least 1")
+        self.guards.validate(self.checkpoint)
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, as `load.py` writes and reads them."""

@@ -70,6 +70,8 @@ TAGS: tuple[Tag, ...] = (
     _scalar("consumed-tokens", "tokens", "trained on so far"),
     _scalar("consumed-samples", "sequences", "trained on so far"),
     _scalar("skipped-iterations", "steps", "not applied so far"),
+    _scalar("spikes", "steps", "flagged so far: loss or gradient norm out of line with the steps before"),
+    _scalar("rollbacks", "", "returns to a checkpoint so far"),
     # Gradients.
     _scalar("grad-norm", "", "L2 norm of the whole gradient before clipping"),
     _scalar("grad-norm/{component}", "", "of one component; the squares add to the square of the whole. Everything in "

@@ -62,6 +62,8 @@ def step_record(report: StepReport, speed: RunSpeed) -> dict[str, Any]:
         "max_violation": sum(violations.values()) / len(violations) if violations else None,
         "layer_max_violation": {layer: round(violation, 4) for layer, violation in violations.items()},
         "skipped": report.skipped,
+        "spike": report.is_spike,
+        "num_rollbacks": report.num_rollbacks,
     }
 
 
@@ -135,7 +137,9 @@ class MetricsWriter:
             return
         for name, value in step_scalars(report, self._speed).items():
             self._events.add_scalar(name, value, report.iteration)
-        self._events.add_scalar("skipped-iterations", self._num_skipped, report.iteration)
+        for name, count in (("skipped-iterations", self._num_skipped), ("spikes", report.num_spikes),
+                            ("rollbacks", report.num_rollbacks)):
+            self._events.add_scalar(name, count, report.iteration)
         self._pictures.note(report)
         if is_logged(report.iteration, self._log_interval * self._picture_interval):
             self._pictures.write(report)

@@ -9,8 +9,6 @@ part on this tensor-parallel rank), n sampled positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from dsv3_megatron.ops.linear import linear_forward
@@ -78,39 +76,38 @@ class HeadAgreement:
         self.tp_group = tp_group
         self.num_samples = num_samples
         self.counts = torch.zeros(num_depths, 2, dtype=torch.float64, device=device)
-        self._is_done = False
+        self._done: set[int] = set()
 
     @torch.no_grad()
-    def observe(self, weight_vH: torch.Tensor, main_SBH: torch.Tensor, mtp_SBH: Sequence[torch.Tensor],
-                remaining: torch.Tensor) -> None:
-        """Sample a micro-batch, if it is the step's first one. Every rank of the tensor-parallel group calls.
+    def observe(self, depth: int, weight_vH: torch.Tensor, main_SBH: torch.Tensor, mtp_SBH: torch.Tensor,
+                has_target: torch.Tensor) -> None:
+        """Sample a micro-batch, if it is the depth's first of the step. Every tensor-parallel rank calls.
 
         Args:
+            depth: Of the MTP module, from 1.
             weight_vH: Rows of the output head.
             main_SBH: Hidden states of the main head; this rank's part of the sequence under sequence parallelism.
-            mtp_SBH: Those of each depth.
-            remaining: int64 [S] or [B, S], positions of the same document after each position.
+            mtp_SBH: Those of the MTP module, likewise.
+            has_target: bool [S] or [B, S]: whether the module's target is in the sequence, and in the same document
+                where those are isolated.
         """
-        if self._is_done:
+        if depth in self._done:
             return
-        self._is_done = True
-        main_SBH = self._whole_sequence(main_SBH, remaining.shape[-1])
-        for depth, hidden_SBH in enumerate(mtp_SBH, start=1):
-            hidden_SBH = self._whole_sequence(hidden_SBH, remaining.shape[-1])
-            has_target_BS = (remaining >= depth).expand(hidden_SBH.shape[1], -1)
-            rows, positions = has_target_BS.nonzero(as_tuple=True)
-            num_sampled = min(self.num_samples, len(rows))
-            sampled = torch.linspace(0, len(rows) - 1, num_sampled, device=rows.device).round().long()
-            rows, positions = rows[sampled], positions[sampled]
-            drafted = self._most_likely(hidden_SBH[positions, rows], weight_vH)
-            verified = self._most_likely(main_SBH[positions + depth, rows], weight_vH)
-            self.counts[depth - 1, 0] += (drafted == verified).sum()
-            self.counts[depth - 1, 1] += num_sampled
+        self._done.add(depth)
+        main_SBH, mtp_SBH = (self._whole_sequence(part, has_target.shape[-1]) for part in (main_SBH, mtp_SBH))
+        rows, positions = has_target.expand(mtp_SBH.shape[1], -1).nonzero(as_tuple=True)
+        num_sampled = min(self.num_samples, len(rows))
+        sampled = torch.linspace(0, len(rows) - 1, num_sampled, device=rows.device).round().long()
+        rows, positions = rows[sampled], positions[sampled]
+        drafted = self._most_likely(mtp_SBH[positions, rows], weight_vH)
+        verified = self._most_likely(main_SBH[positions + depth, rows], weight_vH)
+        self.counts[depth - 1, 0] += (drafted == verified).sum()
+        self.counts[depth - 1, 1] += num_sampled
 
     def clear(self) -> None:
         """Forget what was observed; the next micro-batch is a step's first."""
         self.counts.zero_()
-        self._is_done = False
+        self._done.clear()
 
     def _whole_sequence(self, hidden_SBH: torch.Tensor, length: int) -> torch.Tensor:
         if hidden_SBH.shape[0] == length:

@@ -271,8 +271,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows = report(measure(run, options.rounds, options.warm_up), config, clock, options.log_interval,
                       options.picture_interval)
         if not options.no_csv:
-            device = f"{device.name}, {options.threads} threads, load {load_average():.1f}"
-            print(f"appended to {append_rows('instruments.csv', rows, device).relative_to(REPOSITORY)}")
+            place = f"{device.name}, {options.threads} threads, load {load_average():.1f}"
+            print(f"appended to {append_rows('instruments.csv', rows, place).relative_to(REPOSITORY)}")
     return 0
 
 

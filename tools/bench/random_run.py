@@ -48,7 +48,7 @@ def random_token_trainer(run: RunConfig) -> Trainer:
         def _build_data(self) -> None:
             tokens = RandomTokens(run.model.vocab_size, run.training.seq_length)
             self.data = SimpleNamespace(train=tokens, valid=None)  # type: ignore[assignment]
-            self.batches = [self._iterate(self.data.train, 0) for _ in self.chunks]
+            self.batches = self._iterate(self.data.train, 0)
 
     run.validate(1)
     return RandomTokenTrainer(run)

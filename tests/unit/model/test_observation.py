@@ -59,8 +59,8 @@ def test_agreement_compares_the_same_place_in_the_text(is_isolated: bool) -> Non
     if is_isolated:  # documents of 5 and 7 positions
         remaining = torch.cat([torch.arange(4, -1, -1), torch.arange(6, -1, -1)]).expand(batch, -1)
     agreement = agreement_of(2)
-    agreement.observe(weight, main_SBH, mtp_SBH, remaining)
     for depth in (1, 2):
+        agreement.observe(depth, weight, main_SBH, mtp_SBH[depth - 1], remaining >= depth)
         agreeing = sampled = 0
         for row in range(batch):
             for position in range(length):
@@ -77,11 +77,11 @@ def test_agreement_samples_few_positions_of_the_first_micro_batch() -> None:
     hidden_SBH = torch.randn(64, 2, 8, generator=torch.Generator().manual_seed(2))
     shifted_SBH = hidden_SBH.roll(-1, 0)  # position i has the main head's state of position i + 1
     weight = torch.eye(8)
-    remaining = torch.arange(63, -1, -1)
+    has_target = torch.arange(64) < 63
     agreement = agreement_of(1, num_samples=20)
-    agreement.observe(weight, hidden_SBH, [shifted_SBH], remaining)
-    agreement.observe(weight, hidden_SBH, [-shifted_SBH], remaining)
+    agreement.observe(1, weight, hidden_SBH, shifted_SBH, has_target)
+    agreement.observe(1, weight, hidden_SBH, -shifted_SBH, has_target)
     assert agreement.counts.tolist() == [[20, 20]]
     agreement.clear()
-    agreement.observe(weight, hidden_SBH, [-shifted_SBH], remaining)
+    agreement.observe(1, weight, hidden_SBH, -shifted_SBH, has_target)
     assert agreement.counts[0, 0] < 10 and agreement.counts[0, 1] == 20
