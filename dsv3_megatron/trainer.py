@@ -18,7 +18,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,6 +39,7 @@ from dsv3_megatron.guards.hang import Watchdog
 from dsv3_megatron.guards.spikes import LOSS
 from dsv3_megatron.guards.step import StepFacts, guarded_step
 from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
+from dsv3_megatron.metrics.instruments import Instruments
 from dsv3_megatron.metrics.progress import Progress
 from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.metrics.writer import MetricsWriter
@@ -85,8 +86,9 @@ class Trainer:
         stages, self.mcore_config = build_stages(run, self.groups, precision=self.precision)
         self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
-        self.mcore_config.finalize_model_grads_func = partial(
-            finalize_model_grads, pg_collection=groups_of_tokens(self.groups))
+        self.instruments = Instruments(run, self.chunks, self.optimizer, self.groups, self.device)
+        self.mcore_config.finalize_model_grads_func = self.instruments.around_reduction(
+            partial(finalize_model_grads, pg_collection=groups_of_tokens(self.groups)))
         self.forward_backward = build_forward_backward(run.parallel, self.groups, self.mcore_config,
                                                        trace=run.logging.trace_schedule)
         self.guard = Guard(run.guards)
@@ -131,8 +133,9 @@ class Trainer:
                                  log_interval=log.log_interval, enabled=is_reporter)
         self.writer = None
         if log.tensorboard_dir:
-            self.writer = MetricsWriter(log.tensorboard_dir, self.speed, log_interval=log.log_interval,
-                                        resumed_iteration=self.iteration, enabled=is_reporter)
+            self.writer = MetricsWriter(
+                log.tensorboard_dir, self.speed, num_layers=self.run.model.num_layers, log_interval=log.log_interval,
+                picture_interval=log.picture_interval, resumed_iteration=self.iteration, enabled=is_reporter)
             self.writer.write_config(self.run.as_dict(), environment={
                 "precision": self.precision, "world_size": self.world_size, "device": self.device.name})
 
@@ -158,9 +161,10 @@ class Trainer:
             while self.iteration < training.train_iters and not stopped and not self.guard.end_reason:
                 report, stopped = self.train_step()
                 self.watchdog.beat("reporting")
-                self.progress.update(report)
-                if self.writer:
-                    self.writer.write_step(report)
+                with self.instruments.clock.phase("logging"):
+                    self.progress.update(report)
+                    if self.writer:
+                        self.writer.write_step(report)
                 if self.guard.must_roll_back:
                     self._roll_back()
                     saved_at = self.iteration
@@ -203,27 +207,35 @@ class Trainer:
             What it did, and the number of a signal that any rank has received, else 0.
         """
         run, training = self.run, self.run.training
-        started = time.perf_counter()
+        started, clock = time.perf_counter(), self.instruments.clock
         self.watchdog.begin_step(self.iteration + 1)
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        rate = learning_rate(training, self.iteration)
-        set_learning_rate(self.optimizer, rate)
-        samples = range(self.data_position, self.data_position + training.global_batch_size)
-        losses, collected, stopped = self._run_microbatches(self.batches, forward_only=False)
-        loads_LE, balance_L = collect_expert_loads(
-            self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
-            num_experts=run.model.num_experts, device=self.device.torch_device)
+        self.instruments.begin_step(self.iteration + 1)
+        with clock.phase("forward-backward"):
+            for chunk in self.chunks:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            rate = learning_rate(training, self.iteration)
+            set_learning_rate(self.optimizer, rate)
+            samples = range(self.data_position, self.data_position + training.global_batch_size)
+            losses, collected, stopped = self._run_microbatches(
+                [clock.waiting(batches, "data") for batches in self.batches], forward_only=False)
+        with clock.phase("router-bias"):
+            loads_LE, balance_L = collect_expert_loads(
+                self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
+                num_experts=run.model.num_experts, device=self.device.torch_device)
         self.watchdog.beat("optimizer")
-        balance_loss = self._mean_balance_loss(balance_L)
-        outcome = guarded_step(
-            self.guard, self.guard_log, self.optimizer, self.chunks, self.groups,
-            StepFacts(self.iteration + 1, losses.by_name(balance_loss), samples, collected))
-        if outcome.is_applied:
-            update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
-                                 update_rate=training.moe_router_bias_update_rate)
+        with clock.phase("optimizer"):
+            balance_loss = self._mean_balance_loss(balance_L)
+            outcome = guarded_step(
+                self.guard, self.guard_log, self.optimizer, self.chunks, self.groups,
+                StepFacts(self.iteration + 1, losses.by_name(balance_loss), samples, collected))
+        with clock.phase("router-bias"):
+            if outcome.is_applied:
+                update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
+                                     update_rate=training.moe_router_bias_update_rate)
+        with clock.phase("logging"):
+            measurements = self.instruments.end_step()
         self.iteration += 1
         self.consumed_samples += training.global_batch_size
         return StepReport(
@@ -242,6 +254,9 @@ class Trainer:
             is_spike=outcome.is_spike,
             num_spikes=self.guard.counters.spikes,
             num_rollbacks=self.guard.counters.rollbacks,
+            mtp_weight=training.mtp_loss_scaling_factor if run.model.mtp_num_layers else None,
+            bias_update_rate=training.moe_router_bias_update_rate,
+            measurements=measurements,
         ), stopped
 
     def _mean_balance_loss(self, balance_L: torch.Tensor) -> float | None:
@@ -252,7 +267,7 @@ class Trainer:
             return None
         return float(balance_L.sum()) / (training.moe_aux_loss_coeff * training.global_batch_size * layers)
 
-    def _run_microbatches(self, batches: list[BatchIterator], *, forward_only: bool
+    def _run_microbatches(self, batches: Sequence[Iterator[Batch]], *, forward_only: bool
                           ) -> tuple[StepLosses, list[dict[str, Any]], int]:
         """One global batch through the pipeline; mean losses, this rank's reports of it and any rank's signal."""
         training = self.run.training
