@@ -1,7 +1,8 @@
 """The training loop, and the one place where every stage of a run meets.
 
 A step is: micro-batches through Megatron-Core's pipeline schedule, gradients reduced and divided by the
-number of tokens, one optimizer step, one update of the routers' biases. The loss of a step is the mean
+number of tokens, one optimizer step, one update of the routers' biases. Batch size, learning rate, lambda, gamma and
+sequence length of a step follow from the steps and tokens before it (config/recipe.py). The loss of a step is the mean
 over its tokens: main loss + lambda / D * sum of the MTP losses (each summed over the positions that have
 a target and divided by all positions, as in the report) + the balance losses, mean over sequences.
 
@@ -28,11 +29,11 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_model_config
 
 from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.datasets import build_datasets, dataset_config
@@ -43,8 +44,8 @@ from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.model.build import build_stages, wrap_stages
 from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.language_model import TokenLosses
+from dsv3_megatron.model.rotary import change_context
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
-from dsv3_megatron.optim.lr import learning_rate
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, start_process_group
 from dsv3_megatron.platform import Device, prepare, resolve_precision
@@ -68,7 +69,7 @@ class Trainer:
     """
 
     def __init__(self, run: RunConfig) -> None:
-        self.run = run
+        self.run, self.recipe = run, run.recipe()
         self.device = prepare()
         start_process_group(self.device)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -82,34 +83,68 @@ class Trainer:
         self.forward_backward = get_forward_backward_func(
             pp_size=run.parallel.pipeline_model_parallel_size,
             vp_size=self.mcore_config.virtual_pipeline_model_parallel_size)
-        self.iteration = self.consumed_samples = 0
+        self.iteration = self.consumed_samples = self.consumed_tokens = 0
         if run.checkpoint.load:
             position = load_checkpoint(run.checkpoint.load, run, self.chunks, self.optimizer, self.groups)
             self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
+            self.consumed_tokens = position.consumed_tokens
         self.stop_signal: int | None = None
+        self.step_plan = self._plan_step()
+        self.phase = self.step_plan.phase if self.step_plan else self.recipe.phases_to_run[-1]
         self._build_data()
         self._build_reports()
+        if self.phase.index:
+            change_context(self.chunks, self.phase.model)
+
+    # -- phases ------------------------------------------------------------------------------------
+
+    def _plan_step(self) -> StepPlan | None:
+        """What the next step is taken with; None where the run stops."""
+        return self.recipe.step(self.iteration, self.consumed_tokens)
+
+    def _enter_phase(self, phase: PlannedPhase) -> None:
+        """Go on with another phase's context, data and speed; weights and optimizer stay."""
+        is_other_data = self.recipe.span_of(phase) != self.recipe.span_of(self.phase)
+        self.phase = phase
+        change_context(self.chunks, phase.model)
+        if is_other_data:
+            self._build_data()
+        self._iterate_from_here()
+        self.speed = self._speed()
+        self.progress.change_speed(self.speed)
+        if self.writer:
+            self.writer.change_speed(self.speed)
+        self.progress.message(f"phase {phase.name} from iteration {self.iteration + 1}: {phase.summary}")
 
     def _build_data(self) -> None:
-        config = dataset_config(self.run)
+        config = dataset_config(self.run, self.recipe.span_of(self.phase))
         self.eod_id = config.eod_id
         self.data = build_datasets(config)
-        self.batches = [self._iterate(self.data.train, self.consumed_samples) for _ in self.chunks]
+        self._iterate_from_here()
+
+    def _iterate_from_here(self) -> None:
+        """Training batches from the position on: of the samples before it, those of this dataset."""
+        first_sample = self.recipe.span_of(self.phase).first_sample
+        taken = max(0, self.consumed_samples - first_sample)
+        self.batches = [self._iterate(self.data.train, taken) for _ in self.chunks]
 
     def _iterate(self, dataset: Any, consumed_samples: int) -> BatchIterator:
-        training = self.run.training
+        training = self.phase.training
         return BatchIterator(
             dataset, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
             data_parallel_rank=self.groups.dp.rank(), data_parallel_size=self.groups.dp.size(),
             consumed_samples=consumed_samples, eod_id=self.eod_id if self.run.data.reset_attention_mask else None)
 
+    def _speed(self) -> RunSpeed:
+        seq_length = self.phase.training.seq_length
+        return RunSpeed(seq_length, flops_per_token(self.run.model, seq_length), self.world_size,
+                        device_peak_flops(self.device.name, self.precision))
+
     def _build_reports(self) -> None:
-        training, log = self.run.training, self.run.logging
-        self.speed = RunSpeed(
-            training.seq_length, flops_per_token(self.run.model, training.seq_length), self.world_size,
-            device_peak_flops(self.device.name, self.precision))
+        log = self.run.logging
+        self.speed = self._speed()
         is_reporter = self.rank == 0
-        self.progress = Progress(training.train_iters, self.speed, start_iteration=self.iteration,
+        self.progress = Progress(self.recipe.num_steps, self.speed, start_iteration=self.iteration,
                                  log_interval=log.log_interval, enabled=is_reporter)
         self.writer = None
         if log.tensorboard_dir:
@@ -126,25 +161,25 @@ class Trainer:
         Returns:
             The exit code, 0.
         """
-        run, training = self.run, self.run.training
+        run, interval = self.run, self.run.training.eval_interval
         previous = {sig: signal.signal(sig, self._note_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
         stopped = 0
         saved_at = self.iteration if run.checkpoint.load else -1
         try:
-            while self.iteration < training.train_iters and not stopped:
+            while self.step_plan and not stopped:
                 report, stopped = self.train_step()
                 self.progress.update(report)
                 if self.writer:
                     self.writer.write_step(report)
-                last = self.iteration == training.train_iters
-                if training.eval_interval and (last or self.iteration % training.eval_interval == 0) and not stopped:
+                last = self.step_plan is None
+                if interval and (last or self.iteration % interval == 0) and not stopped:
                     self._validate()
                 if run.checkpoint.save and (last or stopped or self.iteration % run.checkpoint.save_interval == 0):
                     self.save()
                     saved_at = self.iteration
             if run.checkpoint.save and saved_at != self.iteration:
                 self.save()
-            if run.checkpoint.export_hf and self.iteration >= training.train_iters and not stopped:
+            if run.checkpoint.export_hf and self.step_plan is None and not stopped:
                 folder = export_run(run, self.iteration, precision=self.precision)
                 self.progress.message(f"exported for Hugging Face: {folder}")
         finally:
@@ -161,59 +196,69 @@ class Trainer:
         return 0
 
     def train_step(self) -> tuple[StepReport, int]:
-        """One optimizer step.
+        """One optimizer step; there must be one left.
 
         Returns:
             What it did, and the number of a signal that any rank has received, else 0.
         """
-        run, training = self.run, self.run.training
+        run, plan = self.run, self.step_plan
+        assert plan is not None, "the run has stopped"
+        if plan.phase is not self.phase:
+            self._enter_phase(plan.phase)
         started = time.perf_counter()
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        rate = learning_rate(training, self.iteration)
-        set_learning_rate(self.optimizer, rate)
+        set_learning_rate(self.optimizer, plan.learning_rate)
+        for batches in self.batches:
+            batches.set_global_batch_size(plan.global_batch_size)
         losses, stopped = self._run_microbatches(self.batches, forward_only=False)
         loads_LE, balance_L = collect_expert_loads(
             self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
             num_experts=run.model.num_experts, device=self.device.torch_device)
         is_applied, grad_norm, _ = self.optimizer.step()
         update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
-                             update_rate=training.moe_router_bias_update_rate)
+                             update_rate=plan.bias_update_rate)
         self.iteration += 1
-        self.consumed_samples += training.global_batch_size
+        self.consumed_samples += plan.global_batch_size
+        self.consumed_tokens += plan.num_tokens
+        self.step_plan = self._plan_step()
         return StepReport(
             iteration=self.iteration,
             consumed_samples=self.consumed_samples,
-            consumed_tokens=self.consumed_samples * training.seq_length,
+            consumed_tokens=self.consumed_tokens,
             lm_loss=losses.main,
             mtp_losses=losses.mtp,
-            balance_loss=self._mean_balance_loss(balance_L),
+            balance_loss=self._mean_balance_loss(balance_L, plan.global_batch_size),
             grad_norm=float(grad_norm) if grad_norm is not None else math.nan,
-            learning_rate=rate,
-            batch_size=training.global_batch_size,
+            learning_rate=plan.learning_rate,
+            batch_size=plan.global_batch_size,
             step_time_s=time.perf_counter() - started,
             expert_load={row: counts for row, counts in enumerate(loads_LE.tolist()) if sum(counts)},
             skipped=not is_applied,
+            seq_length=plan.phase.training.seq_length,
+            mtp_weight=plan.mtp_weight,
+            bias_update_rate=plan.bias_update_rate,
+            phase=plan.phase.name if run.training.phases else None,
         ), stopped
 
-    def _mean_balance_loss(self, balance_L: torch.Tensor) -> float | None:
+    def _mean_balance_loss(self, balance_L: torch.Tensor, num_sequences: int) -> float | None:
         """Balance loss before alpha, mean over sequences and over the MoE layers, MTP modules included."""
         training, model = self.run.training, self.run.model
         layers = model.num_moe_layers + model.mtp_num_layers
         if not training.moe_aux_loss_coeff or not layers:
             return None
-        return float(balance_L.sum()) / (training.moe_aux_loss_coeff * training.global_batch_size * layers)
+        return float(balance_L.sum()) / (training.moe_aux_loss_coeff * num_sequences * layers)
 
     def _run_microbatches(self, batches: list[BatchIterator], *, forward_only: bool) -> tuple[StepLosses, int]:
         """One global batch through the pipeline; mean losses and any rank's signal."""
-        training = self.run.training
+        training = self.phase.training
         collected = self.forward_backward(
             forward_step_func=self._forward_step,
             data_iterator=list(batches) if len(batches) > 1 else batches[0],
             model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=training.num_microbatches(self.groups.dp.size()),
+            num_microbatches=batches[0].num_micro_batches,
             seq_length=training.seq_length,
             micro_batch_size=training.micro_batch_size,
             forward_only=forward_only,
@@ -230,7 +275,7 @@ class Trainer:
         """Megatron-Core's forward step: a micro-batch through one chunk, and how its output becomes a loss."""
         batch = next(batches).to(self.device.torch_device, is_non_blocking=True)
         return forward_stage(chunk, batch, self.run.data), partial(
-            sum_losses, batch.loss_mask_BS, mtp_weight=get_model_config(chunk).mtp_loss_scaling_factor)
+            sum_losses, batch.loss_mask_BS, mtp_weight=self.phase.training.mtp_loss_scaling_factor)
 
     def evaluate(self) -> StepLosses:
         """Mean losses over the first eval_iters global batches of the validation data; no state changes."""
@@ -251,16 +296,18 @@ class Trainer:
         losses = self.evaluate()
         self.progress.validation(self.iteration, losses.main, mtp_losses=losses.mtp)
         if self.writer:
-            self.writer.write_validation(self.iteration, losses.main, mtp_losses=losses.mtp)
+            training = self.phase.training
+            self.writer.write_validation(self.iteration, losses.main, mtp_losses=losses.mtp,
+                                         num_sequences=training.eval_iters * training.global_batch_size)
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
         checkpoint = self.run.checkpoint
         assert checkpoint.save is not None
-        position = Position(self.iteration, self.consumed_samples,
-                            self.consumed_samples * self.run.training.seq_length)
-        save_checkpoint(checkpoint.save, position, self.run, self.chunks, self.optimizer, self.groups,
-                        keep_last=checkpoint.keep_last)
+        position = Position(self.iteration, self.consumed_samples, self.consumed_tokens)
+        # As it is in the phase of its last step: what reads the checkpoint builds that model.
+        save_checkpoint(checkpoint.save, position, self.run.in_phase(self.phase), self.chunks, self.optimizer,
+                        self.groups, keep_last=checkpoint.keep_last)
         self.progress.message(f"checkpoint saved: {os.path.join(checkpoint.save, f'iter_{self.iteration:07d}')}")
 
     def _note_signal(self, number: int, _frame: Any) -> None:

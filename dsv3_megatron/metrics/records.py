@@ -44,6 +44,10 @@ class StepReport:
         expert_load: Layer id (0-based over the main model, MTP depth k is num_layers + k) -> tokens
             routed to each expert in this step.
         skipped: The update was left out (a gradient that is not finite).
+        seq_length: Tokens in a sequence of this step.
+        mtp_weight: lambda of this step.
+        bias_update_rate: gamma of this step.
+        phase: Name of the phase it belongs to; None in a run without phases.
     """
 
     iteration: int
@@ -58,6 +62,10 @@ class StepReport:
     step_time_s: float
     expert_load: Mapping[int, list[int]] = field(default_factory=dict)
     skipped: bool = False
+    seq_length: int | None = None
+    mtp_weight: float | None = None
+    bias_update_rate: float | None = None
+    phase: str | None = None
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 Scalars have Megatron-LM's names where it has them (`lm loss`, `mtp_1 loss`, `seq_load_balancing_loss`,
 `grad-norm`, `learning-rate`, `batch-size`, `iteration-time`, `throughput` in TFLOP/s per device, `lm loss
 validation`), so that its dashboards read them; ours are `tokens-per-second`, `model-flops-per-second`, `mfu`,
-`consumed-tokens`, `skipped-iterations` and `expert-load/...`. TensorBoard gets every log_interval-th step,
-`metrics.jsonl` every step.
+`consumed-tokens`, `seq-length`, `mtp-loss-weight` (lambda), `bias-update-rate` (gamma), `skipped-iterations` and
+`expert-load/...`. TensorBoard gets every log_interval-th step, `metrics.jsonl` every step.
 
 Usage (every process makes one; only the enabled one touches the disk):
     writer = MetricsWriter(directory, speed, log_interval=10, resumed_iteration=0, enabled=rank == 0)
@@ -57,6 +57,9 @@ def step_scalars(report: StepReport, speed: RunSpeed) -> dict[str, float]:
         "consumed-tokens": report.consumed_tokens,
         "consumed-samples": report.consumed_samples,
     }
+    scalars |= {name: value for name, value in (
+        ("seq-length", report.seq_length), ("mtp-loss-weight", report.mtp_weight),
+        ("bias-update-rate", report.bias_update_rate)) if value is not None}
     if rates.mfu is not None:
         scalars["mfu"] = rates.mfu
     violations = []
@@ -84,6 +87,10 @@ def step_record(report: StepReport, speed: RunSpeed) -> dict[str, Any]:
         "grad_norm": report.grad_norm,
         "learning_rate": report.learning_rate,
         "batch_size": report.batch_size,
+        "seq_length": report.seq_length,
+        "mtp_weight": report.mtp_weight,
+        "bias_update_rate": report.bias_update_rate,
+        "phase": report.phase,
         "step_time_s": report.step_time_s,
         "tokens_per_second": rates.tokens_per_second,
         "model_flops_per_second": rates.model_flops_per_second,
@@ -147,6 +154,10 @@ class MetricsWriter:
                 text = json.dumps(values, indent=2)
                 (self.directory / file).write_text(text + "\n", encoding="utf-8")
                 self._events.add_text(name, "```json\n" + text + "\n```", 0)
+
+    def change_speed(self, speed: RunSpeed) -> None:
+        """Turn the times of the steps from here on into rates with another sequence length."""
+        self._speed = speed
 
     def write_step(self, report: StepReport) -> None:
         """Append the step to metrics.jsonl, and its scalars to TensorBoard if it is a log_interval-th one."""
