@@ -1,6 +1,6 @@
 """The training loop, and the one place where every stage of a run meets.
 
-A step is: micro-batches through Megatron-Core's pipeline schedule, gradients reduced and divided by the
+A step is: micro-batches through the pipeline by its schedule, gradients reduced and divided by the
 number of tokens, one optimizer step, one update of the routers' biases. Batch size, learning rate, lambda, gamma and
 sequence length of a step follow from the steps and tokens before it (config/recipe.py). The loss of a step is the mean
 over its tokens: main loss + lambda / D * sum of the MTP losses (each summed over the positions that have
@@ -16,7 +16,6 @@ Shapes: B micro-batch, S sequence, L layers with MTP modules, E experts.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import time
@@ -27,16 +26,20 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.datasets import build_datasets, dataset_config
+from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard
+from dsv3_megatron.guards.events import EventLog
+from dsv3_megatron.guards.hang import Watchdog
+from dsv3_megatron.guards.spikes import LOSS
+from dsv3_megatron.guards.step import StepFacts, guarded_step
 from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
 from dsv3_megatron.metrics.progress import Progress
 from dsv3_megatron.metrics.records import StepReport
@@ -44,11 +47,13 @@ from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.model.build import build_stages, wrap_stages
 from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.language_model import TokenLosses
+from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
 from dsv3_megatron.model.rotary import change_context
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
-from dsv3_megatron.parallel.groups import create_groups, destroy_groups, start_process_group
-from dsv3_megatron.platform import Device, prepare, resolve_precision
+from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_tokens, replicas, start_process_group
+from dsv3_megatron.platform import prepare, resolve_precision
+from dsv3_megatron.schedule.forward_backward import build_forward_backward
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +64,11 @@ class StepLosses:
 
     main: float
     mtp: tuple[float, ...]
+
+    def by_name(self, balance_loss: float | None) -> dict[str, float]:
+        """With the balance loss, all losses of a step by the names they are logged under."""
+        named = {LOSS: self.main} | {f"mtp_{depth} loss": loss for depth, loss in enumerate(self.mtp, start=1)}
+        return named if balance_loss is None else named | {"balance loss": balance_loss}
 
 
 class Trainer:
@@ -79,15 +89,18 @@ class Trainer:
         stages, self.mcore_config = build_stages(run, self.groups, precision=self.precision)
         self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
-        self.mcore_config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=self.groups)
-        self.forward_backward = get_forward_backward_func(
-            pp_size=run.parallel.pipeline_model_parallel_size,
-            vp_size=self.mcore_config.virtual_pipeline_model_parallel_size)
+        self.mcore_config.finalize_model_grads_func = partial(
+            finalize_model_grads, pg_collection=groups_of_tokens(self.groups))
+        self.forward_backward = build_forward_backward(run.parallel, self.groups, self.mcore_config,
+                                                       trace=run.logging.trace_schedule)
+        self.guard = Guard(run.guards)
+        self.guard_log = EventLog(run.logging.tensorboard_dir, enabled=self.rank == 0)
+        self.watchdog = Watchdog(run.guards.hang_timeout_s, folder=run.logging.tensorboard_dir)
         self.iteration = self.consumed_samples = self.consumed_tokens = 0
         if run.checkpoint.load:
             position = load_checkpoint(run.checkpoint.load, run, self.chunks, self.optimizer, self.groups)
-            self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
-            self.consumed_tokens = position.consumed_tokens
+            self._go_to(position)
+            self.guard.load_state_dict(position.guards)
         self.stop_signal: int | None = None
         self.step_plan = self._plan_step()
         self.phase = self.step_plan.phase if self.step_plan else self.recipe.phases_to_run[-1]
@@ -102,10 +115,15 @@ class Trainer:
         """What the next step is taken with; None where the run stops."""
         return self.recipe.step(self.iteration, self.consumed_tokens)
 
+    def _go_to(self, position: Position) -> None:
+        self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
+        self.consumed_tokens = position.consumed_tokens
+
     def _enter_phase(self, phase: PlannedPhase) -> None:
         """Go on with another phase's context, data and speed; weights and optimizer stay."""
         is_other_data = self.recipe.span_of(phase) != self.recipe.span_of(self.phase)
         self.phase = phase
+        self.watchdog.slow("another phase")
         change_context(self.chunks, phase.model)
         if is_other_data:
             self._build_data()
@@ -122,18 +140,27 @@ class Trainer:
         self.data = build_datasets(config)
         self._iterate_from_here()
 
-    def _iterate_from_here(self) -> None:
-        """Training batches from the position on: of the samples before it, those of this dataset."""
-        first_sample = self.recipe.span_of(self.phase).first_sample
-        taken = max(0, self.consumed_samples - first_sample)
-        self.batches = [self._iterate(self.data.train, taken) for _ in self.chunks]
+    @property
+    def data_position(self) -> int:
+        """The sample that the next step begins with, of all the run's datasets: rollbacks may have jumped over some."""
+        return self.consumed_samples + self.guard.jumped_samples
 
-    def _iterate(self, dataset: Any, consumed_samples: int) -> BatchIterator:
+    @property
+    def _dataset_position(self) -> int:
+        """The same in the dataset of the phase, which begins where another phase's ends."""
+        return max(0, self.data_position - self.recipe.span_of(self.phase).first_sample)
+
+    def _iterate_from_here(self) -> None:
+        self.batches = self._iterate(self.data.train, self._dataset_position)
+
+    def _iterate(self, dataset: Any, consumed_samples: int) -> list[BatchIterator]:
+        """An iterator for each chunk."""
         training = self.phase.training
-        return BatchIterator(
+        return [BatchIterator(
             dataset, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
-            data_parallel_rank=self.groups.dp.rank(), data_parallel_size=self.groups.dp.size(),
-            consumed_samples=consumed_samples, eod_id=self.eod_id if self.run.data.reset_attention_mask else None)
+            data_parallel_rank=rank, data_parallel_size=size, consumed_samples=consumed_samples,
+            eod_id=self.eod_id if self.run.data.reset_attention_mask else None)
+            for rank, size in replicas(self.run.parallel, self.groups)]
 
     def _speed(self) -> RunSpeed:
         seq_length = self.phase.training.seq_length
@@ -156,33 +183,46 @@ class Trainer:
     # -- a step ------------------------------------------------------------------------------------
 
     def train(self) -> int:
-        """Train to the end of the run, or until SIGINT or SIGTERM; save either way.
+        """Train to the end of the run, until SIGINT or SIGTERM, or until a guard ends it; save in any case.
+
+        After a spike that the run should have been able to go back from, the last checkpoint stays the newest.
 
         Returns:
-            The exit code, 0.
+            The exit code: 0, or EXIT_GUARD.
         """
         run, interval = self.run, self.run.training.eval_interval
         previous = {sig: signal.signal(sig, self._note_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
         stopped = 0
         saved_at = self.iteration if run.checkpoint.load else -1
+        self.watchdog.start()
         try:
-            while self.step_plan and not stopped:
+            if run.guards.on_spike == "rollback" and (saved_at < 1 or run.checkpoint.load != run.checkpoint.save):
+                self.save()  # to go back to, until the first one of the schedule
+            while self.step_plan and not stopped and not self.guard.end_reason:
                 report, stopped = self.train_step()
+                self.watchdog.beat("reporting")
                 self.progress.update(report)
                 if self.writer:
                     self.writer.write_step(report)
+                if self.guard.must_roll_back:
+                    self._roll_back()
+                    saved_at = self.iteration
+                    continue
                 last = self.step_plan is None
-                if interval and (last or self.iteration % interval == 0) and not stopped:
+                if interval and (last or self.iteration % interval == 0) and not stopped and not self.guard.end_reason:
                     self._validate()
-                if run.checkpoint.save and (last or stopped or self.iteration % run.checkpoint.save_interval == 0):
+                if run.checkpoint.save and (last or stopped or self.iteration % run.checkpoint.save_interval == 0) \
+                        and self.guard.is_state_good:
                     self.save()
                     saved_at = self.iteration
-            if run.checkpoint.save and saved_at != self.iteration:
+            if run.checkpoint.save and saved_at != self.iteration and self.guard.is_state_good:
                 self.save()
-            if run.checkpoint.export_hf and self.step_plan is None and not stopped:
+            if run.checkpoint.export_hf and self.step_plan is None and not stopped and not self.guard.end_reason:
+                self.watchdog.slow("export")
                 folder = export_run(run, self.iteration, precision=self.precision)
                 self.progress.message(f"exported for Hugging Face: {folder}")
         finally:
+            self.watchdog.stop()
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
         if stopped:
@@ -192,8 +232,10 @@ class Trainer:
         self.progress.close()
         if self.writer:
             self.writer.close()
+        if self.guard.end_reason:
+            self.guard_log.write_end(self.guard, run.checkpoint.save)
         destroy_groups()
-        return 0
+        return EXIT_GUARD if self.guard.end_reason else 0
 
     def train_step(self) -> tuple[StepReport, int]:
         """One optimizer step; there must be one left.
@@ -206,6 +248,7 @@ class Trainer:
         if plan.phase is not self.phase:
             self._enter_phase(plan.phase)
         started = time.perf_counter()
+        self.watchdog.begin_step(self.iteration + 1)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -213,13 +256,19 @@ class Trainer:
         set_learning_rate(self.optimizer, plan.learning_rate)
         for batches in self.batches:
             batches.set_global_batch_size(plan.global_batch_size)
-        losses, stopped = self._run_microbatches(self.batches, forward_only=False)
+        samples = range(self._dataset_position, self._dataset_position + plan.global_batch_size)
+        losses, collected, stopped = self._run_microbatches(self.batches, forward_only=False)
         loads_LE, balance_L = collect_expert_loads(
             self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
             num_experts=run.model.num_experts, device=self.device.torch_device)
-        is_applied, grad_norm, _ = self.optimizer.step()
-        update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
-                             update_rate=plan.bias_update_rate)
+        self.watchdog.beat("optimizer")
+        balance_loss = self._mean_balance_loss(balance_L, plan.global_batch_size)
+        outcome = guarded_step(
+            self.guard, self.guard_log, self.optimizer, self.chunks, self.groups,
+            StepFacts(self.iteration + 1, losses.by_name(balance_loss), samples, collected))
+        if outcome.is_applied:
+            update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
+                                 update_rate=plan.bias_update_rate)
         self.iteration += 1
         self.consumed_samples += plan.global_batch_size
         self.consumed_tokens += plan.num_tokens
@@ -230,13 +279,16 @@ class Trainer:
             consumed_tokens=self.consumed_tokens,
             lm_loss=losses.main,
             mtp_losses=losses.mtp,
-            balance_loss=self._mean_balance_loss(balance_L, plan.global_batch_size),
-            grad_norm=float(grad_norm) if grad_norm is not None else math.nan,
+            balance_loss=balance_loss,
+            grad_norm=outcome.grad_norm,
             learning_rate=plan.learning_rate,
             batch_size=plan.global_batch_size,
             step_time_s=time.perf_counter() - started,
             expert_load={row: counts for row, counts in enumerate(loads_LE.tolist()) if sum(counts)},
-            skipped=not is_applied,
+            skipped=not outcome.is_applied,
+            is_spike=outcome.is_spike,
+            num_spikes=self.guard.counters.spikes,
+            num_rollbacks=self.guard.counters.rollbacks,
             seq_length=plan.phase.training.seq_length,
             mtp_weight=plan.mtp_weight,
             bias_update_rate=plan.bias_update_rate,
@@ -251,14 +303,15 @@ class Trainer:
             return None
         return float(balance_L.sum()) / (training.moe_aux_loss_coeff * num_sequences * layers)
 
-    def _run_microbatches(self, batches: list[BatchIterator], *, forward_only: bool) -> tuple[StepLosses, int]:
-        """One global batch through the pipeline; mean losses and any rank's signal."""
+    def _run_microbatches(self, batches: list[BatchIterator], *, forward_only: bool
+                          ) -> tuple[StepLosses, list[dict[str, Any]], int]:
+        """One global batch through the pipeline; mean losses, this rank's reports of it and any rank's signal."""
         training = self.phase.training
         collected = self.forward_backward(
             forward_step_func=self._forward_step,
             data_iterator=list(batches) if len(batches) > 1 else batches[0],
             model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=batches[0].num_micro_batches,
+            num_microbatches=batches[0].global_batch_size // (training.micro_batch_size * self.groups.dp.size()),
             seq_length=training.seq_length,
             micro_batch_size=training.micro_batch_size,
             forward_only=forward_only,
@@ -268,20 +321,22 @@ class Trainer:
         stop_signal = torch.tensor(self.stop_signal or 0, device=self.device.torch_device)
         torch.distributed.all_reduce(stop_signal, op=torch.distributed.ReduceOp.MAX)
         main, *mtp = (value / tokens for value in sums)
-        return StepLosses(main, tuple(mtp)), int(stop_signal)
+        return StepLosses(main, tuple(mtp)), collected, int(stop_signal)
 
     def _forward_step(self, batches: Iterator[Batch], chunk: torch.nn.Module
                       ) -> tuple[Any, Callable[[TokenLosses], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]]:
         """Megatron-Core's forward step: a micro-batch through one chunk, and how its output becomes a loss."""
+        self.watchdog.beat("micro-batch")
         batch = next(batches).to(self.device.torch_device, is_non_blocking=True)
         return forward_stage(chunk, batch, self.run.data), partial(
-            sum_losses, batch.loss_mask_BS, mtp_weight=self.phase.training.mtp_loss_scaling_factor)
+            sum_losses, batch.loss_mask_BS, mtp_weight=self.phase.training.mtp_loss_scaling_factor,
+            sample_ids_B=batch.sample_ids_B)
 
     def evaluate(self) -> StepLosses:
         """Mean losses over the first eval_iters global batches of the validation data; no state changes."""
         for chunk in self.chunks:
             chunk.eval()
-        batches = [self._iterate(self.data.valid, 0) for _ in self.chunks]
+        batches = self._iterate(self.data.valid, 0)
         losses = []
         for _ in range(self.run.training.eval_iters):
             with torch.no_grad():
@@ -293,6 +348,7 @@ class Trainer:
     def _validate(self) -> None:
         if self.data.valid is None:
             return
+        self.watchdog.slow("validation")
         losses = self.evaluate()
         self.progress.validation(self.iteration, losses.main, mtp_losses=losses.mtp)
         if self.writer:
@@ -304,63 +360,46 @@ class Trainer:
         """Write a checkpoint of this moment."""
         checkpoint = self.run.checkpoint
         assert checkpoint.save is not None
-        position = Position(self.iteration, self.consumed_samples, self.consumed_tokens)
-        # As it is in the phase of its last step: what reads the checkpoint builds that model.
-        save_checkpoint(checkpoint.save, position, self.run.in_phase(self.phase), self.chunks, self.optimizer,
-                        self.groups, keep_last=checkpoint.keep_last)
+        self.watchdog.slow("checkpoint")
+        position = Position(self.iteration, self.consumed_samples, self.consumed_tokens, self.guard.state_dict())
+        # Described as it is in the phase of its last step: what reads the checkpoint builds that model.
+        run = self.run.in_phase(self.recipe.phase_before(self.consumed_tokens))
+        save_checkpoint(checkpoint.save, position, run, self.chunks, self.optimizer, self.groups,
+                        keep_last=checkpoint.keep_last)
         self.progress.message(f"checkpoint saved: {os.path.join(checkpoint.save, f'iter_{self.iteration:07d}')}")
+
+    def _roll_back(self) -> None:
+        """Go back to the last checkpoint, and on with the samples after the flagged step's; saved at once.
+
+        Raises:
+            ConfigError: the dataset has not as many samples left as the run still needs.
+        """
+        save, next_sample = self.run.checkpoint.save, self.data_position
+        assert save is not None
+        self.watchdog.slow("rollback")
+        position = load_checkpoint(save, self.run, self.chunks, self.optimizer, self.groups)
+        self._go_to(position)
+        self.guard.rolled_back(position.guards, first_sample=self.data_position, next_sample=next_sample)
+        self.step_plan = self._plan_step()
+        assert self.step_plan is not None, "a step was taken from here"
+        if self.step_plan.phase is not self.phase:
+            self._enter_phase(self.step_plan.phase)
+        missing = self.recipe.span_of(self.phase).num_samples + self.guard.jumped_samples - len(self.data.train)
+        if missing > 0:
+            raise ConfigError(f"rollback to iteration {position.iteration}: the run would end {missing} samples beyond "
+                              f"its data, which have room for max_rollbacks={self.run.guards.max_rollbacks} times "
+                              f"save_interval={self.run.checkpoint.save_interval} steps; resume with on_spike=skip")
+        self._iterate_from_here()
+        self.progress.close()
+        if self.writer:
+            self.writer.close()
+        self._build_reports()
+        self.progress.message(f"rolled back to iteration {self.iteration}; the next sample is {next_sample}")
+        self.save()
 
     def _note_signal(self, number: int, _frame: Any) -> None:
         """Finish the step first: every rank learns of the signal with the step's losses."""
         self.stop_signal = number
-
-
-def sum_losses(loss_mask_BS: torch.Tensor, losses: TokenLosses, *, mtp_weight: float
-               ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """A micro-batch's loss, summed over its tokens.
-
-    Args:
-        loss_mask_BS: 1 where the next token counts; 0 at an EOD with eod_mask_loss.
-        losses: Of each position. An MTP loss is 0 already where the sequence, or an isolated document, ends first.
-        mtp_weight: lambda.
-
-    Returns:
-        The sum to differentiate; the number of tokens to divide by, int32; and the sums to report, fp64:
-        tokens, main loss, MTP losses by depth, each before its weight.
-
-    Source: DeepSeek-V3 report, eq. 24-25; an MTP target counts where the token it stands for counts: at position i of
-    depth k, where loss_mask[i + k] is 1. So with isolated documents of n tokens with their EOD, depth k has n - k
-    targets, of which the last is the first token of the next document, which the main loss predicts from the EOD; with
-    eod_mask_loss neither does, and there are n - k - 1.
-    """
-    losses = TokenLosses(*losses)  # the bf16 wrapper rebuilds tuples without their names
-    tokens = loss_mask_BS.sum()
-    main = (losses.main_BS * loss_mask_BS).sum()
-    mtp = []
-    for depth, losses_BS in enumerate(losses.mtp_BS, start=1):
-        target_mask_BS = torch.nn.functional.pad(loss_mask_BS[:, depth:], (0, depth))
-        mtp.append((losses_BS * target_mask_BS).sum())
-    total = main + (mtp_weight / len(mtp) * torch.stack(mtp).sum() if mtp else 0.0)
-    sums = torch.stack([tokens, main.detach(), *(loss.detach() for loss in mtp)]).double()
-    return total, tokens.to(torch.int), {"sums": sums}
-
-
-def sum_over_ranks(collected: list[dict[str, Any]], groups: ProcessGroupCollection, device: Device, *,
-                   num_mtp_layers: int) -> list[float]:
-    """The sums that `sum_losses` reported, over micro-batches and replicas; the same on every rank, all of which call.
-
-    Args:
-        collected: This rank's reports; none but on the last pipeline stage.
-        groups: The run's process groups; tensor-parallel ranks report the same numbers.
-        device: Of this process.
-        num_mtp_layers: MTP losses in a report.
-    """
-    sums = torch.zeros(2 + num_mtp_layers, dtype=torch.float64, device=device.torch_device)
-    if groups.tp.rank() == 0:
-        for report in collected:
-            sums += report["sums"]
-    torch.distributed.all_reduce(sums)
-    return sums.tolist()
 
 
 def configure_logging(rank: int) -> None:

@@ -179,6 +179,11 @@ class Recipe:
                 return plan
         return None
 
+    def phase_before(self, tokens: int) -> PlannedPhase:
+        """The phase of the last step before a place; the first phase where there was none."""
+        index = bisect.bisect_left(self._last_tokens, tokens)
+        return self.phases[min(index, len(self.phases) - 1)]
+
     def span_of(self, phase: PlannedPhase) -> DataSpan:
         """The dataset that a phase reads."""
         return next(span for span in self.spans if span.first_phase <= phase.index <= span.last_phase)

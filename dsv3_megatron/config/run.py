@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.guards import GuardConfig
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.phases import WITHOUT_PHASES, check_fields_outside, errors_of_phase, validate_phases
@@ -21,6 +22,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
+    "guards": GuardConfig,
 }
 
 
@@ -35,6 +37,7 @@ class RunConfig:
     data: DataConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    guards: GuardConfig = GuardConfig()
 
     def override(self, **values: Any) -> RunConfig:
         """A copy in which each named field, whatever its section, has the given value.
@@ -84,8 +87,12 @@ class RunConfig:
                               "exported")
         if self.checkpoint.keep_last < 0:
             raise ConfigError(f"keep_last={self.checkpoint.keep_last} must not be negative; 0 keeps all checkpoints")
+        if self.logging.trace_schedule and self.parallel.pipeline_model_parallel_size == 1:
+            raise ConfigError(f"trace_schedule={self.logging.trace_schedule} records what pipeline ranks do and needs "
+                              "pipeline_model_parallel_size of at least 2; leave it out")
         if self.logging.log_interval < 1:
             raise ConfigError(f"log_interval={self.logging.log_interval} must be at least 1")
+        self.guards.validate(self.checkpoint)
 
     def _validate_training(self, world_size: int | None) -> None:
         """The rules of model, split and batch, which phases may change."""
@@ -101,19 +108,15 @@ class RunConfig:
             )
 
     def _validate_ramp(self, phase: PlannedPhase, world_size: int | None) -> None:
-        increment = phase.batch_size.increment
-        if increment is None or world_size is None:
-            return
-        sizes, micro = phase.batch_size.sizes(), phase.training.micro_batch_size
-        unit = micro * self.parallel.data_parallel_size(world_size)
-        if self.parallel.num_virtual_stages_per_pipeline_rank > 1:
-            unit *= self.parallel.pipeline_model_parallel_size
-        if any(size % unit for size in sizes):
-            raise ConfigError(
-                f"the batch ramp from {sizes[0]} to global_batch_size={sizes[-1]} in steps of "
-                f"global_batch_size_increment={increment} has batches that {unit} does not divide (micro_batch_size="
-                f"{micro} on each of {self.parallel.data_parallel_size(world_size)} replicas; under the interleaved "
-                f"schedule times the pipeline ranks); let all three be multiples of {unit}, or use fewer replicas")
+        """The split has to be able to do every batch of a ramp."""
+        sizes = phase.batch_size.sizes()
+        for size in sizes[:-1] if world_size is not None else ():
+            try:
+                dataclasses.replace(phase.training, global_batch_size=size).validate(self.parallel, world_size)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"the batch goes from {sizes[0]} to global_batch_size={sizes[-1]} in steps of "
+                    f"global_batch_size_increment={phase.batch_size.increment}, and on the way {error}") from error
 
     def recipe(self) -> Recipe:
         """What each step is taken with, from the first to the last; of a valid run.

@@ -43,7 +43,10 @@ class StepReport:
         step_time_s: Wall-clock seconds of this step.
         expert_load: Layer id (0-based over the main model, MTP depth k is num_layers + k) -> tokens
             routed to each expert in this step.
-        skipped: The update was left out (a gradient that is not finite).
+        skipped: The update was left out (NaN or Inf, or a spike that is not to be applied).
+        is_spike: Loss or gradient norm are out of line with the steps before.
+        num_spikes: Spikes of the whole run so far.
+        num_rollbacks: Returns to a checkpoint of the whole run so far.
         seq_length: Tokens in a sequence of this step.
         mtp_weight: lambda of this step.
         bias_update_rate: gamma of this step.
@@ -62,6 +65,9 @@ class StepReport:
     step_time_s: float
     expert_load: Mapping[int, list[int]] = field(default_factory=dict)
     skipped: bool = False
+    is_spike: bool = False
+    num_spikes: int = 0
+    num_rollbacks: int = 0
     seq_length: int | None = None
     mtp_weight: float | None = None
     bias_update_rate: float | None = None

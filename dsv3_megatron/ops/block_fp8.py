@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
-BLOCK = 128
-E4M3_MAX = 448.0
+from dsv3_megatron.ops.fp8_groups import BLOCK, E4M3_MAX, SQUARE, join_groups, num_groups, split_into_groups, spread
+
 # Rows that are in FP32 at a time; a multiple of BLOCK.
 _STRIP = 1024
 # Scales between which both the largest value (448 * scale) and the smallest (2^-9 * scale) are normal numbers of
@@ -23,7 +23,7 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-117, 2.0**118
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Shape of the scales of a weight of this shape."""
     rows, columns = shape
-    return -(-rows // BLOCK), -(-columns // BLOCK)
+    return num_groups(rows), num_groups(columns)
 
 
 def quantize_weight_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +45,7 @@ def quantize_weight_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     """
     scales = torch.empty(scale_shape(tuple(weight.shape)), dtype=torch.float32, device=weight.device)
     for top in range(0, weight.shape[0], _STRIP):
-        blocks = _blocks(weight[top: top + _STRIP].float())
+        blocks = split_into_groups(weight[top: top + _STRIP].float(), SQUARE)
         amax = blocks.abs().amax(dim=(1, 3))
         if not torch.isfinite(amax).all():
             raise ValueError("a weight that is infinite or not a number has no FP8 form")
@@ -72,7 +72,8 @@ def requantize_weight_blocks(weight: torch.Tensor, scales: torch.Tensor) -> torc
     values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     for top, strip in _strips(weight, scales):
         rows = weight[top: top + _STRIP].float()
-        values[top: top + _STRIP] = _unblocks(_blocks(rows).div_(strip), rows.shape).to(torch.float8_e4m3fn)
+        blocks = split_into_groups(rows, SQUARE) / strip  # not in place: rows may be the weight itself
+        values[top: top + _STRIP] = join_groups(blocks, rows.shape).to(torch.float8_e4m3fn)
     return values
 
 
@@ -92,7 +93,7 @@ def dequantize_weight_blocks(values: torch.Tensor, scales: torch.Tensor, dtype: 
     weight = torch.empty(values.shape, dtype=dtype, device=values.device)
     for top, strip in _strips(values, scales):
         rows = values[top: top + _STRIP].float()
-        weight[top: top + _STRIP] = _unblocks(_blocks(rows).mul_(strip), rows.shape)
+        weight[top: top + _STRIP] = join_groups(split_into_groups(rows, SQUARE) * strip, rows.shape)
     return weight
 
 
@@ -103,20 +104,7 @@ def _check_scales(shape: tuple[int, ...], scales: torch.Tensor) -> None:
 
 
 def _strips(weight: torch.Tensor, scales: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each strip's first row, and its scales in the shape of `_blocks`."""
+    """Each strip's first row, and its scales in a shape that multiplies its blocks."""
     step = _STRIP // BLOCK
     for top in range(0, weight.shape[0], _STRIP):
-        yield top, scales[top // BLOCK: top // BLOCK + step, None, :, None]
-
-
-def _blocks(rows: torch.Tensor) -> torch.Tensor:
-    """[r, c] as [row of blocks, 128, column of blocks, 128], filled up with zeros at the edges."""
-    down, right = -rows.shape[0] % BLOCK, -rows.shape[1] % BLOCK
-    if down or right:
-        rows = torch.nn.functional.pad(rows, (0, right, 0, down))
-    return rows.view(rows.shape[0] // BLOCK, BLOCK, rows.shape[1] // BLOCK, BLOCK)
-
-
-def _unblocks(blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Undo `_blocks`."""
-    return blocks.view(blocks.shape[0] * BLOCK, -1)[: shape[0], : shape[1]]
+        yield top, spread(scales[top // BLOCK: top // BLOCK + step])

@@ -207,7 +207,7 @@ def mtp_weight(trainer: Any) -> float:
 
     length = trainer.phase.training.seq_length
     losses = TokenLosses(torch.zeros(1, length), (torch.ones(1, length),))
-    batch = next(trainer._iterate(trainer.data.train, 0))
+    batch = next(trainer._iterate(trainer.data.train, 0)[0])
     _, close = trainer._forward_step(iter([batch]), lambda **_: losses)
     return close(losses)[0].item() / (length - 1)
 

@@ -92,6 +92,23 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"num_virtual_stages_per_pipeline_rank": 2}, 1,
      "num_virtual_stages_per_pipeline_rank=2 needs pipeline_model_parallel_size of at least 2: the interleaved "
      "schedule is a pipeline schedule"),
+    ("tiny", {"pipeline_schedule": "dualpip", "pipeline_model_parallel_size": 2}, 2,
+     "pipeline_schedule='dualpip' must be one of auto, 1f1b, interleaved, zb1p, zbv, dualpipe, dualpipev; did you mean "
+     "dualpipe?"),
+    ("tiny", {"pipeline_schedule": "zbv", "pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
+     2, "num_virtual_stages_per_pipeline_rank=2 is of the interleaved schedule; pipeline_schedule=zbv has a fixed "
+     "number of stages per rank: leave it at 1, or set pipeline_schedule=interleaved"),
+    ("tiny", {"pipeline_schedule": "zb1p"}, 1,
+     "pipeline_schedule=zb1p needs pipeline_model_parallel_size of at least 2; without a pipeline leave it at auto"),
+    ("tiny", {"pipeline_schedule": "interleaved", "pipeline_model_parallel_size": 2}, 2,
+     "pipeline_schedule=interleaved needs num_virtual_stages_per_pipeline_rank of at least 2; try 2, or "
+     "pipeline_schedule=1f1b, which is the same with 1"),
+    ("tiny", {"pipeline_schedule": "dualpipe", "pipeline_model_parallel_size": 3}, 3,
+     "pipeline_model_parallel_size=3 must be even with pipeline_schedule=dualpipe, whose ranks hold a stage before the "
+     "middle of the model and one behind it; try 2 or 4, or pipeline_schedule=dualpipev"),
+    ("tiny", {"pipeline_schedule": "dualpipev", "pipeline_model_parallel_size": 4}, 4,
+     "pipeline_model_parallel_size=4 x 2 (pipeline_schedule=dualpipev) makes 8 stages, more than num_layers=4; use at "
+     "most 4 stages"),
     ("tiny", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 6,
      "tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = 2 x 2 x 1 = 4 must divide "
      "world_size=6; start a multiple of 4 processes or lower a degree"),
@@ -111,6 +128,17 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "pipeline_model_parallel_size=2 must divide the 3 micro-batches of a step (global_batch_size=12) under the "
      "interleaved schedule; use a global_batch_size that is a multiple of 8, or set "
      "num_virtual_stages_per_pipeline_rank=1"),
+    ("tiny", {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipe", "global_batch_size": 20}, 2,
+     "pipeline_schedule=dualpipe with pipeline_model_parallel_size=2 needs a multiple of 2 micro-batches in a step, at "
+     "least 4; global_batch_size=20 over micro_batch_size=4 x data_parallel_size=1 makes 5; try global_batch_size=16 "
+     "or 24"),
+    ("tiny", {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev", "global_batch_size": 8}, 4,
+     "pipeline_schedule=dualpipev with pipeline_model_parallel_size=2 needs at least 4 micro-batches in a step; "
+     "global_batch_size=8 over micro_batch_size=4 x data_parallel_size=2 makes 1; try global_batch_size=32"),
+    ("tiny", {"pipeline_model_parallel_size": 2, "pipeline_schedule": "interleaved", "global_batch_size": 12,
+              "num_virtual_stages_per_pipeline_rank": 2}, 2,
+     "pipeline_schedule=interleaved with pipeline_model_parallel_size=2 needs a multiple of 2 micro-batches in a step; "
+     "global_batch_size=12 over micro_batch_size=4 x data_parallel_size=1 makes 3; try global_batch_size=8 or 16"),
     ("tiny", {"seq_length": 512}, 1, "seq_length=512 must not exceed max_position_embeddings=256"),
     ("tiny", {"lr": -1e-3}, 1, "lr=-0.001 must not be negative"),
     ("tiny", {"lr": float("nan")}, 1, "lr=nan must be a finite number"),
@@ -133,9 +161,9 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     # -- phases in their run (test_phases.py has the rest) --
     ("tiny", {"phases": [{"name": "grow", "train_tokens": 10**6, "global_batch_size": 64,
                           "global_batch_size_increment": 6}]}, 2,
-     "phase 'grow': the batch ramp from 16 to global_batch_size=64 in steps of global_batch_size_increment=6 has "
-     "batches that 8 does not divide (micro_batch_size=4 on each of 2 replicas; under the interleaved schedule times "
-     "the pipeline ranks); let all three be multiples of 8, or use fewer replicas"),
+     "phase 'grow': the batch goes from 16 to global_batch_size=64 in steps of global_batch_size_increment=6, and on "
+     "the way micro_batch_size=4 x data_parallel_size=2 (world_size=2 over 1 model-parallel ranks) must divide "
+     "global_batch_size=22; try a global_batch_size that is a multiple of 8, or a micro_batch_size of 1 or 11"),
     ("tiny", {"phases": [{"name": "long", "train_iters": 5}, {"name": "longer", "train_iters": 5, "seq_length": 512}]},
      1, "phase 'longer': seq_length=512 must not exceed max_position_embeddings=256"),
     # -- what is written --
@@ -143,6 +171,8 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"export_hf": "exported"}, 1,
      "export_hf=exported needs save: the run's last checkpoint is what is exported"),
     ("tiny", {"keep_last": -1}, 1, "keep_last=-1 must not be negative; 0 keeps all checkpoints"),
+    ("tiny", {"trace_schedule": "trace.json"}, 1, "trace_schedule=trace.json records what pipeline ranks do and needs "
+     "pipeline_model_parallel_size of at least 2; leave it out"),
     ("tiny", {"log_interval": 0}, 1, "log_interval=0 must be at least 1"),
 ]
 
@@ -188,6 +218,8 @@ def test_presets_are_valid_where_they_are_meant_to_run(name: str, world_size: in
     ({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, 2),
     ({"tensor_model_parallel_size": 4, "expert_tensor_parallel_size": 2, "expert_model_parallel_size": 2}, 4),
     ({"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}, 2),
+    *[({"pipeline_model_parallel_size": 2, "pipeline_schedule": name}, 2)
+      for name in ("1f1b", "zb1p", "zbv", "dualpipe", "dualpipev")],
     ({"moe_router_num_groups": 1, "moe_router_group_topk": 1, "moe_router_topk": 5}, 1),
     ({"num_dense_layers": 4}, 1), ({"num_shared_experts": 0}, 1), ({"mtp_num_layers": 0}, 1),
     ({"q_lora_rank": None}, 1), ({"eval_interval": 0, "eval_iters": 0}, 1), ({"lr_warmup_iters": 300}, 1),

@@ -69,6 +69,13 @@ def test_zeros_subnormals_extremes():
     assert values.view(torch.uint8)[0, 0] == 0x80, "the sign of zero is kept"
 
 
+def test_the_weight_itself_stays():
+    weight = torch.randn(256, 128)
+    before = weight.clone()
+    quantize_weight_blocks(weight)
+    assert torch.equal(weight, before)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_not_a_number(value):
     weight = torch.zeros(130, 130)
