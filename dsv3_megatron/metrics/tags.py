@@ -65,6 +65,7 @@ TAGS: tuple[Tag, ...] = (
     # The recipe.
     _scalar("learning-rate", "", "of this step"),
     _scalar("batch-size", "sequences", "of this step, over all replicas"),
+    _scalar("seq-length", "tokens", "of this step's sequences"),
     _scalar("mtp-weight", "", "lambda: weight of the MTP losses", "mtp"),
     _scalar("bias-update-rate", "", "gamma: step of the routers' balancing biases"),
     _scalar("consumed-tokens", "tokens", "trained on so far"),
