@@ -49,6 +49,7 @@ from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
 from dsv3_megatron.model.rotary import change_context
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
+from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_tokens, replicas, start_process_group
 from dsv3_megatron.platform import prepare, resolve_precision
@@ -88,6 +89,8 @@ class Trainer:
         stages, self.mcore_config = build_stages(run, self.groups, precision=self.precision)
         self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
+        self.average = WeightAverage(self.optimizer, list(self.chunks), self.groups, decay=run.training.ema_decay
+                                     ) if run.training.ema_decay else None
         self.instruments = Instruments(run, self.chunks, self.optimizer, self.groups, self.device)
         self.mcore_config.finalize_model_grads_func = self.instruments.around_reduction(
             partial(finalize_model_grads, pg_collection=groups_of_tokens(self.groups)))
@@ -98,7 +101,8 @@ class Trainer:
         self.watchdog = Watchdog(run.guards.hang_timeout_s, folder=run.logging.tensorboard_dir)
         self.iteration = self.consumed_samples = self.consumed_tokens = 0
         if run.checkpoint.load:
-            position = load_checkpoint(run.checkpoint.load, run, self.chunks, self.optimizer, self.groups)
+            position = load_checkpoint(run.checkpoint.load, run, self.chunks, self.optimizer, self.groups,
+                                       average=self.average)
             self._go_to(position)
             self.guard.load_state_dict(position.guards)
         self.stop_signal: int | None = None
@@ -272,9 +276,13 @@ class Trainer:
         self.watchdog.beat("optimizer")
         with clock.phase("optimizer"):
             balance_loss = self._mean_balance_loss(balance_L, plan.global_batch_size)
+            if self.average:
+                self.average.wait()
             outcome = guarded_step(
                 self.guard, self.guard_log, self.optimizer, self.chunks, self.groups,
                 StepFacts(self.iteration + 1, losses.by_name(balance_loss), samples, collected))
+            if self.average and outcome.is_applied:
+                self.average.update()
         with clock.phase("router-bias"):
             if outcome.is_applied:
                 update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
@@ -368,6 +376,12 @@ class Trainer:
             training = self.phase.training
             self.writer.write_validation(self.iteration, losses.main, mtp_losses=losses.mtp,
                                          num_sequences=training.eval_iters * training.global_batch_size)
+        if self.average and self.average.num_updates and self.run.training.eval_ema:
+            with self.average.swapped_in():
+                loss = self.evaluate().main
+            self.progress.message(f"validation of the average at iteration {self.iteration}: lm loss {loss:.4f}")
+            if self.writer:
+                self.writer.write_average_validation(self.iteration, loss)
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
@@ -378,7 +392,7 @@ class Trainer:
         # Described as it is in the phase of its last step: what reads the checkpoint builds that model.
         run = self.run.in_phase(self.recipe.phase_before(self.consumed_tokens))
         save_checkpoint(checkpoint.save, position, run, self.chunks, self.optimizer, self.groups,
-                        keep_last=checkpoint.keep_last)
+                        keep_last=checkpoint.keep_last, average=self.average)
         self.progress.message(f"checkpoint saved: {os.path.join(checkpoint.save, f'iter_{self.iteration:07d}')}")
 
     def _roll_back(self) -> None:
@@ -390,7 +404,7 @@ class Trainer:
         save, next_sample = self.run.checkpoint.save, self.data_position
         assert save is not None
         self.watchdog.slow("rollback")
-        position = load_checkpoint(save, self.run, self.chunks, self.optimizer, self.groups)
+        position = load_checkpoint(save, self.run, self.chunks, self.optimizer, self.groups, average=self.average)
         self._go_to(position)
         self.guard.rolled_back(position.guards, first_sample=self.data_position, next_sample=next_sample)
         self.step_plan = self._plan_step()

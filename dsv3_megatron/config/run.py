@@ -9,6 +9,7 @@ from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.guards import GuardConfig
+from dsv3_megatron.config.memory import require_recompute
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.phases import WITHOUT_PHASES, check_fields_outside, errors_of_phase, validate_phases
@@ -78,6 +79,7 @@ class RunConfig:
                 self.in_phase(phase)._validate_training(size)
                 self._validate_ramp(phase, size)
         require_document_attention(self.data, self.training.transformer_impl)
+        require_recompute(self.training, self.model, self.parallel)
         if self.training.transformer_impl == "transformer_engine":
             require_engine_epsilon(self.model)
         if self.checkpoint.save and self.checkpoint.save_interval < 1:

@@ -21,6 +21,7 @@ CONDITIONS = {
     "groups": "moe_router_num_groups > 1",
     "balance-loss": "moe_aux_loss_coeff > 0",
     "validation": "each validation",
+    "average": "each validation, with eval_ema",
     "start": "once, at the start",
     "peak": "device's peak known",
     "gpu": "on a GPU",
@@ -61,6 +62,8 @@ TAGS: tuple[Tag, ...] = (
             "step's first micro-batch on each replica", "mtp"),
     _scalar("lm loss validation", "nats/token", "main loss on the validation data", "validation"),
     _scalar("lm loss validation ppl", "", "its exponential, the perplexity", "validation"),
+    _scalar("lm loss validation average", "nats/token", "main loss of the weights' moving average on the validation "
+            "data", "average"),
     _scalar("mtp_{depth} loss validation", "nats/token", "MTP loss on the validation data", "validation"),
     # The recipe.
     _scalar("learning-rate", "", "of this step"),

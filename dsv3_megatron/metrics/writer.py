@@ -172,6 +172,13 @@ class MetricsWriter:
             self._events.add_scalar(f"mtp_{depth} loss validation", loss, iteration)
         self._events.flush()
 
+    def write_average_validation(self, iteration: int, lm_loss: float) -> None:
+        """Log the loss of the weights' moving average on the validation data, nats per token."""
+        if not self.enabled:
+            return
+        self._events.add_scalar("lm loss validation average", lm_loss, iteration)
+        self._events.flush()
+
     def close(self) -> None:
         """Write what is buffered and release the files; may be called twice."""
         if self._file is not None:
