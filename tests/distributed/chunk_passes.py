@@ -265,6 +265,16 @@ def run_case(case: Case) -> list[dict[str, Passes]]:
             for stage in build(case)]
 
 
+def run_recomputed(case: Case) -> list[dict[str, Passes]]:
+    """As `run_case`, where the ways in pieces compute whole layers again in backward."""
+    results = []
+    for stage in build(case):
+        found = {"ordinary": ordinary(stage)}
+        stage.config.recompute_granularity = "full"
+        results.append(found | {name: way(stage) for name, way in WAYS.items()})
+    return results
+
+
 def run_without_gradients(case: Case) -> list[tuple[Tensors, Tensors]]:
     """Of each chunk: the outputs of an ordinary pass and of one in pieces under `no_grad`, which keeps nothing."""
     results = []
