@@ -91,12 +91,13 @@ class SegmentedStage:
         losses: list[Value] = []
         tokens, positions, hidden_k = Value(batch.tokens_BS), Value(batch.position_ids_BS), hidden_SBH
         targets = module.mtp_targets(batch.labels_BS, documents) if self.mtp_layers else []
-        for layer, inner, delaying, targets_k in zip(self.mtp_layers, self.mtp_inner, self.delaying_mtp, targets,
-                                                     strict=True):
+        modules = zip(self.mtp_layers, self.mtp_inner, self.delaying_mtp, targets, strict=True)
+        for depth, (layer, inner, delaying, targets_k) in enumerate(modules, start=1):
             tokens, positions, embedded = self._next_tokens(tape, layer, tokens, positions, documents)
             (hidden_k,) = tape.run(layer._concat_embeddings, hidden_k, embedded, delaying=delaying)
             hidden_k = yield from inner.forward(tape, hidden_k, documents)
             (hidden_k,) = tape.run(layer._postprocess, hidden_k)
+            module.observe_heads(depth, hidden_SBH.tensor, hidden_k.tensor, targets_k)
             losses += tape.run(lambda h_SBH, targets_k=targets_k: module.mtp_losses(h_SBH, targets_k), hidden_k)
         main = tape.run(lambda h_SBH: module.token_losses(h_SBH, batch.labels_BS), hidden_SBH)
         return (*main, *losses)
