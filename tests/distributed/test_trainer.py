@@ -76,7 +76,7 @@ def written_tags(folder: Path) -> set[tuple[str, str]]:
 
 
 def test_a_run_writes_the_tags_of_the_table_and_no_others(twenty_steps: Path) -> None:
-    """All but those of a GPU and of validation (the average's too), which `tests/unit/metrics/test_writer.py` looks at."""
+    """All but those of a GPU and of validations, which `tests/unit/metrics/test_writer.py` looks at."""
     names = {"layer": ("1", "2", "3"), "group": ("0", "1"), "depth": ("1",), "component": COMPONENTS, "phase": PHASES}
     expected = set()
     for tag in TAGS:
