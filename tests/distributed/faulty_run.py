@@ -20,7 +20,7 @@ import torch
 
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.data.batches import Batch
+from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.platform import prepare
 from dsv3_megatron.train import run_rank
@@ -89,11 +89,9 @@ class FaultyTrainer(Trainer):
             for name, module in chunk.named_modules():
                 module.register_forward_hook(lambda module, _, output, name=name: self.spoil(name, output))
 
-    def _build_data(self) -> None:
-        super()._build_data()
+    def _iterate(self, dataset: Any, consumed_samples: int) -> list[BatchIterator]:
         corrupted = {sample for fault in self.faults if fault.kind == "corrupt" for sample in fault.steps}
-        dataset = CorruptedDataset(self.data.train, corrupted, self.run.model.vocab_size - 1)
-        self.batches = self._iterate(dataset, self.data_position)
+        return super()._iterate(CorruptedDataset(dataset, corrupted, self.run.model.vocab_size - 1), consumed_samples)
 
     def due(self, kind: str) -> list[Fault]:
         """Faults of a kind that strike this rank in the step under way."""
