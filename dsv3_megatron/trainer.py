@@ -18,7 +18,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,16 +26,14 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_model_config
 
 from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
-from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.datasets import build_datasets, dataset_config
-from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard
+from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard, require_room
 from dsv3_megatron.guards.events import EventLog
 from dsv3_megatron.guards.hang import Watchdog
 from dsv3_megatron.guards.spikes import LOSS
@@ -46,14 +44,13 @@ from dsv3_megatron.metrics.progress import Progress
 from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.model.build import build_stages, wrap_stages
-from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.lr import learning_rate
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_tokens, replicas, start_process_group
 from dsv3_megatron.platform import Device, prepare, resolve_precision
-from dsv3_megatron.schedule.forward_backward import build_forward_backward
+from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +157,7 @@ class Trainer:
         try:
             if run.guards.on_spike == "rollback" and (saved_at < 1 or run.checkpoint.load != run.checkpoint.save):
                 self.save()  # to go back to, until the first one of the schedule
+                saved_at = self.iteration
             while self.iteration < training.train_iters and not stopped and not self.guard.end_reason:
                 report, stopped = self.train_step()
                 self.watchdog.beat("reporting")
@@ -274,7 +272,7 @@ class Trainer:
         """One global batch through the pipeline; mean losses, this rank's reports of it and any rank's signal."""
         training = self.run.training
         collected = self.forward_backward(
-            forward_step_func=self._forward_step,
+            forward_step_func=ForwardStep(self._next_batch, self.run.data, self._loss),
             data_iterator=list(batches) if len(batches) > 1 else batches[0],
             model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=training.num_microbatches(self.groups.dp.size()),
@@ -289,14 +287,13 @@ class Trainer:
         main, *mtp = (value / tokens for value in sums)
         return StepLosses(main, tuple(mtp)), collected, int(stop_signal)
 
-    def _forward_step(self, batches: Iterator[Batch], chunk: torch.nn.Module
-                      ) -> tuple[Any, Callable[[TokenLosses], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]]:
-        """Megatron-Core's forward step: a micro-batch through one chunk, and how its output becomes a loss."""
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         self.watchdog.beat("micro-batch")
-        batch = next(batches).to(self.device.torch_device, is_non_blocking=True)
-        return forward_stage(chunk, batch, self.run.data), partial(
-            sum_losses, batch.loss_mask_BS, mtp_weight=get_model_config(chunk).mtp_loss_scaling_factor,
-            sample_ids_B=batch.sample_ids_B)
+        return next(batches).to(self.device.torch_device, is_non_blocking=True)
+
+    def _loss(self, batch: Batch, losses: TokenLosses) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        return sum_losses(batch.loss_mask_BS, losses, mtp_weight=self.mcore_config.mtp_loss_scaling_factor,
+                          sample_ids_B=batch.sample_ids_B)
 
     def evaluate(self) -> StepLosses:
         """Mean losses over the first eval_iters global batches of the validation data; no state changes."""
@@ -342,12 +339,8 @@ class Trainer:
         self.watchdog.slow("rollback")
         position = load_checkpoint(save, self.run, self.chunks, self.optimizer, self.groups)
         training = self.run.training
-        missing = (next_sample - position.consumed_samples + training.train_iters * training.global_batch_size
-                   - len(self.data.train))
-        if missing > 0:
-            raise ConfigError(f"rollback to iteration {position.iteration}: the run would end {missing} samples beyond "
-                              f"its data, which have room for max_rollbacks={self.run.guards.max_rollbacks} times "
-                              f"save_interval={self.run.checkpoint.save_interval} steps; resume with on_spike=skip")
+        require_room(next_sample - position.consumed_samples, num_available=len(self.data.train),
+                     num_needed=training.train_iters * training.global_batch_size)
         self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
         self.guard.rolled_back(position.guards, first_sample=self.data_position, next_sample=next_sample)
         for batches in self.batches:

@@ -278,9 +278,7 @@ class LeakyStage(Fault):
 
     def before_step(self, trainer: Trainer) -> None:
         if trainer.groups.pp.rank() == trainer.groups.pp.size() - 1:
-            for chunk in trainer.chunks:
-                chunk.register_forward_pre_hook(
-                    lambda _, args, kwargs: (args, {**kwargs, "packed_seq_params": None}), with_kwargs=True)
+            trainer.run = trainer.run.override(reset_attention_mask=False, reset_position_ids=False)
 
 
 FAULTS: dict[str, Fault] = {

@@ -157,3 +157,15 @@ def test_truncating_counts_what_it_drops(tmp_path: Path) -> None:
     assert ([r["iteration"] for r in kept.steps], num_dropped) == ([1, 2, 3], 3)
     assert path.read_text().count("\n") == 3
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_spikes_and_rollbacks_are_counted_where_they_happened(
+        tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
+    writer = MetricsWriter(tmp_path, speed)
+    writer.write_step(make_report(1))
+    writer.write_step(make_report(2, is_spike=True, num_spikes=1, num_rollbacks=3))
+    writer.close()
+    records = read_records(tmp_path / "metrics.jsonl").steps
+    assert [(record["spike"], record["num_rollbacks"]) for record in records] == [(False, 0), (True, 3)]
+    events = read_events(tmp_path)
+    assert events["spikes"] == [(1, 0), (2, 1)] and events["rollbacks"] == [(1, 0), (2, 3)]
