@@ -177,4 +177,4 @@ class LoggingConfig:
     tensorboard_dir: str | None = option(None, help="folder for TensorBoard logs and the resolved configuration")
     log_interval: int = option(10, help="steps between log lines and scalars")
     trace_schedule: str | None = option(None, help="file for what each pipeline rank does when in a step, for "
-                                        "chrome://tracing, ui.perfetto.dev and simulate_pipeline.py --from-trace")
+                                        "chrome://tracing, ui.perfetto.dev and tools/draw_schedule.py")

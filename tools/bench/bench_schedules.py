@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def measure_rank(setting: Setting, names: list[str]) -> list[Outcome]:
         busy = tuple(1000.0 * busy_time(plan, rank, costs) for rank in range(plan.num_ranks))
         timelines: list[Timeline] = []
         if name in PEERS:
-            best = min(measure_megatron_core(plan, times) for _ in range(setting.repeats))
+            best = measure_megatron_core(plan, times, setting.repeats)
         else:
             timelines = [measure_plan(plan, times, world, descending) for _ in range(setting.repeats)]
             timelines.sort(key=step_time)
@@ -161,20 +162,43 @@ def draw(setting: Setting, outcomes: list[Outcome], folder: Path) -> None:
     figure.savefig(folder / "schedules.png")
 
 
-def _process(rank: int, setting: Setting, names: list[str], port: int, queue: Any) -> None:
+def _process(rank: int, setting: Setting, names: list[str], port: int, results: str) -> None:
     import torch
 
     from dsv3_megatron.platform import prepare
+    from tools.bench.bench_schedules import measure_rank as measure  # not __main__'s: results go between processes
 
     prepare()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
                                          world_size=setting.num_ranks)
-    outcomes = measure_rank(setting, names)
+    outcomes = measure(setting, names)
     if rank == 0:
-        queue.put(outcomes)
+        Path(results).write_bytes(pickle.dumps(outcomes))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def run_processes(setting: Setting, names: list[str]) -> list[Outcome]:
+    """Measure in processes of their own.
+
+    Raises:
+        Exception: what a process raised.
+    """
+    import socket
+    import tempfile
+
+    import torch.multiprocessing
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "outcomes.pickle"
+        torch.multiprocessing.start_processes(_process, (setting, names, port, str(results)),
+                                              nprocs=setting.num_ranks, start_method="spawn")
+        return pickle.loads(results.read_bytes())
 
 
 def main() -> int:
@@ -190,21 +214,7 @@ def main() -> int:
     options = parser.parse_args()
     setting = Setting(options.ranks, options.microbatches, options.parts, options.unit_ms / 1000, options.repeats)
 
-    import socket
-
-    import torch.multiprocessing
-
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = torch.multiprocessing.start_processes(
-        _process, (setting, [*FORMS, *PEERS], port, queue), nprocs=setting.num_ranks, join=False)
-    outcomes = queue.get()
-    while not processes.join():
-        pass
+    outcomes = run_processes(setting, [*FORMS, *PEERS])
     print_table(setting, outcomes)
     print(append_rows("schedules.csv", rows(setting, outcomes),
                       f"{options.device}, load {load_average():.1f}"))
