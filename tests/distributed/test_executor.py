@@ -37,7 +37,8 @@ def test_random_plans_over_gloo(runs: dict[str, Any]) -> None:
 def test_a_step_takes_what_the_simulator_says(runs: dict[str, Any], name: str) -> None:
     measured, simulated, _ = runs["measured"][name]
     print(f"{name}: measured {measured:.0f} ms, simulated {simulated:.0f} ms, {measured / simulated:.3f}")
-    assert 0.99 * simulated < measured < CLOSE * simulated
+    # A sleeper that was late catches up, also where its rank would have waited: a little less is possible.
+    assert simulated / CLOSE < measured < CLOSE * simulated
 
 
 def test_schedules_rank_as_simulated(runs: dict[str, Any]) -> None:
