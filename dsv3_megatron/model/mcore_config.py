@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.config.memory import recomputed_modules
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.model.rotary import rotary_fields
 from dsv3_megatron.parallel.layout import layout_string, stage_layouts
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -29,7 +30,6 @@ def mcore_config(run: RunConfig, precision: str, *, transformer_impl: str = "loc
     """
     model, parallel, training = run.model, run.parallel, run.training
     dtype = DTYPES[precision]
-    yarn = model.rope_type == "yarn"
     chunks = parallel.stages_per_rank
     layout = layout_string(stage_layouts(model, parallel))
     return MLATransformerConfig(
@@ -45,16 +45,7 @@ def mcore_config(run: RunConfig, precision: str, *, transformer_impl: str = "loc
         qk_pos_emb_head_dim=model.qk_rope_head_dim,
         v_head_dim=model.v_head_dim,
         qk_layernorm=True,
-        # Rotary embedding. Megatron-Core applies the YaRN softmax factor under plain RoPE too unless
-        # mscale_all_dim is 0.
-        rope_type=model.rope_type,
-        rotary_base=model.rotary_base,
-        rotary_scaling_factor=model.rotary_scaling_factor,
-        original_max_position_embeddings=model.original_max_position_embeddings,
-        beta_fast=model.beta_fast,
-        beta_slow=model.beta_slow,
-        mscale=model.mscale if yarn else 1.0,
-        mscale_all_dim=model.mscale_all_dim if yarn else 0.0,
+        **rotary_fields(model),
         apply_rope_fusion=False,
         # Mixture of experts.
         num_moe_experts=model.num_experts,
@@ -77,6 +68,7 @@ def mcore_config(run: RunConfig, precision: str, *, transformer_impl: str = "loc
         moe_permute_fusion=False,
         # Multi-token prediction.
         mtp_num_layers=model.mtp_num_layers or None,
+        # Of the run's start; the trainer weighs the losses by its recipe.
         mtp_loss_scaling_factor=training.mtp_loss_scaling_factor,
         # Block.
         normalization="RMSNorm",

@@ -26,7 +26,7 @@ def build_optimizer(
     """Megatron-Core's distributed optimizer over this rank's wrapped stages.
 
     Matrices are decayed, vectors (the norms' weights) are not: Megatron-Core's standard rule; the
-    report gives none. The learning rate is set at each step from `lr.py`.
+    report gives none. The learning rate is set at each step from the run's recipe.
 
     Args:
         training: Optimizer settings of the run.

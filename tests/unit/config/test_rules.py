@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import traceback
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.config import model, parallel, run, training
+from dsv3_megatron.config import guards, model, parallel, run, training
 from dsv3_megatron.config.fields import ConfigError, divisors
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.config.run import SECTIONS, RunConfig
@@ -157,6 +158,14 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
               "eod_mask_loss": True}, 1,
      "reset_attention_mask=True and reset_position_ids=True cannot go with transformer_impl=transformer_engine, whose "
      "attention knows one document a sequence; set transformer_impl=local"),
+    # -- phases in their run (test_phases.py has the rest) --
+    ("tiny", {"phases": [{"name": "grow", "train_tokens": 10**6, "global_batch_size": 64,
+                          "global_batch_size_increment": 6}]}, 2,
+     "phase 'grow': the batch goes from 16 to global_batch_size=64 in steps of global_batch_size_increment=6, and on "
+     "the way micro_batch_size=4 x data_parallel_size=2 (world_size=2 over 1 model-parallel ranks) must divide "
+     "global_batch_size=22; try a global_batch_size that is a multiple of 8, or a micro_batch_size of 1 or 11"),
+    ("tiny", {"phases": [{"name": "long", "train_iters": 5}, {"name": "longer", "train_iters": 5, "seq_length": 512}]},
+     1, "phase 'longer': seq_length=512 must not exceed max_position_embeddings=256"),
     # -- what is written --
     ("tiny", {"save": "checkpoints", "save_interval": 0}, 1, "save_interval=0 must be at least 1"),
     ("tiny", {"export_hf": "exported"}, 1,
@@ -165,6 +174,24 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"trace_schedule": "trace.json"}, 1, "trace_schedule=trace.json records what pipeline ranks do and needs "
      "pipeline_model_parallel_size of at least 2; leave it out"),
     ("tiny", {"log_interval": 0}, 1, "log_interval=0 must be at least 1"),
+    # -- guards --
+    ("tiny", {"on_spike": "rollback"}, 1, "on_spike=rollback needs save: a folder of checkpoints to go back to; or "
+     "choose on_spike=skip"),
+    ("tiny", {"on_spike": "panic"}, 1, "on_spike='panic' must be one of log, skip, rollback"),
+    ("tiny", {"spike_min_steps": 1}, 1, "spike_min_steps=1 must be at least 2: one step has no spread"),
+    ("tiny", {"spike_window": 16}, 1,
+     "spike_window=16 must be at least spike_min_steps=32, or no step would ever be judged"),
+    ("tiny", {"spike_loss_threshold": -1.0}, 1, "spike_loss_threshold=-1.0 must not be negative; 0 turns it off"),
+    ("tiny", {"spike_grad_norm_threshold": -0.5}, 1,
+     "spike_grad_norm_threshold=-0.5 must not be negative; 0 turns it off"),
+    ("tiny", {"spike_loss_floor": -0.1}, 1, "spike_loss_floor=-0.1 must not be negative"),
+    ("tiny", {"spike_loss_floor": float("nan")}, 1, "spike_loss_floor=nan must be a finite number"),
+    ("tiny", {"spike_grad_norm_floor": 0.5}, 1,
+     "spike_grad_norm_floor=0.5 must be at least 1: it multiplies the median gradient norm"),
+    ("tiny", {"max_consecutive_skips": -1}, 1, "max_consecutive_skips=-1 must not be negative"),
+    ("tiny", {"max_rollbacks": -2}, 1, "max_rollbacks=-2 must not be negative"),
+    ("tiny", {"hang_timeout_s": 0.5}, 1, "hang_timeout_s=0.5 must be at least 1 second; 0 turns it off"),
+    ("tiny", {"hang_timeout_s": -3.0}, 1, "hang_timeout_s=-3.0 must be at least 1 second; 0 turns it off"),
 ]
 
 
@@ -182,9 +209,12 @@ def test_no_rule_goes_untested() -> None:
     for name, changes, world_size, _message in BROKEN:
         with pytest.raises(ConfigError) as error:
             base(name).override(**changes).validate(world_size)
-        last = error.traceback[-1]
-        reached.add((str(last.path), last.lineno + 1))
-    for module in (model, parallel, training, run):
+        cause: BaseException | None = error.value
+        while cause is not None:  # a phase's error has that of the rule as its cause
+            last = list(traceback.walk_tb(cause.__traceback__))[-1]
+            reached.add((last[0].f_code.co_filename, last[1]))
+            cause = cause.__cause__
+    for module in (model, parallel, training, run, guards):
         for function in ast.walk(ast.parse(inspect.getsource(module))):
             if not isinstance(function, ast.FunctionDef) or function.name == "section_of":  # tested in test_load.py
                 continue
@@ -225,10 +255,9 @@ def test_sizes_follow_from_degrees() -> None:
     assert (split.data_parallel_size(2048), split.expert_data_parallel_size(2048)) == (128, 2)
     assert not split.sequence_parallel
     assert dataclasses.replace(split, tensor_model_parallel_size=2).sequence_parallel
-    train = preset("dsv3-671b").training
+    train = preset("dsv3-671b").recipe().phases[1].training
     assert train.num_microbatches(128) == 120
     assert train.tokens_per_step == 15360 * 4096
-    assert round(14.8e12 / train.tokens_per_step) == train.train_iters
 
 
 @settings(deadline=None)
