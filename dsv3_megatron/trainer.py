@@ -19,7 +19,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,30 +30,30 @@ from megatron.core.distributed import finalize_model_grads
 from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
-from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.datasets import build_datasets, dataset_config
-from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard
+from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard, require_room
 from dsv3_megatron.guards.events import EventLog
 from dsv3_megatron.guards.hang import Watchdog
 from dsv3_megatron.guards.spikes import LOSS
 from dsv3_megatron.guards.step import StepFacts, guarded_step
 from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
+from dsv3_megatron.metrics.instruments import Instruments
 from dsv3_megatron.metrics.progress import Progress
 from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.model.build import build_stages, wrap_stages
-from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
 from dsv3_megatron.model.rotary import change_context
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
+from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_tokens, replicas, start_process_group
 from dsv3_megatron.platform import prepare, resolve_precision
-from dsv3_megatron.schedule.forward_backward import build_forward_backward
+from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +89,11 @@ class Trainer:
         stages, self.mcore_config = build_stages(run, self.groups, precision=self.precision)
         self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
-        self.mcore_config.finalize_model_grads_func = partial(
-            finalize_model_grads, pg_collection=groups_of_tokens(self.groups))
+        self.average = WeightAverage(self.optimizer, list(self.chunks), self.groups, decay=run.training.ema_decay
+                                     ) if run.training.ema_decay else None
+        self.instruments = Instruments(run, self.chunks, self.optimizer, self.groups, self.device)
+        self.mcore_config.finalize_model_grads_func = self.instruments.around_reduction(
+            partial(finalize_model_grads, pg_collection=groups_of_tokens(self.groups)))
         self.forward_backward = build_forward_backward(run.parallel, self.groups, self.mcore_config,
                                                        trace=run.logging.trace_schedule)
         self.guard = Guard(run.guards)
@@ -98,7 +101,8 @@ class Trainer:
         self.watchdog = Watchdog(run.guards.hang_timeout_s, folder=run.logging.tensorboard_dir)
         self.iteration = self.consumed_samples = self.consumed_tokens = 0
         if run.checkpoint.load:
-            position = load_checkpoint(run.checkpoint.load, run, self.chunks, self.optimizer, self.groups)
+            position = load_checkpoint(run.checkpoint.load, run, self.chunks, self.optimizer, self.groups,
+                                       average=self.average)
             self._go_to(position)
             self.guard.load_state_dict(position.guards)
         self.stop_signal: int | None = None
@@ -175,8 +179,9 @@ class Trainer:
                                  log_interval=log.log_interval, enabled=is_reporter)
         self.writer = None
         if log.tensorboard_dir:
-            self.writer = MetricsWriter(log.tensorboard_dir, self.speed, log_interval=log.log_interval,
-                                        resumed_iteration=self.iteration, enabled=is_reporter)
+            self.writer = MetricsWriter(
+                log.tensorboard_dir, self.speed, num_layers=self.run.model.num_layers, log_interval=log.log_interval,
+                picture_interval=log.picture_interval, resumed_iteration=self.iteration, enabled=is_reporter)
             self.writer.write_config(self.run.as_dict(), environment={
                 "precision": self.precision, "world_size": self.world_size, "device": self.device.name})
 
@@ -198,12 +203,14 @@ class Trainer:
         try:
             if run.guards.on_spike == "rollback" and (saved_at < 1 or run.checkpoint.load != run.checkpoint.save):
                 self.save()  # to go back to, until the first one of the schedule
+                saved_at = self.iteration
             while self.step_plan and not stopped and not self.guard.end_reason:
                 report, stopped = self.train_step()
                 self.watchdog.beat("reporting")
-                self.progress.update(report)
-                if self.writer:
-                    self.writer.write_step(report)
+                with self.instruments.clock.phase("logging"):
+                    self.progress.update(report)
+                    if self.writer:
+                        self.writer.write_step(report)
                 if self.guard.must_roll_back:
                     self._roll_back()
                     saved_at = self.iteration
@@ -247,28 +254,41 @@ class Trainer:
         assert plan is not None, "the run has stopped"
         if plan.phase is not self.phase:
             self._enter_phase(plan.phase)
-        started = time.perf_counter()
+        started, clock = time.perf_counter(), self.instruments.clock
         self.watchdog.begin_step(self.iteration + 1)
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        set_learning_rate(self.optimizer, plan.learning_rate)
-        for batches in self.batches:
-            batches.set_global_batch_size(plan.global_batch_size)
-        samples = range(self._dataset_position, self._dataset_position + plan.global_batch_size)
-        losses, collected, stopped = self._run_microbatches(self.batches, forward_only=False)
-        loads_LE, balance_L = collect_expert_loads(
-            self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
-            num_experts=run.model.num_experts, device=self.device.torch_device)
+        self.instruments.begin_step(self.iteration + 1)
+        with clock.phase("forward-backward"):
+            for chunk in self.chunks:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            set_learning_rate(self.optimizer, plan.learning_rate)
+            for batches in self.batches:
+                batches.set_global_batch_size(plan.global_batch_size)
+            samples = range(self._dataset_position, self._dataset_position + plan.global_batch_size)
+            losses, collected, stopped = self._run_microbatches(
+                [clock.waiting(batches, "data") for batches in self.batches], plan.global_batch_size,
+                forward_only=False)
+        with clock.phase("router-bias"):
+            loads_LE, balance_L = collect_expert_loads(
+                self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
+                num_experts=run.model.num_experts, device=self.device.torch_device)
         self.watchdog.beat("optimizer")
-        balance_loss = self._mean_balance_loss(balance_L, plan.global_batch_size)
-        outcome = guarded_step(
-            self.guard, self.guard_log, self.optimizer, self.chunks, self.groups,
-            StepFacts(self.iteration + 1, losses.by_name(balance_loss), samples, collected))
-        if outcome.is_applied:
-            update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
-                                 update_rate=plan.bias_update_rate)
+        with clock.phase("optimizer"):
+            balance_loss = self._mean_balance_loss(balance_L, plan.global_batch_size)
+            if self.average:
+                self.average.wait()
+            outcome = guarded_step(
+                self.guard, self.guard_log, self.optimizer, self.chunks, self.groups,
+                StepFacts(self.iteration + 1, losses.by_name(balance_loss), samples, collected))
+            if self.average and outcome.is_applied:
+                self.average.update()
+        with clock.phase("router-bias"):
+            if outcome.is_applied:
+                update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
+                                     update_rate=plan.bias_update_rate)
+        with clock.phase("logging"):
+            measurements = self.instruments.end_step()
         self.iteration += 1
         self.consumed_samples += plan.global_batch_size
         self.consumed_tokens += plan.num_tokens
@@ -290,9 +310,10 @@ class Trainer:
             num_spikes=self.guard.counters.spikes,
             num_rollbacks=self.guard.counters.rollbacks,
             seq_length=plan.phase.training.seq_length,
-            mtp_weight=plan.mtp_weight,
+            mtp_weight=plan.mtp_weight if run.model.mtp_num_layers else None,
             bias_update_rate=plan.bias_update_rate,
             phase=plan.phase.name if run.training.phases else None,
+            measurements=measurements,
         ), stopped
 
     def _mean_balance_loss(self, balance_L: torch.Tensor, num_sequences: int) -> float | None:
@@ -303,15 +324,15 @@ class Trainer:
             return None
         return float(balance_L.sum()) / (training.moe_aux_loss_coeff * num_sequences * layers)
 
-    def _run_microbatches(self, batches: list[BatchIterator], *, forward_only: bool
+    def _run_microbatches(self, batches: Sequence[Iterator[Batch]], num_sequences: int, *, forward_only: bool
                           ) -> tuple[StepLosses, list[dict[str, Any]], int]:
         """One global batch through the pipeline; mean losses, this rank's reports of it and any rank's signal."""
         training = self.phase.training
         collected = self.forward_backward(
-            forward_step_func=self._forward_step,
+            forward_step_func=ForwardStep(self._next_batch, self.run.data, self._loss),
             data_iterator=list(batches) if len(batches) > 1 else batches[0],
             model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=batches[0].global_batch_size // (training.micro_batch_size * self.groups.dp.size()),
+            num_microbatches=num_sequences // (training.micro_batch_size * self.groups.dp.size()),
             seq_length=training.seq_length,
             micro_batch_size=training.micro_batch_size,
             forward_only=forward_only,
@@ -323,14 +344,13 @@ class Trainer:
         main, *mtp = (value / tokens for value in sums)
         return StepLosses(main, tuple(mtp)), collected, int(stop_signal)
 
-    def _forward_step(self, batches: Iterator[Batch], chunk: torch.nn.Module
-                      ) -> tuple[Any, Callable[[TokenLosses], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]]:
-        """Megatron-Core's forward step: a micro-batch through one chunk, and how its output becomes a loss."""
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         self.watchdog.beat("micro-batch")
-        batch = next(batches).to(self.device.torch_device, is_non_blocking=True)
-        return forward_stage(chunk, batch, self.run.data), partial(
-            sum_losses, batch.loss_mask_BS, mtp_weight=self.phase.training.mtp_loss_scaling_factor,
-            sample_ids_B=batch.sample_ids_B)
+        return next(batches).to(self.device.torch_device, is_non_blocking=True)
+
+    def _loss(self, batch: Batch, losses: TokenLosses) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        return sum_losses(batch.loss_mask_BS, losses, mtp_weight=self.phase.training.mtp_loss_scaling_factor,
+                          sample_ids_B=batch.sample_ids_B)
 
     def evaluate(self) -> StepLosses:
         """Mean losses over the first eval_iters global batches of the validation data; no state changes."""
@@ -340,7 +360,8 @@ class Trainer:
         losses = []
         for _ in range(self.run.training.eval_iters):
             with torch.no_grad():
-                losses.append(self._run_microbatches(batches, forward_only=True)[0])
+                losses.append(self._run_microbatches(
+                    batches, self.phase.training.global_batch_size, forward_only=True)[0])
         count = len(losses)
         return StepLosses(sum(loss.main for loss in losses) / count,
                           tuple(sum(column) / count for column in zip(*(loss.mtp for loss in losses), strict=True)))
@@ -355,6 +376,12 @@ class Trainer:
             training = self.phase.training
             self.writer.write_validation(self.iteration, losses.main, mtp_losses=losses.mtp,
                                          num_sequences=training.eval_iters * training.global_batch_size)
+        if self.average and self.average.num_updates and self.run.training.eval_ema:
+            with self.average.swapped_in():
+                loss = self.evaluate().main
+            self.progress.message(f"validation of the average at iteration {self.iteration}: lm loss {loss:.4f}")
+            if self.writer:
+                self.writer.write_average_validation(self.iteration, loss)
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
@@ -365,7 +392,7 @@ class Trainer:
         # Described as it is in the phase of its last step: what reads the checkpoint builds that model.
         run = self.run.in_phase(self.recipe.phase_before(self.consumed_tokens))
         save_checkpoint(checkpoint.save, position, run, self.chunks, self.optimizer, self.groups,
-                        keep_last=checkpoint.keep_last)
+                        keep_last=checkpoint.keep_last, average=self.average)
         self.progress.message(f"checkpoint saved: {os.path.join(checkpoint.save, f'iter_{self.iteration:07d}')}")
 
     def _roll_back(self) -> None:
@@ -377,18 +404,15 @@ class Trainer:
         save, next_sample = self.run.checkpoint.save, self.data_position
         assert save is not None
         self.watchdog.slow("rollback")
-        position = load_checkpoint(save, self.run, self.chunks, self.optimizer, self.groups)
+        position = load_checkpoint(save, self.run, self.chunks, self.optimizer, self.groups, average=self.average)
         self._go_to(position)
         self.guard.rolled_back(position.guards, first_sample=self.data_position, next_sample=next_sample)
         self.step_plan = self._plan_step()
         assert self.step_plan is not None, "a step was taken from here"
         if self.step_plan.phase is not self.phase:
             self._enter_phase(self.step_plan.phase)
-        missing = self.recipe.span_of(self.phase).num_samples + self.guard.jumped_samples - len(self.data.train)
-        if missing > 0:
-            raise ConfigError(f"rollback to iteration {position.iteration}: the run would end {missing} samples beyond "
-                              f"its data, which have room for max_rollbacks={self.run.guards.max_rollbacks} times "
-                              f"save_interval={self.run.checkpoint.save_interval} steps; resume with on_spike=skip")
+        require_room(self.guard.jumped_samples, num_available=len(self.data.train),
+                     num_needed=self.recipe.span_of(self.phase).num_samples)
         self._iterate_from_here()
         self.progress.close()
         if self.writer:

@@ -69,7 +69,7 @@ def dsv3_16b() -> RunConfig:
         vocab_size=129280, max_position_embeddings=4096, init_method_std=0.006)
     training = TrainingConfig(
         seq_length=4096, micro_batch_size=1, global_batch_size=4608, train_iters=100_000, lr=4.2e-4, min_lr=4.2e-5,
-        lr_warmup_iters=2000)
+        lr_warmup_iters=2000, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16", ema_decay=0.999)
     return _run("dsv3-16b", model, training, ParallelConfig(expert_model_parallel_size=8))
 
 
@@ -79,7 +79,8 @@ def dsv3_671b() -> RunConfig:
     The layout is PP16, EP64, ZeRO-1 data parallelism, no TP, on 2048 GPUs. Micro-batch 1 is from DeepEP's "V3
     pre-training setting". It is pre-training's, and 128 replicas cannot share the 480 sequences of the last phase: the
     run stops before the extension, whose layout the report does not give, and goes on from there under another one
-    with --stop-after-phase none.
+    with --stop-after-phase none. Moments in BF16 and an average of the weights are the report's (sections 3.3.1 and
+    3.2.3); the average's decay is ours.
     """
     model = ModelConfig(
         num_layers=61, num_dense_layers=3, hidden_size=7168, num_attention_heads=128, q_lora_rank=1536,
@@ -90,7 +91,7 @@ def dsv3_671b() -> RunConfig:
     training = TrainingConfig(
         seq_length=4096, micro_batch_size=1, global_batch_size=3072, lr=2.2e-4, precision="bf16",
         mtp_loss_scaling_factor=0.3, moe_router_bias_update_rate=1e-3, phases=deepseek_v3_phases(),
-        stop_after_phase="lowest")
+        stop_after_phase="lowest", exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16", ema_decay=0.999)
     parallel = ParallelConfig(pipeline_model_parallel_size=16, expert_model_parallel_size=64)
     return _run("dsv3-671b", model, training, parallel)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.guards import GuardConfig
+from dsv3_megatron.config.memory import require_recompute
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.phases import WITHOUT_PHASES, check_fields_outside, errors_of_phase, validate_phases
@@ -78,6 +79,7 @@ class RunConfig:
                 self.in_phase(phase)._validate_training(size)
                 self._validate_ramp(phase, size)
         require_document_attention(self.data, self.training.transformer_impl)
+        require_recompute(self.training, self.model, self.parallel)
         if self.training.transformer_impl == "transformer_engine":
             require_engine_epsilon(self.model)
         if self.checkpoint.save and self.checkpoint.save_interval < 1:
@@ -90,8 +92,9 @@ class RunConfig:
         if self.logging.trace_schedule and self.parallel.pipeline_model_parallel_size == 1:
             raise ConfigError(f"trace_schedule={self.logging.trace_schedule} records what pipeline ranks do and needs "
                               "pipeline_model_parallel_size of at least 2; leave it out")
-        if self.logging.log_interval < 1:
-            raise ConfigError(f"log_interval={self.logging.log_interval} must be at least 1")
+        for name in ("log_interval", "picture_interval"):
+            if getattr(self.logging, name) < 1:
+                raise ConfigError(f"{name}={getattr(self.logging, name)} must be at least 1")
         self.guards.validate(self.checkpoint)
 
     def _validate_training(self, world_size: int | None) -> None:

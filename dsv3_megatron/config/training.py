@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from dsv3_megatron.config.fields import ConfigError, divisors, option, require_finite
+from dsv3_megatron.config.memory import MOMENT_DTYPES, MOMENT_ROUNDINGS, RECOMPUTE_GRANULARITIES, require_moments
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.phases import LR_DECAY_STYLES, WITHOUT_PHASES, Phase, read_phases
 from dsv3_megatron.config.pipeline import microbatch_rule, nearest_microbatches
@@ -45,6 +46,12 @@ class TrainingConfig:
     adam_beta2: float = option(0.95, help="AdamW: decay of the second moment")
     adam_eps: float = option(1e-8, help="AdamW: epsilon (the report gives none)")
     weight_decay: float = option(0.1, help="AdamW: decay of matrices; norms' weights are not decayed")
+    exp_avg_dtype: str = option("fp32", choices=MOMENT_DTYPES, help="AdamW: storage of the first moment")
+    exp_avg_sq_dtype: str = option("fp32", choices=MOMENT_DTYPES, help="AdamW: storage of the second moment")
+    moment_rounding: str = option("stochastic", choices=MOMENT_ROUNDINGS, help="AdamW: how bf16 moments are rounded")
+    ema_decay: float = option(0.0, help="decay of the weights' average in CPU memory, a step; 0: none is kept (the "
+                              "report gives none; the dsv3 presets have 0.999)")
+    eval_ema: bool = option(False, help="validate the weights' average too")
     clip_grad: float = option(1.0, help="largest global gradient norm; 0: no clipping")
     moe_router_bias_update_rate: float = option(1e-3, help="gamma: step of the balancing bias, each optimizer step")
     moe_aux_loss_coeff: float = option(1e-4, help="alpha: weight of the sequence-wise balance loss")
@@ -53,6 +60,10 @@ class TrainingConfig:
                             help="of weights and activations; auto: bf16 where the device computes it fast")
     transformer_impl: str = option("auto", choices=TRANSFORMER_IMPLS,
                                    help="modules to build from; auto: transformer_engine where installed with CUDA")
+    recompute_granularity: str | None = option(None, choices=(*RECOMPUTE_GRANULARITIES,), help="computed again in "
+                                               "backward: selective (by name) or full (whole layers); none: all kept")
+    recompute_modules: list[str] = option([], nargs="*", help="with selective: layernorm, mla_up_proj, moe_act; none "
+                                          "given: all three, as in the report")
     seed: int = option(1234, help="of weights and data order")
     eval_interval: int = option(100, help="steps between validations; 0: never")
     eval_iters: int = option(10, help="global batches in one validation")
@@ -99,6 +110,7 @@ class TrainingConfig:
                               ("lr_decay_style", LR_DECAY_STYLES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        require_moments(self)
         if world_size is not None:
             self._validate_batch(parallel, world_size)
 
@@ -196,5 +208,6 @@ class LoggingConfig:
 
     tensorboard_dir: str | None = option(None, help="folder for TensorBoard logs and the resolved configuration")
     log_interval: int = option(10, help="steps between log lines and scalars")
+    picture_interval: int = option(10, help="logged steps between heat maps and histograms")
     trace_schedule: str | None = option(None, help="file for what each pipeline rank does when in a step, for "
                                         "chrome://tracing, ui.perfetto.dev and simulate_pipeline.py --from-trace")

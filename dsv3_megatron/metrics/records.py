@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.metrics.measurements import Measurements
+
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -48,9 +50,10 @@ class StepReport:
         num_spikes: Spikes of the whole run so far.
         num_rollbacks: Returns to a checkpoint of the whole run so far.
         seq_length: Tokens in a sequence of this step.
-        mtp_weight: lambda of this step.
-        bias_update_rate: gamma of this step.
+        mtp_weight: lambda of this step; None without MTP.
+        bias_update_rate: gamma of this step; None without routed experts.
         phase: Name of the phase it belongs to; None in a run without phases.
+        measurements: What the instruments saw; None on a step that is not logged.
     """
 
     iteration: int
@@ -72,6 +75,12 @@ class StepReport:
     mtp_weight: float | None = None
     bias_update_rate: float | None = None
     phase: str | None = None
+    measurements: Measurements | None = None
+
+
+def is_logged(iteration: int, log_interval: int) -> bool:
+    """Whether a step, counted from 1, is one whose values TensorBoard gets: the first and every log_interval-th."""
+    return iteration == 1 or iteration % log_interval == 0
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,8 @@ class Records:
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
 
-    def column(self, name: str) -> list[tuple[int, float]]:
-        """(iteration, value) of every step that has a finite value under `name`."""
+    def column(self, name: str) -> list[tuple[int, Any]]:
+        """(iteration, value) of every step that has a value under `name`; one that is not finite is none."""
         return [(r["iteration"], r[name]) for r in self.steps if r.get(name) is not None]
 
     def validation_column(self, name: str) -> list[tuple[int, float]]:

@@ -8,19 +8,22 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_megatron.config.memory import recomputed_modules
 from dsv3_megatron.config.run import RunConfig, require_engine_epsilon
 from dsv3_megatron.model.init import initialize_weights
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.mcore_config import mcore_config
+from dsv3_megatron.model.recompute import set_recomputed
 from dsv3_megatron.model.router import RouterOptions
 from dsv3_megatron.model.specs import block_specs, resolve_transformer_impl
+from dsv3_megatron.model.weight_gradients import delay_engine_weight_gradients
 from dsv3_megatron.parallel.groups import as_pipeline_rank, at_pipeline_rank
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.parallel.placement import placement
 
 
 def build_stages(
-    run: RunConfig, groups: ProcessGroupCollection, *, precision: str
+    run: RunConfig, groups: ProcessGroupCollection, *, precision: str, delays_engine_weights: bool = False
 ) -> tuple[list[DeepSeekV3Model], MLATransformerConfig]:
     """This rank's stages, on its device, with initial weights, not wrapped.
 
@@ -28,19 +31,25 @@ def build_stages(
         run: A validated run.
         groups: Its process groups.
         precision: "bf16" or "fp32".
+        delays_engine_weights: A `ModelChunk` will run these stages and may split their backward passes. Local modules
+            need not know; see `delay_engine_weight_gradients`.
 
     Returns:
         One module a chunk, in the schedule's order, and the configuration they share.
     """
-    config = mcore_config(run, precision)
     layouts = stage_layouts(run.model, run.parallel)
     mine = [layouts[place.stage] for place in placement(run.parallel)[groups.pp.rank()]]
     transformer_impl = resolve_transformer_impl(run.training.transformer_impl,
                                                 has_documents=run.data.has_document_attention)
+    config = mcore_config(run, precision, transformer_impl=transformer_impl)
     if transformer_impl == "transformer_engine":
         require_engine_epsilon(run.model)
+        if delays_engine_weights:
+            delay_engine_weight_gradients(config)
     stages = [_build_stage(run, config, groups, layout, transformer_impl) for layout in mine]
     _share_embedding(stages)
+    if transformer_impl == "local":
+        set_recomputed(stages, recomputed_modules(run.training))
     if torch.get_default_device().type != "meta":
         initialize_weights(list(stages), groups, std=run.model.init_method_std, seed=run.training.seed)
     return stages, config

@@ -5,11 +5,14 @@ Where Megatron-Core's spelling or default would mislead, the line says so.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_megatron.config.memory import recomputed_modules
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.model.rotary import rotary_fields
 from dsv3_megatron.parallel.layout import layout_string, stage_layouts
@@ -17,12 +20,13 @@ from dsv3_megatron.parallel.layout import layout_string, stage_layouts
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def mcore_config(run: RunConfig, precision: str) -> MLATransformerConfig:
+def mcore_config(run: RunConfig, precision: str, *, transformer_impl: str = "local") -> MLATransformerConfig:
     """Megatron-Core's configuration of the model, its split and its losses.
 
     Args:
         run: A validated run.
         precision: "bf16" or "fp32", resolved (not "auto").
+        transformer_impl: Of the modules, resolved. Local ones are told what to recompute by `recompute.py`.
     """
     model, parallel, training = run.model, run.parallel, run.training
     dtype = DTYPES[precision]
@@ -102,4 +106,15 @@ def mcore_config(run: RunConfig, precision: str) -> MLATransformerConfig:
         overlap_p2p_comm=chunks > 1,
         batch_p2p_comm=chunks == 1,
         variable_seq_lengths=False,
+        **_recompute(run, transformer_impl),
     )
+
+
+def _recompute(run: RunConfig, transformer_impl: str) -> dict[str, Any]:
+    """Megatron-Core's own recomputation: of whole layers one by one, and of Transformer Engine's modules."""
+    if run.training.recompute_granularity == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    modules = recomputed_modules(run.training)
+    if not modules or transformer_impl == "local":
+        return {}
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}

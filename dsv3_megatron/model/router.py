@@ -10,6 +10,7 @@ Shapes: T tokens of this rank, E experts, K top-k, G groups, B micro-batch, s lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.model.observation import RouterObserver
+from dsv3_megatron.ops.recompute import recomputed, saving
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class DeepSeekRouter(MegatronModule):
         tokens_per_expert: int64 [E], tokens routed in training forwards since the last update.
         balance_loss_sum: fp32 scalar, balance loss (alpha included) of the sequences seen since then;
             under sequence parallelism this rank's term.
+        observer: Looks at the training forwards while it is set; no part of the model.
     """
 
     expert_bias: torch.Tensor
@@ -119,6 +123,7 @@ class DeepSeekRouter(MegatronModule):
         self.options = options or RouterOptions()
         self.balance_loss_coeff = self.options.balance_loss_coeff
         self.layer_number: int | None = None
+        self.observer: RouterObserver | None = None
         device, experts = torch.cuda.current_device(), config.num_moe_experts
         self.weight = torch.nn.Parameter(
             torch.empty(experts, config.hidden_size, dtype=config.params_dtype, device=device))
@@ -150,6 +155,8 @@ class DeepSeekRouter(MegatronModule):
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
                 self.tokens_per_expert += torch.bincount(ids_TK.flatten(), minlength=config.num_moe_experts)
+            if self.observer is not None:
+                self.observer.observe(scores_TE, ids_TK)
             if self.balance_loss_coeff > 0:
                 loss = self._balance_loss(scores_TE.unflatten(0, (length, batch)))
                 # The run's loss is a sum over tokens; a sequence's loss counts once per token of it.
@@ -167,7 +174,10 @@ class DeepSeekRouter(MegatronModule):
         """
         config = self.config
         wide = torch.promote_types(x_TH.dtype, torch.float32)
-        scores_TE = torch.sigmoid(torch.nn.functional.linear(x_TH.to(wide), self.weight.to(wide)))
+        # The wide copy of a narrow input is made again in backward rather than kept beside it.
+        wide_TH = x_TH if x_TH.dtype == wide else recomputed(partial(torch.Tensor.to, dtype=wide), x_TH)
+        with saving():
+            scores_TE = torch.sigmoid(torch.nn.functional.linear(wide_TH, self.weight.to(wide)))
         gates_TK, ids_TK = select_experts(
             scores_TE, self.expert_bias.float(), top_k=config.moe_router_topk,
             num_groups=config.moe_router_num_groups or 1, group_top_k=config.moe_router_group_topk or 1,

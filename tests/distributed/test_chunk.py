@@ -12,10 +12,12 @@ from tests.distributed.chunk_passes import (
     WAYS,
     Case,
     Passes,
+    kept_bytes,
     live_storages,
     misuse,
     run_all,
     run_case,
+    run_recomputed,
     run_without_gradients,
 )
 from tests.distributed.launch import run_ranks
@@ -62,7 +64,8 @@ def results() -> dict[str, list[Any]]:
     for num_ranks in (2, 4):
         calls: list[Any] = [(run_case, case) for case in CASES if case.num_ranks == num_ranks]
         if num_ranks == 2:
-            calls += [(run_without_gradients, EP2), (live_storages, EP2), (misuse, EP2)]
+            extra = (run_without_gradients, run_recomputed, live_storages, kept_bytes, misuse)
+            calls += [(call, EP2) for call in extra]
         ranks = run_ranks(num_ranks, run_all, calls)
         for index, (call, case) in enumerate(calls):
             found[case.name or call.__name__] = [rank[index] for rank in ranks]
@@ -117,6 +120,14 @@ def test_the_comparison_sees_a_lost_gradient(results):
     assert max(errors.values()) > 1e-3
 
 
+def test_recomputed_layers(results):
+    """Nothing is counted twice, and weight gradients of what is computed again wait too (`split_backward` checks)."""
+    for (chunk,) in results["run_recomputed"]:
+        for way in WAYS:
+            errors = largest_errors(chunk[way], chunk["ordinary"])
+            assert not any(error for name, error in errors.items() if not is_used_twice(name)), way
+
+
 def test_without_gradients(results):
     for rank in results["run_without_gradients"]:
         for expected, got in rank:
@@ -128,7 +139,12 @@ def test_without_gradients(results):
 def test_rows_are_freed(results):
     """Three MoE layers and an MTP module, each with a dispatch and a combine."""
     for found in results["live_storages"]:
-        assert found == {"forward": (8, 0), "input": (16, 0), "weights": (16, 0)}
+        assert found == {"under way": (1, 1), "forward": (8, 0), "input": (16, 0), "weights": (16, 0)}
+
+
+def test_pieces_keep_no_more_than_one_pass(results):
+    for one_pass, pieces in results["kept_bytes"]:
+        assert 0 < pieces <= one_pass
 
 
 def test_calls_in_a_wrong_order(results):
