@@ -25,6 +25,7 @@ _GROUP_TITLES = {
     "data": "data",
     "checkpoint": "checkpoints",
     "logging": "logs",
+    "fp8": "FP8",
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.precision import Fp8Config
 from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
 
 SECTIONS: dict[str, type] = {
@@ -18,6 +19,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
+    "fp8": Fp8Config,
 }
 
 
@@ -32,6 +34,7 @@ class RunConfig:
     data: DataConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    fp8: Fp8Config = Fp8Config()
 
     def override(self, **values: Any) -> RunConfig:
         """A copy in which each named field, whatever its section, has the given value.
@@ -63,6 +66,7 @@ class RunConfig:
                 f"seq_length={self.training.seq_length} must not exceed "
                 f"max_position_embeddings={self.model.max_position_embeddings}"
             )
+        self.fp8.validate(self.model, self.parallel, self.training.transformer_impl)
         require_document_attention(self.data, self.training.transformer_impl)
         if self.training.transformer_impl == "transformer_engine":
             require_engine_epsilon(self.model)
