@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one process of a training run.
 
     Returns:
-        Exit code: 0 done, 2 a setting or an input is wrong; any other error raises.
+        Exit code: 0 done, 2 a setting or an input is wrong, 3 a guard ended the run, 4 a rank hung; any other error
+        raises.
     """
     rank = int(os.environ.get("RANK", "0"))
     try:

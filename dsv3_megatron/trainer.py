@@ -15,7 +15,6 @@ Shapes: B micro-batch, S sequence, L layers with MTP modules, E experts.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import time
@@ -33,9 +32,15 @@ from megatron.core.utils import get_model_config
 from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.datasets import build_datasets, dataset_config
+from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard
+from dsv3_megatron.guards.events import EventLog
+from dsv3_megatron.guards.hang import Watchdog
+from dsv3_megatron.guards.spikes import LOSS
+from dsv3_megatron.guards.step import StepFacts, guarded_step
 from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
 from dsv3_megatron.metrics.progress import Progress
 from dsv3_megatron.metrics.records import StepReport
@@ -58,6 +63,11 @@ class StepLosses:
 
     main: float
     mtp: tuple[float, ...]
+
+    def by_name(self, balance_loss: float | None) -> dict[str, float]:
+        """With the balance loss, all losses of a step by the names they are logged under."""
+        named = {LOSS: self.main} | {f"mtp_{depth} loss": loss for depth, loss in enumerate(self.mtp, start=1)}
+        return named if balance_loss is None else named | {"balance loss": balance_loss}
 
 
 class Trainer:
@@ -82,10 +92,14 @@ class Trainer:
         self.forward_backward = get_forward_backward_func(
             pp_size=run.parallel.pipeline_model_parallel_size,
             vp_size=self.mcore_config.virtual_pipeline_model_parallel_size)
+        self.guard = Guard(run.guards)
+        self.guard_log = EventLog(run.logging.tensorboard_dir, enabled=self.rank == 0)
+        self.watchdog = Watchdog(run.guards.hang_timeout_s, folder=run.logging.tensorboard_dir)
         self.iteration = self.consumed_samples = 0
         if run.checkpoint.load:
             position = load_checkpoint(run.checkpoint.load, run, self.chunks, self.optimizer, self.groups)
             self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
+            self.guard.load_state_dict(position.guards)
         self.stop_signal: int | None = None
         self._build_data()
         self._build_reports()
@@ -94,7 +108,12 @@ class Trainer:
         config = dataset_config(self.run)
         self.eod_id = config.eod_id
         self.data = build_datasets(config)
-        self.batches = [self._iterate(self.data.train, self.consumed_samples) for _ in self.chunks]
+        self.batches = [self._iterate(self.data.train, self.data_position) for _ in self.chunks]
+
+    @property
+    def data_position(self) -> int:
+        """The dataset's sample that the next step begins with: rollbacks may have jumped over some before it."""
+        return self.consumed_samples + self.guard.jumped_samples
 
     def _iterate(self, dataset: Any, consumed_samples: int) -> BatchIterator:
         training = self.run.training
@@ -121,33 +140,48 @@ class Trainer:
     # -- a step ------------------------------------------------------------------------------------
 
     def train(self) -> int:
-        """Train to the end of the run, or until SIGINT or SIGTERM; save either way.
+        """Train to the end of the run, until SIGINT or SIGTERM, or until a guard ends it; save in any case.
+
+        After a spike that the run should have been able to go back from, the last checkpoint stays the newest.
 
         Returns:
-            The exit code, 0.
+            The exit code: 0, or EXIT_GUARD.
         """
         run, training = self.run, self.run.training
         previous = {sig: signal.signal(sig, self._note_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
         stopped = 0
         saved_at = self.iteration if run.checkpoint.load else -1
+        self.watchdog.start()
         try:
-            while self.iteration < training.train_iters and not stopped:
+            if run.guards.on_spike == "rollback" and (saved_at < 1 or run.checkpoint.load != run.checkpoint.save):
+                self.save()  # to go back to, until the first one of the schedule
+            while self.iteration < training.train_iters and not stopped and not self.guard.end_reason:
                 report, stopped = self.train_step()
+                self.watchdog.beat("reporting")
                 self.progress.update(report)
                 if self.writer:
                     self.writer.write_step(report)
+                if self.guard.must_roll_back:
+                    self._roll_back()
+                    saved_at = self.iteration
+                    continue
                 last = self.iteration == training.train_iters
-                if training.eval_interval and (last or self.iteration % training.eval_interval == 0) and not stopped:
+                if training.eval_interval and (last or self.iteration % training.eval_interval == 0) \
+                        and not stopped and not self.guard.end_reason:
                     self._validate()
-                if run.checkpoint.save and (last or stopped or self.iteration % run.checkpoint.save_interval == 0):
+                if run.checkpoint.save and (last or stopped or self.iteration % run.checkpoint.save_interval == 0) \
+                        and self.guard.is_state_good:
                     self.save()
                     saved_at = self.iteration
-            if run.checkpoint.save and saved_at != self.iteration:
+            if run.checkpoint.save and saved_at != self.iteration and self.guard.is_state_good:
                 self.save()
-            if run.checkpoint.export_hf and self.iteration >= training.train_iters and not stopped:
+            if run.checkpoint.export_hf and self.iteration >= training.train_iters and not stopped \
+                    and not self.guard.end_reason:
+                self.watchdog.slow("export")
                 folder = export_run(run, self.iteration, precision=self.precision)
                 self.progress.message(f"exported for Hugging Face: {folder}")
         finally:
+            self.watchdog.stop()
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
         if stopped:
@@ -157,8 +191,10 @@ class Trainer:
         self.progress.close()
         if self.writer:
             self.writer.close()
+        if self.guard.end_reason:
+            self.guard_log.write_end(self.guard, run.checkpoint.save)
         destroy_groups()
-        return 0
+        return EXIT_GUARD if self.guard.end_reason else 0
 
     def train_step(self) -> tuple[StepReport, int]:
         """One optimizer step.
@@ -168,19 +204,26 @@ class Trainer:
         """
         run, training = self.run, self.run.training
         started = time.perf_counter()
+        self.watchdog.begin_step(self.iteration + 1)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         rate = learning_rate(training, self.iteration)
         set_learning_rate(self.optimizer, rate)
-        losses, stopped = self._run_microbatches(self.batches, forward_only=False)
+        samples = range(self.data_position, self.data_position + training.global_batch_size)
+        losses, collected, stopped = self._run_microbatches(self.batches, forward_only=False)
         loads_LE, balance_L = collect_expert_loads(
             self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
             num_experts=run.model.num_experts, device=self.device.torch_device)
-        is_applied, grad_norm, _ = self.optimizer.step()
-        update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
-                             update_rate=training.moe_router_bias_update_rate)
+        self.watchdog.beat("optimizer")
+        balance_loss = self._mean_balance_loss(balance_L)
+        outcome = guarded_step(
+            self.guard, self.guard_log, self.optimizer, self.chunks, self.groups,
+            StepFacts(self.iteration + 1, losses.by_name(balance_loss), samples, collected))
+        if outcome.is_applied:
+            update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
+                                 update_rate=training.moe_router_bias_update_rate)
         self.iteration += 1
         self.consumed_samples += training.global_batch_size
         return StepReport(
@@ -189,13 +232,16 @@ class Trainer:
             consumed_tokens=self.consumed_samples * training.seq_length,
             lm_loss=losses.main,
             mtp_losses=losses.mtp,
-            balance_loss=self._mean_balance_loss(balance_L),
-            grad_norm=float(grad_norm) if grad_norm is not None else math.nan,
+            balance_loss=balance_loss,
+            grad_norm=outcome.grad_norm,
             learning_rate=rate,
             batch_size=training.global_batch_size,
             step_time_s=time.perf_counter() - started,
             expert_load={row: counts for row, counts in enumerate(loads_LE.tolist()) if sum(counts)},
-            skipped=not is_applied,
+            skipped=not outcome.is_applied,
+            is_spike=outcome.is_spike,
+            num_spikes=self.guard.counters.spikes,
+            num_rollbacks=self.guard.counters.rollbacks,
         ), stopped
 
     def _mean_balance_loss(self, balance_L: torch.Tensor) -> float | None:
@@ -206,8 +252,9 @@ class Trainer:
             return None
         return float(balance_L.sum()) / (training.moe_aux_loss_coeff * training.global_batch_size * layers)
 
-    def _run_microbatches(self, batches: list[BatchIterator], *, forward_only: bool) -> tuple[StepLosses, int]:
-        """One global batch through the pipeline; mean losses and any rank's signal."""
+    def _run_microbatches(self, batches: list[BatchIterator], *, forward_only: bool
+                          ) -> tuple[StepLosses, list[dict[str, Any]], int]:
+        """One global batch through the pipeline; mean losses, this rank's reports of it and any rank's signal."""
         training = self.run.training
         collected = self.forward_backward(
             forward_step_func=self._forward_step,
@@ -223,14 +270,16 @@ class Trainer:
         stop_signal = torch.tensor(self.stop_signal or 0, device=self.device.torch_device)
         torch.distributed.all_reduce(stop_signal, op=torch.distributed.ReduceOp.MAX)
         main, *mtp = (value / tokens for value in sums)
-        return StepLosses(main, tuple(mtp)), int(stop_signal)
+        return StepLosses(main, tuple(mtp)), collected, int(stop_signal)
 
     def _forward_step(self, batches: Iterator[Batch], chunk: torch.nn.Module
                       ) -> tuple[Any, Callable[[TokenLosses], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]]:
         """Megatron-Core's forward step: a micro-batch through one chunk, and how its output becomes a loss."""
+        self.watchdog.beat("micro-batch")
         batch = next(batches).to(self.device.torch_device, is_non_blocking=True)
         return forward_stage(chunk, batch, self.run.data), partial(
-            sum_losses, batch.loss_mask_BS, mtp_weight=get_model_config(chunk).mtp_loss_scaling_factor)
+            sum_losses, batch.loss_mask_BS, mtp_weight=get_model_config(chunk).mtp_loss_scaling_factor,
+            sample_ids_B=batch.sample_ids_B)
 
     def evaluate(self) -> StepLosses:
         """Mean losses over the first eval_iters global batches of the validation data; no state changes."""
@@ -248,6 +297,7 @@ class Trainer:
     def _validate(self) -> None:
         if self.data.valid is None:
             return
+        self.watchdog.slow("validation")
         losses = self.evaluate()
         self.progress.validation(self.iteration, losses.main, mtp_losses=losses.mtp)
         if self.writer:
@@ -257,25 +307,55 @@ class Trainer:
         """Write a checkpoint of this moment."""
         checkpoint = self.run.checkpoint
         assert checkpoint.save is not None
+        self.watchdog.slow("checkpoint")
         position = Position(self.iteration, self.consumed_samples,
-                            self.consumed_samples * self.run.training.seq_length)
+                            self.consumed_samples * self.run.training.seq_length, self.guard.state_dict())
         save_checkpoint(checkpoint.save, position, self.run, self.chunks, self.optimizer, self.groups,
                         keep_last=checkpoint.keep_last)
         self.progress.message(f"checkpoint saved: {os.path.join(checkpoint.save, f'iter_{self.iteration:07d}')}")
+
+    def _roll_back(self) -> None:
+        """Go back to the last checkpoint, and on with the samples after the flagged step's; saved at once.
+
+        Raises:
+            ConfigError: the dataset has not as many samples left as the run still needs.
+        """
+        save, next_sample = self.run.checkpoint.save, self.data_position
+        assert save is not None
+        self.watchdog.slow("rollback")
+        position = load_checkpoint(save, self.run, self.chunks, self.optimizer, self.groups)
+        training = self.run.training
+        missing = (next_sample - position.consumed_samples + training.train_iters * training.global_batch_size
+                   - len(self.data.train))
+        if missing > 0:
+            raise ConfigError(f"rollback to iteration {position.iteration}: the run would end {missing} samples beyond "
+                              f"its data, which have room for max_rollbacks={self.run.guards.max_rollbacks} times "
+                              f"save_interval={self.run.checkpoint.save_interval} steps; resume with on_spike=skip")
+        self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
+        self.guard.rolled_back(position.guards, first_sample=self.data_position, next_sample=next_sample)
+        for batches in self.batches:
+            batches.set_consumed_samples(self.data_position)
+        self.progress.close()
+        if self.writer:
+            self.writer.close()
+        self._build_reports()
+        self.progress.message(f"rolled back to iteration {self.iteration}; the next sample is {next_sample}")
+        self.save()
 
     def _note_signal(self, number: int, _frame: Any) -> None:
         """Finish the step first: every rank learns of the signal with the step's losses."""
         self.stop_signal = number
 
 
-def sum_losses(loss_mask_BS: torch.Tensor, losses: TokenLosses, *, mtp_weight: float
-               ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+def sum_losses(loss_mask_BS: torch.Tensor, losses: TokenLosses, *, mtp_weight: float,
+               sample_ids_B: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """A micro-batch's loss, summed over its tokens.
 
     Args:
         loss_mask_BS: 1 where the next token counts; 0 at an EOD with eod_mask_loss.
         losses: Of each position. An MTP loss is 0 already where the sequence, or an isolated document, ends first.
         mtp_weight: lambda.
+        sample_ids_B: Reported with the sums, to say where a loss that is not finite came from.
 
     Returns:
         The sum to differentiate; the number of tokens to divide by, int32; and the sums to report, fp64:
@@ -295,7 +375,7 @@ def sum_losses(loss_mask_BS: torch.Tensor, losses: TokenLosses, *, mtp_weight: f
         mtp.append((losses_BS * target_mask_BS).sum())
     total = main + (mtp_weight / len(mtp) * torch.stack(mtp).sum() if mtp else 0.0)
     sums = torch.stack([tokens, main.detach(), *(loss.detach() for loss in mtp)]).double()
-    return total, tokens.to(torch.int), {"sums": sums}
+    return total, tokens.to(torch.int), {"sums": sums, "sample_ids": sample_ids_B}
 
 
 def sum_over_ranks(collected: list[dict[str, Any]], groups: ProcessGroupCollection, device: Device, *,

@@ -51,11 +51,13 @@ class Progress:
         iteration: Optimizer steps done.
         consumed_samples: Sequences trained on.
         consumed_tokens: Tokens trained on.
+        guards: State of the guards as plain JSON values (guards/decisions.py); empty where there were none.
     """
 
     iteration: int
     consumed_samples: int
     consumed_tokens: int
+    guards: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

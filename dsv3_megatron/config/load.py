@@ -25,6 +25,7 @@ _GROUP_TITLES = {
     "data": "data",
     "checkpoint": "checkpoints",
     "logging": "logs",
+    "guards": "guards: steps that are not applied, spikes, hangs",
     "fp8": "FP8",
 }
 

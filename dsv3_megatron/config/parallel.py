@@ -6,11 +6,13 @@ is on exactly when tensor parallelism is, because MoE under tensor parallelism n
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass
 
 from dsv3_megatron.config.fields import ConfigError, divisors, option
 from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.pipeline import SCHEDULES, num_model_copies, stages_per_rank
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(1, help="pipeline ranks the layers are split over")
     num_virtual_stages_per_pipeline_rank: int = option(
         1, help="model chunks each pipeline rank holds; more than 1: the interleaved schedule")
+    pipeline_schedule: str = option(
+        "auto", choices=("auto", *SCHEDULES),
+        help="what a pipeline rank runs when; auto: interleaved with virtual stages, else 1f1b")
     pipeline_model_parallel_layout: str | None = option(
         None, help="layers of each stage, Megatron-Core's notation, e.g. 'Ett|tt|ttmL'; none: balanced")
     expert_model_parallel_size: int = option(1, help="ranks the experts of a layer are spread over")
@@ -33,9 +38,26 @@ class ParallelConfig:
         return self.tensor_model_parallel_size > 1
 
     @property
+    def schedule(self) -> str:
+        """The pipeline schedule, one of `pipeline.SCHEDULES`."""
+        if self.pipeline_schedule != "auto":
+            return self.pipeline_schedule
+        return "interleaved" if self.num_virtual_stages_per_pipeline_rank > 1 else "1f1b"
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Stages of one copy of the model that a pipeline rank holds."""
+        return stages_per_rank(self.schedule, self.num_virtual_stages_per_pipeline_rank)
+
+    @property
+    def num_model_copies(self) -> int:
+        """Copies of the model along one pipeline: 2 under dualpipe, which sums their gradients."""
+        return num_model_copies(self.schedule)
+
+    @property
     def num_stages(self) -> int:
-        """Pipeline stages in all: ranks times chunks per rank."""
-        return self.pipeline_model_parallel_size * self.num_virtual_stages_per_pipeline_rank
+        """Pipeline stages of the model: ranks times stages of one copy per rank."""
+        return self.pipeline_model_parallel_size * self.stages_per_rank
 
     @property
     def model_parallel_size(self) -> int:
@@ -87,18 +109,48 @@ class ParallelConfig:
             ("seq_length", seq_length)])
         _must_divide("expert_model_parallel_size", ep, [("num_experts", model.num_experts)])
         _must_divide("expert_tensor_parallel_size", etp, [("moe_ffn_hidden_size", model.moe_ffn_hidden_size)])
+        self._validate_schedule()
         if self.num_stages > model.num_layers:
             raise ConfigError(
-                f"pipeline_model_parallel_size={self.pipeline_model_parallel_size} x "
-                f"num_virtual_stages_per_pipeline_rank={self.num_virtual_stages_per_pipeline_rank} makes "
-                f"{self.num_stages} stages, more than num_layers={model.num_layers}; use at most "
+                f"pipeline_model_parallel_size={self.pipeline_model_parallel_size} x {self.stages_per_rank_field} "
+                f"makes {self.num_stages} stages, more than num_layers={model.num_layers}; use at most "
                 f"{model.num_layers} stages"
             )
-        if self.num_virtual_stages_per_pipeline_rank > 1 and self.pipeline_model_parallel_size == 1:
+
+    @property
+    def stages_per_rank_field(self) -> str:
+        """For messages: the setting that says how many stages a rank holds."""
+        if self.pipeline_schedule in ("auto", "interleaved", "1f1b"):
+            return f"num_virtual_stages_per_pipeline_rank={self.num_virtual_stages_per_pipeline_rank}"
+        return f"{self.stages_per_rank} (pipeline_schedule={self.pipeline_schedule})"
+
+    def _validate_schedule(self) -> None:
+        """The rules between the schedule and the ranks; those of its micro-batches are in TrainingConfig."""
+        name, ranks = self.pipeline_schedule, self.pipeline_model_parallel_size
+        chunks = self.num_virtual_stages_per_pipeline_rank
+        if name not in ("auto", *SCHEDULES):
+            near = difflib.get_close_matches(name.lower(), SCHEDULES, 1)
+            raise ConfigError(f"pipeline_schedule={name!r} must be one of auto, {', '.join(SCHEDULES)}"
+                              + (f"; did you mean {near[0]}?" if near else ""))
+        if chunks > 1 and self.schedule != "interleaved":
             raise ConfigError(
-                f"num_virtual_stages_per_pipeline_rank={self.num_virtual_stages_per_pipeline_rank} needs "
+                f"num_virtual_stages_per_pipeline_rank={chunks} is of the interleaved schedule; pipeline_schedule="
+                f"{name} has a fixed number of stages per rank: leave it at 1, or set pipeline_schedule=interleaved")
+        if chunks > 1 and ranks == 1:
+            raise ConfigError(
+                f"num_virtual_stages_per_pipeline_rank={chunks} needs "
                 "pipeline_model_parallel_size of at least 2: the interleaved schedule is a pipeline schedule"
             )
+        if name not in ("auto", "1f1b") and ranks == 1:
+            raise ConfigError(f"pipeline_schedule={name} needs pipeline_model_parallel_size of at least 2; without a "
+                              "pipeline leave it at auto")
+        if name == "interleaved" and chunks == 1:
+            raise ConfigError("pipeline_schedule=interleaved needs num_virtual_stages_per_pipeline_rank of at least 2; "
+                              "try 2, or pipeline_schedule=1f1b, which is the same with 1")
+        if name == "dualpipe" and ranks % 2:
+            raise ConfigError(f"pipeline_model_parallel_size={ranks} must be even with pipeline_schedule=dualpipe, "
+                              "whose ranks hold a stage before the middle of the model and one behind it; try "
+                              f"{ranks - 1} or {ranks + 1}, or pipeline_schedule=dualpipev")
 
     def validate_world_size(self, world_size: int) -> None:
         """Check that the layout fills `world_size` processes.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.guards import GuardConfig
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.precision import Fp8Config
@@ -19,6 +20,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
+    "guards": GuardConfig,
     "fp8": Fp8Config,
 }
 
@@ -34,6 +36,7 @@ class RunConfig:
     data: DataConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    guards: GuardConfig = GuardConfig()
     fp8: Fp8Config = Fp8Config()
 
     def override(self, **values: Any) -> RunConfig:
@@ -79,6 +82,7 @@ class RunConfig:
             raise ConfigError(f"keep_last={self.checkpoint.keep_last} must not be negative; 0 keeps all checkpoints")
         if self.logging.log_interval < 1:
             raise ConfigError(f"log_interval={self.logging.log_interval} must be at least 1")
+        self.guards.validate(self.checkpoint)
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, as `load.py` writes and reads them."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from dsv3_megatron.config.fields import ConfigError, divisors, option, require_finite
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.pipeline import microbatch_rule, nearest_microbatches
 
 PRECISIONS = ("auto", "bf16", "fp32")
 TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
@@ -102,14 +103,32 @@ class TrainingConfig:
                 f"global_batch_size={self.global_batch_size}; {way_out}"
             )
         microbatches = self.num_microbatches(replicas)
-        stages = parallel.pipeline_model_parallel_size
-        if parallel.num_virtual_stages_per_pipeline_rank > 1 and microbatches % stages:
+        self._validate_microbatches(parallel, replicas)
+
+    def _validate_microbatches(self, parallel: ParallelConfig, replicas: int) -> None:
+        """The schedule's rule on the number of micro-batches."""
+        ranks, microbatches = parallel.pipeline_model_parallel_size, self.num_microbatches(replicas)
+        if ranks == 1:
+            return
+        unit = self.micro_batch_size * replicas
+        if parallel.pipeline_schedule == "auto" and parallel.schedule == "interleaved" and microbatches % ranks:
             raise ConfigError(
-                f"pipeline_model_parallel_size={stages} must divide the {microbatches} micro-batches of a step "
+                f"pipeline_model_parallel_size={ranks} must divide the {microbatches} micro-batches of a step "
                 f"(global_batch_size={self.global_batch_size}) under the interleaved schedule; use a global_batch_size "
-                f"that is a multiple of {self.micro_batch_size * replicas * stages}, or set "
-                "num_virtual_stages_per_pipeline_rank=1"
+                f"that is a multiple of {unit * ranks}, or set num_virtual_stages_per_pipeline_rank=1"
             )
+        possible = nearest_microbatches(parallel.schedule, ranks, microbatches)
+        if microbatches not in possible:
+            fewest, multiple = microbatch_rule(parallel.schedule, ranks)
+            rule = f"at least {fewest} micro-batches in a step"
+            if multiple > 1:
+                least = f", at least {fewest}" if fewest > multiple else ""
+                rule = f"a multiple of {multiple} micro-batches in a step{least}"
+            choices = " or ".join(str(number * unit) for number in possible)
+            raise ConfigError(
+                f"pipeline_schedule={parallel.schedule} with pipeline_model_parallel_size={ranks} needs {rule}; "
+                f"global_batch_size={self.global_batch_size} over micro_batch_size={self.micro_batch_size} x "
+                f"data_parallel_size={replicas} makes {microbatches}; try global_batch_size={choices}")
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ def dataset_config(run: RunConfig) -> DatasetConfig:
     config = DatasetConfig(
         seq_length=training.seq_length,
         seed=training.seed,
-        num_train_samples=training.train_iters * training.global_batch_size,
+        num_train_samples=training.train_iters * training.global_batch_size
+        + run.guards.spare_samples(run.checkpoint, training.global_batch_size),
         num_valid_samples=max(1, training.eval_iters) * training.global_batch_size,
         blend=None if has_valid else blend,
         split=data.split,

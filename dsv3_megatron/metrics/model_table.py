@@ -86,6 +86,7 @@ def model_summary(run: RunConfig, world_size: int, stages: Sequence[StageLayout]
             "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
             "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
             "num_virtual_stages_per_pipeline_rank": parallel.num_virtual_stages_per_pipeline_rank,
+            "pipeline_schedule": parallel.schedule,
             "expert_model_parallel_size": parallel.expert_model_parallel_size,
             "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
             "data_parallel_size": parallel.data_parallel_size(world_size),

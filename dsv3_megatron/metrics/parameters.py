@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.parallel.placement import placement
 
 if TYPE_CHECKING:
     from dsv3_megatron.parallel.layout import StageLayout
@@ -253,24 +254,27 @@ def rank_memory(run: RunConfig, world_size: int, stages: Sequence[StageLayout]) 
     Args:
         run: Model, degrees of parallelism and precision.
         world_size: Number of processes; a multiple of what the layout needs.
-        stages: `parallel.layout.stage_layouts(model, parallel)`; stage s is on pipeline rank s % PP.
+        stages: `parallel.layout.stage_layouts(model, parallel)`.
 
     Returns:
         One entry per pipeline rank; all its tensor-, expert- and data-parallel ranks hold as much.
 
     Weights follow the Transformer Engine layers' split: the low-rank down-projections, router and norms
     are whole on every tensor-parallel rank. Main gradients are fp32 and whole on every rank; optimizer
-    states are split over the data-parallel ranks (experts': the expert-data-parallel ranks), ZeRO-1.
+    states are split over the data-parallel ranks (experts': the expert-data-parallel ranks), ZeRO-1, under
+    dualpipe over those of both copies of the model.
     """
     model, parallel, precision = run.model, run.parallel, run.training.precision
     tp = parallel.tensor_model_parallel_size
     expert_shards = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
-    data_parallel = parallel.data_parallel_size(world_size)
-    expert_data_parallel = parallel.expert_data_parallel_size(world_size)
+    data_parallel = parallel.data_parallel_size(world_size) * parallel.num_model_copies
+    expert_data_parallel = parallel.expert_data_parallel_size(world_size) * parallel.num_model_copies
     ranks = []
-    for rank in range(parallel.pipeline_model_parallel_size):
-        held = [stage for stage in stages if stage.stage % parallel.pipeline_model_parallel_size == rank]
+    for rank, places in enumerate(placement(parallel)):
+        held = [stages[place.stage] for place in places]
         components = [component for stage in held for component in stage_components(model, stage)]
+        if len(held) > 1 and held[0].has_embedding and held[-1].mtp_layer_ids:
+            components.remove(_embedding(model))  # shared by the two stages
         dense = (sum(c.total for c in components if c.sharding == REPLICATED)
                  + sum(c.total for c in components if c.sharding == TENSOR) // tp)
         expert = sum(c.total for c in components if c.sharding == EXPERT) // expert_shards

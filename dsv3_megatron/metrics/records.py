@@ -43,7 +43,10 @@ class StepReport:
         step_time_s: Wall-clock seconds of this step.
         expert_load: Layer id (0-based over the main model, MTP depth k is num_layers + k) -> tokens
             routed to each expert in this step.
-        skipped: The update was left out (a gradient that is not finite).
+        skipped: The update was left out (NaN or Inf, or a spike that is not to be applied).
+        is_spike: Loss or gradient norm are out of line with the steps before.
+        num_spikes: Spikes of the whole run so far.
+        num_rollbacks: Returns to a checkpoint of the whole run so far.
     """
 
     iteration: int
@@ -58,6 +61,9 @@ class StepReport:
     step_time_s: float
     expert_load: Mapping[int, list[int]] = field(default_factory=dict)
     skipped: bool = False
+    is_spike: bool = False
+    num_spikes: int = 0
+    num_rollbacks: int = 0
 
 
 @dataclass(frozen=True)

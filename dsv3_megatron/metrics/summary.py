@@ -73,7 +73,8 @@ def read_run_config(path: Path) -> RunConfig:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return RunConfig(preset=values["preset"], **{name: cls(**values[name]) for name, cls in SECTIONS.items()})
+        return RunConfig(preset=values["preset"], **{
+            name: cls(**values[name]) for name, cls in SECTIONS.items() if name in values or name != "guards"})
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: give the folder of a run, with tensorboard/{CONFIG_FILE} in it") from None
     except (ValueError, KeyError, TypeError) as error:

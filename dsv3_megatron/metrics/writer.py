@@ -3,8 +3,8 @@
 Scalars have Megatron-LM's names where it has them (`lm loss`, `mtp_1 loss`, `seq_load_balancing_loss`,
 `grad-norm`, `learning-rate`, `batch-size`, `iteration-time`, `throughput` in TFLOP/s per device, `lm loss
 validation`), so that its dashboards read them; ours are `tokens-per-second`, `model-flops-per-second`, `mfu`,
-`consumed-tokens`, `skipped-iterations` and `expert-load/...`. TensorBoard gets every log_interval-th step,
-`metrics.jsonl` every step.
+`consumed-tokens`, `skipped-iterations`, `spikes`, `rollbacks` and `expert-load/...`. TensorBoard gets every
+log_interval-th step, `metrics.jsonl` every step.
 
 Usage (every process makes one; only the enabled one touches the disk):
     writer = MetricsWriter(directory, speed, log_interval=10, resumed_iteration=0, enabled=rank == 0)
@@ -91,6 +91,8 @@ def step_record(report: StepReport, speed: RunSpeed) -> dict[str, Any]:
         "max_violation": sum(violations.values()) / len(violations) if violations else None,
         "layer_max_violation": {layer: round(violation, 4) for layer, violation in violations.items()},
         "skipped": report.skipped,
+        "spike": report.is_spike,
+        "num_rollbacks": report.num_rollbacks,
     }
 
 
@@ -157,7 +159,9 @@ class MetricsWriter:
         if report.iteration % self._log_interval == 0 or report.iteration == 1:
             for name, value in step_scalars(report, self._speed).items():
                 self._events.add_scalar(name, value, report.iteration)
-            self._events.add_scalar("skipped-iterations", self._num_skipped, report.iteration)
+            for name, count in (("skipped-iterations", self._num_skipped), ("spikes", report.num_spikes),
+                                ("rollbacks", report.num_rollbacks)):
+                self._events.add_scalar(name, count, report.iteration)
 
     def write_validation(self, iteration: int, lm_loss: float, *, mtp_losses: Sequence[float] = (),
                          num_sequences: int | None = None) -> None:

@@ -14,7 +14,9 @@ from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.mcore_config import mcore_config
 from dsv3_megatron.model.router import RouterOptions
 from dsv3_megatron.model.specs import block_specs, resolve_transformer_impl
+from dsv3_megatron.parallel.groups import as_pipeline_rank, at_pipeline_rank
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
+from dsv3_megatron.parallel.placement import placement
 
 
 def build_stages(
@@ -28,30 +30,46 @@ def build_stages(
         precision: "bf16" or "fp32".
 
     Returns:
-        One module a chunk, in pipeline order, and the configuration they share.
+        One module a chunk, in the schedule's order, and the configuration they share.
     """
     config = mcore_config(run, precision)
-    rank, ranks = groups.pp.rank(), groups.pp.size()
-    mine = [layout for layout in stage_layouts(run.model, run.parallel) if layout.stage % ranks == rank]
+    layouts = stage_layouts(run.model, run.parallel)
+    mine = [layouts[place.stage] for place in placement(run.parallel)[groups.pp.rank()]]
     transformer_impl = resolve_transformer_impl(run.training.transformer_impl,
                                                 has_documents=run.data.has_document_attention)
     if transformer_impl == "transformer_engine":
         require_engine_epsilon(run.model)
-    stages = [_build_stage(run, config, groups, layout, chunk, transformer_impl) for chunk, layout in enumerate(mine)]
+    stages = [_build_stage(run, config, groups, layout, transformer_impl) for layout in mine]
+    _share_embedding(stages)
     if torch.get_default_device().type != "meta":
         initialize_weights(list(stages), groups, std=run.model.init_method_std, seed=run.training.seed)
     return stages, config
 
 
+def _share_embedding(stages: list[DeepSeekV3Model]) -> None:
+    """Where the first stage is on the rank of the last one, let that one's MTP modules use its embedding.
+
+    It is one parameter with one gradient, which the first stage owns and saves. Under DualPipe the two stages are of
+    different copies of the model, which are equal. Source: DeepSeek-V3 report, section 3.2.3.
+    """
+    first = next((stage for stage in stages if stage.pre_process), None)
+    for stage in stages:
+        if first is not None and stage is not first and stage.mtp_process:
+            stage.use_embedding_of(first)
+
+
 def _build_stage(run: RunConfig, config: MLATransformerConfig, groups: ProcessGroupCollection, layout: StageLayout,
-                 chunk: int, transformer_impl: str) -> DeepSeekV3Model:
+                 transformer_impl: str) -> DeepSeekV3Model:
+    chunk, rank = divmod(layout.stage, groups.pp.size())  # by Megatron-Core's numbering
     decoder, mtp = block_specs(config, layout, transformer_impl=transformer_impl,
                                router=RouterOptions.of(run), latent_epsilon=run.model.latent_epsilon)
-    stage = DeepSeekV3Model(
-        config=config, transformer_layer_spec=decoder, vocab_size=run.model.vocab_size,
-        max_sequence_length=run.training.seq_length, pre_process=layout.has_embedding, post_process=layout.has_loss,
-        share_embeddings_and_output_weights=False, position_embedding_type="rope", mtp_block_spec=mtp,
-        pg_collection=groups, vp_stage=chunk if run.parallel.num_virtual_stages_per_pipeline_rank > 1 else None)
+    with as_pipeline_rank(rank):
+        stage = DeepSeekV3Model(
+            config=config, transformer_layer_spec=decoder, vocab_size=run.model.vocab_size,
+            max_sequence_length=run.training.seq_length, pre_process=layout.has_embedding,
+            post_process=layout.has_loss, share_embeddings_and_output_weights=False, position_embedding_type="rope",
+            mtp_block_spec=mtp, pg_collection=at_pipeline_rank(groups, rank),
+            vp_stage=chunk if run.parallel.stages_per_rank > 1 else None)
     for path, module in stage.named_modules():
         if path.endswith(("experts.linear_fc1", "experts.linear_fc2")) and hasattr(module, "num_gemms"):
             for parameter in module.parameters():

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from dsv3_megatron.model.documents import PackedDocuments
 from dsv3_megatron.ops.cross_entropy import linear_cross_entropy
+from dsv3_megatron.parallel.groups import as_pipeline_rank
 
 
 class TokenLosses(NamedTuple):
@@ -34,6 +35,15 @@ class TokenLosses(NamedTuple):
 
 class DeepSeekV3Model(GPTModel):
     """A stage: embedding, layers, MTP modules, head and losses, as its layout says."""
+
+    def use_embedding_of(self, first: DeepSeekV3Model) -> None:
+        """Drop this last stage's copy of the embedding for the one of the first stage, which is on the same rank.
+
+        It is then no submodule of this stage: its parameter is trained, saved and loaded with the first stage alone.
+        """
+        assert self.mtp_process and not self.pre_process
+        del self.embedding
+        object.__setattr__(self, "embedding", first.embedding)
 
     def _postprocess(self, hidden_states: torch.Tensor, input_ids: torch.Tensor, position_ids: torch.Tensor,
                      labels: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +92,10 @@ class DeepSeekV3Model(GPTModel):
         That is state of FP8 from one step to the next, which neither bf16 nor block-wise FP8 has. Local and Transformer
         Engine modules do not have it in the same places, and a checkpoint of one shall load into the other.
         """
-        state = super().sharded_state_dict(*args, **kwargs)
+        with as_pipeline_rank(self.pg_collection.pp.rank()):
+            state = super().sharded_state_dict(*args, **kwargs)
+        if "embedding" not in self._modules:  # Megatron-Core adds the embedding that the MTP modules use
+            state.pop(f"{kwargs.get('prefix', '')}embedding.word_embeddings.weight", None)
         return {key: entry for key, entry in state.items() if "_extra_state" not in key}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,7 @@ def mcore_config(run: RunConfig, precision: str) -> MLATransformerConfig:
     model, parallel, training = run.model, run.parallel, run.training
     dtype = DTYPES[precision]
     yarn = model.rope_type == "yarn"
-    chunks = parallel.num_virtual_stages_per_pipeline_rank
+    chunks = parallel.stages_per_rank
     layout = layout_string(stage_layouts(model, parallel))
     return MLATransformerConfig(
         num_layers=model.num_layers,

@@ -10,13 +10,25 @@ Shapes: T tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dsv3_megatron.ops.backend import choose_product_backend, wide_dtype
-from dsv3_megatron.ops.linear import add_product_, main_grad_of, mark_added_to_main_grad
+from dsv3_megatron.ops.linear import (
+    DeferredWeightGrad,
+    WeightGradDeferral,
+    add_product_,
+    add_to_grad,
+    main_grad_of,
+    mark_added_to_main_grad,
+)
 from dsv3_megatron.ops.softmax import softmax_and_logsumexp_
+
+# Tokens at a time, whether to keep probabilities, backend of the products, accumulation, deferral.
+_Plan = tuple[int, bool, str, bool, WeightGradDeferral | None]
 
 _CHUNK_TOKENS = 256
 _KEPT_BYTES = 1 << 30
@@ -31,6 +43,7 @@ def linear_cross_entropy(
     chunk_tokens: int = _CHUNK_TOKENS,
     product_backend: str = "auto",
     accumulate_into_main_grad: bool = False,
+    defer_weight_grad: WeightGradDeferral | None = None,
 ) -> torch.Tensor:
     """-log softmax(hidden W^T)[target] of each token, in nats.
 
@@ -42,6 +55,8 @@ def linear_cross_entropy(
         chunk_tokens: Tokens at a time; a chunk's fp32 logits should stay in the last-level cache.
         product_backend: See `backend.choose_product_backend`.
         accumulate_into_main_grad: As for `linear.linear`.
+        defer_weight_grad: As for `linear.linear`. What forward kept is held until then, and the gradients of the logits
+            are computed a second time, from kept probabilities without a product.
 
     Returns:
         fp32 [...] (fp64 from fp64).
@@ -59,7 +74,7 @@ def linear_cross_entropy(
     if keep_probabilities is None:
         keep_probabilities = targets.numel() * weight_VH.shape[0] * hidden.element_size() <= _KEPT_BYTES
     backend = choose_product_backend(product_backend, hidden.device, hidden.dtype)
-    plan = (chunk_tokens, keep_probabilities, backend, accumulate_into_main_grad)
+    plan = (chunk_tokens, keep_probabilities, backend, accumulate_into_main_grad, defer_weight_grad)
     losses = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight_VH, targets.reshape(-1), plan)
     return losses.view(targets.shape)
 
@@ -91,9 +106,9 @@ def _logits(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torc
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, plan: tuple[int, bool, str, bool]
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, plan: _Plan
     ) -> torch.Tensor:
-        chunk_tokens, keep, backend, _ = plan
+        chunk_tokens, keep, backend, _accumulate, _defer = plan
         wide = wide_dtype(hidden.dtype)
         dtype = wide if backend == "via_fp32" else hidden.dtype
         rows, wide_weight = hidden.to(dtype), weight.to(dtype)
@@ -119,31 +134,75 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         hidden, weight, targets, logsumexps, kept = ctx.saved_tensors
-        chunk_tokens, _, _, accumulate = ctx.plan
-        rows, wide_weight = hidden.to(ctx.dtype), weight.to(ctx.dtype)
-        num_tokens, vocab = hidden.shape[0], weight.shape[0]
-        grad_losses = grads[0].to(logsumexps.dtype).unsqueeze(1)
-        main_grad = main_grad_of(ctx.weight, accumulate)
-        total = logsumexps.new_zeros(weight.shape) if main_grad is None else main_grad
-        grad_rows = torch.empty_like(rows)
-        buffer = logsumexps.new_empty((min(chunk_tokens, num_tokens), vocab))
-        for start in range(0, num_tokens, chunk_tokens):
-            part = slice(start, min(start + chunk_tokens, num_tokens))
+        chunk_tokens, _keep, _backend, accumulate, defer = ctx.plan
+        logits = _LogitGradients(hidden, weight, targets, logsumexps, kept, grads[0], chunk_tokens, ctx.dtype)
+        needs_weight = ctx.needs_input_grad[1]
+        if needs_weight and defer is None:
+            grad_hidden, grad_weight = _hidden_and_weight_grad(logits, ctx.weight, accumulate, needs_hidden=True)
+            return grad_hidden, mark_added_to_main_grad(ctx.weight) if grad_weight is None else grad_weight, None, None
+        grad_hidden, _ = _hidden_and_weight_grad(logits, None, accumulate, needs_hidden=True)
+        if needs_weight:
+            defer(DeferredWeightGrad(_add_deferred, logits, ctx.weight, accumulate))
+        return grad_hidden, None, None, None
+
+
+@dataclass(frozen=True)
+class _LogitGradients:
+    """Gradients of the logits, a chunk of tokens at a time, from what forward kept."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    targets: torch.Tensor
+    logsumexps: torch.Tensor
+    kept: torch.Tensor | None
+    grad_losses: torch.Tensor
+    chunk_tokens: int
+    dtype: torch.dtype
+
+    def chunks(self, rows: torch.Tensor, wide_weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(tokens, their gradients [tokens, V] in the products' dtype, in a buffer that the next chunk overwrites).
+
+        Args:
+            rows: Hidden states in the products' dtype.
+            wide_weight: Likewise.
+        """
+        num_tokens, vocab = self.hidden.shape[0], self.weight.shape[0]
+        grad_losses = self.grad_losses.to(self.logsumexps.dtype).unsqueeze(1)
+        buffer = self.logsumexps.new_empty((min(self.chunk_tokens, num_tokens), vocab))
+        for start in range(0, num_tokens, self.chunk_tokens):
+            part = slice(start, min(start + self.chunk_tokens, num_tokens))
             grad_logits = buffer[: part.stop - start]
-            if kept is not None:
-                torch.mul(kept[part], grad_losses[part], out=grad_logits)
+            if self.kept is not None:
+                torch.mul(self.kept[part], grad_losses[part], out=grad_logits)
             else:
-                _logits(rows[part], wide_weight, grad_logits).sub_(logsumexps[part, None]).exp_()
+                _logits(rows[part], wide_weight, grad_logits).sub_(self.logsumexps[part, None]).exp_()
                 grad_logits.mul_(grad_losses[part])
-            grad_logits.scatter_add_(1, targets[part, None], -grad_losses[part])
-            narrow = grad_logits.to(ctx.dtype)
+            grad_logits.scatter_add_(1, self.targets[part, None], -grad_losses[part])
+            yield part, grad_logits.to(self.dtype)
+
+
+def _hidden_and_weight_grad(
+    logits: _LogitGradients, weight: torch.Tensor | None, accumulate: bool, *, needs_hidden: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the hidden states and of `weight`, if given: None where its `main_grad` took it."""
+    rows, wide_weight = logits.hidden.to(logits.dtype), logits.weight.to(logits.dtype)
+    grad_rows = torch.empty_like(rows) if needs_hidden else None
+    main_grad = None if weight is None else main_grad_of(weight, accumulate)
+    total = main_grad
+    if weight is not None and main_grad is None:
+        total = logits.logsumexps.new_zeros(weight.shape)
+    for part, narrow in logits.chunks(rows, wide_weight):
+        if grad_rows is not None:
             torch.mm(narrow, wide_weight, out=grad_rows[part])
-            if ctx.needs_input_grad[1]:
-                add_product_(total, narrow.t(), rows[part])
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = total.to(weight.dtype) if main_grad is None else mark_added_to_main_grad(ctx.weight)
-        return grad_rows.to(hidden.dtype), grad_weight, None, None
+        if total is not None:
+            add_product_(total, narrow.t(), rows[part])
+    grad_hidden = None if grad_rows is None else grad_rows.to(logits.hidden.dtype)
+    own = None if weight is None or main_grad is not None or total is None else total.to(weight.dtype)
+    return grad_hidden, own
+
+
+def _add_deferred(logits: _LogitGradients, weight: torch.Tensor, accumulate: bool) -> None:
+    add_to_grad(weight, _hidden_and_weight_grad(logits, weight, accumulate, needs_hidden=False)[1])
 
 
 class _TokenCrossEntropy(torch.autograd.Function):

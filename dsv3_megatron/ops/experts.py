@@ -21,7 +21,15 @@ from dsv3_megatron.ops.backend import (
     unknown_backend,
     wide_dtype,
 )
-from dsv3_megatron.ops.linear import add_product_, main_grad_of, mark_added_to_main_grad, multiply_rows
+from dsv3_megatron.ops.linear import (
+    DeferredWeightGrad,
+    WeightGradDeferral,
+    add_product_,
+    add_to_grad,
+    main_grad_of,
+    mark_added_to_main_grad,
+    multiply_rows,
+)
 from dsv3_megatron.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 BACKENDS = ("auto", "looped", "grouped_mm", "reference")
@@ -39,6 +47,7 @@ def swiglu_experts(
     backend: str = "auto",
     product_backend: str = "auto",
     accumulate_into_main_grad: bool = False,
+    defer_weight_grad: WeightGradDeferral | None = None,
 ) -> torch.Tensor:
     """Apply to each row its expert: fc2 (gate * silu(gate half of fc1 x) * (up half of fc1 x)).
 
@@ -51,13 +60,15 @@ def swiglu_experts(
         backend: "looped", "grouped_mm" or "reference"; "auto" is grouped_mm for bf16 on CUDA, looped elsewhere.
         product_backend: Of the looped products, see `backend.choose_product_backend`.
         accumulate_into_main_grad: As for `linear.linear`; "looped" only.
+        defer_weight_grad: As for `linear.linear`, "looped" and "grouped_mm" only. The activation and the gradient of
+            fc1's output wait with the input and the gradient of the output.
 
     Returns:
         [R, H] in x's dtype.
 
     Raises:
         ValueError: Unknown backend, counts that do not fit the rows or the weights, or accumulation into `main_grad`
-            asked of a backend that has none.
+            or deferral asked of a backend that has none.
 
     Source: DeepSeek-V3 report, eq. 12.
     """
@@ -78,11 +89,14 @@ def swiglu_experts(
     if backend == "looped" and not torch.is_grad_enabled() and 1 <= x_RH.shape[0] <= _FEW_ROWS:
         return _few_rows(x_RH, counts, fc1_eFH, fc2_eHF, gates_R, product_backend)
     if backend == "looped":
-        return _LoopedExperts.apply(x_RH, gates_R, fc1_eFH, fc2_eHF, counts, product_backend, accumulate_into_main_grad)
+        plan = (counts, product_backend, accumulate_into_main_grad, defer_weight_grad)
+        return _LoopedExperts.apply(x_RH, gates_R, fc1_eFH, fc2_eHF, plan)
     if accumulate_into_main_grad:
         raise ValueError(f"accumulate_into_main_grad=True needs backend 'looped', not {backend!r}; use it or 'auto'")
     if backend == "grouped_mm":
-        return _grouped_mm(x_RH, counts, fc1_eFH, fc2_eHF, gates_R)
+        return _grouped_mm(x_RH, counts, fc1_eFH, fc2_eHF, gates_R, defer_weight_grad)
+    if defer_weight_grad is not None:
+        raise ValueError("defer_weight_grad needs backend 'looped' or 'grouped_mm', not 'reference'; use one or 'auto'")
     return reference_experts(x_RH, counts, fc1_eFH, fc2_eHF, gates_R)
 
 
@@ -109,10 +123,44 @@ def _grouped_mm(
     fc1_eFH: torch.Tensor,
     fc2_eHF: torch.Tensor,
     gates_R: torch.Tensor | None,
+    defer: WeightGradDeferral | None,
 ) -> torch.Tensor:
     ends = torch.tensor(counts, device=x_RH.device).cumsum(0).to(torch.int32)
-    hidden = torch.nn.functional.grouped_mm(x_RH, fc1_eFH.transpose(1, 2), offs=ends)
-    return torch.nn.functional.grouped_mm(swiglu(hidden, gates_R), fc2_eHF.transpose(1, 2), offs=ends)
+
+    def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if defer is not None and torch.is_grad_enabled():
+            return _DeferringProduct.apply(rows, weight, ends, defer)
+        return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+
+    return product(swiglu(product(x_RH, fc1_eFH), gates_R), fc2_eHF)
+
+
+class _DeferringProduct(torch.autograd.Function):
+    """rows weight[e]^T of each expert's rows, in grouped products; the weight's gradient waits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, defer: WeightGradDeferral
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight, ends)
+        ctx.weight, ctx.defer = weight, defer
+        return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        rows, weight, ends = ctx.saved_tensors
+        grad_y = grads[0].contiguous()
+        if ctx.needs_input_grad[1]:
+            ctx.defer(DeferredWeightGrad(_add_grouped, ctx.weight, grad_y, rows, ends))
+        return torch.nn.functional.grouped_mm(grad_y, weight, offs=ends), None, None, None
+
+
+def _add_grouped(weight: torch.Tensor, grad_y: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> None:
+    grad = torch.nn.functional.grouped_mm(grad_y.t(), rows, offs=ends)
+    main_grad = main_grad_of(weight, True)
+    add_to_grad(weight, grad if main_grad is None else None)
+    if main_grad is not None:
+        main_grad.add_(grad)
 
 
 def _row_ranges(counts: tuple[int, ...]) -> list[tuple[int, slice]]:
@@ -152,10 +200,9 @@ class _LoopedExperts(torch.autograd.Function):
         gates: torch.Tensor | None,
         fc1: torch.Tensor,
         fc2: torch.Tensor,
-        counts: tuple[int, ...],
-        product_backend: str,
-        accumulate: bool,
+        plan: tuple[tuple[int, ...], str, bool, WeightGradDeferral | None],
     ) -> torch.Tensor:
+        counts, product_backend, ctx.accumulate, ctx.defer = plan
         via_fp32 = choose_product_backend(product_backend, x.device, x.dtype) == "via_fp32"
         ctx.dtype = torch.float32 if via_fp32 else x.dtype
         wide = wide_dtype(x.dtype)
@@ -168,7 +215,7 @@ class _LoopedExperts(torch.autograd.Function):
             active = swiglu_forward(hidden.to(wide), None if gates_wide is None else gates_wide[rows])
             torch.mm(active.to(ctx.dtype), fc2[expert].to(ctx.dtype).t(), out=y[rows])
         ctx.save_for_backward(x, gates, fc1, fc2, fc1_out)
-        ctx.counts, ctx.accumulate, ctx.weights = counts, accumulate, (fc1, fc2)
+        ctx.counts, ctx.weights = counts, (fc1, fc2)
         return y.to(x.dtype)
 
     @staticmethod
@@ -179,7 +226,7 @@ class _LoopedExperts(torch.autograd.Function):
         gates_wide = None if gates is None else gates.to(wide)
         grad_x = torch.empty_like(rows_x)
         grad_gates = None if gates_wide is None else torch.zeros_like(gates_wide)
-        totals = [_WeightTotal(weight, ctx.accumulate, dtype) for weight in ctx.weights]
+        sink = _WaitingRows(fc1_out) if ctx.defer is not None else _WeightTotals(ctx.weights, ctx.accumulate, dtype)
         for expert, rows in _row_ranges(ctx.counts):
             grad_rows = grad_y[rows]
             grad_active = torch.mm(grad_rows, fc2[expert].to(dtype)).to(wide)
@@ -191,18 +238,58 @@ class _LoopedExperts(torch.autograd.Function):
             if grad_gates is not None and grad_row_gates is not None:
                 grad_gates[rows] = grad_row_gates
             grad_hidden = grad_hidden.to(dtype)
-            totals[1].add(expert, grad_rows.t(), active.to(dtype))
-            totals[0].add(expert, grad_hidden.t(), rows_x[rows])
+            sink.add(expert, rows, grad_rows, active.to(dtype), grad_hidden, rows_x[rows])
             torch.mm(grad_hidden, fc1[expert].to(dtype), out=grad_x[rows])
-        return (
-            grad_x.to(x.dtype),
-            None if grad_gates is None or gates is None else grad_gates.to(gates.dtype),
-            totals[0].for_autograd(),
-            totals[1].for_autograd(),
-            None,
-            None,
-            None,
-        )
+        grad_weights: tuple[torch.Tensor | None, ...] = (None, None)
+        if isinstance(sink, _WeightTotals):
+            grad_weights = sink.for_autograd()
+        else:
+            # Deferred gradients wait in memory: keep the narrow input and gradient.
+            held = (ctx.weights, ctx.counts, ctx.accumulate, grads[0], x, sink.active, sink.grad_hidden)
+            ctx.defer(DeferredWeightGrad(_add_waiting, *held))
+        grad_gates = None if grad_gates is None or gates is None else grad_gates.to(gates.dtype)
+        return grad_x.to(x.dtype), grad_gates, *grad_weights, None
+
+
+class _WeightTotals:
+    """Gradients of both stacked weights: their `main_grad`, or tensors of their own with zeros where no row came."""
+
+    def __init__(self, weights: tuple[torch.Tensor, torch.Tensor], accumulate: bool, dtype: torch.dtype) -> None:
+        self.fc1, self.fc2 = (_WeightTotal(weight, accumulate, dtype) for weight in weights)
+
+    def add(self, expert: int, _rows: slice, grad_y: torch.Tensor, active: torch.Tensor, grad_hidden: torch.Tensor,
+            x: torch.Tensor) -> None:
+        self.fc2.add(expert, grad_y.t(), active)
+        self.fc1.add(expert, grad_hidden.t(), x)
+
+    def for_autograd(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.fc1.for_autograd(), self.fc2.for_autograd()
+
+
+class _WaitingRows:
+    """What the weight gradients will be made of besides the input and the gradient of the output."""
+
+    def __init__(self, fc1_out: torch.Tensor) -> None:
+        self.active = fc1_out.new_empty((fc1_out.shape[0], fc1_out.shape[1] // 2))
+        self.grad_hidden = torch.empty_like(fc1_out)
+
+    def add(self, _expert: int, rows: slice, _grad_y: torch.Tensor, active: torch.Tensor, grad_hidden: torch.Tensor,
+            _x: torch.Tensor) -> None:
+        self.active[rows] = active
+        self.grad_hidden[rows] = grad_hidden
+
+
+def _add_waiting(
+    weights: tuple[torch.Tensor, torch.Tensor], counts: tuple[int, ...], accumulate: bool, grad_y: torch.Tensor,
+    x: torch.Tensor, active: torch.Tensor, grad_hidden: torch.Tensor
+) -> None:
+    dtype = active.dtype
+    totals = _WeightTotals(weights, accumulate, dtype)
+    grad_y, x = grad_y.to(dtype), x.to(dtype)
+    for expert, rows in _row_ranges(counts):
+        totals.add(expert, rows, grad_y[rows], active[rows], grad_hidden[rows], x[rows])
+    for total in (totals.fc1, totals.fc2):
+        add_to_grad(total.weight, total.own)
 
 
 class _WeightTotal:

@@ -132,6 +132,37 @@ def mark_added_to_main_grad(weight: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(weight)
 
 
+class DeferredWeightGrad:
+    """A weight gradient that is computed when called, once, with what was held for it until then.
+
+    Args:
+        compute: Computes the gradient and adds it to the weight's.
+        held: Arguments of `compute`; let go after it.
+    """
+
+    def __init__(self, compute: Callable[..., None], *held: Any) -> None:
+        self.compute = compute
+        self.held: tuple[Any, ...] | None = held
+
+    def __call__(self) -> None:
+        """Compute it; RuntimeError the second time."""
+        if self.held is None:
+            raise RuntimeError("a deferred weight gradient was computed twice; call each one once")
+        held, self.held = self.held, None
+        with torch.no_grad():
+            self.compute(*held)
+
+
+def add_to_grad(weight: torch.Tensor, grad: torch.Tensor | None) -> None:
+    """Add a gradient computed outside autograd to `weight.grad`; None: `weight.main_grad` holds it already."""
+    if grad is None:
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    elif weight.grad is None:
+        weight.grad = grad
+    else:
+        weight.grad.add_(grad)
+
+
 def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """total += left @ right, in one call where the dtypes are equal."""
     if total.dtype == left.dtype:
@@ -176,30 +207,15 @@ class _Linear(torch.autograd.Function):
                 grad_weight = _weight_grad_for_autograd(ctx.weight, grad_y, x, ctx.accumulate, ctx.backend)
             else:
                 # Deferred gradients wait in memory: keep the narrow one.
-                ctx.defer(_DeferredWeightGrad(ctx.weight, grads[0], x, ctx.accumulate, ctx.backend))
+                ctx.defer(DeferredWeightGrad(_add_deferred, ctx.weight, grads[0], x, ctx.accumulate, ctx.backend))
         return grad_x, grad_weight, None, None, None
 
 
-class _DeferredWeightGrad:
-    """The weight gradient of one call, computed when called; frees what it held."""
-
-    def __init__(self, weight: torch.Tensor, grad_y: torch.Tensor, x: torch.Tensor, accumulate: bool, backend: str):
-        self.pending: tuple[torch.Tensor, torch.Tensor] | None = (grad_y, x)
-        self.weight, self.accumulate, self.backend = weight, accumulate, backend
-
-    def __call__(self) -> None:
-        if self.pending is None:
-            raise RuntimeError("a deferred weight gradient was computed twice; call each one once")
-        (grad_y, x), self.pending = self.pending, None
-        with torch.no_grad():
-            main_grad = main_grad_of(self.weight, self.accumulate)
-            grad = linear_weight_grad(grad_y, x, main_grad=main_grad, backend=self.backend)
-            if grad is None:
-                self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-            elif self.weight.grad is None:
-                self.weight.grad = grad
-            else:
-                self.weight.grad.add_(grad)
+def _add_deferred(
+    weight: torch.Tensor, grad_y: torch.Tensor, x: torch.Tensor, accumulate: bool, backend: str
+) -> None:
+    main_grad = main_grad_of(weight, accumulate)
+    add_to_grad(weight, linear_weight_grad(grad_y, x, main_grad=main_grad, backend=backend))
 
 
 def _weight_grad_for_autograd(

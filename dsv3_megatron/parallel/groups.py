@@ -2,12 +2,20 @@
 
 Megatron-Core 0.19 still reads its global `parallel_state` in places, so the groups are created
 there; this library's own code takes them from the collection it is passed.
+
+DualPipe holds two copies of the model along one pipeline: ranks r and P-1-r have the same two stages. Their data-
+parallel groups are joined (`dp_cp`, `expt_dp`), so that whatever is reduced, sharded or counted over data-parallel
+ranks is so over both copies: gradients, the optimizer's shards, the gradient norm, replicas in a checkpoint. `dp` stays
+the group of pipelines, of which each takes its own part of the data.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import datetime
 import os
+from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state
@@ -15,6 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.pipeline import FOLDED
 from dsv3_megatron.platform import Device
 
 COLLECTIVE_TIMEOUT_S = 600
@@ -44,7 +53,7 @@ def create_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection
         parallel: A layout validated against the world size.
         seed: Seeds Megatron-Core's tensor-parallel random-number trackers.
     """
-    chunks = parallel.num_virtual_stages_per_pipeline_rank
+    chunks = parallel.stages_per_rank
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -55,7 +64,78 @@ def create_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed)
-    return ProcessGroupCollection.use_mpu_process_groups()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if parallel.schedule in FOLDED:
+        # The embedding is on the rank of the last stage, which uses it as it is: there is no copy to sum up.
+        groups.embd = None
+    if parallel.num_model_copies > 1:
+        _join_mirrored_ranks(groups)
+    return groups
+
+
+def _join_mirrored_ranks(groups: ProcessGroupCollection) -> None:
+    """Let the data-parallel groups of pipeline ranks r and P-1-r be one."""
+    rank, ranks = groups.pp.rank(), torch.distributed.get_process_group_ranks(groups.pp)
+    offset = ranks[len(ranks) - 1 - rank] - ranks[rank]  # the same for all: pipeline ranks are the outermost
+
+    def joined(group: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup:
+        own = torch.distributed.get_process_group_ranks(group)
+        both = torch.distributed.new_group(sorted([*own, *(peer + offset for peer in own)]),
+                                           use_local_synchronization=True)
+        assert isinstance(both, torch.distributed.ProcessGroup)
+        return both
+
+    groups.dp_cp = groups.intra_dp_cp = groups.dp_cp_gtp_remat = joined(groups.dp_cp)
+    groups.expt_dp = groups.intra_expt_dp = groups.expt_dp_gtp_remat = joined(groups.expt_dp)
+
+
+def groups_of_tokens(groups: ProcessGroupCollection) -> ProcessGroupCollection:
+    """The groups with which Megatron-Core finishes gradients, given the tokens of a whole pipeline on each rank.
+
+    It sums the tokens over `dp_cp`, which must then have each pipeline once, also where mirrored ranks are joined.
+    """
+    counted = copy.copy(groups)
+    counted.dp_cp = counted.dp_cp_gtp_remat = groups.dp
+    return counted
+
+
+class PipelinePosition:
+    """Stands for a pipeline's group where Megatron-Core asks it at which of how many ranks a stage is.
+
+    It numbers layers, and tells the first and last stage, by this rank and size. Where a schedule puts a stage on
+    another rank than Megatron-Core's numbering does, the stage is built, and saved, at the position of that numbering.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        """As of a process group."""
+        return self._rank
+
+    def size(self) -> int:
+        """As of a process group."""
+        return self._size
+
+
+def at_pipeline_rank(groups: ProcessGroupCollection, rank: int) -> ProcessGroupCollection:
+    """The groups for the modules of a stage at a position of Megatron-Core's numbering."""
+    if rank == groups.pp.rank():
+        return groups
+    placed = copy.copy(groups)
+    placed.pp = PipelinePosition(rank, groups.pp.size())
+    return placed
+
+
+@contextlib.contextmanager
+def as_pipeline_rank(rank: int) -> Iterator[None]:
+    """Let Megatron-Core's global state say that this process is another pipeline rank: its layer layouts read it."""
+    own = parallel_state.get_pipeline_model_parallel_rank()
+    parallel_state.set_pipeline_model_parallel_rank(rank)
+    try:
+        yield
+    finally:
+        parallel_state.set_pipeline_model_parallel_rank(own)
 
 
 def destroy_groups() -> None:

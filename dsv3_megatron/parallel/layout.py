@@ -1,7 +1,6 @@
 """Which pipeline stage holds which layers, the embedding, the MTP modules and the loss.
 
-Pure Python. Stages are numbered in the order a token meets them: stage s lives on pipeline rank
-s % PP as chunk s // PP, Megatron-Core's convention for interleaving.
+Pure Python. Stages are numbered in the order a token meets them; `placement.py` says which rank holds which.
 """
 
 from __future__ import annotations
@@ -132,8 +131,7 @@ def _parse_layout(text: str, model: ModelConfig, parallel: ParallelConfig) -> li
     if len(stages) != parallel.num_stages:
         raise ConfigError(
             f"{name} has {len(stages)} stages; pipeline_model_parallel_size="
-            f"{parallel.pipeline_model_parallel_size} x num_virtual_stages_per_pipeline_rank="
-            f"{parallel.num_virtual_stages_per_pipeline_rank} needs {parallel.num_stages}"
+            f"{parallel.pipeline_model_parallel_size} x {parallel.stages_per_rank_field} needs {parallel.num_stages}"
         )
     layers = unrolled.count("t")
     if layers != model.num_layers:

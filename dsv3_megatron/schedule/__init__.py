@@ -1,1 +1,1 @@
-"""What each pipeline rank computes when: schedules as data, their proof, their cost, their picture. No torch."""
+"""What each pipeline rank computes when: plans as data, their proof, cost and picture, without torch; the executor."""

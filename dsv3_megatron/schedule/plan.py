@@ -29,18 +29,12 @@ from functools import cached_property
 from typing import NamedTuple
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.pipeline import SCHEDULES, nearest_microbatches, num_model_copies, stages_per_rank
+from dsv3_megatron.parallel.placement import Place, Placement, place_stages
 from dsv3_megatron.schedule import orders
 from dsv3_megatron.schedule.actions import Action, Kind, Operation
 
-SCHEDULES = ("1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev")
-_V_SHAPED = ("zbv", "dualpipev")
-
-
-class Place(NamedTuple):
-    """A stage of one of the model's copies."""
-
-    direction: int
-    stage: int
+__all__ = ["SCHEDULES", "Output", "Place", "Plan", "build_plan", "forward_plan"]
 
 
 class Output(NamedTuple):
@@ -71,7 +65,7 @@ class Plan:
 
     schedule: str
     num_microbatches: int
-    placement: tuple[tuple[Place, ...], ...]
+    placement: Placement
     actions: tuple[tuple[Action, ...], ...]
     is_overlapped: bool = False
 
@@ -107,16 +101,21 @@ class Plan:
 
     def inputs(self, rank: int, operation: Operation) -> Iterator[Output]:
         """What must have been made, here or on another rank, before an operation can run."""
+        if operation.kind is not Kind.FORWARD:
+            is_split = operation.kind is Kind.BACKWARD_WEIGHT
+            yield Output(is_split, *self.placement[rank][operation.chunk], operation.microbatch)
+        operand = self.operand(rank, operation)
+        if operand is not None:
+            yield operand
+
+    def operand(self, rank: int, operation: Operation) -> Output | None:
+        """What is handed to an operation: the stage before's output or the stage after's gradient; None at the ends."""
         direction, stage = self.placement[rank][operation.chunk]
         if operation.kind is Kind.FORWARD:
-            if stage > 0:
-                yield Output(False, direction, stage - 1, operation.microbatch)
-        elif operation.kind is Kind.BACKWARD_WEIGHT:
-            yield Output(True, direction, stage, operation.microbatch)
-        else:
-            yield Output(False, direction, stage, operation.microbatch)
-            if stage < self.num_stages - 1:
-                yield Output(True, direction, stage + 1, operation.microbatch)
+            return Output(False, direction, stage - 1, operation.microbatch) if stage > 0 else None
+        if operation.kind is Kind.BACKWARD_WEIGHT or stage == self.num_stages - 1:
+            return None
+        return Output(True, direction, stage + 1, operation.microbatch)
 
     def output(self, rank: int, operation: Operation) -> Output | None:
         """What an operation makes; nothing that anyone waits for if it is a weight part."""
@@ -145,27 +144,46 @@ def build_plan(schedule: str, *, num_ranks: int, num_microbatches: int, virtual_
         ConfigError: there is no such schedule, or it cannot be had with these sizes.
     """
     num_chunks = _check(schedule, num_ranks, num_microbatches, virtual_stages, is_overlapped)
-    ranks = range(num_ranks)
-    placement: list[tuple[Place, ...]]
-    if schedule == "dualpipe":
-        half = num_ranks // 2
-        near = [(min(rank, num_ranks - 1 - rank), int(rank >= half)) for rank in ranks]
-        placement = [(Place(direction, stage), Place(1 - direction, num_ranks - 1 - stage))
-                     for stage, direction in near]
-        actions = [orders.dualpipe(stage, half, num_microbatches // 2) for stage, _ in near]
-    elif schedule in _V_SHAPED:
-        placement = [(Place(0, rank), Place(0, 2 * num_ranks - 1 - rank)) for rank in ranks]
-        order = orders.dualpipe if schedule == "dualpipev" else orders.zero_bubble_v
-        actions = [order(rank, num_ranks, num_microbatches) for rank in ranks]
-    else:
-        placement = [tuple(Place(0, chunk * num_ranks + rank) for chunk in range(num_chunks)) for rank in ranks]
-        if schedule == "interleaved":
-            actions = [orders.interleaved(rank, num_ranks, num_microbatches, num_chunks, is_overlapped)
-                       for rank in ranks]
+    placement = place_stages(schedule, num_ranks, stages_per_rank(schedule, virtual_stages))
+    actions = []
+    for rank in range(num_ranks):
+        if schedule == "dualpipe":
+            # Ranks r and P-1-r run the same order, each on the direction that is nearer to it.
+            actions.append(orders.dualpipe(placement[rank][0].stage, num_ranks // 2, num_microbatches // 2))
+        elif schedule == "interleaved":
+            actions.append(orders.interleaved(rank, num_ranks, num_microbatches, num_chunks, is_overlapped))
         else:
-            order = orders.zero_bubble if schedule == "zb1p" else orders.one_forward_one_backward
-            actions = [order(rank, num_ranks, num_microbatches) for rank in ranks]
-    return Plan(schedule, num_microbatches, tuple(placement), tuple(actions), is_overlapped)
+            actions.append(_ORDERS[schedule](rank, num_ranks, num_microbatches))
+    return Plan(schedule, num_microbatches, placement, tuple(actions), is_overlapped)
+
+
+def forward_plan(schedule: str, *, num_ranks: int, num_microbatches: int, virtual_stages: int | None = None) -> Plan:
+    """The forward passes alone, on the stages of a schedule: what a validation runs.
+
+    Micro-batch m is on stage s at tick m + s, or waits; that order has no cycle whatever the placement. So there need
+    not be as many micro-batches as for training.
+
+    Args:
+        schedule: One of SCHEDULES, whose placement is used.
+        num_ranks: P; even for dualpipe.
+        num_microbatches: Of the step; even for dualpipe.
+        virtual_stages: As of `build_plan`.
+    """
+    assert num_microbatches % num_model_copies(schedule) == 0, "each copy of the model has as many micro-batches"
+    placement = place_stages(schedule, num_ranks, stages_per_rank(schedule, virtual_stages))
+    actions = []
+    for places in placement:
+        forwards = sorted((microbatch + place.stage, chunk, microbatch) for chunk, place in enumerate(places)
+                          for microbatch in range(num_microbatches // num_model_copies(schedule)))
+        actions.append(tuple(Action((Operation(Kind.FORWARD, chunk, microbatch),))
+                             for _, chunk, microbatch in forwards))
+    return Plan(schedule, num_microbatches, placement, tuple(actions))
+
+
+_ORDERS = {
+    "1f1b": orders.one_forward_one_backward, "zb1p": orders.zero_bubble, "zbv": orders.zero_bubble_v,
+    "dualpipev": orders.dualpipe,
+}
 
 
 def _check(schedule: str, num_ranks: int, num_microbatches: int, virtual_stages: int | None, is_overlapped: bool,
@@ -191,7 +209,7 @@ def _check(schedule: str, num_ranks: int, num_microbatches: int, virtual_stages:
 
 def _check_virtual_stages(schedule: str, virtual_stages: int | None) -> int:
     if schedule != "interleaved":
-        own = 2 if schedule in _V_SHAPED or schedule == "dualpipe" else 1
+        own = stages_per_rank(schedule) * num_model_copies(schedule)
         if virtual_stages not in (None, own):
             raise ConfigError(f"virtual_stages={virtual_stages} must be {own} under schedule={schedule}, whose ranks "
                               f"hold {own} stage{'s'[:own - 1]} each; leave it out, or use schedule=interleaved")
@@ -207,10 +225,13 @@ def _check_interleaved(num_ranks: int, num_microbatches: int) -> None:
         raise ConfigError(f"pipeline_model_parallel_size={num_ranks} must be at least 2 under schedule=interleaved; "
                           "try 2, or use schedule=1f1b")
     if num_microbatches % num_ranks:
-        above = num_microbatches // num_ranks * num_ranks + num_ranks
-        below = f"{above - num_ranks} or " if above > num_ranks else ""
         raise ConfigError(f"pipeline_model_parallel_size={num_ranks} must divide num_microbatches={num_microbatches} "
-                          f"under schedule=interleaved, as Megatron-Core requires; try num_microbatches={below}{above}")
+                          "under schedule=interleaved, as Megatron-Core requires; try "
+                          + _nearest("interleaved", num_ranks, num_microbatches))
+
+
+def _nearest(schedule: str, num_ranks: int, num_microbatches: int) -> str:
+    return f"num_microbatches={' or '.join(map(str, nearest_microbatches(schedule, num_ranks, num_microbatches)))}"
 
 
 def _check_dualpipe(schedule: str, num_ranks: int, num_microbatches: int) -> None:
@@ -224,8 +245,7 @@ def _check_dualpipe(schedule: str, num_ranks: int, num_microbatches: int) -> Non
     if num_microbatches < fewest:
         raise ConfigError(f"num_microbatches={num_microbatches} must be at least 2 x pipeline_model_parallel_size="
                           f"{num_ranks} under schedule={schedule}, or the steady state is never reached; "
-                          f"try num_microbatches={fewest}")
+                          f"try {_nearest(schedule, num_ranks, num_microbatches)}")
     if is_two_way and num_microbatches % 2:
-        below = f"{num_microbatches - 1} or " if num_microbatches > fewest else ""
         raise ConfigError(f"num_microbatches={num_microbatches} must be even under schedule=dualpipe, where half of "
-                          f"them enter at each end; try num_microbatches={below}{num_microbatches + 1}")
+                          f"them enter at each end; try {_nearest(schedule, num_ranks, num_microbatches)}")

@@ -91,6 +91,23 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"num_virtual_stages_per_pipeline_rank": 2}, 1,
      "num_virtual_stages_per_pipeline_rank=2 needs pipeline_model_parallel_size of at least 2: the interleaved "
      "schedule is a pipeline schedule"),
+    ("tiny", {"pipeline_schedule": "dualpip", "pipeline_model_parallel_size": 2}, 2,
+     "pipeline_schedule='dualpip' must be one of auto, 1f1b, interleaved, zb1p, zbv, dualpipe, dualpipev; did you mean "
+     "dualpipe?"),
+    ("tiny", {"pipeline_schedule": "zbv", "pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
+     2, "num_virtual_stages_per_pipeline_rank=2 is of the interleaved schedule; pipeline_schedule=zbv has a fixed number "
+     "of stages per rank: leave it at 1, or set pipeline_schedule=interleaved"),
+    ("tiny", {"pipeline_schedule": "zb1p"}, 1, "pipeline_schedule=zb1p needs pipeline_model_parallel_size of at least 2; "
+     "without a pipeline leave it at auto"),
+    ("tiny", {"pipeline_schedule": "interleaved", "pipeline_model_parallel_size": 2}, 2,
+     "pipeline_schedule=interleaved needs num_virtual_stages_per_pipeline_rank of at least 2; try 2, or "
+     "pipeline_schedule=1f1b, which is the same with 1"),
+    ("tiny", {"pipeline_schedule": "dualpipe", "pipeline_model_parallel_size": 3}, 3,
+     "pipeline_model_parallel_size=3 must be even with pipeline_schedule=dualpipe, whose ranks hold a stage before the "
+     "middle of the model and one behind it; try 2 or 4, or pipeline_schedule=dualpipev"),
+    ("tiny", {"pipeline_schedule": "dualpipev", "pipeline_model_parallel_size": 4}, 4,
+     "pipeline_model_parallel_size=4 x 2 (pipeline_schedule=dualpipev) makes 8 stages, more than num_layers=4; use at "
+     "most 4 stages"),
     ("tiny", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 6,
      "tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = 2 x 2 x 1 = 4 must divide "
      "world_size=6; start a multiple of 4 processes or lower a degree"),
@@ -110,6 +127,17 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "pipeline_model_parallel_size=2 must divide the 3 micro-batches of a step (global_batch_size=12) under the "
      "interleaved schedule; use a global_batch_size that is a multiple of 8, or set "
      "num_virtual_stages_per_pipeline_rank=1"),
+    ("tiny", {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipe", "global_batch_size": 20}, 2,
+     "pipeline_schedule=dualpipe with pipeline_model_parallel_size=2 needs a multiple of 2 micro-batches in a step, at "
+     "least 4; global_batch_size=20 over micro_batch_size=4 x data_parallel_size=1 makes 5; try global_batch_size=16 or "
+     "24"),
+    ("tiny", {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev", "global_batch_size": 8}, 4,
+     "pipeline_schedule=dualpipev with pipeline_model_parallel_size=2 needs at least 4 micro-batches in a step; "
+     "global_batch_size=8 over micro_batch_size=4 x data_parallel_size=2 makes 1; try global_batch_size=32"),
+    ("tiny", {"pipeline_model_parallel_size": 2, "pipeline_schedule": "interleaved", "global_batch_size": 12,
+              "num_virtual_stages_per_pipeline_rank": 2}, 2,
+     "pipeline_schedule=interleaved with pipeline_model_parallel_size=2 needs a multiple of 2 micro-batches in a step; "
+     "global_batch_size=12 over micro_batch_size=4 x data_parallel_size=1 makes 3; try global_batch_size=8 or 16"),
     ("tiny", {"seq_length": 512}, 1, "seq_length=512 must not exceed max_position_embeddings=256"),
     ("tiny", {"lr": -1e-3}, 1, "lr=-0.001 must not be negative"),
     ("tiny", {"lr": float("nan")}, 1, "lr=nan must be a finite number"),
@@ -176,6 +204,8 @@ def test_presets_are_valid_where_they_are_meant_to_run(name: str, world_size: in
     ({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, 2),
     ({"tensor_model_parallel_size": 4, "expert_tensor_parallel_size": 2, "expert_model_parallel_size": 2}, 4),
     ({"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}, 2),
+    *[({"pipeline_model_parallel_size": 2, "pipeline_schedule": name}, 2)
+      for name in ("1f1b", "zb1p", "zbv", "dualpipe", "dualpipev")],
     ({"moe_router_num_groups": 1, "moe_router_group_topk": 1, "moe_router_topk": 5}, 1),
     ({"num_dense_layers": 4}, 1), ({"num_shared_experts": 0}, 1), ({"mtp_num_layers": 0}, 1),
     ({"q_lora_rank": None}, 1), ({"eval_interval": 0, "eval_iters": 0}, 1), ({"lr_warmup_iters": 300}, 1),

@@ -147,6 +147,17 @@ def test_chunks_of_one_pipeline_rank_add_up() -> None:
     assert [memory.layer_ids for memory in ranks] == [(0, 2), (1, 3)]
 
 
+@pytest.mark.parametrize(("schedule", "stages"), [("zbv", [(0, 3), (1, 2)]), ("dualpipe", [(0, 1), (0, 1)])])
+def test_a_folded_pipeline_has_one_embedding_on_its_first_rank(schedule: str, stages: list[tuple[int, int]]) -> None:
+    run = preset("tiny").override(pipeline_model_parallel_size=2, pipeline_schedule=schedule)
+    ranks = rank_memory(run, 2, stage_layouts(run.model, run.parallel))
+    assert [memory.stages for memory in ranks] == stages
+    copies = run.parallel.num_model_copies
+    assert sum(memory.parameters for memory in ranks) == copies * count_parameters(run.model).total
+    # ZeRO-1 over both copies: the states are there once.
+    assert sum(memory.optimizer_bytes for memory in ranks) == pytest.approx(12 * count_parameters(run.model).total)
+
+
 @st.composite
 def models(draw: st.DrawFn) -> ModelConfig:
     num_layers = draw(st.integers(2, 12))

@@ -150,6 +150,8 @@ def test_the_mtp_module_shares_embedding_and_head(build: Callable[[RunConfig], t
     (4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 4}),
     (4, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     (2, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}),
+    (4, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev", "global_batch_size": 32}),
+    (4, {"pipeline_model_parallel_size": 4, "pipeline_schedule": "dualpipe", "global_batch_size": 32}),
     (4, {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tttmL"}),
 ], ids=str)
 def test_a_rank_holds_what_the_table_of_bytes_says(world_size: int, degrees: dict[str, Any],

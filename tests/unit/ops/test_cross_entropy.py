@@ -94,3 +94,26 @@ def test_bad_input():
         linear_cross_entropy(hidden, weight, targets.T)
     with pytest.raises(ValueError, match="chunk_tokens=0 must be at least 1"):
         linear_cross_entropy(hidden, weight, targets, chunk_tokens=0)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("to_main_grad", [True, False])
+@pytest.mark.parametrize(("dtype", "product_backend"), [(torch.float32, "auto"), (torch.bfloat16, "via_fp32")])
+def test_deferred_weight_gradients_are_the_same_bit_for_bit(keep, to_main_grad, dtype, product_backend):
+    hidden, weight, targets, grad = _case(dtype)
+
+    def gradients(defer):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if to_main_grad:
+            w.main_grad = torch.full_like(w, 0.5, dtype=torch.float32)
+        linear_cross_entropy(h, w, targets, keep_probabilities=keep, chunk_tokens=4, product_backend=product_backend,
+                             accumulate_into_main_grad=to_main_grad, defer_weight_grad=defer).backward(grad.float())
+        yield h.grad
+        yield w.main_grad if to_main_grad else w.grad
+
+    expected, queue = gradients(None), []
+    got = gradients(queue.append)
+    assert torch.equal(next(got), next(expected))
+    (work,) = queue
+    work()
+    assert torch.equal(next(got), next(expected))

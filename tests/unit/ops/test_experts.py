@@ -108,3 +108,39 @@ def test_bad_input():
         swiglu_experts(x, COUNTS, fc1, fc2, gates, backend="loop")
     with pytest.raises(ValueError, match="accumulate_into_main_grad=True needs backend 'looped'"):
         swiglu_experts(x, COUNTS, fc1, fc2, gates, backend="grouped_mm", accumulate_into_main_grad=True)
+
+
+@pytest.mark.parametrize(("backend", "product_backend", "dtype", "to_main_grad"), [
+    ("looped", "native", torch.float32, True), ("looped", "native", torch.float32, False),
+    ("looped", "via_fp32", torch.bfloat16, True), ("looped", "native", torch.bfloat16, False),
+    ("grouped_mm", "auto", torch.float32, False)])
+def test_deferred_weight_gradients_are_the_same_bit_for_bit(backend, product_backend, dtype, to_main_grad):
+    (x, fc1, fc2, gates), grad = _case(dtype)
+
+    def gradients(defer):
+        weights = [weight.clone().requires_grad_() for weight in (fc1, fc2)]
+        rows, row_gates = (t.clone().requires_grad_() for t in (x, gates.float()))
+        for weight in weights if to_main_grad else []:
+            weight.main_grad = torch.full_like(weight, 0.5, dtype=torch.float32)
+        swiglu_experts(rows, COUNTS, *weights, row_gates, backend=backend, product_backend=product_backend,
+                       accumulate_into_main_grad=to_main_grad, defer_weight_grad=defer).backward(grad)
+        yield rows.grad, row_gates.grad
+        yield [weight.main_grad if to_main_grad else weight.grad for weight in weights]
+
+    expected, queue = gradients(None), []
+    got = gradients(queue.append)
+    for a, b in zip(next(got), next(expected), strict=True):
+        assert torch.equal(a, b)
+    assert len(queue) == (2 if backend == "grouped_mm" else 1)
+    for work in queue:
+        work()
+        with pytest.raises(RuntimeError, match="computed twice"):
+            work()
+    for a, b in zip(next(got), next(expected), strict=True):
+        assert torch.equal(a, b) and a.any()
+
+
+def test_the_reference_does_not_defer():
+    inputs, _ = _case()
+    with pytest.raises(ValueError, match="defer_weight_grad needs backend 'looped' or 'grouped_mm', not 'reference'"):
+        _call(backend="reference", defer_weight_grad=[].append)(*inputs)

@@ -1,0 +1,8 @@
+"""What watches over a run: steps that must not be applied, spikes, ranks that have stopped.
+
+spikes.py     is this loss or gradient norm out of line? A robust statistic over the last good steps; pure Python
+decisions.py  what follows: counters, skips, rollbacks, the end of the run, all saved with the checkpoint; pure Python
+step.py       one optimizer step under guard: every rank finds what is wrong, all decide the same
+events.py     what fired, as log lines, guards.jsonl and the report of a run that was ended
+hang.py       a watchdog thread in each rank
+"""

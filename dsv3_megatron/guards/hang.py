@@ -1,0 +1,270 @@
+"""A watchdog in each rank: a rank that no longer moves ends the run, with everybody's stacks, instead of silence.
+
+The training thread leaves signs of life (`Watchdog.beat`) between the parts of a step. A thread beside it looks at the
+last one. If that is too old, this rank or one that it waits for has stopped: the thread raises an alarm in the store
+that torch.distributed started with, where the watchdogs of all ranks find it. Each then writes the stacks of all its
+threads, tells the others where it was, and the lowest of those that answered writes which rank was where. Then all
+end with EXIT_HANG.
+
+Parts that may take long without a sign (the first step, checkpoints, validation, export) are marked slow and have
+SLOW_FACTOR times as long. A thread of Python stops with the others while a C function keeps the interpreter's lock:
+for that case faulthandler's timer, which needs no lock, is set ahead again and again; if nobody does, it writes the
+stacks to stderr and ends the process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import json
+import logging
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["EXIT_HANG", "Watchdog", "summary"]
+
+EXIT_HANG = 4
+SLOW_FACTOR = 10.0
+# Looks at the last sign of life this often, and at least that often in each timeout.
+_POLL_S, _POLLS_IN_TIMEOUT = 5.0, 10
+# Ranks wait for each other's answers for this many polls, and at least that long.
+_ANSWER_POLLS, _ANSWER_S = 4, 3.0
+_NUM_LISTED = 32
+_STDERR = 2
+_STORE_PREFIX = "dsv3_megatron_watchdog"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life: what the training thread began, and when.
+
+    Attributes:
+        step: Counted from 1; 0 before the first.
+        part: Of the step, in words.
+        number: How often this part began in this step.
+        is_slow: It may take SLOW_FACTOR times as long.
+        time_s: time.monotonic().
+    """
+
+    step: int
+    part: str
+    number: int
+    is_slow: bool
+    time_s: float
+
+
+class Watchdog:
+    """Signs of life of one rank, and the thread that looks at them.
+
+    Args:
+        timeout_s: Seconds without a sign inside a step that are a hang; 0: the watchdog does nothing.
+        folder: For a file of stacks per rank; None: they go to stderr.
+    """
+
+    def __init__(self, timeout_s: float, *, folder: str | None) -> None:
+        self._timeout_s = timeout_s
+        self._folder = Path(folder) if folder else None
+        self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._poll_s = min(_POLL_S, timeout_s / _POLLS_IN_TIMEOUT)
+        self._answer_s = max(_ANSWER_S, _ANSWER_POLLS * self._poll_s)
+        self._beat = Beat(0, "starting", 1, True, time.monotonic())
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._store: Any = None
+
+    def start(self) -> None:
+        """Start to watch. The training thread has its first sign now."""
+        if not self._timeout_s:
+            return
+        if self._world_size > 1:
+            self._store = _own_store(timeout_s=self._answer_s)
+        self._beat = Beat(0, "starting", 1, True, time.monotonic())
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no longer; may be called twice."""
+        if self._thread is not None:
+            self._stopped.set()
+            self._thread.join()
+            self._thread = None
+            faulthandler.cancel_dump_traceback_later()
+
+    def begin_step(self, step: int) -> None:
+        """A sign of life: step `step`, counted from 1, begins. The first one may be slow: it compiles and allocates."""
+        last = self._beat
+        self._put(Beat(step, "begin of the step", 1, last.step == 0, time.monotonic()))
+
+    def beat(self, part: str) -> None:
+        """A sign of life: a part of the step under way begins."""
+        last = self._beat
+        number = last.number + 1 if last.part == part else 1
+        self._put(Beat(last.step, part, number, last.is_slow, time.monotonic()))
+
+    def slow(self, part: str) -> None:
+        """A sign of life: something begins that may take long, until the next step begins."""
+        self._put(Beat(self._beat.step, part, 1, True, time.monotonic()))
+
+    def _put(self, beat: Beat) -> None:
+        is_longer = beat.is_slow and not self._beat.is_slow
+        self._beat = beat
+        if is_longer and self._thread is not None:
+            self._arm()  # now: what begins may keep the interpreter's lock from the start
+
+    def _limit_s(self) -> float:
+        return self._timeout_s * (SLOW_FACTOR if self._beat.is_slow else 1.0)
+
+    def _arm(self) -> None:
+        """Set faulthandler's timer ahead; it fires only if nobody does that for longer than the limit."""
+        faulthandler.dump_traceback_later(self._limit_s() + 2 * self._poll_s, exit=True, file=_STDERR)
+
+    # -- the thread ------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._poll_s):
+            self._arm()
+            alarm = self._find_alarm()
+            if alarm is None and self._silence_s() > self._limit_s():
+                alarm = f"rank {self._rank} had no sign of life for more than {self._limit_s():g} s"
+                self._tell("alarm", alarm)
+            if alarm is not None:
+                self._end(alarm)
+
+    def _silence_s(self) -> float:
+        return time.monotonic() - self._beat.time_s
+
+    def _state(self) -> dict[str, Any]:
+        beat = self._beat
+        return {"step": beat.step, "part": beat.part, "number": beat.number, "silence_s": round(self._silence_s(), 1)}
+
+    def _find_alarm(self) -> str | None:
+        """Another rank's alarm, if there is one; leaves this rank's state for the case that it cannot answer later."""
+        self._tell(f"last/{self._rank}", json.dumps(self._state()))
+        return self._ask("alarm")
+
+    def _tell(self, key: str, value: str) -> None:
+        if self._store is not None:
+            try:
+                self._store.set(key, value)
+            except RuntimeError as error:  # the process that holds it is gone: torchrun ends this one soon
+                logger.debug("watchdog: %s not told: %s", key, error)
+
+    def _ask(self, key: str) -> str | None:
+        if self._store is None:
+            return None
+        try:
+            return self._store.get(key).decode() if self._store.check([key]) else None
+        except RuntimeError as error:
+            logger.debug("watchdog: %s not asked: %s", key, error)
+            return None
+
+    def _end(self, alarm: str) -> None:
+        """Write this rank's stacks; with the others' answers, who was where; end the process."""
+        state = self._state()
+        header = f"rank {self._rank}: {describe(state)}"
+        stacks = all_stacks()
+        written = self._write_stacks(f"hang: {alarm}\n{header}\n{stacks}")
+        where = f"stacks in {written}" if written else f"stacks:\n{stacks}"
+        _print(f"{header}; {where}")
+        self._tell(f"answer/{self._rank}", json.dumps(state))
+        states = {self._rank: state} | self._collect("answer", wait_s=self._answer_s)
+        if self._rank == min(states):
+            silent = {rank: last for rank, last in self._collect("last").items() if rank not in states}
+            text = summary(alarm, states, silent, self._world_size)
+            _print(text)
+            if self._folder is not None:
+                (self._folder / "hang-summary.txt").write_text(text + "\n", encoding="utf-8")
+            self._tell("summarized", "1")
+        else:
+            deadline = time.monotonic() + self._answer_s
+            while self._ask("summarized") is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+        os._exit(EXIT_HANG)
+
+    def _collect(self, kind: str, wait_s: float = 0.0) -> dict[int, dict[str, Any]]:
+        """What ranks told under a kind of key; waits for all of them as long as is said."""
+        found: dict[int, dict[str, Any]] = {}
+        deadline = time.monotonic() + wait_s
+        while True:
+            for rank in range(self._world_size):
+                text = self._ask(f"{kind}/{rank}") if rank not in found else None
+                if text is not None:
+                    found[rank] = json.loads(text)
+            if self._store is None or len(found) == self._world_size or time.monotonic() >= deadline:
+                return found
+            time.sleep(0.1)
+
+    def _write_stacks(self, text: str) -> Path | None:
+        if self._folder is None:
+            return None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = self._folder / f"hang-rank-{self._rank:05d}.txt"
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            _print(f"rank {self._rank}: stacks cannot be written to {self._folder}: {error}")
+            return None
+        return file
+
+
+def _own_store(timeout_s: float) -> Any:
+    """A connection of the watchdog's own to the store of this run: the other one may be what a rank hangs in."""
+    from torch.distributed import PrefixStore
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = _get_default_store().clone()
+    store.set_timeout(datetime.timedelta(seconds=timeout_s))
+    return PrefixStore(f"{_STORE_PREFIX}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def all_stacks() -> str:
+    """The Python stacks of all threads of this process."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        faulthandler.dump_traceback(file=file, all_threads=True)
+        file.seek(0)
+        return file.read()
+
+
+def describe(state: Mapping[str, Any]) -> str:
+    """Where a rank was."""
+    number = f" {state['number']}" if state["number"] > 1 else ""
+    return f"step {state['step']}, {state['part']}{number}, silent for {state['silence_s']:g} s"
+
+
+def summary(alarm: str, states: Mapping[int, Mapping[str, Any]], silent: Mapping[int, Mapping[str, Any]],
+            world_size: int) -> str:
+    """Which rank was where, those that did not answer first, then those furthest behind.
+
+    Args:
+        alarm: What raised it.
+        states: Of the ranks that answered.
+        silent: The last known of the ranks that did not.
+        world_size: Ranks of the run.
+    """
+    lines = [f"hang: {alarm}; {len(states)} of {world_size} ranks answered. Furthest behind first:"]
+    missing = [rank for rank in range(world_size) if rank not in states]
+    entries = []
+    for rank in missing:
+        last = f"; last seen at {describe(silent[rank])}" if rank in silent else ""
+        entries.append(f"  rank {rank}: no answer (ended, stopped, or in a C function that keeps Python's lock){last}")
+    behind = sorted(states, key=lambda rank: (states[rank]["step"], -states[rank]["silence_s"]))
+    entries += [f"  rank {rank}: {describe(states[rank])}" for rank in behind]
+    lines += entries[:_NUM_LISTED]
+    if len(entries) > _NUM_LISTED:
+        lines.append(f"  and {len(entries) - _NUM_LISTED} more")
+    return "\n".join(lines)
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,47 @@
+"""Which pipeline rank holds which stages, of which copy of the model. Pure Python.
+
+Megatron-Core knows one way to number stages: stage s is virtual stage s // P of pipeline rank s % P. The schedules that
+fold the pipeline (see `schedule/plan.py`) put the stages of the way back on other ranks. Such a stage is built as if on
+the rank that Megatron-Core's numbering has for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.pipeline import V_SHAPED
+
+
+class Place(NamedTuple):
+    """A stage of one of the model's copies."""
+
+    direction: int
+    stage: int
+
+
+Placement = tuple[tuple[Place, ...], ...]  # by rank, by chunk
+
+
+def place_stages(schedule: str, num_ranks: int, stages_per_rank: int) -> Placement:
+    """Where the stages are.
+
+    Args:
+        schedule: One of SCHEDULES.
+        num_ranks: P; even for dualpipe.
+        stages_per_rank: Of one copy of the model.
+    """
+    ranks = range(num_ranks)
+    if schedule == "dualpipe":
+        # Chunk 0 is of the direction that enters at the rank's nearer end.
+        near = [(min(rank, num_ranks - 1 - rank), int(rank >= num_ranks // 2)) for rank in ranks]
+        return tuple((Place(direction, stage), Place(1 - direction, num_ranks - 1 - stage))
+                     for stage, direction in near)
+    if schedule in V_SHAPED:
+        return tuple((Place(0, rank), Place(0, 2 * num_ranks - 1 - rank)) for rank in ranks)
+    return tuple(tuple(Place(0, chunk * num_ranks + rank) for chunk in range(stages_per_rank)) for rank in ranks)
+
+
+def placement(parallel: ParallelConfig) -> Placement:
+    """Where a run's stages are."""
+    return place_stages(parallel.schedule, parallel.pipeline_model_parallel_size, parallel.stages_per_rank)

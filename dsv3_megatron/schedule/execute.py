@@ -1,0 +1,192 @@
+"""Runs a plan on real stages, whatever its schedule.
+
+Usage:
+    executor = Executor(plan, rank, transport)
+    executor.run(runners)              # one step; runners[c] is this rank's chunk c
+
+A rank runs its actions in the plan's order. Around them go the transfers that `with_transfers` put there. A receive is
+posted before its place, while the actions before it run; it is waited for only by the action that uses it. A send is
+posted at its place, right behind the action that made the tensor, and not waited for. So every transfer is posted no
+later, and waited for no earlier, than in the strict order that `validate` proves free of deadlock; and the messages
+between two ranks keep that order, on both sides.
+
+What one stage hands to another on the same rank (DualPipeV and ZB-V at the fold) is handed over as it is.
+
+The executor holds a tensor from its arrival to its use, and an output from its making to its sending. What a
+micro-batch needs for its backward is the runners'.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from dsv3_megatron.schedule.actions import Action, Kind, Operation
+from dsv3_megatron.schedule.chunk import ChunkRunner, Steps
+from dsv3_megatron.schedule.plan import Output, Place, Plan
+from dsv3_megatron.schedule.transfers import Exchange, Transfer, with_transfers
+from dsv3_megatron.schedule.transport import Arrival, Transport
+
+# Receives are posted this many actions before the one that follows them in the plan's order.
+RECEIVE_AHEAD = 2
+
+
+class Recorder(Protocol):
+    """Notes when actions begin and end."""
+
+    def begin(self, action: Action) -> None:
+        """The action's inputs are there."""
+        ...
+
+    def end(self, action: Action) -> None:
+        """Its outputs are made."""
+        ...
+
+
+class Executor:
+    """One rank's part of a plan, to be run step after step.
+
+    Args:
+        plan: A sound plan.
+        rank: Whose part.
+        transport: To the other ranks.
+    """
+
+    def __init__(self, plan: Plan, rank: int, transport: Transport) -> None:
+        self.plan, self.rank, self.transport = plan, rank, transport
+        self._program = with_transfers(plan)[rank]
+        # The receives, each with the number of actions before its place, in the order that both sides have.
+        self._receives: list[tuple[int, Transfer]] = []
+        num_actions = 0
+        for step in self._program:
+            if isinstance(step, Exchange):
+                self._receives += [(num_actions, transfer) for transfer in step.transfers
+                                   if transfer.destination == rank]
+            else:
+                num_actions += 1
+
+    def run(self, runners: Sequence[ChunkRunner], recorder: Recorder | None = None) -> None:
+        """Run one step; called by every rank of the pipeline.
+
+        Args:
+            runners: This rank's chunks.
+            recorder: Is told of each action.
+
+        Raises:
+            Exception: what a runner or the transport raised, with a note of the action.
+        """
+        assert len(runners) == self.plan.num_chunks, "a runner for each chunk"
+        step = _Step(self.plan, self.rank, self.transport, runners, deque(self._receives))
+        num_actions = 0
+        for item in self._program:
+            if isinstance(item, Exchange):
+                for transfer in item.transfers:
+                    if transfer.source == self.rank:
+                        step.send(transfer)
+                continue
+            step.post_receives(num_actions + RECEIVE_AHEAD)
+            try:
+                step.run(item, recorder)
+            except Exception as error:
+                error.add_note(f"pipeline rank {self.rank} was at {item}, action {num_actions + 1} of "
+                               f"{len(self.plan.actions[self.rank])}: {step.describe(item)}")
+                raise
+            num_actions += 1
+        step.finish()
+
+
+class _Step:
+    """What a rank holds between the actions of one step."""
+
+    def __init__(self, plan: Plan, rank: int, transport: Transport, runners: Sequence[ChunkRunner],
+                 receives: deque[tuple[int, Transfer]]) -> None:
+        self.plan, self.rank, self.transport, self.runners = plan, rank, transport, runners
+        self.receives = receives
+        self.arrivals: dict[Output, Arrival] = {}
+        self.made: dict[Output, torch.Tensor] = {}
+
+    def post_receives(self, num_actions: int) -> None:
+        """Post the receives whose place is behind at most this many actions."""
+        while self.receives and self.receives[0][0] <= num_actions:
+            _, transfer = self.receives.popleft()
+            self.arrivals[transfer.output] = self.transport.receive(transfer.source)
+
+    def send(self, transfer: Transfer) -> None:
+        self.transport.send(self.made.pop(transfer.output), transfer.destination)
+
+    def run(self, action: Action, recorder: Recorder | None) -> None:
+        operands = [self._take(operation) for operation in action.operations]
+        if recorder is not None:
+            recorder.begin(action)
+        turns: list[Steps] = []
+        for operation in reversed(action.operations):  # of a pair the backward goes first, see `chunk`
+            runner = self.runners[operation.chunk]
+            if operation.kind is Kind.BACKWARD_WEIGHT:
+                runner.backward_weight(operation.microbatch)
+            elif operation.kind is Kind.FORWARD:
+                turns.append(runner.forward_steps(operation.microbatch, operands.pop()))
+            else:
+                turns.append(runner.backward_steps(operation.microbatch, operands.pop(),
+                                                   defer_weights=operation.kind is Kind.BACKWARD_INPUT))
+        results = take_turns(turns)
+        if recorder is not None:
+            recorder.end(action)
+        for operation, result in zip(reversed(action.operations), results, strict=False):
+            self._keep(operation, result)
+
+    def _take(self, operation: Operation) -> torch.Tensor | None:
+        """The tensor that an operation works on, from another rank or from this one."""
+        operand = self.plan.operand(self.rank, operation)
+        if operand is None:
+            return None
+        if operand in self.made:
+            return self.made.pop(operand)
+        return self.arrivals.pop(operand).wait()
+
+    def _keep(self, operation: Operation, result: torch.Tensor | None) -> None:
+        output = self.plan.output(self.rank, operation)
+        assert output is not None
+        if self.plan.receiver(output) is None:
+            return
+        if result is None:
+            raise ValueError(f"the runner of chunk {operation.chunk} returned nothing for the {output}, which another "
+                             "stage waits for")
+        self.made[output] = result
+
+    def describe(self, action: Action) -> str:
+        """For a reader: what the action is, and where its inputs come from."""
+        parts = []
+        for operation in action.operations:
+            direction, stage = self.plan.placement[self.rank][operation.chunk]
+            operand = self.plan.operand(self.rank, operation)
+            source = None if operand is None else self.plan.holders[Place(direction, operand.stage)]
+            parts.append(f"{operation.kind.name.lower().replace('_', ' ')} of micro-batch {operation.microbatch} on "
+                         f"stage {stage}" + (f" of direction {direction}" if self.plan.num_directions > 1 else "")
+                         + (f" with the {operand} from rank {source}" if operand is not None else ""))
+        return f"{self.plan.schedule}, " + " and ".join(parts)
+
+    def finish(self) -> None:
+        assert not self.receives and not self.arrivals and not self.made, "every tensor of a plan is used"
+        self.transport.flush()
+
+
+def take_turns(generators: Sequence[Steps]) -> list[torch.Tensor | None]:
+    """Run generators in strict alternation, one resume each; the rest of the longest at the end.
+
+    Returns:
+        What each returned, in their order.
+    """
+    results: list[torch.Tensor | None] = [None] * len(generators)
+    running = deque(enumerate(generators))
+    while running:
+        index, generator = running.popleft()
+        try:
+            next(generator)
+        except StopIteration as stop:
+            results[index] = stop.value
+        else:
+            running.append((index, generator))
+    return results
