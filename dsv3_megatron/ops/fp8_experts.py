@@ -17,7 +17,7 @@ import torch
 
 from dsv3_megatron.config.precision import LinearPrecision
 from dsv3_megatron.ops.fp8_backend import REFERENCE, ReferenceBackend
-from dsv3_megatron.ops.fp8_linear import DeferredWeightGrad, Saved
+from dsv3_megatron.ops.fp8_linear import Kept, Saved, settle_weight_grad
 from dsv3_megatron.ops.fp8_products import Products
 from dsv3_megatron.ops.fp8_quantize import Quantized
 from dsv3_megatron.ops.linear import WeightGradDeferral
@@ -93,21 +93,16 @@ class _Fp8Experts(torch.autograd.Function):
         grad_x = first.input_grad(grad_hidden, fc1, dtype, counts) if ctx.needs_input_grad[0] else None
         if ctx.defer is None:
             assert active is not None, "asked for"
-            kept_active: Any = active.to(dtype)
+            kept_active: Kept = active.to(dtype)
         else:
             def kept_active() -> torch.Tensor:
                 return _activation(cached_hidden, gates).to(dtype)
 
-        waiting = (DeferredWeightGrad(fc1, first, grad_hidden, cached_x, ctx.accumulate, counts),
-                   DeferredWeightGrad(fc2, second, grad_y, kept_active, ctx.accumulate, counts))
-        grad_weights: list[torch.Tensor | None] = [None, None]
-        for index, deferred in enumerate(waiting):
-            if not ctx.needs_input_grad[2 + index]:
-                continue
-            if ctx.defer is None:
-                grad_weights[index] = deferred.for_autograd()
-            else:
-                ctx.defer(deferred)
+        grad_weights = [
+            settle_weight_grad(weight, products, grad, kept, ctx.accumulate, counts, ctx.defer) if needed else None
+            for weight, products, grad, kept, needed in (
+                (fc1, first, grad_hidden, cached_x, ctx.needs_input_grad[2]),
+                (fc2, second, grad_y, kept_active, ctx.needs_input_grad[3]))]
         grad_gates = None if grad_gates is None or gates is None else grad_gates.to(gates.dtype)
         return grad_x, grad_gates, *grad_weights, None, None, None, None
 

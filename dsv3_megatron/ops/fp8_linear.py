@@ -17,7 +17,13 @@ from dsv3_megatron.config.precision import LinearPrecision
 from dsv3_megatron.ops.fp8_backend import REFERENCE, ReferenceBackend
 from dsv3_megatron.ops.fp8_products import Products
 from dsv3_megatron.ops.fp8_quantize import Quantized
-from dsv3_megatron.ops.linear import WeightGradDeferral, main_grad_of, mark_added_to_main_grad
+from dsv3_megatron.ops.linear import (
+    DeferredWeightGrad,
+    WeightGradDeferral,
+    add_to_grad,
+    main_grad_of,
+    mark_added_to_main_grad,
+)
 
 # An input kept for the weight gradient, or what computes it again.
 Kept = torch.Tensor | Quantized | Callable[[], torch.Tensor]
@@ -89,61 +95,47 @@ class _Fp8Linear(torch.autograd.Function):
         grad_x = ctx.products.input_grad(grad_y, ctx.weight, ctx.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            deferred = DeferredWeightGrad(ctx.weight, ctx.products, grad_y, cached, ctx.accumulate)
-            if ctx.defer is None:
-                grad_weight = deferred.for_autograd()
-            else:
-                ctx.defer(deferred)
+            grad_weight = settle_weight_grad(ctx.weight, ctx.products, grad_y, cached, ctx.accumulate, None, ctx.defer)
         return grad_x, grad_weight, None, None, None
 
 
-class DeferredWeightGrad:
-    """The weight gradient of one call, or of one call for several experts, computed when called; frees what it held.
+def settle_weight_grad(weight: torch.Tensor, products: Products, grad_y: torch.Tensor, kept: Kept, accumulate: bool,
+                       counts: Sequence[int] | None, defer: WeightGradDeferral | None) -> torch.Tensor | None:
+    """Compute a weight's gradient, or hand its computation on.
 
     Args:
         weight: [O, I], or a stack with `counts`.
         products: How it multiplies.
         grad_y: [R, O].
-        cached: The input as it was kept, [R, I]; or what computes it.
-        accumulate: Whether to add to `weight.main_grad` where there is one.
+        kept: The input [R, I] as it was kept, or what computes it.
+        accumulate: Add to `weight.main_grad` where there is one.
         counts: Rows of each expert.
+        defer: Gets the computation.
+
+    Returns:
+        For autograd: the gradient; what stands in for it where `main_grad` took it; None where it is deferred.
     """
+    if defer is not None:
+        defer(DeferredWeightGrad(_add_deferred, weight, products, grad_y, kept, accumulate, counts))
+        return None
+    grad = _weight_grad(weight, products, grad_y, kept, accumulate, counts)
+    return mark_added_to_main_grad(weight) if grad is None else grad
 
-    def __init__(self, weight: torch.Tensor, products: Products, grad_y: torch.Tensor, cached: Kept,
-                 accumulate: bool, counts: Sequence[int] | None = None) -> None:
-        self.pending: tuple[torch.Tensor, Kept] | None = (grad_y, cached)
-        self.weight, self.products, self.accumulate, self.counts = weight, products, accumulate, counts
 
-    def __call__(self) -> None:
-        """Add the gradient to `weight.main_grad`, or to `weight.grad`."""
-        with torch.no_grad():
-            total = main_grad_of(self.weight, self.accumulate)
-            if total is not None:
-                self._add_to(total)
-                self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-            else:
-                grad = self._own()
-                self.weight.grad = grad if self.weight.grad is None else self.weight.grad.add_(grad)
+def _weight_grad(weight: torch.Tensor, products: Products, grad_y: torch.Tensor, kept: Kept, accumulate: bool,
+                 counts: Sequence[int] | None) -> torch.Tensor | None:
+    """The gradient in the weight's dtype, summed in fp32; None where `main_grad` took it."""
+    main_grad = main_grad_of(weight, accumulate)
+    total = main_grad
+    if total is None:
+        total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    cached = kept() if callable(kept) else kept
+    if counts is None:
+        products.add_weight_grad(grad_y, cached, total)
+    else:
+        products.add_weight_grads(grad_y, cached, total, counts)
+    return None if main_grad is not None else total.to(weight.dtype)
 
-    def for_autograd(self) -> torch.Tensor:
-        """The gradient, or, where `main_grad` took it, what stands in for it."""
-        total = main_grad_of(self.weight, self.accumulate)
-        if total is None:
-            return self._own()
-        self._add_to(total)
-        return mark_added_to_main_grad(self.weight)
 
-    def _own(self) -> torch.Tensor:
-        total = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
-        self._add_to(total)
-        return total.to(self.weight.dtype)
-
-    def _add_to(self, total: torch.Tensor) -> None:
-        if self.pending is None:
-            raise RuntimeError("a deferred weight gradient was computed twice; call each one once")
-        (grad_y, kept), self.pending = self.pending, None
-        cached = kept() if callable(kept) else kept
-        if self.counts is None:
-            self.products.add_weight_grad(grad_y, cached, total)
-            return
-        self.products.add_weight_grads(grad_y, cached, total, self.counts)
+def _add_deferred(weight: torch.Tensor, *rest: Any) -> None:
+    add_to_grad(weight, _weight_grad(weight, *rest))
