@@ -21,6 +21,7 @@ from dsv3_megatron.checkpoint.layout import TRACKER, CheckpointError, check_arch
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.pipeline import nearest_microbatches
 from dsv3_megatron.config.run import RunConfig, require_document_attention
 from dsv3_megatron.config.training import (
     DOCUMENT_SWITCHES,
@@ -196,8 +197,8 @@ def _rows_per_step(parallel: ParallelConfig, world_size: int, micro_batch_size: 
     rows_per_microbatch = micro_batch_size * parallel.data_parallel_size(world_size)
     wanted = 1 if stages == 1 else _MICROBATCHES_PER_STAGE * stages
     microbatches = min(wanted, math.ceil(num_rows / rows_per_microbatch))
-    if parallel.num_virtual_stages_per_pipeline_rank > 1:
-        microbatches = math.ceil(microbatches / stages) * stages
+    if stages > 1:
+        microbatches = nearest_microbatches(parallel.schedule, stages, microbatches)[-1]
     return microbatches * rows_per_microbatch
 
 

@@ -22,7 +22,6 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from dsv3_megatron.checkpoint.agreement import on_first_rank
 from dsv3_megatron.checkpoint.store import load_weights
@@ -35,8 +34,9 @@ from dsv3_megatron.data.rows import Rows
 from dsv3_megatron.model.build import build_stages
 from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.language_model import TokenLosses
-from dsv3_megatron.parallel.groups import create_groups, destroy_groups, start_process_group
+from dsv3_megatron.parallel.groups import create_groups, destroy_groups, replicas, start_process_group
 from dsv3_megatron.platform import prepare, resolve_precision
+from dsv3_megatron.schedule.forward_backward import build_forward_backward
 from dsv3_megatron.trainer import configure_logging, sum_losses, sum_over_ranks
 
 logger = logging.getLogger(__name__)
@@ -124,8 +124,7 @@ class Evaluator:
         self.precision = resolve_precision(run.training.precision, self.device)
         stages, config = build_stages(run, self.groups, precision=self.precision)
         self.stages: list[Any] = [stage.eval() for stage in stages]
-        self.forward = get_forward_backward_func(
-            pp_size=run.parallel.pipeline_model_parallel_size, vp_size=config.virtual_pipeline_model_parallel_size)
+        self.forward = build_forward_backward(run.parallel, self.groups, config)
         started = time.monotonic()
         if load is not None:
             load(self.stages, self.groups)
@@ -155,8 +154,9 @@ class Evaluator:
                              data=data, eod_id=self.eod_id)
         batches = [BatchIterator(
             samples, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
-            data_parallel_rank=self.groups.dp.rank(), data_parallel_size=self.groups.dp.size(),
-            eod_id=self.eod_id if data.reset_attention_mask else None) for _ in self.stages]
+            data_parallel_rank=rank, data_parallel_size=size,
+            eod_id=self.eod_id if data.reset_attention_mask else None)
+            for rank, size in replicas(self.run.parallel, self.groups)]
         writer = LogProbsWriter(logprobs, len(rows), len(rows[0]) - 1) if logprobs else None
         totals = [0.0] * (2 + depths)
         started = time.monotonic()

@@ -1,6 +1,6 @@
 """The training loop, and the one place where every stage of a run meets.
 
-A step is: micro-batches through Megatron-Core's pipeline schedule, gradients reduced and divided by the
+A step is: micro-batches through the pipeline by its schedule, gradients reduced and divided by the
 number of tokens, one optimizer step, one update of the routers' biases. The loss of a step is the mean
 over its tokens: main loss + lambda / D * sum of the MTP losses (each summed over the positions that have
 a target and divided by all positions, as in the report) + the balance losses, mean over sequences.
@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
@@ -51,8 +50,9 @@ from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.lr import learning_rate
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
-from dsv3_megatron.parallel.groups import create_groups, destroy_groups, start_process_group
+from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_tokens, replicas, start_process_group
 from dsv3_megatron.platform import Device, prepare, resolve_precision
+from dsv3_megatron.schedule.forward_backward import build_forward_backward
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +88,10 @@ class Trainer:
         stages, self.mcore_config = build_stages(run, self.groups, precision=self.precision)
         self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
-        self.mcore_config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=self.groups)
-        self.forward_backward = get_forward_backward_func(
-            pp_size=run.parallel.pipeline_model_parallel_size,
-            vp_size=self.mcore_config.virtual_pipeline_model_parallel_size)
+        self.mcore_config.finalize_model_grads_func = partial(
+            finalize_model_grads, pg_collection=groups_of_tokens(self.groups))
+        self.forward_backward = build_forward_backward(run.parallel, self.groups, self.mcore_config,
+                                                       trace=run.logging.trace_schedule)
         self.guard = Guard(run.guards)
         self.guard_log = EventLog(run.logging.tensorboard_dir, enabled=self.rank == 0)
         self.watchdog = Watchdog(run.guards.hang_timeout_s, folder=run.logging.tensorboard_dir)
@@ -108,19 +108,21 @@ class Trainer:
         config = dataset_config(self.run)
         self.eod_id = config.eod_id
         self.data = build_datasets(config)
-        self.batches = [self._iterate(self.data.train, self.data_position) for _ in self.chunks]
+        self.batches = self._iterate(self.data.train, self.data_position)
 
     @property
     def data_position(self) -> int:
         """The dataset's sample that the next step begins with: rollbacks may have jumped over some before it."""
         return self.consumed_samples + self.guard.jumped_samples
 
-    def _iterate(self, dataset: Any, consumed_samples: int) -> BatchIterator:
+    def _iterate(self, dataset: Any, consumed_samples: int) -> list[BatchIterator]:
+        """An iterator for each chunk."""
         training = self.run.training
-        return BatchIterator(
+        return [BatchIterator(
             dataset, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
-            data_parallel_rank=self.groups.dp.rank(), data_parallel_size=self.groups.dp.size(),
-            consumed_samples=consumed_samples, eod_id=self.eod_id if self.run.data.reset_attention_mask else None)
+            data_parallel_rank=rank, data_parallel_size=size, consumed_samples=consumed_samples,
+            eod_id=self.eod_id if self.run.data.reset_attention_mask else None)
+            for rank, size in replicas(self.run.parallel, self.groups)]
 
     def _build_reports(self) -> None:
         training, log = self.run.training, self.run.logging
@@ -285,7 +287,7 @@ class Trainer:
         """Mean losses over the first eval_iters global batches of the validation data; no state changes."""
         for chunk in self.chunks:
             chunk.eval()
-        batches = [self._iterate(self.data.valid, 0) for _ in self.chunks]
+        batches = self._iterate(self.data.valid, 0)
         losses = []
         for _ in range(self.run.training.eval_iters):
             with torch.no_grad():

@@ -80,6 +80,9 @@ class RunConfig:
                               "exported")
         if self.checkpoint.keep_last < 0:
             raise ConfigError(f"keep_last={self.checkpoint.keep_last} must not be negative; 0 keeps all checkpoints")
+        if self.logging.trace_schedule and self.parallel.pipeline_model_parallel_size == 1:
+            raise ConfigError(f"trace_schedule={self.logging.trace_schedule} records what pipeline ranks do and needs "
+                              "pipeline_model_parallel_size of at least 2; leave it out")
         if self.logging.log_interval < 1:
             raise ConfigError(f"log_interval={self.logging.log_interval} must be at least 1")
         self.guards.validate(self.checkpoint)

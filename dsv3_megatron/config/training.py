@@ -102,7 +102,6 @@ class TrainingConfig:
                 f"over {parallel.model_parallel_size} model-parallel ranks) must divide "
                 f"global_batch_size={self.global_batch_size}; {way_out}"
             )
-        microbatches = self.num_microbatches(replicas)
         self._validate_microbatches(parallel, replicas)
 
     def _validate_microbatches(self, parallel: ParallelConfig, replicas: int) -> None:
@@ -177,3 +176,5 @@ class LoggingConfig:
 
     tensorboard_dir: str | None = option(None, help="folder for TensorBoard logs and the resolved configuration")
     log_interval: int = option(10, help="steps between log lines and scalars")
+    trace_schedule: str | None = option(None, help="file for what each pipeline rank does when in a step, for "
+                                        "chrome://tracing, ui.perfetto.dev and simulate_pipeline.py --from-trace")

@@ -52,6 +52,18 @@ class PackedDocuments:
         return (ends_BS - 1 - torch.arange(ends_BS.shape[1])).to(device, non_blocking=True)
 
 
+def packed_documents(batch: Batch, data: DataConfig) -> PackedDocuments | None:
+    """Where a micro-batch's documents end, if a run's settings keep them apart.
+
+    Args:
+        batch: With `document_bounds` where documents are isolated.
+        data: Of the run.
+    """
+    if not data.has_document_attention:
+        return None
+    return PackedDocuments(batch.document_bounds, batch.position_ids_BS if data.reset_position_ids else None)
+
+
 def forward_stage(stage: torch.nn.Module, batch: Batch, data: DataConfig) -> Any:
     """A micro-batch through one pipeline stage, its documents kept apart as a run's settings say.
 
@@ -63,8 +75,5 @@ def forward_stage(stage: torch.nn.Module, batch: Batch, data: DataConfig) -> Any
     Returns:
         TokenLosses of the last stage, hidden states of the others.
     """
-    documents = None
-    if data.has_document_attention:
-        documents = PackedDocuments(batch.document_bounds, batch.position_ids_BS if data.reset_position_ids else None)
     return stage(input_ids=batch.tokens_BS, position_ids=batch.position_ids_BS, attention_mask=None,
-                 packed_seq_params=documents, labels=batch.labels_BS)
+                 packed_seq_params=packed_documents(batch, data), labels=batch.labels_BS)

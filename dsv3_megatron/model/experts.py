@@ -21,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from dsv3_megatron.model.weight_gradients import weight_grad_deferral
 from dsv3_megatron.ops.experts import swiglu_experts
 from dsv3_megatron.ops.swiglu import swiglu
 
@@ -74,7 +75,8 @@ class GroupedExperts(MegatronModule):
         """
         counts = tokens_per_expert.tolist()
         return swiglu_experts(x_RH, counts, self.linear_fc1.weight, self.linear_fc2.weight, gates_R,
-                              accumulate_into_main_grad=not x_RH.is_cuda), None
+                              accumulate_into_main_grad=not x_RH.is_cuda,
+                              defer_weight_grad=weight_grad_deferral()), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
                            ) -> dict[str, Any]:

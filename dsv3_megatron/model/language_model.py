@@ -16,6 +16,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from dsv3_megatron.model.documents import PackedDocuments
+from dsv3_megatron.model.linear import column_parallel_product
+from dsv3_megatron.model.weight_gradients import weight_grad_deferral
 from dsv3_megatron.ops.cross_entropy import linear_cross_entropy
 from dsv3_megatron.parallel.groups import as_pipeline_rank
 
@@ -31,6 +33,18 @@ class TokenLosses(NamedTuple):
 
     main_BS: torch.Tensor
     mtp_BS: tuple[torch.Tensor, ...]
+
+
+class MTPTargets(NamedTuple):
+    """What an MTP module of one depth predicts.
+
+    Attributes:
+        labels_BS: The token at each position.
+        is_there: bool [S] or [B, S]; False where the sequence, or an isolated document, ends before that token.
+    """
+
+    labels_BS: torch.Tensor
+    is_there: torch.Tensor
 
 
 class DeepSeekV3Model(GPTModel):
@@ -62,40 +76,57 @@ class DeepSeekV3Model(GPTModel):
         mtp_losses: list[torch.Tensor] = []
         if self.mtp_process:
             documents: PackedDocuments | None = kwargs.get("packed_seq_params")
-            if documents is not None and documents.bounds is not None:
-                remaining = documents.remaining_BS(labels.device)
-            else:
-                remaining = torch.arange(labels.shape[1] - 1, -1, -1, device=labels.device)
             outputs = self.mtp(
                 input_ids=input_ids, position_ids=position_ids, hidden_states=hidden_states,
                 attention_mask=kwargs.get("attention_mask"), packed_seq_params=documents, embedding=self.embedding)
-            labels_k_BS = labels
-            for depth, hidden_k in enumerate(outputs.chunk(1 + self.config.mtp_num_layers, dim=0)[1:], start=1):
-                labels_k_BS = torch.nn.functional.pad(labels_k_BS[:, 1:], (0, 1))
-                mtp_losses.append(self.token_losses(hidden_k, labels_k_BS) * (remaining >= depth))
+            hidden_k = outputs.chunk(1 + self.config.mtp_num_layers, dim=0)[1:]
+            mtp_losses = [self.mtp_losses(*pair) for pair in zip(hidden_k, self.mtp_targets(labels, documents),
+                                                                 strict=True)]
         return TokenLosses(self.token_losses(hidden_states, labels), tuple(mtp_losses))
+
+    def mtp_targets(self, labels_BS: torch.Tensor, documents: PackedDocuments | None) -> list[MTPTargets]:
+        """What each MTP module predicts, by depth."""
+        if documents is not None and documents.bounds is not None:
+            remaining_BS = documents.remaining_BS(labels_BS.device)
+        else:
+            remaining_BS = torch.arange(labels_BS.shape[1] - 1, -1, -1, device=labels_BS.device)
+        targets, depths = [], range(1, 1 + (self.config.mtp_num_layers or 0))
+        for depth in depths:
+            labels_BS = torch.nn.functional.pad(labels_BS[:, 1:], (0, 1))
+            targets.append(MTPTargets(labels_BS, remaining_BS >= depth))
+        return targets
+
+    def mtp_losses(self, hidden_SBH: torch.Tensor, targets: MTPTargets) -> torch.Tensor:
+        """Losses of an MTP module's output, [B, S], 0 where there is no target."""
+        return self.token_losses(hidden_SBH, targets.labels_BS) * targets.is_there
 
     def token_losses(self, hidden_SBH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
         """-log softmax(head(h))[label] of each position, fp32 [B, S], in nats."""
         labels_SB = labels_BS.transpose(0, 1).contiguous()
         if self.pg_collection.tp.size() > 1:
-            logits_SBv, _ = self.output_layer(hidden_SBH)
+            logits_SBv = column_parallel_product(
+                hidden_SBH, self.output_layer.weight, sequence_parallel=self.config.sequence_parallel,
+                allreduce_dgrad=not self.config.sequence_parallel, tp_group=self.pg_collection.tp)
             losses_SB = vocab_parallel_cross_entropy(logits_SBv.float(), labels_SB, tp_group=self.pg_collection.tp)
         else:
             losses_SB = linear_cross_entropy(hidden_SBH, self.output_layer.weight, labels_SB,
-                                             accumulate_into_main_grad=True)
+                                             accumulate_into_main_grad=True,
+                                             defer_weight_grad=weight_grad_deferral())
         return losses_SB.transpose(0, 1).contiguous()
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What a checkpoint holds, without the modules' `_extra_state`.
 
         That is state of FP8 from one step to the next, which neither bf16 nor block-wise FP8 has. Local and Transformer
         Engine modules do not have it in the same places, and a checkpoint of one shall load into the other.
         """
+        has_shared_embedding = self.mtp_process and "embedding" not in self._modules
+        if has_shared_embedding:  # Megatron-Core wants to mark the entry as a copy
+            self._modules["embedding"] = self.embedding
         with as_pipeline_rank(self.pg_collection.pp.rank()):
-            state = super().sharded_state_dict(*args, **kwargs)
-        if "embedding" not in self._modules:  # Megatron-Core adds the embedding that the MTP modules use
-            state.pop(f"{kwargs.get('prefix', '')}embedding.word_embeddings.weight", None)
+            state = super().sharded_state_dict(prefix, *args, **kwargs)
+        if has_shared_embedding:  # the first stage saves it
+            del self._modules["embedding"], state[f"{prefix}embedding.word_embeddings.weight"]
         return {key: entry for key, entry in state.items() if "_extra_state" not in key}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 The products are those of `ops/linear.py`; what is split over which ranks, and the checkpoint format, are
 Megatron-Core's. Weight gradients are added straight to the fp32 main gradient where data parallelism has
-made one.
+made one; inside a pipeline's segment they can wait (`model/weight_gradients.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from dsv3_megatron.model.weight_gradients import weight_grad_deferral
 from dsv3_megatron.ops.linear import linear
 
 
@@ -32,11 +33,26 @@ class LocalColumnParallelLinear(ColumnParallelLinear):
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *_: Any, allreduce_dgrad: bool = False,
                       sequence_parallel: bool = False, tp_group: Any = None, **__: Any) -> torch.Tensor:
-        if sequence_parallel:
-            input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
-        elif allreduce_dgrad:
-            input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        return linear(input, weight, accumulate_into_main_grad=True)
+        return column_parallel_product(input, weight, sequence_parallel=sequence_parallel,
+                                       allreduce_dgrad=allreduce_dgrad, tp_group=tp_group)
+
+
+def column_parallel_product(input: torch.Tensor, weight: torch.Tensor, *, sequence_parallel: bool,
+                            allreduce_dgrad: bool, tp_group: Any) -> torch.Tensor:
+    """This rank's features of the output.
+
+    Args:
+        input: [..., in]; under sequence parallelism this rank's part of the sequence, its first dimension.
+        weight: [out / TP, in].
+        sequence_parallel: Gather the sequence; in backward, scatter the sum of the input's gradients.
+        allreduce_dgrad: The input is whole on every rank; in backward, sum its gradients.
+        tp_group: The ranks.
+    """
+    if sequence_parallel:
+        input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
+    elif allreduce_dgrad:
+        input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+    return linear(input, weight, accumulate_into_main_grad=True, defer_weight_grad=weight_grad_deferral())
 
 
 class LocalRowParallelLinear(RowParallelLinear):
@@ -47,7 +63,7 @@ class LocalRowParallelLinear(RowParallelLinear):
         return (linear(input_, self.weight), None) if _is_product_alone(self) else super().forward(input_)
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return linear(input, weight, accumulate_into_main_grad=True)
+        return linear(input, weight, accumulate_into_main_grad=True, defer_weight_grad=weight_grad_deferral())
 
 
 def _is_product_alone(layer: ColumnParallelLinear | RowParallelLinear) -> bool:
@@ -66,4 +82,4 @@ class ReplicatedLinear(torch.nn.Module):
 
     def forward(self, x_SBI: torch.Tensor) -> torch.Tensor:
         """[..., input_size] -> [..., output_size]."""
-        return linear(x_SBI, self.weight, accumulate_into_main_grad=True)
+        return linear(x_SBI, self.weight, accumulate_into_main_grad=True, defer_weight_grad=weight_grad_deferral())

@@ -36,7 +36,9 @@ def linear_forward(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "aut
     if x.numel() == x.shape[-1] and choose_product_backend(backend, x.device, x.dtype) == "native":
         return torch.nn.functional.linear(x, weight)  # one row: the same product in one call
     rows, wide_weight = _operands(x, weight, backend, x.dtype)
-    return multiply_rows(rows, wide_weight).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    product = multiply_rows(rows, wide_weight).to(x.dtype)
+    # A view could not be changed in place by who gets it (Megatron-Core's cross-entropy does), this can.
+    return torch.ops.aten._unsafe_view(product, [*x.shape[:-1], weight.shape[0]])
 
 
 def multiply_rows(rows_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:

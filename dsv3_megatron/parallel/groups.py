@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import FOLDED
+from dsv3_megatron.parallel.placement import placement
 from dsv3_megatron.platform import Device
 
 COLLECTIVE_TIMEOUT_S = 600
@@ -66,11 +67,23 @@ def create_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection
     model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if parallel.schedule in FOLDED:
-        # The embedding is on the rank of the last stage, which uses it as it is: there is no copy to sum up.
-        groups.embd = None
+        # The last stage, on the same rank, uses the embedding as it is: no other rank has a copy to sum up.
+        groups.embd = _new_group([torch.distributed.get_rank()])
     if parallel.num_model_copies > 1:
         _join_mirrored_ranks(groups)
     return groups
+
+
+def pipeline_twin(groups: ProcessGroupCollection) -> torch.distributed.ProcessGroup:
+    """Another communicator of the pipeline's ranks; called by all of them."""
+    return _new_group(torch.distributed.get_process_group_ranks(groups.pp))
+
+
+def _new_group(ranks: list[int]) -> torch.distributed.ProcessGroup:
+    """A group that its own ranks make, without the others."""
+    group = torch.distributed.new_group(ranks, use_local_synchronization=True)
+    assert isinstance(group, torch.distributed.ProcessGroup)
+    return group
 
 
 def _join_mirrored_ranks(groups: ProcessGroupCollection) -> None:
@@ -80,10 +93,7 @@ def _join_mirrored_ranks(groups: ProcessGroupCollection) -> None:
 
     def joined(group: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup:
         own = torch.distributed.get_process_group_ranks(group)
-        both = torch.distributed.new_group(sorted([*own, *(peer + offset for peer in own)]),
-                                           use_local_synchronization=True)
-        assert isinstance(both, torch.distributed.ProcessGroup)
-        return both
+        return _new_group(sorted([*own, *(peer + offset for peer in own)]))
 
     groups.dp_cp = groups.intra_dp_cp = groups.dp_cp_gtp_remat = joined(groups.dp_cp)
     groups.expt_dp = groups.intra_expt_dp = groups.expt_dp_gtp_remat = joined(groups.expt_dp)
@@ -97,6 +107,17 @@ def groups_of_tokens(groups: ProcessGroupCollection) -> ProcessGroupCollection:
     counted = copy.copy(groups)
     counted.dp_cp = counted.dp_cp_gtp_remat = groups.dp
     return counted
+
+
+def replicas(parallel: ParallelConfig, groups: ProcessGroupCollection) -> list[tuple[int, int]]:
+    """Which part of the data goes to each of this rank's chunks: (rank, size) among all copies of the model.
+
+    Each copy counts as a data-parallel rank: direction d of pipeline p of DualPipe takes the micro-batches that rank
+    2p + d of twice as many would. So the samples of a step, and their sums, are those of every other layout.
+    """
+    copies = parallel.num_model_copies
+    return [(groups.dp.rank() * copies + place.direction, groups.dp.size() * copies)
+            for place in placement(parallel)[groups.pp.rank()]]
 
 
 class PipelinePosition:

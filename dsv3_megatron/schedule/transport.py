@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from dsv3_megatron.parallel.groups import pipeline_twin
+
 
 class Arrival(Protocol):
     """A tensor on its way to this rank."""
@@ -102,17 +104,17 @@ class _Arrival:
         return self.tensor
 
 
-def build_transport(groups: ProcessGroupCollection, *, shape: tuple[int, ...], dtype: torch.dtype,
-                    device: torch.device) -> GroupTransport:
-    """A transport along this rank's pipeline; called by every rank, for it makes a group.
+class PipelineChannels:
+    """The two communicators of this rank's pipeline; made by every rank at once.
 
     Args:
         groups: The run's.
-        shape: Of what goes between stages on this rank.
-        dtype: Likewise.
-        device: Of this process.
     """
-    ranks = torch.distributed.get_process_group_ranks(groups.pp)
-    descending = torch.distributed.new_group(ranks, use_local_synchronization=True)
-    assert isinstance(descending, torch.distributed.ProcessGroup)
-    return GroupTransport(groups.pp, descending, shape=shape, dtype=dtype, device=device)
+
+    def __init__(self, groups: ProcessGroupCollection) -> None:
+        self.ascending = groups.pp
+        self.descending = pipeline_twin(groups)
+
+    def transport(self, *, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> GroupTransport:
+        """For tensors of one kind; those of several kinds must not be under way at once."""
+        return GroupTransport(self.ascending, self.descending, shape=shape, dtype=dtype, device=device)

@@ -16,7 +16,6 @@ import torch
 
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.data.batches import BatchIterator
 from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.model.parameters import WholeParameter, whole_parameters
 from dsv3_megatron.model.router import DeepSeekRouter
@@ -42,6 +41,7 @@ class Layout:
         num_ranks: Processes.
         parallel: The split.
         mtp_num_layers: MTP modules of the model.
+        num_layers: Of the main model, the first of them dense.
         is_isolated: Documents do not see each other, positions restart, and losses at their ends do not count.
         fault: Name in FAULTS of what is broken on purpose, "" for nothing.
     """
@@ -50,6 +50,7 @@ class Layout:
     num_ranks: int
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     mtp_num_layers: int = 1
+    num_layers: int = 4
     is_isolated: bool = False
     fault: str = ""
 
@@ -59,14 +60,21 @@ class Layout:
         return self.parallel.data_parallel_size(self.num_ranks)
 
     @property
+    def num_micro_batches(self) -> int:
+        """Four for each of one or two pipelines, two for each of four; eight for four ranks, as DualPipe needs."""
+        if self.parallel.pipeline_model_parallel_size == 4:
+            return 8
+        return 2 if self.num_replicas == 4 else 4
+
+    @property
     def micro_batch_size(self) -> int:
-        """Sequences: four micro-batches for each of one or two replicas, two for each of four."""
-        return max(1, GLOBAL_BATCH_SIZE // 4 // self.num_replicas)
+        """Sequences of a micro-batch."""
+        return GLOBAL_BATCH_SIZE // self.num_micro_batches // self.num_replicas
 
     @property
     def run(self) -> RunConfig:
-        """Four layers of which one is dense, four groups of experts."""
-        model = variant("plain", num_layers=4, mtp_num_layers=self.mtp_num_layers, **GROUPED)
+        """Four groups of experts."""
+        model = variant("plain", num_layers=self.num_layers, mtp_num_layers=self.mtp_num_layers, **GROUPED)
         return run_of(
             model, self.parallel, seq_length=SEQ_LENGTH, micro_batch_size=self.micro_batch_size,
             global_batch_size=GLOBAL_BATCH_SIZE, train_iters=1, lr=LEARNING_RATE, min_lr=LEARNING_RATE,
@@ -85,7 +93,7 @@ class RankStep:
         values: Likewise, `local` is the parameter after the step.
         biases: Router biases after the step, by row of the load table.
         sequence_parallel: Whether activations were split along the sequence.
-        num_micro_batches: Forward passes of this rank's replica.
+        num_micro_batches: Forward passes of each chunk of this rank.
     """
 
     report: StepReport
@@ -133,7 +141,7 @@ class OneStepTrainer(Trainer):
     def _build_data(self) -> None:
         samples = RandomSamples(self.run.model.vocab_size, self.run.data.reset_attention_mask)
         self.eod_id: int | None = EOD
-        self.batches: list[BatchIterator] = [self._iterate(samples, 0) for _ in self.chunks]
+        self.batches = self._iterate(samples, 0)
 
     def _build_reports(self) -> None:
         pass

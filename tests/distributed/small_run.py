@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_megatron.config.model import ModelConfig
@@ -20,7 +19,8 @@ from dsv3_megatron.model.build import build_stages, wrap_stages
 from dsv3_megatron.model.parameters import WholeParameter, whole_parameters
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.router_bias import collect_expert_loads, routers, update_router_biases
-from dsv3_megatron.parallel.groups import create_groups
+from dsv3_megatron.parallel.groups import create_groups, groups_of_tokens, replicas
+from dsv3_megatron.schedule.forward_backward import ForwardBackward, build_forward_backward
 
 SEQ_LENGTH, GLOBAL_BATCH = 16, 4
 
@@ -57,23 +57,22 @@ class Training:
     config: Any
     chunks: list[Any]
     optimizer: MegatronOptimizer
+    forward_backward: ForwardBackward
 
     def step(self, number: int) -> float:
         """Train on the batch of step `number`; the mean main loss over all tokens, the same on every rank."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        replicas = self.groups.dp.size()
-        num_microbatches = self.run.training.num_microbatches(replicas)
+        copies = replicas(self.run.parallel, self.groups)
         tokens = torch.randint(0, self.run.model.vocab_size, (GLOBAL_BATCH, SEQ_LENGTH + 1),
                                generator=torch.Generator().manual_seed(number))
-        mine = tokens[self.groups.dp.rank() * num_microbatches:][:num_microbatches]
-        chunks = len(self.chunks)
-        outputs = get_forward_backward_func(
-            pp_size=self.groups.pp.size(),
-            vp_size=chunks if chunks > 1 else None)(
-            forward_step_func=_forward, data_iterator=[iter(mine) for _ in range(chunks)] if chunks > 1 else iter(mine),
-            model=self.chunks if chunks > 1 else self.chunks[0], num_microbatches=num_microbatches,
+        batches = [iter(tokens.chunk(size)[rank]) for rank, size in copies]
+        several = len(self.chunks) > 1
+        outputs = self.forward_backward(
+            forward_step_func=_forward, data_iterator=batches if several else batches[0],
+            model=self.chunks if several else self.chunks[0],
+            num_microbatches=self.run.training.num_microbatches(self.groups.dp.size()),
             seq_length=SEQ_LENGTH, micro_batch_size=1, forward_only=False)
         set_learning_rate(self.optimizer, 3e-3)
         self.optimizer.step()
@@ -118,9 +117,9 @@ def start(run: RunConfig) -> Training:
     stages, config = build_stages(run, groups, precision=precision)
     chunks = wrap_stages(stages, config, groups)
     optimizer = build_optimizer(run.training, chunks, groups, precision=precision)
-    config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups)
+    config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups_of_tokens(groups))
     config.grad_scale_func = None
-    return Training(run, groups, config, chunks, optimizer)
+    return Training(run, groups, config, chunks, optimizer, build_forward_backward(run.parallel, groups, config))
 
 
 def parts(optimizer: MegatronOptimizer) -> list[Any]:

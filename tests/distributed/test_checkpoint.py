@@ -32,13 +32,15 @@ pytestmark = pytest.mark.distributed
 
 PP2_EP2 = {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
 # Each layout loads what the one before it saved. Expert-tensor parallelism is loaded and saved only.
-CHAIN: list[tuple[str, int, dict[str, int]]] = [
+CHAIN: list[tuple[str, int, dict[str, Any]]] = [
     ("PP2xEP2", 4, PP2_EP2),
     ("EP4", 4, {"expert_model_parallel_size": 4}),
     ("one process", 1, {}),
     ("TP2", 2, {"tensor_model_parallel_size": 2}),
     ("interleaved PP2", 2, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}),
+    ("DualPipe PP2", 2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipe"}),
     ("DP2", 2, {}),
+    ("DualPipeV PP2", 2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev"}),
     ("TP2xEP2xETP2", 4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2,
                          "expert_tensor_parallel_size": 2}),
     ("PP2xTP2", 4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
@@ -95,6 +97,7 @@ def test_resharding_keeps_every_bit(tmp_path):
             assert all(state[key].abs().sum() > 0 for key in state if key.startswith("exp_avg_sq:mtp"))
             assert any(state[key].any() for key in state if key.startswith("bias:"))
         assert not differences(expected, state), f"{name} differs in {differences(expected, state)[:5]}"
+        merge([result["after"] for result in results])  # replicas, and DualPipe's copies, stay equal
         for result in results:
             assert result["losses"] == pytest.approx([loss] * steps, rel=FP32_ROUNDING), name
         source = target

@@ -42,7 +42,8 @@ UPDATE_TOLERANCE = 1e-4
 def split(**degrees: Any) -> ParallelConfig:
     names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size",
              "vpp": "num_virtual_stages_per_pipeline_rank", "ep": "expert_model_parallel_size",
-             "etp": "expert_tensor_parallel_size", "layers": "pipeline_model_parallel_layout"}
+             "etp": "expert_tensor_parallel_size", "layers": "pipeline_model_parallel_layout",
+             "schedule": "pipeline_schedule"}
     return ParallelConfig(**{names[name]: value for name, value in degrees.items()})
 
 
@@ -74,6 +75,26 @@ LAYOUTS = [
     Layout("pp4", 4, split(pp=4)),
     Layout("etp2-ep2", 4, split(etp=2, ep=2)),
     Layout("tp2-etp2-ep2", 4, split(tp=2, etp=2, ep=2)),
+    # Schedules: dualpipev and zbv hold four stages on two ranks, eight on four.
+    Layout("zb1p-pp2-uneven", 2, split(pp=2, schedule="zb1p", layers="Et|tttmL")),
+    Layout("zbv-pp2", 2, split(pp=2, schedule="zbv")),
+    Layout("dualpipe-pp2-uneven-two-mtp", 2, split(pp=2, schedule="dualpipe", layers="Ettt|tmmL"), mtp_num_layers=2),
+    Layout("dualpipe-pp2-without-mtp", 2, split(pp=2, schedule="dualpipe"), mtp_num_layers=0),
+    Layout("dualpipev-pp2", 2, split(pp=2, schedule="dualpipev")),
+    Layout("zbv-pp2-ep2", 4, split(pp=2, ep=2, schedule="zbv")),
+    Layout("zb1p-pp2-ep2", 4, split(pp=2, ep=2, schedule="zb1p")),
+    Layout("dualpipe-pp2-ep2", 4, split(pp=2, ep=2, schedule="dualpipe")),
+    Layout("dualpipe-pp2-dp2", 4, split(pp=2, schedule="dualpipe")),
+    Layout("dualpipe-pp2-tp2-ep2", 4, split(pp=2, tp=2, ep=2, schedule="dualpipe")),
+    Layout("dualpipev-pp2-ep2-two-mtp", 4, split(pp=2, ep=2, schedule="dualpipev"), mtp_num_layers=2),
+    Layout("dualpipev-pp2-tp2-etp2", 4, split(pp=2, tp=2, etp=2, schedule="dualpipev")),
+    Layout("zb1p-pp4", 4, split(pp=4, schedule="zb1p")),
+    Layout("dualpipe-pp4-uneven", 4, split(pp=4, schedule="dualpipe", layers="Ett|ttt|t|tttmL"), num_layers=9),
+    Layout("interleaved-pp4", 4, split(pp=4, vpp=2), num_layers=9),
+    Layout("zbv-pp4", 4, split(pp=4, schedule="zbv"), num_layers=9),
+    Layout("dualpipev-pp4-uneven", 4, split(pp=4, schedule="dualpipev", layers="Et|tt|t|t|t|t|t|tmL"), num_layers=9),
+    Layout("isolated-dualpipev-pp2", 2, split(pp=2, schedule="dualpipev"), is_isolated=True),
+    Layout("isolated-dualpipe-pp2-ep2", 4, split(pp=2, ep=2, schedule="dualpipe"), is_isolated=True),
     # Micro-batches of two sequences without data parallelism, of one with it.
     Layout("isolated-pp2", 2, split(pp=2), is_isolated=True),
     Layout("isolated-pp2-interleaved", 2, split(pp=2, vpp=2), is_isolated=True),
@@ -88,6 +109,8 @@ PLANTED = [
     (Layout("fault-experts-lost", 2, split(ep=2), fault="experts-lost"), "gradient of .*experts.*linear_fc2.weight"),
     (Layout("fault-embedding", 2, split(pp=2), fault="embedding-copy-lost"), "gradient of embedding.word_embeddings"),
     (Layout("fault-norm", 2, split(tp=2), fault="norm-unmarked"), "gradient of .*kv_layernorm.weight"),
+    (Layout("fault-copy", 2, split(pp=2, schedule="dualpipe"), fault="experts-lost"),
+     "gradient of .*experts.*linear_fc2.weight"),
     (Layout("fault-load", 2, split(pp=2), fault="load-miscounted"), "expert loads"),
     (Layout("fault-leak", 2, split(pp=2), is_isolated=True, fault="stage-leaks"), "lm_loss|expert loads"),
     (Layout("fault-stale", 2, split(ep=2), fault="parameter-stale"), "parameter .*router.weight"),
@@ -98,8 +121,8 @@ PLANTED = [
 ONE_PROCESS = [(0, False), (1, False), (2, False), (1, True), (2, True)]
 
 
-def one_process_name(depth: int, is_isolated: bool) -> str:
-    return f"one-process-{depth}-mtp" + "-isolated" * is_isolated
+def one_process_name(depth: int, is_isolated: bool, num_layers: int = 4) -> str:
+    return f"one-process-{depth}-mtp-{num_layers}" + "-isolated" * is_isolated
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +131,7 @@ def steps() -> Iterator[dict[str, list[RankStep]]]:
     found: dict[str, list[RankStep]] = {}
     single = [Layout(one_process_name(depth, is_isolated), 1, mtp_num_layers=depth, is_isolated=is_isolated)
               for depth, is_isolated in ONE_PROCESS]
+    single.append(Layout(one_process_name(1, False, 9), 1, num_layers=9))
     wanted = single + LAYOUTS + [layout for layout, _ in PLANTED]
     for num_ranks in (1, 2, 4):
         layouts = [layout for layout in wanted if layout.num_ranks == num_ranks]
@@ -117,7 +141,7 @@ def steps() -> Iterator[dict[str, list[RankStep]]]:
 
 
 def one_process(steps: dict[str, list[RankStep]], layout: Layout) -> RankStep:
-    return steps[one_process_name(layout.mtp_num_layers, layout.is_isolated)][0]
+    return steps[one_process_name(layout.mtp_num_layers, layout.is_isolated, layout.num_layers)][0]
 
 
 def assemble(ranks: list[RankStep], what: str) -> dict[str, torch.Tensor]:
@@ -198,7 +222,8 @@ def test_equals_one_process(steps, layout):
     ranks = steps[layout.name]
     assert len(ranks) == layout.num_ranks
     assert all(rank.sequence_parallel == (layout.parallel.tensor_model_parallel_size > 1) for rank in ranks)
-    assert all(rank.num_micro_batches == (2 if layout.num_replicas == 4 else 4) for rank in ranks)
+    copies = layout.parallel.num_model_copies
+    assert all(rank.num_micro_batches == layout.num_micro_batches // copies for rank in ranks)
     print(layout.name, check_layout(steps, layout))
 
 
@@ -245,7 +270,7 @@ def test_one_process_equals_the_reference(steps, depth, is_isolated):
 
 def test_the_step_is_one_that_matters(steps):
     """The clipping acts, every parameter moves, and biases move from where they were."""
-    step = steps["one-process-1-mtp"][0]
+    step = steps[one_process_name(1, False)][0]
     assert step.report.grad_norm > 1.0
     layout = Layout("", 1)
     initial = initial_parameters(layout, [part.name for part in step.values])

@@ -180,7 +180,7 @@ class RandomTrainer(Trainer):
 
     def _build_data(self) -> None:
         samples = RandomSamples(self.run.model.vocab_size, self.run.training.seq_length)
-        self.batches = [self._iterate(samples, self.consumed_samples) for _ in self.chunks]
+        self.batches = self._iterate(samples, self.consumed_samples)
 
     def _build_reports(self) -> None:
         pass

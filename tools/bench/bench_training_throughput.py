@@ -78,7 +78,7 @@ def ours_step(setting: Setting) -> Step:
     class RandomTokenTrainer(Trainer):
         def _build_data(self) -> None:
             self.data = SimpleNamespace(train=RandomTokens(), valid=None)  # type: ignore[assignment]
-            self.batches = [self._iterate(self.data.train, 0) for _ in self.chunks]
+            self.batches = self._iterate(self.data.train, 0)
 
     run = laptop().override(
         mtp_num_layers=0,

@@ -95,10 +95,10 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "pipeline_schedule='dualpip' must be one of auto, 1f1b, interleaved, zb1p, zbv, dualpipe, dualpipev; did you mean "
      "dualpipe?"),
     ("tiny", {"pipeline_schedule": "zbv", "pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
-     2, "num_virtual_stages_per_pipeline_rank=2 is of the interleaved schedule; pipeline_schedule=zbv has a fixed number "
-     "of stages per rank: leave it at 1, or set pipeline_schedule=interleaved"),
-    ("tiny", {"pipeline_schedule": "zb1p"}, 1, "pipeline_schedule=zb1p needs pipeline_model_parallel_size of at least 2; "
-     "without a pipeline leave it at auto"),
+     2, "num_virtual_stages_per_pipeline_rank=2 is of the interleaved schedule; pipeline_schedule=zbv has a fixed "
+     "number of stages per rank: leave it at 1, or set pipeline_schedule=interleaved"),
+    ("tiny", {"pipeline_schedule": "zb1p"}, 1,
+     "pipeline_schedule=zb1p needs pipeline_model_parallel_size of at least 2; without a pipeline leave it at auto"),
     ("tiny", {"pipeline_schedule": "interleaved", "pipeline_model_parallel_size": 2}, 2,
      "pipeline_schedule=interleaved needs num_virtual_stages_per_pipeline_rank of at least 2; try 2, or "
      "pipeline_schedule=1f1b, which is the same with 1"),
@@ -129,8 +129,8 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "num_virtual_stages_per_pipeline_rank=1"),
     ("tiny", {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipe", "global_batch_size": 20}, 2,
      "pipeline_schedule=dualpipe with pipeline_model_parallel_size=2 needs a multiple of 2 micro-batches in a step, at "
-     "least 4; global_batch_size=20 over micro_batch_size=4 x data_parallel_size=1 makes 5; try global_batch_size=16 or "
-     "24"),
+     "least 4; global_batch_size=20 over micro_batch_size=4 x data_parallel_size=1 makes 5; try global_batch_size=16 "
+     "or 24"),
     ("tiny", {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev", "global_batch_size": 8}, 4,
      "pipeline_schedule=dualpipev with pipeline_model_parallel_size=2 needs at least 4 micro-batches in a step; "
      "global_batch_size=8 over micro_batch_size=4 x data_parallel_size=2 makes 1; try global_batch_size=32"),
@@ -162,6 +162,8 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"export_hf": "exported"}, 1,
      "export_hf=exported needs save: the run's last checkpoint is what is exported"),
     ("tiny", {"keep_last": -1}, 1, "keep_last=-1 must not be negative; 0 keeps all checkpoints"),
+    ("tiny", {"trace_schedule": "trace.json"}, 1, "trace_schedule=trace.json records what pipeline ranks do and needs "
+     "pipeline_model_parallel_size of at least 2; leave it out"),
     ("tiny", {"log_interval": 0}, 1, "log_interval=0 must be at least 1"),
 ]
 
