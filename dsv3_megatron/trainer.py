@@ -47,6 +47,7 @@ from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.model.build import build_stages, wrap_stages
 from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.language_model import TokenLosses
+from dsv3_megatron.ops.fp8_weights import constant_weights
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.lr import learning_rate
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
@@ -258,15 +259,16 @@ class Trainer:
                           ) -> tuple[StepLosses, list[dict[str, Any]], int]:
         """One global batch through the pipeline; mean losses, this rank's reports of it and any rank's signal."""
         training = self.run.training
-        collected = self.forward_backward(
-            forward_step_func=self._forward_step,
-            data_iterator=list(batches) if len(batches) > 1 else batches[0],
-            model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=training.num_microbatches(self.groups.dp.size()),
-            seq_length=training.seq_length,
-            micro_batch_size=training.micro_batch_size,
-            forward_only=forward_only,
-        )
+        with constant_weights():
+            collected = self.forward_backward(
+                forward_step_func=self._forward_step,
+                data_iterator=list(batches) if len(batches) > 1 else batches[0],
+                model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=training.num_microbatches(self.groups.dp.size()),
+                seq_length=training.seq_length,
+                micro_batch_size=training.micro_batch_size,
+                forward_only=forward_only,
+            )
         tokens, *sums = sum_over_ranks(collected, self.groups, self.device,
                                        num_mtp_layers=self.run.model.mtp_num_layers)
         stop_signal = torch.tensor(self.stop_signal or 0, device=self.device.torch_device)

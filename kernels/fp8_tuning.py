@@ -32,7 +32,6 @@ class GemmConfig:
         stages: Steps of K in flight.
         warps: Warps of a program; 4 make a warp group.
         group_m: Row tiles that are walked together.
-        specialize: Loads by warps of their own (Triton's automatic warp specialization).
     """
 
     block_m: int = 128
@@ -40,15 +39,14 @@ class GemmConfig:
     stages: int = 4
     warps: int = 8
     group_m: int = 8
-    specialize: bool = False
 
 
 # A step of K is (block_m + block_n) * 128 bytes of shared memory, of which an H100's processor has 227 KB; two fp32
 # tiles (the sum and the step's product) must fit its registers.
 CANDIDATES = tuple(
-    GemmConfig(block_m, block_n, stages, warps, 8, specialize)
+    GemmConfig(block_m, block_n, stages, warps)
     for block_m, block_n, warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 256, 8), (256, 64, 8), (64, 64, 4))
-    for stages in (3, 4, 6) for specialize in (False, True)
+    for stages in (3, 4, 6)
     if stages * (block_m + block_n) * 128 <= 220_000)
 _INTERPRETED = GemmConfig(32, 32, 2, 4, 2)
 

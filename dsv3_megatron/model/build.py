@@ -9,6 +9,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.config.run import RunConfig, require_engine_epsilon
+from dsv3_megatron.model.fp8 import apply_precision, use_engine_fp8
 from dsv3_megatron.model.init import initialize_weights
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.mcore_config import mcore_config
@@ -39,8 +40,12 @@ def build_stages(
                                                 has_documents=run.data.has_document_attention)
     if transformer_impl == "transformer_engine":
         require_engine_epsilon(run.model)
+    if run.fp8.is_enabled and transformer_impl == "transformer_engine":
+        use_engine_fp8(config)
     stages = [_build_stage(run, config, groups, layout, transformer_impl) for layout in mine]
     _share_embedding(stages)
+    if run.fp8.is_enabled:
+        apply_precision(list(stages), run, groups, transformer_impl=transformer_impl)
     if torch.get_default_device().type != "meta":
         initialize_weights(list(stages), groups, std=run.model.init_method_std, seed=run.training.seed)
     return stages, config
