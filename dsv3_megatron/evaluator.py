@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,11 +31,10 @@ from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.document_ends import document_bounds, restarted_positions
 from dsv3_megatron.data.rows import Rows
 from dsv3_megatron.model.build import build_stages
-from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, replicas, start_process_group
 from dsv3_megatron.platform import prepare, resolve_precision
-from dsv3_megatron.schedule.forward_backward import build_forward_backward
+from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward
 from dsv3_megatron.trainer import configure_logging, sum_losses, sum_over_ranks
 
 logger = logging.getLogger(__name__)
@@ -191,15 +189,14 @@ class Evaluator:
         training = self.run.training
         with torch.no_grad():
             return self.forward(
-                forward_step_func=self._forward_step,
+                forward_step_func=ForwardStep(self._next_batch, self.run.data, _report),
                 data_iterator=batches if len(batches) > 1 else batches[0],
                 model=self.stages if len(self.stages) > 1 else self.stages[0],
                 num_microbatches=training.num_microbatches(self.groups.dp.size()),
                 seq_length=training.seq_length, micro_batch_size=training.micro_batch_size, forward_only=True)
 
-    def _forward_step(self, batches: Iterator[Batch], stage: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
-        batch = next(batches).to(self.device.torch_device)
-        return forward_stage(stage, batch, self.run.data), partial(_report, batch)
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
+        return next(batches).to(self.device.torch_device)
 
     def _gather_logprobs(self, reports: list[dict[str, Any]], first: int) -> np.ndarray:
         """[R, S] of a step whose first row is `first`: each row from the rank that has it."""

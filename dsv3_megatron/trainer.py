@@ -18,7 +18,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,26 +26,24 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_model_config
 
 from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
-from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.datasets import build_datasets, dataset_config
-from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard
+from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard, require_room
 from dsv3_megatron.guards.events import EventLog
 from dsv3_megatron.guards.hang import Watchdog
 from dsv3_megatron.guards.spikes import LOSS
 from dsv3_megatron.guards.step import StepFacts, guarded_step
 from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
+from dsv3_megatron.metrics.instruments import Instruments
 from dsv3_megatron.metrics.progress import Progress
 from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.model.build import build_stages, wrap_stages
-from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.ops.fp8_weights import constant_weights
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
@@ -53,7 +51,7 @@ from dsv3_megatron.optim.lr import learning_rate
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_tokens, replicas, start_process_group
 from dsv3_megatron.platform import Device, prepare, resolve_precision
-from dsv3_megatron.schedule.forward_backward import build_forward_backward
+from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +87,12 @@ class Trainer:
         stages, self.mcore_config = build_stages(run, self.groups, precision=self.precision)
         self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
-        self.mcore_config.finalize_model_grads_func = partial(
-            finalize_model_grads, pg_collection=groups_of_tokens(self.groups))
-        self.forward_backward = build_forward_backward(run.parallel, self.groups, self.mcore_config,
-                                                       trace=run.logging.trace_schedule)
+        self.instruments = Instruments(run, self.chunks, self.optimizer, self.groups, self.device)
+        self.mcore_config.finalize_model_grads_func = self.instruments.around_reduction(
+            partial(finalize_model_grads, pg_collection=groups_of_tokens(self.groups)))
+        # No weight changes within a global batch: in FP8 each is quantized once for all its micro-batches.
+        self.forward_backward = constant_weights()(build_forward_backward(
+            run.parallel, self.groups, self.mcore_config, trace=run.logging.trace_schedule))
         self.guard = Guard(run.guards)
         self.guard_log = EventLog(run.logging.tensorboard_dir, enabled=self.rank == 0)
         self.watchdog = Watchdog(run.guards.hang_timeout_s, folder=run.logging.tensorboard_dir)
@@ -135,8 +135,9 @@ class Trainer:
                                  log_interval=log.log_interval, enabled=is_reporter)
         self.writer = None
         if log.tensorboard_dir:
-            self.writer = MetricsWriter(log.tensorboard_dir, self.speed, log_interval=log.log_interval,
-                                        resumed_iteration=self.iteration, enabled=is_reporter)
+            self.writer = MetricsWriter(
+                log.tensorboard_dir, self.speed, num_layers=self.run.model.num_layers, log_interval=log.log_interval,
+                picture_interval=log.picture_interval, resumed_iteration=self.iteration, enabled=is_reporter)
             self.writer.write_config(self.run.as_dict(), environment={
                 "precision": self.precision, "world_size": self.world_size, "device": self.device.name})
 
@@ -158,12 +159,14 @@ class Trainer:
         try:
             if run.guards.on_spike == "rollback" and (saved_at < 1 or run.checkpoint.load != run.checkpoint.save):
                 self.save()  # to go back to, until the first one of the schedule
+                saved_at = self.iteration
             while self.iteration < training.train_iters and not stopped and not self.guard.end_reason:
                 report, stopped = self.train_step()
                 self.watchdog.beat("reporting")
-                self.progress.update(report)
-                if self.writer:
-                    self.writer.write_step(report)
+                with self.instruments.clock.phase("logging"):
+                    self.progress.update(report)
+                    if self.writer:
+                        self.writer.write_step(report)
                 if self.guard.must_roll_back:
                     self._roll_back()
                     saved_at = self.iteration
@@ -206,27 +209,35 @@ class Trainer:
             What it did, and the number of a signal that any rank has received, else 0.
         """
         run, training = self.run, self.run.training
-        started = time.perf_counter()
+        started, clock = time.perf_counter(), self.instruments.clock
         self.watchdog.begin_step(self.iteration + 1)
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        rate = learning_rate(training, self.iteration)
-        set_learning_rate(self.optimizer, rate)
-        samples = range(self.data_position, self.data_position + training.global_batch_size)
-        losses, collected, stopped = self._run_microbatches(self.batches, forward_only=False)
-        loads_LE, balance_L = collect_expert_loads(
-            self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
-            num_experts=run.model.num_experts, device=self.device.torch_device)
+        self.instruments.begin_step(self.iteration + 1)
+        with clock.phase("forward-backward"):
+            for chunk in self.chunks:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            rate = learning_rate(training, self.iteration)
+            set_learning_rate(self.optimizer, rate)
+            samples = range(self.data_position, self.data_position + training.global_batch_size)
+            losses, collected, stopped = self._run_microbatches(
+                [clock.waiting(batches, "data") for batches in self.batches], forward_only=False)
+        with clock.phase("router-bias"):
+            loads_LE, balance_L = collect_expert_loads(
+                self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
+                num_experts=run.model.num_experts, device=self.device.torch_device)
         self.watchdog.beat("optimizer")
-        balance_loss = self._mean_balance_loss(balance_L)
-        outcome = guarded_step(
-            self.guard, self.guard_log, self.optimizer, self.chunks, self.groups,
-            StepFacts(self.iteration + 1, losses.by_name(balance_loss), samples, collected))
-        if outcome.is_applied:
-            update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
-                                 update_rate=training.moe_router_bias_update_rate)
+        with clock.phase("optimizer"):
+            balance_loss = self._mean_balance_loss(balance_L)
+            outcome = guarded_step(
+                self.guard, self.guard_log, self.optimizer, self.chunks, self.groups,
+                StepFacts(self.iteration + 1, losses.by_name(balance_loss), samples, collected))
+        with clock.phase("router-bias"):
+            if outcome.is_applied:
+                update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
+                                     update_rate=training.moe_router_bias_update_rate)
+        with clock.phase("logging"):
+            measurements = self.instruments.end_step()
         self.iteration += 1
         self.consumed_samples += training.global_batch_size
         return StepReport(
@@ -245,6 +256,9 @@ class Trainer:
             is_spike=outcome.is_spike,
             num_spikes=self.guard.counters.spikes,
             num_rollbacks=self.guard.counters.rollbacks,
+            mtp_weight=training.mtp_loss_scaling_factor if run.model.mtp_num_layers else None,
+            bias_update_rate=training.moe_router_bias_update_rate,
+            measurements=measurements,
         ), stopped
 
     def _mean_balance_loss(self, balance_L: torch.Tensor) -> float | None:
@@ -255,20 +269,19 @@ class Trainer:
             return None
         return float(balance_L.sum()) / (training.moe_aux_loss_coeff * training.global_batch_size * layers)
 
-    def _run_microbatches(self, batches: list[BatchIterator], *, forward_only: bool
+    def _run_microbatches(self, batches: Sequence[Iterator[Batch]], *, forward_only: bool
                           ) -> tuple[StepLosses, list[dict[str, Any]], int]:
         """One global batch through the pipeline; mean losses, this rank's reports of it and any rank's signal."""
         training = self.run.training
-        with constant_weights():
-            collected = self.forward_backward(
-                forward_step_func=self._forward_step,
-                data_iterator=list(batches) if len(batches) > 1 else batches[0],
-                model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
-                num_microbatches=training.num_microbatches(self.groups.dp.size()),
-                seq_length=training.seq_length,
-                micro_batch_size=training.micro_batch_size,
-                forward_only=forward_only,
-            )
+        collected = self.forward_backward(
+            forward_step_func=ForwardStep(self._next_batch, self.run.data, self._loss),
+            data_iterator=list(batches) if len(batches) > 1 else batches[0],
+            model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=training.num_microbatches(self.groups.dp.size()),
+            seq_length=training.seq_length,
+            micro_batch_size=training.micro_batch_size,
+            forward_only=forward_only,
+        )
         tokens, *sums = sum_over_ranks(collected, self.groups, self.device,
                                        num_mtp_layers=self.run.model.mtp_num_layers)
         stop_signal = torch.tensor(self.stop_signal or 0, device=self.device.torch_device)
@@ -276,14 +289,13 @@ class Trainer:
         main, *mtp = (value / tokens for value in sums)
         return StepLosses(main, tuple(mtp)), collected, int(stop_signal)
 
-    def _forward_step(self, batches: Iterator[Batch], chunk: torch.nn.Module
-                      ) -> tuple[Any, Callable[[TokenLosses], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]]:
-        """Megatron-Core's forward step: a micro-batch through one chunk, and how its output becomes a loss."""
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         self.watchdog.beat("micro-batch")
-        batch = next(batches).to(self.device.torch_device, is_non_blocking=True)
-        return forward_stage(chunk, batch, self.run.data), partial(
-            sum_losses, batch.loss_mask_BS, mtp_weight=get_model_config(chunk).mtp_loss_scaling_factor,
-            sample_ids_B=batch.sample_ids_B)
+        return next(batches).to(self.device.torch_device, is_non_blocking=True)
+
+    def _loss(self, batch: Batch, losses: TokenLosses) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        return sum_losses(batch.loss_mask_BS, losses, mtp_weight=self.mcore_config.mtp_loss_scaling_factor,
+                          sample_ids_B=batch.sample_ids_B)
 
     def evaluate(self) -> StepLosses:
         """Mean losses over the first eval_iters global batches of the validation data; no state changes."""
@@ -329,12 +341,8 @@ class Trainer:
         self.watchdog.slow("rollback")
         position = load_checkpoint(save, self.run, self.chunks, self.optimizer, self.groups)
         training = self.run.training
-        missing = (next_sample - position.consumed_samples + training.train_iters * training.global_batch_size
-                   - len(self.data.train))
-        if missing > 0:
-            raise ConfigError(f"rollback to iteration {position.iteration}: the run would end {missing} samples beyond "
-                              f"its data, which have room for max_rollbacks={self.run.guards.max_rollbacks} times "
-                              f"save_interval={self.run.checkpoint.save_interval} steps; resume with on_spike=skip")
+        require_room(next_sample - position.consumed_samples, num_available=len(self.data.train),
+                     num_needed=training.train_iters * training.global_batch_size)
         self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
         self.guard.rolled_back(position.guards, first_sample=self.data_position, next_sample=next_sample)
         for batches in self.batches:

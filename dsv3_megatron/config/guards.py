@@ -30,7 +30,7 @@ class GuardConfig:
     spike_loss_floor: float = option(0.25, help="smallest rise above the median loss that is a spike, nats per token")
     spike_grad_norm_threshold: float = option(8.0, help="robust standard deviations, of the logarithm, above the "
                                               "median gradient norm that are a spike; 0: the norm is not judged")
-    spike_grad_norm_floor: float = option(3.0, help="smallest multiple of the median gradient norm that is a spike")
+    spike_grad_norm_floor: float = option(10.0, help="smallest multiple of the median gradient norm that is a spike")
     max_consecutive_skips: int = option(5, help="updates left out in a row that a run survives; one more ends it")
     max_rollbacks: int = option(3, help="rollbacks that a run survives; one more ends it with a report")
     hang_timeout_s: float = option(300.0, help="seconds without a sign of life inside a step until a rank counts as "

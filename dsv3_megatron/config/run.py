@@ -83,8 +83,9 @@ class RunConfig:
         if self.logging.trace_schedule and self.parallel.pipeline_model_parallel_size == 1:
             raise ConfigError(f"trace_schedule={self.logging.trace_schedule} records what pipeline ranks do and needs "
                               "pipeline_model_parallel_size of at least 2; leave it out")
-        if self.logging.log_interval < 1:
-            raise ConfigError(f"log_interval={self.logging.log_interval} must be at least 1")
+        for name in ("log_interval", "picture_interval"):
+            if getattr(self.logging, name) < 1:
+                raise ConfigError(f"{name}={getattr(self.logging, name)} must be at least 1")
         self.guards.validate(self.checkpoint)
 
     def as_dict(self) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 The training thread leaves signs of life (`Watchdog.beat`) between the parts of a step. A thread beside it looks at the
 last one. If that is too old, this rank or one that it waits for has stopped: the thread raises an alarm in the store
 that torch.distributed started with, where the watchdogs of all ranks find it. Each then writes the stacks of all its
-threads, tells the others where it was, and the lowest of those that answered writes which rank was where. Then all
-end with EXIT_HANG.
+threads and tells the others where it was; the first to do so waits for the rest and writes which rank was where. Then
+all end with EXIT_HANG.
 
 Parts that may take long without a sign (the first step, checkpoints, validation, export) are marked slow and have
 SLOW_FACTOR times as long. A thread of Python stops with the others while a C function keeps the interpreter's lock:
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,13 @@ EXIT_HANG = 4
 SLOW_FACTOR = 10.0
 # Looks at the last sign of life this often, and at least that often in each timeout.
 _POLL_S, _POLLS_IN_TIMEOUT = 5.0, 10
-# Ranks wait for each other's answers for this many polls, and at least that long.
-_ANSWER_POLLS, _ANSWER_S = 4, 3.0
+# Ranks wait for each other's answers for this many polls, and at least that long; then as many again as the last word
+# of one that cannot answer may take.
+_ANSWER_POLLS, _ANSWER_S, _LAST_WORD_POLLS = 4, 3.0, 3
 _NUM_LISTED = 32
 _STDERR = 2
+# Between looks at whether others have answered.
+_SHORT_S = 0.1
 _STORE_PREFIX = "dsv3_megatron_watchdog"
 
 logger = logging.getLogger(__name__)
@@ -117,17 +121,21 @@ class Watchdog:
         self._put(Beat(self._beat.step, part, 1, True, time.monotonic()))
 
     def _put(self, beat: Beat) -> None:
-        is_longer = beat.is_slow and not self._beat.is_slow
+        is_other_limit = beat.is_slow != self._beat.is_slow
         self._beat = beat
-        if is_longer and self._thread is not None:
+        if is_other_limit and self._thread is not None:
             self._arm()  # now: what begins may keep the interpreter's lock from the start
 
     def _limit_s(self) -> float:
         return self._timeout_s * (SLOW_FACTOR if self._beat.is_slow else 1.0)
 
     def _arm(self) -> None:
-        """Set faulthandler's timer ahead; it fires only if nobody does that for longer than the limit."""
-        faulthandler.dump_traceback_later(self._limit_s() + 2 * self._poll_s, exit=True, file=_STDERR)
+        """Set faulthandler's timer ahead; it fires only if nobody does that for longer than the limit.
+
+        After the others' summary, which ends the process's peers, and before they are gone.
+        """
+        patience_s = self._answer_s + _LAST_WORD_POLLS * self._poll_s
+        faulthandler.dump_traceback_later(self._limit_s() + patience_s, exit=True, file=_STDERR)
 
     # -- the thread ------------------------------------------------------------------------------------
 
@@ -170,52 +178,62 @@ class Watchdog:
             return None
 
     def _end(self, alarm: str) -> None:
-        """Write this rank's stacks; with the others' answers, who was where; end the process."""
+        """Report, and end the process, whatever goes wrong with the report."""
+        try:
+            self._report(alarm)
+        except Exception:  # noqa: BLE001 - whatever it is, it is printed, and the process ends
+            _print(f"rank {self._rank}: {traceback.format_exc()}")
+        os._exit(EXIT_HANG)
+
+    def _report(self, alarm: str) -> None:
+        """Write this rank's stacks; the first rank to answer waits for the others and writes who was where."""
         state = self._state()
         header = f"rank {self._rank}: {describe(state)}"
         stacks = all_stacks()
-        written = self._write_stacks(f"hang: {alarm}\n{header}\n{stacks}")
-        where = f"stacks in {written}" if written else f"stacks:\n{stacks}"
-        _print(f"{header}; {where}")
+        written = self._write(f"hang-rank-{self._rank:05d}.txt", f"hang: {alarm}\n{header}\n{stacks}")
+        _print(f"{header}; stacks in {written}" if written else f"{header}; stacks:\n{stacks}")
         self._tell(f"answer/{self._rank}", json.dumps(state))
-        states = {self._rank: state} | self._collect("answer", wait_s=self._answer_s)
-        if self._rank == min(states):
-            silent = {rank: last for rank, last in self._collect("last").items() if rank not in states}
-            text = summary(alarm, states, silent, self._world_size)
-            _print(text)
-            if self._folder is not None:
-                (self._folder / "hang-summary.txt").write_text(text + "\n", encoding="utf-8")
-            self._tell("summarized", "1")
-        else:
-            deadline = time.monotonic() + self._answer_s
+        deadline = time.monotonic() + self._answer_s
+        if self._count_answer(1) > 1:
+            deadline += self._answer_s
             while self._ask("summarized") is None and time.monotonic() < deadline:
-                time.sleep(0.1)
-        os._exit(EXIT_HANG)
+                time.sleep(_SHORT_S)
+            return
+        while self._count_answer(0) < self._world_size and time.monotonic() < deadline:
+            time.sleep(_SHORT_S)
+        states = {self._rank: state} | self._collect("answer")
+        silent = {rank: last for rank, last in self._collect("last").items() if rank not in states}
+        text = summary(alarm, states, silent, self._world_size)
+        _print(text)
+        self._write("hang-summary.txt", text + "\n")
+        self._tell("summarized", "1")
+        if len(states) < self._world_size:
+            time.sleep(_LAST_WORD_POLLS * self._poll_s)
 
-    def _collect(self, kind: str, wait_s: float = 0.0) -> dict[int, dict[str, Any]]:
-        """What ranks told under a kind of key; waits for all of them as long as is said."""
-        found: dict[int, dict[str, Any]] = {}
-        deadline = time.monotonic() + wait_s
-        while True:
-            for rank in range(self._world_size):
-                text = self._ask(f"{kind}/{rank}") if rank not in found else None
-                if text is not None:
-                    found[rank] = json.loads(text)
-            if self._store is None or len(found) == self._world_size or time.monotonic() >= deadline:
-                return found
-            time.sleep(0.1)
+    def _count_answer(self, number: int) -> int:
+        """Ranks that have answered, after `number` more."""
+        try:
+            return self._store.add("answers", number) if self._store is not None else 1
+        except RuntimeError as error:
+            logger.debug("watchdog: answers not counted: %s", error)
+            return 1
 
-    def _write_stacks(self, text: str) -> Path | None:
+    def _collect(self, kind: str) -> dict[int, dict[str, Any]]:
+        """What ranks have told under a kind of key."""
+        texts = {rank: self._ask(f"{kind}/{rank}") for rank in range(self._world_size)}
+        return {rank: json.loads(text) for rank, text in texts.items() if text is not None}
+
+    def _write(self, name: str, text: str) -> Path | None:
+        """A file in the folder, if there is one; that it cannot be written must not keep the run from ending."""
         if self._folder is None:
             return None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            file = self._folder / f"hang-rank-{self._rank:05d}.txt"
-            file.write_text(text, encoding="utf-8")
+            (self._folder / name).write_text(text, encoding="utf-8")
         except OSError as error:
-            _print(f"rank {self._rank}: stacks cannot be written to {self._folder}: {error}")
+            _print(f"rank {self._rank}: {name} cannot be written to {self._folder}: {error.strerror}")
             return None
-        return file
+        return self._folder / name
 
 
 def _own_store(timeout_s: float) -> Any:

@@ -6,6 +6,7 @@ Usage:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -40,6 +41,44 @@ def least_load(counts: Sequence[int]) -> float:
     _check(counts)
     total = sum(counts)
     return min(counts) * len(counts) / total if total else 1.0
+
+
+def normalised_entropy(counts: Sequence[int]) -> float:
+    """Entropy of the load over its largest possible value, log(num_experts): 1 at balance, 0 for a single expert.
+
+    Raises:
+        ValueError: no experts, or a negative count.
+    """
+    _check(counts)
+    total = sum(counts)
+    if not total or len(counts) == 1:
+        return 1.0
+    return -sum(count / total * math.log(count / total) for count in counts if count) / math.log(len(counts))
+
+
+def dead_share(counts: Sequence[int]) -> float:
+    """Share of the experts that got no token at all; 0 when nothing was routed.
+
+    Raises:
+        ValueError: no experts, or a negative count.
+    """
+    _check(counts)
+    return sum(count == 0 for count in counts) / len(counts) if any(counts) else 0.0
+
+
+def bias_direction(counts: Sequence[int]) -> float:
+    """Share of the experts whose balancing bias a step raises, minus the share whose bias it lowers.
+
+    Near 0 the load is spread symmetrically. Near 1 a few experts are overloaded and all others below the mean.
+
+    Raises:
+        ValueError: no experts, or a negative count.
+
+    Source: the sign of `optim/router_bias.py`, which raises the bias of an expert below the mean load.
+    """
+    _check(counts)
+    total, experts = sum(counts), len(counts)
+    return sum((total > experts * count) - (total < experts * count) for count in counts) / experts
 
 
 def _check(counts: Sequence[int]) -> None:

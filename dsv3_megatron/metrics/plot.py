@@ -14,7 +14,10 @@ from typing import Any
 from dsv3_megatron.metrics.progress import compact
 from dsv3_megatron.metrics.records import Records
 
-_TRAIN, _VALIDATION, _MTP, _MUTED, _INK = "#2a6fb0", "#c2410c", "#7a5ba6", "#6b7280", "#1f2937"
+TRAIN, VALIDATION, MTP, MUTED, INK = "#2a6fb0", "#c2410c", "#7a5ba6", "#6b7280", "#1f2937"
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9ca3af",
+         "axes.labelcolor": INK, "xtick.color": MUTED, "ytick.color": MUTED, "axes.grid": True,
+         "grid.color": "#e5e7eb", "grid.linewidth": 0.8, "axes.axisbelow": True, "font.family": "DejaVu Sans"}
 _BASELINES = ("#8a8f98", "#4b5563", "#111827")
 
 
@@ -52,46 +55,43 @@ def plot_run(records: Records, path: str | Path, *, title: str = "", baselines: 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9ca3af",
-             "axes.labelcolor": _INK, "xtick.color": _MUTED, "ytick.color": _MUTED, "axes.grid": True,
-             "grid.color": "#e5e7eb", "grid.linewidth": 0.8, "axes.axisbelow": True, "font.family": "DejaVu Sans"}
     panels = [(name, column, label) for name, column, label in (
         ("gradient norm", "grad_norm", ""), ("learning rate", "learning_rate", ""),
         ("expert max-violation", "max_violation", "mean over layers")) if records.column(column)]
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(10, 7.2), dpi=150, layout="constrained")
         grid = figure.add_gridspec(2, max(1, len(panels)), height_ratios=[2.4, 1])
         axes = figure.add_subplot(grid[0, :])
         _draw_losses(axes, records, baselines or {})
-        axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK)
+        axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
         for index, (name, column, note) in enumerate(panels):
             _draw_panel(figure.add_subplot(grid[1, index]), records.column(column), name, note)
         figure.savefig(str(path))
         plt.close(figure)
 
 
-def _window(num_points: int) -> int:
+def smoothing_window(num_points: int) -> int:
     """Odd number of points to average, a fortieth of the run."""
     return num_points // 80 * 2 + 1
 
 
 def _draw_losses(axes: Any, records: Records, baselines: Mapping[str, float]) -> None:
     iterations, values = zip(*records.column("lm_loss"), strict=True)
-    window = _window(len(values))
+    window = smoothing_window(len(values))
     if window > 1:
-        axes.plot(iterations, values, color=_TRAIN, alpha=0.25, linewidth=0.9)
+        axes.plot(iterations, values, color=TRAIN, alpha=0.25, linewidth=0.9)
     note = f", mean of {window} steps" if window > 1 else ""
-    axes.plot(iterations, smooth(values, window), color=_TRAIN, linewidth=1.8, label=f"training{note}")
+    axes.plot(iterations, smooth(values, window), color=TRAIN, linewidth=1.8, label=f"training{note}")
     mtp = [(r["iteration"], r["mtp_losses"][0]) for r in records.steps
            if r.get("mtp_losses") and r["mtp_losses"][0] is not None]
     if mtp:
         steps, losses = zip(*mtp, strict=True)
-        axes.plot(steps, smooth(losses, _window(len(losses))), color=_MTP, linewidth=1.1, alpha=0.8,
+        axes.plot(steps, smooth(losses, smoothing_window(len(losses))), color=MTP, linewidth=1.1, alpha=0.8,
                   label="MTP, one token further")
     validations = records.validation_column("lm_loss")
     if validations:
         steps, losses = zip(*validations, strict=True)
-        axes.plot(steps, losses, color=_VALIDATION, linewidth=1.2, marker="o", markersize=5, zorder=5,
+        axes.plot(steps, losses, color=VALIDATION, linewidth=1.2, marker="o", markersize=5, zorder=5,
                   markeredgecolor="white", label=f"validation, last {losses[-1]:.3f}")
     right = max(iterations[-1], iterations[0] + 1)
     for (name, loss), color in zip(sorted(baselines.items(), key=lambda item: -item[1]), _BASELINES, strict=False):
@@ -103,7 +103,7 @@ def _draw_losses(axes: Any, records: Records, baselines: Mapping[str, float]) ->
     axes.set_ylabel("loss (nats per token)")
     _token_axis(axes, records)
     # Above the axes, beside the title: inside them every place is some run's curve or baseline.
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.01, 1.085), ncols=3, fontsize=9, labelcolor=_INK,
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.01, 1.085), ncols=3, fontsize=9, labelcolor=INK,
                 borderaxespad=0, columnspacing=1.4, handlelength=1.6)
 
 
@@ -115,18 +115,18 @@ def _token_axis(axes: Any, records: Records) -> None:
     tokens = max(per_step)
     top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens, lambda x: x / tokens))
     top.xaxis.set_major_formatter(lambda value, _: compact(value) if value else "0")
-    top.set_xlabel("trained tokens", color=_MUTED, fontsize=9)
+    top.set_xlabel("trained tokens", color=MUTED, fontsize=9)
     top.spines["top"].set_visible(False)
     top.tick_params(length=0)
 
 
 def _draw_panel(axes: Any, points: Sequence[tuple[int, float]], name: str, note: str) -> None:
     iterations, values = zip(*points, strict=True)
-    window = _window(len(values)) if name != "learning rate" else 1
+    window = smoothing_window(len(values)) if name != "learning rate" else 1
     if window > 1:
-        axes.plot(iterations, values, color=_MUTED, alpha=0.3, linewidth=0.8)
-    axes.plot(iterations, smooth(values, window), color=_TRAIN, linewidth=1.4)
-    axes.set_title(name + (f" ({note})" if note else ""), loc="left", fontsize=10, color=_INK)
+        axes.plot(iterations, values, color=MUTED, alpha=0.3, linewidth=0.8)
+    axes.plot(iterations, smooth(values, window), color=TRAIN, linewidth=1.4)
+    axes.set_title(name + (f" ({note})" if note else ""), loc="left", fontsize=10, color=INK)
     ordered = sorted(values)
     if name == "learning rate":
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")

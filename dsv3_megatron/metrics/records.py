@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.metrics.measurements import Measurements
+
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -47,6 +49,9 @@ class StepReport:
         is_spike: Loss or gradient norm are out of line with the steps before.
         num_spikes: Spikes of the whole run so far.
         num_rollbacks: Returns to a checkpoint of the whole run so far.
+        mtp_weight: lambda of this step; None without MTP.
+        bias_update_rate: gamma of this step; None without routed experts.
+        measurements: What the instruments saw; None on a step that is not logged.
     """
 
     iteration: int
@@ -64,6 +69,14 @@ class StepReport:
     is_spike: bool = False
     num_spikes: int = 0
     num_rollbacks: int = 0
+    mtp_weight: float | None = None
+    bias_update_rate: float | None = None
+    measurements: Measurements | None = None
+
+
+def is_logged(iteration: int, log_interval: int) -> bool:
+    """Whether a step, counted from 1, is one whose values TensorBoard gets: the first and every log_interval-th."""
+    return iteration == 1 or iteration % log_interval == 0
 
 
 @dataclass(frozen=True)
@@ -73,8 +86,8 @@ class Records:
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
 
-    def column(self, name: str) -> list[tuple[int, float]]:
-        """(iteration, value) of every step that has a finite value under `name`."""
+    def column(self, name: str) -> list[tuple[int, Any]]:
+        """(iteration, value) of every step that has a value under `name`; one that is not finite is none."""
         return [(r["iteration"], r[name]) for r in self.steps if r.get(name) is not None]
 
     def validation_column(self, name: str) -> list[tuple[int, float]]:

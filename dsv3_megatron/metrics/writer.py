@@ -1,10 +1,9 @@
-"""Writes what a run measures: TensorBoard scalars, `metrics.jsonl` and `config.json`, all in one folder.
+"""Writes what a run measures: TensorBoard's event files, `metrics.jsonl` and `config.json`, all in one folder.
 
-Scalars have Megatron-LM's names where it has them (`lm loss`, `mtp_1 loss`, `seq_load_balancing_loss`,
-`grad-norm`, `learning-rate`, `batch-size`, `iteration-time`, `throughput` in TFLOP/s per device, `lm loss
-validation`), so that its dashboards read them; ours are `tokens-per-second`, `model-flops-per-second`, `mfu`,
-`consumed-tokens`, `skipped-iterations`, `spikes`, `rollbacks` and `expert-load/...`. TensorBoard gets every
-log_interval-th step, `metrics.jsonl` every step.
+Scalars have Megatron-LM's names where it has them (`lm loss`, `mtp_1 loss`, `seq_load_balancing_loss`, `grad-norm`,
+`learning-rate`, `batch-size`, `iteration-time`, `throughput`, `lm loss validation`), so that its dashboards read them.
+All tags are in `tags.py`. TensorBoard gets the scalars of logged steps (the first and every log_interval-th), and
+histograms and heat maps of every picture_interval-th of those; `metrics.jsonl` gets every step.
 
 Usage (every process makes one; only the enabled one touches the disk):
     writer = MetricsWriter(directory, speed, log_interval=10, resumed_iteration=0, enabled=rank == 0)
@@ -23,50 +22,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from dsv3_megatron.metrics.balance import least_load, max_violation
+from dsv3_megatron.metrics.balance import max_violation
 from dsv3_megatron.metrics.flops import RunSpeed
 from dsv3_megatron.metrics.records import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     METRICS_FILE,
     StepReport,
+    is_logged,
     to_line,
     truncate_records,
 )
+from dsv3_megatron.metrics.scalars import step_scalars
 
-__all__ = ["MetricsWriter", "StepReport", "step_scalars"]
+__all__ = ["MetricsWriter", "StepReport"]
 
 _LOGGER = logging.getLogger(__name__)
-
-
-def step_scalars(report: StepReport, speed: RunSpeed) -> dict[str, float]:
-    """TensorBoard scalars of one step, by name."""
-    rates = speed.rates(report.batch_size, report.step_time_s)
-    scalars: dict[str, float] = {"lm loss": report.lm_loss}
-    scalars |= {f"mtp_{depth} loss": loss for depth, loss in enumerate(report.mtp_losses, start=1)}
-    if report.balance_loss is not None:
-        scalars["seq_load_balancing_loss"] = report.balance_loss
-    scalars |= {
-        "grad-norm": report.grad_norm,
-        "learning-rate": report.learning_rate,
-        "batch-size": report.batch_size,
-        "iteration-time": report.step_time_s,
-        "throughput": rates.tflops_per_device,
-        "tokens-per-second": rates.tokens_per_second,
-        "model-flops-per-second": rates.model_flops_per_second,
-        "consumed-tokens": report.consumed_tokens,
-        "consumed-samples": report.consumed_samples,
-    }
-    if rates.mfu is not None:
-        scalars["mfu"] = rates.mfu
-    violations = []
-    for layer, counts in report.expert_load.items():
-        violations.append(max_violation(counts))
-        scalars[f"expert-load/layer-{layer}/max-violation"] = violations[-1]
-        scalars[f"expert-load/layer-{layer}/least-load"] = least_load(counts)
-    if violations:
-        scalars["expert-load/max-violation"] = sum(violations) / len(violations)
-    return scalars
 
 
 def step_record(report: StepReport, speed: RunSpeed) -> dict[str, Any]:
@@ -102,7 +73,9 @@ class MetricsWriter:
     Args:
         directory: Folder for event files, metrics.jsonl and config.json; created.
         speed: Turns step times into rates.
+        num_layers: Of the main model; layers beyond are MTP modules.
         log_interval: Steps between TensorBoard points.
+        picture_interval: Such points between heat maps and histograms.
         resumed_iteration: Last step of the checkpoint the run starts from, 0 for a new run. What an earlier
             run logged beyond it is dropped: those steps are taken again.
         enabled: True on exactly one process.
@@ -112,12 +85,13 @@ class MetricsWriter:
         ModuleNotFoundError: tensorboard is not installed.
     """
 
-    def __init__(self, directory: str | Path, speed: RunSpeed, *, log_interval: int = 1, resumed_iteration: int = 0,
-                 enabled: bool = True) -> None:
+    def __init__(self, directory: str | Path, speed: RunSpeed, *, num_layers: int, log_interval: int = 1,
+                 picture_interval: int = 1, resumed_iteration: int = 0, enabled: bool = True) -> None:
         self.directory = Path(directory)
         self.enabled = enabled
         self._speed = speed
         self._log_interval = log_interval
+        self._picture_interval = picture_interval
         self._num_skipped = 0
         self._events: Any = None
         self._file: IO[str] | None = None
@@ -132,7 +106,10 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one process needs it
 
+        from dsv3_megatron.metrics.pictures import Pictures
+
         self._events = SummaryWriter(str(self.directory), purge_step=resumed_iteration + 1, max_queue=1000)
+        self._pictures = Pictures(self._events, num_layers)
 
     def write_config(self, config: Mapping[str, Any], *, environment: Mapping[str, Any] | None = None) -> None:
         """Write the resolved configuration: config.json, and as text in TensorBoard.
@@ -151,17 +128,21 @@ class MetricsWriter:
                 self._events.add_text(name, "```json\n" + text + "\n```", 0)
 
     def write_step(self, report: StepReport) -> None:
-        """Append the step to metrics.jsonl, and its scalars to TensorBoard if it is a log_interval-th one."""
+        """Append the step to metrics.jsonl; to TensorBoard too if it is a logged one."""
         if not self.enabled:
             return
         self._num_skipped += report.skipped
         self._append(step_record(report, self._speed))
-        if report.iteration % self._log_interval == 0 or report.iteration == 1:
-            for name, value in step_scalars(report, self._speed).items():
-                self._events.add_scalar(name, value, report.iteration)
-            for name, count in (("skipped-iterations", self._num_skipped), ("spikes", report.num_spikes),
-                                ("rollbacks", report.num_rollbacks)):
-                self._events.add_scalar(name, count, report.iteration)
+        if not is_logged(report.iteration, self._log_interval):
+            return
+        for name, value in step_scalars(report, self._speed).items():
+            self._events.add_scalar(name, value, report.iteration)
+        for name, count in (("skipped-iterations", self._num_skipped), ("spikes", report.num_spikes),
+                            ("rollbacks", report.num_rollbacks)):
+            self._events.add_scalar(name, count, report.iteration)
+        self._pictures.note(report)
+        if is_logged(report.iteration, self._log_interval * self._picture_interval):
+            self._pictures.write(report)
 
     def write_validation(self, iteration: int, lm_loss: float, *, mtp_losses: Sequence[float] = (),
                          num_sequences: int | None = None) -> None:

@@ -15,13 +15,14 @@ from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.mcore_config import mcore_config
 from dsv3_megatron.model.router import RouterOptions
 from dsv3_megatron.model.specs import block_specs, resolve_transformer_impl
+from dsv3_megatron.model.weight_gradients import delay_engine_weight_gradients
 from dsv3_megatron.parallel.groups import as_pipeline_rank, at_pipeline_rank
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.parallel.placement import placement
 
 
 def build_stages(
-    run: RunConfig, groups: ProcessGroupCollection, *, precision: str
+    run: RunConfig, groups: ProcessGroupCollection, *, precision: str, delays_engine_weights: bool = False
 ) -> tuple[list[DeepSeekV3Model], MLATransformerConfig]:
     """This rank's stages, on its device, with initial weights, not wrapped.
 
@@ -29,6 +30,8 @@ def build_stages(
         run: A validated run.
         groups: Its process groups.
         precision: "bf16" or "fp32".
+        delays_engine_weights: A `ModelChunk` will run these stages and may split their backward passes. Local modules
+            need not know; see `delay_engine_weight_gradients`.
 
     Returns:
         One module a chunk, in the schedule's order, and the configuration they share.
@@ -40,8 +43,10 @@ def build_stages(
                                                 has_documents=run.data.has_document_attention)
     if transformer_impl == "transformer_engine":
         require_engine_epsilon(run.model)
-    if run.fp8.is_enabled and transformer_impl == "transformer_engine":
-        use_engine_fp8(config)
+        if run.fp8.is_enabled:
+            use_engine_fp8(config)
+        if delays_engine_weights:
+            delay_engine_weight_gradients(config)
     stages = [_build_stage(run, config, groups, layout, transformer_impl) for layout in mine]
     _share_embedding(stages)
     if run.fp8.is_enabled:

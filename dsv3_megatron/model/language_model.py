@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from dsv3_megatron.model.documents import PackedDocuments
 from dsv3_megatron.model.linear import column_parallel_product
+from dsv3_megatron.model.observation import HeadAgreement
 from dsv3_megatron.model.weight_gradients import weight_grad_deferral
 from dsv3_megatron.ops.cross_entropy import linear_cross_entropy
 from dsv3_megatron.parallel.groups import as_pipeline_rank
@@ -48,7 +49,13 @@ class MTPTargets(NamedTuple):
 
 
 class DeepSeekV3Model(GPTModel):
-    """A stage: embedding, layers, MTP modules, head and losses, as its layout says."""
+    """A stage: embedding, layers, MTP modules, head and losses, as its layout says.
+
+    Attributes:
+        agreement: Compares the heads in training forwards while it is set; no part of the model.
+    """
+
+    agreement: HeadAgreement | None = None
 
     def use_embedding_of(self, first: DeepSeekV3Model) -> None:
         """Drop this last stage's copy of the embedding for the one of the first stage, which is on the same rank.
@@ -79,9 +86,10 @@ class DeepSeekV3Model(GPTModel):
             outputs = self.mtp(
                 input_ids=input_ids, position_ids=position_ids, hidden_states=hidden_states,
                 attention_mask=kwargs.get("attention_mask"), packed_seq_params=documents, embedding=self.embedding)
-            hidden_k = outputs.chunk(1 + self.config.mtp_num_layers, dim=0)[1:]
-            mtp_losses = [self.mtp_losses(*pair) for pair in zip(hidden_k, self.mtp_targets(labels, documents),
-                                                                 strict=True)]
+            by_depth = outputs.chunk(1 + self.config.mtp_num_layers, dim=0)[1:]
+            for depth, pair in enumerate(zip(by_depth, self.mtp_targets(labels, documents), strict=True), start=1):
+                self.observe_heads(depth, hidden_states, *pair)
+                mtp_losses.append(self.mtp_losses(*pair))
         return TokenLosses(self.token_losses(hidden_states, labels), tuple(mtp_losses))
 
     def mtp_targets(self, labels_BS: torch.Tensor, documents: PackedDocuments | None) -> list[MTPTargets]:
@@ -95,6 +103,11 @@ class DeepSeekV3Model(GPTModel):
             labels_BS = torch.nn.functional.pad(labels_BS[:, 1:], (0, 1))
             targets.append(MTPTargets(labels_BS, remaining_BS >= depth))
         return targets
+
+    def observe_heads(self, depth: int, main_SBH: torch.Tensor, hidden_SBH: torch.Tensor, targets: MTPTargets) -> None:
+        """Show what the main head and an MTP module of this depth predict from to `agreement`, if it is set."""
+        if self.agreement is not None and self.training:
+            self.agreement.observe(depth, self.output_layer.weight, main_SBH, hidden_SBH, targets.is_there)
 
     def mtp_losses(self, hidden_SBH: torch.Tensor, targets: MTPTargets) -> torch.Tensor:
         """Losses of an MTP module's output, [B, S], 0 where there is no target."""

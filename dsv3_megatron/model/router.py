@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.model.observation import RouterObserver
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class DeepSeekRouter(MegatronModule):
         tokens_per_expert: int64 [E], tokens routed in training forwards since the last update.
         balance_loss_sum: fp32 scalar, balance loss (alpha included) of the sequences seen since then;
             under sequence parallelism this rank's term.
+        observer: Looks at the training forwards while it is set; no part of the model.
     """
 
     expert_bias: torch.Tensor
@@ -119,6 +121,7 @@ class DeepSeekRouter(MegatronModule):
         self.options = options or RouterOptions()
         self.balance_loss_coeff = self.options.balance_loss_coeff
         self.layer_number: int | None = None
+        self.observer: RouterObserver | None = None
         device, experts = torch.cuda.current_device(), config.num_moe_experts
         self.weight = torch.nn.Parameter(
             torch.empty(experts, config.hidden_size, dtype=config.params_dtype, device=device))
@@ -150,6 +153,8 @@ class DeepSeekRouter(MegatronModule):
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
                 self.tokens_per_expert += torch.bincount(ids_TK.flatten(), minlength=config.num_moe_experts)
+            if self.observer is not None:
+                self.observer.observe(scores_TE, ids_TK)
             if self.balance_loss_coeff > 0:
                 loss = self._balance_loss(scores_TE.unflatten(0, (length, batch)))
                 # The run's loss is a sum over tokens; a sequence's loss counts once per token of it.

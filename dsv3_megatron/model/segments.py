@@ -50,6 +50,7 @@ class SegmentedStage:
         self.layers = [SegmentedLayer(layer) for layer in module.decoder.layers]
         self.mtp_layers = list(module.mtp.layers) if module.mtp_process else []
         self.mtp_inner = [SegmentedLayer(layer.mtp_model_layer) for layer in self.mtp_layers]
+        self.delaying_mtp = [delaying_modules(layer.eh_proj) for layer in self.mtp_layers]
 
     def forward(self, tape: Tape, hidden_SBH: Value | None, batch: Batch, documents: PackedDocuments | None,
                 loss_of: LossOf) -> ValueSteps:
@@ -87,12 +88,13 @@ class SegmentedStage:
         losses: list[Value] = []
         tokens, positions, hidden_k = Value(batch.tokens_BS), Value(batch.position_ids_BS), hidden_SBH
         targets = module.mtp_targets(batch.labels_BS, documents) if self.mtp_layers else []
-        for layer, inner, targets_k in zip(self.mtp_layers, self.mtp_inner, targets, strict=True):
+        modules = zip(self.mtp_layers, self.mtp_inner, self.delaying_mtp, targets, strict=True)
+        for depth, (layer, inner, delaying, targets_k) in enumerate(modules, start=1):
             tokens, positions, embedded = self._next_tokens(tape, layer, tokens, positions, documents)
-            (hidden_k,) = tape.run(layer._concat_embeddings, hidden_k, embedded,
-                                   delaying=delaying_modules(layer.eh_proj))
+            (hidden_k,) = tape.run(layer._concat_embeddings, hidden_k, embedded, delaying=delaying)
             hidden_k = yield from inner.forward(tape, hidden_k, documents)
             (hidden_k,) = tape.run(layer._postprocess, hidden_k)
+            module.observe_heads(depth, hidden_SBH.tensor, hidden_k.tensor, targets_k)
             losses += tape.run(lambda h_SBH, targets_k=targets_k: module.mtp_losses(h_SBH, targets_k), hidden_k)
         main = tape.run(lambda h_SBH: module.token_losses(h_SBH, batch.labels_BS), hidden_SBH)
         return (*main, *losses)
@@ -122,6 +124,10 @@ class SegmentedLayer:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.exchanges = isinstance(layer.mlp, MoELayer) and layer.mlp.ep_group.size() > 1
+        self.delaying = delaying_modules(layer)
+        if self.exchanges:
+            self.delaying_attention = delaying_modules(layer.self_attention)
+            self.delaying_experts = delaying_modules(layer.mlp.experts, layer.mlp.shared_experts)
 
     def forward(self, tape: Tape, hidden_SBH: Value, documents: PackedDocuments | None) -> ValueSteps:
         """Run the layer; yields with each exchange under way."""
@@ -129,31 +135,30 @@ class SegmentedLayer:
             layer = self.layer
             (hidden_SBH,) = tape.run(
                 lambda h_SBH: layer(hidden_states=h_SBH, attention_mask=None, packed_seq_params=documents)[0],
-                hidden_SBH, delaying=delaying_modules(layer))
+                hidden_SBH, delaying=self.delaying)
             return hidden_SBH
-        return (yield from _MoEPass(self.layer).forward(tape, hidden_SBH, documents))
+        return (yield from _MoEPass(self).forward(tape, hidden_SBH, documents))
 
 
 class _MoEPass:
     """One micro-batch's pass through an MoE layer whose experts are on several ranks."""
 
-    def __init__(self, layer: Any) -> None:
-        self.layer = copy.copy(layer)
-        self.moe = layer.mlp
-        self.dispatcher = copy.copy(layer.mlp.token_dispatcher)
+    def __init__(self, segmented: SegmentedLayer) -> None:
+        self.segmented = segmented
+        self.layer = copy.copy(segmented.layer)
+        self.moe = self.layer.mlp
+        self.dispatcher = copy.copy(self.moe.token_dispatcher)
 
     def forward(self, tape: Tape, hidden_SBH: Value, documents: PackedDocuments | None) -> ValueSteps:
-        layer, moe = self.layer, self.moe
         residual_SBH, normed_SBH, rows_RH, gates_R = tape.run(
             lambda h_SBH: self.attend_and_route(h_SBH, documents), hidden_SBH,
-            delaying=delaying_modules(layer.self_attention))
-        del hidden_SBH
+            delaying=self.segmented.delaying_attention)
         splits = self.splits()
         narrow = isinstance(self.dispatcher, NarrowDispatcher)
         rows_RH, gates_R = yield from tape.exchange(rows_RH, gates_R, splits=splits,
                                                     narrow="forward" if narrow else "")
         rows_RH, *shared_SBH = tape.run(self.apply_experts, rows_RH, gates_R, normed_SBH,
-                                        delaying=delaying_modules(moe.experts, moe.shared_experts))
+                                        delaying=self.segmented.delaying_experts)
         del gates_R, normed_SBH
         (rows_RH,) = yield from tape.exchange(rows_RH, splits=splits.reversed(), narrow="backward" if narrow else "")
         (output_SBH,) = tape.run(self.add, rows_RH, residual_SBH, *shared_SBH)

@@ -1,13 +1,15 @@
 """A step's forward and backward passes over a pipeline, behind the interface of Megatron-Core's schedules.
 
-Without a pipeline it is Megatron-Core's own function; with one, a plan run by the executor. What goes between stages is
-[S / TP, B, H] in the pipeline's dtype.
+Without a pipeline it is Megatron-Core's own function; with one, a plan run by the executor on stages in pieces
+(`model/chunk.py`). What goes between stages is [S / TP, B, H] in the pipeline's dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,13 +18,46 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.training import DataConfig
+from dsv3_megatron.data.batches import Batch
+from dsv3_megatron.model.chunk import LossFunction, ModelChunk
+from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.schedule.execute import Executor
-from dsv3_megatron.schedule.plan import Plan, build_plan, forward_plan
+from dsv3_megatron.schedule.plan import build_plan, forward_plan
 from dsv3_megatron.schedule.recorder import ScheduleTrace
 from dsv3_megatron.schedule.transport import PipelineChannels
-from dsv3_megatron.schedule.whole_stage import ForwardStep, StepResults, WholeStage
 
 ForwardBackward = Callable[..., list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class ForwardStep:
+    """Megatron-Core's `forward_step_func`, of which a stage in pieces takes the parts.
+
+    Attributes:
+        read: Takes the next batch of a chunk, to the stage's device.
+        data: Of the run: whether documents are kept apart.
+        loss: Of a batch and its token losses: the sum to differentiate, the number of tokens, what to report.
+    """
+
+    read: Callable[[Iterator[Batch]], Batch]
+    data: DataConfig
+    loss: LossFunction
+
+    def __call__(self, batches: Iterator[Batch], stage: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+        """A micro-batch through a whole stage, and how its output becomes a loss."""
+        batch = self.read(batches)
+        return forward_stage(stage, batch, self.data), partial(self.loss, batch)
+
+    def chunk(self, stage: torch.nn.Module, batches: Iterator[Batch]) -> ModelChunk:
+        """The stage in pieces; its micro-batches come in the order of their batches, as every plan has them."""
+        numbers = count()
+
+        def batch_of(microbatch: int) -> Batch:
+            assert microbatch == next(numbers), "batches are read in order"
+            return self.read(batches)
+
+        return ModelChunk(stage, batch_of=batch_of, data=self.data, loss_function=self.loss)
 
 
 def build_forward_backward(parallel: ParallelConfig, groups: ProcessGroupCollection, config: TransformerConfig, *,
@@ -51,7 +86,6 @@ class PipelineStep:
                  trace: ScheduleTrace | None) -> None:
         self.parallel, self.groups, self.config, self.trace = parallel, groups, config, trace
         self.channels = PipelineChannels(groups)
-        self._plans: dict[tuple[int, bool], Plan] = {}
         self._executors: dict[Any, Executor] = {}
 
     def __call__(self, *, forward_step_func: ForwardStep, data_iterator: Any, model: Any, num_microbatches: int,
@@ -59,7 +93,7 @@ class PipelineStep:
         """Run a step.
 
         Args:
-            forward_step_func: As of Megatron-Core's functions, with a loss per token.
+            forward_step_func: Reads a batch and says its loss.
             data_iterator: Batches of each chunk; not in a list if there is one chunk.
             model: This rank's chunks, likewise.
             num_microbatches: Of the whole pipeline, over both directions of DualPipe.
@@ -74,23 +108,21 @@ class PipelineStep:
         iterators: list[Iterator[Any]] = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         executor = self._executor(num_microbatches, seq_length, micro_batch_size, forward_only, device)
-        results = StepResults(torch.zeros((), dtype=torch.int32, device=device))
-        places = executor.plan.placement[executor.rank]
-        runners = [WholeStage(module, forward_step_func, batches, is_first=place.stage == 0,
-                              is_last=place.stage == executor.plan.num_stages - 1, results=results,
-                              forward_only=forward_only)
-                   for module, batches, place in zip(modules, iterators, places, strict=True)]
-        if forward_only:
-            executor.run(runners)
-            return results.reports
-        if self.trace is not None and self.trace.is_wanted:
-            self.trace.record(executor.plan, self.groups.pp, partial(executor.run, runners))
-        else:
-            executor.run(runners)
-        torch.distributed.all_reduce(results.num_tokens, group=self.groups.pp)
-        assert self.config.finalize_model_grads_func is not None
-        self.config.finalize_model_grads_func(modules, results.num_tokens)
-        return results.reports
+        chunks = [forward_step_func.chunk(module, batches)
+                  for module, batches in zip(modules, iterators, strict=True)]
+        with torch.set_grad_enabled(not forward_only):
+            if self.trace is not None and self.trace.is_wanted and not forward_only:
+                self.trace.record(executor.plan, self.groups.pp, partial(executor.run, chunks))
+            else:
+                executor.run(chunks)
+        results = [chunk.take_reports() for chunk in chunks]
+        if not forward_only:
+            num_tokens = sum((tokens.to(device) for tokens, _ in results),
+                             torch.zeros((), dtype=torch.int32, device=device))
+            torch.distributed.all_reduce(num_tokens, group=self.groups.pp)
+            assert self.config.finalize_model_grads_func is not None
+            self.config.finalize_model_grads_func(modules, num_tokens)
+        return [report for _, reports in results for report in reports]
 
     def _executor(self, num_microbatches: int, seq_length: int, micro_batch_size: int, forward_only: bool,
                   device: torch.device) -> Executor:

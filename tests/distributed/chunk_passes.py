@@ -6,13 +6,14 @@ no rank but those of its expert or tensor group is needed.
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
@@ -45,6 +46,7 @@ class Case:
         precision: "fp32" or "bf16".
         model: Changes of the architecture: one dense and three MoE layers, one MTP module.
         is_isolated: Documents do not see each other, and losses at their ends do not count.
+        num_microbatches: Of each chunk, or of a schedule's step.
     """
 
     name: str
@@ -53,20 +55,22 @@ class Case:
     precision: str = "fp32"
     model: dict[str, Any] = field(default_factory=dict)
     is_isolated: bool = False
+    num_microbatches: int = 2
 
     @property
     def run(self) -> RunConfig:
         """The run of it; its weights are large enough to matter."""
         model = variant("plain", **{"num_layers": 4, "init_method_std": 0.1, **GROUPED, **self.model})
         return run_of(model, self.parallel, seq_length=SEQ_LENGTH, micro_batch_size=MICRO_BATCH_SIZE,
-                      global_batch_size=2 * MICRO_BATCH_SIZE * self.parallel.data_parallel_size(self.num_ranks),
+                      global_batch_size=(self.num_microbatches * MICRO_BATCH_SIZE
+                                         * self.parallel.data_parallel_size(self.num_ranks)),
                       train_iters=1, lr_warmup_iters=0, precision=self.precision, reset_attention_mask=self.is_isolated,
                       reset_position_ids=self.is_isolated, eod_mask_loss=self.is_isolated)
 
 
 @dataclass
 class Passes:
-    """What two micro-batches left on one chunk.
+    """What micro-batches left on one chunk.
 
     Attributes:
         outputs: Hidden states, the gradient of the input, sums of losses, by micro-batch.
@@ -79,39 +83,43 @@ class Passes:
     counts: Tensors
 
 
-class Stage:
-    """One wrapped stage and what it gets of two micro-batches."""
+def random_batch(run: RunConfig, generator: torch.Generator) -> Batch:
+    """A micro-batch of random tokens, of which some do not count."""
+    is_isolated = run.data.reset_attention_mask
+    shape = (MICRO_BATCH_SIZE, SEQ_LENGTH + 1)
+    tokens = torch.randint(0, run.model.vocab_size, shape, generator=generator)
+    mask = (torch.rand(MICRO_BATCH_SIZE, SEQ_LENGTH, generator=generator) > 0.2).float()
+    if is_isolated:
+        tokens[torch.rand(shape, generator=generator) < 0.2] = EOD
+        mask[tokens[:, :-1] == EOD] = 0.0
+    bounds = document_bounds(tokens[:, :-1].numpy(), EOD) if is_isolated else None
+    return Batch(tokens[:, :-1], tokens[:, 1:], mask, torch.arange(SEQ_LENGTH).repeat(MICRO_BATCH_SIZE, 1),
+                 torch.arange(MICRO_BATCH_SIZE), bounds)
 
-    def __init__(self, run: RunConfig, wrapped: Any, config: Any) -> None:
+
+class Stage:
+    """One wrapped stage and what it gets of each micro-batch."""
+
+    def __init__(self, run: RunConfig, wrapped: Any, config: Any, num_microbatches: int) -> None:
         self.run, self.wrapped, self.config = run, wrapped, config
         self.module = wrapped.module.module if config.bf16 else wrapped.module
         # Ranks of a tensor-parallel group read the same tokens.
         group = self.module.pg_collection
         generator = torch.Generator().manual_seed(torch.distributed.get_rank() // group.tp.size())
-        self.batches = [self._batch(generator) for _ in range(2)]
+        device = next(wrapped.parameters()).device
+        self.batches = [random_batch(run, generator).to(device) for _ in range(num_microbatches)]
         shape = (SEQ_LENGTH // group.tp.size(), MICRO_BATCH_SIZE, run.model.hidden_size)
 
         def random() -> list[torch.Tensor]:
-            return [torch.randn(shape, generator=generator).to(config.pipeline_dtype) for _ in range(2)]
+            return [torch.randn(shape, generator=generator).to(device, config.pipeline_dtype) for _ in self.batches]
 
-        self.inputs: list[Any] = [None, None] if self.module.pre_process else random()
-        self.grads: list[Any] = [None, None] if self.module.post_process else random()
+        nothing: list[Any] = [None] * num_microbatches
+        self.inputs = nothing if self.module.pre_process else random()
+        self.grads = nothing if self.module.post_process else random()
 
-    def _batch(self, generator: torch.Generator) -> Batch:
-        is_isolated = self.run.data.reset_attention_mask
-        shape = (MICRO_BATCH_SIZE, SEQ_LENGTH + 1)
-        tokens = torch.randint(0, self.run.model.vocab_size, shape, generator=generator)
-        mask = (torch.rand(MICRO_BATCH_SIZE, SEQ_LENGTH, generator=generator) > 0.2).float()
-        if is_isolated:
-            tokens[torch.rand(shape, generator=generator) < 0.2] = EOD
-            mask[tokens[:, :-1] == EOD] = 0.0
-        bounds = document_bounds(tokens[:, :-1].numpy(), EOD) if is_isolated else None
-        return Batch(tokens[:, :-1], tokens[:, 1:], mask, torch.arange(SEQ_LENGTH).repeat(MICRO_BATCH_SIZE, 1),
-                     torch.arange(MICRO_BATCH_SIZE), bounds)
-
-    def chunk(self, post: Any = post_all_to_all) -> ModelChunk:
-        """The stage in pieces."""
-        return ModelChunk(self.wrapped, batch_of=self.batches.__getitem__, data=self.run.data,
+    def chunk(self, post: Any = post_all_to_all, first: int = 0) -> ModelChunk:
+        """The stage in pieces; its micro-batch 0 is the one of number `first`."""
+        return ModelChunk(self.wrapped, batch_of=lambda number: self.batches[first + number], data=self.run.data,
                           loss_function=lambda batch, losses: sum_losses(batch.loss_mask_BS, losses,
                                                                          mtp_weight=MTP_LAMBDA), post=post)
 
@@ -142,7 +150,7 @@ def build(case: Case) -> list[Stage]:
     run.validate(case.num_ranks)
     groups = create_groups(run.parallel, 0)
     stages, config = build_stages(run, groups, precision=case.precision)
-    return [Stage(run, wrapped, config) for wrapped in wrap_stages(stages, config, groups)]
+    return [Stage(run, wrapped, config, case.num_microbatches) for wrapped in wrap_stages(stages, config, groups)]
 
 
 def ordinary(stage: Stage) -> Passes:
@@ -281,25 +289,57 @@ def live_storages(case: Case) -> dict[str, tuple[int, int]]:
     of the dispatch and of the combine, and gradients on their way back.
     """
     (stage,) = build(case)
-    seen: list[StorageWeakRef] = []
+    seen: list[weakref.ref] = []
 
     def post(rows: torch.Tensor, splits: Splits) -> Any:
         if rows.dim() == 2:  # not the gates
-            seen.append(StorageWeakRef(rows.untyped_storage()))
+            seen.append(weakref.ref(rows.untyped_storage()))
         return post_all_to_all(rows, splits)
 
     pieces, found = Pieces(stage, post), {}
 
-    def note(call: str) -> None:
-        found[call] = (len(seen), sum(not ref.expired() for ref in seen))
+    def note(call: str, expected: int) -> None:
+        deadline = time.monotonic() + 10.0
+        while (alive := sum(ref() is not None for ref in seen)) != expected and time.monotonic() < deadline:
+            time.sleep(0.01)  # gloo's thread lets go of a transfer a moment after it is done
+        found[call] = (len(seen), alive)
 
-    pieces.run(pieces.forward(0))
-    note("forward")
+    forward = pieces.forward(0)
+    next(forward)
+    note("under way", 1)
+    pieces.run(forward)
+    note("forward", 0)
     pieces.run(pieces.backward(0, defer_weights=True))
-    note("input")
+    note("input", 0)
     pieces.weights(0)
-    note("weights")
+    note("weights", 0)
     return found
+
+
+def kept_bytes(case: Case) -> tuple[int, int]:
+    """What autograd keeps of a forward pass besides parameters: of an ordinary one, and of one in pieces."""
+    (stage,) = build(case)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in stage.wrapped.parameters()}
+    batch, kept = stage.batches[0], []
+    for is_ordinary in (True, False):
+        stage.clear()
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()  # alive, for it is kept: no other one has this address
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            if is_ordinary:
+                losses = TokenLosses(*forward_stage(stage.wrapped, batch, stage.run.data))
+                whole = sum_losses(batch.loss_mask_BS, losses, mtp_weight=MTP_LAMBDA)
+            else:
+                pieces = Pieces(stage)
+                pieces.run(pieces.forward(0))
+        kept.append(sum(size for address, size in sizes.items() if address not in parameters))
+    del whole
+    return kept[0], kept[1]
 
 
 def misuse(case: Case) -> list[str]:

@@ -80,7 +80,8 @@ class Layout:
             global_batch_size=GLOBAL_BATCH_SIZE, train_iters=1, lr=LEARNING_RATE, min_lr=LEARNING_RATE,
             lr_warmup_iters=0, lr_decay_style="constant", weight_decay=WEIGHT_DECAY, clip_grad=CLIP_GRAD,
             adam_eps=ADAM_EPS, moe_router_bias_update_rate=1e-3, precision="fp32",
-            reset_attention_mask=self.is_isolated, reset_position_ids=self.is_isolated, eod_mask_loss=self.is_isolated)
+            reset_attention_mask=self.is_isolated, reset_position_ids=self.is_isolated, eod_mask_loss=self.is_isolated,
+            tensorboard_dir="instruments look, nothing is written")
 
 
 @dataclass(frozen=True)
@@ -277,9 +278,7 @@ class LeakyStage(Fault):
 
     def before_step(self, trainer: Trainer) -> None:
         if trainer.groups.pp.rank() == trainer.groups.pp.size() - 1:
-            for chunk in trainer.chunks:
-                chunk.register_forward_pre_hook(
-                    lambda _, args, kwargs: (args, {**kwargs, "packed_seq_params": None}), with_kwargs=True)
+            trainer.run = trainer.run.override(reset_attention_mask=False, reset_position_ids=False)
 
 
 FAULTS: dict[str, Fault] = {

@@ -15,12 +15,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.data.batches import Batch
 from dsv3_megatron.model.build import build_stages, wrap_stages
 from dsv3_megatron.model.parameters import WholeParameter, whole_parameters
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.router_bias import collect_expert_loads, routers, update_router_biases
 from dsv3_megatron.parallel.groups import create_groups, groups_of_tokens, replicas
-from dsv3_megatron.schedule.forward_backward import ForwardBackward, build_forward_backward
+from dsv3_megatron.schedule.forward_backward import ForwardBackward, ForwardStep, build_forward_backward
 
 SEQ_LENGTH, GLOBAL_BATCH = 16, 4
 
@@ -67,10 +68,10 @@ class Training:
         copies = replicas(self.run.parallel, self.groups)
         tokens = torch.randint(0, self.run.model.vocab_size, (GLOBAL_BATCH, SEQ_LENGTH + 1),
                                generator=torch.Generator().manual_seed(number))
-        batches = [iter(tokens.chunk(size)[rank]) for rank, size in copies]
+        batches = [map(_batch, tokens.chunk(size)[rank]) for rank, size in copies]
         several = len(self.chunks) > 1
         outputs = self.forward_backward(
-            forward_step_func=_forward, data_iterator=batches if several else batches[0],
+            forward_step_func=ForwardStep(next, self.run.data, _loss), data_iterator=batches if several else batches[0],
             model=self.chunks if several else self.chunks[0],
             num_microbatches=self.run.training.num_microbatches(self.groups.dp.size()),
             seq_length=SEQ_LENGTH, micro_batch_size=1, forward_only=False)
@@ -149,18 +150,15 @@ def differences(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tenso
         name for name in expected.keys() & actual.keys() if not torch.equal(expected[name], actual[name])]
 
 
-def _forward(data_iterator: Any, model: Any, *_: Any) -> tuple[Any, Any]:
-    tokens = next(data_iterator).unsqueeze(0)
-    output = model(input_ids=tokens[:, :-1], position_ids=torch.arange(SEQ_LENGTH).unsqueeze(0), attention_mask=None,
-                   labels=tokens[:, 1:])
+def _batch(tokens: torch.Tensor) -> Batch:
+    return Batch(tokens[None, :-1], tokens[None, 1:], torch.ones(1, SEQ_LENGTH), torch.arange(SEQ_LENGTH)[None],
+                 torch.zeros(1, dtype=torch.int64))
 
-    def total_loss(losses: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-        main_BS, mtp_BS = losses
-        main = main_BS.sum()
-        return (main + 0.3 * sum(loss.sum() for loss in mtp_BS), torch.tensor(main_BS.numel()),
-                {"sum": main.item()})
 
-    return output, total_loss
+def _loss(_batch: Batch, losses: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    main_BS, mtp_BS = losses
+    main = main_BS.sum()
+    return main + 0.3 * sum(loss.sum() for loss in mtp_BS), torch.tensor(main_BS.numel()), {"sum": main.item()}
 
 
 def _put(state: dict[str, torch.Tensor], name: str, whole: WholeParameter, local: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from tests.distributed.chunk_passes import (
     WAYS,
     Case,
     Passes,
+    kept_bytes,
     live_storages,
     misuse,
     run_all,
@@ -62,7 +63,7 @@ def results() -> dict[str, list[Any]]:
     for num_ranks in (2, 4):
         calls: list[Any] = [(run_case, case) for case in CASES if case.num_ranks == num_ranks]
         if num_ranks == 2:
-            calls += [(run_without_gradients, EP2), (live_storages, EP2), (misuse, EP2)]
+            calls += [(run_without_gradients, EP2), (live_storages, EP2), (kept_bytes, EP2), (misuse, EP2)]
         ranks = run_ranks(num_ranks, run_all, calls)
         for index, (call, case) in enumerate(calls):
             found[case.name or call.__name__] = [rank[index] for rank in ranks]
@@ -128,7 +129,12 @@ def test_without_gradients(results):
 def test_rows_are_freed(results):
     """Three MoE layers and an MTP module, each with a dispatch and a combine."""
     for found in results["live_storages"]:
-        assert found == {"forward": (8, 0), "input": (16, 0), "weights": (16, 0)}
+        assert found == {"under way": (1, 1), "forward": (8, 0), "input": (16, 0), "weights": (16, 0)}
+
+
+def test_pieces_keep_no_more_than_one_pass(results):
+    for one_pass, pieces in results["kept_bytes"]:
+        assert 0 < pieces <= one_pass
 
 
 def test_calls_in_a_wrong_order(results):

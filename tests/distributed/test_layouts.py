@@ -6,6 +6,7 @@ and copies (of replicas, of the embedding on the last stage) with each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.metrics.gradients import COMPONENTS, component_of
 from tests.distributed.launch import run_ranks
 from tests.distributed.layout_step import (
     EOD,
@@ -197,12 +199,41 @@ def compare(expected: RankStep, ranks: list[RankStep], initial: dict[str, torch.
     assert set(values) == set(wanted) == set(gradients)
     for name, value in values.items():
         check("update", value - initial[name], wanted[name] - initial[name], UPDATE_TOLERANCE, f"parameter {name}")
+    check_measurements(expected, ranks, assemble(ranks, "gradients"))
     biases = {row: bias for rank in ranks for row, bias in rank.biases.items()}
     assert set(biases) == set(expected.biases)
     for rank in ranks:
         for row, bias in rank.biases.items():
             assert torch.equal(bias, expected.biases[row]), f"router bias of layer {row} differs"
     return worst
+
+
+def check_measurements(expected: RankStep, ranks: list[RankStep], gradients: dict[str, torch.Tensor]) -> None:
+    """Check what the instruments of a step saw: each token once, each gradient once, the same on every rank."""
+    wanted = expected.report.measurements
+    assert wanted is not None
+    for rank in ranks:
+        seen = rank.report.measurements
+        assert seen is not None
+        assert set(seen.routers) == set(rank.report.expert_load), "layers with a router"
+        for layer, router in seen.routers.items():
+            other = wanted.routers[layer]
+            assert router.tokens_per_group == other.tokens_per_group, f"tokens per group of layer {layer}"
+            assert router.tokens_by_num_groups == other.tokens_by_num_groups, f"groups per token of layer {layer}"
+            assert router.bias == other.bias, f"bias of layer {layer}"
+            # A score that rounds otherwise may fall into the next bin.
+            assert sum(router.score_counts) == sum(other.score_counts)
+            moved = sum(abs(a - b) for a, b in zip(router.score_counts, other.score_counts, strict=True)) // 2
+            assert moved <= 3, f"scores of layer {layer}: {moved} in another bin"
+        squares = dict.fromkeys(COMPONENTS, 0.0)
+        for name, gradient in gradients.items():
+            squares[component_of(name)] += gradient.double().square().sum().item()
+        for component, norm in seen.grad_norms.items():
+            assert norm == pytest.approx(squares[component] ** 0.5, rel=GRADIENT_TOLERANCE), f"norm of {component}"
+        assert math.hypot(*seen.grad_norms.values()) == pytest.approx(rank.report.grad_norm, rel=1e-6)
+        assert seen.phase_seconds == ranks[0].report.measurements.phase_seconds
+        in_step = sum(seconds for phase, seconds in seen.slowest_phase_seconds.items() if phase != "logging")
+        assert 0.5 * rank.report.step_time_s < in_step
 
 
 def initial_parameters(layout: Layout, names: list[str]) -> dict[str, torch.Tensor]:
@@ -225,6 +256,11 @@ def test_equals_one_process(steps, layout):
     copies = layout.parallel.num_model_copies
     assert all(rank.num_micro_batches == layout.num_micro_batches // copies for rank in ranks)
     print(layout.name, check_layout(steps, layout))
+    seen, expected = (found[0].report.measurements.head_agreement for found in (
+        ranks, steps[one_process_name(layout.mtp_num_layers, layout.is_isolated)]))
+    assert len(seen) == layout.mtp_num_layers and None not in seen
+    if layout.num_replicas * layout.parallel.num_model_copies == 1:
+        assert seen == expected, "the same first micro-batch"
 
 
 @pytest.mark.parametrize(("layout", "message"), PLANTED, ids=lambda value: getattr(value, "fault", None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,9 @@ import numpy as np
 import pytest
 
 from dsv3_megatron.data.indexed_writer import DatasetWriter
+from dsv3_megatron.metrics.gradients import COMPONENTS
+from dsv3_megatron.metrics.instruments import PHASES
+from dsv3_megatron.metrics.tags import TAGS
 from tests.distributed.launch import ROOT, run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -59,6 +63,29 @@ def twenty_steps(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     train(4, *data, *PP2_EP2, "--train-iters", "20", "--save", str(folder / "checkpoints"), "--save-interval", "10",
           "--keep-last", "0", "--tensorboard-dir", str(folder / "logs"))
     return folder
+
+
+def written_tags(folder: Path) -> set[tuple[str, str]]:
+    """Kind and name of every tag in a folder's event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    kinds = {"scalars": "scalar", "images": "image", "histograms": "histogram", "tensors": "text"}
+    return {(kind, name) for key, kind in kinds.items() for name in events.Tags()[key]}
+
+
+def test_a_run_writes_the_tags_of_the_table_and_no_others(twenty_steps: Path) -> None:
+    """All but those of a GPU and of validation, which `tests/unit/metrics/test_writer.py` looks at."""
+    names = {"layer": ("1", "2", "3"), "group": ("0", "1"), "depth": ("1",), "component": COMPONENTS, "phase": PHASES}
+    expected = set()
+    for tag in TAGS:
+        if tag.when in ("gpu", "peak", "validation"):
+            continue
+        kind = re.search("{(.*?)}", tag.name)
+        for value in names[kind.group(1)] if kind else ("",):
+            expected.add((tag.kind, re.sub("{.*?}", value, tag.name)))
+    assert written_tags(twenty_steps / "logs") == expected
 
 
 def from_step_10(folder: Path, target: Path) -> list[str]:

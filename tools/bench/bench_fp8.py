@@ -160,8 +160,8 @@ def check_quantization(device: str, rows: int, width: int) -> None:
         for name, (got, expected) in pairs.items():
             same_scales = torch.equal(got.scales, expected.scales)
             if not (same_scales and torch.equal(got.values.float(), expected.values.float())):
-                raise SystemExit(f"quantization of {name} (power_of_2={power_of_2}, [{rows}, {width}]) differs from the "
-                                 "reference")
+                raise SystemExit(f"quantization of {name} (power_of_2={power_of_2}, [{rows}, {width}]) differs from "
+                                 "the reference")
             print(f"  {name}, power_of_2={power_of_2}: equal bit for bit")
 
 

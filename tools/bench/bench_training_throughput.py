@@ -23,8 +23,6 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -53,32 +51,8 @@ class Setting:
 
 def ours_step(setting: Setting) -> Step:
     """This library's training step on random tokens, as the trainer takes it."""
-    import torch
-
     from dsv3_megatron.config.presets import laptop
-    from dsv3_megatron.ops.host_memory import keep_freed_memory
-    from dsv3_megatron.trainer import Trainer
-
-    keep_freed_memory()
-
-    class RandomTokens:
-        def __len__(self) -> int:
-            return 1_000_000
-
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            generator = torch.Generator().manual_seed(index)
-            tokens = torch.randint(0, run.model.vocab_size, (setting.seq_length + 1,), generator=generator)
-            return {
-                "tokens": tokens[:-1],
-                "labels": tokens[1:],
-                "loss_mask": torch.ones(setting.seq_length),
-                "position_ids": torch.arange(setting.seq_length),
-            }
-
-    class RandomTokenTrainer(Trainer):
-        def _build_data(self) -> None:
-            self.data = SimpleNamespace(train=RandomTokens(), valid=None)  # type: ignore[assignment]
-            self.batches = self._iterate(self.data.train, 0)
+    from tools.bench.random_run import random_token_trainer
 
     run = laptop().override(
         mtp_num_layers=0,
@@ -88,8 +62,7 @@ def ours_step(setting: Setting) -> Step:
         precision=setting.precision,
         eval_interval=0,
     )
-    run.validate(1)
-    trainer = RandomTokenTrainer(run)
+    trainer = random_token_trainer(run)
     return lambda: {"loss": trainer.train_step()[0].lm_loss}
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.config import model, parallel, run, training
+from dsv3_megatron.config import guards, model, parallel, run, training
 from dsv3_megatron.config.fields import ConfigError, divisors
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.config.run import SECTIONS, RunConfig
@@ -165,6 +165,24 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"trace_schedule": "trace.json"}, 1, "trace_schedule=trace.json records what pipeline ranks do and needs "
      "pipeline_model_parallel_size of at least 2; leave it out"),
     ("tiny", {"log_interval": 0}, 1, "log_interval=0 must be at least 1"),
+    # -- guards --
+    ("tiny", {"on_spike": "rollback"}, 1, "on_spike=rollback needs save: a folder of checkpoints to go back to; or "
+     "choose on_spike=skip"),
+    ("tiny", {"on_spike": "panic"}, 1, "on_spike='panic' must be one of log, skip, rollback"),
+    ("tiny", {"spike_min_steps": 1}, 1, "spike_min_steps=1 must be at least 2: one step has no spread"),
+    ("tiny", {"spike_window": 16}, 1,
+     "spike_window=16 must be at least spike_min_steps=32, or no step would ever be judged"),
+    ("tiny", {"spike_loss_threshold": -1.0}, 1, "spike_loss_threshold=-1.0 must not be negative; 0 turns it off"),
+    ("tiny", {"spike_grad_norm_threshold": -0.5}, 1,
+     "spike_grad_norm_threshold=-0.5 must not be negative; 0 turns it off"),
+    ("tiny", {"spike_loss_floor": -0.1}, 1, "spike_loss_floor=-0.1 must not be negative"),
+    ("tiny", {"spike_loss_floor": float("nan")}, 1, "spike_loss_floor=nan must be a finite number"),
+    ("tiny", {"spike_grad_norm_floor": 0.5}, 1,
+     "spike_grad_norm_floor=0.5 must be at least 1: it multiplies the median gradient norm"),
+    ("tiny", {"max_consecutive_skips": -1}, 1, "max_consecutive_skips=-1 must not be negative"),
+    ("tiny", {"max_rollbacks": -2}, 1, "max_rollbacks=-2 must not be negative"),
+    ("tiny", {"hang_timeout_s": 0.5}, 1, "hang_timeout_s=0.5 must be at least 1 second; 0 turns it off"),
+    ("tiny", {"hang_timeout_s": -3.0}, 1, "hang_timeout_s=-3.0 must be at least 1 second; 0 turns it off"),
 ]
 
 
@@ -184,7 +202,7 @@ def test_no_rule_goes_untested() -> None:
             base(name).override(**changes).validate(world_size)
         last = error.traceback[-1]
         reached.add((str(last.path), last.lineno + 1))
-    for module in (model, parallel, training, run):
+    for module in (model, parallel, training, run, guards):
         for function in ast.walk(ast.parse(inspect.getsource(module))):
             if not isinstance(function, ast.FunctionDef) or function.name == "section_of":  # tested in test_load.py
                 continue

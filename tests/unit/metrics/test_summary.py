@@ -60,7 +60,7 @@ def make_run(tmp_path: Path, run_config: RunConfig, make_report: Callable[..., S
         Callable[..., Path]]:
     def make(validation_loss: float, *, num_sequences: int | None = BATCH * EVAL_ITERS, last_loss: float = 1.0) -> Path:
         speed = RunSpeed(SEQ_LENGTH, flops_per_token(run_config.model, SEQ_LENGTH))
-        writer = MetricsWriter(tmp_path / "tensorboard", speed)
+        writer = MetricsWriter(tmp_path / "tensorboard", speed, num_layers=run_config.model.num_layers)
         writer.write_config(run_config.as_dict())
         for step in range(1, STEPS + 1):
             writer.write_step(make_report(step, consumed_samples=BATCH * step, batch_size=BATCH,

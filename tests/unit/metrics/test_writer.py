@@ -15,7 +15,9 @@ from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.metrics.flops import RunSpeed
 from dsv3_megatron.metrics.records import Records, StepReport, read_records, to_line, truncate_records
-from dsv3_megatron.metrics.writer import MetricsWriter, step_scalars
+from dsv3_megatron.metrics.scalars import step_scalars
+from dsv3_megatron.metrics.tags import TAGS
+from dsv3_megatron.metrics.writer import MetricsWriter
 
 Make = Callable[..., StepReport]
 
@@ -32,19 +34,24 @@ def test_scalars_have_megatron_names(make_report: Make, speed: RunSpeed) -> None
     scalars = step_scalars(make_report(2), speed)
     tokens_per_second = 16 * 256 / 0.5
     flops = speed.flops.training * tokens_per_second
+    entropy = -sum(share * math.log(share, 4) for share in (3 / 8, 1 / 8, 1 / 4, 1 / 4))
     assert scalars == {
         "lm loss": 4.0, "mtp_1 loss": 4.5, "seq_load_balancing_loss": 1.5, "grad-norm": 0.25, "learning-rate": 1e-3,
         "batch-size": 16, "iteration-time": 0.5, "throughput": flops / 4 / 1e12,
         "tokens-per-second": tokens_per_second, "model-flops-per-second": flops, "mfu": flops / 4 / 1e9,
         "consumed-tokens": 8192, "consumed-samples": 32,
         "expert-load/layer-1/max-violation": 0.5, "expert-load/layer-1/least-load": 0.5,
+        "expert-load/layer-1/entropy": pytest.approx(entropy), "expert-load/layer-1/dead-experts": 0.0,
         "expert-load/layer-4/max-violation": 0.0, "expert-load/layer-4/least-load": 1.0,
-        "expert-load/max-violation": 0.25,
+        "expert-load/layer-4/entropy": pytest.approx(1.0), "expert-load/layer-4/dead-experts": 0.0,
+        "router-bias/layer-1/direction": 0.0, "router-bias/layer-4/direction": 0.0, "router-bias/direction": 0.0,
+        "expert-load/max-violation": 0.25, "expert-load/least-load": 0.75, "expert-load/dead-experts": 0.0,
+        "expert-load/entropy": pytest.approx((1 + entropy) / 2),
     }
 
 
 def test_round_trip(tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
-    writer = MetricsWriter(tmp_path, speed, log_interval=2)
+    writer = MetricsWriter(tmp_path, speed, num_layers=4, log_interval=2)
     writer.write_config(preset("tiny").as_dict(), environment={"world_size": 4})
     for iteration in range(1, 6):
         writer.write_step(make_report(iteration, skipped=iteration == 3))
@@ -71,10 +78,12 @@ def test_round_trip(tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
     assert events["lm loss validation"] == [(5, 2.5)]
     assert events["lm loss validation ppl"][0][1] == pytest.approx(math.exp(2.5), rel=1e-6)
     assert events["mtp_1 loss validation"] == [(5, 3.5)]
+    from_validation = {tag.name.replace("{depth}", "1") for tag in TAGS if tag.when == "validation"}
+    assert from_validation <= set(events)
 
 
 def test_resume_drops_what_is_taken_again(tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
-    first = MetricsWriter(tmp_path, speed)
+    first = MetricsWriter(tmp_path, speed, num_layers=4)
     for iteration in range(1, 8):
         first.write_step(make_report(iteration, skipped=iteration in (2, 7)))
     first.write_validation(6, 2.0)
@@ -83,7 +92,7 @@ def test_resume_drops_what_is_taken_again(tmp_path: Path, make_report: Make, spe
         file.write('{"kind":"step","iteration":8,"lm_l')  # the crash
 
     time.sleep(1 - time.time() % 1)  # event files are read in the order of their names, which hold the second
-    second = MetricsWriter(tmp_path, speed, resumed_iteration=5)
+    second = MetricsWriter(tmp_path, speed, num_layers=4, resumed_iteration=5)
     for iteration in range(6, 9):
         second.write_step(make_report(iteration, lm_loss=0.5))
     second.close()
@@ -98,14 +107,14 @@ def test_resume_drops_what_is_taken_again(tmp_path: Path, make_report: Make, spe
 
 def test_new_run_in_an_old_folder_starts_anew(tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
     for _ in range(2):
-        writer = MetricsWriter(tmp_path, speed)
+        writer = MetricsWriter(tmp_path, speed, num_layers=4)
         writer.write_step(make_report(1))
         writer.close()
     assert len(read_records(tmp_path / "metrics.jsonl").steps) == 1
 
 
 def test_only_the_enabled_process_writes(tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
-    writer = MetricsWriter(tmp_path / "absent", speed, enabled=False)
+    writer = MetricsWriter(tmp_path / "absent", speed, num_layers=4, enabled=False)
     writer.write_config({})
     writer.write_step(make_report(1))
     writer.write_validation(1, 1.0)
@@ -114,7 +123,7 @@ def test_only_the_enabled_process_writes(tmp_path: Path, make_report: Make, spee
 
 
 def test_write_after_close_is_a_mistake(tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
-    writer = MetricsWriter(tmp_path, speed)
+    writer = MetricsWriter(tmp_path, speed, num_layers=4)
     writer.close()
     with pytest.raises(AssertionError, match="write after close"):
         writer.write_step(make_report(1))
@@ -148,3 +157,15 @@ def test_truncating_counts_what_it_drops(tmp_path: Path) -> None:
     assert ([r["iteration"] for r in kept.steps], num_dropped) == ([1, 2, 3], 3)
     assert path.read_text().count("\n") == 3
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_spikes_and_rollbacks_are_counted_where_they_happened(
+        tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
+    writer = MetricsWriter(tmp_path, speed)
+    writer.write_step(make_report(1))
+    writer.write_step(make_report(2, is_spike=True, num_spikes=1, num_rollbacks=3))
+    writer.close()
+    records = read_records(tmp_path / "metrics.jsonl").steps
+    assert [(record["spike"], record["num_rollbacks"]) for record in records] == [(False, 0), (True, 3)]
+    events = read_events(tmp_path)
+    assert events["spikes"] == [(1, 0), (2, 1)] and events["rollbacks"] == [(1, 0), (2, 3)]

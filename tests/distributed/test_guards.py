@@ -1,0 +1,168 @@
+"""Each guard fires where it must, on every rank alike, and what is not applied leaves no trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsv3_megatron.checkpoint.layout import read_manifest
+from dsv3_megatron.data.indexed_writer import DatasetWriter
+from dsv3_megatron.guards.decisions import EXIT_GUARD
+from tests.distributed.faulty_run import Fault
+from tests.distributed.guarded_runs import BAD_STEP, bad_steps, steps_in_halves_and_whole, whole_runs
+from tests.distributed.launch import run_ranks
+from tests.distributed.small_run import GLOBAL_BATCH, SEQ_LENGTH, differences
+
+pytestmark = pytest.mark.distributed
+
+INF = float("inf")
+TP2, PP2, EP2 = ({f"{kind}_parallel_size": 2} for kind in ("tensor_model", "pipeline_model", "expert_model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Documents of text-like token statistics."""
+    prefix = tmp_path_factory.mktemp("data") / "train"
+    generator = np.random.default_rng(0)
+    with DatasetWriter(str(prefix), vocab_size=128) as writer:
+        lengths = generator.integers(20, 60, size=150)
+        writer.add_documents((generator.zipf(1.3, size=int(lengths.sum())) % 128).astype(np.int64), lengths)
+    return str(prefix)
+
+
+def once(kind: str, rank: int = 1, **values: object) -> Fault:
+    return Fault(kind, [BAD_STEP], rank, **values)  # type: ignore[arg-type]
+
+
+# name, layout, fault, what the log must say of it
+NONFINITE = [
+    ("gradient", {}, once("gradient", where="linear_proj.weight"), ["grad norm is nan", "linear_proj.weight"]),
+    ("bf16 Inf", {"precision": "bf16"}, once("gradient", value=INF, where="final_layernorm.weight"),
+     ["grad norm is ", "final_layernorm.weight"]),
+    ("expert", EP2, once("gradient", where="experts.linear_fc2.weight"), ["grad norm is nan", "experts.linear_fc2"]),
+    ("first stage", PP2, once("activation", rank=0, where="layers.0.mlp"),
+     ["lm loss is nan", "mtp_1 loss is nan", "micro-batch of samples 8 on rank 1"]),
+    ("one replica", {}, once("activation", where="layers.1.mlp.shared_experts"),
+     ["lm loss is nan", "micro-batch of samples 9 on rank 1", "micro-batch of samples 11 on rank 1"]),
+    ("DualPipe", {**PP2, "pipeline_schedule": "dualpipe"}, once("activation", rank=0, where="layers.0.mlp"),
+     ["lm loss is nan", "micro-batch of samples "]),
+    ("MTP", PP2, once("activation", where="mtp.layers.0.eh_proj"), ["mtp_1 loss is nan"]),
+    ("balance", {}, once("balance"), ["balance loss is nan"]),
+    ("copy", TP2, once("copy", where="q_layernorm.weight"), ["tensor-parallel rank's copy of a gradient"]),
+]
+
+
+def test_a_step_that_is_not_finite_leaves_no_trace_on_any_rank(data: str) -> None:
+    both = run_ranks(2, bad_steps, data, [(name, changes, fault) for name, changes, fault, _ in NONFINITE])
+    for name, _, _, signs in NONFINITE:
+        for result in (ranks[name] for ranks in both):
+            assert result.report.skipped and result.changed == [], name
+            assert result.report.consumed_samples == BAD_STEP * GLOBAL_BATCH
+            (event,) = result.events
+            for sign in [*signs, f"iteration {BAD_STEP}: ", "skipped; samples 8 to 11 of the training data"]:
+                assert sign in event, f"{name}: {sign} is not in {event}"
+            assert not result.after.skipped
+            assert result.counters["skipped"] == 1 and result.counters["consecutive_skips"] == 0
+        kinds = {changed.split(":")[0] for ranks in both for changed in ranks[name].changed_after}
+        assert kinds >= {"weight", "exp_avg", "exp_avg_sq", "steps", "bias"}, name
+        assert both[0][name].report.lm_loss == pytest.approx(both[1][name].report.lm_loss, nan_ok=True)
+
+
+def test_spikes_are_left_out_or_logged(data: str) -> None:
+    scaled = once("scaled", rank=-1, value=1e4)
+    cases = [("skip", {"on_spike": "skip"}, scaled), ("log", {"on_spike": "log"}, scaled),
+             ("batch", {"on_spike": "skip", "spike_loss_threshold": 2.0}, Fault("corrupt", range(44, 48)))]
+    for ranks in run_ranks(2, bad_steps, data, cases):
+        for name in ("skip", "batch"):
+            assert ranks[name].report.skipped and ranks[name].report.is_spike and ranks[name].changed == []
+        assert "grad norm 1" in ranks["skip"].events[0] and "skipped; samples 8 to 11" in ranks["skip"].events[0]
+        assert "lm loss" in ranks["batch"].events[0] and "skipped; samples 44 to 47" in ranks["batch"].events[0]
+        assert ranks["log"].report.is_spike and not ranks["log"].report.skipped and ranks["log"].changed
+        assert [ranks[name].counters["skipped"] for name in ("skip", "log")] == [1, 0]
+
+
+def test_an_applied_step_is_megatrons_own_bit_for_bit(data: str) -> None:
+    assert run_ranks(2, steps_in_halves_and_whole, data) == [[], []]
+
+
+# -- rollback ------------------------------------------------------------------------------------------
+
+# Steps of 4 samples, checkpoints at every 8th. Samples 44 to 47 are the 12th step's: back to 8, on with sample 48.
+# Then sample 84 is the 18th step's first: back to 16, which stands at sample 80, on with sample 88.
+CORRUPTED = [Fault("corrupt", range(44, 48)), Fault("corrupt", range(84, 88))]
+ROLLBACK = {"on_spike": "rollback", "save_interval": 8, "keep_last": 0, "train_iters": 19, "spike_min_steps": 6,
+            "spike_loss_threshold": 2.0}
+JUMPS = [[32, 48], [80, 88]]
+
+
+def test_rollback_resume_and_the_end_of_a_run(data: str, tmp_path: Path) -> None:
+    def run(name: str, *faults: Fault, **changes: object) -> tuple[str, dict, list[Fault]]:
+        return (name, {**ROLLBACK, "save": str(tmp_path / name), "tensorboard_dir": str(tmp_path / f"{name}-logs"),
+                       **changes}, list(faults))
+
+    # Stopped at 14, after one rollback; from there to the end, with the other one.
+    stopped = str(tmp_path / "stopped")
+    runs = [
+        run("whole", *CORRUPTED),
+        run("stopped", *CORRUPTED, Fault("stop", [14])),
+        run("resumed", *CORRUPTED, save=stopped, load=stopped),
+        run("ended", *CORRUPTED, max_rollbacks=1),
+        run("poisoned", Fault("gradient", range(5, 99), 1, where="linear_proj.weight"), max_consecutive_skips=2),
+    ]
+    both = run_ranks(2, whole_runs, data, runs)
+    for ranks in both:
+        check_rollbacks(ranks["whole"])
+        check_resume(ranks["whole"], ranks["stopped"], ranks["resumed"])
+        assert ranks["ended"].code == ranks["poisoned"].code == EXIT_GUARD
+        assert ranks["ended"].latest == 16, "the checkpoint before the spike stays the newest"
+        assert ranks["poisoned"].latest == 7, "two updates left out and one too many, on top of four"
+    check_files(tmp_path)
+
+
+def check_rollbacks(whole) -> None:
+    assert whole.code == 0 and whole.latest == 19
+    assert whole.guard["counters"] == {"skipped": 2, "spikes": 2, "rollbacks": 2, "consecutive_skips": 0,
+                                       "jumps": JUMPS}
+    taken = [*range(1, 13), *range(9, 19), *range(17, 20)]
+    assert [report.iteration for report in whole.reports] == taken
+    assert [first for first, _ in whole.samples] == [*range(0, 48, 4), *range(48, 88, 4), *range(88, 100, 4)]
+    # Jumped samples are not consumed: what schedules are keyed to follows the iteration.
+    assert all(report.consumed_samples == report.iteration * GLOBAL_BATCH for report in whole.reports)
+    assert [report.iteration for report in whole.reports if report.is_spike] == [12, 18]
+
+
+def check_resume(whole, stopped, resumed) -> None:
+    """The resumed run takes the steps of the uninterrupted one, bit for bit, and decides as it does."""
+    assert stopped.code == resumed.code == 0 and stopped.guard["counters"]["jumps"] == JUMPS[:1]
+    assert stopped.reports[-1].iteration == 14
+    numbers = [(report.iteration, report.lm_loss, report.mtp_losses, report.grad_norm, report.is_spike)
+               for report in resumed.reports]
+    assert numbers == [(report.iteration, report.lm_loss, report.mtp_losses, report.grad_norm, report.is_spike)
+                       for report in whole.reports[len(stopped.reports):]]
+    assert resumed.guard == whole.guard
+    assert differences(whole.state, resumed.state) == []
+
+
+def check_files(folder: Path) -> None:
+    manifest = read_manifest(folder / "whole")
+    assert manifest.progress.consumed_tokens == 19 * GLOBAL_BATCH * SEQ_LENGTH
+    assert manifest.progress.guards["counters"]["jumps"] == JUMPS
+    events = [json.loads(line) for line in (folder / "whole-logs" / "guards.jsonl").read_text().splitlines()]
+    assert [(event["iteration"], event["kind"], event["action"], event["samples"]) for event in events] == [
+        (12, "spike", "rolled back", [44, 47]), (18, "spike", "rolled back", [84, 87])]
+    assert all(event["reasons"][0].startswith("lm loss ") for event in events)
+    records = [json.loads(line) for line in (folder / "whole-logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records] == list(range(1, 20)), "steps taken back are not in the metrics"
+    assert records[-1]["num_rollbacks"] == 2
+    report = (folder / "ended-logs" / "guards-report.txt").read_text()
+    for sign in ("a spike after 1 rollbacks (max_rollbacks=1)", "samples that rollbacks jumped over: 32 to 47",
+                 "iteration 18: ", "ended the run; samples 84 to 87", "good steps (spike_window=16)",
+                 "the last one before the spikes"):
+        assert sign in report, report
+    report = (folder / "poisoned-logs" / "guards-report.txt").read_text()
+    for sign in ("3 updates in a row were left out (max_consecutive_skips=2)", "linear_proj.weight",
+                 "has a checkpoint of this moment"):
+        assert sign in report, report

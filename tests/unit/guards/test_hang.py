@@ -1,0 +1,33 @@
+"""The words of the watchdog: where a rank was, and the summary of all."""
+
+from __future__ import annotations
+
+from dsv3_megatron.guards.hang import all_stacks, describe, summary
+
+
+def state(step: int, part: str, number: int = 1, silence_s: float = 7.0) -> dict:
+    return {"step": step, "part": part, "number": number, "silence_s": silence_s}
+
+
+def test_where_a_rank_was() -> None:
+    assert describe(state(3, "optimizer")) == "step 3, optimizer, silent for 7 s"
+    assert describe(state(3, "micro-batch", 5)) == "step 3, micro-batch 5, silent for 7 s"
+
+
+def test_the_summary_begins_with_those_that_are_missing_and_those_behind() -> None:
+    states = {0: state(4, "optimizer", silence_s=6.0), 2: state(3, "micro-batch", 2), 3: state(4, "micro-batch")}
+    lines = summary("rank 3 had no sign of life for more than 5 s", states, {1: state(3, "reporting")}, 5).splitlines()
+    assert lines[0] == ("hang: rank 3 had no sign of life for more than 5 s; 3 of 5 ranks answered. "
+                        "Furthest behind first:")
+    assert [line.split(":")[0] for line in lines[1:]] == ["  rank 1", "  rank 4", "  rank 2", "  rank 3", "  rank 0"]
+    assert "no answer" in lines[1] and "last seen at step 3, reporting" in lines[1]
+    assert "no answer" in lines[2] and "last seen" not in lines[2]
+
+
+def test_a_summary_of_many_ranks_is_short() -> None:
+    lines = summary("x", {rank: state(1, "optimizer") for rank in range(2048)}, {}, 2048).splitlines()
+    assert len(lines) == 34 and lines[-1] == "  and 2016 more"
+
+
+def test_stacks_are_those_of_all_threads() -> None:
+    assert "test_stacks_are_those_of_all_threads" in all_stacks()

@@ -1,0 +1,140 @@
+"""Stages whose compute and all-to-all take known times: what schedules are measured on, without a model.
+
+Compute sleeps, so that many ranks fit on few cores. An all-to-all is a timer in the background, one after the other on
+a rank as on its network card. A pass takes the steps of a transformer layer with experts: attention, dispatch, experts,
+combine; backwards likewise.
+
+A machine with other work to do wakes a sleeper late. That is no time of the stage: the rank's next sleeps are shorter
+by it. What the executor and the transport take is not taken off.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from dsv3_megatron.schedule.chunk import Steps
+from dsv3_megatron.schedule.execute import Executor
+from dsv3_megatron.schedule.plan import Plan
+from dsv3_megatron.schedule.recorder import measure_step
+from dsv3_megatron.schedule.simulate import Costs, StageCosts
+from dsv3_megatron.schedule.timeline import Timeline
+from dsv3_megatron.schedule.transport import GroupTransport
+
+SHAPE = (4, 1, 8)
+
+
+@dataclass(frozen=True)
+class ChunkTimes:
+    """Seconds of one micro-batch on one chunk.
+
+    Attributes:
+        forward: Compute of the forward.
+        input_part: Compute of the backward for the input.
+        weight: Compute of the backward for the weights.
+        transfer: All-to-all of a forward, and of a backward.
+    """
+
+    forward: float
+    input_part: float
+    weight: float
+    transfer: float
+
+    def scaled(self, factor: float) -> ChunkTimes:
+        """Of a chunk of another size."""
+        return ChunkTimes(factor * self.forward, factor * self.input_part, factor * self.weight,
+                          factor * self.transfer)
+
+    def costs(self, num_stages: int) -> Costs:
+        """For the simulator, with perfect hiding in pairs."""
+        stage = StageCosts(forward=self.forward + self.transfer,
+                           backward=self.input_part + self.weight + self.transfer, weight=self.weight,
+                           all_to_all_forward=self.transfer, all_to_all_backward=self.transfer)
+        return Costs((stage,) * num_stages)
+
+
+@dataclass
+class Rank:
+    """A rank's processor and network card."""
+
+    late: float = 0.0
+    link_free: float = 0.0
+
+    def compute(self, seconds: float) -> None:
+        """Be busy, for less if the last sleeps were too long."""
+        caught_up = min(self.late, seconds)
+        self.late -= caught_up
+        self._sleep_until(time.perf_counter() + seconds - caught_up)
+
+    def transfer(self, seconds: float) -> float:
+        """Begin an all-to-all; returns when it ends."""
+        self.link_free = max(self.link_free, time.perf_counter() - self.late) + seconds
+        return self.link_free
+
+    def wait(self, moment: float) -> None:
+        """For the end of an all-to-all."""
+        if time.perf_counter() < moment:
+            self._sleep_until(moment)
+
+    def _sleep_until(self, moment: float) -> None:
+        while (left := moment - time.perf_counter()) > 0:
+            time.sleep(left)
+        self.late += time.perf_counter() - moment
+
+
+class TimedStage:
+    """One chunk of a rank."""
+
+    def __init__(self, times: ChunkTimes, rank: Rank, *, is_first: bool, is_last: bool) -> None:
+        self.times, self.rank, self.is_first, self.is_last = times, rank, is_first, is_last
+
+    def forward_steps(self, microbatch: int, input_SBH: torch.Tensor | None) -> Steps:
+        """Attention, dispatch, experts, combine."""
+        for _ in range(2):
+            self.rank.compute(self.times.forward / 2)
+            end = self.rank.transfer(self.times.transfer / 2)
+            yield
+            self.rank.wait(end)
+        return None if self.is_last else torch.zeros(SHAPE)
+
+    def backward_steps(self, microbatch: int, grad_SBH: torch.Tensor | None, *, defer_weights: bool) -> Steps:
+        """Combine, experts, dispatch, attention, each backwards."""
+        weight = 0.0 if defer_weights else self.times.weight
+        for _ in range(2):
+            end = self.rank.transfer(self.times.transfer / 2)
+            yield
+            self.rank.wait(end)
+            self.rank.compute((self.times.input_part + weight) / 2)
+        return None if self.is_first else torch.zeros(SHAPE)
+
+    def backward_weight(self, microbatch: int) -> None:
+        """The rest."""
+        self.rank.compute(self.times.weight)
+
+
+def measure_plan(plan: Plan, times: ChunkTimes, ascending: torch.distributed.ProcessGroup,
+                 descending: torch.distributed.ProcessGroup) -> Timeline:
+    """Run a plan on timed stages; called by every rank of the pipeline.
+
+    Returns:
+        When each rank did what, in milliseconds; the same on every rank.
+    """
+    number, rank = ascending.rank(), Rank()
+    stages = [TimedStage(times, rank, is_first=place.stage == 0, is_last=place.stage == plan.num_stages - 1)
+              for place in plan.placement[number]]
+    transport = GroupTransport(ascending, descending, shape=SHAPE, dtype=torch.float32, device=torch.device("cpu"))
+    executor = Executor(plan, number, transport)
+    return measure_step(ascending, lambda recorder: executor.run(stages, recorder))
+
+
+def step_time(timeline: Timeline) -> float:
+    """From the common start to the end of the last action."""
+    return max(float(spans[-1].end) for spans in timeline)
+
+
+def busy_time(plan: Plan, rank: int, costs: Costs) -> float:
+    """What a rank's actions take by their known times."""
+    return sum(float(costs.duration(plan, rank, action)) for action in plan.actions[rank])
+
