@@ -65,6 +65,7 @@ class Request:
         tokenizer_model: Folder of the tokenizer that made the data; None: the run's or the Hugging Face folder's, if it
             is there.
         as_json: Print one JSON object.
+        ema: Evaluate the moving average of the weights that a run kept.
     """
 
     load: str
@@ -79,6 +80,7 @@ class Request:
     switches: Mapping[str, bool] = field(default_factory=dict)
     tokenizer_model: str | None = None
     as_json: bool = False
+    ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,22 @@ def make_plan(request: Request, world_size: int) -> _Plan:
     from dsv3_megatron.parallel.layout import stage_layouts
 
     stage_layouts(run.model, run.parallel)
-    return _Plan(run, checkpoint.load, rows, request.logprobs, eod_id, documents)
+    return _Plan(run, _average_loader(run, checkpoint) if request.ema else checkpoint.load, rows, request.logprobs,
+                 eod_id, documents)
+
+
+def _average_loader(run: RunConfig, checkpoint: _Checkpoint) -> Callable[[list[Any], Any], None]:
+    if checkpoint.load is not None:
+        raise ConfigError(f"load={run.checkpoint.load} is in Hugging Face's format, which has no average of the "
+                          "weights; leave out --ema")
+
+    def load_into(stages: list[Any], groups: Any) -> None:
+        from dsv3_megatron.checkpoint.store import load_weights
+
+        assert run.checkpoint.load is not None
+        load_weights(run.checkpoint.load, run, stages, groups, is_average=True)
+
+    return load_into
 
 
 def _rows_per_step(parallel: ParallelConfig, world_size: int, micro_batch_size: int, num_rows: int) -> int:

@@ -32,10 +32,11 @@ from dsv3_megatron.data.document_ends import document_bounds, restarted_position
 from dsv3_megatron.data.rows import Rows
 from dsv3_megatron.model.build import build_stages
 from dsv3_megatron.model.language_model import TokenLosses
+from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, replicas, start_process_group
 from dsv3_megatron.platform import prepare, resolve_precision
 from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward
-from dsv3_megatron.trainer import configure_logging, sum_losses, sum_over_ranks
+from dsv3_megatron.trainer import configure_logging
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Entry point of a training process: `python -m dsv3_megatron.train`, one per device, under torchrun.
 
-What can be answered without torch (--help, --print-model, a wrong setting) is answered before it is
+What can be answered without torch (--help, --print-model, --print-schedule, a wrong setting) is answered before it is
 imported. A wrong setting is printed once, not once per process.
 """
 
@@ -30,10 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         command = parse_command(sys.argv[1:] if arguments is None else arguments)
-        if command.print_model:
-            table = _model_table(command)
-            if rank == 0:
-                print(table)
+        if command.print_model or command.print_schedule or command.plot_schedule:
+            _describe(command, rank)
             return 0
         world_size = command.world_size or int(os.environ.get("WORLD_SIZE", "1"))
         command.run.validate(world_size)
@@ -47,13 +45,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _train(command, rank)
 
 
-def _model_table(command: Command) -> str:
-    from dsv3_megatron.metrics.model_table import model_table
-    from dsv3_megatron.parallel.layout import stage_layouts
-
+def _describe(command: Command, rank: int) -> None:
+    """Print or draw what was asked for about the run, once."""
     run = command.run
     run.validate(command.world_size)
-    return model_table(run, command.world_size, stage_layouts(run.model, run.parallel), as_json=command.as_json)
+    parts: list[str] = []
+    if command.print_model:
+        from dsv3_megatron.metrics.model_table import model_table
+        from dsv3_megatron.parallel.layout import stage_layouts
+
+        parts.append(model_table(run, command.world_size, stage_layouts(run.model, run.parallel),
+                                 as_json=command.as_json))
+    if command.print_schedule:
+        from dsv3_megatron.metrics.schedule_table import schedule_table
+
+        parts.append(schedule_table(run, as_json=command.as_json))
+    if rank != 0:
+        return
+    if parts:
+        print("\n\n".join(parts))
+    if command.plot_schedule:
+        folder = os.path.dirname(command.plot_schedule) or "."
+        if not os.path.isdir(folder):
+            raise ConfigError(f"--plot-schedule={command.plot_schedule}: the folder {folder} does not exist; make it "
+                              "first")
+        from dsv3_megatron.metrics.schedule_plot import plot_schedule
+
+        plot_schedule(run.recipe(), command.plot_schedule, title=run.preset)
 
 
 def _check_inputs(command: Command) -> None:
@@ -67,12 +85,15 @@ def _check_inputs(command: Command) -> None:
 
     run = command.run
     stage_layouts(run.model, run.parallel)
+    # Each phase to run may have data of its own.
+    data = [phase.data for phase in run.recipe().phases_to_run]
     if not run.data.data_path:
         raise ConfigError("data_path is not set: give the training data's PREFIX (of PREFIX.bin and PREFIX.idx, made "
                           "by tools/preprocess_data.py), as in --data-path PREFIX")
-    prefixes = [prefix for field in ("data_path", "valid_data_path") if getattr(run.data, field)
-                for prefix in parse_blend(getattr(run.data, field), field).prefixes]
-    if not run.data.valid_data_path:
+    prefixes = list(dict.fromkeys(
+        prefix for section in data for field in ("data_path", "valid_data_path") if getattr(section, field)
+        for prefix in parse_blend(getattr(section, field), field).prefixes))
+    if not all(section.valid_data_path for section in data):
         parse_split(run.data.split)
     tokenizer = fingerprint(run.data.tokenizer_model) if run.data.tokenizer_model else None
     check_data(prefixes, vocab_size=run.model.vocab_size, tokenizer_fingerprint=tokenizer)

@@ -1,7 +1,8 @@
 """The training loop, and the one place where every stage of a run meets.
 
 A step is: micro-batches through the pipeline by its schedule, gradients reduced and divided by the
-number of tokens, one optimizer step, one update of the routers' biases. The loss of a step is the mean
+number of tokens, one optimizer step, one update of the routers' biases. Batch size, learning rate, lambda, gamma and
+sequence length of a step follow from the steps and tokens before it (config/recipe.py). The loss of a step is the mean
 over its tokens: main loss + lambda / D * sum of the MTP losses (each summed over the positions that have
 a target and divided by all positions, as in the report) + the balance losses, mean over sequences.
 
@@ -25,11 +26,11 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.datasets import build_datasets, dataset_config
@@ -45,12 +46,14 @@ from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.model.build import build_stages, wrap_stages
 from dsv3_megatron.model.language_model import TokenLosses
+from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
+from dsv3_megatron.model.rotary import change_context
 from dsv3_megatron.ops.fp8_weights import constant_weights
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
-from dsv3_megatron.optim.lr import learning_rate
+from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_tokens, replicas, start_process_group
-from dsv3_megatron.platform import Device, prepare, resolve_precision
+from dsv3_megatron.platform import prepare, resolve_precision
 from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward
 
 logger = logging.getLogger(__name__)
@@ -77,7 +80,7 @@ class Trainer:
     """
 
     def __init__(self, run: RunConfig) -> None:
-        self.run = run
+        self.run, self.recipe = run, run.recipe()
         self.device = prepare()
         start_process_group(self.device)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -87,6 +90,8 @@ class Trainer:
         stages, self.mcore_config = build_stages(run, self.groups, precision=self.precision)
         self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
+        self.average = WeightAverage(self.optimizer, list(self.chunks), self.groups, decay=run.training.ema_decay
+                                     ) if run.training.ema_decay else None
         self.instruments = Instruments(run, self.chunks, self.optimizer, self.groups, self.device)
         self.mcore_config.finalize_model_grads_func = self.instruments.around_reduction(
             partial(finalize_model_grads, pg_collection=groups_of_tokens(self.groups)))
@@ -96,42 +101,83 @@ class Trainer:
         self.guard = Guard(run.guards)
         self.guard_log = EventLog(run.logging.tensorboard_dir, enabled=self.rank == 0)
         self.watchdog = Watchdog(run.guards.hang_timeout_s, folder=run.logging.tensorboard_dir)
-        self.iteration = self.consumed_samples = 0
+        self.iteration = self.consumed_samples = self.consumed_tokens = 0
         if run.checkpoint.load:
-            position = load_checkpoint(run.checkpoint.load, run, self.chunks, self.optimizer, self.groups)
-            self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
+            position = load_checkpoint(run.checkpoint.load, run, self.chunks, self.optimizer, self.groups,
+                                       average=self.average)
+            self._go_to(position)
             self.guard.load_state_dict(position.guards)
         self.stop_signal: int | None = None
+        self.step_plan = self._plan_step()
+        self.phase = self.step_plan.phase if self.step_plan else self.recipe.phases_to_run[-1]
         self._build_data()
         self._build_reports()
+        if self.phase.index:
+            change_context(self.chunks, self.phase.model)
+
+    # -- phases ------------------------------------------------------------------------------------
+
+    def _plan_step(self) -> StepPlan | None:
+        """What the next step is taken with; None where the run stops."""
+        return self.recipe.step(self.iteration, self.consumed_tokens)
+
+    def _go_to(self, position: Position) -> None:
+        self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
+        self.consumed_tokens = position.consumed_tokens
+
+    def _enter_phase(self, phase: PlannedPhase) -> None:
+        """Go on with another phase's context, data and speed; weights and optimizer stay."""
+        is_other_data = self.recipe.span_of(phase) != self.recipe.span_of(self.phase)
+        self.phase = phase
+        self.watchdog.slow("another phase")
+        change_context(self.chunks, phase.model)
+        if is_other_data:
+            self._build_data()
+        self._iterate_from_here()
+        self.speed = self._speed()
+        self.progress.change_speed(self.speed)
+        if self.writer:
+            self.writer.change_speed(self.speed)
+        self.progress.message(f"phase {phase.name} from iteration {self.iteration + 1}: {phase.summary}")
 
     def _build_data(self) -> None:
-        config = dataset_config(self.run)
+        config = dataset_config(self.run, self.recipe.span_of(self.phase))
         self.eod_id = config.eod_id
         self.data = build_datasets(config)
-        self.batches = self._iterate(self.data.train, self.data_position)
+        self._iterate_from_here()
 
     @property
     def data_position(self) -> int:
-        """The dataset's sample that the next step begins with: rollbacks may have jumped over some before it."""
+        """The sample that the next step begins with, of all the run's datasets: rollbacks may have jumped over some."""
         return self.consumed_samples + self.guard.jumped_samples
+
+    @property
+    def _dataset_position(self) -> int:
+        """The same in the dataset of the phase, which begins where another phase's ends."""
+        return max(0, self.data_position - self.recipe.span_of(self.phase).first_sample)
+
+    def _iterate_from_here(self) -> None:
+        self.batches = self._iterate(self.data.train, self._dataset_position)
 
     def _iterate(self, dataset: Any, consumed_samples: int) -> list[BatchIterator]:
         """An iterator for each chunk."""
-        training = self.run.training
+        training = self.phase.training
         return [BatchIterator(
             dataset, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
             data_parallel_rank=rank, data_parallel_size=size, consumed_samples=consumed_samples,
             eod_id=self.eod_id if self.run.data.reset_attention_mask else None)
             for rank, size in replicas(self.run.parallel, self.groups)]
 
+    def _speed(self) -> RunSpeed:
+        seq_length = self.phase.training.seq_length
+        return RunSpeed(seq_length, flops_per_token(self.run.model, seq_length), self.world_size,
+                        device_peak_flops(self.device.name, self.precision))
+
     def _build_reports(self) -> None:
-        training, log = self.run.training, self.run.logging
-        self.speed = RunSpeed(
-            training.seq_length, flops_per_token(self.run.model, training.seq_length), self.world_size,
-            device_peak_flops(self.device.name, self.precision))
+        log = self.run.logging
+        self.speed = self._speed()
         is_reporter = self.rank == 0
-        self.progress = Progress(training.train_iters, self.speed, start_iteration=self.iteration,
+        self.progress = Progress(self.recipe.num_steps, self.speed, start_iteration=self.iteration,
                                  log_interval=log.log_interval, enabled=is_reporter)
         self.writer = None
         if log.tensorboard_dir:
@@ -151,7 +197,7 @@ class Trainer:
         Returns:
             The exit code: 0, or EXIT_GUARD.
         """
-        run, training = self.run, self.run.training
+        run, interval = self.run, self.run.training.eval_interval
         previous = {sig: signal.signal(sig, self._note_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
         stopped = 0
         saved_at = self.iteration if run.checkpoint.load else -1
@@ -160,7 +206,7 @@ class Trainer:
             if run.guards.on_spike == "rollback" and (saved_at < 1 or run.checkpoint.load != run.checkpoint.save):
                 self.save()  # to go back to, until the first one of the schedule
                 saved_at = self.iteration
-            while self.iteration < training.train_iters and not stopped and not self.guard.end_reason:
+            while self.step_plan and not stopped and not self.guard.end_reason:
                 report, stopped = self.train_step()
                 self.watchdog.beat("reporting")
                 with self.instruments.clock.phase("logging"):
@@ -171,9 +217,8 @@ class Trainer:
                     self._roll_back()
                     saved_at = self.iteration
                     continue
-                last = self.iteration == training.train_iters
-                if training.eval_interval and (last or self.iteration % training.eval_interval == 0) \
-                        and not stopped and not self.guard.end_reason:
+                last = self.step_plan is None
+                if interval and (last or self.iteration % interval == 0) and not stopped and not self.guard.end_reason:
                     self._validate()
                 if run.checkpoint.save and (last or stopped or self.iteration % run.checkpoint.save_interval == 0) \
                         and self.guard.is_state_good:
@@ -181,8 +226,7 @@ class Trainer:
                     saved_at = self.iteration
             if run.checkpoint.save and saved_at != self.iteration and self.guard.is_state_good:
                 self.save()
-            if run.checkpoint.export_hf and self.iteration >= training.train_iters and not stopped \
-                    and not self.guard.end_reason:
+            if run.checkpoint.export_hf and self.step_plan is None and not stopped and not self.guard.end_reason:
                 self.watchdog.slow("export")
                 folder = export_run(run, self.iteration, precision=self.precision)
                 self.progress.message(f"exported for Hugging Face: {folder}")
@@ -203,12 +247,15 @@ class Trainer:
         return EXIT_GUARD if self.guard.end_reason else 0
 
     def train_step(self) -> tuple[StepReport, int]:
-        """One optimizer step.
+        """One optimizer step; there must be one left.
 
         Returns:
             What it did, and the number of a signal that any rank has received, else 0.
         """
-        run, training = self.run, self.run.training
+        run, plan = self.run, self.step_plan
+        assert plan is not None, "the run has stopped"
+        if plan.phase is not self.phase:
+            self._enter_phase(plan.phase)
         started, clock = time.perf_counter(), self.instruments.clock
         self.watchdog.begin_step(self.iteration + 1)
         self.instruments.begin_step(self.iteration + 1)
@@ -217,67 +264,77 @@ class Trainer:
                 chunk.train()
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            rate = learning_rate(training, self.iteration)
-            set_learning_rate(self.optimizer, rate)
-            samples = range(self.data_position, self.data_position + training.global_batch_size)
+            set_learning_rate(self.optimizer, plan.learning_rate)
+            for batches in self.batches:
+                batches.set_global_batch_size(plan.global_batch_size)
+            samples = range(self._dataset_position, self._dataset_position + plan.global_batch_size)
             losses, collected, stopped = self._run_microbatches(
-                [clock.waiting(batches, "data") for batches in self.batches], forward_only=False)
+                [clock.waiting(batches, "data") for batches in self.batches], plan.global_batch_size,
+                forward_only=False)
         with clock.phase("router-bias"):
             loads_LE, balance_L = collect_expert_loads(
                 self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
                 num_experts=run.model.num_experts, device=self.device.torch_device)
         self.watchdog.beat("optimizer")
         with clock.phase("optimizer"):
-            balance_loss = self._mean_balance_loss(balance_L)
+            balance_loss = self._mean_balance_loss(balance_L, plan.global_batch_size)
+            if self.average:
+                self.average.wait()
             outcome = guarded_step(
                 self.guard, self.guard_log, self.optimizer, self.chunks, self.groups,
                 StepFacts(self.iteration + 1, losses.by_name(balance_loss), samples, collected))
+            if self.average and outcome.is_applied:
+                self.average.update()
         with clock.phase("router-bias"):
             if outcome.is_applied:
                 update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
-                                     update_rate=training.moe_router_bias_update_rate)
+                                     update_rate=plan.bias_update_rate)
         with clock.phase("logging"):
             measurements = self.instruments.end_step()
         self.iteration += 1
-        self.consumed_samples += training.global_batch_size
+        self.consumed_samples += plan.global_batch_size
+        self.consumed_tokens += plan.num_tokens
+        self.step_plan = self._plan_step()
         return StepReport(
             iteration=self.iteration,
             consumed_samples=self.consumed_samples,
-            consumed_tokens=self.consumed_samples * training.seq_length,
+            consumed_tokens=self.consumed_tokens,
             lm_loss=losses.main,
             mtp_losses=losses.mtp,
             balance_loss=balance_loss,
             grad_norm=outcome.grad_norm,
-            learning_rate=rate,
-            batch_size=training.global_batch_size,
+            learning_rate=plan.learning_rate,
+            batch_size=plan.global_batch_size,
             step_time_s=time.perf_counter() - started,
             expert_load={row: counts for row, counts in enumerate(loads_LE.tolist()) if sum(counts)},
             skipped=not outcome.is_applied,
             is_spike=outcome.is_spike,
             num_spikes=self.guard.counters.spikes,
             num_rollbacks=self.guard.counters.rollbacks,
-            mtp_weight=training.mtp_loss_scaling_factor if run.model.mtp_num_layers else None,
-            bias_update_rate=training.moe_router_bias_update_rate,
+            seq_length=plan.phase.training.seq_length,
+            mtp_weight=plan.mtp_weight if run.model.mtp_num_layers else None,
+            bias_update_rate=plan.bias_update_rate,
+            phase=plan.phase.name if run.training.phases else None,
             measurements=measurements,
         ), stopped
 
-    def _mean_balance_loss(self, balance_L: torch.Tensor) -> float | None:
+    def _mean_balance_loss(self, balance_L: torch.Tensor, num_sequences: int) -> float | None:
         """Balance loss before alpha, mean over sequences and over the MoE layers, MTP modules included."""
         training, model = self.run.training, self.run.model
         layers = model.num_moe_layers + model.mtp_num_layers
         if not training.moe_aux_loss_coeff or not layers:
             return None
-        return float(balance_L.sum()) / (training.moe_aux_loss_coeff * training.global_batch_size * layers)
+        return float(balance_L.sum()) / (training.moe_aux_loss_coeff * num_sequences * layers)
 
-    def _run_microbatches(self, batches: Sequence[Iterator[Batch]], *, forward_only: bool
+    def _run_microbatches(self, batches: Sequence[Iterator[Batch]], num_sequences: int, *, forward_only: bool
                           ) -> tuple[StepLosses, list[dict[str, Any]], int]:
         """One global batch through the pipeline; mean losses, this rank's reports of it and any rank's signal."""
-        training = self.run.training
+        training = self.phase.training
         collected = self.forward_backward(
             forward_step_func=ForwardStep(self._next_batch, self.run.data, self._loss),
             data_iterator=list(batches) if len(batches) > 1 else batches[0],
             model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=training.num_microbatches(self.groups.dp.size()),
+            num_microbatches=num_sequences // (training.micro_batch_size * self.groups.dp.size()),
             seq_length=training.seq_length,
             micro_batch_size=training.micro_batch_size,
             forward_only=forward_only,
@@ -294,7 +351,7 @@ class Trainer:
         return next(batches).to(self.device.torch_device, is_non_blocking=True)
 
     def _loss(self, batch: Batch, losses: TokenLosses) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        return sum_losses(batch.loss_mask_BS, losses, mtp_weight=self.mcore_config.mtp_loss_scaling_factor,
+        return sum_losses(batch.loss_mask_BS, losses, mtp_weight=self.phase.training.mtp_loss_scaling_factor,
                           sample_ids_B=batch.sample_ids_B)
 
     def evaluate(self) -> StepLosses:
@@ -305,7 +362,8 @@ class Trainer:
         losses = []
         for _ in range(self.run.training.eval_iters):
             with torch.no_grad():
-                losses.append(self._run_microbatches(batches, forward_only=True)[0])
+                losses.append(self._run_microbatches(
+                    batches, self.phase.training.global_batch_size, forward_only=True)[0])
         count = len(losses)
         return StepLosses(sum(loss.main for loss in losses) / count,
                           tuple(sum(column) / count for column in zip(*(loss.mtp for loss in losses), strict=True)))
@@ -317,17 +375,26 @@ class Trainer:
         losses = self.evaluate()
         self.progress.validation(self.iteration, losses.main, mtp_losses=losses.mtp)
         if self.writer:
-            self.writer.write_validation(self.iteration, losses.main, mtp_losses=losses.mtp)
+            training = self.phase.training
+            self.writer.write_validation(self.iteration, losses.main, mtp_losses=losses.mtp,
+                                         num_sequences=training.eval_iters * training.global_batch_size)
+        if self.average and self.average.num_updates and self.run.training.eval_ema:
+            with self.average.swapped_in():
+                loss = self.evaluate().main
+            self.progress.message(f"validation of the average at iteration {self.iteration}: lm loss {loss:.4f}")
+            if self.writer:
+                self.writer.write_average_validation(self.iteration, loss)
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
         checkpoint = self.run.checkpoint
         assert checkpoint.save is not None
         self.watchdog.slow("checkpoint")
-        position = Position(self.iteration, self.consumed_samples,
-                            self.consumed_samples * self.run.training.seq_length, self.guard.state_dict())
-        save_checkpoint(checkpoint.save, position, self.run, self.chunks, self.optimizer, self.groups,
-                        keep_last=checkpoint.keep_last)
+        position = Position(self.iteration, self.consumed_samples, self.consumed_tokens, self.guard.state_dict())
+        # Described as it is in the phase of its last step: what reads the checkpoint builds that model.
+        run = self.run.in_phase(self.recipe.phase_before(self.consumed_tokens))
+        save_checkpoint(checkpoint.save, position, run, self.chunks, self.optimizer, self.groups,
+                        keep_last=checkpoint.keep_last, average=self.average)
         self.progress.message(f"checkpoint saved: {os.path.join(checkpoint.save, f'iter_{self.iteration:07d}')}")
 
     def _roll_back(self) -> None:
@@ -339,14 +406,16 @@ class Trainer:
         save, next_sample = self.run.checkpoint.save, self.data_position
         assert save is not None
         self.watchdog.slow("rollback")
-        position = load_checkpoint(save, self.run, self.chunks, self.optimizer, self.groups)
-        training = self.run.training
-        require_room(next_sample - position.consumed_samples, num_available=len(self.data.train),
-                     num_needed=training.train_iters * training.global_batch_size)
-        self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
+        position = load_checkpoint(save, self.run, self.chunks, self.optimizer, self.groups, average=self.average)
+        self._go_to(position)
         self.guard.rolled_back(position.guards, first_sample=self.data_position, next_sample=next_sample)
-        for batches in self.batches:
-            batches.set_consumed_samples(self.data_position)
+        self.step_plan = self._plan_step()
+        assert self.step_plan is not None, "a step was taken from here"
+        if self.step_plan.phase is not self.phase:
+            self._enter_phase(self.step_plan.phase)
+        require_room(self.guard.jumped_samples, num_available=len(self.data.train),
+                     num_needed=self.recipe.span_of(self.phase).num_samples)
+        self._iterate_from_here()
         self.progress.close()
         if self.writer:
             self.writer.close()
@@ -357,55 +426,6 @@ class Trainer:
     def _note_signal(self, number: int, _frame: Any) -> None:
         """Finish the step first: every rank learns of the signal with the step's losses."""
         self.stop_signal = number
-
-
-def sum_losses(loss_mask_BS: torch.Tensor, losses: TokenLosses, *, mtp_weight: float,
-               sample_ids_B: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """A micro-batch's loss, summed over its tokens.
-
-    Args:
-        loss_mask_BS: 1 where the next token counts; 0 at an EOD with eod_mask_loss.
-        losses: Of each position. An MTP loss is 0 already where the sequence, or an isolated document, ends first.
-        mtp_weight: lambda.
-        sample_ids_B: Reported with the sums, to say where a loss that is not finite came from.
-
-    Returns:
-        The sum to differentiate; the number of tokens to divide by, int32; and the sums to report, fp64:
-        tokens, main loss, MTP losses by depth, each before its weight.
-
-    Source: DeepSeek-V3 report, eq. 24-25; an MTP target counts where the token it stands for counts: at position i of
-    depth k, where loss_mask[i + k] is 1. So with isolated documents of n tokens with their EOD, depth k has n - k
-    targets, of which the last is the first token of the next document, which the main loss predicts from the EOD; with
-    eod_mask_loss neither does, and there are n - k - 1.
-    """
-    losses = TokenLosses(*losses)  # the bf16 wrapper rebuilds tuples without their names
-    tokens = loss_mask_BS.sum()
-    main = (losses.main_BS * loss_mask_BS).sum()
-    mtp = []
-    for depth, losses_BS in enumerate(losses.mtp_BS, start=1):
-        target_mask_BS = torch.nn.functional.pad(loss_mask_BS[:, depth:], (0, depth))
-        mtp.append((losses_BS * target_mask_BS).sum())
-    total = main + (mtp_weight / len(mtp) * torch.stack(mtp).sum() if mtp else 0.0)
-    sums = torch.stack([tokens, main.detach(), *(loss.detach() for loss in mtp)]).double()
-    return total, tokens.to(torch.int), {"sums": sums, "sample_ids": sample_ids_B}
-
-
-def sum_over_ranks(collected: list[dict[str, Any]], groups: ProcessGroupCollection, device: Device, *,
-                   num_mtp_layers: int) -> list[float]:
-    """The sums that `sum_losses` reported, over micro-batches and replicas; the same on every rank, all of which call.
-
-    Args:
-        collected: This rank's reports; none but on the last pipeline stage.
-        groups: The run's process groups; tensor-parallel ranks report the same numbers.
-        device: Of this process.
-        num_mtp_layers: MTP losses in a report.
-    """
-    sums = torch.zeros(2 + num_mtp_layers, dtype=torch.float64, device=device.torch_device)
-    if groups.tp.rank() == 0:
-        for report in collected:
-            sums += report["sums"]
-    torch.distributed.all_reduce(sums)
-    return sums.tolist()
 
 
 def configure_logging(rank: int) -> None:

@@ -66,6 +66,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--iteration", type=int, metavar="N", help="which checkpoint (the newest)")
     add("--dtype", choices=("bf16", "fp8", "fp32"),
         help="of the matrices (as the checkpoint's source was, or as the weights were trained)")
+    add("--ema", action="store_true", help="export the moving average of the weights that the run kept (--ema-decay)")
     add("--tokenizer-model", metavar="DIR", help="folder with the tokenizer to add (the source's or the run's)")
     add("--max-shard-gb", type=float, default=4.25, metavar="X", help="largest file in GB (%(default)s)")
     _add_common(add, workers)
@@ -114,7 +115,8 @@ def _megatron_to_hf(options: argparse.Namespace) -> None:
     table = convert_to_hugging_face(
         options.input, options.output, iteration=options.iteration, dtype=options.dtype,
         tokenizer=options.tokenizer_model, num_workers=options.workers,
-        max_shard_bytes=int(options.max_shard_gb * 1e9), is_verified=options.verify, progress=ProgressBar())
+        max_shard_bytes=int(options.max_shard_gb * 1e9), is_verified=options.verify, is_average=options.ema,
+        progress=ProgressBar())
     if table:
         print(table)
     print(options.output)

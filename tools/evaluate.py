@@ -55,6 +55,7 @@ def _parse_arguments(arguments: list[str] | None) -> Request:
     add("--micro-batch-size", type=int, default=1, metavar="N", help="rows in one forward pass (%(default)s)")
     add("--precision", choices=PRECISIONS, help="of weights and activations (default: as trained; auto for Hugging "
         "Face)")
+    add("--ema", action="store_true", help="evaluate the moving average of the weights that the run kept (--ema-decay)")
     add("--transformer-impl", choices=TRANSFORMER_IMPLS, default="auto", help="modules to build from (%(default)s)")
     _add_document_flags(parser)
     add = parser.add_argument_group("output").add_argument
@@ -68,7 +69,7 @@ def _parse_arguments(arguments: list[str] | None) -> Request:
         seq_length=options["seq_length"], micro_batch_size=options["micro_batch_size"], precision=options["precision"],
         transformer_impl=options["transformer_impl"], parallel=given_fields(options, ["parallel"]),
         switches={name: options[name] for name in DOCUMENT_SWITCHES if options[name] is not None},
-        tokenizer_model=options["tokenizer_model"], as_json=options["json"])
+        tokenizer_model=options["tokenizer_model"], as_json=options["json"], ema=options["ema"])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -30,6 +30,8 @@ FORMAT_VERSION = 1
 TRAINING, WEIGHTS = "training", "weights"
 # Key of a weight's fp32 copy in the optimizer: this and the weight's own.
 MASTER_PREFIX = "optimizer.state.param."
+# Key of a weight's moving average: this and the weight's own.
+AVERAGE_PREFIX = "average."
 # Suffixes of what is not, or no longer, a checkpoint: being written, being removed, being replaced.
 _SAVING, _REMOVING, _REPLACED = ".saving", ".removing", ".replaced"
 # Architecture fields without weights that a later phase of a run may change: long-context extension, and
@@ -152,6 +154,13 @@ def incomplete(directory: str | Path, iteration: int, reason: str) -> str:
     return (f"checkpoint {iteration_path(directory, iteration)} is truncated or corrupt: {reason}"
             + _choices(directory, "to go on from an earlier one, write", f"into {Path(directory) / TRACKER}",
                        before=iteration))
+
+
+def no_average(manifest: Manifest) -> str:
+    """Message for a checkpoint that was asked for an average of the weights and has none."""
+    return (f"checkpoint {manifest.path} has no average of the weights: its run had ema_decay="
+            f"{manifest.run['training'].get('ema_decay', 0.0)} or has not taken a step; leave out --ema, or train on "
+            "with --ema-decay 0.999")
 
 
 def check_architecture(directory: str | Path, run: RunConfig) -> Manifest:

@@ -4,15 +4,14 @@ The tensors go through megatron.core.dist_checkpointing: each is known by its gl
 in the whole tensor, so that what PP2 x EP2 wrote loads into EP4 or one process, the optimizer's moments
 and fp32 weights included. `layout.py` makes a checkpoint appear all at once.
 
-What is saved: weights, the routers' balancing biases, AdamW's state and step, the states of the random
-number generators, progress, the configuration. What is not: learning rate, weight decay and the like,
+What is saved: weights, the routers' balancing biases, AdamW's state and step, the weights' moving average, the states
+of the random number generators, progress, the configuration. What is not: learning rate, weight decay and the like,
 which the resuming run's configuration says.
 """
 
 from __future__ import annotations
 
 import logging
-import pickle
 import queue
 import time
 import warnings
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -38,7 +36,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint import CheckpointException
 
 from dsv3_megatron import __version__
 from dsv3_megatron.checkpoint.agreement import (
@@ -49,7 +47,9 @@ from dsv3_megatron.checkpoint.agreement import (
     wait_for_folder,
     why,
 )
+from dsv3_megatron.checkpoint.average import average_entries, has_average, restorable_average, restore_average
 from dsv3_megatron.checkpoint.layout import (
+    AVERAGE_PREFIX,
     MASTER_PREFIX,
     TRAINING,
     WEIGHTS,
@@ -61,25 +61,35 @@ from dsv3_megatron.checkpoint.layout import (
     finish_save,
     incomplete,
     latest_iteration,
+    no_average,
     remove_old,
 )
+from dsv3_megatron.checkpoint.optimizer_state import (
+    allocate_all_moments,
+    as_stored,
+    optimizer_step,
+    report_change_of_moments,
+    restore_moments,
+)
+from dsv3_megatron.checkpoint.reading import READ_ERRORS, saved_tensors
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.optim.ema import WeightAverage
+from dsv3_megatron.optim.shards import distributed_parts
 
 __all__ = ["CheckpointError", "Progress", "latest_iteration", "load_checkpoint", "load_weights", "save_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
-# What reading a damaged file raises: whichever layer meets the damage first.
-_READ_ERRORS = (CheckpointException, CheckpointingException, OSError, RuntimeError, EOFError, ValueError, KeyError,
-                pickle.UnpicklingError)
 _RNG = "rng_state"
 _STEP = "optimizer_step"
+_AVERAGE_UPDATES = "average_updates"
 _OPTIMIZER_PREFIX = "optimizer."
 
 
 def save_checkpoint(
     directory: str | Path, progress: Progress, run: RunConfig, chunks: list[torch.nn.Module],
-    optimizer: MegatronOptimizer, groups: ProcessGroupCollection, *, keep_last: int
+    optimizer: MegatronOptimizer, groups: ProcessGroupCollection, *, keep_last: int,
+    average: WeightAverage | None = None
 ) -> Path:
     """Write the run's state as DIR/iter_<iteration>; called by every rank. A crash never costs an earlier one.
 
@@ -91,6 +101,7 @@ def save_checkpoint(
         optimizer: The distributed optimizer over them.
         groups: The run's process groups.
         keep_last: Checkpoints to keep; older ones are removed afterwards. 0 keeps all.
+        average: The weights' moving average, if the run has one.
 
     Returns:
         The checkpoint's folder.
@@ -99,10 +110,12 @@ def save_checkpoint(
         CheckpointError: on every rank, if the folder cannot be written to or the disk is full.
     """
     started = time.monotonic()
-    _allocate_moments(optimizer)
-    state = _state(chunks, optimizer, groups, is_loading=False)
+    allocate_all_moments(optimizer)
+    state = _state(chunks, optimizer, groups, is_loading=False, average=average)
     state[_RNG] = _rng_state()
-    state[_STEP] = _optimizer_step(optimizer)
+    state[_STEP] = optimizer_step(optimizer)
+    if average is not None:
+        state[_AVERAGE_UPDATES] = average.num_updates
     check_space(directory, _num_bytes(state))
     target = on_first_rank(lambda: begin_save(directory, progress.iteration), f"save={directory}")
     wait_for_folder(target)
@@ -139,7 +152,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     directory: str | Path, run: RunConfig, chunks: list[torch.nn.Module], optimizer: MegatronOptimizer,
-    groups: ProcessGroupCollection
+    groups: ProcessGroupCollection, *, average: WeightAverage | None = None
 ) -> Progress:
     """Put the newest checkpoint of `directory` into this run's modules and optimizer; called by every rank.
 
@@ -152,6 +165,7 @@ def load_checkpoint(
         chunks: This rank's stages.
         optimizer: The distributed optimizer over them, fresh or used.
         groups: The run's process groups.
+        average: The weights' moving average, if this run has one; it starts anew where the checkpoint has none.
 
     Returns:
         Progress of the run that wrote it.
@@ -160,12 +174,17 @@ def load_checkpoint(
         CheckpointError: there is none, it is incomplete or unreadable, or of another architecture.
     """
     manifest = on_first_rank(lambda: check_architecture(directory, run), f"load={directory}")
-    _allocate_moments(optimizer)
-    state = _state(chunks, optimizer, groups, is_loading=True)
+    allocate_all_moments(optimizer)
+    average = restorable_average(average, directory, manifest)
+    state = _state(chunks, optimizer, groups, is_loading=True, average=average)
     if manifest.contents == TRAINING and _has_same_layout(manifest, run):
         state[_RNG] = _rng_state()
     loaded = _read(directory, manifest, state, groups)
     _restore(loaded, chunks, optimizer)
+    if average is not None:
+        restore_average(average, loaded, loaded[_AVERAGE_UPDATES])
+    if manifest.contents == TRAINING:
+        report_change_of_moments(manifest, run)
     if manifest.contents == WEIGHTS:
         return manifest.progress
     if manifest.precision != _precision(chunks):
@@ -180,8 +199,8 @@ def load_checkpoint(
     return manifest.progress
 
 
-def load_weights(directory: str | Path, run: RunConfig, chunks: list[torch.nn.Module], groups: ProcessGroupCollection
-                 ) -> Progress:
+def load_weights(directory: str | Path, run: RunConfig, chunks: list[torch.nn.Module], groups: ProcessGroupCollection,
+                 *, is_average: bool = False) -> Progress:
     """Put the weights and router biases of the newest checkpoint of `directory` into modules that nothing trains.
 
     Called by every rank. The optimizer's part of the checkpoint, most of its bytes, is not read. Values are converted
@@ -192,15 +211,23 @@ def load_weights(directory: str | Path, run: RunConfig, chunks: list[torch.nn.Mo
         run: The configuration that the modules were built from.
         chunks: This rank's stages, bare or wrapped.
         groups: The run's process groups.
+        is_average: Take the weights' moving average instead of the weights; the router biases are as they are.
 
     Returns:
         Progress of the run that wrote it.
 
     Raises:
-        CheckpointError: there is none, it is incomplete or unreadable, or of another architecture.
+        CheckpointError: there is none, it is incomplete or unreadable, of another architecture, or has no average.
     """
     manifest = on_first_rank(lambda: check_architecture(directory, run), f"load={directory}")
     state = _state(chunks, None, groups, is_loading=True)
+    if is_average:
+        if not has_average(directory, manifest):
+            raise CheckpointError(no_average(manifest))
+        parameters = {parameter for chunk in chunks for parameter in chunk.parameters()}
+        for entry in state.values():
+            if entry.data in parameters:
+                entry.key = AVERAGE_PREFIX + entry.key
     _restore_models(_read(directory, manifest, state, groups), chunks)
     return manifest.progress
 
@@ -209,7 +236,7 @@ def load_weights(directory: str | Path, run: RunConfig, chunks: list[torch.nn.Mo
 
 
 def _state(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer | None, groups: ProcessGroupCollection, *,
-           is_loading: bool) -> dict[Any, Any]:
+           is_loading: bool, average: WeightAverage | None = None) -> dict[Any, Any]:
     """(what, chunk or optimizer, ...) -> sharded tensor, of this rank; of the model alone without an optimizer."""
     metadata = {
         "dp_cp_group": groups.dp_cp,
@@ -220,10 +247,12 @@ def _state(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer | None, g
     models = {index: _stage(chunk).sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
     state: dict[Any, Any] = {
         ("model", index, key): entry for index, entries in models.items() for key, entry in entries.items()}
-    for index, part in enumerate(_parts(optimizer) if optimizer is not None else []):
+    for index, part in enumerate(distributed_parts(optimizer) if optimizer is not None else []):
         shards = part.sharded_state_dict(models, is_loading, metadata=metadata)["param_state"]
-        state |= {("optimizer", index, number, key): entry
+        state |= {("optimizer", index, number, key): entry if is_loading else as_stored(entry, key, part.optimizer)
                   for number, tensors in shards.items() for key, entry in tensors.items()}
+    if average is not None:
+        state |= average_entries(average, models.values(), is_loading=is_loading)
     return state
 
 
@@ -241,7 +270,7 @@ def _read(directory: str | Path, manifest: Manifest, state: dict[Any, Any], grou
         return _load_tensors(manifest, state, groups)
     except CheckpointError:
         raise
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
         raise CheckpointError(incomplete(directory, manifest.progress.iteration, reason)) from error
 
@@ -283,15 +312,11 @@ def _load_into_new_run(manifest: Manifest, state: dict[Any, Any], groups: Proces
 def _check_tensors(manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection) -> None:
     """Check that the checkpoint has every tensor of this state, in its shape, and no other.
 
-    The optimizer's tensors may be there without being asked for.
+    The optimizer's tensors and the weights' average may be there without being asked for.
 
     Raises:
         CheckpointError: it has not, for example because it was written with other modules.
     """
-    saved = {key: tuple(entry.size) for key, entry in
-             FileSystemReader(manifest.path).read_metadata().state_dict_metadata.items() if hasattr(entry, "size")}
-    if not _has_optimizer(state):
-        saved = {key: size for key, size in saved.items() if not key.startswith(_OPTIMIZER_PREFIX)}
     wanted: dict[str, tuple[int, ...]] = {}
     for entry in state.values():
         built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
@@ -300,9 +325,15 @@ def _check_tensors(manifest: Manifest, state: dict[Any, Any], groups: ProcessGro
     stages: list[Any] = [None] * groups.pp.size()
     torch.distributed.all_gather_object(stages, wanted, group=groups.pp)
     wanted = {key: shape for stage in stages for key, shape in stage.items()}
+    # An average that takes the place of a weight stands for it.
+    known = wanted.keys() | {key.removeprefix(AVERAGE_PREFIX) for key in wanted}
+    optional = tuple(prefix for prefix in (_OPTIMIZER_PREFIX, AVERAGE_PREFIX)
+                     if not any(key.startswith(prefix) for key in wanted))
+    saved = {key: size for key, size in saved_tensors(manifest).items()
+             if not optional or not key.startswith(optional)}
     wrong = [f"{key} of shape {shape} has {saved.get(key, 'no tensor')} there" for key, shape in sorted(wanted.items())
              if saved.get(key) != shape]
-    wrong += [f"{key} is there and not in this model" for key in sorted(saved.keys() - wanted.keys())]
+    wrong += [f"{key} is there and not in this model" for key in sorted(saved.keys() - known)]
     if wrong:
         raise CheckpointError(f"checkpoint {manifest.path} does not fit this model in {len(wrong)} tensors: "
                               f"{'; '.join(wrong[:3])}. It was written by dsv3_megatron "
@@ -319,13 +350,13 @@ def _num_bytes(state: dict[Any, Any]) -> int:
 def _restore(loaded: dict[Any, Any], chunks: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
     """Put what was loaded into the modules and the optimizer."""
     _restore_models(loaded, chunks)
-    parts = _parts(optimizer)
+    parts = distributed_parts(optimizer)
     moments: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in parts]
     for key, value in loaded.items():
         if key[0] == "optimizer":
             moments[key[1]].setdefault(key[2], {})[key[3]] = value
     for part, param_state in zip(parts, moments, strict=True):
-        _restore_moments(part, param_state, loaded[_STEP])
+        restore_moments(part, param_state, loaded[_STEP])
 
 
 def _restore_models(loaded: dict[Any, Any], chunks: list[torch.nn.Module]) -> None:
@@ -335,23 +366,6 @@ def _restore_models(loaded: dict[Any, Any], chunks: list[torch.nn.Module]) -> No
             models[key[1]][key[2]] = value
     for chunk, weights in zip(chunks, models, strict=True):
         _stage(chunk).load_state_dict(weights, strict=True)
-
-
-def _restore_moments(part: Any, param_state: dict[int, dict[str, torch.Tensor]], step: int) -> None:
-    """Put moments and fp32 weights into one distributed optimizer, and set its step.
-
-    Megatron-Core 0.19 keeps a "step" per parameter apart for torch's AdamW and then looks for it among the
-    loaded tensors, and it would give all parameters one step tensor, to be counted up once for each.
-    """
-    inner = part.optimizer
-    has_tensor_steps = isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
-    devices = {parameter: state.pop("step").device for parameter, state in inner.state.items() if has_tensor_steps}
-    part.load_parameter_state_from_fully_reshardable(param_state)
-    for parameter, device in devices.items():
-        inner.state[parameter]["step"] = torch.tensor(float(step), device=device)
-    if not has_tensor_steps:
-        for group in inner.param_groups:
-            group["step"] = step
 
 
 def _stage(chunk: torch.nn.Module) -> Any:
@@ -364,35 +378,6 @@ def _stage(chunk: torch.nn.Module) -> Any:
 
 def _precision(chunks: list[torch.nn.Module]) -> str:
     return "bf16" if _stage(chunks[0]).config.bf16 else "fp32"
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """The distributed optimizers of a chain: dense parameters and experts are reduced over different ranks."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
-def _optimizer_step(optimizer: MegatronOptimizer) -> int:
-    """Steps that AdamW has made; 0 before the first."""
-    steps = {int(group.get("step") or 0) for part in _parts(optimizer)
-             for group in part.state_dict()["optimizer"]["param_groups"]}
-    assert len(steps) == 1, f"optimizers of one run disagree on their step: {steps}"
-    return steps.pop()
-
-
-def _allocate_moments(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW the state that it makes at its first step; others make theirs when it is loaded."""
-    for part in _parts(optimizer):
-        inner = part.optimizer
-        if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
-            continue
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    on_device = group.get("fused") or group.get("capturable")
-                    inner.state[parameter] = {
-                        "step": torch.tensor(0.0, device=parameter.device if on_device else "cpu"),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter)}
 
 
 def _rng_state() -> ShardedObject:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.phases import WITHOUT_PHASES, Phase, read_phases
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.config.run import SECTIONS, RunConfig, section_of
 
@@ -37,13 +38,17 @@ class Command:
     Attributes:
         run: The resolved run, not yet validated against the number of processes.
         print_model: Print the parameter table and stop.
-        as_json: Print it as JSON.
+        print_schedule: Print the table of the run's phases and stop.
+        plot_schedule: Draw them into this PNG and stop; None: no picture.
+        as_json: Print as JSON.
         check_only: Validate the run and its inputs and stop.
         world_size: Number of processes to plan for; None: as many as there are.
     """
 
     run: RunConfig
     print_model: bool
+    print_schedule: bool
+    plot_schedule: str | None
     as_json: bool
     check_only: bool
     world_size: int | None
@@ -69,10 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
                        "them again")
     start.add_argument("--print-model", action="store_true", help="print parameters, FLOPs and bytes per rank, "
                        "and stop")
-    start.add_argument("--json", action="store_true", dest="as_json", help="with --print-model: as JSON")
+    start.add_argument("--print-schedule", action="store_true", help="print where steps, tokens, learning rate, batch, "
+                       "loss weights and sequence length change over the run, and stop")
+    start.add_argument("--plot-schedule", metavar="FILE.png", help="draw the same, and stop")
+    start.add_argument("--json", action="store_true", dest="as_json", help="with --print-model or --print-schedule: as "
+                       "JSON")
     start.add_argument("--check-only", action="store_true", help="check the run and its inputs, and stop")
-    start.add_argument("--world-size", type=int, metavar="N", help="with --print-model or --check-only: processes to "
-                       "plan for")
+    start.add_argument("--world-size", type=int, metavar="N", help="with --print-model, --print-schedule or "
+                       "--check-only: processes to plan for")
     for section in SECTIONS:
         add_section(parser, section)
     return parser
@@ -102,9 +111,12 @@ def parse_command(arguments: Sequence[str]) -> Command:
     from_file = read_config_file(given["config"]) if given["config"] else {}
     name = given["preset"] or from_file.pop("preset", None) or "tiny"
     from_file.pop("preset", None)
-    run = preset(name).override(**from_file)
-    run = run.override(**given_fields(given))
-    return Command(run, given["print_model"], given["as_json"], given["check_only"], given["world_size"])
+    flags = given_fields(given)
+    if flags.get("phases"):  # they take the place of what the file says without phases
+        from_file = {field: value for field, value in from_file.items() if field not in WITHOUT_PHASES}
+    run = preset(name).override(**from_file | flags)
+    return Command(run, given["print_model"], given["print_schedule"], given["plot_schedule"], given["as_json"],
+                   given["check_only"], given["world_size"])
 
 
 def read_config_file(path: str) -> dict[str, Any]:
@@ -160,12 +172,15 @@ def _given(arguments: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"{wrong} is not a flag" + (f"; did you mean {' or '.join(close)}?" if close
                                                       else "; see --help"))
     given = vars(known)
-    if given["as_json"] and not given["print_model"]:
-        raise ConfigError("--json says how --print-model prints; give --print-model too")
+    if given["as_json"] and not (given["print_model"] or given["print_schedule"]):
+        raise ConfigError("--json says how --print-model and --print-schedule print; give one of them too")
+    if given["plot_schedule"] is not None and not given["plot_schedule"].endswith(".png"):
+        raise ConfigError(f"--plot-schedule={given['plot_schedule']} must end with .png: that is what is drawn")
     if given["world_size"] is not None:
-        if not (given["print_model"] or given["check_only"]):
-            raise ConfigError(f"--world-size={given['world_size']} is for --print-model and --check-only; a run has as "
-                              "many processes as were started (--nproc-per-node of torchrun)")
+        if not (given["print_model"] or given["print_schedule"] or given["check_only"]):
+            raise ConfigError(f"--world-size={given['world_size']} is for --print-model, --print-schedule and "
+                              "--check-only; a run has as many processes as were started (--nproc-per-node of "
+                              "torchrun)")
         if given["world_size"] < 1:
             raise ConfigError(f"--world-size={given['world_size']} must be at least 1")
     return given
@@ -184,8 +199,9 @@ def _parse(file: Path) -> Any:
 
 
 def _kind(annotation: str) -> type:
-    """bool, int, float, str or list: what a field's annotation says its given values are."""
-    return {"bool": bool, "int": int, "float": float, "str": str, "list[str]": list}[annotation.removesuffix(" | None")]
+    """bool, int, float, str, list or Phase: what a field's annotation says its given values are, or are made of."""
+    return {"bool": bool, "int": int, "float": float, "str": str, "list[str]": list, "tuple[Phase, ...]": Phase}[
+        annotation.removesuffix(" | None")]
 
 
 def _field(name: str) -> dataclasses.Field:
@@ -196,6 +212,8 @@ def _typed(name: str, value: Any) -> Any:
     """`value` as the field's type; numbers may be written as 1 or 1.0 where a float is wanted."""
     field = _field(name)
     kind = _kind(str(field.type))
+    if kind is Phase:
+        return read_phases(value)
     if value is None and "None" in str(field.type):
         return None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -219,13 +237,16 @@ def _add_flag(group: Any, field: dataclasses.Field) -> None:
     # A default is shown where it is the same in every preset; elsewhere it is the preset's.
     defaults = {repr(getattr(getattr(make(), section_of(field.name)), field.name)) for make in PRESETS.values()}
     default = next(iter(defaults))
-    shown = f" (default: {default.strip(chr(39))})" if len(defaults) == 1 and default not in ("None", "[]") else ""
+    is_shown = len(defaults) == 1 and default not in ("None", "[]", "()")
+    shown = f" (default: {default.strip(chr(39))})" if is_shown else ""
     text = metadata["help"].replace("%", "%%") + shown
     options: dict[str, Any] = {"dest": field.name, "default": _UNSET, "help": text}
     if kind is bool:  # --flag and --no-flag; left out, it is not among the given values
         options |= {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
     elif metadata["nargs"]:
         options |= {"nargs": metadata["nargs"], "metavar": "X"}
+    elif kind is Phase:
+        options |= {"type": _phases_of_file, "metavar": "FILE"}
     else:
         options["type"] = kind if "None" not in str(field.type) else _optional(kind)
         if metadata["choices"]:
@@ -242,6 +263,21 @@ def _optional(kind: type) -> Callable[[str], Any]:
 
     read.__name__ = kind.__name__
     return read
+
+
+def _phases_of_file(path: str) -> tuple[Phase, ...]:
+    """The phases that a file holds and nothing else; none of them for "none"."""
+    if path.lower() == "none":
+        return ()
+    try:
+        changes = read_config_file(path)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("config=")) from error
+    if changes.keys() != {"phases"}:
+        others = ", ".join(sorted(changes.keys() - {"phases"})) or "no phases"
+        raise argparse.ArgumentTypeError(f"{path} must hold phases and nothing else; it has {others}: give a whole run "
+                                         "with --config")
+    return changes["phases"]
 
 
 def _is_number(text: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.phases import Phase
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
 
@@ -30,7 +31,7 @@ def tiny() -> RunConfig:
         qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, ffn_hidden_size=384, num_experts=8,
         moe_ffn_hidden_size=96, moe_router_topk=2, moe_router_num_groups=4, moe_router_group_topk=2,
         moe_router_group_score_topk=2, num_shared_experts=1, mtp_num_layers=1, vocab_size=2048,
-        max_position_embeddings=256, init_method_std=0.06)
+        max_position_embeddings=256, original_max_position_embeddings=256, init_method_std=0.06)
     training = TrainingConfig(
         seq_length=256, micro_batch_size=2, global_batch_size=8, train_iters=400, lr=6e-3, min_lr=1e-4,
         lr_warmup_iters=30, lr_decay_style="linear", moe_router_bias_update_rate=5e-3, eval_interval=100,
@@ -44,7 +45,8 @@ def laptop() -> RunConfig:
         num_layers=8, num_dense_layers=1, hidden_size=512, num_attention_heads=8, q_lora_rank=256, kv_lora_rank=128,
         qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, ffn_hidden_size=1536, num_experts=16,
         moe_ffn_hidden_size=256, moe_router_topk=4, moe_router_num_groups=4, moe_router_group_topk=2,
-        num_shared_experts=1, mtp_num_layers=1, vocab_size=32000, max_position_embeddings=512, init_method_std=0.02)
+        num_shared_experts=1, mtp_num_layers=1, vocab_size=32000, max_position_embeddings=512,
+        original_max_position_embeddings=512, init_method_std=0.02)
     training = TrainingConfig(
         seq_length=512, micro_batch_size=4, global_batch_size=16, train_iters=2000, lr=1e-3, min_lr=1e-4,
         lr_warmup_iters=100)
@@ -67,15 +69,18 @@ def dsv3_16b() -> RunConfig:
         vocab_size=129280, max_position_embeddings=4096, init_method_std=0.006)
     training = TrainingConfig(
         seq_length=4096, micro_batch_size=1, global_batch_size=4608, train_iters=100_000, lr=4.2e-4, min_lr=4.2e-5,
-        lr_warmup_iters=2000)
+        lr_warmup_iters=2000, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16", ema_decay=0.999)
     return _run("dsv3-16b", model, training, ParallelConfig(expert_model_parallel_size=8))
 
 
 def dsv3_671b() -> RunConfig:
-    """DeepSeek-V3: architecture of sections 2 and 4.2, layout of section 3.1 of its report.
+    """DeepSeek-V3: architecture and recipe of sections 2 and 4 of its report, layout of section 3.1.
 
-    14.8T tokens at 4096 x 15360 tokens a step are 235,240 steps. The layout is PP16, EP64, ZeRO-1 data
-    parallelism, no TP, on 2048 GPUs. Micro-batch 1 is from DeepEP's "V3 pre-training setting".
+    The layout is PP16, EP64, ZeRO-1 data parallelism, no TP, on 2048 GPUs. Micro-batch 1 is from DeepEP's "V3
+    pre-training setting". It is pre-training's, and 128 replicas cannot share the 480 sequences of the last phase: the
+    run stops before the extension, whose layout the report does not give, and goes on from there under another one
+    with --stop-after-phase none. Moments in BF16 and an average of the weights are the report's (sections 3.3.1 and
+    3.2.3); the average's decay is ours.
     """
     model = ModelConfig(
         num_layers=61, num_dense_layers=3, hidden_size=7168, num_attention_heads=128, q_lora_rank=1536,
@@ -84,10 +89,35 @@ def dsv3_671b() -> RunConfig:
         moe_router_group_topk=4, num_shared_experts=1, mtp_num_layers=1, vocab_size=129280,
         max_position_embeddings=4096, init_method_std=0.006)
     training = TrainingConfig(
-        seq_length=4096, micro_batch_size=1, global_batch_size=15360, train_iters=235_240, lr=2.2e-4, min_lr=2.2e-5,
-        lr_warmup_iters=2000, precision="bf16")
+        seq_length=4096, micro_batch_size=1, global_batch_size=3072, lr=2.2e-4, precision="bf16",
+        mtp_loss_scaling_factor=0.3, moe_router_bias_update_rate=1e-3, phases=deepseek_v3_phases(),
+        stop_after_phase="lowest", exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16", ema_decay=0.999)
     parallel = ParallelConfig(pipeline_model_parallel_size=16, expert_model_parallel_size=64)
     return _run("dsv3-671b", model, training, parallel)
+
+
+def deepseek_v3_phases() -> tuple[Phase, ...]:
+    """DeepSeek-V3's 14.8T tokens at 4K and its extension to 128K, from 3072 sequences a step and an lr of 2.2e-4.
+
+    Ours, where the report does not say: the batch grows by 1024 sequences at a time (`ramps.py` says why in a straight
+    line; 1024 is the finest power of two that divides 3072, so that any power of two of replicas up to it can do every
+    step); lambda and gamma stay through the extension what they were at the end of the 14.8T.
+
+    Source: DeepSeek-V3 report, sections 4.2 (hyper-parameters) and 4.3 (long context).
+    """
+    billion, trillion = 10**9, 10**12
+    return (
+        Phase("ramp", train_tokens=469 * billion, lr_warmup_iters=2000, global_batch_size=15360,
+              global_batch_size_increment=1024),
+        Phase("constant", train_tokens=10 * trillion - 469 * billion),
+        Phase("decay", train_tokens=4300 * billion, lr=2.2e-5, lr_decay_style="cosine", mtp_loss_scaling_factor=0.1),
+        Phase("low", train_tokens=333 * billion, moe_router_bias_update_rate=0.0),
+        Phase("lowest", train_tokens=167 * billion, lr=7.3e-6),
+        Phase("extension-32k", train_iters=1000, seq_length=32 * 1024, global_batch_size=1920, rope_type="yarn",
+              rotary_scaling_factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0,
+              mscale=1.0, mscale_all_dim=1.0),
+        Phase("extension-128k", train_iters=1000, seq_length=128 * 1024, global_batch_size=480),
+    )
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {

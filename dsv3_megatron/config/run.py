@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.guards import GuardConfig
+from dsv3_megatron.config.memory import require_recompute
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.phases import WITHOUT_PHASES, check_fields_outside, errors_of_phase, validate_phases
 from dsv3_megatron.config.precision import Fp8Config
+from dsv3_megatron.config.recipe import PlannedPhase, Recipe, plan_recipe
 from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
 
 SECTIONS: dict[str, type] = {
@@ -42,9 +46,18 @@ class RunConfig:
     def override(self, **values: Any) -> RunConfig:
         """A copy in which each named field, whatever its section, has the given value.
 
+        Fields that the first phase has from its first step on get its values, so that they say what the run starts
+        with.
+
         Raises:
-            ConfigError: a name that no section has.
+            ConfigError: a name that no section has, or a value that the run's phases leave no use for.
         """
+        run = self._replaced(values)
+        phases = run.training.phases
+        check_fields_outside(values, phases)
+        return run._replaced(phases[0].given_at_once()) if phases else run
+
+    def _replaced(self, values: Mapping[str, Any]) -> RunConfig:
         changes: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
             changes.setdefault(section_of(name), {})[name] = value
@@ -59,18 +72,18 @@ class RunConfig:
         Raises:
             ConfigError: the first rule that is broken, in one message with the way out.
         """
-        self.model.validate()
-        self.parallel.validate(self.model, self.training.seq_length)
-        if world_size is not None:
-            self.parallel.validate_world_size(world_size)
-        self.training.validate(self.parallel, world_size)
-        if self.training.seq_length > self.model.max_position_embeddings:
-            raise ConfigError(
-                f"seq_length={self.training.seq_length} must not exceed "
-                f"max_position_embeddings={self.model.max_position_embeddings}"
-            )
+        validate_phases(self.training.phases)
+        self._validate_training(world_size)
+        recipe = self.recipe()
+        for phase in recipe.phases if self.training.phases else ():
+            # What comes after a stop may need another layout.
+            size = world_size if phase.index < recipe.num_phases else None
+            with errors_of_phase(phase.name):
+                self.in_phase(phase)._validate_training(size)
+                self._validate_ramp(phase, size)
         self.fp8.validate(self.model, self.parallel, self.training.transformer_impl)
         require_document_attention(self.data, self.training.transformer_impl)
+        require_recompute(self.training, self.model, self.parallel)
         if self.training.transformer_impl == "transformer_engine":
             require_engine_epsilon(self.model)
         if self.checkpoint.save and self.checkpoint.save_interval < 1:
@@ -88,9 +101,52 @@ class RunConfig:
                 raise ConfigError(f"{name}={getattr(self.logging, name)} must be at least 1")
         self.guards.validate(self.checkpoint)
 
+    def _validate_training(self, world_size: int | None) -> None:
+        """The rules of model, split and batch, which phases may change."""
+        self.model.validate()
+        self.parallel.validate(self.model, self.training.seq_length)
+        if world_size is not None:
+            self.parallel.validate_world_size(world_size)
+        self.training.validate(self.parallel, world_size)
+        if self.training.seq_length > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"seq_length={self.training.seq_length} must not exceed "
+                f"max_position_embeddings={self.model.max_position_embeddings}"
+            )
+
+    def _validate_ramp(self, phase: PlannedPhase, world_size: int | None) -> None:
+        """The split has to be able to do every batch of a ramp."""
+        sizes = phase.batch_size.sizes()
+        for size in sizes[:-1] if world_size is not None else ():
+            try:
+                dataclasses.replace(phase.training, global_batch_size=size).validate(self.parallel, world_size)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"the batch goes from {sizes[0]} to global_batch_size={sizes[-1]} in steps of "
+                    f"global_batch_size_increment={phase.batch_size.increment}, and on the way {error}") from error
+
+    def recipe(self) -> Recipe:
+        """What each step is taken with, from the first to the last; of a valid run.
+
+        Raises:
+            ConfigError: a phase does not fit the one before it.
+        """
+        return plan_recipe(self.model, self.training, self.data)
+
+    def in_phase(self, phase: PlannedPhase) -> RunConfig:
+        """The run with the model, batch, sequence length and data of one of its phases, for what is built in it.
+
+        Its own recipe is not the run's: what phases before this one changed holds in it from the start.
+        """
+        return dataclasses.replace(self, model=phase.model, training=phase.training, data=phase.data)
+
     def as_dict(self) -> dict[str, Any]:
-        """Nested plain values, as `load.py` writes and reads them."""
-        return dataclasses.asdict(self)
+        """Nested plain values, as `load.py` writes and reads them; with phases, without what those leave unused."""
+        values = dataclasses.asdict(self)
+        values["training"]["phases"] = [phase.as_dict() for phase in self.training.phases]
+        for name in WITHOUT_PHASES if self.training.phases else ():
+            del values["training"][name]
+        return values
 
 
 def require_engine_epsilon(model: ModelConfig) -> None:

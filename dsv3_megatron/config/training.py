@@ -5,27 +5,38 @@ Plain frozen data, no torch. Flags that exist in Megatron-LM keep its spelling a
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from dsv3_megatron.config.fields import ConfigError, divisors, option, require_finite
+from dsv3_megatron.config.memory import MOMENT_DTYPES, MOMENT_ROUNDINGS, RECOMPUTE_GRANULARITIES, require_moments
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.phases import LR_DECAY_STYLES, WITHOUT_PHASES, Phase, read_phases
 from dsv3_megatron.config.pipeline import microbatch_rule, nearest_microbatches
 
 PRECISIONS = ("auto", "bf16", "fp32")
 TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
-LR_DECAY_STYLES = ("constant", "cosine", "linear")
 # Fields of DataConfig that are off where documents are packed and nothing else.
 DOCUMENT_SWITCHES = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Batch, length of the run, optimizer and losses. Source: DeepSeek-V3 report, section 4.2."""
+    """Batch, length of the run, optimizer and losses. Source: DeepSeek-V3 report, section 4.2.
+
+    With `phases`, the fields that a phase has too hold before the first one, and those of `phases.WITHOUT_PHASES` are
+    not used: they are what they are by default.
+    """
 
     seq_length: int = option(4096, help="tokens in a sequence")
     micro_batch_size: int = option(1, help="sequences in one forward pass")
     global_batch_size: int = option(8, help="sequences in one optimizer step, over all replicas")
     train_iters: int = option(1000, help="optimizer steps of the whole run")
+    phases: tuple[Phase, ...] = option(
+        (), help="file with phases (TOML, YAML or JSON), which take the place of --train-iters and the learning rate's "
+        "flags; none: no phases")
+    stop_after_phase: str | None = option(
+        None, help="phase after which the run saves and ends, to go on under another layout; none: the last")
     lr: float = option(2.2e-4, help="peak learning rate")
     min_lr: float = option(2.2e-5, help="learning rate at the end of the decay")
     lr_warmup_iters: int = option(0, help="steps of linear warm-up from 0")
@@ -35,6 +46,12 @@ class TrainingConfig:
     adam_beta2: float = option(0.95, help="AdamW: decay of the second moment")
     adam_eps: float = option(1e-8, help="AdamW: epsilon (the report gives none)")
     weight_decay: float = option(0.1, help="AdamW: decay of matrices; norms' weights are not decayed")
+    exp_avg_dtype: str = option("fp32", choices=MOMENT_DTYPES, help="AdamW: storage of the first moment")
+    exp_avg_sq_dtype: str = option("fp32", choices=MOMENT_DTYPES, help="AdamW: storage of the second moment")
+    moment_rounding: str = option("stochastic", choices=MOMENT_ROUNDINGS, help="AdamW: how bf16 moments are rounded")
+    ema_decay: float = option(0.0, help="decay of the weights' average in CPU memory, a step; 0: none is kept (the "
+                              "report gives none; the dsv3 presets have 0.999)")
+    eval_ema: bool = option(False, help="validate the weights' average too")
     clip_grad: float = option(1.0, help="largest global gradient norm; 0: no clipping")
     moe_router_bias_update_rate: float = option(1e-3, help="gamma: step of the balancing bias, each optimizer step")
     moe_aux_loss_coeff: float = option(1e-4, help="alpha: weight of the sequence-wise balance loss")
@@ -43,9 +60,19 @@ class TrainingConfig:
                             help="of weights and activations; auto: bf16 where the device computes it fast")
     transformer_impl: str = option("auto", choices=TRANSFORMER_IMPLS,
                                    help="modules to build from; auto: transformer_engine where installed with CUDA")
+    recompute_granularity: str | None = option(None, choices=(*RECOMPUTE_GRANULARITIES,), help="computed again in "
+                                               "backward: selective (by name) or full (whole layers); none: all kept")
+    recompute_modules: list[str] = option([], nargs="*", help="with selective: layernorm, mla_up_proj, moe_act; none "
+                                          "given: all three, as in the report")
     seed: int = option(1234, help="of weights and data order")
     eval_interval: int = option(100, help="steps between validations; 0: never")
     eval_iters: int = option(10, help="global batches in one validation")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phases", read_phases(self.phases))
+        for field in dataclasses.fields(self) if self.phases else ():
+            if field.name in WITHOUT_PHASES:
+                object.__setattr__(self, field.name, field.default)
 
     @property
     def tokens_per_step(self) -> int:
@@ -75,20 +102,25 @@ class TrainingConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
         if self.adam_eps <= 0:
             raise ConfigError(f"adam_eps={self.adam_eps} must be greater than 0")
-        if self.min_lr > self.lr:
-            raise ConfigError(f"min_lr={self.min_lr} must not exceed lr={self.lr}")
         if self.eval_interval and self.eval_iters < 1:
             raise ConfigError(f"eval_iters={self.eval_iters} must be at least 1; eval_interval=0 turns validation off")
-        decay_iters = self.train_iters if self.lr_decay_iters is None else self.lr_decay_iters
-        if self.lr_warmup_iters > decay_iters:
-            raise ConfigError(f"lr_warmup_iters={self.lr_warmup_iters} must not exceed the "
-                              f"{decay_iters} steps of lr_decay_iters (train_iters by default)")
+        if not self.phases:
+            self._validate_decay()
         for name, allowed in (("precision", PRECISIONS), ("transformer_impl", TRANSFORMER_IMPLS),
                               ("lr_decay_style", LR_DECAY_STYLES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        require_moments(self)
         if world_size is not None:
             self._validate_batch(parallel, world_size)
+
+    def _validate_decay(self) -> None:
+        if self.min_lr > self.lr:
+            raise ConfigError(f"min_lr={self.min_lr} must not exceed lr={self.lr}")
+        decay_iters = self.train_iters if self.lr_decay_iters is None else self.lr_decay_iters
+        if self.lr_warmup_iters > decay_iters:
+            raise ConfigError(f"lr_warmup_iters={self.lr_warmup_iters} must not exceed the "
+                              f"{decay_iters} steps of lr_decay_iters (train_iters by default)")
 
     def _validate_batch(self, parallel: ParallelConfig, world_size: int) -> None:
         replicas = parallel.data_parallel_size(world_size)

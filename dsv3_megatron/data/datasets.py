@@ -22,6 +22,7 @@ from dsv3_megatron.data.document_ends import resolve_eod_id
 from dsv3_megatron.data.indexed import read_header
 
 if TYPE_CHECKING:
+    from dsv3_megatron.config.recipe import DataSpan
     from dsv3_megatron.config.run import RunConfig
     from dsv3_megatron.data.batches import SampleDataset
 
@@ -92,21 +93,34 @@ class DatasetConfig:
         return tuple(dict.fromkeys(prefix for blend in blends for prefix in blend.prefixes))
 
 
-def dataset_config(run: RunConfig) -> DatasetConfig:
+def dataset_config(run: RunConfig, span: DataSpan | None = None) -> DatasetConfig:
     """The datasets of a run: which samples it trains and validates on, and in which order.
+
+    Phases with another sequence length or other files begin another dataset, which is read from its beginning. Its
+    shuffles have the seed of the run plus the number of datasets before it, so that a span over the same files does not
+    meet the documents of the one before it in the same order again. Which tokens a step trains on depends on the
+    samples before it alone, as in a run without phases.
+
+    Args:
+        run: A valid run.
+        span: One of its recipe's; None: the first, which is the only one without phases.
 
     Raises:
         ValueError: no data, a blend that cannot be read, or no EOD for a setting that needs one.
     """
-    data, training = run.data, run.training
+    recipe = run.recipe()
+    span = span or recipe.spans[0]
+    phases = recipe.phases[span.first_phase: span.last_phase + 1]
+    data, training = phases[0].data, phases[0].training
+    largest_batch = max(size for phase in recipe.phases for size in phase.batch_size.sizes())
+    valid_batch = max(phase.training.global_batch_size for phase in phases)
     blend = parse_blend(data.data_path, "data_path")
     has_valid = bool(data.valid_data_path)
     config = DatasetConfig(
         seq_length=training.seq_length,
-        seed=training.seed,
-        num_train_samples=training.train_iters * training.global_batch_size
-        + run.guards.spare_samples(run.checkpoint, training.global_batch_size),
-        num_valid_samples=max(1, training.eval_iters) * training.global_batch_size,
+        seed=training.seed + span.index,
+        num_train_samples=span.num_samples + run.guards.spare_samples(run.checkpoint, largest_batch),
+        num_valid_samples=max(1, training.eval_iters) * valid_batch,
         blend=None if has_valid else blend,
         split=data.split,
         train_blend=blend if has_valid else None,

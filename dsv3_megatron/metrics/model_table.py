@@ -93,7 +93,7 @@ def model_summary(run: RunConfig, world_size: int, stages: Sequence[StageLayout]
             "expert_data_parallel_size": parallel.expert_data_parallel_size(world_size),
             "weight_bytes_per_parameter": weight_bytes_per_parameter(run.training.precision),
             "gradient_bytes_per_parameter": 4,
-            "optimizer_bytes_per_parameter": optimizer_bytes_per_parameter(run.training.precision),
+            "optimizer_bytes_per_parameter": optimizer_bytes_per_parameter(run.training),
         },
         "ranks": [_rank_summary(memory) for memory in rank_memory(run, world_size, stages)],
     }
@@ -122,6 +122,7 @@ def _rank_summary(memory: RankMemory) -> dict[str, Any]:
         "gradient_bytes": memory.gradient_bytes,
         "optimizer_bytes": memory.optimizer_bytes,
         "total_bytes": memory.total_bytes,
+        "host_bytes": memory.host_bytes,
     }
 
 
@@ -228,22 +229,28 @@ def _held(stage: StageLayout) -> str:
 
 
 def _rank_lines(run: RunConfig, world_size: int, stages: Sequence[StageLayout]) -> list[str]:
-    parallel, precision = run.parallel, run.training.precision
-    rows = [["pipeline rank", "layers", "parameters", "weights", "main grads", "optimizer", "sum"]]
+    parallel, training = run.parallel, run.training
+    has_average = bool(training.ema_decay)
+    rows = [["pipeline rank", "layers", "parameters", "weights", "main grads", "optimizer", "sum",
+             *["in CPU memory"] * has_average]]
     for memory in rank_memory(run, world_size, stages):
         rows.append([str(memory.pipeline_rank), " | ".join(_held(stages[stage]) for stage in memory.stages),
                      f"{memory.parameters:,}",
                      format_bytes(memory.weight_bytes), format_bytes(memory.gradient_bytes),
-                     format_bytes(memory.optimizer_bytes), format_bytes(memory.total_bytes)])
-    weights = "fp32" if precision == "fp32" else "bf16"
-    counted = " (precision=auto counted as bf16)" if precision == "auto" else ""
-    states = "two moments" if precision == "fp32" else "master weights and two moments"
+                     format_bytes(memory.optimizer_bytes), format_bytes(memory.total_bytes),
+                     *[format_bytes(memory.host_bytes)] * has_average])
+    weights = "fp32" if training.precision == "fp32" else "bf16"
+    counted = " (precision=auto counted as bf16)" if training.precision == "auto" else ""
+    master = "" if training.precision == "fp32" else "fp32 master weights, "
+    moments = (f"two {training.exp_avg_dtype} moments" if training.exp_avg_dtype == training.exp_avg_sq_dtype
+               else f"moments {training.exp_avg_dtype} and {training.exp_avg_sq_dtype}")
     return [
         f"bytes per rank on {world_size} rank{'s' * (world_size != 1)}: TP {parallel.tensor_model_parallel_size}, "
         f"PP {parallel.pipeline_model_parallel_size}, EP {parallel.expert_model_parallel_size}, "
         f"expert-TP {parallel.expert_tensor_parallel_size}, DP {parallel.data_parallel_size(world_size)}, "
         f"expert-DP {parallel.expert_data_parallel_size(world_size)}",
         *aligned(rows, left=2),
-        f"weights {weights}{counted}; main gradients fp32; optimizer: fp32 {states},",
+        f"weights {weights}{counted}; main gradients fp32; optimizer: {master}{moments},",
+        *["in CPU memory: the fp32 average of the weights; both"] * has_average,
         "split over the data-parallel ranks; activations, communication buffers and padding are not counted",
     ]

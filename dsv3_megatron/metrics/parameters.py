@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.training import TrainingConfig
 from dsv3_megatron.parallel.placement import placement
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class RankMemory:
     """What one rank of a pipeline rank holds between steps; activations and buffers' padding not counted.
 
     `dense_parameters` are those replicated over the data-parallel ranks, `expert_parameters` the routed
-    experts, replicated over the expert-data-parallel ranks.
+    experts, replicated over the expert-data-parallel ranks. `host_bytes` are in CPU memory: the weights' average.
     """
 
     pipeline_rank: int
@@ -114,6 +115,7 @@ class RankMemory:
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    host_bytes: int = 0
 
     @property
     def parameters(self) -> int:
@@ -122,7 +124,7 @@ class RankMemory:
 
     @property
     def total_bytes(self) -> int:
-        """Weights, main gradients and optimizer states."""
+        """Weights, main gradients and optimizer states, on the device."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
@@ -240,12 +242,13 @@ def weight_bytes_per_parameter(precision: str) -> int:
     return 4 if precision == "fp32" else 2
 
 
-def optimizer_bytes_per_parameter(precision: str) -> int:
-    """Bytes of AdamW state per parameter: two fp32 moments, and an fp32 master weight beside bf16 weights.
+def optimizer_bytes_per_parameter(training: TrainingConfig) -> int:
+    """Bytes of AdamW state per parameter: two moments in their dtypes, and an fp32 master weight beside bf16 weights.
 
     In fp32 the weight is its own master: Megatron-Core keeps a view of it, not a copy.
     """
-    return 8 if precision == "fp32" else 12
+    moments = sum(2 if dtype == "bf16" else 4 for dtype in (training.exp_avg_dtype, training.exp_avg_sq_dtype))
+    return moments + (0 if training.precision == "fp32" else 4)
 
 
 def rank_memory(run: RunConfig, world_size: int, stages: Sequence[StageLayout]) -> list[RankMemory]:
@@ -287,6 +290,7 @@ def rank_memory(run: RunConfig, world_size: int, stages: Sequence[StageLayout]) 
             expert_parameters=expert,
             weight_bytes=(dense + expert) * weight_bytes_per_parameter(precision),
             gradient_bytes=(dense + expert) * 4,
-            optimizer_bytes=owned * optimizer_bytes_per_parameter(precision),
+            optimizer_bytes=owned * optimizer_bytes_per_parameter(run.training),
+            host_bytes=owned * 4 if run.training.ema_decay else 0,
         ))
     return ranks

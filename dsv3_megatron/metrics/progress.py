@@ -19,12 +19,12 @@ from dsv3_megatron.metrics.flops import RunSpeed
 from dsv3_megatron.metrics.records import StepReport
 
 
-def compact(value: float) -> str:
-    """A number to three digits with its magnitude: 950, 12.3k, 4.56M, 7.89B, 1.2T."""
+def compact(value: float, digits: int = 3) -> str:
+    """A number to three digits, or more, with its magnitude: 950, 12.3k, 4.56M, 7.89B, 1.2T."""
     for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * factor:
-            return f"{value / factor:.3g}{suffix}"
-    return f"{value:.3g}"
+            return f"{value / factor:.{digits}g}{suffix}"
+    return f"{value:.{digits}g}"
 
 
 def log_line(reports: Sequence[StepReport], speed: RunSpeed, train_iters: int) -> str:
@@ -49,6 +49,8 @@ def log_line(reports: Sequence[StepReport], speed: RunSpeed, train_iters: int) -
     fields += [
         f"grad norm {last.grad_norm:.3f}",
         f"lr {last.learning_rate:.3e}",
+        f"batch {last.batch_size}",
+        *([f"phase {last.phase}"] if last.phase else []),
         f"tokens/s {compact(rates.tokens_per_second)}",
         f"TFLOP/s {rates.model_flops_per_second / 1e12:.3g}",
     ]
@@ -104,13 +106,24 @@ class Progress:
             return
         self._since_line.append(report)
         if report.iteration % self._log_interval == 0 or report.iteration in (1, self._train_iters):
-            self._print(log_line(self._since_line, self._speed, self._train_iters))
-            self._since_line.clear()
+            self._print_line()
+
+    def change_speed(self, speed: RunSpeed) -> None:
+        """Turn the times of the steps from here on into rates with another sequence length."""
+        if self._since_line:
+            self._print_line()
+        self._speed = speed
+
+    def _print_line(self) -> None:
+        self._print(log_line(self._since_line, self._speed, self._train_iters))
+        self._since_line.clear()
 
     def _update_bar(self, report: StepReport) -> None:
         rates = self._speed.rates(report.batch_size, report.step_time_s)
         shown = {"loss": f"{report.lm_loss:.3f}", "tok/s": compact(rates.tokens_per_second),
                  "gnorm": f"{report.grad_norm:.2f}"}
+        if report.phase:
+            shown |= {"phase": report.phase, "lr": f"{report.learning_rate:.2e}", "batch": str(report.batch_size)}
         if report.expert_load:
             shown["maxvio"] = f"{_mean_violation(report):.2f}"
         if rates.mfu is not None:

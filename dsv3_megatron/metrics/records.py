@@ -49,8 +49,10 @@ class StepReport:
         is_spike: Loss or gradient norm are out of line with the steps before.
         num_spikes: Spikes of the whole run so far.
         num_rollbacks: Returns to a checkpoint of the whole run so far.
+        seq_length: Tokens in a sequence of this step.
         mtp_weight: lambda of this step; None without MTP.
         bias_update_rate: gamma of this step; None without routed experts.
+        phase: Name of the phase it belongs to; None in a run without phases.
         measurements: What the instruments saw; None on a step that is not logged.
     """
 
@@ -69,8 +71,10 @@ class StepReport:
     is_spike: bool = False
     num_spikes: int = 0
     num_rollbacks: int = 0
+    seq_length: int | None = None
     mtp_weight: float | None = None
     bias_update_rate: float | None = None
+    phase: str | None = None
     measurements: Measurements | None = None
 
 

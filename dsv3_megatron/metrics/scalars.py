@@ -34,7 +34,8 @@ def step_scalars(report: StepReport, speed: RunSpeed) -> dict[str, float]:
     }
     if rates.mfu is not None:
         scalars["mfu"] = rates.mfu
-    for name, value in (("mtp-weight", report.mtp_weight), ("bias-update-rate", report.bias_update_rate)):
+    for name, value in (("seq-length", report.seq_length), ("mtp-weight", report.mtp_weight),
+                        ("bias-update-rate", report.bias_update_rate)):
         if value is not None:
             scalars[name] = value
     scalars |= balance_scalars(report.expert_load)

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3_megatron.config.run import SECTIONS, RunConfig
-from dsv3_megatron.metrics.flops import flops_per_token
 from dsv3_megatron.metrics.parameters import count_parameters
 from dsv3_megatron.metrics.plot import plot_run
 from dsv3_megatron.metrics.progress import compact
@@ -81,8 +80,15 @@ def read_run_config(path: Path) -> RunConfig:
         raise ValueError(f"{path} is not a run's configuration: {error!r}; a run writes it when it starts") from None
 
 
-def measure_baselines(run: RunConfig, num_train_sequences: int, num_valid_sequences: int) -> NgramBaselines:
+def measure_baselines(run: RunConfig, num_train_sequences: int, num_valid_sequences: int,
+                      phase: str | None = None) -> NgramBaselines:
     """Count on the first training sequences of the run's order, score on the first validation sequences.
+
+    Args:
+        run: The run.
+        num_train_sequences: Sequences to count on, of the run's first dataset.
+        num_valid_sequences: Sequences to score on,
+        phase: of the dataset that the phase of this name reads; None: the first.
 
     Raises:
         ValueError: the data cannot be read, or there is no validation data.
@@ -98,6 +104,10 @@ def measure_baselines(run: RunConfig, num_train_sequences: int, num_valid_sequen
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
         config = dataset_config(run)
         data = build_datasets(config)
+        recipe = run.recipe()
+        span = next((recipe.span_of(planned) for planned in recipe.phases if planned.name == phase), recipe.spans[0])
+        if span.index:
+            data = dataclasses.replace(data, valid=build_datasets(dataset_config(run, span)).valid)
     if data.valid is None:
         raise ValueError("the run has no validation data to score the baselines on; set valid_data_path or split")
     return measure_ngram_baselines(
@@ -113,7 +123,7 @@ def resume_command(run: RunConfig, run_dir: Path, iterations: int) -> str:
     config = run_dir / "tensorboard" / CONFIG_FILE
     load = run.checkpoint.save or str(run_dir / "checkpoints")
     words = ["bash", "examples/pretrain_dsv3.sh", "--config", str(config), "--load", load]
-    if iterations >= run.training.train_iters:
+    if iterations >= run.training.train_iters and not run.training.phases:
         words += ["--train-iters", str(2 * run.training.train_iters)]
     return shlex.join(words)
 
@@ -159,7 +169,7 @@ def summarize(run_dir: Path, *, max_train_tokens: int = MAX_TRAIN_TOKENS, resume
     records = read_run_records(logs / METRICS_FILE)
     num_train = min(records.steps[-1]["consumed_samples"], max(1, max_train_tokens // run.training.seq_length))
     num_valid = records.validations[-1]["num_sequences"] or run.training.eval_iters * run.training.global_batch_size
-    baselines = measure_baselines(run, num_train, num_valid)
+    baselines = measure_baselines(run, num_train, num_valid, records.steps[-1].get("phase"))
     summary = _collect(run, run_dir, records, baselines, resume)
     title = f"{run.preset}: {compact(summary.num_parameters)} parameters, {compact(summary.consumed_tokens)} tokens"
     plot_run(records, summary.plot, title=title,
@@ -179,7 +189,7 @@ def _collect(run: RunConfig, run_dir: Path, records: Records, baselines: NgramBa
         preset=run.preset,
         num_parameters=count_parameters(run.model).total,
         iterations=last_step["iteration"],
-        train_iters=run.training.train_iters,
+        train_iters=run.recipe().num_steps,
         consumed_tokens=last_step["consumed_tokens"],
         training_seconds=sum(record["step_time_s"] for record in records.steps),
         first_loss=records.steps[0]["lm_loss"],
@@ -194,7 +204,7 @@ def _collect(run: RunConfig, run_dir: Path, records: Records, baselines: NgramBa
         is_better_than_both=(validation_loss is not None
                              and validation_loss < min(baselines.unigram_nats, baselines.bigram_nats)),
         tokens_per_second=rate,
-        model_flops_per_second=rate * flops_per_token(run.model, run.training.seq_length).training,
+        model_flops_per_second=statistics.median(record["model_flops_per_second"] for record in records.steps),
         num_skipped=sum(bool(record["skipped"]) for record in records.steps),
         checkpoint=newest_checkpoint(run, run_dir),
         plot=str(run_dir / "loss.png"),

@@ -21,6 +21,7 @@ CONDITIONS = {
     "groups": "moe_router_num_groups > 1",
     "balance-loss": "moe_aux_loss_coeff > 0",
     "validation": "each validation",
+    "average": "each validation, with eval_ema",
     "start": "once, at the start",
     "peak": "device's peak known",
     "gpu": "on a GPU",
@@ -61,10 +62,13 @@ TAGS: tuple[Tag, ...] = (
             "step's first micro-batch on each replica", "mtp"),
     _scalar("lm loss validation", "nats/token", "main loss on the validation data", "validation"),
     _scalar("lm loss validation ppl", "", "its exponential, the perplexity", "validation"),
+    _scalar("lm loss validation average", "nats/token", "main loss of the weights' moving average on the validation "
+            "data", "average"),
     _scalar("mtp_{depth} loss validation", "nats/token", "MTP loss on the validation data", "validation"),
     # The recipe.
     _scalar("learning-rate", "", "of this step"),
     _scalar("batch-size", "sequences", "of this step, over all replicas"),
+    _scalar("seq-length", "tokens", "of this step's sequences"),
     _scalar("mtp-weight", "", "lambda: weight of the MTP losses", "mtp"),
     _scalar("bias-update-rate", "", "gamma: step of the routers' balancing biases"),
     _scalar("consumed-tokens", "tokens", "trained on so far"),

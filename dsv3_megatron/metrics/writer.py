@@ -55,6 +55,10 @@ def step_record(report: StepReport, speed: RunSpeed) -> dict[str, Any]:
         "grad_norm": report.grad_norm,
         "learning_rate": report.learning_rate,
         "batch_size": report.batch_size,
+        "seq_length": report.seq_length,
+        "mtp_weight": report.mtp_weight,
+        "bias_update_rate": report.bias_update_rate,
+        "phase": report.phase,
         "step_time_s": report.step_time_s,
         "tokens_per_second": rates.tokens_per_second,
         "model_flops_per_second": rates.model_flops_per_second,
@@ -127,6 +131,10 @@ class MetricsWriter:
                 (self.directory / file).write_text(text + "\n", encoding="utf-8")
                 self._events.add_text(name, "```json\n" + text + "\n```", 0)
 
+    def change_speed(self, speed: RunSpeed) -> None:
+        """Turn the times of the steps from here on into rates with another sequence length."""
+        self._speed = speed
+
     def write_step(self, report: StepReport) -> None:
         """Append the step to metrics.jsonl; to TensorBoard too if it is a logged one."""
         if not self.enabled:
@@ -162,6 +170,13 @@ class MetricsWriter:
         self._events.add_scalar("lm loss validation ppl", math.exp(min(20.0, lm_loss)), iteration)
         for depth, loss in enumerate(mtp_losses, start=1):
             self._events.add_scalar(f"mtp_{depth} loss validation", loss, iteration)
+        self._events.flush()
+
+    def write_average_validation(self, iteration: int, lm_loss: float) -> None:
+        """Log the loss of the weights' moving average on the validation data, nats per token."""
+        if not self.enabled:
+            return
+        self._events.add_scalar("lm loss validation average", lm_loss, iteration)
         self._events.flush()
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParall
 from dsv3_megatron.model.norm import RMSNorm
 from dsv3_megatron.model.rotary import RotaryTables, softmax_scale
 from dsv3_megatron.ops.attention import causal_attention
+from dsv3_megatron.ops.recompute import recomputed
 from dsv3_megatron.ops.rope import apply_rope
 
 
@@ -40,7 +41,13 @@ class LocalMLASubmodules:
 
 
 class LocalMLASelfAttention(MegatronModule):
-    """Causal multi-head latent attention. Source: DeepSeek-V3 report, section 2.1.1, eq. 1-11."""
+    """Causal multi-head latent attention. Source: DeepSeek-V3 report, section 2.1.1, eq. 1-11.
+
+    Attributes:
+        is_recomputed: Core attention need not keep queries, keys and values for backward.
+    """
+
+    is_recomputed = False
 
     def __init__(
         self,
@@ -112,7 +119,14 @@ class LocalMLASelfAttention(MegatronModule):
         `position_ids_BS` are of the whole sequence, also under sequence parallelism; None is 0 .. S - 1.
         """
         length = x_sBH.shape[0] * (self.tp_group.size() if self.config.sequence_parallel else 1)
-        query, latent, shared_key = self.project(x_sBH, *self.rotary(length, x_sBH, position_ids_BS))
+        tables = self.rotary(length, x_sBH, position_ids_BS)
+        compressed = self.compress(x_sBH)
+        return recomputed(self._decompress, *compressed, *tables) if self.is_recomputed else self._decompress(
+            *compressed, *tables)
+
+    def _decompress(self, query_source: torch.Tensor, key_value_source: torch.Tensor, cos_SP: torch.Tensor,
+                    sin_SP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query, latent, shared_key = self._project(query_source, key_value_source, cos_SP, sin_SP)
         return query, *self.expand(latent, shared_key)
 
     def project(self, x_sBH: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor
@@ -131,13 +145,25 @@ class LocalMLASelfAttention(MegatronModule):
 
         Source: DeepSeek-V3 report, eq. 1, 3, 6-9.
         """
+        return self._project(*self.compress(x_sBH), cos_SP, sin_SP)
+
+    def compress(self, x_sBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What queries are made of, the input or its latent, and the key/value latent with the shared key beside it.
+
+        Neither is normed or rotated. Source: eq. 1, 3, 6.
+        """
+        source = x_sBH if self.config.q_lora_rank is None else self.linear_q_down_proj(x_sBH)
+        return source, self.linear_kv_down_proj(x_sBH)
+
+    def _project(self, query_source: torch.Tensor, key_value_source: torch.Tensor, cos_SP: torch.Tensor,
+                 sin_SP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         config, heads = self.config, self.num_local_heads
         rope = config.qk_pos_emb_head_dim
         if config.q_lora_rank is None:
-            query, _ = self.linear_q_proj(x_sBH)
+            query, _ = self.linear_q_proj(query_source)
         else:
-            query, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(x_sBH)))
-        latent, shared_key = self.linear_kv_down_proj(x_sBH).split([config.kv_lora_rank, rope], dim=-1)
+            query, _ = self.linear_q_up_proj(self.q_layernorm(query_source))
+        latent, shared_key = key_value_source.split([config.kv_lora_rank, rope], dim=-1)
         if config.sequence_parallel:
             shared_key = gather_from_sequence_parallel_region(shared_key, group=self.tp_group)
         # The rotary part is the last of a query's width.

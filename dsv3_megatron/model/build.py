@@ -8,11 +8,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_megatron.config.memory import recomputed_modules
 from dsv3_megatron.config.run import RunConfig, require_engine_epsilon
 from dsv3_megatron.model.fp8 import apply_precision, use_engine_fp8
 from dsv3_megatron.model.init import initialize_weights
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.mcore_config import mcore_config
+from dsv3_megatron.model.recompute import set_recomputed
 from dsv3_megatron.model.router import RouterOptions
 from dsv3_megatron.model.specs import block_specs, resolve_transformer_impl
 from dsv3_megatron.model.weight_gradients import delay_engine_weight_gradients
@@ -36,11 +38,11 @@ def build_stages(
     Returns:
         One module a chunk, in the schedule's order, and the configuration they share.
     """
-    config = mcore_config(run, precision)
     layouts = stage_layouts(run.model, run.parallel)
     mine = [layouts[place.stage] for place in placement(run.parallel)[groups.pp.rank()]]
     transformer_impl = resolve_transformer_impl(run.training.transformer_impl,
                                                 has_documents=run.data.has_document_attention)
+    config = mcore_config(run, precision, transformer_impl=transformer_impl)
     if transformer_impl == "transformer_engine":
         require_engine_epsilon(run.model)
         if run.fp8.is_enabled:
@@ -51,6 +53,8 @@ def build_stages(
     _share_embedding(stages)
     if run.fp8.is_enabled:
         apply_precision(list(stages), run, groups, transformer_impl=transformer_impl)
+    if transformer_impl == "local":
+        set_recomputed(stages, recomputed_modules(run.training))
     if torch.get_default_device().type != "meta":
         initialize_weights(list(stages), groups, std=run.model.init_method_std, seed=run.training.seed)
     return stages, config

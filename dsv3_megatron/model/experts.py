@@ -25,6 +25,7 @@ from dsv3_megatron.model.linear import Fp8
 from dsv3_megatron.model.weight_gradients import weight_grad_deferral
 from dsv3_megatron.ops.experts import swiglu_experts
 from dsv3_megatron.ops.fp8_experts import fp8_swiglu_experts
+from dsv3_megatron.ops.recompute import recomputed
 from dsv3_megatron.ops.swiglu import swiglu
 
 
@@ -46,9 +47,13 @@ class GroupedExperts(MegatronModule):
     """SwiGLU experts of this rank, applied to tokens sorted by expert.
 
     Source: DeepSeek-V3 report, eq. 12; the gate multiplies the activation, as in Megatron-Core.
+
+    Attributes:
+        is_recomputed: The second product need not keep the activation's output for backward.
     """
 
     fp8: Fp8 | None = None
+    is_recomputed = False
 
     def __init__(self, num_local_experts: int, config: TransformerConfig,
                  pg_collection: ProcessGroupCollection | None = None, name: str | None = None) -> None:
@@ -85,6 +90,7 @@ class GroupedExperts(MegatronModule):
                 backend=backend, accumulate_into_main_grad=True, defer_weight_grad=weight_grad_deferral()), None
         return swiglu_experts(x_RH, counts, self.linear_fc1.weight, self.linear_fc2.weight, gates_R,
                               accumulate_into_main_grad=not x_RH.is_cuda,
+                              is_activation_recomputed=self.is_recomputed,
                               defer_weight_grad=weight_grad_deferral()), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -121,11 +127,12 @@ class _SwiGLUForward:
 
     linear_fc1: Any
     linear_fc2: Any
+    is_recomputed = False
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """[s, B, H] -> [s, B, H], and no bias. Source: eq. 12, FFN_i."""
         gate_up, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(swiglu(gate_up))
+        return self.linear_fc2(recomputed(swiglu, gate_up) if self.is_recomputed else swiglu(gate_up))
 
 
 class LocalMLP(_SwiGLUForward, MLP):

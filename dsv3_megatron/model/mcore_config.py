@@ -5,27 +5,31 @@ Where Megatron-Core's spelling or default would mislead, the line says so.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_megatron.config.memory import recomputed_modules
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.model.rotary import rotary_fields
 from dsv3_megatron.parallel.layout import layout_string, stage_layouts
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def mcore_config(run: RunConfig, precision: str) -> MLATransformerConfig:
+def mcore_config(run: RunConfig, precision: str, *, transformer_impl: str = "local") -> MLATransformerConfig:
     """Megatron-Core's configuration of the model, its split and its losses.
 
     Args:
         run: A validated run.
         precision: "bf16" or "fp32", resolved (not "auto").
+        transformer_impl: Of the modules, resolved. Local ones are told what to recompute by `recompute.py`.
     """
     model, parallel, training = run.model, run.parallel, run.training
     dtype = DTYPES[precision]
-    yarn = model.rope_type == "yarn"
     chunks = parallel.stages_per_rank
     layout = layout_string(stage_layouts(model, parallel))
     return MLATransformerConfig(
@@ -41,16 +45,7 @@ def mcore_config(run: RunConfig, precision: str) -> MLATransformerConfig:
         qk_pos_emb_head_dim=model.qk_rope_head_dim,
         v_head_dim=model.v_head_dim,
         qk_layernorm=True,
-        # Rotary embedding. Megatron-Core applies the YaRN softmax factor under plain RoPE too unless
-        # mscale_all_dim is 0.
-        rope_type=model.rope_type,
-        rotary_base=model.rotary_base,
-        rotary_scaling_factor=model.rotary_scaling_factor,
-        original_max_position_embeddings=model.original_max_position_embeddings,
-        beta_fast=model.beta_fast,
-        beta_slow=model.beta_slow,
-        mscale=model.mscale if yarn else 1.0,
-        mscale_all_dim=model.mscale_all_dim if yarn else 0.0,
+        **rotary_fields(model),
         apply_rope_fusion=False,
         # Mixture of experts.
         num_moe_experts=model.num_experts,
@@ -73,6 +68,7 @@ def mcore_config(run: RunConfig, precision: str) -> MLATransformerConfig:
         moe_permute_fusion=False,
         # Multi-token prediction.
         mtp_num_layers=model.mtp_num_layers or None,
+        # Of the run's start; the trainer weighs the losses by its recipe.
         mtp_loss_scaling_factor=training.mtp_loss_scaling_factor,
         # Block.
         normalization="RMSNorm",
@@ -110,4 +106,15 @@ def mcore_config(run: RunConfig, precision: str) -> MLATransformerConfig:
         overlap_p2p_comm=chunks > 1,
         batch_p2p_comm=chunks == 1,
         variable_seq_lengths=False,
+        **_recompute(run, transformer_impl),
     )
+
+
+def _recompute(run: RunConfig, transformer_impl: str) -> dict[str, Any]:
+    """Megatron-Core's own recomputation: of whole layers one by one, and of Transformer Engine's modules."""
+    if run.training.recompute_granularity == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    modules = recomputed_modules(run.training)
+    if not modules or transformer_impl == "local":
+        return {}
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}

@@ -6,14 +6,23 @@ weight's gradient is partial on each tensor-parallel rank.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from dsv3_megatron.ops.recompute import recomputed
 from dsv3_megatron.ops.rms_norm import rms_norm
 
 
 class RMSNorm(torch.nn.Module):
-    """x / rms(x) * weight over the last dimension; statistics in fp32, result in x's dtype."""
+    """x / rms(x) * weight over the last dimension; statistics in fp32, result in x's dtype.
+
+    Attributes:
+        is_recomputed: Operations need not keep the result for backward.
+    """
+
+    is_recomputed = False
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -24,4 +33,6 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """Normalise [..., hidden_size]."""
+        if self.is_recomputed:
+            return recomputed(partial(rms_norm, eps=self.eps), x_SBH, self.weight)
         return rms_norm(x_SBH, self.weight, self.eps)

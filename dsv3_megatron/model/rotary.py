@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
+from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.ops.backend import wide_dtype
 
 
@@ -44,6 +49,60 @@ def inverse_frequencies(config: MLATransformerConfig) -> torch.Tensor:
     ramp = (torch.arange(dim // 2, dtype=torch.float64, device="cpu") - low) / max(high - low, 0.001)
     interpolated_share = ramp.clamp(0, 1)
     return plain / config.rotary_scaling_factor * interpolated_share + plain * (1 - interpolated_share)
+
+
+def rotary_fields(model: ModelConfig) -> dict[str, Any]:
+    """Megatron-Core's names and values for the rotary embedding of a model.
+
+    Megatron-Core applies YaRN's softmax factor under plain RoPE too unless mscale_all_dim is 0.
+    """
+    is_yarn = model.rope_type == "yarn"
+    return {
+        "rope_type": model.rope_type, "rotary_base": model.rotary_base,
+        "rotary_scaling_factor": model.rotary_scaling_factor,
+        "original_max_position_embeddings": model.original_max_position_embeddings, "beta_fast": model.beta_fast,
+        "beta_slow": model.beta_slow, "mscale": model.mscale if is_yarn else 1.0,
+        "mscale_all_dim": model.mscale_all_dim if is_yarn else 0.0}
+
+
+def change_context(chunks: Iterable[torch.nn.Module], model: ModelConfig) -> None:
+    """Give every latent attention of these stages the rotary frequencies and softmax scale of `model`, in place.
+
+    Neither has weights, so that a run goes on with another context length as if its model had been built for it.
+
+    Args:
+        chunks: Stages, wrapped or not, of local or of Transformer Engine's modules.
+        model: The same architecture but for its rotary embedding.
+    """
+    fields = rotary_fields(model)
+    for chunk in chunks:
+        modules: list[Any] = list(chunk.modules())
+        for attention in modules:
+            is_local = isinstance(getattr(attention, "rotary", None), RotaryTables)
+            if not is_local and not isinstance(attention, MultiLatentAttention):
+                continue
+            config = attention.config
+            for name, value in fields.items():
+                setattr(config, name, value)
+            if is_local:
+                attention.rotary = RotaryTables(config)
+            else:
+                attention.rotary_pos_emb = _engine_rotary(config, attention.pg_collection.cp)
+            # Transformer Engine's attention has backends, each with a scale of its own.
+            for part in attention.modules():
+                if hasattr(part, "softmax_scale"):
+                    part.softmax_scale = softmax_scale(config)
+
+
+def _engine_rotary(config: MLATransformerConfig, cp_group: Any) -> torch.nn.Module:
+    """What Megatron-Core's latent attention makes of its configuration when it is built."""
+    if config.rope_type == "rope":
+        return RotaryEmbedding(config.qk_pos_emb_head_dim, rotary_percent=config.rotary_percent,
+                               rotary_base=config.rotary_base, cp_group=cp_group)
+    return YarnRotaryEmbedding(
+        config.qk_pos_emb_head_dim, rotary_base=config.rotary_base, scaling_factor=config.rotary_scaling_factor,
+        original_max_position_embeddings=config.original_max_position_embeddings, beta_fast=config.beta_fast,
+        beta_slow=config.beta_slow, mscale=config.mscale, mscale_all_dim=config.mscale_all_dim, cp_group=cp_group)
 
 
 class RotaryTables:

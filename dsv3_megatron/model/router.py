@@ -10,6 +10,7 @@ Shapes: T tokens of this rank, E experts, K top-k, G groups, B micro-batch, s lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.model.observation import RouterObserver
+from dsv3_megatron.ops.recompute import recomputed, saving
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,10 @@ class DeepSeekRouter(MegatronModule):
         """
         config = self.config
         wide = torch.promote_types(x_TH.dtype, torch.float32)
-        scores_TE = torch.sigmoid(torch.nn.functional.linear(x_TH.to(wide), self.weight.to(wide)))
+        # The wide copy of a narrow input is made again in backward rather than kept beside it.
+        wide_TH = x_TH if x_TH.dtype == wide else recomputed(partial(torch.Tensor.to, dtype=wide), x_TH)
+        with saving():
+            scores_TE = torch.sigmoid(torch.nn.functional.linear(wide_TH, self.weight.to(wide)))
         gates_TK, ids_TK = select_experts(
             scores_TE, self.expert_bias.float(), top_k=config.moe_router_topk,
             num_groups=config.moe_router_num_groups or 1, group_top_k=config.moe_router_group_topk or 1,

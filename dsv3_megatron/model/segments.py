@@ -6,7 +6,9 @@
 `->` is an all-to-all among the expert-parallel ranks, posted early and waited for when the pass is resumed. The shared
 experts are computed with the routed ones, where they are between two transfers. A dense layer is one segment; so is
 every layer without expert parallelism, since nothing is to be waited for in it. The collectives of tensor and sequence
-parallelism, and the exchange of token counts before a dispatch, stay inside the segments and block.
+parallelism, and the exchange of token counts before a dispatch, stay inside the segments and block. Where whole layers
+are recomputed in backward (`recompute_granularity=full`) a layer is one segment too, and its transfers block, forward
+and both times backward.
 
 The pieces are Megatron-Core's layer, MoE layer and token dispatcher. What they note on themselves in a forward pass is
 noted on a copy for each micro-batch, so that micro-batches do not meet there.
@@ -20,9 +22,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from dsv3_megatron.data.batches import Batch
@@ -123,21 +127,25 @@ class SegmentedLayer:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self.exchanges = isinstance(layer.mlp, MoELayer) and layer.mlp.ep_group.size() > 1
+        self.has_remote_experts = isinstance(layer.mlp, MoELayer) and layer.mlp.ep_group.size() > 1
         self.delaying = delaying_modules(layer)
-        if self.exchanges:
+        if self.has_remote_experts:
             self.delaying_attention = delaying_modules(layer.self_attention)
             self.delaying_experts = delaying_modules(layer.mlp.experts, layer.mlp.shared_experts)
 
     def forward(self, tape: Tape, hidden_SBH: Value, documents: PackedDocuments | None) -> ValueSteps:
         """Run the layer; yields with each exchange under way."""
-        if not self.exchanges:
-            layer = self.layer
-            (hidden_SBH,) = tape.run(
-                lambda h_SBH: layer(hidden_states=h_SBH, attention_mask=None, packed_seq_params=documents)[0],
-                hidden_SBH, delaying=self.delaying)
-            return hidden_SBH
-        return (yield from _MoEPass(self).forward(tape, hidden_SBH, documents))
+        layer = self.layer
+        is_recomputed = layer.config.recompute_granularity == "full" and layer.training
+        if self.has_remote_experts and not is_recomputed:
+            return (yield from _MoEPass(self).forward(tape, hidden_SBH, documents))
+
+        def whole_layer(h_SBH: torch.Tensor) -> torch.Tensor:
+            return layer(hidden_states=h_SBH, attention_mask=None, packed_seq_params=documents)[0]
+
+        (hidden_SBH,) = tape.run(partial(checkpoint, whole_layer, False) if is_recomputed else whole_layer,
+                                 hidden_SBH, delaying=self.delaying)
+        return hidden_SBH
 
 
 class _MoEPass:

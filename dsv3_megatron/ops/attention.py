@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dsv3_megatron.ops.backend import log_choice, unknown_backend, wide_dtype
+from dsv3_megatron.ops.recompute import is_recomputed, saving
 from dsv3_megatron.ops.softmax import softmax_and_logsumexp_
 
 BACKENDS = ("auto", "blocked", "sdpa_padded", "sdpa", "reference")
@@ -82,7 +83,14 @@ def causal_attention(
         ).squeeze(1)
     groups = _group_sequences(document_bounds, *q_SBND.shape[:2])
     if backend == "blocked":
-        return _BlockedAttention.apply(q_SBND, k_SBND, v_SBNV, softmax_scale, groups)
+        with saving():
+            return _BlockedAttention.apply(q_SBND, k_SBND, v_SBNV, softmax_scale, groups)
+    with saving():
+        return _attend_by_document(q_SBND, k_SBND, v_SBNV, softmax_scale, groups, backend)
+
+
+def _attend_by_document(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNV: torch.Tensor, softmax_scale: float,
+                        groups: tuple[_Group, ...], backend: str) -> torch.Tensor:
     attend = reference_attention if backend == "reference" else _sdpa
     padded_width = q_SBND.shape[-1] if backend == "sdpa_padded" else v_SBNV.shape[-1]
     columns = []
@@ -148,6 +156,12 @@ def _head_major(x_SBND: torch.Tensor) -> torch.Tensor:
     return out.copy_(x_SBND.permute(1, 2, 0, 3)).flatten(0, 1)
 
 
+def _operands(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNV: torch.Tensor, softmax_scale: float
+              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scaled queries, keys and values as products want them."""
+    return _head_major(q_SBND).mul_(softmax_scale), _head_major(k_SBND), _head_major(v_SBNV)
+
+
 def _tiles(heads: int, groups: tuple[_Group, ...]) -> list[tuple[slice, int, slice]]:
     """(rows of heads, document start, queries) of every tile; its keys run from that start to its last query."""
     tiles = []
@@ -189,7 +203,8 @@ class _BlockedAttention(torch.autograd.Function):
         softmax_scale: float,
         groups: tuple[_Group, ...],
     ) -> torch.Tensor:
-        q, k, v = _head_major(q_SBND).mul_(softmax_scale), _head_major(k_SBND), _head_major(v_SBNV)
+        inputs = (q_SBND, k_SBND, v_SBNV)
+        q, k, v = _operands(*inputs, softmax_scale)
         num_rows, length, width = v.shape
         heads = v_SBNV.shape[2]
         out_SGV = torch.empty((length, num_rows, width), dtype=v.dtype, device=v.device)
@@ -208,7 +223,9 @@ class _BlockedAttention(torch.autograd.Function):
                 torch.softmax(probabilities, dim=-1, out=probabilities)
             torch.bmm(probabilities, v[rows, start : queries.stop], out=out[rows, queries])
             kept.append(probabilities if logsumexp is None else logsumexp)
-        ctx.save_for_backward(q, k, v, *kept)
+        # Inputs that are computed again are brought into this form again.
+        ctx.keeps_inputs = all(is_recomputed(tensor) for tensor in inputs)
+        ctx.save_for_backward(*(inputs if ctx.keeps_inputs else (q, k, v)), *kept)
         ctx.tiles, ctx.keep, ctx.softmax_scale = tiles, keep, softmax_scale
         ctx.batch, ctx.dtypes = v_SBNV.shape[1], (q_SBND.dtype, k_SBND.dtype, v_SBNV.dtype)
         return out_SGV.view(v_SBNV.shape).to(v_SBNV.dtype)
@@ -216,6 +233,8 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, *kept = ctx.saved_tensors
+        if ctx.keeps_inputs:
+            q, k, v = _operands(q, k, v, ctx.softmax_scale)
         grad_out = _head_major(grads[0])
         num_rows, length, _ = q.shape
         # Sequence-major results, addressed head-major: what follows wants [S, B, N, D] contiguous.

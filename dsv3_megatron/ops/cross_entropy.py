@@ -25,6 +25,7 @@ from dsv3_megatron.ops.linear import (
     main_grad_of,
     mark_added_to_main_grad,
 )
+from dsv3_megatron.ops.recompute import saving
 from dsv3_megatron.ops.softmax import softmax_and_logsumexp_
 
 # Tokens at a time, whether to keep probabilities, backend of the products, accumulation, deferral.
@@ -75,7 +76,8 @@ def linear_cross_entropy(
         keep_probabilities = targets.numel() * weight_VH.shape[0] * hidden.element_size() <= _KEPT_BYTES
     backend = choose_product_backend(product_backend, hidden.device, hidden.dtype)
     plan = (chunk_tokens, keep_probabilities, backend, accumulate_into_main_grad, defer_weight_grad)
-    losses = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight_VH, targets.reshape(-1), plan)
+    with saving():
+        losses = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight_VH, targets.reshape(-1), plan)
     return losses.view(targets.shape)
 
 

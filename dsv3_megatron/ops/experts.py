@@ -30,6 +30,7 @@ from dsv3_megatron.ops.linear import (
     mark_added_to_main_grad,
     multiply_rows,
 )
+from dsv3_megatron.ops.recompute import recomputed, saving
 from dsv3_megatron.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 BACKENDS = ("auto", "looped", "grouped_mm", "reference")
@@ -47,6 +48,7 @@ def swiglu_experts(
     backend: str = "auto",
     product_backend: str = "auto",
     accumulate_into_main_grad: bool = False,
+    is_activation_recomputed: bool = False,
     defer_weight_grad: WeightGradDeferral | None = None,
 ) -> torch.Tensor:
     """Apply to each row its expert: fc2 (gate * silu(gate half of fc1 x) * (up half of fc1 x)).
@@ -60,6 +62,7 @@ def swiglu_experts(
         backend: "looped", "grouped_mm" or "reference"; "auto" is grouped_mm for bf16 on CUDA, looped elsewhere.
         product_backend: Of the looped products, see `backend.choose_product_backend`.
         accumulate_into_main_grad: As for `linear.linear`; "looped" only.
+        is_activation_recomputed: Keep the activation's input alone for backward, as "looped" always does.
         defer_weight_grad: As for `linear.linear`, "looped" and "grouped_mm" only. The activation and the gradient of
             fc1's output wait with the input and the gradient of the output.
 
@@ -90,11 +93,12 @@ def swiglu_experts(
         return _few_rows(x_RH, counts, fc1_eFH, fc2_eHF, gates_R, product_backend)
     if backend == "looped":
         plan = (counts, product_backend, accumulate_into_main_grad, defer_weight_grad)
-        return _LoopedExperts.apply(x_RH, gates_R, fc1_eFH, fc2_eHF, plan)
+        with saving():
+            return _LoopedExperts.apply(x_RH, gates_R, fc1_eFH, fc2_eHF, plan)
     if accumulate_into_main_grad:
         raise ValueError(f"accumulate_into_main_grad=True needs backend 'looped', not {backend!r}; use it or 'auto'")
     if backend == "grouped_mm":
-        return _grouped_mm(x_RH, counts, fc1_eFH, fc2_eHF, gates_R, defer_weight_grad)
+        return _grouped_mm(x_RH, counts, fc1_eFH, fc2_eHF, gates_R, defer_weight_grad, is_activation_recomputed)
     if defer_weight_grad is not None:
         raise ValueError("defer_weight_grad needs backend 'looped' or 'grouped_mm', not 'reference'; use one or 'auto'")
     return reference_experts(x_RH, counts, fc1_eFH, fc2_eHF, gates_R)
@@ -124,15 +128,19 @@ def _grouped_mm(
     fc2_eHF: torch.Tensor,
     gates_R: torch.Tensor | None,
     defer: WeightGradDeferral | None,
+    is_recomputed: bool,
 ) -> torch.Tensor:
     ends = torch.tensor(counts, device=x_RH.device).cumsum(0).to(torch.int32)
 
     def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if defer is not None and torch.is_grad_enabled():
-            return _DeferringProduct.apply(rows, weight, ends, defer)
-        return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+        with saving():
+            if defer is not None and torch.is_grad_enabled():
+                return _DeferringProduct.apply(rows, weight, ends, defer)
+            return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
-    return product(swiglu(product(x_RH, fc1_eFH), gates_R), fc2_eHF)
+    gates = () if gates_R is None else (gates_R,)
+    hidden = product(x_RH, fc1_eFH)
+    return product(recomputed(swiglu, hidden, *gates) if is_recomputed else swiglu(hidden, *gates), fc2_eHF)
 
 
 class _DeferringProduct(torch.autograd.Function):

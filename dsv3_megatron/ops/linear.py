@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dsv3_megatron.ops.backend import choose_product_backend
+from dsv3_megatron.ops.recompute import saving
 
 _FEW_ROWS = 8
 # Receives the computation of one weight gradient, to be called later.
@@ -120,7 +121,8 @@ def linear(
     """
     if not torch.is_grad_enabled():
         return linear_forward(x, weight, backend=backend)
-    return _Linear.apply(x, weight, backend, accumulate_into_main_grad, defer_weight_grad)
+    with saving():
+        return _Linear.apply(x, weight, backend, accumulate_into_main_grad, defer_weight_grad)
 
 
 def main_grad_of(weight: torch.Tensor, accumulate: bool) -> torch.Tensor | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import torch
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -9,6 +12,12 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_megatron.config.training import TrainingConfig
+from dsv3_megatron.optim.adamw import NarrowMomentAdamW
+from dsv3_megatron.optim.shards import Shard, distributed_parts, master_shards
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_optimizer(
@@ -17,7 +26,7 @@ def build_optimizer(
     """Megatron-Core's distributed optimizer over this rank's wrapped stages.
 
     Matrices are decayed, vectors (the norms' weights) are not: Megatron-Core's standard rule; the
-    report gives none. The learning rate is set at each step from `lr.py`.
+    report gives none. The learning rate is set at each step from the run's recipe.
 
     Args:
         training: Optimizer settings of the run.
@@ -39,12 +48,24 @@ def build_optimizer(
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups)
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        # Without Transformer Engine or apex, Megatron-Core takes torch's AdamW as it comes: several passes.
-        if isinstance(part.optimizer, torch.optim.AdamW):
+    shards = list(master_shards(optimizer, chunks, groups))
+    for part in distributed_parts(optimizer):
+        if "bf16" in (training.exp_avg_dtype, training.exp_avg_sq_dtype):
+            part.optimizer = _with_narrow_moments(training, part, shards)
+        elif isinstance(part.optimizer, torch.optim.AdamW):
+            # Without Transformer Engine or apex, Megatron-Core takes torch's AdamW as it comes: several passes.
             for group in part.optimizer.param_groups:
                 group.update(fused=True, foreach=False)
+    logger.info("AdamW: moments %s and %s (%s)", training.exp_avg_dtype, training.exp_avg_sq_dtype,
+                type(distributed_parts(optimizer)[0].optimizer).__module__)
     return optimizer
+
+
+def _with_narrow_moments(training: TrainingConfig, part: Any, shards: list[Shard]) -> NarrowMomentAdamW:
+    return NarrowMomentAdamW(
+        part.optimizer.param_groups, (shard for shard in shards if shard.part is part),
+        exp_avg_dtype=_DTYPES[training.exp_avg_dtype], exp_avg_sq_dtype=_DTYPES[training.exp_avg_sq_dtype],
+        is_stochastic=training.moment_rounding == "stochastic", seed=training.seed)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:

@@ -55,8 +55,10 @@ def update_router_biases(
         chunks: This rank's stages.
         loads_LE: int64, from `collect_expert_loads`.
         num_layers: Of the main model.
-        update_rate: gamma.
+        update_rate: gamma; at 0 the biases keep every bit.
     """
+    if update_rate == 0:
+        return
     with torch.no_grad():
         for row, router in routers(chunks, num_layers):
             load_E = loads_LE[row]

@@ -23,14 +23,14 @@ from dsv3_megatron.model.build import build_stages, wrap_stages
 from dsv3_megatron.model.chunk import ModelChunk
 from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.language_model import TokenLosses
+from dsv3_megatron.model.losses import sum_losses
 from dsv3_megatron.model.parameters import whole_parameters
 from dsv3_megatron.optim.router_bias import routers
 from dsv3_megatron.parallel.exchange import Splits, post_all_to_all
 from dsv3_megatron.parallel.groups import create_groups
-from dsv3_megatron.trainer import sum_losses
 from tests.parity.architectures import GROUPED, MTP_LAMBDA, run_of, variant
 
-SEQ_LENGTH, MICRO_BATCH_SIZE = 16, 2
+SEQ_LENGTH, MICRO_BATCH_SIZE, NUM_MICROBATCHES = 16, 2, 2
 EOD = 7
 Tensors = dict[str, torch.Tensor]
 
@@ -46,7 +46,6 @@ class Case:
         precision: "fp32" or "bf16".
         model: Changes of the architecture: one dense and three MoE layers, one MTP module.
         is_isolated: Documents do not see each other, and losses at their ends do not count.
-        num_microbatches: Of each chunk, or of a schedule's step.
     """
 
     name: str
@@ -55,14 +54,13 @@ class Case:
     precision: str = "fp32"
     model: dict[str, Any] = field(default_factory=dict)
     is_isolated: bool = False
-    num_microbatches: int = 2
 
     @property
     def run(self) -> RunConfig:
         """The run of it; its weights are large enough to matter."""
         model = variant("plain", **{"num_layers": 4, "init_method_std": 0.1, **GROUPED, **self.model})
         return run_of(model, self.parallel, seq_length=SEQ_LENGTH, micro_batch_size=MICRO_BATCH_SIZE,
-                      global_batch_size=(self.num_microbatches * MICRO_BATCH_SIZE
+                      global_batch_size=(NUM_MICROBATCHES * MICRO_BATCH_SIZE
                                          * self.parallel.data_parallel_size(self.num_ranks)),
                       train_iters=1, lr_warmup_iters=0, precision=self.precision, reset_attention_mask=self.is_isolated,
                       reset_position_ids=self.is_isolated, eod_mask_loss=self.is_isolated)
@@ -100,26 +98,26 @@ def random_batch(run: RunConfig, generator: torch.Generator) -> Batch:
 class Stage:
     """One wrapped stage and what it gets of each micro-batch."""
 
-    def __init__(self, run: RunConfig, wrapped: Any, config: Any, num_microbatches: int) -> None:
+    def __init__(self, run: RunConfig, wrapped: Any, config: Any) -> None:
         self.run, self.wrapped, self.config = run, wrapped, config
         self.module = wrapped.module.module if config.bf16 else wrapped.module
         # Ranks of a tensor-parallel group read the same tokens.
         group = self.module.pg_collection
         generator = torch.Generator().manual_seed(torch.distributed.get_rank() // group.tp.size())
         device = next(wrapped.parameters()).device
-        self.batches = [random_batch(run, generator).to(device) for _ in range(num_microbatches)]
+        self.batches = [random_batch(run, generator).to(device) for _ in range(NUM_MICROBATCHES)]
         shape = (SEQ_LENGTH // group.tp.size(), MICRO_BATCH_SIZE, run.model.hidden_size)
 
         def random() -> list[torch.Tensor]:
             return [torch.randn(shape, generator=generator).to(device, config.pipeline_dtype) for _ in self.batches]
 
-        nothing: list[Any] = [None] * num_microbatches
+        nothing: list[Any] = [None] * NUM_MICROBATCHES
         self.inputs = nothing if self.module.pre_process else random()
         self.grads = nothing if self.module.post_process else random()
 
-    def chunk(self, post: Any = post_all_to_all, first: int = 0) -> ModelChunk:
-        """The stage in pieces; its micro-batch 0 is the one of number `first`."""
-        return ModelChunk(self.wrapped, batch_of=lambda number: self.batches[first + number], data=self.run.data,
+    def chunk(self, post: Any = post_all_to_all) -> ModelChunk:
+        """The stage in pieces."""
+        return ModelChunk(self.wrapped, batch_of=self.batches.__getitem__, data=self.run.data,
                           loss_function=lambda batch, losses: sum_losses(batch.loss_mask_BS, losses,
                                                                          mtp_weight=MTP_LAMBDA), post=post)
 
@@ -150,7 +148,7 @@ def build(case: Case) -> list[Stage]:
     run.validate(case.num_ranks)
     groups = create_groups(run.parallel, 0)
     stages, config = build_stages(run, groups, precision=case.precision)
-    return [Stage(run, wrapped, config, case.num_microbatches) for wrapped in wrap_stages(stages, config, groups)]
+    return [Stage(run, wrapped, config) for wrapped in wrap_stages(stages, config, groups)]
 
 
 def ordinary(stage: Stage) -> Passes:
@@ -263,6 +261,16 @@ def run_case(case: Case) -> list[dict[str, Passes]]:
     """Of this rank's chunks: what each way left, "ordinary" among them."""
     return [{"ordinary": ordinary(stage), **{name: way(stage) for name, way in WAYS.items()}}
             for stage in build(case)]
+
+
+def run_recomputed(case: Case) -> list[dict[str, Passes]]:
+    """As `run_case`, where the ways in pieces compute whole layers again in backward."""
+    results = []
+    for stage in build(case):
+        found = {"ordinary": ordinary(stage)}
+        stage.config.recompute_granularity = "full"
+        results.append(found | {name: way(stage) for name, way in WAYS.items()})
+    return results
 
 
 def run_without_gradients(case: Case) -> list[tuple[Tensors, Tensors]]:

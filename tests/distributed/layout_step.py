@@ -43,6 +43,7 @@ class Layout:
         mtp_num_layers: MTP modules of the model.
         num_layers: Of the main model, the first of them dense.
         is_isolated: Documents do not see each other, positions restart, and losses at their ends do not count.
+        recompute_granularity: What is computed again in backward: "selective" is all that can be by name.
         fault: Name in FAULTS of what is broken on purpose, "" for nothing.
     """
 
@@ -52,6 +53,7 @@ class Layout:
     mtp_num_layers: int = 1
     num_layers: int = 4
     is_isolated: bool = False
+    recompute_granularity: str | None = None
     fault: str = ""
 
     @property
@@ -80,7 +82,8 @@ class Layout:
             global_batch_size=GLOBAL_BATCH_SIZE, train_iters=1, lr=LEARNING_RATE, min_lr=LEARNING_RATE,
             lr_warmup_iters=0, lr_decay_style="constant", weight_decay=WEIGHT_DECAY, clip_grad=CLIP_GRAD,
             adam_eps=ADAM_EPS, moe_router_bias_update_rate=1e-3, precision="fp32",
-            reset_attention_mask=self.is_isolated, reset_position_ids=self.is_isolated, eod_mask_loss=self.is_isolated,
+            recompute_granularity=self.recompute_granularity, reset_attention_mask=self.is_isolated,
+            reset_position_ids=self.is_isolated, eod_mask_loss=self.is_isolated,
             tensorboard_dir="instruments look, nothing is written")
 
 

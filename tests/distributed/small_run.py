@@ -19,6 +19,7 @@ from dsv3_megatron.data.batches import Batch
 from dsv3_megatron.model.build import build_stages, wrap_stages
 from dsv3_megatron.model.parameters import WholeParameter, whole_parameters
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
+from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.router_bias import collect_expert_loads, routers, update_router_biases
 from dsv3_megatron.parallel.groups import create_groups, groups_of_tokens, replicas
 from dsv3_megatron.schedule.forward_backward import ForwardBackward, ForwardStep, build_forward_backward
@@ -59,6 +60,7 @@ class Training:
     chunks: list[Any]
     optimizer: MegatronOptimizer
     forward_backward: ForwardBackward
+    average: WeightAverage | None = None
 
     def step(self, number: int) -> float:
         """Train on the batch of step `number`; the mean main loss over all tokens, the same on every rank."""
@@ -76,7 +78,11 @@ class Training:
             num_microbatches=self.run.training.num_microbatches(self.groups.dp.size()),
             seq_length=SEQ_LENGTH, micro_batch_size=1, forward_only=False)
         set_learning_rate(self.optimizer, 3e-3)
+        if self.average:
+            self.average.wait()
         self.optimizer.step()
+        if self.average:
+            self.average.update()
         model = self.run.model
         loads, _ = collect_expert_loads(
             self.chunks, num_layers=model.num_layers, num_mtp_layers=model.mtp_num_layers,
@@ -88,10 +94,15 @@ class Training:
         return total.item() / self.groups.tp.size() / (GLOBAL_BATCH * SEQ_LENGTH)
 
     def whole_state(self) -> dict[str, torch.Tensor]:
-        """Weights, moments, fp32 weights and biases by global name; NaN where another rank has the value."""
+        """Weights, moments, fp32 weights, averages and biases by global name; NaN where another rank has the value."""
         shards = {parameter: (part, ranges["param"]) for part in parts(self.optimizer)
                   for buffer in part.gbuf_ranges for buckets in buffer.values() for bucket in buckets
                   for parameter, ranges in bucket["param_map"].items()}
+        averages: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+        if self.average:
+            self.average.wait()
+            averages = {shard.parameter: {"average": values}
+                        for shard, values in zip(self.average.shards, self.average.averages, strict=True)}
         state: dict[str, torch.Tensor] = {}
         for chunk in self.chunks:
             for whole in whole_parameters(chunk, self.groups):
@@ -99,7 +110,8 @@ class Training:
                 if whole.parameter not in shards:
                     continue
                 part, held = shards[whole.parameter]
-                for kind, values in part._get_main_param_and_optimizer_states(whole.parameter).items():
+                held_values = part._get_main_param_and_optimizer_states(whole.parameter)
+                for kind, values in (held_values | averages.get(whole.parameter, {})).items():
                     if values.dim() == 0:
                         continue
                     local = torch.full(whole.parameter.shape, torch.nan, dtype=values.dtype)
@@ -120,7 +132,9 @@ def start(run: RunConfig) -> Training:
     optimizer = build_optimizer(run.training, chunks, groups, precision=precision)
     config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups_of_tokens(groups))
     config.grad_scale_func = None
-    return Training(run, groups, config, chunks, optimizer, build_forward_backward(run.parallel, groups, config))
+    decay = run.training.ema_decay
+    return Training(run, groups, config, chunks, optimizer, build_forward_backward(run.parallel, groups, config),
+                    WeightAverage(optimizer, chunks, groups, decay=decay) if decay else None)
 
 
 def parts(optimizer: MegatronOptimizer) -> list[Any]:

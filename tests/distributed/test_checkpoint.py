@@ -46,6 +46,8 @@ CHAIN: list[tuple[str, int, dict[str, Any]]] = [
     ("PP2xTP2", 4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     ("PP2xEP2", 4, PP2_EP2),
 ]
+# Everything that a checkpoint can hold besides weights and biases.
+RECIPE = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16", "ema_decay": 0.9}
 # One step's loss by another order of fp32 sums: a few units in the last place of 4.9.
 FP32_ROUNDING = 2e-6
 
@@ -53,11 +55,12 @@ FP32_ROUNDING = 2e-6
 def save(training: Training, directory: Path, iteration: int, keep_last: int = 0) -> None:
     progress = Progress(iteration, iteration * GLOBAL_BATCH, iteration * GLOBAL_BATCH * SEQ_LENGTH)
     save_checkpoint(directory, progress, training.run, training.chunks, training.optimizer, training.groups,
-                    keep_last=keep_last)
+                    keep_last=keep_last, average=training.average)
 
 
 def load(training: Training, directory: Path) -> Progress:
-    return load_checkpoint(directory, training.run, training.chunks, training.optimizer, training.groups)
+    return load_checkpoint(directory, training.run, training.chunks, training.optimizer, training.groups,
+                           average=training.average)
 
 
 def continue_run(changes: dict[str, Any], source: Path | None, target: Path | None, extra_steps: int) -> dict[str, Any]:
@@ -88,12 +91,13 @@ def test_resharding_keeps_every_bit(tmp_path):
     for number, (name, ranks, changes) in enumerate(CHAIN):
         target = tmp_path / str(number)
         steps = 0 if "ETP" in name else 1
-        results = run_ranks(ranks, continue_run, changes, source, target, steps)
+        results = run_ranks(ranks, continue_run, {**changes, **RECIPE}, source, target, steps)
         state = merge([result["saved"] for result in results])
         if not expected:
             expected, loss = state, results[0]["losses"][0]
             kinds = {key.split(":")[0] for key in state}
-            assert kinds == {"weight", "param", "exp_avg", "exp_avg_sq", "bias"}
+            assert kinds == {"weight", "param", "exp_avg", "exp_avg_sq", "average", "bias"}
+            assert {tensor.dtype for key, tensor in state.items() if key.startswith("exp_avg")} == {torch.bfloat16}
             assert all(state[key].abs().sum() > 0 for key in state if key.startswith("exp_avg_sq:mtp"))
             assert any(state[key].any() for key in state if key.startswith("bias:"))
         assert not differences(expected, state), f"{name} differs in {differences(expected, state)[:5]}"
@@ -103,7 +107,7 @@ def test_resharding_keeps_every_bit(tmp_path):
         source = target
 
 
-@pytest.mark.parametrize(("ranks", "changes"), [(4, PP2_EP2), (1, {"precision": "bf16"})],
+@pytest.mark.parametrize(("ranks", "changes"), [(4, {**PP2_EP2, **RECIPE}), (1, {"precision": "bf16"})],
                          ids=["PP2xEP2-fp32", "one-process-bf16"])
 def test_resume_is_bit_for_bit(tmp_path, ranks, changes):
     straight = run_ranks(ranks, continue_run, changes, None, tmp_path, 2)
@@ -121,15 +125,24 @@ def test_resume_is_bit_for_bit(tmp_path, ranks, changes):
 
 
 def test_change_of_precision(tmp_path):
-    """fp32 weights come back whole on every replica, from a checkpoint whose trained weights are bf16; and back."""
+    """fp32 weights come back whole on every replica, from a checkpoint whose trained weights are bf16; and back.
+
+    On the way back the moments become bf16, rounded to nearest, and the average starts anew.
+    """
     written = run_ranks(1, continue_run, {"precision": "bf16"}, None, tmp_path / "bf16", 0)
     wide = run_ranks(2, continue_run, {"precision": "fp32"}, tmp_path / "bf16", tmp_path / "fp32", 0)
-    narrow = run_ranks(1, continue_run, {"precision": "bf16"}, tmp_path / "fp32", None, 0)
+    narrow = run_ranks(1, continue_run, {"precision": "bf16", **RECIPE}, tmp_path / "fp32", tmp_path / "narrow", 0)
+    wider = run_ranks(1, continue_run, {"precision": "bf16"}, tmp_path / "narrow", None, 0)
     expected, state = merge([written[0]["saved"]]), merge([result["saved"] for result in wide])
     for name, tensor in expected.items():
         kind, parameter = name.split(":")
         assert torch.equal(state[name], expected[f"param:{parameter}"] if kind == "weight" else tensor), name
-    assert not differences(expected, merge([narrow[0]["saved"]]))
+    expected |= {name: tensor.bfloat16() for name, tensor in expected.items() if name.startswith("exp_avg")}
+    state = merge([narrow[0]["saved"]])
+    assert not any(state.pop(name).any() for name in list(state) if name.startswith("average"))
+    assert not differences(expected, state)
+    expected |= {name: tensor.float() for name, tensor in expected.items() if name.startswith("exp_avg")}
+    assert not differences(expected, merge([wider[0]["saved"]]))
 
 
 # ---- what is in the folder ----

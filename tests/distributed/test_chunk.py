@@ -17,6 +17,7 @@ from tests.distributed.chunk_passes import (
     misuse,
     run_all,
     run_case,
+    run_recomputed,
     run_without_gradients,
 )
 from tests.distributed.launch import run_ranks
@@ -63,7 +64,8 @@ def results() -> dict[str, list[Any]]:
     for num_ranks in (2, 4):
         calls: list[Any] = [(run_case, case) for case in CASES if case.num_ranks == num_ranks]
         if num_ranks == 2:
-            calls += [(run_without_gradients, EP2), (live_storages, EP2), (kept_bytes, EP2), (misuse, EP2)]
+            extra = (run_without_gradients, run_recomputed, live_storages, kept_bytes, misuse)
+            calls += [(call, EP2) for call in extra]
         ranks = run_ranks(num_ranks, run_all, calls)
         for index, (call, case) in enumerate(calls):
             found[case.name or call.__name__] = [rank[index] for rank in ranks]
@@ -116,6 +118,14 @@ def test_the_comparison_sees_a_lost_gradient(results):
     next(value for name, value in broken.items() if "kv_up_proj" in name)[3].zero_()
     errors = largest_errors(Passes(chunk["ordinary"].outputs, broken, chunk["ordinary"].counts), chunk["ordinary"])
     assert max(errors.values()) > 1e-3
+
+
+def test_recomputed_layers(results):
+    """Nothing is counted twice, and weight gradients of what is computed again wait too (`split_backward` checks)."""
+    for (chunk,) in results["run_recomputed"]:
+        for way in WAYS:
+            errors = largest_errors(chunk[way], chunk["ordinary"])
+            assert not any(error for name, error in errors.items() if not is_used_twice(name)), way
 
 
 def test_without_gradients(results):

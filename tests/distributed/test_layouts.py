@@ -95,6 +95,10 @@ LAYOUTS = [
     Layout("interleaved-pp4", 4, split(pp=4, vpp=2), num_layers=9),
     Layout("zbv-pp4", 4, split(pp=4, schedule="zbv"), num_layers=9),
     Layout("dualpipev-pp4-uneven", 4, split(pp=4, schedule="dualpipev", layers="Et|tt|t|t|t|t|t|tmL"), num_layers=9),
+    # Recomputation: with collectives in it, in segments, of whole layers.
+    Layout("recompute-tp2", 2, split(tp=2), recompute_granularity="selective"),
+    Layout("recompute-layers-pp2-interleaved", 2, split(pp=2, vpp=2), recompute_granularity="full"),
+    Layout("recompute-dualpipe-pp2-ep2", 4, split(pp=2, ep=2, schedule="dualpipe"), recompute_granularity="selective"),
     Layout("isolated-dualpipev-pp2", 2, split(pp=2, schedule="dualpipev"), is_isolated=True),
     Layout("isolated-dualpipe-pp2-ep2", 4, split(pp=2, ep=2, schedule="dualpipe"), is_isolated=True),
     # Micro-batches of two sequences without data parallelism, of one with it.

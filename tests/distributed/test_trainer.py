@@ -30,7 +30,7 @@ MODEL = (
     "--moe-ffn-hidden-size 16 --moe-router-topk 2 --moe-router-num-groups 2 --moe-router-group-topk 1 "
     f"--vocab-size {VOCAB} --seq-length 16 --micro-batch-size 1 --global-batch-size 4 --lr 3e-3 --min-lr 3e-4 "
     "--lr-warmup-iters 5 --lr-decay-iters 20 --precision fp32 --eval-interval 0 --log-interval 1 "
-    "--moe-router-bias-update-rate 0.01").split()
+    "--moe-router-bias-update-rate 0.01 --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 --ema-decay 0.9").split()
 PP2_EP2 = ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2"]
 
 
@@ -76,11 +76,11 @@ def written_tags(folder: Path) -> set[tuple[str, str]]:
 
 
 def test_a_run_writes_the_tags_of_the_table_and_no_others(twenty_steps: Path) -> None:
-    """All but those of a GPU and of validation, which `tests/unit/metrics/test_writer.py` looks at."""
+    """All but those of a GPU and of validations, which `tests/unit/metrics/test_writer.py` looks at."""
     names = {"layer": ("1", "2", "3"), "group": ("0", "1"), "depth": ("1",), "component": COMPONENTS, "phase": PHASES}
     expected = set()
     for tag in TAGS:
-        if tag.when in ("gpu", "peak", "validation"):
+        if tag.when in ("gpu", "peak", "validation", "average"):
             continue
         kind = re.search("{(.*?)}", tag.name)
         for value in names[kind.group(1)] if kind else ("",):
@@ -127,6 +127,7 @@ def load_tensors(folder: Path) -> dict[str, str]:
         "v.numpy().tobytes()).hexdigest() for k, v in state.items()}))\n")
     result = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True)
     hashes = json.loads(result.stdout.splitlines()[-1])
+    assert any(key.startswith("average.decoder") for key in hashes)
     assert any("experts" in key for key in hashes) and any("expert_bias" in key for key in hashes)
     return hashes
 

@@ -42,8 +42,8 @@ def check(build: Callable, groups: object, model_config: ModelConfig, bounds: Bo
           **tolerance: float) -> None:
     """Our model on packed sequences against the reference on each document; `told` are bounds that are wrong."""
     from dsv3_megatron.model.documents import PackedDocuments
+    from dsv3_megatron.model.losses import sum_losses
     from dsv3_megatron.optim.router_bias import routers
-    from dsv3_megatron.trainer import sum_losses
 
     model, weights = build(model_config, dtype)
     weights = {name: weight.clone().requires_grad_("bias" not in name) for name, weight in weights.items()}

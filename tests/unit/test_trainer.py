@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv3_megatron.model.language_model import TokenLosses
-from dsv3_megatron.trainer import sum_losses
+from dsv3_megatron.model.losses import sum_losses
 
 
 def test_sums_are_over_tokens_and_mtp_targets_follow_the_mask() -> None:

@@ -82,9 +82,9 @@ def real(num_layers: int, seq_length: int) -> Subject:
     from dsv3_megatron.data.batches import Batch
     from dsv3_megatron.model.build import build_stages, wrap_stages
     from dsv3_megatron.model.chunk import ModelChunk
+    from dsv3_megatron.model.losses import sum_losses
     from dsv3_megatron.parallel.exchange import post_all_to_all
     from dsv3_megatron.parallel.groups import create_groups
-    from dsv3_megatron.trainer import sum_losses
     from tools.bench.timed_segments import Channel, WallClock
 
     run = laptop().override(num_layers=num_layers, num_dense_layers=0, mtp_num_layers=0, vocab_size=1024,

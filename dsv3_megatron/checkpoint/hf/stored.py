@@ -9,7 +9,15 @@ import torch
 
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, checkpoint_place, tensors_by_parameter
 from dsv3_megatron.checkpoint.hf.source import Source, read_source
-from dsv3_megatron.checkpoint.layout import MASTER_PREFIX, CheckpointError, Manifest, incomplete, read_manifest
+from dsv3_megatron.checkpoint.layout import (
+    AVERAGE_PREFIX,
+    MASTER_PREFIX,
+    CheckpointError,
+    Manifest,
+    incomplete,
+    no_average,
+    read_manifest,
+)
 from dsv3_megatron.checkpoint.segments import Segment
 from dsv3_megatron.checkpoint.tensor_files import TensorFiles
 from dsv3_megatron.config.model import ModelConfig
@@ -21,6 +29,7 @@ class MegatronWeights:
     Args:
         directory: Folder of checkpoints.
         iteration: Which one; None: the newest.
+        is_average: The moving average of its weights instead of the weights; the router biases are as they are.
 
     Attributes:
         manifest: What it says of itself.
@@ -28,10 +37,12 @@ class MegatronWeights:
         source: The Hugging Face checkpoint it was converted from, if it was.
 
     Raises:
-        CheckpointError: it is missing, truncated, corrupt, or of a model that this library does not know.
+        CheckpointError: it is missing, truncated, corrupt, of a model that this library does not know,
+            or has no average.
     """
 
-    def __init__(self, directory: str | Path, iteration: int | None = None) -> None:
+    def __init__(self, directory: str | Path, iteration: int | None = None, *, is_average: bool = False) -> None:
+        self.is_average = is_average
         self.manifest: Manifest = read_manifest(directory, iteration)
         stored = self.manifest.run.get("model", {})
         known = {field.name for field in dataclasses.fields(ModelConfig)}
@@ -46,6 +57,8 @@ class MegatronWeights:
         self.source: Source | None = read_source(self.manifest.path)
         self._files = TensorFiles(self.manifest.path)
         self._keys = self._files.keys()
+        if is_average and not any(key.startswith(AVERAGE_PREFIX) for key in self._keys):
+            raise CheckpointError(no_average(self.manifest))
         self._rows: dict[str, int] = {}
         for parameter, parts in tensors_by_parameter(self.model).items():
             self._rows[parameter] = sum(part.shape[0] for part in parts)
@@ -83,7 +96,10 @@ class MegatronWeights:
 
     def _key(self, tensor: HuggingFaceTensor, is_master: bool) -> tuple[str, int | None]:
         key, index = checkpoint_place(tensor.parameter)
-        return (MASTER_PREFIX + key if is_master and MASTER_PREFIX + key in self._keys else key), index
+        for is_wanted, prefix in ((self.is_average, AVERAGE_PREFIX), (is_master, MASTER_PREFIX)):
+            if is_wanted and prefix + key in self._keys:
+                return prefix + key, index
+        return key, index
 
     def _check(self, directory: str | Path, parameter: str, shape: tuple[int, ...]) -> None:
         key, index = checkpoint_place(parameter)

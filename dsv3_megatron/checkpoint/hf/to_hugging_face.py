@@ -66,7 +66,7 @@ class Export:
 def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration: int | None = None,
                             dtype: str | None = None, tokenizer: str | Path | None = None, num_workers: int = 4,
                             max_shard_bytes: int = MAX_SHARD_BYTES, is_verified: bool = False,
-                            progress: Progress | None = None) -> Audit | None:
+                            is_average: bool = False, progress: Progress | None = None) -> Audit | None:
     """Make a folder in Hugging Face's layout of a checkpoint of ours.
 
     Args:
@@ -79,6 +79,7 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
         num_workers: Files written at a time.
         max_shard_bytes: Largest file; of no effect where the source's files are made again.
         is_verified: Compare every tensor with the checkpoint before the result gets its name.
+        is_average: Export the moving average of the weights.
         progress: Told what is done.
 
     Returns:
@@ -90,7 +91,7 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
         ConfigError: dtype or max_shard_bytes is wrong.
     """
     export = prepare_export(source, output, iteration=iteration, dtype=dtype, tokenizer=tokenizer,
-                            max_shard_bytes=max_shard_bytes)
+                            max_shard_bytes=max_shard_bytes, is_average=is_average)
     place = export.place
     place.open(export.num_bytes)
     try:
@@ -99,7 +100,7 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
         export.finish()
         result = None
         if is_verified:
-            weights = MegatronWeights(source, iteration)
+            weights = MegatronWeights(source, iteration, is_average=is_average)
             result = audit(HuggingFaceDirectory(place.result), weights,
                            is_master=export.is_master, num_workers=num_workers, progress=progress)
             result.require_expected()
@@ -110,17 +111,18 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
 
 
 def prepare_export(source: str | Path, output: str | Path, *, iteration: int | None = None, dtype: str | None = None,
-                   tokenizer: str | Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES) -> Export:
+                   tokenizer: str | Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
+                   is_average: bool = False) -> Export:
     """Plan a conversion without starting it; arguments and errors as of `convert_to_hugging_face`."""
-    weights = MegatronWeights(source, iteration)
+    weights = MegatronWeights(source, iteration, is_average=is_average)
     manifest, kept = weights.manifest, weights.source
     chosen = dtype or (kept.dtype if kept else manifest.precision)
-    is_again = kept is not None and chosen == kept.dtype
+    is_again = kept is not None and chosen == kept.dtype and not is_average
     shards = kept.shards if kept is not None and is_again else plan_shards(weights.model, chosen, max_shard_bytes)
     files = _files_to_add(weights, tokenizer)
     place = Workplace(output, {
         "conversion": "megatron-to-hf", "input": str(manifest.path.resolve()), "dtype": chosen,
-        "max_shard_bytes": max_shard_bytes, "version": __version__, "files": manifest.files,
+        "max_shard_bytes": max_shard_bytes, "version": __version__, "is_average": is_average, "files": manifest.files,
         "tokenizer": sorted(map(str, files.values()))})
     tensors = {tensor.name: tensor for tensor in hugging_face_tensors(weights.model)}
     writer = _ShardWriter(weights, tensors, is_again, chosen == "fp32",

@@ -122,7 +122,7 @@ def _run_of(model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
     base = preset("dsv3-671b")
     seq_length = min(_SEQ_LENGTH, model.max_position_embeddings)
     run = dataclasses.replace(base, preset="hugging-face", model=model, parallel=parallel).override(
-        seq_length=seq_length)
+        seq_length=seq_length, phases=(), stop_after_phase=None)
     run.validate()
     stage_layouts(model, parallel)
     return run

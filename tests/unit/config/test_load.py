@@ -43,6 +43,7 @@ def test_without_arguments_it_is_tiny() -> None:
     command = parse_command([])
     assert command.run == preset("tiny")
     assert (command.print_model, command.as_json, command.check_only, command.world_size) == (False, False, False, None)
+    assert (command.print_schedule, command.plot_schedule) == (False, None)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -53,6 +54,8 @@ def test_a_preset_by_name(name: str) -> None:
 def test_what_to_do_instead_of_training() -> None:
     command = parse_command(["--print-model", "--json", "--check-only", "--world-size", "4"])
     assert (command.print_model, command.as_json, command.check_only, command.world_size) == (True, True, True, 4)
+    command = parse_command(["--print-schedule", "--json", "--world-size", "4", "--plot-schedule", "a.png"])
+    assert (command.print_schedule, command.plot_schedule, command.as_json) == (True, "a.png", True)
 
 
 def _sample(field: dataclasses.Field) -> tuple[list[str], Any]:
@@ -68,7 +71,7 @@ def _sample(field: dataclasses.Field) -> tuple[list[str], Any]:
     return [word], value
 
 
-@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
+@pytest.mark.parametrize("field", [field for field in FIELDS if field.name != "phases"], ids=lambda field: field.name)
 def test_every_flag_lands_in_its_field_and_nowhere_else(field: dataclasses.Field) -> None:
     flag, *opposite = ACTIONS[field.name].option_strings
     assert opposite == ([flag.replace("--", "--no-", 1)] if field.type == "bool" else [])
@@ -93,14 +96,16 @@ def test_a_switch_is_off_until_given_and_can_be_taken_back(field: dataclasses.Fi
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if "None" in str(field.type)], ids=lambda f: f.name)
 def test_an_optional_flag_takes_none(field: dataclasses.Field) -> None:
-    run = parse_command(["--preset", "dsv3-671b", *ACTIONS[field.name].option_strings, "none"]).run
+    # Without phases, which leave some of them no use.
+    run = parse_command(["--preset", "dsv3-671b", "--phases", "none", *ACTIONS[field.name].option_strings, "none"]).run
     assert value_of(run, field.name) is None
 
 
 def test_help_has_every_flag_with_the_presets_default() -> None:
     """A default is shown exactly where all presets have it, and it is theirs."""
     assert set(ACTIONS) == {field.name for field in FIELDS} | {
-        "help", "preset", "config", "print_model", "as_json", "check_only", "world_size"}
+        "help", "preset", "config", "print_model", "print_schedule", "plot_schedule", "as_json", "check_only",
+        "world_size"}
     shown_somewhere = 0
     for field in FIELDS:
         values = [value_of(make(), field.name) for make in PRESETS.values()]
@@ -109,7 +114,7 @@ def test_help_has_every_flag_with_the_presets_default() -> None:
             shown_somewhere += 1
             assert [str(value) for value in values] == [shown.group(1)] * len(values), field.name
         else:
-            assert any(value != values[0] for value in values) or values[0] in (None, []), field.name
+            assert any(value != values[0] for value in values) or values[0] in (None, [], ()), field.name
     assert shown_somewhere > 20
 
 
@@ -149,8 +154,10 @@ def test_flags_of_megatron_lm_keep_its_spelling() -> None:
     (["--q-lora-rank", "many"], "argument --q-lora-rank: invalid int value: 'many'; see --help"),
     (["--preset", "tinny"], "argument --preset: invalid choice: 'tinny' (choose from "),
     (["--rope-type", "alibi"], "argument --rope-type: invalid choice: 'alibi' (choose from "),
-    (["--json"], "--json says how --print-model prints; give --print-model too"),
-    (["--world-size", "4"], "--world-size=4 is for --print-model and --check-only; a run has as many processes as"),
+    (["--json"], "--json says how --print-model and --print-schedule print; give one of them too"),
+    (["--world-size", "4"], "--world-size=4 is for --print-model, --print-schedule and --check-only; a run has as many "
+                            "processes as"),
+    (["--plot-schedule", "schedule.svg"], "--plot-schedule=schedule.svg must end with .png: that is what is drawn"),
     (["--world-size", "0", "--check-only"], "--world-size=0 must be at least 1"),
     (["--config", "absent.toml"], "config=absent.toml: no such file"),
 ])
@@ -204,8 +211,9 @@ def test_numbers_as_yaml_writes_them(file: Any) -> None:
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_resolved_run_reads_back_as_itself(name: str, file: Any) -> None:
-    run = preset(name).override(data_path=["0.3", "a", "0.7", "b c"], q_lora_rank=None, save="x", lr_decay_iters=5,
-                                lr=1 / 3, layernorm_epsilon=1e-12, reset_attention_mask=True)
+    without_phases = {} if preset(name).training.phases else {"lr_decay_iters": 5}
+    run = preset(name).override(data_path=["0.3", "a", "0.7", "b c"], q_lora_rank=None, save="x", lr=1 / 3,
+                                layernorm_epsilon=1e-12, reset_attention_mask=True, **without_phases)
     path = file(json.dumps(run.as_dict()), "config.json")
     assert parse_command(["--config", path]).run == run
 

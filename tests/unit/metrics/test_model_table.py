@@ -54,7 +54,7 @@ def test_json_keys_are_stable() -> None:
         "mtp_attention_causal", "mtp_causal", "mtp_noncausal", "training_causal"]
     assert list(summary["ranks"][0]) == [
         "pipeline_rank", "stages", "layer_ids", "dense_parameters", "expert_parameters", "weight_bytes",
-        "gradient_bytes", "optimizer_bytes", "total_bytes"]
+        "gradient_bytes", "optimizer_bytes", "total_bytes", "host_bytes"]
     assert summary["parameters"]["main_total"] == 671_026_404_352
     assert summary["parameters"]["mtp_total"] == 11_610_067_968
     assert summary["flops_per_token"]["main_causal"] == 250_455_926_784

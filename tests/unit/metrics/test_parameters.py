@@ -105,7 +105,9 @@ def test_dsv3_671b_bytes_of_a_middle_rank() -> None:
     assert memory.weight_bytes == 2 * (memory.dense_parameters + memory.expert_parameters)
     assert memory.gradient_bytes == 4 * (memory.dense_parameters + memory.expert_parameters)
     # 128 data-parallel ranks share the dense states, 2 expert-data-parallel ranks the experts'
-    assert memory.optimizer_bytes == 12 * (memory.dense_parameters // 128 + memory.expert_parameters // 2)
+    owned = memory.dense_parameters // 128 + memory.expert_parameters // 2
+    # fp32 master weights and two bf16 moments; in CPU memory an fp32 average
+    assert (memory.optimizer_bytes, memory.host_bytes) == (8 * owned, 4 * owned)
     assert memory.total_bytes == memory.weight_bytes + memory.gradient_bytes + memory.optimizer_bytes
 
 
@@ -114,6 +116,10 @@ def test_fp32_weights_are_their_own_master() -> None:
     (memory,) = rank_memory(run, 1, stage_layouts(run.model, run.parallel))
     count = count_parameters(run.model).total
     assert (memory.weight_bytes, memory.gradient_bytes, memory.optimizer_bytes) == (4 * count, 4 * count, 8 * count)
+    assert memory.host_bytes == 0
+    run = run.override(exp_avg_sq_dtype="bf16")
+    (memory,) = rank_memory(run, 1, stage_layouts(run.model, run.parallel))
+    assert memory.optimizer_bytes == 6 * count
 
 
 def test_mtp_stage_without_embedding_holds_a_copy() -> None:

@@ -40,8 +40,8 @@ def test_a_line_averages_its_interval(make_report: Make, speed: RunSpeed) -> Non
     assert rates.mfu is not None
     assert line == (
         "iteration   2/300 | consumed tokens 8.19k | lm loss 6.0000 | mtp_1 loss 6.7500 | grad norm 0.250 | "
-        f"lr 1.000e-03 | tokens/s 4.1k | TFLOP/s {rates.model_flops_per_second / 1e12:.3g} | mfu {rates.mfu:.1%} | "
-        "max-violation 0.25")
+        f"lr 1.000e-03 | batch 16 | tokens/s 4.1k | TFLOP/s {rates.model_flops_per_second / 1e12:.3g} | "
+        f"mfu {rates.mfu:.1%} | max-violation 0.25")
 
 
 def test_skipped_steps_are_counted_and_their_loss_is_not(make_report: Make, speed: RunSpeed) -> None:

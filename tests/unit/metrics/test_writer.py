@@ -161,7 +161,7 @@ def test_truncating_counts_what_it_drops(tmp_path: Path) -> None:
 
 def test_spikes_and_rollbacks_are_counted_where_they_happened(
         tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
-    writer = MetricsWriter(tmp_path, speed)
+    writer = MetricsWriter(tmp_path, speed, num_layers=4)
     writer.write_step(make_report(1))
     writer.write_step(make_report(2, is_spike=True, num_spikes=1, num_rollbacks=3))
     writer.close()
