@@ -30,6 +30,7 @@ from megatron.core.distributed import finalize_model_grads
 from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
 from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
@@ -87,7 +88,9 @@ class Trainer:
         configure_logging(self.rank)
         self.precision = resolve_precision(run.training.precision, self.device)
         self.groups = create_groups(run.parallel, run.training.seed)
-        stages, self.mcore_config = build_stages(run, self.groups, precision=self.precision)
+        stages, self.mcore_config = build_stages(
+            run, self.groups, precision=self.precision,
+            delays_engine_weights=run.parallel.schedule in SPLIT_BACKWARD)
         self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
         self.average = WeightAverage(self.optimizer, list(self.chunks), self.groups, decay=run.training.ema_decay

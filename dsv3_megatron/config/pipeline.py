@@ -20,6 +20,9 @@ V_SHAPED = ("zbv", "dualpipev")
 # Schedules that have the first and the last stage on one rank.
 FOLDED = (*V_SHAPED, "dualpipe")
 
+# Schedules in which weight gradients wait for a time when their rank would stand still.
+SPLIT_BACKWARD = ("zb1p", *FOLDED)
+
 
 def stages_per_rank(schedule: str, virtual_stages: int | None = None) -> int:
     """Stages of one copy of the model that a rank holds.

@@ -3,8 +3,17 @@
 Nothing is imported here: the parts that answer `--print-model` need no torch.
 
     parameters.py   exact counts, bytes per rank              flops.py      FLOPs per token, tokens/s, MFU
-    model_table.py  both as a table or JSON                   balance.py    expert load: max-violation
+    model_table.py  both as a table or JSON                   balance.py    measures of expert load
     records.py      StepReport and metrics.jsonl              writer.py     TensorBoard and metrics.jsonl
     progress.py     bar or log lines                          plot.py       loss.png
     summary.py      a run against unigram and bigram models
+
+    What a logged step looks like from inside: README.md has every tag.
+
+    instruments.py  collects, over all ranks                  measurements.py  what they saw, as plain numbers
+    gradients.py    norms by component                        phase_clock.py   where a step's time goes
+    memory.py       of this process                           shared_numbers.py  one collective for all of it
+    scalars.py      TensorBoard's scalars                     pictures.py      its histograms and heat maps
+    heat_map.py     images                                    tags.py          the table of tags
+    event_files.py  a run's folder read back                  report_page.py   tools/plot_run.py's page
 """

@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.schedule.actions import Kind, Operation
-from dsv3_megatron.schedule.plan import Plan
-from dsv3_megatron.schedule.timeline import Timeline
+from dsv3_megatron.schedule.actions import Action, Kind, Operation
+from dsv3_megatron.schedule.plan import Plan, build_plan
+from dsv3_megatron.schedule.timeline import Span, Timeline
 from dsv3_megatron.schedule.validate import peak_activations
 
 _INK, _MUTED = "#1f2937", "#6b7280"
@@ -79,8 +79,39 @@ def write_trace(plan: Plan, timeline: Timeline, path: str | Path) -> None:
         ValueError: as `plot_timeline`.
     """
     _check(plan, timeline)
-    Path(path).write_text(json.dumps({"traceEvents": trace_events(plan, timeline), "displayTimeUnit": "ms"}) + "\n",
-                          encoding="utf-8")
+    sizes = {"schedule": plan.schedule, "num_ranks": plan.num_ranks, "num_microbatches": plan.num_microbatches,
+             "virtual_stages": plan.num_chunks, "is_overlapped": plan.is_overlapped}
+    Path(path).write_text(json.dumps({"traceEvents": trace_events(plan, timeline), "displayTimeUnit": "ms",
+                                      "otherData": sizes}) + "\n", encoding="utf-8")
+
+
+def read_trace(path: str | Path) -> tuple[Plan, Timeline]:
+    """What `write_trace` wrote, simulated or measured.
+
+    Raises:
+        ValueError: the file is none of these.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        sizes = dict(content["otherData"])
+        plan = build_plan(sizes.pop("schedule"), **sizes)
+        blocks: list[list[dict[str, Any]]] = [[] for _ in range(plan.num_ranks)]
+        for event in content["traceEvents"]:
+            if event["ph"] == "X":
+                blocks[event["tid"]].append(event)
+        timeline = tuple(
+            tuple(_span(action, event) for action, event in zip(actions, events, strict=True))
+            for actions, events in zip(plan.actions, blocks, strict=True))
+    except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} is no trace of a schedule as --trace and --trace-schedule write it: {error}"
+                         ) from error
+    return plan, timeline
+
+
+def _span(action: Action, event: dict[str, Any]) -> Span:
+    if event["name"] != str(action):
+        raise ValueError(f"it has {event['name']} where the plan has {action}")
+    return Span(action, event["ts"] / _MICROSECONDS, (event["ts"] + event["dur"]) / _MICROSECONDS)
 
 
 def trace_events(plan: Plan, timeline: Timeline) -> list[dict[str, Any]]:

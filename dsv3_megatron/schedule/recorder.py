@@ -90,7 +90,7 @@ class ScheduleTrace:
     Of several pipelines beside each other (data and tensor parallelism) it is the one of global rank 0.
 
     Args:
-        path: File for Chrome, Perfetto and `tools/simulate_pipeline.py --from-trace`.
+        path: File for Chrome, Perfetto and `tools/draw_schedule.py`.
     """
 
     NUM_STEPS = 2

@@ -19,6 +19,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {},
     "pp2": {"pipeline_model_parallel_size": 2},
     "pp2-interleaved": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
+    "pp2-dualpipe": {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipe"},
+    "pp2-dualpipev": {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev"},
     "ep2": {"expert_model_parallel_size": 2},
     "tp2": {"tensor_model_parallel_size": 2},
     "tp2-ep2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.platform import prepare
 from dsv3_megatron.train import run_rank
@@ -88,11 +89,9 @@ class FaultyTrainer(Trainer):
             for name, module in chunk.named_modules():
                 module.register_forward_hook(lambda module, _, output, name=name: self.spoil(name, output))
 
-    def _build_data(self) -> None:
-        super()._build_data()
+    def _iterate(self, dataset: Any, consumed_samples: int) -> list[BatchIterator]:
         corrupted = {sample for fault in self.faults if fault.kind == "corrupt" for sample in fault.steps}
-        dataset = CorruptedDataset(self.data.train, corrupted, self.run.model.vocab_size - 1)
-        self.batches = self._iterate(dataset, self.data_position)
+        return super()._iterate(CorruptedDataset(dataset, corrupted, self.run.model.vocab_size - 1), consumed_samples)
 
     def due(self, kind: str) -> list[Fault]:
         """Faults of a kind that strike this rank in the step under way."""
@@ -144,10 +143,10 @@ class FaultyTrainer(Trainer):
                 return (first, *rest) if isinstance(output, tuple) else first
         return None
 
-    def _forward_step(self, *args: Any) -> Any:
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         for kind in ("sleep", "lock", "stop"):
             self.apply(kind)
-        return super()._forward_step(*args)
+        return super()._next_batch(batches)
 
     def _run_microbatches(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._run_microbatches(*args, **kwargs)

@@ -83,7 +83,7 @@ def test_loss_is_the_mean_of_the_log_probabilities(in_one_process: tuple[Evaluat
 def test_every_layout_gives_the_same(trained: Path, in_one_process: tuple[Evaluation, np.ndarray]) -> None:
     """Rows of 11 are padded under TP2, and seven rows do not fill a step of two replicas."""
     requests = [request_for(name, trained, "run", micro_batch_size=size)
-                for name, size in zip(LAYOUTS, (1, 2, 1, 3, 2, 1), strict=True)]
+                for name, size in zip(LAYOUTS, (1, 2, 1, 1, 1, 3, 2, 1), strict=True)]
     ranks = run_ranks(2, evaluate, requests)
     assert ranks[0] == ranks[1], "every rank has the result"
     expected, logprobs = in_one_process

@@ -67,7 +67,7 @@ def test_a_sleeping_rank_ends_the_run_under_torchrun(data: str, tmp_path: Path) 
     assert "\n  rank 1: step 3, begin of the step, silent for " in summary
     assert "\n  rank 0: step 3, micro-batch 2, silent for " in summary
     stacks = [(tmp_path / f"hang-rank-0000{rank}.txt").read_text() for rank in range(2)]
-    assert "_fault_sleep" in stacks[1] and "_forward_step" in stacks[1]
+    assert "_fault_sleep" in stacks[1] and "_next_batch" in stacks[1]
     assert "in train_step" in stacks[0] and "_fault_sleep" not in stacks[0]
     assert "hang-rank-00000.txt" in rest and "hang-rank-00001.txt" in rest
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,20 +32,23 @@ TP2, PP2, DP2 = (
 
 
 class HiddenStates:
-    """What the heads of the last stage got, micro-batch by micro-batch, whole sequences."""
+    """What the heads of the last stage get in the first micro-batch, whole sequences: of the main model, by depth."""
 
     def __init__(self, trainer: OneStepTrainer) -> None:
-        self.found: list[list[torch.Tensor]] = []
+        self.found: dict[int, torch.Tensor] = {}
         self.weight: torch.Tensor | None = None
         self.group = trainer.groups.tp
         for chunk in trainer.chunks:
             for module in chunk.modules():
                 if isinstance(module, DeepSeekV3Model) and module.post_process:
                     self.weight = self.gathered(module.output_layer.weight.detach().clone())
-                    module.mtp.register_forward_hook(self.note)
+                    norms = [module.decoder.final_layernorm, *(layer.final_layernorm for layer in module.mtp.layers)]
+                    for depth, norm in enumerate(norms):
+                        norm.register_forward_hook(partial(self.note, depth))
 
-    def note(self, _module: torch.nn.Module, _arguments: Any, output: torch.Tensor) -> None:
-        self.found.append([self.gathered(hidden.detach()) for hidden in output.chunk(3, dim=0)])
+    def note(self, depth: int, _module: torch.nn.Module, _arguments: Any, output: torch.Tensor) -> None:
+        if depth not in self.found:
+            self.found[depth] = self.gathered(output.detach())
 
     def gathered(self, part: torch.Tensor) -> torch.Tensor:
         """Parts of all tensor-parallel ranks, one below the other."""
@@ -67,7 +71,7 @@ def agreement_and_expectation(layout: Layout) -> tuple[tuple[float | None, ...],
     assert report.measurements is not None
     if hidden.weight is None:
         return report.measurements.head_agreement, None
-    main_SBV, *mtp_SBV = (states @ hidden.weight.T for states in hidden.found[0])
+    main_SBV, *mtp_SBV = (hidden.found[depth] @ hidden.weight.T for depth in (0, 1, 2))
     counts = []
     for depth, logits_SBV in enumerate(mtp_SBV, start=1):
         same = logits_SBV[:-depth].argmax(-1) == main_SBV[depth:].argmax(-1)

@@ -113,6 +113,8 @@ def test_the_report_says_what_fired_and_what_to_do() -> None:
                  "iteration 12: lm loss 9 exceeds 2.25: ended the run; samples 44 to 47", "4 good steps",
                  "lm loss    2 2 2 2", "The newest checkpoint in checkpoints is the last one before the spikes"):
         assert sign in text
+    made.counters.jumps.append((16, 28))
+    assert "samples that rollbacks jumped over: 16 to 27" in report(made, [event], "checkpoints")
     assert "Nothing was saved: save is not set." in report(made, [], None)
 
 

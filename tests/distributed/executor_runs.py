@@ -1,0 +1,109 @@
+"""What `test_executor.py` runs in the processes of a launch."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv3_megatron.schedule.execute import Executor
+from dsv3_megatron.schedule.plan import build_plan
+from dsv3_megatron.schedule.recorder import ScheduleTrace
+from dsv3_megatron.schedule.simulate import simulate
+from dsv3_megatron.schedule.timeline import Timeline
+from dsv3_megatron.schedule.transport import GroupTransport
+from dsv3_megatron.schedule.validate import peak_activations
+from tests.unit.schedule.arithmetic_stages import Memory, MultiplyingStage, expected_weight_grad
+from tests.unit.schedule.sizes import FORMS, fewest, form, has_ranks, step
+from tools.bench.timed_stages import ChunkTimes, measure_plan, step_time
+
+UNIT_S, NUM_MICROBATCHES, NUM_PARTS = 0.012, 8, 8
+CLOSE, TRIES = 1.05, 5
+
+
+def _groups(num_ranks: int) -> tuple[Any, Any]:
+    """Both communicators of a pipeline of the first ranks; every process calls."""
+    ranks = list(range(num_ranks))
+    return torch.distributed.new_group(ranks), torch.distributed.new_group(ranks)
+
+
+def run_compositions(number: int) -> int:
+    """Random plans over gloo, with whole-number results; the number of them that this rank took part in."""
+    rng = random.Random(1)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    groups = {num_ranks: _groups(num_ranks) for num_ranks in range(1, world + 1)}
+    count = 0
+    for _ in range(number):
+        name = rng.choice(FORMS)
+        num_ranks = rng.choice([ranks for ranks in range(1, world + 1) if has_ranks(name, ranks)])
+        plan = form(name, num_ranks, fewest(name, num_ranks) + rng.randrange(4) * step(name, num_ranks),
+                    rng.randint(2, 3))
+        turns = [rng.randint(0, 3) for _ in range(plan.num_stages)]
+        if rank >= num_ranks:
+            continue
+        memory = Memory()
+        stages = [MultiplyingStage(plan, rank, chunk, memory=memory, num_steps=turns[place.stage])
+                  for chunk, place in enumerate(plan.placement[rank])]
+        transport = GroupTransport(*groups[num_ranks], shape=(1,), dtype=torch.float64, device=torch.device("cpu"))
+        Executor(plan, rank, transport).run(stages)
+        assert [stage.weight_grad for stage in stages] == [expected_weight_grad(plan, place)
+                                                           for place in plan.placement[rank]], name
+        # Less where the backward of a pair has no turns: it is over before the forward begins.
+        assert memory.peak <= peak_activations(plan)[rank] and memory.alive == 0
+        count += 1
+    return count
+
+
+def measure_schedules() -> dict[str, tuple[float, float, Timeline]]:
+    """By schedule: measured and simulated milliseconds of a step, and the timeline, on stages of known times.
+
+    What disturbs a machine only adds; so a step that takes longer than it should is tried again.
+    """
+    ascending, descending = _groups(torch.distributed.get_world_size())
+    found = {}
+    for name in FORMS:
+        plan = form(name, ascending.size(), NUM_MICROBATCHES)
+        times = ChunkTimes(UNIT_S, UNIT_S, UNIT_S, UNIT_S).scaled(NUM_PARTS / plan.num_stages)
+        simulated = 1000.0 * float(simulate(plan, times.costs(plan.num_stages)).step_time)
+        best: Timeline = ()
+        for _ in range(TRIES):
+            timeline = measure_plan(plan, times, ascending, descending)
+            if not best or step_time(timeline) < step_time(best):
+                best = timeline
+            if step_time(best) < CLOSE * simulated:
+                break
+        found[name] = (step_time(best), simulated, best)
+    return found
+
+
+def pair_time(timeline: Timeline) -> float:
+    """Milliseconds of the median overlapped pair."""
+    return statistics.median(float(span.end - span.start) for spans in timeline for span in spans
+                             if span.action.is_overlapped)
+
+
+def record_trace(path: Path) -> None:
+    """Three steps with a trace wanted; the file then has the second."""
+    ascending, descending = _groups(torch.distributed.get_world_size())
+    plan = build_plan("dualpipev", num_ranks=ascending.size(), num_microbatches=8)
+    rank = ascending.rank()
+    trace = ScheduleTrace(str(path))
+    transport = GroupTransport(ascending, descending, shape=(1,), dtype=torch.float64, device=torch.device("cpu"))
+    executor = Executor(plan, rank, transport)
+    for number in range(3):
+        stages = [MultiplyingStage(plan, rank, chunk) for chunk in range(plan.num_chunks)]
+        assert trace.is_wanted == (number < 2)
+        if trace.is_wanted:
+            trace.record(plan, ascending, lambda recorder, stages=stages: executor.run(stages, recorder))
+        else:
+            executor.run(stages)
+
+
+def run_all(trace: Path, compositions: int) -> dict[str, Any]:
+    """All of it, in one launch."""
+    count = run_compositions(compositions)
+    record_trace(trace)
+    return {"compositions": count, "measured": measure_schedules()}

@@ -1,0 +1,70 @@
+"""The executor on processes and gloo: results, memory, times as the simulator says, pairs that overlap, a trace."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv3_megatron.schedule.draw import plot_timeline, read_trace
+from dsv3_megatron.schedule.plan import build_plan
+from tests.distributed.executor_runs import CLOSE, NUM_PARTS, UNIT_S, pair_time, run_all
+from tests.distributed.launch import run_ranks
+from tests.unit.schedule.sizes import FORMS, form
+
+pytestmark = pytest.mark.distributed
+
+NUM_COMPOSITIONS = 100
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    trace = tmp_path_factory.mktemp("trace") / "trace.json"
+    started = time.monotonic()
+    results = run_ranks(4, run_all, trace, NUM_COMPOSITIONS, timeout_s=240)
+    return {"ranks": results, "trace": trace, "seconds": time.monotonic() - started, **results[0]}
+
+
+def test_random_plans_over_gloo(runs: dict[str, Any]) -> None:
+    """None hangs, every result is exact, no rank holds more than its plan says (checked where they ran)."""
+    assert runs["ranks"][0]["compositions"] == NUM_COMPOSITIONS
+    assert runs["ranks"][3]["compositions"] > 10
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_step_takes_what_the_simulator_says(runs: dict[str, Any], name: str) -> None:
+    measured, simulated, _ = runs["measured"][name]
+    print(f"{name}: measured {measured:.0f} ms, simulated {simulated:.0f} ms, {measured / simulated:.3f}")
+    # A sleeper that was late catches up, also where its rank would have waited: a little less is possible.
+    assert simulated / CLOSE < measured < CLOSE * simulated
+
+
+def test_schedules_rank_as_simulated(runs: dict[str, Any]) -> None:
+    """Where two schedules differ by more than the error, the measured order is the simulated one."""
+    measured = runs["measured"]
+    for first in FORMS:
+        for second in FORMS:
+            if measured[first][1] > 1.1 * measured[second][1]:
+                assert measured[first][0] > measured[second][0], (first, second)
+    assert measured["dualpipev"][0] < 0.8 * measured["1f1b"][0]
+
+
+@pytest.mark.parametrize("name", ["dualpipe", "dualpipev", "interleaved with pairs"])
+def test_pairs_hide_their_all_to_alls(runs: dict[str, Any], name: str) -> None:
+    """At most 1.15 times the compute, with two thirds of that time in all-to-alls; one after the other it were 5/3."""
+    scale = NUM_PARTS / form(name, 4, 8).num_stages
+    compute = 3 * scale * UNIT_S * 1000
+    assert compute <= pair_time(runs["measured"][name][2]) < 1.15 * compute
+
+
+def test_a_trace_is_a_timeline(runs: dict[str, Any], tmp_path: Path) -> None:
+    plan, timeline = read_trace(runs["trace"])
+    assert plan == build_plan("dualpipev", num_ranks=4, num_microbatches=8)
+    for actions, spans in zip(plan.actions, timeline, strict=True):
+        assert tuple(span.action for span in spans) == actions
+        assert all(0 <= span.start <= span.end for span in spans)
+        assert all(before.end <= after.start for before, after in zip(spans, spans[1:], strict=False))
+    plot_timeline(plan, timeline, tmp_path / "measured.png")
+    assert (tmp_path / "measured.png").stat().st_size > 10_000

@@ -1,0 +1,44 @@
+"""The command that draws a recorded step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv3_megatron.schedule.draw import write_trace
+from dsv3_megatron.schedule.plan import build_plan
+from dsv3_megatron.schedule.simulate import Costs, simulate
+from tools.draw_schedule import main
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    plan = build_plan("1f1b", num_ranks=2, num_microbatches=4)
+    result = simulate(plan, Costs.uniform(2, forward=1, backward=2, weight=1))
+    write_trace(plan, result.timeline, tmp_path / "trace.json")
+    return tmp_path / "trace.json"
+
+
+def test_prints_and_draws(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(trace), "--png", str(trace.with_suffix(".png"))]) == 0
+    printed = capsys.readouterr().out
+    assert "1f1b: 2 ranks, 2 stages, 4 micro-batches, step 15.0 ms" in printed
+    assert "rank 1 waited 3.0 ms, 20.0%" in printed
+    assert trace.with_suffix(".png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("content", ["not JSON", "{}", '{"otherData": {"schedule": "1f1b"}, "traceEvents": []}'])
+def test_another_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    (tmp_path / "other.json").write_text(content)
+    assert main([str(tmp_path / "other.json")]) == 2
+    assert "other.json is no trace of a schedule as --trace and --trace-schedule write it" in capsys.readouterr().err
+
+
+def test_a_trace_of_other_actions_is_refused(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(trace.read_text())
+    next(event for event in content["traceEvents"] if event["ph"] == "X")["name"] = "F0.9"
+    trace.write_text(json.dumps(content))
+    assert main([str(trace)]) == 2
+    assert "it has F0.9 where the plan has F0.0" in capsys.readouterr().err
