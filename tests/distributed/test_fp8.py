@@ -18,7 +18,8 @@ PP, EP = "pipeline_model_parallel_size", "expert_model_parallel_size"
 TP = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 FP8 = {"fp8": "blockwise"}
 CASES: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"one": FP8, "one-fp32": {}, "one-excluded": {**FP8, "fp8_override": ["*=bf16"]}},
+    1: {"one": FP8, "one-fp32": {}, "one-excluded": {**FP8, "fp8_override": ["*=bf16"]},
+        "one-recomputed": {**FP8, "recompute_granularity": "selective"}},
     2: {"ep2": {**FP8, EP: 2}, "ep2-bf16-dispatch": {**FP8, EP: 2, "fp8_dispatch": "bf16"},
         "dualpipev": {**FP8, PP: 2, "pipeline_schedule": "dualpipev"}},
     4: {"dualpipev-tp2-ep2": {**FP8, **TP, PP: 2, EP: 2, "pipeline_schedule": "dualpipev"}},
@@ -57,6 +58,10 @@ def test_fp8_is_near_and_not_equal(results):
     exact = losses(results, "one-fp32")
     assert losses(results, "one") == pytest.approx(exact, rel=1e-2) and losses(results, "one") != exact
     assert losses(results, "one-excluded") == exact, "modules left out compute as without FP8, dispatch too"
+
+
+def test_recomputation_changes_nothing(results):
+    assert losses(results, "one-recomputed") == losses(results, "one")
 
 
 def test_every_linear_of_the_map_is_in_fp8_and_nothing_else(results):
