@@ -79,7 +79,7 @@ class RunConfig:
                 self.in_phase(phase)._validate_training(size)
                 self._validate_ramp(phase, size)
         require_document_attention(self.data, self.training.transformer_impl)
-        require_recompute(self.training, self.model, self.parallel)
+        require_recompute(self.training, self.model)
         if self.training.transformer_impl == "transformer_engine":
             require_engine_epsilon(self.model)
         if self.checkpoint.save and self.checkpoint.save_interval < 1:
