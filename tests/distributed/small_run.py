@@ -173,7 +173,8 @@ def _batch(tokens: torch.Tensor) -> Batch:
 def _loss(_batch: Batch, losses: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     main_BS, mtp_BS = losses
     main = main_BS.sum()
-    return main + 0.3 * sum(loss.sum() for loss in mtp_BS), torch.tensor(main_BS.numel(), dtype=torch.int32), {"sum": main.item()}
+    num_tokens = torch.tensor(main_BS.numel(), dtype=torch.int32)
+    return main + 0.3 * sum(loss.sum() for loss in mtp_BS), num_tokens, {"sum": main.item()}
 
 
 def _put(state: dict[str, torch.Tensor], name: str, whole: WholeParameter, local: torch.Tensor) -> None:
