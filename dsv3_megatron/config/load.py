@@ -250,7 +250,9 @@ def _add_flag(group: Any, field: dataclasses.Field) -> None:
     else:
         options["type"] = kind if "None" not in str(field.type) else _optional(kind)
         if metadata["choices"]:
-            options["choices"] = metadata["choices"]
+            is_optional = "None" in str(field.type)
+            options["choices"] = (*metadata["choices"], *[None] * is_optional)
+            options["metavar"] = "{" + ",".join((*metadata["choices"], *["none"] * is_optional)) + "}"
         else:
             options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
     group.add_argument(flag, **options)

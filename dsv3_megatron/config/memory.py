@@ -8,7 +8,6 @@ from dsv3_megatron.config.fields import ConfigError
 
 if TYPE_CHECKING:
     from dsv3_megatron.config.model import ModelConfig
-    from dsv3_megatron.config.parallel import ParallelConfig
     from dsv3_megatron.config.training import TrainingConfig
 
 MOMENT_DTYPES = ("fp32", "bf16")
@@ -16,8 +15,6 @@ MOMENT_ROUNDINGS = ("stochastic", "nearest")
 RECOMPUTE_GRANULARITIES = ("selective", "full")
 # What the report recomputes (section 3.2.3), in Megatron-Core's spelling.
 RECOMPUTE_MODULES = ("layernorm", "mla_up_proj", "moe_act")
-# Megatron-Core's; the others run a layer in segments, which nothing wraps as a whole.
-_WHOLE_LAYER_SCHEDULES = ("1f1b", "interleaved")
 
 
 def recomputed_modules(training: TrainingConfig) -> tuple[str, ...]:
@@ -27,12 +24,11 @@ def recomputed_modules(training: TrainingConfig) -> tuple[str, ...]:
     return tuple(training.recompute_modules) or RECOMPUTE_MODULES
 
 
-def require_recompute(training: TrainingConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
+def require_recompute(training: TrainingConfig, model: ModelConfig) -> None:
     """Check what is recomputed.
 
     Raises:
-        ConfigError: names that no module has, granularity and names that do not go together, or whole layers under a
-            schedule that runs layers in parts.
+        ConfigError: names that no module has, or granularity and names that do not go together.
     """
     granularity, names = training.recompute_granularity, training.recompute_modules
     if granularity not in (None, *RECOMPUTE_GRANULARITIES):
@@ -41,10 +37,6 @@ def require_recompute(training: TrainingConfig, model: ModelConfig, parallel: Pa
     if names and granularity != "selective":
         raise ConfigError(f"recompute_modules={' '.join(names)} needs recompute_granularity=selective, not "
                           f"{granularity or 'none'}{': full recomputes whole layers' * (granularity == 'full')}")
-    if granularity == "full" and parallel.schedule not in _WHOLE_LAYER_SCHEDULES:
-        raise ConfigError(f"recompute_granularity=full needs a schedule that runs whole layers "
-                          f"({' or '.join(_WHOLE_LAYER_SCHEDULES)}), not pipeline_schedule={parallel.schedule}; use "
-                          "selective")
     unknown = [name for name in names if name not in RECOMPUTE_MODULES]
     if unknown:
         raise ConfigError(f"recompute_modules={' '.join(unknown)}: the modules that can be recomputed are "

@@ -83,7 +83,7 @@ class RunConfig:
                 self._validate_ramp(phase, size)
         self.fp8.validate(self.model, self.parallel, self.training.transformer_impl)
         require_document_attention(self.data, self.training.transformer_impl)
-        require_recompute(self.training, self.model, self.parallel)
+        require_recompute(self.training, self.model)
         if self.training.transformer_impl == "transformer_engine":
             require_engine_epsilon(self.model)
         if self.checkpoint.save and self.checkpoint.save_interval < 1:

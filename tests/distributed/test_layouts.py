@@ -99,6 +99,7 @@ LAYOUTS = [
     Layout("recompute-tp2", 2, split(tp=2), recompute_granularity="selective"),
     Layout("recompute-layers-pp2-interleaved", 2, split(pp=2, vpp=2), recompute_granularity="full"),
     Layout("recompute-dualpipe-pp2-ep2", 4, split(pp=2, ep=2, schedule="dualpipe"), recompute_granularity="selective"),
+    Layout("recompute-layers-zb1p-pp2", 2, split(pp=2, schedule="zb1p"), recompute_granularity="full"),
     Layout("isolated-dualpipev-pp2", 2, split(pp=2, schedule="dualpipev"), is_isolated=True),
     Layout("isolated-dualpipe-pp2-ep2", 4, split(pp=2, ep=2, schedule="dualpipe"), is_isolated=True),
     # Micro-batches of two sequences without data parallelism, of one with it.
