@@ -49,6 +49,7 @@ from dsv3_megatron.model.build import build_stages, wrap_stages
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
 from dsv3_megatron.model.rotary import change_context
+from dsv3_megatron.ops.fp8_weights import constant_weights
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
@@ -97,8 +98,9 @@ class Trainer:
         self.instruments = Instruments(run, self.chunks, self.optimizer, self.groups, self.device)
         self.mcore_config.finalize_model_grads_func = self.instruments.around_reduction(
             partial(finalize_model_grads, pg_collection=groups_of_tokens(self.groups)))
-        self.forward_backward = build_forward_backward(run.parallel, self.groups, self.mcore_config,
-                                                       trace=run.logging.trace_schedule)
+        # No weight changes within a global batch: in FP8 each is quantized once for all its micro-batches.
+        self.forward_backward = constant_weights()(build_forward_backward(
+            run.parallel, self.groups, self.mcore_config, trace=run.logging.trace_schedule))
         self.guard = Guard(run.guards)
         self.guard_log = EventLog(run.logging.tensorboard_dir, enabled=self.rank == 0)
         self.watchdog = Watchdog(run.guards.hang_timeout_s, folder=run.logging.tensorboard_dir)

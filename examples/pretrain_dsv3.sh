@@ -191,7 +191,7 @@ run_with_flags() {
     use_environment
     for argument in "$@"; do
         case "$argument" in
-            --print-model | --check-only) exec "$python" -m dsv3_megatron.train "$@" ;;
+            --print-model | --print-schedule | --plot-schedule | --plot-schedule=* | --check-only) exec "$python" -m dsv3_megatron.train "$@" ;;
         esac
     done
     launch "$(default_num_processes "$@")" "$@"

@@ -79,3 +79,27 @@ def aligned_sum(products: list[float], accumulator: float, bits: int = 13) -> fl
         return 0.0
     quantum = 2.0 ** (math.frexp(total)[1] - 1 - bits)
     return math.trunc(total / quantum) * quantum
+
+
+def rounded(x: torch.Tensor, group: tuple[int, int], format: str = "e4m3", power_of_2: bool = False) -> torch.Tensor:
+    """What x becomes in FP8, in float64, group by group; values rounded by torch (or by fp16 arithmetic for E5M6).
+
+    `quantize_slowly` proves the rounding; this one is for matrices that a search over values would take too long for.
+    """
+    result = torch.zeros(x.shape, dtype=torch.float64)
+    for i in range(0, x.shape[0], group[0]):
+        for j in range(0, x.shape[1], group[1]):
+            part = (slice(i, i + group[0]), slice(j, j + group[1]))
+            values = x[part].float()
+            scale = values.abs().max() / max(VALUES[format])
+            scale = scale if scale > 0 else torch.tensor(1.0)
+            if power_of_2:
+                scale = 2.0 ** torch.ceil(torch.log2(scale.double())).float()
+            scaled = values / scale
+            if format == "e4m3":
+                narrow = scaled.to(torch.float8_e4m3fn).double()
+            else:
+                step = 2.0 ** (torch.floor(torch.log2(scaled.double().abs().clamp_min(2.0**-14))) - 6)
+                narrow = torch.round(scaled.double() / step) * step
+            result[part] = narrow * scale.double()
+    return result

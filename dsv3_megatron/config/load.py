@@ -27,6 +27,7 @@ _GROUP_TITLES = {
     "checkpoint": "checkpoints",
     "logging": "logs",
     "guards": "guards: steps that are not applied, spikes, hangs",
+    "fp8": "FP8",
 }
 
 

@@ -13,6 +13,7 @@ from dsv3_megatron.config.memory import require_recompute
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.phases import WITHOUT_PHASES, check_fields_outside, errors_of_phase, validate_phases
+from dsv3_megatron.config.precision import Fp8Config
 from dsv3_megatron.config.recipe import PlannedPhase, Recipe, plan_recipe
 from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
 
@@ -24,6 +25,7 @@ SECTIONS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
     "guards": GuardConfig,
+    "fp8": Fp8Config,
 }
 
 
@@ -39,6 +41,7 @@ class RunConfig:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     guards: GuardConfig = GuardConfig()
+    fp8: Fp8Config = Fp8Config()
 
     def override(self, **values: Any) -> RunConfig:
         """A copy in which each named field, whatever its section, has the given value.
@@ -78,6 +81,7 @@ class RunConfig:
             with errors_of_phase(phase.name):
                 self.in_phase(phase)._validate_training(size)
                 self._validate_ramp(phase, size)
+        self.fp8.validate(self.model, self.parallel, self.training.transformer_impl)
         require_document_attention(self.data, self.training.transformer_impl)
         require_recompute(self.training, self.model)
         if self.training.transformer_impl == "transformer_engine":

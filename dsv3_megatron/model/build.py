@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.config.memory import recomputed_modules
 from dsv3_megatron.config.run import RunConfig, require_engine_epsilon
+from dsv3_megatron.model.fp8 import apply_precision, use_engine_fp8
 from dsv3_megatron.model.init import initialize_weights
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.mcore_config import mcore_config
@@ -44,10 +45,14 @@ def build_stages(
     config = mcore_config(run, precision, transformer_impl=transformer_impl)
     if transformer_impl == "transformer_engine":
         require_engine_epsilon(run.model)
+        if run.fp8.is_enabled:
+            use_engine_fp8(config)
         if delays_engine_weights:
             delay_engine_weight_gradients(config)
     stages = [_build_stage(run, config, groups, layout, transformer_impl) for layout in mine]
     _share_embedding(stages)
+    if run.fp8.is_enabled:
+        apply_precision(list(stages), run, groups, transformer_impl=transformer_impl)
     if transformer_impl == "local":
         set_recomputed(stages, recomputed_modules(run.training))
     if torch.get_default_device().type != "meta":

@@ -21,8 +21,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from dsv3_megatron.model.linear import Fp8
 from dsv3_megatron.model.weight_gradients import weight_grad_deferral
 from dsv3_megatron.ops.experts import swiglu_experts
+from dsv3_megatron.ops.fp8_experts import fp8_swiglu_experts
 from dsv3_megatron.ops.recompute import recomputed
 from dsv3_megatron.ops.swiglu import swiglu
 
@@ -50,6 +52,7 @@ class GroupedExperts(MegatronModule):
         is_recomputed: The second product need not keep the activation's output for backward.
     """
 
+    fp8: Fp8 | None = None
     is_recomputed = False
 
     def __init__(self, num_local_experts: int, config: TransformerConfig,
@@ -80,6 +83,11 @@ class GroupedExperts(MegatronModule):
             [R, H] gated outputs, partial sums under expert-tensor parallelism; and no bias.
         """
         counts = tokens_per_expert.tolist()
+        if self.fp8 is not None:
+            (first, second), backend = self.fp8
+            return fp8_swiglu_experts(
+                x_RH, counts, self.linear_fc1.weight, self.linear_fc2.weight, gates_R, (first, second),
+                backend=backend, accumulate_into_main_grad=True, defer_weight_grad=weight_grad_deferral()), None
         return swiglu_experts(x_RH, counts, self.linear_fc1.weight, self.linear_fc2.weight, gates_R,
                               accumulate_into_main_grad=not x_RH.is_cuda,
                               is_activation_recomputed=self.is_recomputed,

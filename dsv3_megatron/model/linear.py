@@ -1,8 +1,8 @@
 """Linear layers of the local implementation: column-parallel, row-parallel, and replicated.
 
-The products are those of `ops/linear.py`; what is split over which ranks, and the checkpoint format, are
-Megatron-Core's. Weight gradients are added straight to the fp32 main gradient where data parallelism has
-made one; inside a pipeline's segment they can wait (`model/weight_gradients.py`).
+The products are those of `ops/linear.py` and, in FP8, `ops/fp8_linear.py`; what is split over which ranks, and the
+checkpoint format, are Megatron-Core's. Weight gradients are added straight to the fp32 main gradient where data
+parallelism has made one; inside a pipeline's segment they can wait (`model/weight_gradients.py`).
 """
 
 from __future__ import annotations
@@ -17,28 +17,45 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from dsv3_megatron.config.precision import LinearPrecision
 from dsv3_megatron.model.weight_gradients import weight_grad_deferral
+from dsv3_megatron.ops.fp8_backend import ReferenceBackend
+from dsv3_megatron.ops.fp8_linear import fp8_linear
 from dsv3_megatron.ops.linear import linear
+
+# Lines of the precision map, one for each weight of a module, and what computes them.
+Fp8 = tuple[tuple[LinearPrecision, ...], ReferenceBackend]
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, fp8: Fp8 | None = None) -> torch.Tensor:
+    """y = x W^T, in FP8 where the precision map says so; its weight gradient goes or waits where the run wants it."""
+    if fp8 is None:
+        return linear(x, weight, accumulate_into_main_grad=True, defer_weight_grad=weight_grad_deferral())
+    (precision,), backend = fp8
+    return fp8_linear(x, weight, precision, backend=backend, accumulate_into_main_grad=True,
+                      defer_weight_grad=weight_grad_deferral())
 
 
 class LocalColumnParallelLinear(ColumnParallelLinear):
     """Weight [out / TP, in]: each rank computes a slice of the output's features."""
 
+    fp8: Fp8 | None = None
+
     def forward(self, input_: torch.Tensor, weight: torch.Tensor | None = None,
                 runtime_gather_output: bool | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[..., in] to this rank's [..., out / TP], or to all of it where asked for; and no bias."""
         if weight is None and _is_product_alone(self):
-            return linear(input_, self.weight), None
+            return product(input_, self.weight, self.fp8), None
         return super().forward(input_, weight, runtime_gather_output)
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *_: Any, allreduce_dgrad: bool = False,
                       sequence_parallel: bool = False, tp_group: Any = None, **__: Any) -> torch.Tensor:
         return column_parallel_product(input, weight, sequence_parallel=sequence_parallel,
-                                       allreduce_dgrad=allreduce_dgrad, tp_group=tp_group)
+                                       allreduce_dgrad=allreduce_dgrad, tp_group=tp_group, fp8=self.fp8)
 
 
 def column_parallel_product(input: torch.Tensor, weight: torch.Tensor, *, sequence_parallel: bool,
-                            allreduce_dgrad: bool, tp_group: Any) -> torch.Tensor:
+                            allreduce_dgrad: bool, tp_group: Any, fp8: Fp8 | None = None) -> torch.Tensor:
     """This rank's features of the output.
 
     Args:
@@ -47,23 +64,28 @@ def column_parallel_product(input: torch.Tensor, weight: torch.Tensor, *, sequen
         sequence_parallel: Gather the sequence; in backward, scatter the sum of the input's gradients.
         allreduce_dgrad: The input is whole on every rank; in backward, sum its gradients.
         tp_group: The ranks.
+        fp8: The layer's line of the precision map.
     """
     if sequence_parallel:
         input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
     elif allreduce_dgrad:
         input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-    return linear(input, weight, accumulate_into_main_grad=True, defer_weight_grad=weight_grad_deferral())
+    return product(input, weight, fp8)
 
 
 class LocalRowParallelLinear(RowParallelLinear):
     """Weight [out, in / TP]: each rank holds a slice of the input's features; outputs are summed."""
 
+    fp8: Fp8 | None = None
+
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This rank's [..., in / TP] to the sum [..., out]; and no bias."""
-        return (linear(input_, self.weight), None) if _is_product_alone(self) else super().forward(input_)
+        if _is_product_alone(self):
+            return product(input_, self.weight, self.fp8), None
+        return super().forward(input_)
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return linear(input, weight, accumulate_into_main_grad=True, defer_weight_grad=weight_grad_deferral())
+        return product(input, weight, self.fp8)
 
 
 def _is_product_alone(layer: ColumnParallelLinear | RowParallelLinear) -> bool:
@@ -74,6 +96,8 @@ def _is_product_alone(layer: ColumnParallelLinear | RowParallelLinear) -> bool:
 class ReplicatedLinear(torch.nn.Module):
     """Weight [out, in], whole on every tensor-parallel rank, applied to the rank's part of the sequence."""
 
+    fp8: Fp8 | None = None
+
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(
@@ -82,4 +106,4 @@ class ReplicatedLinear(torch.nn.Module):
 
     def forward(self, x_SBI: torch.Tensor) -> torch.Tensor:
         """[..., input_size] -> [..., output_size]."""
-        return linear(x_SBI, self.weight, accumulate_into_main_grad=True, defer_weight_grad=weight_grad_deferral())
+        return product(x_SBI, self.weight, self.fp8)

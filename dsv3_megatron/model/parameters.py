@@ -78,7 +78,7 @@ def whole_parameters(chunk: torch.nn.Module, groups: ProcessGroupCollection) -> 
         groups: The run's process groups.
     """
     for path, parameter in chunk.named_parameters():
-        name = _global_name(path, chunk)
+        name = global_name(path, chunk)
         if ".experts.linear_fc" in name:
             yield from _experts(name, parameter, groups)
             continue
@@ -88,8 +88,11 @@ def whole_parameters(chunk: torch.nn.Module, groups: ProcessGroupCollection) -> 
         yield _split(name, parameter, parameter.data, axis, is_gated, groups.tp)
 
 
-def _global_name(path: str, chunk: torch.nn.Module) -> str:
-    """Strip wrappers, number decoder layers globally, undo Transformer Engine's fusions."""
+def global_name(path: str, chunk: torch.nn.Module) -> str:
+    """The global name of a parameter or, with a dot at the end, of a module.
+
+    Wrappers are stripped, decoder layers numbered globally, Transformer Engine's fusions undone.
+    """
     wrapper = re.match(r"(module\.)*", path)
     prefix = wrapper.group(0) if wrapper else ""
     name = path[len(prefix):]

@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from dsv3_megatron.data.batches import Batch
+from dsv3_megatron.model.dispatch import NarrowDispatcher
 from dsv3_megatron.model.documents import PackedDocuments
 from dsv3_megatron.model.language_model import DeepSeekV3Model, TokenLosses
 from dsv3_megatron.model.tape import Tape, Value
@@ -161,11 +162,13 @@ class _MoEPass:
             lambda h_SBH: self.attend_and_route(h_SBH, documents), hidden_SBH,
             delaying=self.segmented.delaying_attention)
         splits = self.splits()
-        rows_RH, gates_R = yield from tape.exchange(rows_RH, gates_R, splits=splits)
+        narrow = isinstance(self.dispatcher, NarrowDispatcher)
+        rows_RH, gates_R = yield from tape.exchange(rows_RH, gates_R, splits=splits,
+                                                    narrow="forward" if narrow else "")
         rows_RH, *shared_SBH = tape.run(self.apply_experts, rows_RH, gates_R, normed_SBH,
                                         delaying=self.segmented.delaying_experts)
         del gates_R, normed_SBH
-        (rows_RH,) = yield from tape.exchange(rows_RH, splits=splits.reversed())
+        (rows_RH,) = yield from tape.exchange(rows_RH, splits=splits.reversed(), narrow="backward" if narrow else "")
         (output_SBH,) = tape.run(self.add, rows_RH, residual_SBH, *shared_SBH)
         return output_SBH
 

@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dsv3_megatron.model.weight_gradients import WeightGradients
 from dsv3_megatron.ops.linear import DeferredWeightGrad
 from dsv3_megatron.parallel.exchange import PostAllToAll, Posted, Splits, post_all_to_all
+from dsv3_megatron.parallel.narrow_rows import post_narrow
 
 Pause = Generator[None, None, None]
 
@@ -92,10 +93,14 @@ class _Island(NamedTuple):
 
 
 class _Exchange(NamedTuple):
-    """Values that have been exchanged: of each its slot before and after, and an empty tensor of its row's shape."""
+    """Values that have been exchanged: of each its slot before and after, and an empty tensor of its row's shape.
+
+    The first one's gradients travel in FP8 if `is_narrow`.
+    """
 
     slots: list[tuple[GradientSlot, GradientSlot, torch.Tensor]]
     splits: Splits
+    is_narrow: bool
 
 
 class Tape:
@@ -142,17 +147,28 @@ class Tape:
             delaying, any(value.slot is not None for value in inputs)))
         return values
 
-    def exchange(self, *inputs: Value, splits: Splits) -> Generator[None, None, tuple[Value, ...]]:
-        """Exchange the rows of values; yields once, with the transfers under way."""
-        posted = [self._post(value.tensor, splits) for value in inputs]
+    def exchange(self, *inputs: Value, splits: Splits, narrow: str = "") -> Generator[None, None, tuple[Value, ...]]:
+        """Exchange the rows of values; yields once, with the transfers under way.
+
+        Args:
+            inputs: Rows, by receiving rank.
+            splits: How many go where.
+            narrow: "forward" or "backward": in which pass the first value's rows (or gradients) travel in FP8.
+        """
+        posted = [self._start(value.tensor, splits, is_narrow=index == 0 and narrow == "forward")
+                  for index, value in enumerate(inputs)]
         yield
         outputs = tuple(Value(transfer.wait(), GradientSlot() if self.is_recording and value.slot else None)
                         for transfer, value in zip(posted, inputs, strict=True))
         if self.is_recording:
             self._nodes.append(_Exchange(
                 [(value.slot, output.slot, output.tensor.new_empty((0, *output.tensor.shape[1:])))
-                 for value, output in zip(inputs, outputs, strict=True) if value.slot and output.slot], splits))
+                 for value, output in zip(inputs, outputs, strict=True) if value.slot and output.slot], splits,
+                narrow == "backward"))
         return outputs
+
+    def _start(self, rows: torch.Tensor, splits: Splits, *, is_narrow: bool) -> Posted:
+        return post_narrow(rows, splits, self._post) if is_narrow else self._post(rows, splits)
 
     def backward(self, *, defer_weights: bool) -> Pause:
         """Run the backward pass, from the gradients that have been left in the slots of the last values.
@@ -181,11 +197,11 @@ class Tape:
     def _post_gradients(self, exchange: _Exchange) -> list[tuple[GradientSlot, Posted]]:
         """Every rank posts every transfer, with zeros where a value was not used here."""
         posted, splits = [], exchange.splits.reversed()
-        for sent, received, like in exchange.slots:
+        for index, (sent, received, like) in enumerate(exchange.slots):
             grad = received.take()
             if grad is None:
                 grad = like.new_zeros((sum(splits.sent), *like.shape[1:]))
-            posted.append((sent, self._post(grad, splits)))
+            posted.append((sent, self._start(grad, splits, is_narrow=index == 0 and exchange.is_narrow)))
         return posted
 
 

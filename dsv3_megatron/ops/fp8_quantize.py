@@ -41,6 +41,7 @@ class Quantized:
         group: Rows and columns of a group.
         format: "e4m3" or "e5m6".
         shape: [..., M, K].
+        turned: Of a weight, where a backend needs them: the values again, [..., K, M] contiguous.
     """
 
     values: torch.Tensor
@@ -48,6 +49,7 @@ class Quantized:
     group: Group
     format: str
     shape: tuple[int, ...]
+    turned: torch.Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -57,12 +59,14 @@ class Quantized:
     def transpose(self) -> Quantized:
         """The transposed matrix, of the same values and scales; E4M3 only."""
         assert self.format == "e4m3", "packed values have no transposed view"
-        return Quantized(self.values.transpose(-1, -2), self.scales.transpose(-1, -2), self.group[::-1], "e4m3",
+        values = self.values.transpose(-1, -2) if self.turned is None else self.turned
+        return Quantized(values, self.scales.transpose(-1, -2), self.group[::-1], "e4m3",
                          (*self.shape[:-2], self.shape[-1], self.shape[-2]))
 
     def __getitem__(self, index: int) -> Quantized:
         """One matrix of a stack."""
-        return Quantized(self.values[index], self.scales[index], self.group, self.format, self.shape[1:])
+        turned = None if self.turned is None else self.turned[index]
+        return Quantized(self.values[index], self.scales[index], self.group, self.format, self.shape[1:], turned)
 
     def rows(self, rows: slice) -> Quantized:
         """Some rows of an E4M3 matrix whose groups are one row high."""

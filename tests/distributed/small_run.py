@@ -173,8 +173,9 @@ def _batch(tokens: torch.Tensor) -> Batch:
 def _loss(_batch: Batch, losses: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     main_BS, mtp_BS = losses
     main = main_BS.sum()
-    num_tokens = torch.tensor(main_BS.numel(), dtype=torch.int32)
-    return main + 0.3 * sum(loss.sum() for loss in mtp_BS), num_tokens, {"sum": main.item()}
+    # int32 as the trainer's: the pipeline adds it up over ranks, and those without the loss have an int32 zero.
+    count = torch.tensor(main_BS.numel(), dtype=torch.int32)
+    return main + 0.3 * sum(loss.sum() for loss in mtp_BS), count, {"sum": main.item()}
 
 
 def _put(state: dict[str, torch.Tensor], name: str, whole: WholeParameter, local: torch.Tensor) -> None:

@@ -77,48 +77,28 @@ def _train(run: RunConfig, save_at: list[int]) -> tuple[dict[str, Any], dict[int
     trainer = Trainer(run)
     steps, valid = {}, {}
     while trainer.step_plan is not None:
-        batches = _hash_batches(trainer)
+        read = _note_batches(trainer)
         report, _ = trainer.train_step()
+        report = dataclasses.replace(report, step_time_s=0, measurements=None)
         steps[report.iteration] = dataclasses.asdict(report) | {
-            "step_time_s": 0, "tokens": batches[0] if batches else "", "state": _state_hash(trainer)}
+            "tokens": read.hexdigest(), "state": _state_hash(trainer)}
         if report.iteration in save_at:
             valid[report.iteration] = trainer.evaluate().main
             trainer.save()
     return steps, valid
 
 
-def _hash_batches(trainer: Any) -> list[str]:
-    """A list that will hold a hash of all tokens of the next step that this rank reads."""
-    hashes: list[str] = []
-    digest = hashlib.sha256()
-    forward = trainer._forward_step
+def _note_batches(trainer: Any) -> Any:
+    """A digest of all tokens that this rank reads from now on, until another is asked for."""
+    digest, read = hashlib.sha256(), type(trainer)._next_batch
 
-    def note(batches: Any, chunk: Any) -> Any:
-        return forward(_Noted(batches, digest), chunk)
-
-    trainer._forward_step = note
-    finish = trainer._run_microbatches
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        result = finish(*args, **kwargs)
-        hashes.append(digest.hexdigest())
-        del trainer._forward_step, trainer._run_microbatches
-        return result
-
-    trainer._run_microbatches = run
-    return hashes
-
-
-class _Noted:
-    """Batches on their way through, counted into a digest."""
-
-    def __init__(self, batches: Any, digest: Any) -> None:
-        self.batches, self.digest = batches, digest
-
-    def __next__(self) -> Any:
-        batch = next(self.batches)
-        self.digest.update(batch.tokens_BS.numpy().tobytes())
+    def note(batches: Any) -> Any:
+        batch = read(trainer, batches)
+        digest.update(batch.tokens_BS.numpy().tobytes())
         return batch
+
+    trainer._next_batch = note
+    return digest
 
 
 def _state_hash(trainer: Any) -> str:
@@ -141,8 +121,8 @@ def test_resume_anywhere_is_bit_for_bit(num_ranks: int, layout: dict[str, int], 
     recipe = run.recipe()
     steps = recipe.num_steps
     assert [phase.start.iteration for phase in recipe.phases] == [0, 5, 8, 10] and steps == 14
-    # In the warm-up and in the ramp; before, at and after the boundaries to the cosine, to gamma 0 and to YaRN.
-    starts = [2, 4, 5, 7, 8, 9, 10, 11] if num_ranks == 1 else [4, 10, 11]
+    # In the warm-up, the ramp and the cosine; after lambda and gamma have changed; at and after the change to YaRN.
+    starts = [2, 4, 6, 8, 10, 11] if num_ranks == 1 else [4, 10]
     for rank, found in enumerate(run_ranks(num_ranks, take_steps, run, tmp_path, starts, timeout_s=280)):
         whole = found["whole"]
         assert sorted(whole) == list(range(1, steps + 1))
@@ -208,8 +188,7 @@ def mtp_weight(trainer: Any) -> float:
     length = trainer.phase.training.seq_length
     losses = TokenLosses(torch.zeros(1, length), (torch.ones(1, length),))
     batch = next(trainer._iterate(trainer.data.train, 0)[0])
-    _, close = trainer._forward_step(iter([batch]), lambda **_: losses)
-    return close(losses)[0].item() / (length - 1)
+    return trainer._loss(batch, losses)[0].item() / (length - 1)
 
 
 def test_what_changes_at_a_boundary(prefix: str, tmp_path: Path) -> None:

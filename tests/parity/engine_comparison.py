@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory  # noq
 from dsv3_megatron.config.model import ModelConfig  # noqa: E402
 from dsv3_megatron.model import build  # noqa: E402
 from dsv3_megatron.model.parameters import whole_parameters  # noqa: E402
+from dsv3_megatron.model.rotary import change_context  # noqa: E402
 from tests.parity.architectures import VARIANTS, run_of, variant  # noqa: E402
 
 IMPLS = ("local", "transformer_engine")
@@ -69,6 +70,27 @@ def compare_steps(model: ModelConfig) -> dict[str, Any]:
         "equal_choices": runs.share_of_equal_choices(local, engine)}
 
 
+def extend_context() -> dict[str, dict[str, Any]]:
+    """Losses of each tree built for the short context, extended in place, and of one built for the long context."""
+    found: dict[str, dict[str, Any]] = {}
+    for impl in IMPLS:
+        found[impl] = {}
+        for name, (first, then) in {"plain": ("plain", None), "extended": ("plain", "yarn"), "long": ("yarn", None),
+                                    "back": ("yarn", "plain")}.items():
+            run = run_of(variant(first), transformer_impl=impl)
+            with runs.process_groups(run) as groups:
+                stage = build.build_stages(run, groups, precision="fp32")[0][0]
+                runs.set_weights(stage, groups)
+                if then is not None:
+                    change_context([stage], variant(then))
+                tokens_BS = torch.arange(run.training.seq_length + 1).remainder(run.model.vocab_size)[None]
+                with torch.no_grad():
+                    losses = stage(input_ids=tokens_BS[:, :-1], attention_mask=None, labels=tokens_BS[:, 1:],
+                                   position_ids=torch.arange(run.training.seq_length)[None])
+                found[impl][name] = losses.main_BS.tolist()
+    return found
+
+
 def move_checkpoints(folder: Path, precision: str) -> dict[str, list[str]]:
     """A run that is saved from one tree and loaded into the other: what is not equal bit for bit."""
     lost = {}
@@ -91,6 +113,7 @@ def main(file: str) -> None:
     for name in VARIANTS:
         found["trees"][name] = compare_trees(variant(name))
         found["steps"][name] = compare_steps(variant(name))
+    found["extension"] = extend_context()
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("fp32", "bf16"):
             found["checkpoints"] |= {f"{precision} {move}": lost

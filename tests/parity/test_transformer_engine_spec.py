@@ -55,3 +55,12 @@ def test_same_losses_and_gradients(found, name):
 @pytest.mark.parametrize("move", MOVES)
 def test_checkpoints_move_between_the_trees(found, move):
     assert found["checkpoints"][move] == []
+
+
+def test_the_context_is_extended_in_place(found):
+    """In Transformer Engine's modules as in the local ones: what was built for another context is not told apart."""
+    for impl, losses in found["extension"].items():
+        assert losses["extended"] == losses["long"] and losses["back"] == losses["plain"], impl
+        assert losses["plain"] != losses["long"], impl
+    local, engine = (found["extension"][impl]["extended"] for impl in ("local", "transformer_engine"))
+    assert engine[0] == pytest.approx(local[0], rel=1e-5)

@@ -150,11 +150,13 @@ def test_a_second_signal_ends_a_run_that_does_not_react(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGKILL
 
 
-def test_help_and_print_model_start_no_torchrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", ["--print-model --json", "--print-schedule", "--plot-schedule a.png",
+                                       "--plot-schedule=a.png"])
+def test_what_prints_starts_no_torchrun(arguments: str, tmp_path: Path) -> None:
     launch = Launch(tmp_path)
-    code, stdout, _ = launch.run("--preset", "laptop", "--print-model", "--json")
+    code, stdout, _ = launch.run("--preset", "laptop", *arguments.split())
     assert code == 0
-    assert launch.read("other") == "-m dsv3_megatron.train --preset laptop --print-model --json\n"
+    assert launch.read("other") == f"-m dsv3_megatron.train --preset laptop {arguments}\n"
     assert launch.read("torchrun") == ""
 
 

@@ -239,3 +239,12 @@ def test_no_rule_goes_untested() -> None:
             if isinstance(node, ast.Raise):
                 lines = {(module.__file__, line) for line in range(node.lineno, (node.end_lineno or 0) + 1)}
                 assert lines & reached, f"no test reaches {module.__file__}:{node.lineno}"
+
+
+def test_the_readmes_example(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
+    (example,) = [block.partition("```")[0] for block in text.split("```toml\n")[1:]]
+    run = parse_command(["--config", write(tmp_path / "run.toml", example)]).run
+    run.validate(2)
+    assert [phase.training.seq_length for phase in run.recipe().phases] == [256, 256, 512]
+    assert run.recipe().phases[2].model.max_position_embeddings == 512

@@ -1,0 +1,248 @@
+"""FP8: which product of which module runs in which precision, as one table, and the flags around it.
+
+Module names are global: layer numbers are the model's, whatever stage holds them. What is in no line of `linear_shapes`
+(embedding, output head, router, norms, core attention) is never in FP8.
+
+Source: DeepSeek-V3 report, section 3.3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from dsv3_megatron.config.fields import ConfigError, option
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.parallel import ParallelConfig
+
+FP8_MODES = ("none", "blockwise")
+FP8_BACKENDS = ("auto", "transformer_engine", "triton", "reference")
+FP8_ACCUMULATIONS = ("fp32", "fp22", "fp22_aligned")
+GRAD_GROUPINGS = ("tile", "block")
+DISPATCH_FORMATS = ("fp8", "bf16")
+# Matrix units take rows of 16 bytes.
+GPU_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class LinearPrecision:
+    """How one linear layer, or one weight of the experts, computes. "bf16" stands for the run's own precision.
+
+    Attributes:
+        fprop: "fp8" or "bf16": y = x W^T.
+        dgrad: dx = dy W.
+        wgrad: dW = dy^T x.
+        cached_input: x as it is kept for Wgrad: "e4m3", "e5m6" or "bf16". Of the experts' second weight what is kept
+            is the input of SwiGLU; its output is computed again.
+        input_scales: Of x: "arbitrary" or "power_of_2".
+        scales: Of W and dy.
+        grad_grouping: dy in Dgrad: "tile" is 1x128; "block", 128x128, is the report's negative control.
+        accumulation: Model of the products' accumulation; only the reference has others than "fp32".
+    """
+
+    fprop: str = "fp8"
+    dgrad: str = "fp8"
+    wgrad: str = "fp8"
+    cached_input: str = "e4m3"
+    input_scales: str = "arbitrary"
+    scales: str = "arbitrary"
+    grad_grouping: str = "tile"
+    accumulation: str = "fp32"
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether any of it is in FP8."""
+        return "fp8" in (self.fprop, self.dgrad, self.wgrad) or self.cached_input != "bf16"
+
+
+_CHOICES = {
+    "fprop": ("fp8", "bf16"), "dgrad": ("fp8", "bf16"), "wgrad": ("fp8", "bf16"),
+    "cached_input": ("e4m3", "e5m6", "bf16"), "input_scales": ("arbitrary", "power_of_2"),
+    "scales": ("arbitrary", "power_of_2"), "grad_grouping": GRAD_GROUPINGS, "accumulation": FP8_ACCUMULATIONS,
+}
+BF16 = LinearPrecision("bf16", "bf16", "bf16", "bf16")
+
+# The report's map. The last line that matches a module's name holds.
+TABLE: tuple[tuple[str, LinearPrecision], ...] = (
+    # modules                        fprop  dgrad  wgrad  cached  scales of the input
+    ("*", LinearPrecision("fp8", "fp8", "fp8", "e4m3", "arbitrary")),
+    # What follows attention: attention's own backward needs this tensor too.
+    ("*.self_attention.linear_proj", LinearPrecision("fp8", "fp8", "fp8", "e5m6", "power_of_2")),
+    # What the dispatch carries.
+    ("*.mlp.experts.linear_fc1", LinearPrecision("fp8", "fp8", "fp8", "e4m3", "power_of_2")),
+    # Not among the linears that the published checkpoint stores in FP8.
+    ("mtp.layers.*.eh_proj", BF16),
+)
+
+
+@dataclass(frozen=True)
+class Fp8Config:
+    """FP8 training. Source: DeepSeek-V3 report, section 3.3."""
+
+    fp8: str = option("none", choices=FP8_MODES,
+                      help="blockwise: linears in FP8 with a scale for each 1x128 tile or 128x128 block")
+    fp8_backend: str = option(
+        "auto", choices=FP8_BACKENDS, help="what computes FP8; auto: transformer_engine where the model is built from "
+        "it, triton on Hopper, else the exact reference")
+    fp8_override: list[str] = option(
+        [], nargs="*", help="PATTERN=PRECISION ... on module names, e.g. 'decoder.layers.0.*=bf16' or "
+        "'*.linear_proj=cached_input:e4m3,input_scales:arbitrary'; the last that matches holds")
+    fp8_power_of_2_scales: bool = option(False, help="all scales are powers of two, not only those the report says")
+    fp8_accumulation: str = option("fp32", choices=FP8_ACCUMULATIONS,
+                                   help="reference only: model of the tensor core's sums between promotions")
+    fp8_grad_grouping: str = option("tile", choices=GRAD_GROUPINGS, help="groups of output gradients in Dgrad; block: "
+                                    "128x128, which the report saw diverge")
+    fp8_dispatch: str = option("fp8", choices=DISPATCH_FORMATS, help="what tokens travel in to their experts, and "
+                               "gradients of the experts' outputs likewise")
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether anything runs in FP8."""
+        return self.fp8 != "none"
+
+    @property
+    def dispatches_fp8(self) -> bool:
+        """Whether tokens travel to their experts in FP8."""
+        return self.is_enabled and self.fp8_dispatch == "fp8"
+
+    def validate(self, model: ModelConfig, parallel: ParallelConfig, transformer_impl: str) -> None:
+        """Check the flags with one another, the overrides' names, and the widths for the backend that is named.
+
+        Raises:
+            ConfigError: one message with the rule, the values, the field and the way out.
+        """
+        for name, allowed in (("fp8", FP8_MODES), ("fp8_backend", FP8_BACKENDS),
+                              ("fp8_accumulation", FP8_ACCUMULATIONS), ("fp8_grad_grouping", GRAD_GROUPINGS),
+                              ("fp8_dispatch", DISPATCH_FORMATS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        if not self.is_enabled:
+            defaults = Fp8Config()
+            for field in dataclasses.fields(self):
+                if field.name != "fp8" and getattr(self, field.name) != getattr(defaults, field.name):
+                    raise ConfigError(f"{field.name}={getattr(self, field.name)} says how FP8 computes, and fp8=none; "
+                                      "set fp8=blockwise or leave it out")
+            return
+        precision_map(self, model)
+        self._validate_backend(model, parallel, transformer_impl)
+
+    def _validate_backend(self, model: ModelConfig, parallel: ParallelConfig, transformer_impl: str) -> None:
+        backend = self.fp8_backend
+        if (backend == "transformer_engine") and transformer_impl == "local":
+            raise ConfigError("fp8_backend=transformer_engine needs transformer_impl=transformer_engine or auto, not "
+                              "local; set one of the two")
+        if backend in ("triton", "reference") and transformer_impl == "transformer_engine":
+            raise ConfigError(f"fp8_backend={backend} computes in local modules; set transformer_impl=local, or "
+                              "fp8_backend=transformer_engine")
+        if backend not in ("reference", "auto") and self.fp8_accumulation != "fp32":
+            raise ConfigError(f"fp8_accumulation={self.fp8_accumulation} is a model that fp8_backend=reference alone "
+                              f"has, not {backend}; set fp8_backend=reference")
+        if backend in ("transformer_engine", "triton"):
+            require_tileable(self, model, parallel, backend)
+
+
+def require_tileable(fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfig, backend: str) -> None:
+    """Check that a GPU's matrix units can take every FP8 weight's part on a rank.
+
+    Raises:
+        ConfigError: a width is not a multiple of 16.
+    """
+    precisions = precision_map(fp8, model)
+    for name, (rows, columns) in linear_shapes(model, parallel).items():
+        for width in (rows, columns):
+            if width % GPU_MULTIPLE and precisions[name].is_fp8:
+                raise ConfigError(
+                    f"{name} is [{rows}, {columns}] on a rank (tensor_model_parallel_size="
+                    f"{parallel.tensor_model_parallel_size}): fp8_backend={backend} takes multiples of "
+                    f"{GPU_MULTIPLE}; change the width or the split, leave the module out (fp8_override "
+                    f"{name}=bf16), or use fp8_backend=reference")
+
+
+def linear_shapes(model: ModelConfig, parallel: ParallelConfig | None = None) -> dict[str, tuple[int, int]]:
+    """Every linear that FP8 may compute, by its global name: rows (out) and columns (in), on one rank if split.
+
+    The experts of a layer are two names; each stands for all of them.
+    """
+    tp = parallel.tensor_model_parallel_size if parallel else 1
+    expert_tp = (parallel.expert_tensor_parallel_size or tp) if parallel else 1
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    query = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
+    shapes: dict[str, tuple[int, int]] = {}
+
+    def ffn(prefix: str, width: int, parts: int) -> None:
+        shapes[f"{prefix}.linear_fc1"] = (2 * width // parts, hidden)
+        shapes[f"{prefix}.linear_fc2"] = (hidden, width // parts)
+
+    def layer(prefix: str, is_moe: bool) -> None:
+        attention = f"{prefix}.self_attention"
+        if model.q_lora_rank is None:
+            shapes[f"{attention}.linear_q_proj"] = (query // tp, hidden)
+        else:
+            shapes[f"{attention}.linear_q_down_proj"] = (model.q_lora_rank, hidden)
+            shapes[f"{attention}.linear_q_up_proj"] = (query // tp, model.q_lora_rank)
+        shapes[f"{attention}.linear_kv_down_proj"] = (model.kv_lora_rank + model.qk_rope_head_dim, hidden)
+        shapes[f"{attention}.linear_kv_up_proj"] = (
+            heads * (model.qk_nope_head_dim + model.v_head_dim) // tp, model.kv_lora_rank)
+        shapes[f"{attention}.linear_proj"] = (hidden, heads * model.v_head_dim // tp)
+        if not is_moe:
+            return ffn(f"{prefix}.mlp", model.ffn_hidden_size, tp)
+        ffn(f"{prefix}.mlp.experts", model.moe_ffn_hidden_size, expert_tp)
+        if model.num_shared_experts:
+            ffn(f"{prefix}.mlp.shared_experts", model.num_shared_experts * model.moe_ffn_hidden_size, tp)
+
+    for index in range(model.num_layers):
+        layer(f"decoder.layers.{index}", index >= model.num_dense_layers)
+    for depth in range(model.mtp_num_layers):
+        shapes[f"mtp.layers.{depth}.eh_proj"] = (hidden // tp, 2 * hidden)
+        layer(f"mtp.layers.{depth}.mtp_model_layer", model.num_moe_layers > 0)
+    return shapes
+
+
+def precision_map(fp8: Fp8Config, model: ModelConfig) -> dict[str, LinearPrecision]:
+    """The precision of every linear, by its global name: the table, the run's flags, then the overrides.
+
+    Raises:
+        ConfigError: an override that cannot be read, or whose pattern matches no module.
+    """
+    names = list(linear_shapes(model))
+    precisions = {}
+    for name in names:
+        chosen = next(precision for pattern, precision in reversed(TABLE) if fnmatchcase(name, pattern))
+        if chosen.is_fp8:
+            chosen = dataclasses.replace(chosen, accumulation=fp8.fp8_accumulation, grad_grouping=fp8.fp8_grad_grouping)
+            if fp8.fp8_power_of_2_scales:
+                chosen = dataclasses.replace(chosen, input_scales="power_of_2", scales="power_of_2")
+        precisions[name] = chosen
+    for override in fp8.fp8_override:
+        pattern, changes = _read_override(override)
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            close = difflib.get_close_matches(pattern, names, n=2, cutoff=0.4)
+            hint = " or ".join(close) if close else "*.self_attention.linear_proj"
+            raise ConfigError(f"fp8_override={override}: no module's name matches {pattern}; names are such as {hint}")
+        for name in matched:
+            precisions[name] = dataclasses.replace(precisions[name], **changes)
+    return precisions
+
+
+def _read_override(text: str) -> tuple[str, dict[str, str]]:
+    """Pattern and changed fields of PATTERN=bf16, PATTERN=fp8 or PATTERN=field:value,field:value."""
+    pattern, equals, value = text.partition("=")
+    if not (pattern and equals and value):
+        raise ConfigError(f"fp8_override={text} must be PATTERN=bf16, PATTERN=fp8 or PATTERN=field:value,...")
+    if value == "bf16":
+        return pattern, {name: getattr(BF16, name) for name in ("fprop", "dgrad", "wgrad", "cached_input")}
+    if value == "fp8":
+        return pattern, {"fprop": "fp8", "dgrad": "fp8", "wgrad": "fp8", "cached_input": "e4m3"}
+    changes = {}
+    for part in value.split(","):
+        field, _, chosen = part.partition(":")
+        if field not in _CHOICES:
+            raise ConfigError(f"fp8_override={text}: {field} is no field of a precision; use bf16, fp8, or of "
+                              f"{', '.join(_CHOICES)}")
+        if chosen not in _CHOICES[field]:
+            raise ConfigError(f"fp8_override={text}: {field}={chosen!r} must be one of {', '.join(_CHOICES[field])}")
+        changes[field] = chosen
+    return pattern, changes

@@ -1,0 +1,49 @@
+"""Megatron-Core's token dispatcher, with tokens on their way to the experts in FP8.
+
+    forward    dispatch FP8, combine as it is
+    backward   combine's gradients FP8 (they are dispatched), dispatch's as they are
+
+Gates travel as they are. Source: DeepSeek-V3 report, section 3.3.3.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import all_to_all
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+from dsv3_megatron.parallel.exchange import Splits
+from dsv3_megatron.parallel.narrow_rows import exchange_rows
+
+
+class NarrowDispatcher(MoEAlltoAllTokenDispatcher):
+    """All-to-all dispatcher whose rows are quantized before they are sent."""
+
+    tokens_per_expert: torch.Tensor
+
+    def token_dispatch(self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor
+                       ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [R, H] and gates [R] to the ranks of their experts."""
+        assert self.shared_experts is None, "shared experts are computed beside the dispatcher"
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_ep_alltoall", self.tokens_per_expert)
+        rows = exchange_rows(permutated_local_input_tokens, self._splits(), narrow="forward")
+        return rows, all_to_all(self.ep_group, permuted_probs, self.output_splits, self.input_splits)
+
+    def token_combine(self, hidden_states: torch.Tensor, async_finish: bool = True,
+                      allocate_on_comm_stream: bool = True) -> torch.Tensor:
+        """Rows [R, H] back to the ranks of their tokens."""
+        splits = self._splits()
+        return exchange_rows(hidden_states, None if splits is None else splits.reversed(), narrow="backward")
+
+    def _splits(self) -> Splits | None:
+        if self.ep_group.size() == 1:
+            return None
+        return Splits.of(self.input_splits, self.output_splits, self.ep_group)
+
+
+def use_narrow_dispatch(layer: MoELayer, groups: ProcessGroupCollection) -> None:
+    """Give a MoE layer the dispatcher that sends tokens in FP8."""
+    layer.token_dispatcher = NarrowDispatcher(layer.num_local_experts, layer.local_expert_indices,
+                                              config=layer.config, pg_collection=groups)

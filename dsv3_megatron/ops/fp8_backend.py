@@ -1,0 +1,56 @@
+"""What computes FP8: the exact reference, or kernels, behind one interface.
+
+    quantize            tiles and blocks, E4M3 and E5M6
+    quantize_columns    128 rows of a column, transposed: for Wgrad, also of what is quantized already
+    gemm                a b^T
+    grouped_gemm        rows sorted by expert times each expert's matrix
+
+Shapes: M rows, N outputs, K contraction, R routed rows, e local experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dsv3_megatron.ops.fp8_gemm import block_gemm
+from dsv3_megatron.ops.fp8_groups import TILE, Group
+from dsv3_megatron.ops.fp8_quantize import Quantized, quantize, quantize_columns
+
+
+class ReferenceBackend:
+    """Plain torch, on any device; every other backend is this one with parts replaced."""
+
+    name = "reference"
+
+    def quantize(self, x: torch.Tensor, group: Group = TILE, *, format: str = "e4m3", power_of_2: bool = False
+                 ) -> Quantized:
+        """As `fp8_quantize.quantize`."""
+        return quantize(x, group, format=format, power_of_2=power_of_2)
+
+    def quantize_columns(self, x: torch.Tensor | Quantized, *, power_of_2: bool = False) -> Quantized:
+        """As `fp8_quantize.quantize_columns`."""
+        return quantize_columns(x, power_of_2=power_of_2)
+
+    def gemm(self, a_MK: Quantized, b_NK: Quantized, *, dtype: torch.dtype, accumulation: str = "fp32",
+             add_to: torch.Tensor | None = None) -> torch.Tensor:
+        """a b^T, [M, N] in `dtype`; or, in fp32, added to `add_to`, which is then returned."""
+        if add_to is None:
+            return block_gemm(a_MK, b_NK, dtype=dtype, accumulation=accumulation)
+        return add_to.add_(block_gemm(a_MK, b_NK, accumulation=accumulation))
+
+    def grouped_gemm(self, a_RK: Quantized, b_eNK: Quantized, counts: Sequence[int], *, dtype: torch.dtype,
+                     accumulation: str = "fp32") -> torch.Tensor:
+        """Each row times its expert's matrix, [R, N]; rows are sorted by expert, `counts` of each, zero allowed."""
+        y = torch.empty(a_RK.shape[0], b_eNK.shape[-2], dtype=dtype, device=a_RK.values.device)
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                rows = slice(start, start + count)
+                y[rows] = self.gemm(a_RK.rows(rows), b_eNK[expert], dtype=dtype, accumulation=accumulation)
+            start += count
+        return y
+
+
+REFERENCE = ReferenceBackend()

@@ -1,0 +1,103 @@
+"""FP8 on a GPU: this library's Triton kernels, and for single products whichever implementation was measured faster.
+
+    triton      kernels/fp8_gemm.py
+    scaled_mm   torch.nn.functional.scaled_mm with 1x128 and 128x128 scales (cuBLASLt)
+    deep_gemm   DeepSeek's DeepGEMM, where installed
+
+The choice by shape is in the file of measurements that kernels/fp8_tuning.py reads; without one it is triton. E5M6 has
+no kernel: its values are packed and unpacked by the reference, on the device.
+
+Kernels are tested under Triton's interpreter. On a GPU: not run, and the two other implementations neither.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+
+from dsv3_megatron.ops.fp8_backend import ReferenceBackend
+from dsv3_megatron.ops.fp8_groups import SQUARE, TILE, Group
+from dsv3_megatron.ops.fp8_quantize import Quantized, quantize
+
+
+class TritonBackend(ReferenceBackend):
+    """The kernels in `kernels/`, for the groups they know; the reference for the rest."""
+
+    name = "triton"
+
+    def quantize(self, x: torch.Tensor, group: Group = TILE, *, format: str = "e4m3", power_of_2: bool = False
+                 ) -> Quantized:
+        from dsv3_megatron.kernels import fp8_quantize as kernels
+
+        if format != "e4m3" or group not in (TILE, SQUARE):
+            return quantize(x, group, format=format, power_of_2=power_of_2)
+        if group == TILE:
+            values, scales = kernels.quantize_tiles(x.contiguous(), power_of_2=power_of_2)
+            return Quantized(values, scales, TILE, "e4m3", tuple(x.shape))
+        values, scales, turned = kernels.quantize_blocks(x.contiguous(), power_of_2=power_of_2, turn=True)
+        return Quantized(values, scales, SQUARE, "e4m3", tuple(x.shape), turned)
+
+    def quantize_columns(self, x: torch.Tensor | Quantized, *, power_of_2: bool = False) -> Quantized:
+        from dsv3_megatron.kernels import fp8_quantize as kernels
+
+        if isinstance(x, Quantized) and x.format == "e4m3":
+            values, scales = kernels.quantize_columns(x.values, x.scales, power_of_2=power_of_2)
+        else:
+            wide = x.dequantize() if isinstance(x, Quantized) else x.contiguous()
+            values, scales = kernels.quantize_columns(wide, None, power_of_2=power_of_2)
+        return Quantized(values, scales, TILE, "e4m3", tuple(values.shape))
+
+    def gemm(self, a_MK: Quantized, b_NK: Quantized, *, dtype: torch.dtype, accumulation: str = "fp32",
+             add_to: torch.Tensor | None = None) -> torch.Tensor:
+        from dsv3_megatron.kernels import fp8_gemm as kernels
+        from dsv3_megatron.kernels.fp8_tuning import tuned_for
+
+        self._require_fp32(accumulation)
+        tuned = tuned_for(a_MK.shape[0], b_NK.shape[0], a_MK.shape[1], num_experts=1)
+        is_plain = add_to is None and a_MK.group == TILE and b_NK.group == SQUARE and dtype == torch.bfloat16
+        if tuned is not None and is_plain and tuned.implementation != "triton":
+            return IMPLEMENTATIONS[tuned.implementation](a_MK, b_NK)
+        return kernels.gemm(a_MK.values, a_MK.scales, b_NK.values, b_NK.scales, dtype=dtype, add_to=add_to)
+
+    def grouped_gemm(self, a_RK: Quantized, b_eNK: Quantized, counts: Sequence[int], *, dtype: torch.dtype,
+                     accumulation: str = "fp32") -> torch.Tensor:
+        from dsv3_megatron.kernels import fp8_gemm as kernels
+
+        self._require_fp32(accumulation)
+        return kernels.grouped_gemm(a_RK.values, a_RK.scales, b_eNK.values, b_eNK.scales, counts, dtype=dtype)
+
+    def _require_fp32(self, accumulation: str) -> None:
+        if accumulation != "fp32":
+            raise ValueError(f"accumulation={accumulation!r} is a model that fp8_backend=reference alone has; set it, "
+                             "or fp8_accumulation=fp32")
+
+
+def scaled_mm(a_MK: Quantized, b_NK: Quantized) -> torch.Tensor:
+    """a b^T by torch's block-wise product, in bf16. Not run."""
+    from torch.nn.functional import ScalingType
+    from torch.nn.functional import scaled_mm as product
+
+    # torch wants the scales of both with the outer dimension innermost.
+    return product(a_MK.values, b_NK.values.t(), a_MK.scales.t().contiguous().t(), ScalingType.BlockWise1x128,
+                   b_NK.scales.contiguous().t(), ScalingType.BlockWise128x128, output_dtype=torch.bfloat16)
+
+
+def deep_gemm(a_MK: Quantized, b_NK: Quantized) -> torch.Tensor:
+    """a b^T by DeepGEMM, in bf16. Not run.
+
+    Raises:
+        ValueError: The package is not installed.
+    """
+    if importlib.util.find_spec("deep_gemm") is None:
+        raise ValueError("the measured choice for this shape is deep_gemm, which is not installed; install it, or "
+                         "measure again with tools/bench/bench_fp8.py --tune")
+    import deep_gemm as library
+
+    result = torch.empty(a_MK.shape[0], b_NK.shape[0], dtype=torch.bfloat16, device=a_MK.values.device)
+    library.fp8_gemm_nt((a_MK.values, a_MK.scales), (b_NK.values, b_NK.scales), result)
+    return result
+
+
+IMPLEMENTATIONS = {"scaled_mm": scaled_mm, "deep_gemm": deep_gemm}

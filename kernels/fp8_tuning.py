@@ -1,0 +1,133 @@
+"""Tile sizes of the FP8 GEMM: those measured on this machine, kept in a file, else a guess.
+
+`tools/bench/bench_fp8.py --tune` measures CANDIDATES on DeepSeek-V3's shapes and writes the file; a run only reads it.
+It is JSON, keyed by device, experts, N, K and the power of two that M falls under; the environment variable
+DSV3_FP8_TUNING names another place for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv3_megatron.kernels.launch import IS_INTERPRETED
+
+IMPLEMENTATIONS = ("triton", "scaled_mm", "deep_gemm")
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """One way to run the kernel.
+
+    Attributes:
+        block_m: Rows of an output tile.
+        block_n: Columns of an output tile.
+        stages: Steps of K in flight.
+        warps: Warps of a program; 4 make a warp group.
+        group_m: Row tiles that are walked together.
+    """
+
+    block_m: int = 128
+    block_n: int = 128
+    stages: int = 4
+    warps: int = 8
+    group_m: int = 8
+
+
+# A step of K is (block_m + block_n) * 128 bytes of shared memory, of which an H100's processor has 227 KB; two fp32
+# tiles (the sum and the step's product) must fit its registers.
+CANDIDATES = tuple(
+    GemmConfig(block_m, block_n, stages, warps)
+    for block_m, block_n, warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 256, 8), (256, 64, 8), (64, 64, 4))
+    for stages in (3, 4, 6)
+    if stages * (block_m + block_n) * 128 <= 220_000)
+_INTERPRETED = GemmConfig(32, 32, 2, 4, 2)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The fastest that was measured for one shape."""
+
+    implementation: str
+    config: GemmConfig
+
+
+def config_for(rows: int, columns: int, depth: int, *, num_experts: int) -> GemmConfig:
+    """The kernel's configuration for a product: the measured one, else a guess by the number of output tiles."""
+    if IS_INTERPRETED:
+        return _INTERPRETED
+    tuned = tuned_for(rows, columns, depth, num_experts=num_experts)
+    if tuned is not None:
+        return tuned.config
+    few_tiles = -(-rows // 128) * -(-columns // 128) < 132
+    return GemmConfig(64, 128, 4, 4) if few_tiles else GemmConfig()
+
+
+def tuned_for(rows: int, columns: int, depth: int, *, num_experts: int) -> Tuned | None:
+    """What was measured for this shape on this device, or None."""
+    return _table().get(shape_key(rows, columns, depth, num_experts))
+
+
+def shape_key(rows: int, columns: int, depth: int, num_experts: int) -> str:
+    """The file's key: shapes that share it share a configuration."""
+    bucket = 1 << max(rows - 1, 1).bit_length()
+    return f"e{num_experts}_m{bucket}_n{columns}_k{depth}"
+
+
+def tuning_file() -> Path:
+    """Where measured configurations are kept."""
+    named = os.environ.get("DSV3_FP8_TUNING")
+    if named:
+        return Path(named)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "dsv3_megatron" / "fp8_gemm.json"
+
+
+def write_tuning(results: dict[str, Tuned], device: str) -> Path:
+    """Add measurements of a device to the file; others' stay.
+
+    Args:
+        results: By `shape_key`.
+        device: Its name, as `torch.cuda.get_device_name` gives it.
+    """
+    path = tuning_file()
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known.setdefault(device, {}).update({key: dataclasses.asdict(tuned) for key, tuned in results.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
+    partial.replace(path)
+    _table.cache_clear()
+    return path
+
+
+def read_tuning(device: str) -> dict[str, Tuned]:
+    """A device's measurements.
+
+    Raises:
+        ValueError: the file cannot be read as what `write_tuning` writes.
+    """
+    path = tuning_file()
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8")).get(device, {})
+        tuned = {key: Tuned(entry["implementation"], GemmConfig(**entry["config"])) for key, entry in entries.items()}
+        if any(entry.implementation not in IMPLEMENTATIONS for entry in tuned.values()):
+            raise ValueError(f"implementations must be of {', '.join(IMPLEMENTATIONS)}")
+        return tuned
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a table of measured FP8 configurations: {error}; delete it, or measure again "
+                         "with tools/bench/bench_fp8.py --tune") from error
+
+
+@functools.cache
+def _table() -> dict[str, Tuned]:
+    return read_tuning(torch.cuda.get_device_name()) if torch.cuda.is_available() else {}

@@ -1,0 +1,19 @@
+"""How kernels are launched here: on a Hopper GPU, or under Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+# Whether kernels run under Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors: decided when they are defined.
+IS_INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def num_processors() -> int:
+    """Streaming multiprocessors of the current GPU; two under the interpreter, so that persistence is exercised."""
+    if IS_INTERPRETED:
+        return 2
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count

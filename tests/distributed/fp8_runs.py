@@ -1,0 +1,40 @@
+"""What a few ranks do for the tests of FP8 over layouts: train a few steps, and count the bytes they exchange."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from dsv3_megatron.model.fp8 import fp8_modules
+from tests.distributed.small_run import small_run, start
+
+
+def train(changes: dict[str, Any], steps: int) -> tuple[list[float], dict[str, int], list[str]]:
+    """Losses of the first steps, bytes sent in all-to-alls by dtype, and the names of modules with FP8 lines."""
+    sent: Counter[str] = Counter()
+    original = torch.distributed.all_to_all_single
+
+    def counting(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent[str(input.dtype)] += input.nbytes
+        return original(output, input, *args, **kwargs)
+
+    training = start(small_run(**changes))
+    names = [placed.name for chunk in training.chunks for placed in fp8_modules(chunk.module)
+             if getattr(placed.module, "fp8", None) is not None]
+    torch.distributed.all_to_all_single = counting
+    try:
+        return [training.step(number) for number in range(steps)], dict(sent), names
+    finally:
+        torch.distributed.all_to_all_single = original
+
+
+def several(cases: dict[str, dict[str, Any]], steps: int) -> dict[str, tuple[list[float], dict[str, int], list[str]]]:
+    """`train` for each case, in one launch of the ranks."""
+    results = {}
+    for name, changes in cases.items():
+        results[name] = train(changes, steps)
+        parallel_state.destroy_model_parallel()
+    return results
