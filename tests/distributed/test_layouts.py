@@ -262,7 +262,7 @@ def test_equals_one_process(steps, layout):
     assert all(rank.num_micro_batches == layout.num_micro_batches // copies for rank in ranks)
     print(layout.name, check_layout(steps, layout))
     seen, expected = (found[0].report.measurements.head_agreement for found in (
-        ranks, steps[one_process_name(layout.mtp_num_layers, layout.is_isolated)]))
+        ranks, steps[one_process_name(layout.mtp_num_layers, layout.is_isolated, layout.num_layers)]))
     assert len(seen) == layout.mtp_num_layers and None not in seen
     if layout.num_replicas * layout.parallel.num_model_copies == 1:
         assert seen == expected, "the same first micro-batch"

@@ -156,7 +156,7 @@ def draw(setting: Setting, outcomes: list[Outcome], folder: Path) -> None:
               color="#d1d5db", label="bubble of the rank that waits longest")
     axes.plot([outcome.simulated for outcome in ordered], names, "k|", markersize=14, label="simulated step")
     axes.set_xlabel("ms")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(folder / "schedules.png")

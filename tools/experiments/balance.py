@@ -22,15 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.experiments.variants import Curve, mean_by_step, train_variants, write_table
 
-BIAS = "bias"
+NOTHING = "nothing"
 # Bias and sequence loss are a preset's own; what a variant leaves out is set to 0.
 VARIANTS: dict[str, list[str]] = {
-    BIAS: ["--moe-aux-loss-coeff", "0"],
+    "bias": ["--moe-aux-loss-coeff", "0"],
     "bias + sequence loss 1e-4": [],
     "auxiliary loss 1e-3": ["--moe-router-bias-update-rate", "0", "--moe-aux-loss-coeff", "1e-3"],
     "auxiliary loss 1e-2": ["--moe-router-bias-update-rate", "0", "--moe-aux-loss-coeff", "1e-2"],
-    "nothing": ["--moe-router-bias-update-rate", "0", "--moe-aux-loss-coeff", "0"],
+    NOTHING: ["--moe-router-bias-update-rate", "0", "--moe-aux-loss-coeff", "0"],
 }
+_WINDOW = 10  # steps
 _COLOURS = ("#2a6fb0", "#0f766e", "#c2410c", "#7a5ba6", "#6b7280")
 
 
@@ -57,28 +58,42 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def plot(curves: Sequence[Curve], path: Path, title: str) -> None:
-    """Max-violation and training loss against steps, the seeds' range as a band."""
+    """Max-violation, and training loss less that of no balancing, mean of `_WINDOW` steps; bands: the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), dpi=130, layout="constrained")
-    for axes, column, label in ((left, "max_violation", "max-violation, mean over MoE layers"),
-                                (right, "lm_loss", "training loss, nats per token")):
-        for name, colour in zip(VARIANTS, _COLOURS, strict=True):
-            steps, means, lows, highs = zip(*mean_by_step(curves, name, column), strict=True)
+    for name, colour in zip(VARIANTS, _COLOURS, strict=True):
+        violations, differences = mean_by_step(curves, name, "max_violation"), loss_differences(curves, name)
+        for axes, rows in ((left, violations), (right, differences)):
+            steps, means, lows, highs = zip(*rows, strict=True)
             axes.plot(steps, means, label=name, color=colour, linewidth=1.2)
             axes.fill_between(steps, lows, highs, color=colour, alpha=0.12, linewidth=0)
-        axes.set_xlabel("step")
-        axes.set_ylabel(label)
-        axes.grid(color="#e5e7eb")
-        axes.spines[["top", "right"]].set_visible(False)
+    left.set_ylabel("max-violation, mean over MoE layers")
     left.set_yscale("log")
     left.legend(fontsize=8, frameon=False)
+    right.set_ylabel(f"loss less that of {NOTHING!r}, nats")
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.grid(color="#e5e7eb")
+        axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     figure.savefig(path)
     plt.close(figure)
+
+
+def loss_differences(curves: Sequence[Curve], variant: str) -> list[tuple[int, float, float, float]]:
+    """(iteration, mean, least, most) over the seeds of the loss less that of no balancing, mean of `_WINDOW` steps."""
+    reference = {curve.seed: dict(curve.records.column("lm_loss")) for curve in curves if curve.variant == NOTHING}
+    differences = [[(step, loss - reference[curve.seed][step]) for step, loss in curve.records.column("lm_loss")]
+                   for curve in curves if curve.variant == variant]
+    rows = []
+    for last in range(_WINDOW, len(differences[0]) + 1):
+        values = [statistics.fmean(value for _, value in seed[last - _WINDOW:last]) for seed in differences]
+        rows.append((differences[0][last - 1][0], statistics.fmean(values), min(values), max(values)))
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
