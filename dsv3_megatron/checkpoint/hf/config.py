@@ -113,6 +113,8 @@ def model_config_from_json(config: dict[str, Any], source: str = "config.json") 
     values: dict[str, Any] = {}
     for name, field in _FIELDS.items():
         values[field] = _number(config, name, source)
+    # What a later phase with YaRN would extend; YaRN's own settings, where the file has them, come after it.
+    values["original_max_position_embeddings"] = values["max_position_embeddings"]
     values |= _rotary(config, source)
     groups, top_k, kept = (values[field] for field in (
         "moe_router_num_groups", "moe_router_topk", "moe_router_group_topk"))

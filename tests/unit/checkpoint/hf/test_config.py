@@ -20,13 +20,13 @@ V3 = dataclasses.replace(preset("dsv3-671b").model, **YARN_V3)
 
 
 def rotary_rebuilt(model):
-    """The fields that plain rotary embedding does not use, at their defaults."""
+    """What plain rotary embedding does not use: the context itself as YaRN's original one, and YaRN's defaults."""
     if model.rope_type == "yarn":
         return model
     plain = preset("tiny").model
-    return dataclasses.replace(model, **{name: getattr(plain, name) for name in (
-        "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
-        "mscale_all_dim")})
+    return dataclasses.replace(model, original_max_position_embeddings=model.max_position_embeddings, **{
+        name: getattr(plain, name) for name in (
+            "rotary_scaling_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")})
 
 
 def test_the_published_file():
