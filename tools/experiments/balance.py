@@ -12,7 +12,6 @@ writes docs/experiments/balance_tiny.csv and .png, and prints the table of the l
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.experiments.variants import Curve, mean_by_step, train_variants, write_table
+from tools.experiments.variants import (
+    Curve,
+    Panel,
+    common_flags,
+    experiment_parser,
+    loss_differences,
+    mean_by_step,
+    plot_bands,
+    train_variants,
+    write_table,
+)
 
 NOTHING = "nothing"
 # Bias and sequence loss are a preset's own; what a variant leaves out is set to 0.
@@ -57,63 +66,19 @@ def _spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
-def plot(curves: Sequence[Curve], path: Path, title: str) -> None:
-    """Max-violation, and training loss less that of no balancing, mean of `_WINDOW` steps; bands: the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), dpi=130, layout="constrained")
-    for name, colour in zip(VARIANTS, _COLOURS, strict=True):
-        violations, differences = mean_by_step(curves, name, "max_violation"), loss_differences(curves, name)
-        for axes, rows in ((left, violations), (right, differences)):
-            steps, means, lows, highs = zip(*rows, strict=True)
-            axes.plot(steps, means, label=name, color=colour, linewidth=1.2)
-            axes.fill_between(steps, lows, highs, color=colour, alpha=0.12, linewidth=0)
-    left.set_ylabel("max-violation, mean over MoE layers")
-    left.set_yscale("log")
-    left.legend(fontsize=8, frameon=False)
-    right.set_ylabel(f"loss less that of {NOTHING!r}, nats")
-    for axes in (left, right):
-        axes.set_xlabel("step")
-        axes.grid(color="#e5e7eb")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def loss_differences(curves: Sequence[Curve], variant: str) -> list[tuple[int, float, float, float]]:
-    """(iteration, mean, least, most) over the seeds of the loss less that of no balancing, mean of `_WINDOW` steps."""
-    reference = {curve.seed: dict(curve.records.column("lm_loss")) for curve in curves if curve.variant == NOTHING}
-    differences = [[(step, loss - reference[curve.seed][step]) for step, loss in curve.records.column("lm_loss")]
-                   for curve in curves if curve.variant == variant]
-    rows = []
-    for last in range(_WINDOW, len(differences[0]) + 1):
-        values = [statistics.fmean(value for _, value in seed[last - _WINDOW:last]) for seed in differences]
-        rows.append((differences[0][last - 1][0], statistics.fmean(values), min(values), max(values)))
-    return rows
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing, write the table and the picture, print the summary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--data-path", required=True, help="training data, PREFIX of .bin and .idx")
-    parser.add_argument("--valid-data-path", required=True)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the runs' logs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--output", type=Path, required=True, help="without ending; gets .csv and .png")
+    parser = experiment_parser(__doc__)
     parser.add_argument("--every", type=int, default=2, help="steps between rows of the table")
-    parser.add_argument("flags", nargs="*", help="more flags of every run, after --")
     options = parser.parse_args(arguments)
-    common = ["--preset", options.preset, "--data-path", options.data_path, "--valid-data-path",
-              options.valid_data_path, *options.flags]
-    curves = train_variants(VARIANTS, common=common, seeds=options.seeds, work=options.work)
+    curves = train_variants(VARIANTS, common=common_flags(options), seeds=options.seeds, work=options.work)
     write_table(curves, options.output.with_suffix(".csv"), columns=("lm_loss", "max_violation"), every=options.every)
-    plot(curves, options.output.with_suffix(".png"),
-         f"Expert balance, {options.preset}, {len(options.seeds)} seed{'s' * (len(options.seeds) > 1)}")
+    violations = {name: mean_by_step(curves, name, "max_violation") for name in VARIANTS}
+    differences = {name: loss_differences(curves, name, NOTHING, window=_WINDOW) for name in VARIANTS}
+    plot_bands([Panel("max-violation, mean over MoE layers", violations, is_logarithmic=True),
+                Panel(f"loss less that of {NOTHING!r}, nats", differences)],
+               dict(zip(VARIANTS, _COLOURS, strict=True)), options.output.with_suffix(".png"), preset=options.preset,
+               seeds=options.seeds, subject="Expert balance")
     print(summary(curves))
 
 

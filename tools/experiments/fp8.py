@@ -17,7 +17,6 @@ writes docs/experiments/fp8_tiny.csv and prints the table.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.experiments.variants import Curve, train_variants, write_table
+from tools.experiments.variants import Curve, common_flags, experiment_parser, train_variants, write_table
 
 BASE = "no fp8"
 _FP8 = ["--fp8", "blockwise", "--fp8-backend", "reference"]
@@ -64,19 +63,11 @@ def summary(curves: Sequence[Curve]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Train what is missing, write the curves, print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--data-path", required=True)
-    parser.add_argument("--valid-data-path", required=True)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the runs' logs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser = experiment_parser((__doc__ or "").split("\n\n")[0])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME",
                         help="some of them; the run without FP8 is always one")
-    parser.add_argument("--output", type=Path, required=True, help="without its ending")
-    parser.add_argument("flags", nargs="*", help="after --: flags of every run")
     options = parser.parse_args(arguments)
-    common = ["--preset", options.preset, "--data-path", options.data_path, "--valid-data-path",
-              options.valid_data_path, "--log-interval", "1", *options.flags]
+    common = ["--log-interval", "1", *common_flags(options)]
     chosen = {name: flags for name, flags in VARIANTS.items() if name == BASE or name in options.variants}
     curves = train_variants(chosen, common=common, seeds=options.seeds, work=options.work)
     write_table(curves, options.output.with_suffix(".csv"), columns=("lm_loss", "grad_norm"), every=1)

@@ -10,7 +10,9 @@ Usage:
 
 from __future__ import annotations
 
+import argparse
 import csv
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +22,8 @@ from pathlib import Path
 from dsv3_megatron.metrics.records import METRICS_FILE, Records, read_records
 
 _FINISHED = "finished"
+# (iteration, mean, least, most) over seeds.
+Bands = list[tuple[int, float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,34 @@ class Curve:
     variant: str
     seed: int
     records: Records
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of an experiment's axes: a band for each variant by name."""
+
+    label: str
+    bands: Mapping[str, Bands]
+    is_logarithmic: bool = False
+
+
+def experiment_parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line that every experiment has; `common_flags` makes a run's flags of it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--data-path", required=True, help="training data, PREFIX of .bin and .idx")
+    parser.add_argument("--valid-data-path", required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs' logs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output", type=Path, required=True, help="without ending, which the experiment adds")
+    parser.add_argument("flags", nargs="*", help="more flags of every run, after --")
+    return parser
+
+
+def common_flags(options: argparse.Namespace) -> list[str]:
+    """The flags that all runs of an experiment share."""
+    return ["--preset", options.preset, "--data-path", options.data_path, "--valid-data-path",
+            options.valid_data_path, *options.flags]
 
 
 def train_variants(variants: Mapping[str, Sequence[str]], *, common: Sequence[str], seeds: Iterable[int], work: Path,
@@ -93,12 +125,52 @@ def write_table(curves: Sequence[Curve], path: Path, *, columns: Sequence[str], 
                                  *(f"{loss:.6g}" if column == "lm_loss" else "" for column in columns)))
 
 
-def mean_by_step(curves: Sequence[Curve], variant: str, column: str) -> list[tuple[int, float, float, float]]:
-    """(iteration, mean, least, most) over the seeds of a variant, where all of them have a value."""
+def mean_by_step(curves: Sequence[Curve], variant: str, column: str) -> Bands:
+    """A column of a variant over its seeds, where all of them have a value."""
     per_seed = [dict(curve.records.column(column)) for curve in curves if curve.variant == variant]
+    return _bands(per_seed)
+
+
+def loss_differences(curves: Sequence[Curve], variant: str, base: str, *, window: int = 1) -> Bands:
+    """A variant's training loss less the base's with the same seed, mean over `window` steps."""
+    reference = {curve.seed: dict(curve.records.column("lm_loss")) for curve in curves if curve.variant == base}
+    per_seed = []
+    for curve in curves:
+        if curve.variant == variant:
+            gaps = [(step, loss - reference[curve.seed][step]) for step, loss in curve.records.column("lm_loss")]
+            per_seed.append({gaps[last - 1][0]: statistics.fmean(gap for _, gap in gaps[last - window:last])
+                             for last in range(window, len(gaps) + 1)})
+    return _bands(per_seed)
+
+
+def _bands(per_seed: Sequence[Mapping[int, float]]) -> Bands:
     steps = sorted(set.intersection(*(set(values) for values in per_seed)))
-    rows = []
-    for step in steps:
-        values = [seed[step] for seed in per_seed]
-        rows.append((step, sum(values) / len(values), min(values), max(values)))
-    return rows
+    rows = ((step, [seed[step] for seed in per_seed]) for step in steps)
+    return [(step, statistics.fmean(values), min(values), max(values)) for step, values in rows]
+
+
+def plot_bands(panels: Sequence[Panel], colours: Mapping[str, str], path: Path, *, preset: str, seeds: Sequence[int],
+               subject: str) -> None:
+    """Write a PNG: panels side by side against the step, the legend in the first, the seeds' range as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(11, 4.2), dpi=130, layout="constrained")
+    for axes, panel in zip(all_axes, panels, strict=True):
+        for name, rows in panel.bands.items():
+            steps, means, lows, highs = zip(*rows, strict=True)
+            axes.plot(steps, means, label=name, color=colours[name], linewidth=1.2)
+            axes.fill_between(steps, lows, highs, color=colours[name], alpha=0.12, linewidth=0)
+        axes.set_ylabel(panel.label)
+        axes.set_xlabel("step")
+        axes.grid(color="#e5e7eb")
+        axes.spines[["top", "right"]].set_visible(False)
+        if panel.is_logarithmic:
+            axes.set_yscale("log")
+    all_axes[0].legend(fontsize=8, frameon=False)
+    title = f"{subject}, {preset}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.savefig(path)
+    plt.close(figure)
