@@ -68,9 +68,18 @@ class Rank:
         self.late -= caught_up
         self._sleep_until(time.perf_counter() + seconds - caught_up)
 
-    def transfer(self, seconds: float) -> float:
-        """Begin an all-to-all; returns when it ends."""
-        self.link_free = max(self.link_free, time.perf_counter() - self.late) + seconds
+    def now(self) -> float:
+        """The moment, less what the rank woke late."""
+        return time.perf_counter() - self.late
+
+    def transfer(self, seconds: float, *, ready: float | None = None) -> float:
+        """Begin an all-to-all; returns when it ends.
+
+        Args:
+            seconds: Its length.
+            ready: When what it sends was there; now if None.
+        """
+        self.link_free = max(self.link_free, self.now() if ready is None else ready) + seconds
         return self.link_free
 
     def wait(self, moment: float) -> None:
