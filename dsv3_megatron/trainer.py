@@ -90,7 +90,7 @@ class Trainer:
         self.groups = create_groups(run.parallel, run.training.seed)
         stages, self.mcore_config = build_stages(
             run, self.groups, precision=self.precision,
-            delays_engine_weights=run.parallel.schedule in SPLIT_BACKWARD)
+            delays_engine_weights=run.parallel.has_pairs or run.parallel.schedule in SPLIT_BACKWARD)
         self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
         self.average = WeightAverage(self.optimizer, list(self.chunks), self.groups, decay=run.training.ema_decay

@@ -129,9 +129,11 @@ class PipelineStep:
         """One for each kind of step: plans of many micro-batches take a while to make."""
         key = (num_microbatches, seq_length, micro_batch_size, forward_only)
         if key not in self._executors:
-            sizes = {"num_ranks": self.groups.pp.size(), "num_microbatches": num_microbatches}
+            sizes: dict[str, Any] = {"num_ranks": self.groups.pp.size(), "num_microbatches": num_microbatches}
             if self.parallel.schedule == "interleaved":
                 sizes["virtual_stages"] = self.parallel.stages_per_rank
+                if not forward_only:
+                    sizes["is_overlapped"] = self.parallel.has_pairs
             plan = (forward_plan if forward_only else build_plan)(self.parallel.schedule, **sizes)
             transport = self.channels.transport(
                 shape=(seq_length // self.groups.tp.size(), micro_batch_size, self.config.hidden_size),

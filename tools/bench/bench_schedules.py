@@ -102,7 +102,7 @@ def measure_rank(setting: Setting, names: list[str]) -> list[Outcome]:
         plan = plan_of(PEERS.get(name, name), setting)
         unit = setting.unit_s
         times = ChunkTimes(unit, unit, unit, unit).scaled(setting.num_parts / plan.num_stages)
-        costs = times.costs(plan.num_stages)
+        costs = times.costs(plan.num_stages, is_sent_early=name not in PEERS or name == COMBINED)
         simulated = 1000.0 * float(simulate(plan, costs).step_time)
         busy = tuple(1000.0 * busy_time(plan, rank, costs) for rank in range(plan.num_ranks))
         timelines: list[Timeline] = []
@@ -215,9 +215,12 @@ def main() -> int:
     options = parser.parse_args()
     setting = Setting(options.ranks, options.microbatches, options.parts, options.unit_ms / 1000, options.repeats)
 
+    from dsv3_megatron.platform import detect_device
+
     outcomes = run_processes(setting, options.schedules)
     print_table(setting, outcomes)
-    print(append_rows("schedules.csv", rows(setting, outcomes), device_name()))
+    print(append_rows("schedules.csv", rows(setting, outcomes),
+                      f"{detect_device().name}, load {load_average():.1f}"))
     if options.charts:
         draw(setting, outcomes, options.charts)
     return 0

@@ -1,8 +1,8 @@
 """Megatron-Core's combined plan on stages of known times.
 
-Its own `TransformerModelChunkSchedulePlan.run` and `TransformerLayerSchedulePlan.run` say what runs when; only the nodes
-of a layer are ours. A chunk is one layer: attention, dispatch, experts, combine, with the weight gradients put off
-(`delay_wgrad_compute`), which is its best form.
+Its own `TransformerModelChunkSchedulePlan.run` and `TransformerLayerSchedulePlan.run` say what runs when; only the
+nodes of a layer are ours. A chunk is one layer: attention, dispatch, experts, combine, with the weight gradients put
+off (`delay_wgrad_compute`), which is its best form.
 
 On a GPU the host queues work on two streams that an event per micro-batch and chunk keeps in order. Here an event is
 the moment when the last queued work of its chunk ends: compute sleeps, an all-to-all is a timer (`timed_stages.py`)
@@ -117,7 +117,8 @@ class TimedChunkPlan(TransformerModelChunkSchedulePlan):
     def __init__(self, config: Any, given: torch.Tensor | None, times: ChunkTimes, rank: Rank, chunk: int) -> None:
         self._event = WorkEnd(rank)
         self._transformer_layers = [TimedLayerPlan(config, self._event, times)]
-        self.pre_process, self.post_process = InputNode(given), None
+        self.pre_process: InputNode | None = InputNode(given)
+        self.post_process = None
         self.vp_stage = chunk
 
     def release_state(self) -> None:
