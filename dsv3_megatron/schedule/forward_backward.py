@@ -18,10 +18,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.config.training import DataConfig
-from dsv3_megatron.data.batches import Batch
+from dsv3_megatron.config.training import DataConfig, TrainingConfig
+from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.model.chunk import LossFunction, ModelChunk
 from dsv3_megatron.model.documents import forward_stage
+from dsv3_megatron.parallel.groups import replicas
 from dsv3_megatron.schedule.execute import Executor
 from dsv3_megatron.schedule.plan import build_plan, forward_plan
 from dsv3_megatron.schedule.recorder import ScheduleTrace
@@ -58,6 +59,24 @@ class ForwardStep:
             return self.read(batches)
 
         return ModelChunk(stage, batch_of=batch_of, data=self.data, loss_function=self.loss)
+
+
+def iterate_chunks(dataset: Any, training: TrainingConfig, parallel: ParallelConfig, groups: ProcessGroupCollection, *,
+                   consumed_samples: int = 0, eod_id: int | None = None) -> list[BatchIterator]:
+    """This rank's micro-batches of a dataset, an iterator for each of its chunks.
+
+    Args:
+        dataset: Samples, in the order in which the run takes them.
+        training: Its batch sizes.
+        parallel: The run's layout.
+        groups: Its process groups.
+        consumed_samples: Of the whole run, where to begin.
+        eod_id: Token at which documents end, where they are kept apart.
+    """
+    return [BatchIterator(dataset, micro_batch_size=training.micro_batch_size,
+                          global_batch_size=training.global_batch_size, data_parallel_rank=rank,
+                          data_parallel_size=size, consumed_samples=consumed_samples, eod_id=eod_id)
+            for rank, size in replicas(parallel, groups)]
 
 
 def build_forward_backward(parallel: ParallelConfig, groups: ProcessGroupCollection, config: TransformerConfig, *,
