@@ -47,9 +47,9 @@ def multiply_rows(rows_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tenso
     """rows weight^T, [R, O], for tensors of one dtype.
 
     Of a few rows, as decoding has them, a CPU's library reads the weight once in W x^T and several times in x W^T: the
-    head of `laptop` (32000 x 512, fp32, one thread of an AMD EPYC with AVX-512, MKL 2024.2) took 3.2 and 13.7 ms for 2
-    rows, 5.9 and 11.4 for 4, 7.8 and 16.5 for 8. One row takes 6.1 ms either way, in MKL's matrix-vector product; as a
-    batch of parts of the weight, each multiplied by the row as a matrix of one column, it takes 2.9.
+    head of `laptop` (32000 x 512, fp32; CPU time of one thread of an AMD EPYC with AVX-512, MKL 2024.2) took 3.2 and
+    13.7 ms for 2 rows, 5.9 and 11.4 for 4, 7.8 and 16.5 for 8. One row takes 6.1 ms either way, in MKL's matrix-vector
+    product; as a batch of parts of the weight, each multiplied by the row as a matrix of one column, it takes 2.9.
     """
     num_rows = rows_RI.shape[0]
     if not 1 <= num_rows <= _FEW_ROWS or rows_RI.device.type != "cpu" or torch.is_grad_enabled():
