@@ -4,8 +4,7 @@
     scaled_mm   torch.nn.functional.scaled_mm with 1x128 and 128x128 scales (cuBLASLt)
     deep_gemm   DeepSeek's DeepGEMM, where installed
 
-The choice by shape is in the file of measurements that kernels/fp8_tuning.py reads; without one it is triton. E5M6 has
-no kernel: its values are packed and unpacked by the reference, on the device.
+The choice by shape is in the file of measurements that kernels/fp8_tuning.py reads; without one it is triton.
 
 Kernels are tested under Triton's interpreter. On a GPU: not run, and the two other implementations neither.
 """
@@ -20,6 +19,7 @@ import torch
 from dsv3_megatron.ops.fp8_backend import ReferenceBackend
 from dsv3_megatron.ops.fp8_groups import SQUARE, TILE, Group
 from dsv3_megatron.ops.fp8_quantize import Quantized, quantize
+from dsv3_megatron.ops.fp8_records import pack_rows, unpack_rows
 
 
 class TritonBackend(ReferenceBackend):
@@ -31,6 +31,9 @@ class TritonBackend(ReferenceBackend):
                  ) -> Quantized:
         from dsv3_megatron.kernels import fp8_quantize as kernels
 
+        if format == "e5m6" and group == TILE and x.dim() == 2 and x.shape[1] % 2 == 0:
+            packed, scales = kernels.quantize_e5m6(x.contiguous(), power_of_2=power_of_2)
+            return Quantized(packed, scales, TILE, "e5m6", tuple(x.shape))
         if format != "e4m3" or group not in (TILE, SQUARE):
             return quantize(x, group, format=format, power_of_2=power_of_2)
         if group == TILE:
@@ -42,12 +45,45 @@ class TritonBackend(ReferenceBackend):
     def quantize_columns(self, x: torch.Tensor | Quantized, *, power_of_2: bool = False) -> Quantized:
         from dsv3_megatron.kernels import fp8_quantize as kernels
 
-        if isinstance(x, Quantized) and x.format == "e4m3":
-            values, scales = kernels.quantize_columns(x.values, x.scales, power_of_2=power_of_2)
+        if isinstance(x, Quantized):
+            shape = None if x.format == "e4m3" else (x.shape[-2], x.shape[-1])
+            values, scales = kernels.quantize_columns(x.values, x.scales, power_of_2=power_of_2, shape=shape)
         else:
-            wide = x.dequantize() if isinstance(x, Quantized) else x.contiguous()
-            values, scales = kernels.quantize_columns(wide, None, power_of_2=power_of_2)
+            values, scales = kernels.quantize_columns(x.contiguous(), None, power_of_2=power_of_2)
         return Quantized(values, scales, TILE, "e4m3", tuple(values.shape))
+
+    def quantize_swiglu(self, hidden_RF: torch.Tensor, gates_R: torch.Tensor | None, *, power_of_2: bool
+                        ) -> tuple[Quantized, Quantized]:
+        from dsv3_megatron.kernels import fp8_quantize as kernels
+
+        rows, width = hidden_RF.shape[0], hidden_RF.shape[1] // 2
+        hidden = hidden_RF.contiguous()
+        # Tiles of the input must not reach from the gate half into the up half.
+        is_one_pass = width % 128 == 0
+        values, scales, *kept = kernels.swiglu_quantize(
+            hidden, gates_R if gates_R is None else gates_R.contiguous(), power_of_2=power_of_2, keep=is_one_pass,
+            kept_power_of_2=power_of_2)
+        active = Quantized(values, scales, TILE, "e4m3", (rows, width))
+        if not is_one_pass:
+            return active, self.quantize(hidden, power_of_2=power_of_2)
+        return active, Quantized(kept[0], kept[1], TILE, "e4m3", tuple(hidden.shape))
+
+    def pack_rows(self, x_TH: torch.Tensor, token_of_row_R: torch.Tensor | None = None) -> torch.Tensor:
+        from dsv3_megatron.kernels import fp8_records as kernels
+
+        tokens, width = x_TH.shape
+        if width % 4:
+            return pack_rows(x_TH, token_of_row_R)
+        if token_of_row_R is None or not tokens:
+            return kernels.pack_records(x_TH.contiguous())
+        # As many rows for each token: sorted by token they are a table.
+        rows_TC = token_of_row_R.argsort(stable=True).view(tokens, -1)
+        return kernels.pack_records(x_TH.contiguous(), rows_TC.int())
+
+    def unpack_rows(self, records: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+        from dsv3_megatron.kernels import fp8_records as kernels
+
+        return unpack_rows(records, width, dtype) if width % 4 else kernels.unpack_records(records, width, dtype)
 
     def gemm(self, a_MK: Quantized, b_NK: Quantized, *, dtype: torch.dtype, accumulation: str = "fp32",
              add_to: torch.Tensor | None = None) -> torch.Tensor:
