@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from dsv3_megatron.kernels.fp8_rounding import from_e5m6, quantize_rows, row_scales, scale_of, to_e4m3, to_e5m6
-from dsv3_megatron.kernels.launch import IS_INTERPRETED
+from dsv3_megatron.kernels.launch import IS_INTERPRETED, QUANTIZATION_WARPS
 
 _ROWS = 32
 
@@ -40,7 +40,7 @@ def quantize_tiles(x_MK: torch.Tensor, *, power_of_2: bool) -> tuple[torch.Tenso
     if rows:
         grid = (triton.cdiv(rows, _ROWS), triton.cdiv(width, 128))
         _tiles_kernel[grid](x_MK, values, scales, rows, width, x_MK.stride(0), values.stride(0), scales.stride(0),
-                            ROWS=_ROWS, POWER_OF_2=power_of_2, EXACT_FIRST=IS_INTERPRETED)
+                            ROWS=_ROWS, POWER_OF_2=power_of_2, EXACT_FIRST=IS_INTERPRETED, num_warps=QUANTIZATION_WARPS)
     return values, scales.t()
 
 
@@ -77,7 +77,7 @@ def quantize_e5m6(x_MK: torch.Tensor, *, power_of_2: bool) -> tuple[torch.Tensor
     if rows:
         grid = (triton.cdiv(rows, _ROWS), triton.cdiv(width, 128))
         _e5m6_kernel[grid](x_MK, packed, scales, rows, width, x_MK.stride(0), scales.stride(0), ROWS=_ROWS,
-                           POWER_OF_2=power_of_2)
+                           POWER_OF_2=power_of_2, num_warps=QUANTIZATION_WARPS)
     return packed, scales.t()
 
 
@@ -133,7 +133,7 @@ def swiglu_quantize(hidden_MF: torch.Tensor, gates_M: torch.Tensor | None, *, po
             hidden_MF, gates_M if gates_M is not None else scales, values, scales, kept, kept_scales, rows, width,
             hidden_MF.stride(0), values.stride(0), scales.stride(0), kept.stride(0), kept_scales.stride(0),
             HAS_GATES=gates_M is not None, KEEP=keep, ROWS=_ROWS, POWER_OF_2=power_of_2,
-            KEPT_POWER_OF_2=kept_power_of_2, EXACT_FIRST=IS_INTERPRETED)
+            KEPT_POWER_OF_2=kept_power_of_2, EXACT_FIRST=IS_INTERPRETED, num_warps=QUANTIZATION_WARPS)
     return (values, scales.t(), kept, kept_scales.t()) if keep else (values, scales.t())
 
 
@@ -171,7 +171,7 @@ def quantize_blocks(w_eOI: torch.Tensor, *, power_of_2: bool, turn: bool
     grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128), experts)
     scales = torch.empty((experts, *grid[:2]), dtype=torch.float32, device=w.device)
     _blocks_kernel[grid](w, values, turned, scales, rows, columns, w.stride(1), w.stride(0), TURN=turn,
-                         POWER_OF_2=power_of_2, EXACT_FIRST=IS_INTERPRETED)
+                         POWER_OF_2=power_of_2, EXACT_FIRST=IS_INTERPRETED, num_warps=QUANTIZATION_WARPS)
     if w_eOI.dim() == 2:
         return values[0], scales[0], turned[0] if turn else None
     return values, scales, turned if turn else None
@@ -220,7 +220,7 @@ def quantize_columns(x_MK: torch.Tensor, x_scales: torch.Tensor | None, *, power
         _columns_kernel[grid](
             x_MK, given, values, scales, rows, width, width if shape else x_MK.stride(0), given.stride(0),
             given.stride(1), values.stride(0), scales.stride(0), FORMAT=stored, COLUMNS=columns,
-            POWER_OF_2=power_of_2, EXACT_FIRST=IS_INTERPRETED)
+            POWER_OF_2=power_of_2, EXACT_FIRST=IS_INTERPRETED, num_warps=QUANTIZATION_WARPS)
     return values, scales.t()
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from dsv3_megatron.kernels.fp8_rounding import quantize_rows
-from dsv3_megatron.kernels.launch import IS_INTERPRETED
+from dsv3_megatron.kernels.launch import IS_INTERPRETED, QUANTIZATION_WARPS
 
 _ROWS = 32
 
@@ -58,7 +58,8 @@ def pack_records(x_TH: torch.Tensor, rows_TC: torch.Tensor | None = None) -> tor
         grid = (triton.cdiv(tokens, _ROWS), triton.cdiv(width, 128))
         _pack_kernel[grid](x_TH, rows_TC if rows_TC is not None else records, values, scales, tokens, width,
                            x_TH.stride(0), values.stride(0), scales.stride(0), CHOICES=choices,
-                           PERMUTED=rows_TC is not None, ROWS=_ROWS, EXACT_FIRST=IS_INTERPRETED)
+                           PERMUTED=rows_TC is not None, ROWS=_ROWS, EXACT_FIRST=IS_INTERPRETED,
+                           num_warps=QUANTIZATION_WARPS)
     return records
 
 
@@ -86,7 +87,7 @@ def unpack_records(records: torch.Tensor, width: int, dtype: torch.dtype) -> tor
         values, scales = _parts(records.contiguous(), width)
         grid = (triton.cdiv(rows, _ROWS), triton.cdiv(width, 128))
         _unpack_kernel[grid](values, scales, x, rows, width, values.stride(0), scales.stride(0), x.stride(0),
-                             ROWS=_ROWS)
+                             ROWS=_ROWS, num_warps=QUANTIZATION_WARPS)
     return x
 
 
