@@ -1,15 +1,17 @@
-"""What a few ranks do for the tests of FP8 over layouts: train a few steps, and count the bytes they exchange."""
+"""What a few ranks do for the tests of FP8 over layouts: train a few steps, count the bytes they exchange, resume."""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
 from dsv3_megatron.model.fp8 import fp8_modules
-from tests.distributed.small_run import small_run, start
+from tests.distributed.small_run import differences, small_run, start
+from tests.distributed.test_checkpoint import continue_run
 
 
 def train(changes: dict[str, Any], steps: int) -> tuple[list[float], dict[str, int], list[str]]:
@@ -38,3 +40,15 @@ def several(cases: dict[str, dict[str, Any]], steps: int) -> dict[str, tuple[lis
         results[name] = train(changes, steps)
         parallel_state.destroy_model_parallel()
     return results
+
+
+def resumed(changes: dict[str, Any], directory: Path) -> tuple[list[str], list[float], list[float]]:
+    """Train two steps, save, train another; and again from what was saved. What differs then, and both last losses."""
+    straight = continue_run(changes, None, directory, 1)
+    parallel_state.destroy_model_parallel()
+    again = continue_run(changes, directory, None, 1)
+    parallel_state.destroy_model_parallel()
+    # NaN stands for what another rank has.
+    known = [{name: tensor.nan_to_num(nan=-7.0) for name, tensor in result["after"].items()}
+             for result in (straight, again)]
+    return differences(*known), straight["losses"], again["losses"]
