@@ -15,6 +15,7 @@ from dsv3_megatron.ops.fp8_groups import SQUARE, TILE
 from dsv3_megatron.ops.fp8_quantize import Quantized, quantize, quantize_columns
 from dsv3_megatron.ops.fp8_records import pack_rows, unpack_rows
 from dsv3_megatron.ops.swiglu import swiglu_forward
+from dsv3_megatron.parallel.narrow_rows import Narrow, exchange_rows, permuted_records
 from tests.slow_fp8 import E5M6_VALUES
 
 SHAPES = [(1, 16), (33, 208), (130, 144)]
@@ -124,6 +125,21 @@ def test_records(backend, width):
                 assert again.dtype == dtype and torch.equal(again.nan_to_num(7), wide.nan_to_num(7))
     assert backend.pack_rows(x[:0], token_of_row[:0]).shape == (0, expected.shape[1])
     assert backend.unpack_rows(expected[:0], width, torch.float32).shape == (0, width)
+
+
+def test_a_dispatch_on_this_backend(backend):
+    """Records in the order of experts, and gradients back, through the functions that the dispatcher calls."""
+    token_of_row = torch.tensor([3, 0, 1, 4, 2, 4, 1, 0, 2, 3])
+    results = []
+    for each in (backend, REFERENCE):
+        x = random(5, 144).requires_grad_()
+        rows, records = permuted_records(x, token_of_row, each)
+        sent = exchange_rows(rows, None, Narrow("forward", each, records))
+        back = exchange_rows(sent * 2, None, Narrow("backward", each))
+        back.backward(random(10, 144, seed=1))
+        results.append((sent.detach(), back.detach(), x.grad))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("power_of_2", [False, True])
