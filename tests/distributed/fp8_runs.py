@@ -33,12 +33,15 @@ def train(changes: dict[str, Any], steps: int) -> tuple[list[float], dict[str, i
         torch.distributed.all_to_all_single = original
 
 
-def several(cases: dict[str, dict[str, Any]], steps: int) -> dict[str, tuple[list[float], dict[str, int], list[str]]]:
-    """`train` for each case, in one launch of the ranks."""
-    results = {}
+def several(cases: dict[str, dict[str, Any]], steps: int, resumed_changes: dict[str, Any] | None, directory: Path
+            ) -> dict[str, Any]:
+    """`train` for each case, and `resumed` as "resumed" if there are changes for it, in one launch of the ranks."""
+    results: dict[str, Any] = {}
     for name, changes in cases.items():
         results[name] = train(changes, steps)
         parallel_state.destroy_model_parallel()
+    if resumed_changes is not None:
+        results["resumed"] = resumed(resumed_changes, directory)
     return results
 
 
