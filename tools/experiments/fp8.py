@@ -67,12 +67,17 @@ def relative_errors(curve: Curve, base: Curve, share: float = 0.5) -> tuple[floa
 
 def draw(curves: Sequence[Curve], path: Path, preset: str) -> None:
     """Losses, and their relative differences from the run without FP8, of each variant over its seeds."""
-    names = [name for name in VARIANTS if any(curve.variant == name for curve in curves)]
-    differences = {name: [(step, 100 * mean, 100 * least, 100 * most) for step, mean, least, most in loss_differences(
-        curves, name, BASE, window=_WINDOW, is_relative=True)] for name in names if name != BASE}
-    plot_bands([Panel("training loss, nats per token", {name: mean_by_step(curves, name, "lm_loss") for name in names}),
-                Panel(f"% of the loss without FP8, mean of {_WINDOW} steps", differences)], _COLOURS, path,
-               preset=preset, seeds=sorted({curve.seed for curve in curves}), subject="FP8 against BF16")
+    seeds = {name: sorted({curve.seed for curve in curves if curve.variant == name}) for name in VARIANTS}
+    most = max(seeds.values(), key=len)
+    labels = {name: name if found == most else f"{name} (seed {', '.join(map(str, found))})"
+              for name, found in seeds.items() if found}
+    losses = {label: mean_by_step(curves, name, "lm_loss") for name, label in labels.items()}
+    differences = {label: [(step, 100 * mean, 100 * least, 100 * most) for step, mean, least, most in loss_differences(
+        curves, name, BASE, window=_WINDOW, is_relative=True)] for name, label in labels.items() if name != BASE}
+    plot_bands([Panel("training loss, nats per token", losses),
+                Panel(f"% of the loss without FP8, mean of {_WINDOW} steps", differences)],
+               {label: _COLOURS[name] for name, label in labels.items()}, path, preset=preset, seeds=most,
+               subject="FP8 against BF16")
 
 
 def summary(curves: Sequence[Curve]) -> str:

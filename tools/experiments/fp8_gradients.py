@@ -230,7 +230,7 @@ def draw(rows: Sequence[Row], path: Path, preset: str) -> None:
         axes.grid(color="#e5e7eb", axis="x")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    all_axes[0].legend(fontsize=8, frameon=False)
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="upper right", ncols=2, fontsize=8, frameon=False)
     figure.suptitle(f"Output gradients in tiles and in blocks, {preset}", x=0.01, ha="left", fontsize=11,
                     fontweight="bold")
     figure.savefig(path)
