@@ -45,9 +45,13 @@ def throughput_table(name: str) -> str:
 def generate_table(name: str) -> str:
     """Tokens per second and CPU time of every contender, and how many times slower than ours by either.
 
-    Results from before the CPU time was measured are of an older way of decoding and are left out.
+    Only contenders that took turns with ours are beside it; results from before the CPU time was measured are of an
+    older way of decoding and are left out.
     """
-    measured = {key: metrics for key, metrics in newest(name).items() if "cpu_time_per_position" in metrics}
+    found = newest(name)
+    measured = {(config, contender): metrics for (config, contender), metrics in found.items()
+                if "cpu_time_per_position" in metrics
+                and metrics["throughput"]["date"] == found[config, OURS]["throughput"]["date"]}
     lines = ["| Configuration | Contender | tokens/s | ours is | CPU time of a position | ours is | steps | device |",
              "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"]
     for (config, contender), metrics in measured.items():
