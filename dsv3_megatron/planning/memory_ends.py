@@ -98,7 +98,6 @@ class TokenLosses:
         in_place = 0 if s.is_wide_product else weight_grad_work(s, s.vocabulary * s.hidden)
         ledger.pulse(wide + self._wide_copies() + chunk + (0 if s.is_piped else in_place))
         if not s.is_piped:
-            ledger.pulse(table_bytes(s))  # a dummy for autograd
             self._done()
         elif waits:
             ledger.waiting.append(lambda: self._weight_grad(chunk + in_place))
@@ -131,7 +130,7 @@ class TokenLosses:
         if waits:
             ledger.waiting.append(lambda: self._weight_grad(work))
         else:
-            ledger.pulse(work + (0 if s.is_piped else table_bytes(s)))
+            ledger.pulse(work)
             self._done()
         return ops.scatter(grad, s.hidden)
 

@@ -300,7 +300,6 @@ class Experts:
         # Gradients and outputs of one expert's activation, and those of the expert before.
         ledger.pulse(per_expert * width * WIDE * (10 if s.local_experts > 1 else 7)
                      + (0 if s.narrow == WIDE else per_expert * width * (2 * WIDE + 4 * s.narrow)))
-        weights = s.local_experts * 3 * width * s.hidden
         if waits:
             grad.references += 1
             ledger.waiting.append(lambda: self._weight_grads(grad, waiting))
@@ -308,7 +307,6 @@ class Experts:
             grad.references += 1
             self._weight_grads(grad, waiting)
         else:
-            ledger.pulse(weights * s.narrow)  # dummies for autograd
             ledger.pulse(weight_grad_work(s, 2 * width * s.hidden))
             ledger.drop(self.rows)
         if wide != s.narrow:

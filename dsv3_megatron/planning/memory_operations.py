@@ -121,8 +121,6 @@ class LinearPass:
             ledger.waiting.append(lambda: self._weight_grad(grad))
             return result
         ledger.pulse(wide_grad + self._work())
-        if not s.is_piped:  # autograd gets a dummy of the weight's size
-            ledger.pulse(inputs * outputs * s.narrow)
         ledger.drop(self.x)
         return result
 
@@ -181,7 +179,7 @@ class AttentionPass:
         wide = self._wide_operands()
         output = ledger.make("context", self.numels["value"] * WIDE)
         kept, keeps_all = probability_bytes(s)
-        ledger.pulse(_MASK_BYTES + kept + (0 if keeps_all else tile_bytes(s)))
+        ledger.pulse(_MASK_BYTES + kept + (0 if keeps_all else sum(tile_bytes(s))))
         self.probabilities = ledger.make("attention probabilities" if keeps_all else "attention log-sum-exp", kept)
         if self.is_recomputed:
             ledger.keep(*self.inputs)
@@ -202,18 +200,18 @@ class AttentionPass:
         if self.is_recomputed:
             ledger.need(self.inputs[0])
             self.wide = self._wide_operands()
+            ledger.drop(*self.inputs)
         wide_grad = ledger.make("wide gradient of context", self.numels["value"] * WIDE)
         results = {name: ledger.make(f"gradient of {name}", numel * WIDE) for name, numel in self.numels.items()}
-        # Of the last tile: the gradients of probabilities and scores, and the one before; or scores made again.
-        ledger.pulse(_MASK_BYTES + (3 if probability_bytes(s)[1] else 4) * tile_bytes(s))
+        # Of the last tile: gradients of probabilities and scores, and of the scores before; or scores made again.
+        tile, before = tile_bytes(s)
+        ledger.pulse(_MASK_BYTES + (2 if probability_bytes(s)[1] else 3) * tile + before)
         ledger.drop(wide_grad)
         if s.narrow < WIDE:
             narrow = {name: ledger.make(f"gradient of {name}", numel * s.narrow) for name, numel in self.numels.items()}
             ledger.drop(*results.values())
             results = narrow
         ledger.drop(*self.wide, self.probabilities, grad)
-        if self.is_recomputed:
-            ledger.drop(*self.inputs)
         return results
 
 
@@ -227,11 +225,13 @@ def probability_bytes(s: PassSettings) -> tuple[int, bool]:
     return rows * numbers * WIDE, True
 
 
-def tile_bytes(s: PassSettings) -> int:
-    """Of the largest tile of scores."""
+def tile_bytes(s: PassSettings) -> tuple[int, int]:
+    """Of the largest tile of scores, and of the one before."""
     rows = s.sequences * s.heads
     fit = max(1, min(rows, (1 << 20) // (4 * _QUERY_BLOCK * s.length)))
-    return fit * min(_QUERY_BLOCK, s.length) * s.length * WIDE
+    queries = s.length % _QUERY_BLOCK or min(_QUERY_BLOCK, s.length)
+    before = min(_QUERY_BLOCK, s.length - queries) * (s.length - queries)
+    return fit * queries * s.length * WIDE, fit * before * WIDE
 
 
 Backward = Callable[[Tensor], Tensor]
