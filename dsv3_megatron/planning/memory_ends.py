@@ -141,10 +141,10 @@ class MTPInput:
     Source: DeepSeek-V3 report, eq. 21.
     """
 
-    def __init__(self, ops: Operations, hidden: Tensor) -> None:
+    def __init__(self, ops: Operations, hidden: Tensor, embedding: Embedding | None = None) -> None:
         ledger, s = ops.ledger, ops.s
         self.ops = ops
-        self.embedding = Embedding(ops)
+        self.embedding = embedding or Embedding(ops)
         embedded = self.embedding.output
         self.embedded_norm = ops.norm(embedded, "MTP input", s.local_tokens, s.hidden)
         self.hidden_norm = ops.norm(hidden, "MTP input", s.local_tokens, s.hidden)
@@ -159,7 +159,8 @@ class MTPInput:
             ledger.drop(self.output)
             self.output = ledger.make("MTP hidden states", s.hidden_bytes)
             ledger.drop(whole)
-        ledger.drop(embedded)
+        if embedding is None:
+            ledger.drop(embedded)
 
     def backward(self, grad: Tensor, *, waits: bool) -> Tensor:
         """To the gradient of the hidden states; `grad` is used up."""

@@ -102,6 +102,31 @@ class RecomputedLayer:
         return grad
 
 
+class RecomputedMTP:
+    """An MTP module that Megatron-Core runs again whole: the embeddings and what it reads are kept, nothing else."""
+
+    def __init__(self, ops: Operations, hidden: Tensor, *, is_moe: bool) -> None:
+        self.ops, self.hidden, self.is_moe = ops, hidden, is_moe
+        self.embedding = Embedding(ops)
+        ops.ledger.keep(hidden)
+        kind: type[DenseLayer] | type[MoELayer] = MoELayer if is_moe else DenseLayer
+        ops.ledger.pulse(_peak_without_keeping(ops.s, kind))
+        self.output = ops.ledger.make("head input", ops.s.hidden_bytes)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """Forward again, then backward, to the gradient of what it reads; `grad` is used up."""
+        ops, ledger, s = self.ops, self.ops.ledger, self.ops.s
+        start = MTPInput(ops, self.hidden, self.embedding)
+        layer = (MoELayer if self.is_moe else DenseLayer)(ops, start.output)
+        norm = ops.norm(layer.output, "head input", s.local_tokens, s.hidden)
+        ledger.drop(start.output, layer.output)
+        normed = norm.backward(grad)
+        ledger.drop(grad)
+        result = start.backward(layer.backward(normed, waits=False), waits=False)
+        ledger.drop(norm.output, self.hidden, self.embedding.output)
+        return result
+
+
 @functools.lru_cache(maxsize=1024)
 def _peak_without_keeping(s: PassSettings, kind: type[DenseLayer] | type[MoELayer]) -> int:
     """Of a layer's forward pass of which nothing is kept, beyond its input: of attention, or of what follows it."""
@@ -126,7 +151,8 @@ class _Stage:
         self.ledger = Ledger()
         self.ops = Operations(self.ledger, s)
         self.mtp: list[tuple[MTPInput, _Layer, NormPass, TokenLosses]] = []
-        self.boundary = s.hidden_bytes
+        self.recomputed_mtp: list[RecomputedMTP] = []
+        self.mtp_losses: list[TokenLosses] = []
 
     def _layer(self, x: Tensor, *, is_moe: bool) -> _Layer:
         kind: type[DenseLayer] | type[MoELayer] = MoELayer if is_moe else DenseLayer
@@ -165,6 +191,8 @@ class _Stage:
 
     def _losses(self, x: Tensor) -> None:
         ledger, s = self.ledger, self.s
+        if s.recomputes_layers and not s.is_piped and self.content.num_mtp:
+            return self._losses_of_recomputed(x)
         hidden = x
         outputs = []
         for _ in range(self.content.num_mtp):
@@ -193,6 +221,17 @@ class _Stage:
         self.main = TokenLosses(self.ops, x)
         ledger.drop(x)
 
+    def _losses_of_recomputed(self, x: Tensor) -> None:
+        hidden, ledger = x, self.ledger
+        for _ in range(self.content.num_mtp):
+            self.recomputed_mtp.append(RecomputedMTP(self.ops, hidden, is_moe=self.content.is_mtp_moe))
+            hidden = self.recomputed_mtp[-1].output
+        together = ledger.make("hidden states of all depths", (1 + self.content.num_mtp) * self.s.hidden_bytes)
+        ledger.drop(*(module.output for module in self.recomputed_mtp), x)
+        self.mtp_losses = [TokenLosses(self.ops, together) for _ in self.recomputed_mtp]
+        self.main = TokenLosses(self.ops, together)
+        ledger.drop(together)
+
     def backward(self, *, waits: bool) -> tuple[Turn, ...]:
         ledger, s, content = self.ledger, self.s, self.content
         ledger.take_turns()
@@ -213,8 +252,8 @@ class _Stage:
         if self.embedding is not None:
             self.embedding.backward(grad, waits=waits)
             if not s.is_piped:
-                for start, *_ in self.mtp:
-                    start.embedding.added()
+                for user in (*self.recomputed_mtp, *(start for start, *_ in self.mtp)):
+                    user.embedding.added()
                 self.embedding.added()
             grad = None
         if not waits:
@@ -243,15 +282,17 @@ class _Stage:
     def _backward_losses_together(self) -> tuple[Tensor, int]:
         ledger, s = self.ledger, self.s
         own = [self.main.backward(waits=False)]
-        own += [losses.backward(waits=False) for *_, losses in reversed(self.mtp)]
-        if not self.mtp:
+        own += [losses.backward(waits=False) for losses in (*self.mtp_losses, *(mtp[-1] for mtp in reversed(self.mtp)))]
+        if len(own) == 1:
             return own[0], 0
-        ledger.pulse((1 + len(self.mtp)) * s.hidden_bytes + len(self.mtp) * s.hidden_bytes)
+        ledger.pulse((2 * len(own) - 1) * s.hidden_bytes)
         grads = [ledger.make("gradient of hidden states", s.hidden_bytes) for _ in own]
         ledger.drop(*own)
         main, *rest = grads
         later: Tensor | None = None
-        for (start, layer, norm, _), grad in zip(reversed(self.mtp), rest, strict=True):
+        for module, grad in zip(reversed(self.recomputed_mtp), rest, strict=False):
+            later = module.backward(sum_into(self.ops, later, grad))
+        for (start, layer, norm, _), grad in zip(reversed(self.mtp), rest, strict=False):
             total = sum_into(self.ops, later, grad)
             normed = norm.backward(total)
             ledger.drop(total)
