@@ -269,7 +269,7 @@ class FusedAttentionPass:
         self.sizes = {"query": query.size, "key": key.size, "value": rows * width * s.narrow}
         ledger.keep(query, key)
         self.value = ledger.make("values", self.sizes["value"])
-        if s.is_engine and s.is_recomputed("mla_up_proj"):
+        if s.is_recomputed("mla_up_proj"):
             ledger.make_again(self.value, work=0)
             ledger.keep(self.value)
             ledger.drop(self.value)

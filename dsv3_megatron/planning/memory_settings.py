@@ -5,10 +5,12 @@ One frozen value for all layers of a run: passes are worked out once for each an
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from dsv3_megatron.config.memory import recomputed_modules
-from dsv3_megatron.config.precision import LinearPrecision, precision_map
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.precision import Fp8Config, LinearPrecision, precision_map
 from dsv3_megatron.config.run import RunConfig
 
 WIDE = 4  # bytes of fp32
@@ -174,10 +176,14 @@ def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_produc
 
 def _lines(run: RunConfig) -> tuple[tuple[str, LinearPrecision], ...]:
     """One for each kind of module, of the last layer that has it: layers do not differ but by overrides that name one."""
-    if not run.fp8.is_enabled:
-        return ()
-    lines = {}
-    for name, precision in precision_map(run.fp8, run.model).items():
-        if not name.startswith("mtp."):
-            lines[name.split(".", 3)[3]] = precision
+    fp8 = run.fp8
+    return _lines_of(run.model, tuple(fp8.fp8_override), fp8.fp8_power_of_2_scales) if fp8.is_enabled else ()
+
+
+@functools.lru_cache(maxsize=256)
+def _lines_of(model: ModelConfig, overrides: tuple[str, ...], has_power_of_2_scales: bool
+              ) -> tuple[tuple[str, LinearPrecision], ...]:
+    fp8 = Fp8Config(fp8="blockwise", fp8_override=list(overrides), fp8_power_of_2_scales=has_power_of_2_scales)
+    lines = {name.split(".", 3)[3]: precision for name, precision in precision_map(fp8, model).items()
+             if not name.startswith("mtp.")}
     return tuple((name, precision) for name, precision in lines.items() if precision.is_fp8)
