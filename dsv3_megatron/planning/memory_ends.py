@@ -27,9 +27,8 @@ class Embedding:
 
     def backward(self, grad: Tensor, *, waits: bool) -> None:
         """A dense gradient of the table; `grad` is used up. Without a tape it stays until it is `added`."""
-        ledger, s = self.ops.ledger, self.ops.s
         if waits:
-            ledger.waiting.append(lambda: self._table(grad))
+            self.ops.ledger.waiting.append(lambda: self._table(grad))
         else:
             self._table(grad)
 
@@ -136,7 +135,7 @@ class TokenLosses:
 
 
 class MTPInput:
-    """Norms of the hidden states and of the next tokens' embeddings, and the projection of both; `output` is the caller's.
+    """Hidden states and the next tokens' embeddings, normed, and the projection of both; `output` is the caller's.
 
     Source: DeepSeek-V3 report, eq. 21.
     """

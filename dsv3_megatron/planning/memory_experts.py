@@ -32,7 +32,7 @@ class Experts:
             rows = self._in_place_of(rows, "expert input, all ranks", num)
         if self.has_sorting:
             rows = self._in_place_of(rows, "expert input", num)
-        kind = LoopedExperts
+        kind: type[LoopedExperts] | type[Fp8Experts] | type[GroupedExperts] = LoopedExperts
         if s.line(FC1) is not None or s.line(FC2) is not None:
             kind = Fp8Experts
         elif s.device == "cuda":
@@ -244,8 +244,8 @@ class Fp8Experts:
         rows = -(-self.num // s.local_experts)
 
         def compute() -> None:
-            ledger.pulse(quantized_bytes(rows, inputs + outputs, "e4m3")
-                         + max(quantization_work(s, rows * max(inputs, outputs)), product_work(s, outputs, rows, inputs)))
+            work = max(quantization_work(s, rows * max(inputs, outputs)), product_work(s, outputs, rows, inputs))
+            ledger.pulse(quantized_bytes(rows, inputs + outputs, "e4m3") + work)
             ledger.drop(*held)
 
         if waits:

@@ -166,7 +166,7 @@ def quantized_bytes(rows: int, width: int, format: str) -> int:
 
 
 def quantization_work(s: PassSettings, numel: int) -> int:
-    """What lives while values are quantized: by the reference, wide copies, magnitudes, scaled values; kernels: nothing."""
+    """What lives while values are quantized: with the reference wide copies, magnitudes and scaled values."""
     return 3 * numel * WIDE if s.device == "cpu" else 0
 
 

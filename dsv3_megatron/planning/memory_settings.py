@@ -175,7 +175,7 @@ def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_produc
 
 
 def _lines(run: RunConfig) -> tuple[tuple[str, LinearPrecision], ...]:
-    """One for each kind of module, of the last layer that has it: layers do not differ but by overrides that name one."""
+    """One for each kind of module, of the last layer that has it: only an override that names a layer makes others."""
     fp8 = run.fp8
     return _lines_of(run.model, tuple(fp8.fp8_override), fp8.fp8_power_of_2_scales) if fp8.is_enabled else ()
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.parallel.layout import StageLayout
 from dsv3_megatron.planning.memory_ends import Embedding, MTPInput, TokenLosses, sum_into
-from dsv3_megatron.planning.memory_layers import DenseLayer
+from dsv3_megatron.planning.memory_layers import Attention, DenseLayer
 from dsv3_megatron.planning.memory_ledger import Ledger, Tensor, Turn, run_turns
 from dsv3_megatron.planning.memory_moe import MoELayer
 from dsv3_megatron.planning.memory_operations import NormPass, Operations
@@ -83,20 +83,24 @@ class StageCost:
         return sum(self.deferred.values())
 
 
+def _layer(ops: Operations, x: Tensor, is_moe: bool) -> DenseLayer | MoELayer:
+    return MoELayer(ops, x) if is_moe else DenseLayer(ops, x)
+
+
 class RecomputedLayer:
     """A layer of which its input alone is kept; `output` is the caller's."""
 
-    def __init__(self, ops: Operations, x: Tensor, kind: type[DenseLayer] | type[MoELayer]) -> None:
-        self.ops, self.x, self.kind = ops, x, kind
+    def __init__(self, ops: Operations, x: Tensor, *, is_moe: bool) -> None:
+        self.ops, self.x, self.is_moe = ops, x, is_moe
         ops.ledger.keep(x)
-        ops.ledger.pulse(_peak_without_keeping(ops.s, kind))
+        ops.ledger.pulse(_peak_without_keeping(ops.s, is_moe))
         self.output = ops.ledger.make("hidden states", ops.s.hidden_bytes)
 
     num_exchanges = 0
 
     def backward(self, grad: Tensor, *, waits: bool, exchanges_left: int = 0) -> Tensor:
         """Forward again, then backward."""
-        layer = self.kind(self.ops, self.x)
+        layer = _layer(self.ops, self.x, self.is_moe)
         grad = layer.backward(grad, waits=waits)
         self.ops.ledger.drop(layer.output, self.x)
         return grad
@@ -109,15 +113,14 @@ class RecomputedMTP:
         self.ops, self.hidden, self.is_moe = ops, hidden, is_moe
         self.embedding = Embedding(ops)
         ops.ledger.keep(hidden)
-        kind: type[DenseLayer] | type[MoELayer] = MoELayer if is_moe else DenseLayer
-        ops.ledger.pulse(_peak_without_keeping(ops.s, kind))
+        ops.ledger.pulse(_peak_without_keeping(ops.s, is_moe))
         self.output = ops.ledger.make("head input", ops.s.hidden_bytes)
 
     def backward(self, grad: Tensor) -> Tensor:
         """Forward again, then backward, to the gradient of what it reads; `grad` is used up."""
         ops, ledger, s = self.ops, self.ops.ledger, self.ops.s
         start = MTPInput(ops, self.hidden, self.embedding)
-        layer = (MoELayer if self.is_moe else DenseLayer)(ops, start.output)
+        layer = _layer(ops, start.output, self.is_moe)
         norm = ops.norm(layer.output, "head input", s.local_tokens, s.hidden)
         ledger.drop(start.output, layer.output)
         normed = norm.backward(grad)
@@ -128,10 +131,8 @@ class RecomputedMTP:
 
 
 @functools.lru_cache(maxsize=1024)
-def _peak_without_keeping(s: PassSettings, kind: type[DenseLayer] | type[MoELayer]) -> int:
+def _peak_without_keeping(s: PassSettings, is_moe: bool) -> int:
     """Of a layer's forward pass of which nothing is kept, beyond its input: of attention, or of what follows it."""
-    from dsv3_megatron.planning.memory_layers import Attention
-
     ledger = Ledger()
     ops = Operations(ledger, s)
     x = ledger.make("input", s.hidden_bytes)
@@ -139,7 +140,7 @@ def _peak_without_keeping(s: PassSettings, kind: type[DenseLayer] | type[MoELaye
     attention = ledger.peak - x.size
     whole = Ledger()
     ops = Operations(whole, s)
-    kind(ops, whole.make("input", s.hidden_bytes))
+    _layer(ops, whole.make("input", s.hidden_bytes), is_moe)
     return max(attention, whole.peak - ledger.level + s.hidden_bytes)
 
 
@@ -155,10 +156,9 @@ class _Stage:
         self.mtp_losses: list[TokenLosses] = []
 
     def _layer(self, x: Tensor, *, is_moe: bool) -> _Layer:
-        kind: type[DenseLayer] | type[MoELayer] = MoELayer if is_moe else DenseLayer
         if self.s.recomputes_layers:
-            return RecomputedLayer(self.ops, x, kind)
-        return kind(self.ops, x)
+            return RecomputedLayer(self.ops, x, is_moe=is_moe)
+        return _layer(self.ops, x, is_moe)
 
     def forward(self) -> tuple[Turn, ...]:
         ledger, s, content = self.ledger, self.s, self.content
@@ -249,18 +249,20 @@ class _Stage:
         for layer in reversed(self.layers):
             exchanges -= layer.num_exchanges
             grad = layer.backward(grad, waits=waits, exchanges_left=exchanges)
+        result: Tensor | None = grad
         if self.embedding is not None:
             self.embedding.backward(grad, waits=waits)
             if not s.is_piped:
-                for user in (*self.recomputed_mtp, *(start for start, *_ in self.mtp)):
-                    user.embedding.added()
+                for embedding in (*(module.embedding for module in self.recomputed_mtp),
+                                  *(start.embedding for start, *_ in self.mtp)):
+                    embedding.added()
                 self.embedding.added()
-            grad = None
+            result = None
         if not waits:
             ledger.compute_waiting()
         turns = ledger.take_turns()
-        if grad is not None:
-            ledger.drop(grad)
+        if result is not None:
+            ledger.drop(result)
         return turns
 
     def _backward_losses(self, waits: bool, exchanges: int) -> tuple[Tensor, int]:

@@ -1,8 +1,8 @@
 """Bytes that one process of a real run holds: exact counts of its tensors, between steps and at a step's peak.
 
-On a CPU from the allocator's events, which torch's profiler records: all tensors from before the trainer is built to the
-end of its second step. On a GPU from the caching allocator's own counts, which round each tensor up to 512 bytes; that
-path has not been run.
+On a CPU from the allocator's events, which torch's profiler records: all tensors from before the trainer is built to
+the end of its second step. On a GPU from the caching allocator's own counts, which round each tensor up to 512 bytes;
+that path has not been run.
 
 The profiler sees the threads of the block that it watches. What gloo's threads let go of last would stay on the books
 for ever, so each transfer is let go of here after they have done so (`_settled_transfers`), and tensors that a
@@ -30,8 +30,8 @@ _NUM_ENTRIES = 30
 _TRANSFERS = (
     "allreduce", "allreduce_coalesced", "allgather", "_allgather_base", "all_gather_single", "allgather_coalesced",
     "allgather_into_tensor_coalesced", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single",
-    "reduce_scatter_tensor_coalesced", "alltoall", "alltoall_base", "all_to_all_single", "broadcast", "reduce", "gather",
-    "scatter", "send", "recv")
+    "reduce_scatter_tensor_coalesced", "alltoall", "alltoall_base", "all_to_all_single", "broadcast", "reduce",
+    "gather", "scatter", "send", "recv")
 
 
 @dataclass(frozen=True)
@@ -130,16 +130,18 @@ def _is_busy(stat: Path) -> bool:
 def _settled_transfers() -> Iterator[None]:
     import torch
 
-    def started(start: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        work = start(*args, **kwargs)
-        return None if work is None else _SettledTransfer(work)
+    def settled(start: Callable[..., Any]) -> Callable[..., Any]:
+        """A function, so that it is bound to the group that it is called on."""
+        def started(*args: Any, **kwargs: Any) -> Any:
+            work = start(*args, **kwargs)
+            return None if work is None else _SettledTransfer(work)
+
+        return started
 
     group = torch.distributed.ProcessGroup
     with ExitStack() as stack:
         for name in () if torch.cuda.is_available() else _TRANSFERS:
-            # A function, so that it is bound to the group that it is called on.
-            stack.enter_context(mock.patch.object(
-                group, name, lambda *args, _start=getattr(group, name), **kwargs: started(_start, *args, **kwargs)))
+            stack.enter_context(mock.patch.object(group, name, settled(getattr(group, name))))
         yield
 
 
