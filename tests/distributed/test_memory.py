@@ -1,6 +1,6 @@
 """The memory estimate holds on every rank of real runs: each component and the peak within 3% of exact counts.
 
-`tools/bench/bench_memory.py` has more runs and larger ones. Errors seen: below 0.2% between steps, below 1% at the peak.
+`tools/bench/bench_memory.py` has more and larger runs. Errors seen: below 0.2% between steps, below 1% at the peak.
 """
 
 from __future__ import annotations
