@@ -191,5 +191,3 @@ def kept_by_name(rank: RankMemory) -> dict[str, int]:
             total[name] = total.get(name, 0) + count * size
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
-
-__all__ = ["DEVICES", "PassSettings", "RankMemory", "estimate_memory", "kept_by_name"]
