@@ -141,7 +141,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_weight = ctx.needs_input_grad[1]
         if needs_weight and defer is None:
             grad_hidden, grad_weight = _hidden_and_weight_grad(logits, ctx.weight, accumulate, needs_hidden=True)
-            return grad_hidden, mark_added_to_main_grad(ctx.weight) if grad_weight is None else grad_weight, None, None
+            if grad_weight is None:
+                mark_added_to_main_grad(ctx.weight)
+            return grad_hidden, grad_weight, None, None
         grad_hidden, _ = _hidden_and_weight_grad(logits, None, accumulate, needs_hidden=True)
         if needs_weight:
             defer(DeferredWeightGrad(_add_deferred, logits, ctx.weight, accumulate))
@@ -174,7 +176,9 @@ class _LogitGradients:
         for start in range(0, num_tokens, self.chunk_tokens):
             part = slice(start, min(start + self.chunk_tokens, num_tokens))
             grad_logits = buffer[: part.stop - start]
-            if self.kept is not None:
+            if self.kept is not None and self.kept.dtype != grad_logits.dtype:
+                grad_logits.copy_(self.kept[part]).mul_(grad_losses[part])  # `mul` would make a wide copy
+            elif self.kept is not None:
                 torch.mul(self.kept[part], grad_losses[part], out=grad_logits)
             else:
                 _logits(rows[part], wide_weight, grad_logits).sub_(self.logsumexps[part, None]).exp_()

@@ -1,0 +1,336 @@
+"""A pipeline stage's passes: what each makes, keeps and leaves for later, worked out on a ledger and remembered.
+
+A stage's forward pass begins with its input and ends with its output; its backward pass begins with the output's
+gradient and ends with the input's. All four are counted by whoever hands them on; a pass's turns are changes to that.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.parallel.layout import StageLayout
+from dsv3_megatron.planning.memory_ends import Embedding, MTPInput, TokenLosses, sum_into
+from dsv3_megatron.planning.memory_layers import Attention, DenseLayer
+from dsv3_megatron.planning.memory_ledger import Ledger, Tensor, Turn, run_turns
+from dsv3_megatron.planning.memory_moe import MoELayer
+from dsv3_megatron.planning.memory_operations import NormPass, Operations
+from dsv3_megatron.planning.memory_settings import PassSettings
+from dsv3_megatron.planning.memory_state import has_final_norm
+
+
+@dataclass(frozen=True)
+class StageContent:
+    """What a stage is made of, in its order.
+
+    Attributes:
+        has_embedding: It begins with token ids.
+        num_dense: Layers with a dense FFN.
+        num_moe: Layers with experts.
+        has_final_norm: After its layers.
+        num_mtp: MTP modules.
+        is_mtp_moe: Their layers have experts.
+        has_loss: It ends with the losses.
+    """
+
+    has_embedding: bool
+    num_dense: int
+    num_moe: int
+    has_final_norm: bool
+    num_mtp: int
+    is_mtp_moe: bool
+    has_loss: bool
+
+    @classmethod
+    def of(cls, model: ModelConfig, stage: StageLayout) -> StageContent:
+        """Of a stage of a model."""
+        num_dense = sum(layer < model.num_dense_layers for layer in stage.layer_ids)
+        return cls(stage.has_embedding, num_dense, len(stage.layer_ids) - num_dense, has_final_norm(model, stage),
+                   len(stage.mtp_layer_ids), model.num_moe_layers > 0, stage.has_loss)
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Bytes of the passes of one micro-batch through a stage.
+
+    Attributes:
+        forward: Turns of the forward pass.
+        backward: Of the whole backward pass, up to where the gradient of its input is there.
+        completion: The rest of it: weight gradients behind the last transfer, while that gradient is sent.
+        backward_input: Of its part for inputs, where weight gradients wait.
+        weight: Of the part for weights.
+        kept: Between forward and backward, by name.
+        deferred: Between the two parts of the backward pass, by name.
+        boundary: Bytes of what goes between stages.
+    """
+
+    forward: tuple[Turn, ...]
+    backward: tuple[Turn, ...]
+    completion: Turn
+    backward_input: tuple[Turn, ...]
+    weight: Turn
+    kept: dict[str, int]
+    deferred: dict[str, int]
+    boundary: int
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of what is kept between forward and backward."""
+        return sum(self.kept.values())
+
+    @property
+    def deferred_bytes(self) -> int:
+        """Of what waits for the weight part."""
+        return sum(self.deferred.values())
+
+
+def _layer(ops: Operations, x: Tensor, is_moe: bool) -> DenseLayer | MoELayer:
+    return MoELayer(ops, x) if is_moe else DenseLayer(ops, x)
+
+
+class RecomputedLayer:
+    """A layer of which its input alone is kept; `output` is the caller's."""
+
+    def __init__(self, ops: Operations, x: Tensor, *, is_moe: bool) -> None:
+        self.ops, self.x, self.is_moe = ops, x, is_moe
+        ops.ledger.keep(x)
+        ops.ledger.pulse(_peak_without_keeping(ops.s, is_moe))
+        self.output = ops.ledger.make("hidden states", ops.s.hidden_bytes)
+
+    is_in_pieces = False
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """Forward again, then backward."""
+        layer = _layer(self.ops, self.x, self.is_moe)
+        grad = layer.backward(grad)
+        self.ops.ledger.drop(layer.output, self.x)
+        return grad
+
+
+class RecomputedMTP:
+    """An MTP module that Megatron-Core runs again whole: the embeddings and what it reads are kept, nothing else."""
+
+    def __init__(self, ops: Operations, hidden: Tensor, *, is_moe: bool) -> None:
+        self.ops, self.hidden, self.is_moe = ops, hidden, is_moe
+        self.embedding = Embedding(ops)
+        ops.ledger.keep(hidden)
+        ops.ledger.pulse(_peak_without_keeping(ops.s, is_moe))
+        self.output = ops.ledger.make("head input", ops.s.hidden_bytes)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """Forward again, then backward, to the gradient of what it reads; `grad` is used up."""
+        ops, ledger, s = self.ops, self.ops.ledger, self.ops.s
+        start = MTPInput(ops, self.hidden, self.embedding)
+        layer = _layer(ops, start.output, self.is_moe)
+        norm = ops.norm(layer.output, "head input", s.local_tokens, s.hidden)
+        ledger.drop(start.output, layer.output)
+        normed = norm.backward(grad)
+        ledger.drop(grad)
+        result = start.backward(layer.backward(normed))
+        ledger.drop(norm.output, self.hidden, self.embedding.output)
+        return result
+
+
+@functools.lru_cache(maxsize=1024)
+def _peak_without_keeping(s: PassSettings, is_moe: bool) -> int:
+    """Of a layer's forward pass of which nothing is kept, beyond its input: of attention, or of what follows it."""
+    ledger = Ledger()
+    ops = Operations(ledger, s)
+    x = ledger.make("input", s.hidden_bytes)
+    Attention(ops, x)
+    attention = ledger.peak - x.size
+    whole = Ledger()
+    ops = Operations(whole, s)
+    _layer(ops, whole.make("input", s.hidden_bytes), is_moe)
+    return max(attention, whole.peak - ledger.level + s.hidden_bytes)
+
+
+class _Stage:
+    """One micro-batch's passes through a stage."""
+
+    def __init__(self, s: PassSettings, content: StageContent) -> None:
+        self.s, self.content = s, content
+        self.ledger = Ledger()
+        self.ops = Operations(self.ledger, s)
+        self.mtp: list[tuple[MTPInput, _Layer, NormPass, TokenLosses]] = []
+        self.recomputed_mtp: list[RecomputedMTP] = []
+        self.mtp_losses: list[TokenLosses] = []
+
+    def _layer(self, x: Tensor, *, is_moe: bool) -> _Layer:
+        if self.s.recomputes_layers:
+            return RecomputedLayer(self.ops, x, is_moe=is_moe)
+        return _layer(self.ops, x, is_moe)
+
+    def forward(self) -> tuple[Turn, ...]:
+        ledger, s, content = self.ledger, self.s, self.content
+        self.embedding = None
+        if content.has_embedding:
+            self.embedding = Embedding(self.ops)
+            x = self.embedding.output
+        else:
+            x = ledger.make("hidden states", s.hidden_bytes)
+            ledger.take_turns()
+        self.layers: list[_Layer] = []
+        for index in range(content.num_dense + content.num_moe):
+            layer = self._layer(x, is_moe=index >= content.num_dense)
+            ledger.drop(x)
+            x = layer.output
+            self.layers.append(layer)
+        self.final_norm = None
+        if content.has_final_norm:
+            self.final_norm = self.ops.norm(x, "head input", s.local_tokens, s.hidden)
+            ledger.drop(x)
+            x = self.final_norm.output
+        if content.has_loss:
+            self._losses(x)
+        self.output = None if content.has_loss else x
+        turns = ledger.take_turns()
+        if self.output is not None:
+            ledger.drop(self.output)
+        self.kept = ledger.by_name()
+        return turns
+
+    def _losses(self, x: Tensor) -> None:
+        ledger, s = self.ledger, self.s
+        if s.recomputes_layers and not s.is_piped and self.content.num_mtp:
+            return self._losses_of_recomputed(x)
+        hidden = x
+        outputs = []
+        for _ in range(self.content.num_mtp):
+            start = MTPInput(self.ops, hidden)
+            if hidden is not x:
+                ledger.drop(hidden)
+            layer = self._layer(start.output, is_moe=self.content.is_mtp_moe)
+            ledger.drop(start.output)
+            norm = self.ops.norm(layer.output, "head input", s.local_tokens, s.hidden)
+            ledger.drop(layer.output)
+            hidden = norm.output
+            outputs.append((start, layer, norm))
+            if s.is_piped:
+                hidden.references += 1
+                self.mtp.append((start, layer, norm, TokenLosses(self.ops, hidden)))
+                ledger.drop(hidden)
+        if outputs and not s.is_piped:  # Megatron-Core's block returns the hidden states of all depths as one tensor
+            together = ledger.make("hidden states of all depths", (1 + len(outputs)) * s.hidden_bytes)
+            ledger.drop(*(norm.output for _, _, norm in outputs), x)
+            self.mtp = [(start, layer, norm, TokenLosses(self.ops, together)) for start, layer, norm in outputs]
+            self.main = TokenLosses(self.ops, together)
+            ledger.drop(together)
+            return
+        if outputs:
+            ledger.drop(hidden)
+        self.main = TokenLosses(self.ops, x)
+        ledger.drop(x)
+
+    def _losses_of_recomputed(self, x: Tensor) -> None:
+        hidden, ledger = x, self.ledger
+        for _ in range(self.content.num_mtp):
+            self.recomputed_mtp.append(RecomputedMTP(self.ops, hidden, is_moe=self.content.is_mtp_moe))
+            hidden = self.recomputed_mtp[-1].output
+        together = ledger.make("hidden states of all depths", (1 + self.content.num_mtp) * self.s.hidden_bytes)
+        ledger.drop(*(module.output for module in self.recomputed_mtp), x)
+        self.mtp_losses = [TokenLosses(self.ops, together) for _ in self.recomputed_mtp]
+        self.main = TokenLosses(self.ops, together)
+        ledger.drop(together)
+
+    def backward(self, *, defers_all: bool) -> tuple[Turn, ...]:
+        ledger, s, content = self.ledger, self.s, self.content
+        ledger.take_turns()
+        ledger.defers_all = defers_all
+        if content.has_loss:
+            grad = self._backward_losses()
+        else:
+            grad = ledger.make("gradient of hidden states", s.hidden_bytes)
+            ledger.take_turns()
+        if self.final_norm is not None:
+            normed = self.final_norm.backward(grad)
+            ledger.drop(grad)
+            grad = normed
+        for layer in reversed(self.layers):
+            grad = self._through(layer, grad)
+        result: Tensor | None = grad
+        if self.embedding is not None:
+            self.embedding.backward(grad)
+            if not s.is_piped:
+                for embedding in (*(module.embedding for module in self.recomputed_mtp),
+                                  *(start.embedding for start, *_ in self.mtp)):
+                    embedding.added()
+                self.embedding.added()
+            result = None
+        turns = ledger.take_turns()
+        if result is not None:
+            ledger.drop(result)
+        return turns
+
+    def _through(self, layer: _Layer, grad: Tensor) -> Tensor:
+        """A layer's backward pass; on a tape, autograd's call holds the gradient that it begins with."""
+        is_one_piece = self.s.is_piped and not layer.is_in_pieces
+        grad.references += is_one_piece
+        result = layer.backward(grad)
+        if is_one_piece:
+            self.ledger.drop(grad)
+        return result
+
+    def _backward_losses(self) -> Tensor:
+        ledger, s = self.ledger, self.s
+        if not s.is_piped:
+            return self._backward_losses_together()
+        grad = self.main.backward()
+        later: Tensor | None = None
+        for start, layer, norm, losses in reversed(self.mtp):
+            own = losses.backward()
+            own = sum_into(self.ops, later, own)
+            normed = norm.backward(own)
+            ledger.drop(own)
+            back = self._through(layer, normed)
+            later = start.backward(back)
+        return grad if later is None else sum_into(self.ops, grad, later)
+
+    def _backward_losses_together(self) -> Tensor:
+        ledger, s = self.ledger, self.s
+        own = [self.main.backward()]
+        own += [losses.backward() for losses in (*self.mtp_losses, *(mtp[-1] for mtp in reversed(self.mtp)))]
+        if len(own) == 1:
+            return own[0]
+        ledger.pulse((2 * len(own) - 1) * s.hidden_bytes)
+        grads = [ledger.make("gradient of hidden states", s.hidden_bytes) for _ in own]
+        ledger.drop(*own)
+        main, *rest = grads
+        later: Tensor | None = None
+        for module, grad in zip(reversed(self.recomputed_mtp), rest, strict=False):
+            later = module.backward(sum_into(self.ops, later, grad))
+        for (start, layer, norm, _), grad in zip(reversed(self.mtp), rest, strict=False):
+            total = sum_into(self.ops, later, grad)
+            normed = norm.backward(total)
+            ledger.drop(total)
+            later = start.backward(layer.backward(normed))
+        assert later is not None
+        return sum_into(self.ops, main, later)
+
+    def weight(self) -> Turn:
+        ledger = self.ledger
+        ledger.take_turns()
+        ledger.compute_waiting()
+        return run_turns(ledger.take_turns())
+
+
+_Layer = DenseLayer | MoELayer | RecomputedLayer
+
+
+@functools.lru_cache(maxsize=8192)
+def stage_cost(s: PassSettings, content: StageContent, *, is_split: bool) -> StageCost:
+    """The passes of one micro-batch through a stage; those of a split backward where the schedule has it."""
+    stage = _Stage(s, content)
+    forward, kept = stage.forward(), stage.kept
+    backward, completion = stage.backward(defers_all=False), stage.weight()
+    assert stage.ledger.level == 0, stage.ledger.by_name()
+    if not is_split:
+        return StageCost(forward, backward, completion, (), Turn(0, 0), kept, {}, s.hidden_bytes)
+    split = _Stage(s, content)
+    split.forward()
+    backward_input = split.backward(defers_all=True)
+    deferred = split.ledger.by_name()
+    weight = split.weight()
+    assert split.ledger.level == 0, split.ledger.by_name()
+    return StageCost(forward, backward, completion, backward_input, weight, kept, deferred, s.hidden_bytes)
