@@ -176,18 +176,23 @@ class Tape:
         """Run the backward pass, from the gradients that have been left in the slots of the last values.
 
         Yields with each exchange under way, and computes there, behind the transfer, the weight gradients so far: a
-        transfer starts as soon as its rows are there. Those that come after the last exchange are left for
-        `weights.compute`, so that the gradient of the pass's input can be sent first.
+        transfer starts as soon as its rows are there. After the last exchange they wait for no longer than the next
+        segment; those of the pass's first segment are left for `weights.compute`, so that the gradient of its input can
+        be sent before.
 
         Args:
             defer_weights: All weight gradients are left for `weights.compute`.
         """
+        exchanges_left = sum(isinstance(node, _Exchange) for node in self._nodes)
         while self._nodes:
             node = self._nodes.pop()
             if isinstance(node, _Island):
+                if not defer_weights and not exchanges_left:
+                    self.weights.compute()
                 with self.weights.bound(is_deferring=True):
                     node.backward(self.weights)
                 continue
+            exchanges_left -= 1
             posted = self._post_gradients(node)
             if not defer_weights:
                 self.weights.compute()

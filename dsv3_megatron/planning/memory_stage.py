@@ -238,12 +238,14 @@ class _Stage:
         ledger, s, content = self.ledger, self.s, self.content
         ledger.take_turns()
         ledger.defers_all = defers_all
+        self.pieces_left = sum(layer.is_in_pieces for layer in (*self.layers, *(mtp[1] for mtp in self.mtp)))
         if content.has_loss:
             grad = self._backward_losses()
         else:
             grad = ledger.make("gradient of hidden states", s.hidden_bytes)
             ledger.take_turns()
         if self.final_norm is not None:
+            self._begin_segment()
             normed = self.final_norm.backward(grad)
             ledger.drop(grad)
             grad = normed
@@ -251,6 +253,7 @@ class _Stage:
             grad = self._through(layer, grad)
         result: Tensor | None = grad
         if self.embedding is not None:
+            self._begin_segment()
             self.embedding.backward(grad)
             if not s.is_piped:
                 for embedding in (*(module.embedding for module in self.recomputed_mtp),
@@ -263,9 +266,17 @@ class _Stage:
             ledger.drop(result)
         return turns
 
+    def _begin_segment(self) -> None:
+        """Behind a pass's last exchange, weight gradients of the segment before are computed now."""
+        if self.s.is_piped and not self.ledger.defers_all and not self.pieces_left:
+            self.ledger.compute_waiting()
+
     def _through(self, layer: _Layer, grad: Tensor) -> Tensor:
         """A layer's backward pass; on a tape, autograd's call holds the gradient that it begins with."""
         is_one_piece = self.s.is_piped and not layer.is_in_pieces
+        if is_one_piece:
+            self._begin_segment()
+        self.pieces_left -= layer.is_in_pieces
         grad.references += is_one_piece
         result = layer.backward(grad)
         if is_one_piece:
@@ -279,11 +290,14 @@ class _Stage:
         grad = self.main.backward()
         later: Tensor | None = None
         for start, layer, norm, losses in reversed(self.mtp):
+            self._begin_segment()
             own = losses.backward()
             own = sum_into(self.ops, later, own)
+            self._begin_segment()
             normed = norm.backward(own)
             ledger.drop(own)
             back = self._through(layer, normed)
+            self._begin_segment()
             later = start.backward(back)
         return grad if later is None else sum_into(self.ops, grad, later)
 
