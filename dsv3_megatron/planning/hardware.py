@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,8 @@ class Hardware:
             ValueError: there is no such resource.
         """
         if name in self.figures:
-            figure = Figure(self.figures[name].value * factor, self.figures[name].source)
+            value = self.figures[name].value * factor
+            figure = Figure(min(1.0, value) if name.endswith("_share") else value, self.figures[name].source)
             return dataclasses.replace(self, figures={**self.figures, name: figure})
         if name == "movement":
             shares = {kind: Figure(figure.value * factor, figure.source) for kind, figure in self.movement.items()}
@@ -174,16 +175,26 @@ class Hardware:
 
     def ratio(self, kind: str, purpose: str, groups: int, rows: int, columns: int, inner: int) -> float:
         """Measured over the additive estimate, from the measured products that are nearest in shape; 1 without any."""
+        key = (kind, purpose, groups, rows, columns, inner)
+        if key not in self._ratios:
+            self._ratios[key] = self._nearest_ratio(*key)
+        return self._ratios[key]
+
+    @cached_property
+    def _ratios(self) -> dict[tuple[str, str, int, int, int, int], float]:
+        return {}
+
+    def _nearest_ratio(self, kind: str, purpose: str, *sizes: int) -> float:
         points = _points_of(self.products, kind, purpose)
         if not points:
             return 1.0
         total = weights = 0.0
-        shape = tuple(map(math.log2, (groups, rows, columns, inner)))
+        shape = tuple(map(math.log2, sizes))
         for place, ratio in points:
-            distance = sum((a - b) ** 2 for a, b in zip(place, shape, strict=True))
-            if distance < 1e-9:
+            distance = math.dist(place, shape)
+            if distance < 1e-5:
                 return ratio
-            weight = distance ** -2
+            weight = distance ** -4
             total, weights = total + weight * ratio, weights + weight
         return total / weights
 

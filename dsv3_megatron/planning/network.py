@@ -28,21 +28,16 @@ class Network:
     """The groups of a layout on a machine.
 
     Attributes:
-        hardware: The machine.
         parallel: The layout.
+        hardware: The machine.
         num_devices: All of them.
         sends_once_per_node: See `step_time.Setting`.
     """
 
-    hardware: Hardware
     parallel: ParallelConfig
+    hardware: Hardware
     num_devices: int
     sends_once_per_node: bool
-
-    @classmethod
-    def of(cls, parallel: ParallelConfig, hardware: Hardware, num_devices: int, sends_once_per_node: bool) -> Network:
-        """Of a layout."""
-        return cls(hardware, parallel, num_devices, sends_once_per_node)
 
     @property
     def node(self) -> int:

@@ -183,7 +183,7 @@ class Linears:
 
 
 def layer_linears(run: RunConfig) -> dict[str, Linears]:
-    """The linears of each layer, by the layer's global name; equal layers have equal ones."""
+    """The linears of each layer, by the layer's global name; equal layers have the same object."""
     parallel = run.parallel
     return _layer_linears(run.model, parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size,
                           _frozen(run.fp8))
@@ -205,17 +205,19 @@ def _layer_linears(model: ModelConfig, tp: int, etp: int, fp8_values: tuple[tupl
     precisions = precision_map(fp8, model) if fp8.is_enabled else {}
     layers: dict[str, dict[str, tuple[int, int]]] = {}
     for name, shape in linear_shapes(model, parallel).items():
-        kind = "mtp_model_layer" if "mtp_model_layer" in name else ""
         prefix, _, rest = name.partition(".self_attention.")
         if not rest:
             prefix, _, rest = name.partition(".mlp.")
         if not rest:
             prefix, _, rest = name.rpartition(".")
         layers.setdefault(prefix, {})[rest] = shape
-        assert kind in prefix
-    return {prefix: Linears(tuple(shapes.items()), tuple(
-        (rest, precision) for rest in shapes for precision in _found(precisions, prefix, rest)))
-        for prefix, shapes in layers.items()}
+    known: dict[Linears, Linears] = {}  # equal layers share one object, so that it can stand for them
+    found = {}
+    for prefix, shapes in layers.items():
+        own = Linears(tuple(shapes.items()), tuple(
+            (rest, precision) for rest in shapes for precision in _found(precisions, prefix, rest)))
+        found[prefix] = known.setdefault(own, own)
+    return found
 
 
 def _found(precisions: dict[str, LinearPrecision], prefix: str, rest: str) -> Iterator[LinearPrecision]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,12 +26,13 @@ from dsv3_megatron.metrics.flops import flops_per_token
 from dsv3_megatron.metrics.parameters import optimizer_bytes_per_parameter, rank_memory, weight_bytes_per_parameter
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.planning.hardware import Hardware
+from dsv3_megatron.planning.memory_state import has_final_norm
 from dsv3_megatron.planning.network import Network
 from dsv3_megatron.planning.operations import (
     Attention,
     Collective,
     Exchange,
-    Movement,
+    Linears,
     Operation,
     Part,
     Product,
@@ -40,9 +42,10 @@ from dsv3_megatron.planning.operations import (
     layer_linears,
     layer_operations,
 )
-from dsv3_megatron.schedule.actions import Kind
+from dsv3_megatron.schedule.actions import Action, Kind
 from dsv3_megatron.schedule.plan import Plan, build_plan
 from dsv3_megatron.schedule.simulate import Costs, Simulation, StageCosts, simulate
+from dsv3_megatron.schedule.timeline import Time, run_in_order
 
 # Times of work that a schedule's rules want greater than nothing.
 _LEAST_S = 1e-9
@@ -99,6 +102,11 @@ class StageWork:
         return StageWork({part: self.alone[part] + other.alone[part] for part in Part},
                          {part: self.shared[part] + other.shared[part] for part in Part})
 
+    def times(self, factor: float) -> StageWork:
+        """So many times as much."""
+        return StageWork({part: work.times(factor) for part, work in self.alone.items()},
+                         {part: work.times(factor) for part, work in self.shared.items()})
+
     def pair(self, backward: StageWork) -> tuple[float, float]:
         """Seconds of this stage's forward and another's backward at once, and of their all-to-all."""
         shared = (self.shared[Part.FORWARD] + backward.shared[Part.INPUT] + backward.shared[Part.WEIGHT])
@@ -130,46 +138,48 @@ class Setting:
         return not self.hardware.is_cpu
 
 
-def operation_work(operation: Operation, setting: Setting, network: Network, model: ModelConfig, sm_share: float
-                   ) -> Work:
-    """Seconds of one operation."""
-    hardware = setting.hardware
-    if isinstance(operation, Product):
-        rows, columns, inner = max(1.0, operation.rows), operation.columns, max(1.0, operation.inner)
-        seconds = hardware.product_seconds(
-            operation.kind, operation.purpose, groups=operation.groups, rows=round(rows), columns=columns,
-            inner=round(inner), sm_share=sm_share)
-        return Work(products=seconds)
-    if isinstance(operation, Attention):
-        return Work(attention=hardware.attention_seconds(operation.computed_flops, is_backward=operation.is_backward,
-                                                         seq_length=operation.seq_length, sm_share=sm_share))
-    if isinstance(operation, Movement):
-        return Work(movement=hardware.movement_seconds(operation.kind, operation.num_bytes))
-    if isinstance(operation, Exchange):
-        return Work(exchange=network.exchange_seconds(model, operation.tokens, operation.row_bytes))
-    assert isinstance(operation, Collective)
-    return Work(tensor_parallel=network.tensor_parallel_seconds(operation.num_bytes))
-
-
 def _work(operations: Iterable[Operation], setting: Setting, network: Network, model: ModelConfig, sm_share: float
           ) -> dict[Part, Work]:
+    """Seconds of operations, by part."""
     hardware = setting.hardware
-    idle = 1 / hardware["stream_busy_share"] - 1
+    idle_share = 1 / hardware["stream_busy_share"] - 1
     overhead = hardware["operation_overhead"] if hardware.has("operation_overhead") else 0.0
-    parts = dict.fromkeys(Part, Work())
+    sums = {part: [0.0] * 6 for part in Part}  # in the order of Work's fields
     for operation in operations:
-        work = operation_work(operation, setting, network, model, sm_share)
-        busy = work.products + work.attention + work.movement
-        parts[operation.part] += dataclasses.replace(work, idle=busy * idle + (overhead if busy else 0.0))
-    return parts
+        own = sums[operation.part]
+        if isinstance(operation, Exchange):
+            own[5] += network.exchange_seconds(model, operation.tokens, operation.row_bytes)
+            continue
+        if isinstance(operation, Collective):
+            own[4] += network.tensor_parallel_seconds(operation.num_bytes)
+            continue
+        if isinstance(operation, Product):
+            place, seconds = 0, hardware.product_seconds(
+                operation.kind, operation.purpose, groups=operation.groups, rows=max(1, round(operation.rows)),
+                columns=operation.columns, inner=max(1, round(operation.inner)), sm_share=sm_share)
+        elif isinstance(operation, Attention):
+            place, seconds = 1, hardware.attention_seconds(
+                operation.computed_flops, is_backward=operation.is_backward, seq_length=operation.seq_length,
+                sm_share=sm_share)
+        else:
+            place, seconds = 2, hardware.movement_seconds(operation.kind, operation.num_bytes)
+        own[place] += seconds
+        own[3] += seconds * idle_share + overhead
+    return {part: Work(*values) for part, values in sums.items()}
 
 
-@lru_cache(maxsize=4096)
 def _stage_work(alone: tuple[Operation, ...], shared: tuple[Operation, ...], setting: Setting, network: Network,
                 model: ModelConfig) -> StageWork:
     hardware = setting.hardware
     left = 1.0 if hardware.is_cpu else 1 - hardware["communication_sms"] / hardware["num_sms"]
     return StageWork(_work(alone, setting, network, model, 1.0), _work(shared, setting, network, model, left))
+
+
+@lru_cache(maxsize=4096)
+def _layer_work(model: ModelConfig, linears: Linears, alone: Shape, shared: Shape, setting: Setting, network: Network
+                ) -> StageWork:
+    return _stage_work(layer_operations(model, linears, alone), layer_operations(model, linears, shared), setting,
+                       network, model)
 
 
 @dataclass(frozen=True)
@@ -212,28 +222,51 @@ class WorkTable:
         imbalance = Imbalance.of(run, setting)
         self.shape = Shape.of(run, is_cpu=setting.hardware.is_cpu, imbalance=imbalance.layer)
         self.shared_shape = dataclasses.replace(self.shape, imbalance=imbalance.pair)
-        self.network = Network.of(run.parallel, setting.hardware, setting.num_devices, setting.sends_once_per_node)
-        self.linears = layer_linears(run)
+        self.network = Network(run.parallel, setting.hardware, setting.num_devices, setting.sends_once_per_node)
+        # What a layer exchanges does not depend on the pipeline.
+        split = ParallelConfig(tensor_model_parallel_size=self.shape.tp, expert_model_parallel_size=self.shape.ep,
+                               expert_tensor_parallel_size=self.shape.etp)
+        self._layer_network = dataclasses.replace(self.network, parallel=split, num_devices=0)
+        linears = layer_linears(run)
+        self.linears = [linears[f"decoder.layers.{index}"] for index in range(run.model.num_layers)]
         self._layers: dict[int, StageWork] = {}
 
     def layer(self, index: int) -> StageWork:
         """Of one transformer layer."""
-        linears = self.linears[f"decoder.layers.{index}"]
-        key = hash(linears)
-        if key not in self._layers:
-            self._layers[key] = self._judge(*(layer_operations(self.run.model, linears, shape)
-                                              for shape in (self.shape, self.shared_shape)))
-        return self._layers[key]
+        linears = self.linears[index]
+        if id(linears) not in self._layers:
+            self._layers[id(linears)] = _layer_work(self.run.model, linears, self.shape, self.shared_shape, self.setting,
+                                                    self._layer_network)
+        return self._layers[id(linears)]
+
+    def end(self, stage: StageLayout) -> StageWork:
+        """Of what a stage has beside its transformer layers."""
+        return _stage_work(end_operations(self.run, stage, self.shape), end_operations(self.run, stage, self.shared_shape),
+                           self.setting, self._layer_network, self.run.model)
 
     def stage(self, stage: StageLayout) -> StageWork:
         """Of a pipeline stage."""
-        work = self._judge(*(end_operations(self.run, stage, shape) for shape in (self.shape, self.shared_shape)))
-        for index in stage.layer_ids:
-            work = work + self.layer(index)
+        work = self.end(stage)
+        first = {id(self.linears[index]): index for index in stage.layer_ids}
+        for linears, count in Counter(id(self.linears[index]) for index in stage.layer_ids).items():
+            work = work + self.layer(first[linears]).times(count)
         return work
 
-    def _judge(self, alone: tuple[Operation, ...], shared: tuple[Operation, ...]) -> StageWork:
-        return _stage_work(alone, shared, self.setting, self.network, self.run.model)
+    def stages(self) -> list[StageWork]:
+        """Of all stages; equal ones are one object."""
+        found: dict[object, StageWork] = {}
+        works = []
+        for stage in stage_layouts(self.run.model, self.run.parallel):
+            key = (*(id(self.linears[index]) for index in stage.layer_ids), *end_key(self.run.model, stage))
+            if key not in found:
+                found[key] = self.stage(stage)
+            works.append(found[key])
+        return works
+
+
+def end_key(model: ModelConfig, stage: StageLayout) -> tuple[object, ...]:
+    """What decides about a stage's ends."""
+    return stage.has_embedding, stage.mtp_layer_ids, has_final_norm(model, stage), stage.has_loss
 
 
 @dataclass(frozen=True)
@@ -350,7 +383,7 @@ def _dense_and_experts(model: ModelConfig, parallel: ParallelConfig, num_devices
 def _update_time(model: ModelConfig, parallel: ParallelConfig, weight_bytes: int, state_bytes: int, setting: Setting
                  ) -> UpdateTime:
     hardware, num_devices = setting.hardware, setting.num_devices
-    network = Network.of(parallel, hardware, num_devices, setting.sends_once_per_node)
+    network = Network(parallel, hardware, num_devices, setting.sends_once_per_node)
     copies = parallel.num_model_copies
     times = []
     for dense, experts in _dense_and_experts(model, parallel, num_devices):
@@ -383,15 +416,17 @@ def stage_costs(works: list[StageWork], *, overlaps: bool, p2p: float) -> Costs:
         stages.append(StageCosts(
             forward=max(forward.alone, _LEAST_S), backward=max(inputs.alone, _LEAST_S) + weight_s, weight=weight_s))
     pairs: dict[tuple[int, int], float] = {}
+    known: dict[tuple[int, int], float] = {}
     for first, forward_work in enumerate(works):
         for second, backward_work in enumerate(works):
-            if overlaps:
-                seconds = forward_work.pair(backward_work)[0]
-            else:
-                seconds = stages[first].forward + stages[second].backward
-            # On fewer multiprocessors a pair may take longer than one after the other; a run would not pair then.
-            longest = max(stages[first].forward, stages[second].backward)
-            pairs[first, second] = min(max(seconds, longest), stages[first].forward + stages[second].backward)
+            key = (id(forward_work), id(backward_work))
+            if key not in known:
+                one_after_the_other = stages[first].forward + stages[second].backward
+                longest = max(stages[first].forward, stages[second].backward)
+                seconds = forward_work.pair(backward_work)[0] if overlaps else one_after_the_other
+                # On fewer multiprocessors a pair may take longer than its passes alone; a run would not pair then.
+                known[key] = min(max(seconds, longest), one_after_the_other)
+            pairs[first, second] = known[key]
     return Costs(tuple(stages), pairs, p2p)
 
 
@@ -399,33 +434,60 @@ def step_time(run: RunConfig, setting: Setting, *, with_transfers: bool = True) 
     """Predict a step of a run without phases, or of one phase of a run.
 
     Args:
-        run: As of `RunConfig.in_phase`; valid on as many devices.
+        run: As of `run_cost.only_phase`; valid on as many devices.
         setting: The machine.
         with_transfers: Also find what transfers between pipeline ranks cost, which takes a second simulation.
     """
     parallel = run.parallel
     table = WorkTable(run, setting)
-    works = [table.stage(stage) for stage in stage_layouts(run.model, parallel)]
+    works = table.stages()
     microbatches = run.training.num_microbatches(parallel.data_parallel_size(setting.num_devices))
     update = update_time(run, setting)
     if parallel.pipeline_model_parallel_size == 1:
         work = sum((works[0].alone[part] for part in Part), Work()).times(microbatches)
         return StepTime(run, setting, microbatches, work.alone, 0.0, work, 0.0, 0.0, update)
-    plan = plan_of(parallel.schedule, parallel.pipeline_model_parallel_size, microbatches,
-                   parallel.stages_per_rank if parallel.schedule == "interleaved" else None)
-    p2p = table.network.p2p_seconds(table.shape.local_tokens * run.model.hidden_size * table.shape.value_bytes)
-    costs = stage_costs(works, overlaps=setting.overlaps_pairs, p2p=p2p)
+    plan, costs = _plan_and_costs(run, setting, table, works, microbatches)
     simulation = simulate(plan, costs)
     busiest = min(range(plan.num_ranks), key=lambda rank: simulation.bubble[rank])
     busy, hidden = _busy(plan, busiest, works, costs, overlaps=setting.overlaps_pairs)
-    transfer = 0.0
+    pipeline, bubble, transfer = float(simulation.step_time), float(simulation.bubble[busiest]), 0.0
     if with_transfers:
-        without = simulate(plan, dataclasses.replace(costs, p2p=0))
-        transfer = float(simulation.step_time) - float(without.step_time)
-    pipeline = float(simulation.step_time)
-    bubble = float(simulation.bubble[busiest])
+        transfer = pipeline - pipeline_seconds(plan, dataclasses.replace(costs, p2p=0))
     return StepTime(run, setting, microbatches, pipeline, bubble, busy, hidden, min(transfer, bubble), update,
                     simulation)
+
+
+def step_seconds(run: RunConfig, setting: Setting) -> float:
+    """The same as `step_time(...).seconds` and nothing else, in less time."""
+    table = WorkTable(run, setting)
+    works = table.stages()
+    microbatches = run.training.num_microbatches(run.parallel.data_parallel_size(setting.num_devices))
+    update = update_time(run, setting).total
+    if run.parallel.pipeline_model_parallel_size == 1:
+        return microbatches * sum(one.alone for one in works[0].alone.values()) + update
+    return pipeline_seconds(*_plan_and_costs(run, setting, table, works, microbatches)) + update
+
+
+def _plan_and_costs(run: RunConfig, setting: Setting, table: WorkTable, works: list[StageWork], microbatches: int
+                    ) -> tuple[Plan, Costs]:
+    parallel = run.parallel
+    plan = plan_of(parallel.schedule, parallel.pipeline_model_parallel_size, microbatches,
+                   parallel.stages_per_rank if parallel.schedule == "interleaved" else None)
+    p2p = table.network.p2p_seconds(table.shape.local_tokens * run.model.hidden_size * table.shape.value_bytes)
+    return plan, stage_costs(works, overlaps=setting.overlaps_pairs, p2p=p2p)
+
+
+def pipeline_seconds(plan: Plan, costs: Costs) -> float:
+    """When the last rank is done, by the simulator's own clock."""
+    known: dict[tuple[object, ...], Time] = {}
+
+    def duration(rank: int, action: Action) -> Time:
+        key = (rank, *(part for operation in action.operations for part in operation[:2]))
+        if key not in known:
+            known[key] = costs.duration(plan, rank, action)
+        return known[key]
+
+    return float(max(spans[-1].end for spans in run_in_order(plan, duration, costs.p2p)))
 
 
 def _busy(plan: Plan, rank: int, works: list[StageWork], costs: Costs, *, overlaps: bool) -> tuple[Work, float]:
