@@ -174,7 +174,9 @@ class _LogitGradients:
         for start in range(0, num_tokens, self.chunk_tokens):
             part = slice(start, min(start + self.chunk_tokens, num_tokens))
             grad_logits = buffer[: part.stop - start]
-            if self.kept is not None:
+            if self.kept is not None and self.kept.dtype != grad_logits.dtype:
+                grad_logits.copy_(self.kept[part]).mul_(grad_losses[part])  # `mul` would make a wide copy
+            elif self.kept is not None:
                 torch.mul(self.kept[part], grad_losses[part], out=grad_logits)
             else:
                 _logits(rows[part], wide_weight, grad_logits).sub_(self.logsumexps[part, None]).exp_()

@@ -53,6 +53,7 @@ class RankState:
         moment_bytes: Both moments of the owned part.
         scratch_bytes: Buffers of the optimizer that work on narrow moments needs.
         average_bytes: The average of the weights, in CPU memory.
+        step_bytes: What lives during the optimizer's step on a CPU: the largest gradient, scaled.
         parameters: Elements of the weights, without padding.
     """
 
@@ -62,6 +63,7 @@ class RankState:
     moment_bytes: int
     scratch_bytes: int
     average_bytes: int
+    step_bytes: int
     parameters: int
 
 
@@ -144,6 +146,7 @@ class _Numels:
     padded: int
     owned: int
     num_parts: int
+    largest_owned: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -157,7 +160,7 @@ def _rank_numels(model: ModelConfig, parallel: ParallelConfig, world_size: int) 
     for places in placement(parallel):
         held = [stages[place.stage] for place in places]
         has_first = any(stage.has_embedding for stage in held)
-        parameters = padded = owned = 0
+        parameters = padded = owned = largest = 0
         kinds = set()
         for stage in held:
             shares = has_first and not stage.has_embedding
@@ -171,7 +174,8 @@ def _rank_numels(model: ModelConfig, parallel: ParallelConfig, world_size: int) 
                 size = padded_numel(numels, group)
                 parameters, padded = parameters + sum(numels), padded + size
                 owned += min(sum(numels), size // group)
-        ranks.append(_Numels(parameters, padded, owned, len(kinds)))
+                largest = max(largest, min(max(numels), size // group))
+        ranks.append(_Numels(parameters, padded, owned, len(kinds), largest))
     return tuple(ranks)
 
 
@@ -195,6 +199,7 @@ def rank_states(run: RunConfig, world_size: int, *, precision: str) -> tuple[Ran
         moment_bytes=numels.owned * sum(moment_sizes),
         scratch_bytes=numels.num_parts * blocks * _NARROW_BLOCK * 4,
         average_bytes=numels.owned * 4 if training.ema_decay else 0,
+        step_bytes=numels.largest_owned * 4,
         parameters=numels.parameters,
     ) for numels in _rank_numels(run.model, run.parallel, world_size))
 

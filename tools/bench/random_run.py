@@ -1,4 +1,4 @@
-"""The trainer on random tokens, in one process: what benchmarks of a training step measure."""
+"""The trainer on random tokens: what benchmarks of a training step measure."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ class RandomTokens:
 
 
 def random_token_trainer(run: RunConfig) -> Trainer:
-    """A trainer of `run` that reads random tokens; `train_step` is the trainer's own."""
+    """A trainer of `run` that reads random tokens, this process's part; `train_step` is the trainer's own."""
     from dsv3_megatron.ops.host_memory import keep_freed_memory
     from dsv3_megatron.platform import prepare
 
     prepare()  # before anything imports Megatron-Core
+    from dsv3_megatron.parallel.groups import world_size_from_environment
     from dsv3_megatron.trainer import Trainer
 
     keep_freed_memory()
@@ -50,5 +51,5 @@ def random_token_trainer(run: RunConfig) -> Trainer:
             self.data = SimpleNamespace(train=tokens, valid=None)  # type: ignore[assignment]
             self.batches = self._iterate(self.data.train, 0)
 
-    run.validate(1)
+    run.validate(world_size_from_environment())
     return RandomTokenTrainer(run)

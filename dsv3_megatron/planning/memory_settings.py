@@ -1,0 +1,164 @@
+"""What decides how large the tensors of a pass are: widths on one rank, dtypes, and what is kept how.
+
+One frozen value for all layers of a run: passes are worked out once for each and remembered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv3_megatron.config.memory import recomputed_modules
+from dsv3_megatron.config.run import RunConfig
+
+WIDE = 4  # bytes of fp32
+INDEX = 8  # of int64
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """Sizes on one rank of one micro-batch.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        is_engine: Modules are Transformer Engine's.
+        narrow: Bytes of a weight or an activation.
+        is_wide_product: Products of narrow operands are computed on fp32 copies: a CPU without bf16 matrix units.
+        sequences: B.
+        length: S, of the whole sequence.
+        tp: Tensor-parallel ranks; sequences are split over them outside of attention and FFN.
+        ep: Expert-parallel ranks.
+        etp: Expert-tensor-parallel ranks.
+        hidden: H.
+        heads: On this rank.
+        query: Width of a query or key head.
+        nope: Of it without rotary embedding.
+        rope: With.
+        value: Width of a value head.
+        query_latent: None: full-rank queries.
+        latent: Of keys and values.
+        ffn: Intermediate width of a dense layer on this rank.
+        experts: Of a layer, on all ranks.
+        top_k: Experts a token goes to.
+        groups: Of experts.
+        expert_ffn: Intermediate width of an expert on this rank.
+        shared_ffn: Of the shared experts together; 0: none.
+        vocabulary: Rows of the embedding on this rank.
+        recomputed: Names of modules whose outputs are computed again.
+        recomputes_layers: Whole layers are.
+        is_piped: Passes run on a tape, in pieces, and weight gradients may wait.
+        has_balance_loss: The routers have one.
+        imbalance: Rows of this rank's experts, as a multiple of the mean over ranks.
+        narrow_rows: Tokens travel to their experts in FP8.
+        fp8: Lines of the precision map by module of a layer; empty without FP8.
+    """
+
+    device: str
+    is_engine: bool
+    narrow: int
+    is_wide_product: bool
+    sequences: int
+    length: int
+    tp: int
+    ep: int
+    etp: int
+    hidden: int
+    heads: int
+    query: int
+    nope: int
+    rope: int
+    value: int
+    query_latent: int | None
+    latent: int
+    ffn: int
+    experts: int
+    top_k: int
+    groups: int
+    expert_ffn: int
+    shared_ffn: int
+    vocabulary: int
+    recomputed: tuple[str, ...]
+    recomputes_layers: bool
+    is_piped: bool
+    has_balance_loss: bool
+    imbalance: float
+    narrow_rows: bool
+    fp8: tuple[tuple[str, object], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole micro-batch: rows in attention and FFN."""
+        return self.sequences * self.length
+
+    @property
+    def local_tokens(self) -> int:
+        """Rows between them, on this rank."""
+        return self.tokens // self.tp
+
+    @property
+    def local_experts(self) -> int:
+        """Experts of a layer on this rank."""
+        return self.experts // self.ep
+
+    @property
+    def sent_rows(self) -> int:
+        """Rows that this rank's tokens make."""
+        return self.local_tokens * self.top_k
+
+    @property
+    def received_rows(self) -> int:
+        """Rows that come to this rank from the other expert-parallel ranks, itself included."""
+        return round(self.sent_rows * self.imbalance)
+
+    @property
+    def expert_rows(self) -> int:
+        """Rows that its experts compute: under expert-tensor parallelism those of all its ranks."""
+        return self.received_rows * self.etp
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of the hidden states between layers."""
+        return self.local_tokens * self.hidden * self.narrow
+
+    @property
+    def products_bytes(self) -> int:
+        """Of a number in the experts' products."""
+        return WIDE if self.is_wide_product else self.narrow
+
+    @property
+    def has_remote_experts(self) -> bool:
+        """Whether tokens travel to their experts."""
+        return self.ep > 1
+
+    def is_recomputed(self, name: str) -> bool:
+        """Whether modules of this name compute again in backward what others would keep."""
+        return name in self.recomputed
+
+
+def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_product: bool = False, imbalance: float = 1.0
+                  ) -> PassSettings:
+    """Settings of a run's passes.
+
+    Args:
+        run: A valid run.
+        device: "cpu" or "cuda".
+        precision: "bf16" or "fp32".
+        is_wide_product: See PassSettings.
+        imbalance: See PassSettings.
+    """
+    model, parallel, training = run.model, run.parallel, run.training
+    tp = parallel.tensor_model_parallel_size
+    engine = device == "cuda" and not run.data.has_document_attention and training.transformer_impl != "local"
+    return PassSettings(
+        device=device, is_engine=engine, narrow=4 if precision == "fp32" else 2,
+        is_wide_product=is_wide_product and precision != "fp32", sequences=training.micro_batch_size,
+        length=training.seq_length, tp=tp, ep=parallel.expert_model_parallel_size,
+        etp=parallel.expert_tensor_parallel_size, hidden=model.hidden_size, heads=model.num_attention_heads // tp,
+        query=model.qk_head_dim, nope=model.qk_nope_head_dim, rope=model.qk_rope_head_dim, value=model.v_head_dim,
+        query_latent=model.q_lora_rank, latent=model.kv_lora_rank, ffn=model.ffn_hidden_size // tp,
+        experts=model.num_experts, top_k=model.moe_router_topk, groups=model.moe_router_num_groups,
+        expert_ffn=model.moe_ffn_hidden_size // parallel.expert_tensor_parallel_size,
+        shared_ffn=model.num_shared_experts * model.moe_ffn_hidden_size // tp,
+        vocabulary=model.vocab_size // tp, recomputed=recomputed_modules(training),
+        recomputes_layers=training.recompute_granularity == "full",
+        is_piped=parallel.pipeline_model_parallel_size > 1, has_balance_loss=training.moe_aux_loss_coeff > 0,
+        imbalance=imbalance, narrow_rows=run.fp8.dispatches_fp8, fp8=())

@@ -1,0 +1,287 @@
+"""A pipeline stage's passes: what each makes, keeps and leaves for later, worked out on a ledger and remembered.
+
+A stage's forward pass begins with its input and ends with its output; its backward pass begins with the output's
+gradient and ends with the input's. All four are counted by whoever hands them on; a pass's turns are changes to that.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.parallel.layout import StageLayout
+from dsv3_megatron.planning.memory_ends import Embedding, MTPInput, TokenLosses, sum_into
+from dsv3_megatron.planning.memory_layers import DenseLayer
+from dsv3_megatron.planning.memory_ledger import Ledger, Tensor, Turn, run_turns
+from dsv3_megatron.planning.memory_moe import MoELayer
+from dsv3_megatron.planning.memory_operations import NormPass, Operations
+from dsv3_megatron.planning.memory_settings import PassSettings
+from dsv3_megatron.planning.memory_state import has_final_norm
+
+
+@dataclass(frozen=True)
+class StageContent:
+    """What a stage is made of, in its order.
+
+    Attributes:
+        has_embedding: It begins with token ids.
+        num_dense: Layers with a dense FFN.
+        num_moe: Layers with experts.
+        has_final_norm: After its layers.
+        num_mtp: MTP modules.
+        is_mtp_moe: Their layers have experts.
+        has_loss: It ends with the losses.
+    """
+
+    has_embedding: bool
+    num_dense: int
+    num_moe: int
+    has_final_norm: bool
+    num_mtp: int
+    is_mtp_moe: bool
+    has_loss: bool
+
+    @classmethod
+    def of(cls, model: ModelConfig, stage: StageLayout) -> StageContent:
+        """Of a stage of a model."""
+        num_dense = sum(layer < model.num_dense_layers for layer in stage.layer_ids)
+        return cls(stage.has_embedding, num_dense, len(stage.layer_ids) - num_dense, has_final_norm(model, stage),
+                   len(stage.mtp_layer_ids), model.num_moe_layers > 0, stage.has_loss)
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Bytes of the passes of one micro-batch through a stage.
+
+    Attributes:
+        forward: Turns of the forward pass.
+        backward: Of the whole backward pass.
+        backward_input: Of its part for inputs, where weight gradients wait.
+        weight: Of the part for weights.
+        kept: Between forward and backward, by name.
+        deferred: Between the two parts of the backward pass, by name.
+        boundary: Bytes of what goes between stages.
+    """
+
+    forward: tuple[Turn, ...]
+    backward: tuple[Turn, ...]
+    backward_input: tuple[Turn, ...]
+    weight: Turn
+    kept: dict[str, int]
+    deferred: dict[str, int]
+    boundary: int
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of what is kept between forward and backward."""
+        return sum(self.kept.values())
+
+    @property
+    def deferred_bytes(self) -> int:
+        """Of what waits for the weight part."""
+        return sum(self.deferred.values())
+
+
+class RecomputedLayer:
+    """A layer of which its input alone is kept; `output` is the caller's."""
+
+    def __init__(self, ops: Operations, x: Tensor, kind: type[DenseLayer] | type[MoELayer]) -> None:
+        self.ops, self.x, self.kind = ops, x, kind
+        ops.ledger.keep(x)
+        ops.ledger.pulse(_peak_without_keeping(ops.s, kind))
+        self.output = ops.ledger.make("hidden states", ops.s.hidden_bytes)
+
+    num_exchanges = 0
+
+    def backward(self, grad: Tensor, *, waits: bool, exchanges_left: int = 0) -> Tensor:
+        """Forward again, then backward."""
+        layer = self.kind(self.ops, self.x)
+        grad = layer.backward(grad, waits=waits)
+        self.ops.ledger.drop(layer.output, self.x)
+        return grad
+
+
+@functools.lru_cache(maxsize=1024)
+def _peak_without_keeping(s: PassSettings, kind: type[DenseLayer] | type[MoELayer]) -> int:
+    """Of a layer's forward pass of which nothing is kept, beyond its input: of attention, or of what follows it."""
+    from dsv3_megatron.planning.memory_layers import Attention
+
+    ledger = Ledger()
+    ops = Operations(ledger, s)
+    x = ledger.make("input", s.hidden_bytes)
+    Attention(ops, x)
+    attention = ledger.peak - x.size
+    whole = Ledger()
+    ops = Operations(whole, s)
+    kind(ops, whole.make("input", s.hidden_bytes))
+    return max(attention, whole.peak - ledger.level + s.hidden_bytes)
+
+
+class _Stage:
+    """One micro-batch's passes through a stage."""
+
+    def __init__(self, s: PassSettings, content: StageContent) -> None:
+        self.s, self.content = s, content
+        self.ledger = Ledger()
+        self.ops = Operations(self.ledger, s)
+        self.mtp: list[tuple[MTPInput, _Layer, NormPass, TokenLosses]] = []
+        self.boundary = s.hidden_bytes
+
+    def _layer(self, x: Tensor, *, is_moe: bool) -> _Layer:
+        kind: type[DenseLayer] | type[MoELayer] = MoELayer if is_moe else DenseLayer
+        if self.s.recomputes_layers:
+            return RecomputedLayer(self.ops, x, kind)
+        return kind(self.ops, x)
+
+    def forward(self) -> tuple[Turn, ...]:
+        ledger, s, content = self.ledger, self.s, self.content
+        self.embedding = None
+        if content.has_embedding:
+            self.embedding = Embedding(self.ops)
+            x = self.embedding.output
+        else:
+            x = ledger.make("hidden states", s.hidden_bytes)
+            ledger.take_turns()
+        self.layers: list[_Layer] = []
+        for index in range(content.num_dense + content.num_moe):
+            layer = self._layer(x, is_moe=index >= content.num_dense)
+            ledger.drop(x)
+            x = layer.output
+            self.layers.append(layer)
+        self.final_norm = None
+        if content.has_final_norm:
+            self.final_norm = self.ops.norm(x, "head input", s.local_tokens, s.hidden)
+            ledger.drop(x)
+            x = self.final_norm.output
+        if content.has_loss:
+            self._losses(x)
+        self.output = None if content.has_loss else x
+        turns = ledger.take_turns()
+        if self.output is not None:
+            ledger.drop(self.output)
+        self.kept = ledger.by_name()
+        return turns
+
+    def _losses(self, x: Tensor) -> None:
+        ledger, s = self.ledger, self.s
+        hidden = x
+        outputs = []
+        for _ in range(self.content.num_mtp):
+            start = MTPInput(self.ops, hidden)
+            if hidden is not x:
+                ledger.drop(hidden)
+            layer = self._layer(start.output, is_moe=self.content.is_mtp_moe)
+            ledger.drop(start.output)
+            norm = self.ops.norm(layer.output, "head input", s.local_tokens, s.hidden)
+            ledger.drop(layer.output)
+            hidden = norm.output
+            outputs.append((start, layer, norm))
+            if s.is_piped:
+                hidden.references += 1
+                self.mtp.append((start, layer, norm, TokenLosses(self.ops, hidden)))
+                ledger.drop(hidden)
+        if outputs and not s.is_piped:  # Megatron-Core's block returns the hidden states of all depths as one tensor
+            together = ledger.make("hidden states of all depths", (1 + len(outputs)) * s.hidden_bytes)
+            ledger.drop(*(norm.output for _, _, norm in outputs), x)
+            self.mtp = [(start, layer, norm, TokenLosses(self.ops, together)) for start, layer, norm in outputs]
+            self.main = TokenLosses(self.ops, together)
+            ledger.drop(together)
+            return
+        if outputs:
+            ledger.drop(hidden)
+        self.main = TokenLosses(self.ops, x)
+        ledger.drop(x)
+
+    def backward(self, *, waits: bool) -> tuple[Turn, ...]:
+        ledger, s, content = self.ledger, self.s, self.content
+        ledger.take_turns()
+        every = [*self.layers, *(layer for _, layer, _, _ in self.mtp)]
+        exchanges = sum(layer.num_exchanges for layer in every)
+        if content.has_loss:
+            grad, exchanges = self._backward_losses(waits, exchanges)
+        else:
+            grad = ledger.make("gradient of hidden states", s.hidden_bytes)
+            ledger.take_turns()
+        if self.final_norm is not None:
+            normed = self.final_norm.backward(grad)
+            ledger.drop(grad)
+            grad = normed
+        for layer in reversed(self.layers):
+            exchanges -= layer.num_exchanges
+            grad = layer.backward(grad, waits=waits, exchanges_left=exchanges)
+        if self.embedding is not None:
+            self.embedding.backward(grad, waits=waits)
+            if not s.is_piped:
+                for start, *_ in self.mtp:
+                    start.embedding.added()
+                self.embedding.added()
+            grad = None
+        if not waits:
+            ledger.compute_waiting()
+        turns = ledger.take_turns()
+        if grad is not None:
+            ledger.drop(grad)
+        return turns
+
+    def _backward_losses(self, waits: bool, exchanges: int) -> tuple[Tensor, int]:
+        ledger, s = self.ledger, self.s
+        if not s.is_piped:
+            return self._backward_losses_together()
+        grad = self.main.backward(waits=waits or exchanges > 0)
+        later: Tensor | None = None
+        for start, layer, norm, losses in reversed(self.mtp):
+            own = losses.backward(waits=waits or exchanges > 0)
+            own = sum_into(self.ops, later, own)
+            normed = norm.backward(own)
+            ledger.drop(own)
+            exchanges -= layer.num_exchanges
+            back = layer.backward(normed, waits=waits, exchanges_left=exchanges)
+            later = start.backward(back, waits=waits or exchanges > 0)
+        return (grad if later is None else sum_into(self.ops, grad, later)), exchanges
+
+    def _backward_losses_together(self) -> tuple[Tensor, int]:
+        ledger, s = self.ledger, self.s
+        own = [self.main.backward(waits=False)]
+        own += [losses.backward(waits=False) for *_, losses in reversed(self.mtp)]
+        if not self.mtp:
+            return own[0], 0
+        ledger.pulse((1 + len(self.mtp)) * s.hidden_bytes + len(self.mtp) * s.hidden_bytes)
+        grads = [ledger.make("gradient of hidden states", s.hidden_bytes) for _ in own]
+        ledger.drop(*own)
+        main, *rest = grads
+        later: Tensor | None = None
+        for (start, layer, norm, _), grad in zip(reversed(self.mtp), rest, strict=True):
+            total = sum_into(self.ops, later, grad)
+            normed = norm.backward(total)
+            ledger.drop(total)
+            later = start.backward(layer.backward(normed, waits=False), waits=False)
+        assert later is not None
+        return sum_into(self.ops, main, later), 0
+
+    def weight(self) -> Turn:
+        ledger = self.ledger
+        ledger.take_turns()
+        ledger.compute_waiting()
+        return run_turns(ledger.take_turns())
+
+
+_Layer = DenseLayer | MoELayer | RecomputedLayer
+
+
+@functools.lru_cache(maxsize=8192)
+def stage_cost(s: PassSettings, content: StageContent) -> StageCost:
+    """The passes of one micro-batch through a stage."""
+    stage = _Stage(s, content)
+    forward, kept = stage.forward(), stage.kept
+    backward = stage.backward(waits=False)
+    assert stage.ledger.level == 0, stage.ledger.by_name()
+    if not s.is_piped:
+        return StageCost(forward, backward, (), Turn(0, 0), kept, {}, s.hidden_bytes)
+    split = _Stage(s, content)
+    split.forward()
+    backward_input = split.backward(waits=True)
+    deferred = split.ledger.by_name()
+    weight = split.weight()
+    assert split.ledger.level == 0, split.ledger.by_name()
+    return StageCost(forward, backward, backward_input, weight, kept, deferred, s.hidden_bytes)
