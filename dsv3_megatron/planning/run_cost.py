@@ -93,7 +93,9 @@ def main_phase(run: RunConfig) -> PlannedPhase:
 
 def only_phase(run: RunConfig, phase: PlannedPhase, *, global_batch_size: int | None = None) -> RunConfig:
     """The run as if that phase, at its last batch size or a given one, were all of it."""
-    training = dataclasses.replace(phase.training, phases=(), stop_after_phase=None)
+    # The learning rate takes no time; what a phase leaves of its fields need not make a run without phases.
+    training = dataclasses.replace(phase.training, phases=(), stop_after_phase=None, min_lr=0.0, lr_warmup_iters=0,
+                                   lr_decay_style="constant")
     if global_batch_size is not None:
         training = dataclasses.replace(training, global_batch_size=global_batch_size)
     return dataclasses.replace(run, model=phase.model, training=training, data=phase.data)

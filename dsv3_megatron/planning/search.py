@@ -134,7 +134,8 @@ class SearchResult:
         lacking = [r for r in self.rejected if r.kind == MEMORY]
         if lacking:
             return f"all {sum(r.count for r in lacking)} layouts that the rules allow need more memory; {lacking[0].reason}"
-        return next((r.reason for r in self.rejected), "there is no layout")
+        broken = Counter(r.reason for r in self.rejected if r.count == 1) or Counter(r.reason for r in self.rejected)
+        return broken.most_common(1)[0][0] if broken else "there is no layout"
 
 
 def search(run: RunConfig, setting: Setting, *, num_best: int = 10) -> SearchResult:
