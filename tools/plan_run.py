@@ -8,8 +8,8 @@
 
     python tools/plan_run.py --calibrate logs --save-hardware my-machine.json
 
-All flags of a run (bash examples/pretrain_dsv3.sh --help) are taken and mean the same. docs/planning/README.md says where
-each number comes from and how far the predictions are from what was published and measured.
+All flags of a run (bash examples/pretrain_dsv3.sh --help) are taken and mean the same. docs/planning/README.md says
+where each number comes from, and how far the predictions are from what was published and measured.
 
 Exit status: 0; 1 if the run does not fit into memory; 2 for a command that cannot be carried out.
 """
@@ -17,7 +17,6 @@ Exit status: 0; 1 if the run does not fit into memory; 2 for a command that cann
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -31,10 +30,11 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.planning.hardware import Hardware, save_hardware
 from dsv3_megatron.planning.hardware_tables import find_hardware
 from dsv3_megatron.planning.memory import estimate_memory
-from dsv3_megatron.planning.report import PlanReport, as_json, as_text, plot, search_json, search_text
+from dsv3_megatron.planning.report import PlanReport, as_json, as_text, plot
 from dsv3_megatron.planning.run_cost import main_phase, only_phase, require_possible, run_cost, sensitivities
 from dsv3_megatron.planning.search import SearchResult, search
-from dsv3_megatron.planning.step_time import Setting, step_time
+from dsv3_megatron.planning.step_time import step_time
+from dsv3_megatron.planning.work import Setting
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, RunConfig]:
@@ -48,7 +48,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespac
     add("--num-gpus", type=int, metavar="N", help="devices; on a CPU processes")
     add("--search", action="store_true", help="rank all layouts and schedules, and say why the others were rejected")
     add("--top", type=int, default=10, metavar="N", help="places of the ranking (%(default)s)")
-    add("--tokens", type=float, metavar="N", help="where the run ends, for example 14.8e12 (default: all of the recipe)")
+    add("--tokens", type=float, metavar="N", help="where the run ends, such as 14.8e12 (default: all of the recipe)")
     add("--price-per-gpu-hour", type=float, metavar="X", help="in any currency")
     add("--imbalance", type=float, metavar="X", help="routed rows of the busiest expert-parallel rank over the mean "
         "(default: from the machine's deviation)")

@@ -122,7 +122,7 @@ def _hopper_figures(device: str) -> dict[str, Figure]:
         network_latency=(3.7e-6, "ISCA, table 5: InfiniBand across leaves"),
         stream_busy_share=(124286 / 129012, "profile: part of the pair in which a compute kernel runs"),
         # 31104, 30976, 36864, 31104, 34688, 32512, 32896, 28416 rows where 32768 are the mean over the ranks.
-        routed_rows_deviation=(0.0788, "profile: standard deviation of a rank's routed rows, over its eight layer passes"),
+        routed_rows_deviation=(0.0788, "profile: standard deviation of a rank's routed rows over eight layer passes"),
     )
 
 
@@ -197,7 +197,7 @@ def _b200() -> Hardware:
                       for point in base.attention
                       for best, longest in [(1000 / 2250, 561 / 989) if point.is_backward else
                                             (1460 / 2250, 616 / 989)])
-    return Hardware("b200", base.figures | changes, base.products, attention, base.movement,
+    return Hardware("b200", {**base.figures, **changes}, base.products, attention, base.movement,
                     _AS_HOPPER + "; attention: FlashMLA README at best, by length as FA3")
 
 

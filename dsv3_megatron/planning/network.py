@@ -1,18 +1,18 @@
 """Bytes on the wire and how long they take: which ranks of a group share a node, and what a node's links carry.
 
 Ranks are numbered as Megatron-Core does: tensor-parallel ranks next to each other, then data-parallel ones, pipeline
-ranks outermost; expert-parallel ranks are next to each other within the data-parallel ones. A node holds ranks in a row.
+ranks outermost; expert-parallel ranks are next to each other within the data-parallel ones. A node's ranks are a row.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.planning.hardware import Hardware
-from dsv3_megatron.planning.operations import expected_destinations
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Network:
         return self.hardware["nvlink_latency"] + num_bytes / self.hardware["nvlink_bandwidth"]
 
     def reduction_seconds(self, dense_bytes: float, expert_bytes: float) -> float:
-        """Reduce-scatter or all-gather, over their data-parallel ranks, of what a rank has of dense weights and experts'.
+        """Reduce-scatter or all-gather, over their data-parallel ranks, of a rank's dense weights and its experts'.
 
         Under DualPipe the ranks of both copies of the model are one group.
         """
@@ -115,3 +115,31 @@ class Network:
             latency = hardware["network_latency"]
         return num_bytes * (num_ranks - 1) / num_ranks / bandwidth + latency * math.ceil(math.log2(num_ranks))
 
+
+@lru_cache(maxsize=1024)
+def expected_destinations(model: ModelConfig, num_parts: int) -> float:
+    """To how many of `num_parts` equal parts of the experts a token goes on average, its own part's among them.
+
+    Experts are chosen evenly among those of the groups that are kept, and groups evenly. Parts are nodes, or ranks.
+
+    Source: DeepSeek-V3 report, section 2.1.2: a token goes to at most `moe_router_group_topk` groups.
+    """
+    experts, groups, kept, top = (model.num_experts, model.moe_router_num_groups, model.moe_router_group_topk,
+                                  model.moe_router_topk)
+    if num_parts <= 1:
+        return 1.0
+    size, part = experts // groups, experts // num_parts
+    in_reach = size * kept
+    if part <= size:  # within one group, which is kept with probability kept / groups
+        return num_parts * kept / groups * (1 - _none(part, in_reach, top))
+    held = part // size  # groups of a part
+    touched = 0.0
+    for of_part in range(1, min(held, kept) + 1):
+        chance = math.comb(held, of_part) * math.comb(groups - held, kept - of_part) / math.comb(groups, kept)
+        touched += chance * (1 - _none(of_part * size, in_reach, top))
+    return num_parts * touched
+
+
+def _none(marked: int, total: int, draws: int) -> float:
+    """Probability that none of `draws` without replacement is among the marked."""
+    return math.comb(total - marked, draws) / math.comb(total, draws) if total - marked >= draws else 0.0

@@ -14,7 +14,8 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.pipeline import microbatch_rule
 from dsv3_megatron.config.recipe import PlannedPhase
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.planning.step_time import Setting, StepTime, step_time
+from dsv3_megatron.planning.step_time import StepTime, step_seconds, step_time
+from dsv3_megatron.planning.work import Setting
 
 _HOURS = 3600.0
 # Schedules that can do any number of micro-batches, the better first, for batches that the run's own cannot do.
@@ -170,12 +171,13 @@ def _phase_cost(run: RunConfig, phase: PlannedPhase, parts: list[tuple[int, floa
         try:
             require_possible(part, setting.num_devices)
         except ConfigError as error:
-            part, note = _another(part, setting, error, find_layout)
+            other, note = _another(part, setting, error, find_layout, is_ramp=size != parts[-1][0])
             if note not in notes:
                 notes.append(note)
-            if part is None:
+            if other is None:
                 seconds, last = float("nan"), None
                 continue
+            part = other
         last = step_time(part, setting, with_transfers=False)
         seconds += steps * last.seconds
     is_known = seconds == seconds
@@ -183,13 +185,16 @@ def _phase_cost(run: RunConfig, phase: PlannedPhase, parts: list[tuple[int, floa
                      last if is_known else None, "; ".join(notes))
 
 
-def _another(part: RunConfig, setting: Setting, error: ConfigError, find_layout: LayoutFinder | None
+def _another(part: RunConfig, setting: Setting, error: ConfigError, find_layout: LayoutFinder | None, *, is_ramp: bool
              ) -> tuple[RunConfig | None, str]:
-    """A run of the phase that can be, and what is other about it; or none, and why."""
+    """A run of the phase that can be, and what is other about it; or none, and why.
+
+    On the way of a growing batch the layout stays, and another schedule takes the steps that the run's cannot take.
+    """
     fewest, _ = microbatch_rule(part.parallel.schedule, part.parallel.pipeline_model_parallel_size)
     replicas = part.parallel.data_parallel_size(setting.num_devices)
     unit = part.training.micro_batch_size * replicas
-    if part.training.global_batch_size % unit == 0 and part.training.num_microbatches(replicas) < fewest:
+    if is_ramp and part.training.global_batch_size % unit == 0 and part.training.num_microbatches(replicas) < fewest:
         for schedule in _ANY_NUMBER:
             other = dataclasses.replace(part, parallel=dataclasses.replace(
                 part.parallel, pipeline_schedule=schedule, num_virtual_stages_per_pipeline_rank=1))
@@ -208,14 +213,14 @@ def _another(part: RunConfig, setting: Setting, error: ConfigError, find_layout:
 def sensitivities(run: RunConfig, setting: Setting, *, factor: float = 1.1) -> dict[str, float]:
     """What more of each resource of the machine buys: the change of the step time as a part of it, below 0 if shorter.
 
-    Resources without effect on this run are left out. A share cannot be more than 1. More of a latency, of an overhead or
-    of the deviation of routed rows is no gain.
+    Resources without effect on this run are left out. A share cannot be more than 1. More of a latency, of an overhead
+    or of the deviation of routed rows is no gain.
     """
-    base = step_time(run, setting, with_transfers=False).seconds
+    base = step_seconds(run, setting)
     changes = {}
     for name in setting.hardware.resources():
         other = dataclasses.replace(setting, hardware=setting.hardware.scaled(name, factor))
-        change = step_time(run, other, with_transfers=False).seconds / base - 1
+        change = step_seconds(run, other) / base - 1
         if abs(change) > 5e-6:
             changes[name] = change
     return dict(sorted(changes.items(), key=lambda item: -abs(item[1])))

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.memory import RECOMPUTE_GRANULARITIES
@@ -20,20 +21,11 @@ from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.parallel.placement import placement
+from dsv3_megatron.planning.hardware import Hardware
 from dsv3_megatron.planning.memory import RankMemory, estimate_memory
 from dsv3_megatron.planning.operations import Part
-from dsv3_megatron.planning.hardware import Hardware
-from dsv3_megatron.planning.step_time import (
-    Imbalance,
-    Setting,
-    StageWork,
-    StepTime,
-    WorkTable,
-    end_key,
-    step_seconds,
-    step_time,
-    update_time,
-)
+from dsv3_megatron.planning.step_time import StepTime, step_seconds, step_time, update_time
+from dsv3_megatron.planning.work import Imbalance, Setting, StageWork, WorkTable, end_key
 from dsv3_megatron.schedule.plan import SCHEDULES
 
 RULE, MEMORY, SLOWER = "rule", "memory", "slower"
@@ -133,7 +125,8 @@ class SearchResult:
         """If nothing was found: the reason that comes nearest to a way out."""
         lacking = [r for r in self.rejected if r.kind == MEMORY]
         if lacking:
-            return f"all {sum(r.count for r in lacking)} layouts that the rules allow need more memory; {lacking[0].reason}"
+            return (f"all {sum(r.count for r in lacking)} layouts that the rules allow need more memory; "
+                    + lacking[0].reason)
         broken = Counter(r.reason for r in self.rejected if r.count == 1) or Counter(r.reason for r in self.rejected)
         return broken.most_common(1)[0][0] if broken else "there is no layout"
 
@@ -272,7 +265,7 @@ class _Seconds:
         return _Seconds(self.alone * factor, self.compute * factor, self.shared * factor, self.passing * factor)
 
 
-# A stage, what decides about its ends, and of each kind of layer the first of the model, one of the stage's, and how many.
+# A stage, what decides about its ends, and of each kind of layer the model's first, one of the stage's, and how many.
 _Contents = tuple[StageLayout, tuple[object, ...], tuple[tuple[int, int, int], ...]]
 _NOTHING = _Seconds(0.0, 0.0, 0.0, 0.0)
 _IMBALANCES = (1.0, 1.2)
@@ -328,21 +321,21 @@ class _Bounds:
                          for imbalance in _IMBALANCES)
             self._tables[key] = low, high
         tables = self._tables[key]
-        pieces: dict[object, _Seconds] = {}
+        known: dict[object, _Seconds] = {}
 
         def piece(name: object, of: Callable[[WorkTable], StageWork]) -> _Seconds:
-            if name not in pieces:
+            if name not in known:
                 if (key, name) not in self._pieces:
                     low, high = (_Seconds.of(of(table)) for table in tables)
                     self._pieces[key, name] = low, high
-                pieces[name] = _Seconds.between(*self._pieces[key, name], way)
-            return pieces[name]
+                known[name] = _Seconds.between(*self._pieces[key, name], way)
+            return known[name]
 
         stages = []
         for stage, end, counts in self._contents(run, tables[0]):
-            total = piece(end, lambda table, stage=stage: table.end(stage))
-            for linears, index, count in counts:
-                total += piece(linears, lambda table, index=index: table.layer(index)).times(count)
+            total = piece(end, partial(_end_of, stage))
+            for kind, index, count in counts:
+                total += piece(kind, partial(_layer_of, index)).times(count)
             stages.append(total)
         return stages
 
@@ -360,3 +353,11 @@ class _Bounds:
                 self._stage_contents[size].append((stage, end_key(run.model, stage), tuple(
                     (first[kind], kinds[kind], count) for kind, count in counts.items())))
         return self._stage_contents[size]
+
+
+def _end_of(stage: StageLayout, table: WorkTable) -> StageWork:
+    return table.end(stage)
+
+
+def _layer_of(index: int, table: WorkTable) -> StageWork:
+    return table.layer(index)
