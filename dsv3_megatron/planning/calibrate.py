@@ -7,7 +7,6 @@ of measured to predicted time; other layouts and models are then planned with th
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -118,6 +117,8 @@ def _measured(folder: Path, run: RunConfig) -> tuple[dict[str, float], int]:
 
 def _logged_parts(folder: Path, iterations: set[int]) -> dict[str, float]:
     """Median seconds of the passes, the reduction and the optimizer, of the logged steps; empty if there are none."""
+    if not any(folder.glob("events.out.tfevents.*")):
+        return {}
     from dsv3_megatron.metrics.event_files import read_run
 
     scalars = read_run(folder).scalars
@@ -150,7 +151,9 @@ def fit(hardware: Hardware, measured: dict[str, float], predicted: dict[str, flo
     passes = measured.get(_PASSES, whole * predicted[_PASSES]) / predicted[_PASSES]
     reduction = measured.get(_REDUCTION, 0.0) / predicted[_REDUCTION] if predicted[_REDUCTION] else 1.0
     optimizer = measured.get(_OPTIMIZER, whole * predicted[_OPTIMIZER]) / predicted[_OPTIMIZER]
-    rates = [name for name in hardware.figures if name.endswith("_best_share") or name.startswith("all_to_all")]
+    # Products and element-wise kernels both have a part that is the memory's.
+    rates = [name for name in hardware.figures if name.endswith("_best_share") or name.startswith("all_to_all")
+             or name == "memory_bandwidth"]
     figures = dict(hardware.figures)
     for name in rates:
         figures[name] = _fitted(figures[name], 1 / passes)
@@ -160,22 +163,11 @@ def fit(hardware: Hardware, measured: dict[str, float], predicted: dict[str, flo
     for name in ("nvlink_latency", "network_latency", "operation_overhead"):
         if name in figures:
             figures[name] = _fitted(figures[name], passes)
-    movement = {kind: _fitted(figure, 1 / (optimizer if kind == "optimizer" else passes))
-                for kind, figure in hardware.movement.items()}
+    movement = {**hardware.movement, "optimizer": _fitted(hardware.movement["optimizer"], passes / optimizer)}
     attention = tuple(AttentionPoint(point.is_backward, point.seq_length, point.share / passes)
                       for point in hardware.attention)
-    # Products have a part that is the memory's, which the best share does not scale: the ratio does.
-    products = tuple(dataclasses.replace(point, ratio=point.ratio * _ratio_left(hardware, figures, point, passes))
-                     for point in hardware.products)
-    return Hardware(f"{hardware.name}-fitted", figures, products, attention, movement,
+    return Hardware(f"{hardware.name}-fitted", figures, hardware.products, attention, movement,
                     hardware.tables_source + ", fitted to a run")
-
-
-def _ratio_left(before: Hardware, figures: dict[str, Figure], point: Any, factor: float) -> float:
-    from dsv3_megatron.planning.hardware import additive_seconds
-
-    shape = (point.kind, point.purpose, point.groups, point.rows, point.columns, point.inner)
-    return factor * additive_seconds(before.figures, *shape) / additive_seconds(figures, *shape)
 
 
 def _fitted(figure: Figure, factor: float) -> Figure:

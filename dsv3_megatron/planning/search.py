@@ -18,6 +18,7 @@ from functools import partial
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.memory import RECOMPUTE_GRANULARITIES
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.parallel.placement import placement
@@ -228,41 +229,42 @@ def _layouts(run: RunConfig, num_devices: int, rejected: list[Rejected]) -> Iter
 
 @dataclass(frozen=True)
 class _Seconds:
-    """F + I + W of a layer or of a stage's ends, and F + I of compute.
+    """F + I + W of a layer or of a stage's ends, and F of compute.
 
     Attributes:
         alone: With the all-to-all waited for.
         compute: Without.
         shared: Compute beside communication.
-        passing: F + I.
+        forward: F.
     """
 
     alone: float
     compute: float
     shared: float
-    passing: float
+    forward: float
 
     @classmethod
     def of(cls, work: StageWork) -> _Seconds:
         works = work.alone.values()
         return cls(sum(one.alone for one in works), sum(one.compute for one in works),
                    sum(one.compute for one in work.shared.values()),
-                   work.alone[Part.FORWARD].compute + work.alone[Part.INPUT].compute)
+                   work.alone[Part.FORWARD].compute)
 
     @classmethod
     def between(cls, low: _Seconds, high: _Seconds, way: float) -> _Seconds:
         """So far on the way from one to the other."""
-        return cls(*(a + way * (b - a) for a, b in zip(dataclasses.astuple(low), dataclasses.astuple(high),
-                                                       strict=True)))
+        rest = 1 - way
+        return cls(rest * low.alone + way * high.alone, rest * low.compute + way * high.compute,
+                   rest * low.shared + way * high.shared, rest * low.forward + way * high.forward)
 
     def __add__(self, other: _Seconds) -> _Seconds:
         return _Seconds(self.alone + other.alone, self.compute + other.compute, self.shared + other.shared,
-                        self.passing + other.passing)
+                        self.forward + other.forward)
 
 
     def times(self, factor: float) -> _Seconds:
         """So many times as much."""
-        return _Seconds(self.alone * factor, self.compute * factor, self.shared * factor, self.passing * factor)
+        return _Seconds(self.alone * factor, self.compute * factor, self.shared * factor, self.forward * factor)
 
 
 # A stage, what decides about its ends, and of each kind of layer the model's first, one of the stage's, and how many.
@@ -299,7 +301,10 @@ class _Bounds:
         imbalance = Imbalance.of(run, setting)
         way = ((imbalance.pair if hides else imbalance.layer) - _IMBALANCES[0]) / (_IMBALANCES[1] - _IMBALANCES[0])
         stages = self._stages(run, layout, way)
-        before = [0.0, *itertools.accumulate(stage.passing for stage in stages)]
+        # A rank waits for the forwards before it; the ranks before it wait for its last backward, unless its weight parts
+        # may come after they have what they wait for.
+        is_split = parallel.schedule in SPLIT_BACKWARD
+        before = [0.0, *itertools.accumulate(stage.forward if is_split else stage.compute for stage in stages)]
         total = run.training.num_microbatches(parallel.data_parallel_size(setting.num_devices))
         each = total // parallel.num_model_copies
         single = 3 * parallel.pipeline_model_parallel_size // parallel.num_model_copies - 1
