@@ -1,4 +1,9 @@
-"""Megatron-Core's token dispatcher, with tokens on their way to the experts in FP8.
+"""Megatron-Core's MoE layer and token dispatcher, with less in memory and on the wire.
+
+A dispatcher notes a micro-batch's gates on itself, and with them would hold the graph that they came from, inputs of
+recomputed layers and their gradients included, until the next micro-batch: `FrugalMoELayer` takes the notes away.
+
+In FP8 tokens are narrow on their way to the experts:
 
     forward    dispatch FP8, combine as it is
     backward   combine's gradients FP8 (they are dispatched), dispatch's as they are
@@ -8,6 +13,8 @@ Gates travel as they are. Source: DeepSeek-V3 report, section 3.3.3.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import all_to_all
@@ -16,6 +23,17 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 
 from dsv3_megatron.parallel.exchange import Splits
 from dsv3_megatron.parallel.narrow_rows import exchange_rows
+
+
+class FrugalMoELayer(MoELayer):
+    """Megatron-Core's, of which nothing of a micro-batch is left when its forward pass is done."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron-Core's."""
+        output = super().forward(hidden_states, *args, **kwargs)
+        dispatcher = self.token_dispatcher
+        dispatcher.probs = dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None
+        return output
 
 
 class NarrowDispatcher(MoEAlltoAllTokenDispatcher):

@@ -17,7 +17,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_submodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from dsv3_megatron.model.attention import LocalMLASelfAttention, LocalMLASubmodules
+from dsv3_megatron.model.dispatch import FrugalMoELayer
 from dsv3_megatron.model.experts import GroupedExperts, LocalMLP, LocalSharedExperts
 from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from dsv3_megatron.model.mtp import DocumentMTPLayer
@@ -134,8 +135,8 @@ def _shared_experts(*, config: Any, pg_collection: Any, gate: bool, submodules: 
     return LocalSharedExperts(config=config, submodules=submodules, gate=gate, pg_collection=pg_collection, name=name)
 
 
-def _moe(experts: Any, shared_experts: Any, router: RouterOptions) -> partial[MoELayer]:
-    return partial(MoELayer, submodules=MoESubmodules(
+def _moe(experts: Any, shared_experts: Any, router: RouterOptions) -> partial[FrugalMoELayer]:
+    return partial(FrugalMoELayer, submodules=MoESubmodules(
         experts=experts, shared_experts=shared_experts, router=partial(DeepSeekRouter, options=router)))
 
 

@@ -14,12 +14,13 @@ Shapes: S sequence, B micro-batch, N heads, D query and key width, V value width
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import torch
 
 from dsv3_megatron.ops.backend import log_choice, unknown_backend, wide_dtype
-from dsv3_megatron.ops.recompute import is_recomputed, saving
+from dsv3_megatron.ops.recompute import is_recomputed, recomputed, saving
 from dsv3_megatron.ops.softmax import softmax_and_logsumexp_
 
 BACKENDS = ("auto", "blocked", "sdpa_padded", "sdpa", "reference")
@@ -142,7 +143,9 @@ def _sdpa(
 ) -> torch.Tensor:
     width = v_SBNV.shape[-1]
     if padded_width > width:
-        v_SBNV = torch.nn.functional.pad(v_SBNV, (0, padded_width - width))
+        pad = partial(torch.nn.functional.pad, pad=(0, padded_width - width))
+        # What is made again of values that are made again need not be kept either.
+        v_SBNV = recomputed(pad, v_SBNV) if is_recomputed(v_SBNV) else pad(v_SBNV)
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q_SBND, k_SBND, v_SBNV))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale)
     return out[..., :width].permute(2, 0, 1, 3)

@@ -141,7 +141,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_weight = ctx.needs_input_grad[1]
         if needs_weight and defer is None:
             grad_hidden, grad_weight = _hidden_and_weight_grad(logits, ctx.weight, accumulate, needs_hidden=True)
-            return grad_hidden, mark_added_to_main_grad(ctx.weight) if grad_weight is None else grad_weight, None, None
+            if grad_weight is None:
+                mark_added_to_main_grad(ctx.weight)
+            return grad_hidden, grad_weight, None, None
         grad_hidden, _ = _hidden_and_weight_grad(logits, None, accumulate, needs_hidden=True)
         if needs_weight:
             defer(DeferredWeightGrad(_add_deferred, logits, ctx.weight, accumulate))

@@ -270,7 +270,7 @@ class _WeightTotals:
         self.fc2.add(expert, grad_y.t(), active)
         self.fc1.add(expert, grad_hidden.t(), x)
 
-    def for_autograd(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def for_autograd(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return self.fc1.for_autograd(), self.fc2.for_autograd()
 
 
@@ -317,5 +317,7 @@ class _WeightTotal:
         elif self.own is not None:
             self.own[expert] = torch.mm(left, right)
 
-    def for_autograd(self) -> torch.Tensor:
-        return mark_added_to_main_grad(self.weight) if self.own is None else self.own
+    def for_autograd(self) -> torch.Tensor | None:
+        if self.own is None:
+            mark_added_to_main_grad(self.weight)
+        return self.own

@@ -113,13 +113,15 @@ def settle_weight_grad(weight: torch.Tensor, products: Products, grad_y: torch.T
         defer: Gets the computation.
 
     Returns:
-        For autograd: the gradient; what stands in for it where `main_grad` took it; None where it is deferred.
+        For autograd: the gradient; None where `main_grad` took it or it is deferred.
     """
     if defer is not None:
         defer(DeferredWeightGrad(_add_deferred, weight, products, grad_y, kept, accumulate, counts))
         return None
     grad = _weight_grad(weight, products, grad_y, kept, accumulate, counts)
-    return mark_added_to_main_grad(weight) if grad is None else grad
+    if grad is None:
+        mark_added_to_main_grad(weight)
+    return grad
 
 
 def _weight_grad(weight: torch.Tensor, products: Products, grad_y: torch.Tensor, kept: Kept, accumulate: bool,

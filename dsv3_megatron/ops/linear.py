@@ -112,7 +112,8 @@ def linear(
         backend: See `backend.choose_product_backend`.
         accumulate_into_main_grad: Add the weight gradient to `weight.main_grad` where there is one, and set
             `weight.grad_added_to_main_grad`, which tells Megatron-Core's hooks that nothing is left to add. Autograd
-            then gets an uninitialised dummy, as it does from Megatron-Core's fused path.
+            then gets no gradient. (Megatron-Core's fused path makes a dummy of the weight's size, for hooks that start
+            a reduction when a gradient is there; those are off.)
         defer_weight_grad: Gets a function of no arguments that computes the weight gradient and adds it to
             `weight.main_grad` (or `weight.grad`); backward itself then computes the input gradient alone.
 
@@ -130,10 +131,9 @@ def main_grad_of(weight: torch.Tensor, accumulate: bool) -> torch.Tensor | None:
     return getattr(weight, "main_grad", None) if accumulate else None
 
 
-def mark_added_to_main_grad(weight: torch.Tensor) -> torch.Tensor:
-    """Record that `weight.main_grad` holds this gradient; return what autograd gets in its place, never read."""
+def mark_added_to_main_grad(weight: torch.Tensor) -> None:
+    """Record that `weight.main_grad` holds this gradient."""
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.empty_like(weight)
 
 
 class DeferredWeightGrad:
@@ -160,7 +160,7 @@ class DeferredWeightGrad:
 def add_to_grad(weight: torch.Tensor, grad: torch.Tensor | None) -> None:
     """Add a gradient computed outside autograd to `weight.grad`; None: `weight.main_grad` holds it already."""
     if grad is None:
-        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        mark_added_to_main_grad(weight)
     elif weight.grad is None:
         weight.grad = grad
     else:
@@ -224,6 +224,8 @@ def _add_deferred(
 
 def _weight_grad_for_autograd(
     weight: torch.Tensor, grad_y: torch.Tensor, x: torch.Tensor, accumulate: bool, backend: str
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     grad = linear_weight_grad(grad_y, x, main_grad=main_grad_of(weight, accumulate), backend=backend)
-    return mark_added_to_main_grad(weight) if grad is None else grad
+    if grad is None:
+        mark_added_to_main_grad(weight)
+    return grad

@@ -7,16 +7,20 @@ Usage:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.parallel.layout import stage_layouts
+from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.parallel.placement import placement
-from dsv3_megatron.planning.memory_buffers import buffer_bytes
+from dsv3_megatron.planning.memory_buffers import buffer_bytes, fp8_weight_bytes
 from dsv3_megatron.planning.memory_ledger import run_turns
 from dsv3_megatron.planning.memory_schedule import MAX_UNFINISHED, peak_of, rank_moments, steady_microbatches
 from dsv3_megatron.planning.memory_settings import PassSettings, pass_settings
-from dsv3_megatron.planning.memory_stage import StageContent, StageCost, stage_cost
+from dsv3_megatron.planning.memory_stage import StageContent, stage_cost
 from dsv3_megatron.planning.memory_state import rank_states
 
 DEVICES = ("cuda", "cpu")
@@ -40,7 +44,8 @@ class RankMemory:
         deferred_bytes: What waits for the weight part of a backward pass that is split.
         working_bytes: What lives during the one pass that is at its peak, beside what was there when it began.
         communication_bytes: Tensors on their way between pipeline ranks.
-        buffer_bytes: Small things that are always there: routers' biases and counts, rotary tables, FP8 weights.
+        buffer_bytes: Small things that are always there: routers' biases and counts, rotary tables.
+        fp8_weight_bytes: Weights in FP8, during a step beside the run's own.
         host_bytes: The average of the weights, in CPU memory.
         peak_action: What runs at the peak, such as "F0" or "F1 & B0": forward, backward, its input and weight parts
             (I, W), and the chunk; "step" is the optimizer's.
@@ -60,6 +65,7 @@ class RankMemory:
     working_bytes: int
     communication_bytes: int
     buffer_bytes: int
+    fp8_weight_bytes: int
     host_bytes: int
     peak_action: str = ""
     num_kept: tuple[int, ...] = ()
@@ -74,7 +80,7 @@ class RankMemory:
     def peak_bytes(self) -> int:
         """The most that is held at once on the device."""
         return (self.state_bytes + self.activation_bytes + self.deferred_bytes + self.working_bytes
-                + self.communication_bytes)
+                + self.communication_bytes + self.fp8_weight_bytes)
 
 
 def estimate_memory(run: RunConfig, world_size: int | None = None, *, device: str = "cuda",
@@ -97,46 +103,69 @@ def estimate_memory(run: RunConfig, world_size: int | None = None, *, device: st
     precision = "bf16" if run.training.precision == "auto" else run.training.precision
     settings = pass_settings(run, device=device, precision=precision, is_wide_product=is_wide_product,
                              imbalance=imbalance)
-    stages = stage_layouts(run.model, run.parallel)
+    num_microbatches = _most_microbatches(run, size)
+    states = rank_states(run, size, precision=precision)
     ranks = []
-    for rank, (places, state) in enumerate(zip(placement(run.parallel), rank_states(run, size, precision=precision),
-                                               strict=True)):
-        held = [stages[place.stage] for place in places]
-        contents = [StageContent.of(run.model, stage) for stage in held]
-        costs = tuple(stage_cost(settings, content) for content in contents)
-        peak = _peak(run, size, rank, costs, device)
-        step = state.step_bytes if device == "cpu" else 0
-        if sum(peak[1:5]) < step:
-            peak = ("step", 0, 0, 0, step, ())
+    for rank, (stages, contents) in enumerate(_held(run.model, run.parallel)):
+        state = states[rank]
+        passes = _passes(settings, contents, run.parallel, num_microbatches, rank)
+        if device == "cpu" and passes.total < state.step_bytes:
+            passes = _Passes("step", 0, 0, 0, state.step_bytes, (0,) * len(stages))
         ranks.append(RankMemory(
-            pipeline_rank=rank, stages=tuple(place.stage for place in places),
-            layer_ids=tuple(layer for stage in held for layer in stage.layer_ids),
+            pipeline_rank=rank, stages=tuple(stage.stage for stage in stages),
+            layer_ids=tuple(layer for stage in stages for layer in stage.layer_ids),
             num_parameters=state.parameters, parameter_bytes=state.parameter_bytes,
             gradient_bytes=state.gradient_bytes,
             optimizer_bytes=state.master_bytes + state.moment_bytes + state.scratch_bytes,
-            activation_bytes=peak[1], deferred_bytes=peak[2], communication_bytes=peak[3], working_bytes=peak[4],
-            buffer_bytes=buffer_bytes(settings, contents), host_bytes=state.average_bytes,
-            peak_action=peak[0], num_kept=peak[5], kept_by_chunk=tuple(cost.kept for cost in costs)))
+            activation_bytes=passes.kept, deferred_bytes=passes.deferred, communication_bytes=passes.on_the_way,
+            working_bytes=passes.working, buffer_bytes=buffer_bytes(settings, contents),
+            fp8_weight_bytes=fp8_weight_bytes(run.fp8, run.model, run.parallel, stages, device=device),
+            host_bytes=state.average_bytes, peak_action=passes.action, num_kept=passes.num_kept,
+            kept_by_chunk=tuple(stage_cost(settings, content).kept for content in contents)))
     return tuple(ranks)
 
 
-def _peak(run: RunConfig, world_size: int, rank: int, costs: tuple[StageCost, ...], device: str
-          ) -> tuple[str, int, int, int, int, tuple[int, ...]]:
-    """What runs at the peak; bytes kept, deferred, on their way, working; micro-batches kept by chunk."""
-    parallel = run.parallel
+class _Passes(NamedTuple):
+    """A rank's peak: what runs, bytes by kind, and the micro-batches that each chunk keeps."""
+
+    action: str
+    kept: int
+    deferred: int
+    on_the_way: int
+    working: int
+    num_kept: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        return self.kept + self.deferred + self.on_the_way + self.working
+
+
+@functools.lru_cache(maxsize=4096)
+def _held(model: ModelConfig, parallel: ParallelConfig
+          ) -> tuple[tuple[tuple[StageLayout, ...], tuple[StageContent, ...]], ...]:
+    """By pipeline rank: its stages, and what they are made of."""
+    layouts = stage_layouts(model, parallel)
+    held = [tuple(layouts[place.stage] for place in places) for places in placement(parallel)]
+    return tuple((stages, tuple(StageContent.of(model, stage) for stage in stages)) for stages in held)
+
+
+@functools.lru_cache(maxsize=16384)
+def _passes(settings: PassSettings, contents: tuple[StageContent, ...], parallel: ParallelConfig, num_microbatches: int,
+            rank: int) -> _Passes:
+    """Of a rank with these stages, by the schedule."""
+    costs = tuple(stage_cost(settings, content) for content in contents)
     num_ranks = parallel.pipeline_model_parallel_size
     if num_ranks == 1:
         (cost,) = costs
         forward, backward = run_turns(cost.forward).peak, cost.kept_bytes + run_turns(cost.backward).peak
         if forward > backward:
-            return "F0", 0, 0, 0, forward, (0,)
-        return "B0", cost.kept_bytes, 0, 0, backward - cost.kept_bytes, (1,)
-    microbatches = steady_microbatches(num_ranks, _most_microbatches(run, world_size))
+            return _Passes("F0", 0, 0, 0, forward, (0,))
+        return _Passes("B0", cost.kept_bytes, 0, 0, backward - cost.kept_bytes, (1,))
     virtual = parallel.stages_per_rank if parallel.schedule == "interleaved" else None
-    peak = peak_of(rank_moments(parallel.schedule, num_ranks, microbatches, virtual, rank, MAX_UNFINISHED[device]),
-                   costs)
+    peak = peak_of(rank_moments(parallel.schedule, num_ranks, steady_microbatches(num_ranks, num_microbatches), virtual,
+                                rank, MAX_UNFINISHED[settings.device]), costs)
     action = " & ".join(f"{kind}{chunk}" for kind, chunk in peak.moment.operations)
-    return action, peak.kept, peak.deferred, peak.on_the_way, peak.working, peak.moment.kept
+    return _Passes(action, peak.kept, peak.deferred, peak.on_the_way, peak.working, peak.moment.kept)
 
 
 def _most_microbatches(run: RunConfig, world_size: int) -> int:

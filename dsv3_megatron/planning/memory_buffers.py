@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.precision import Fp8Config, linear_shapes, precision_map
+from dsv3_megatron.parallel.layout import StageLayout
 from dsv3_megatron.planning.memory_settings import INDEX, WIDE, PassSettings
 from dsv3_megatron.planning.memory_stage import StageContent
 
 
 def buffer_bytes(s: PassSettings, contents: Sequence[StageContent]) -> int:
-    """Of a rank with these stages: rotary tables; routers' biases, loads and balance losses; a dispatcher's notes."""
+    """Of a rank with these stages: rotary tables; routers' biases, loads and balance losses."""
     total = 0
     for content in contents:
         moe = content.num_moe + content.num_mtp * content.is_mtp_moe
         total += (content.num_dense + content.num_moe + content.num_mtp) * 2 * s.length * s.rope // 2 * WIDE
         total += moe * (s.experts * (WIDE + INDEX) + WIDE)
-        if not (s.is_piped and s.has_remote_experts):
-            # Megatron-Core's dispatcher keeps the last micro-batch's gates, choices and row numbers, the latter two as
-            # views of what sorted them.
-            total += moe * (s.local_tokens * s.experts * (WIDE + 1) + s.sent_rows * INDEX)
     return total
+
+
+def fp8_weight_bytes(fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfig, stages: Sequence[StageLayout], *,
+                     device: str) -> int:
+    """Weights in FP8 beside the run's own, from their first use in a step to its end: values and scales of 128x128.
+
+    On CUDA a second copy of the values is turned round for the input gradients' products.
+    """
+    if not fp8.is_enabled:
+        return 0
+    return _stages_in_fp8(model, parallel, tuple(fp8.fp8_override), tuple(stages), 2 if device == "cuda" else 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stages_in_fp8(model: ModelConfig, parallel: ParallelConfig, overrides: tuple[str, ...],
+                   stages: tuple[StageLayout, ...], num_copies: int) -> int:
+    sizes = _fp8_weights(model, parallel, overrides, num_copies)
+    return sum(size for stage in stages for name, size in sizes.items() if _is_in(name, stage))
+
+
+@functools.lru_cache(maxsize=256)
+def _fp8_weights(model: ModelConfig, parallel: ParallelConfig, overrides: tuple[str, ...], num_copies: int
+                 ) -> dict[str, int]:
+    precisions = precision_map(Fp8Config(fp8="blockwise", fp8_override=list(overrides)), model)
+    local_experts = model.num_experts // parallel.expert_model_parallel_size
+    sizes = {}
+    for name, (rows, columns) in linear_shapes(model, parallel).items():
+        if "fp8" in (precisions[name].fprop, precisions[name].dgrad):
+            size = num_copies * rows * columns + -(-rows // 128) * -(-columns // 128) * WIDE
+            sizes[name] = size * (local_experts if ".experts." in name else 1)
+    return sizes
+
+
+def _is_in(name: str, stage: StageLayout) -> bool:
+    """Whether a stage holds a module, by its global name."""
+    kind, _, number, *_ = name.split(".")
+    return int(number) in (stage.layer_ids if kind == "decoder" else stage.mtp_layer_ids)

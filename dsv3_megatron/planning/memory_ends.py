@@ -27,9 +27,8 @@ class Embedding:
 
     def backward(self, grad: Tensor, *, waits: bool) -> None:
         """A dense gradient of the table; `grad` is used up. Without a tape it stays until it is `added`."""
-        ledger, s = self.ops.ledger, self.ops.s
         if waits:
-            ledger.waiting.append(lambda: self._table(grad))
+            self.ops.ledger.waiting.append(lambda: self._table(grad))
         else:
             self._table(grad)
 
@@ -98,7 +97,6 @@ class TokenLosses:
         in_place = 0 if s.is_wide_product else weight_grad_work(s, s.vocabulary * s.hidden)
         ledger.pulse(wide + self._wide_copies() + chunk + (0 if s.is_piped else in_place))
         if not s.is_piped:
-            ledger.pulse(table_bytes(s))  # a dummy for autograd
             self._done()
         elif waits:
             ledger.waiting.append(lambda: self._weight_grad(chunk + in_place))
@@ -131,21 +129,21 @@ class TokenLosses:
         if waits:
             ledger.waiting.append(lambda: self._weight_grad(work))
         else:
-            ledger.pulse(work + (0 if s.is_piped else table_bytes(s)))
+            ledger.pulse(work)
             self._done()
         return ops.scatter(grad, s.hidden)
 
 
 class MTPInput:
-    """Norms of the hidden states and of the next tokens' embeddings, and the projection of both; `output` is the caller's.
+    """Hidden states and the next tokens' embeddings, normed, and the projection of both; `output` is the caller's.
 
     Source: DeepSeek-V3 report, eq. 21.
     """
 
-    def __init__(self, ops: Operations, hidden: Tensor) -> None:
+    def __init__(self, ops: Operations, hidden: Tensor, embedding: Embedding | None = None) -> None:
         ledger, s = ops.ledger, ops.s
         self.ops = ops
-        self.embedding = Embedding(ops)
+        self.embedding = embedding or Embedding(ops)
         embedded = self.embedding.output
         self.embedded_norm = ops.norm(embedded, "MTP input", s.local_tokens, s.hidden)
         self.hidden_norm = ops.norm(hidden, "MTP input", s.local_tokens, s.hidden)
@@ -160,7 +158,8 @@ class MTPInput:
             ledger.drop(self.output)
             self.output = ledger.make("MTP hidden states", s.hidden_bytes)
             ledger.drop(whole)
-        ledger.drop(embedded)
+        if embedding is None:
+            ledger.drop(embedded)
 
     def backward(self, grad: Tensor, *, waits: bool) -> Tensor:
         """To the gradient of the hidden states; `grad` is used up."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 from dsv3_megatron.planning.memory_ledger import Tensor
 from dsv3_megatron.planning.memory_operations import (
     AttentionPass,
+    FusedAttentionPass,
     LinearPass,
     NormPass,
     Operations,
     SwiGLUPass,
-    weight_grad_work,
 )
-from dsv3_megatron.planning.memory_settings import INDEX, WIDE, PassSettings
+from dsv3_megatron.planning.memory_settings import INDEX, WIDE
 
 
 class Attention:
@@ -31,16 +31,20 @@ class Attention:
         self.query_down: LinearPass | None = None
         source = normed
         if s.query_latent:
-            self.query_down = ops.linear(normed, "query latent", s.local_tokens, s.hidden, s.query_latent)
+            self.query_down = ops.linear(normed, "query latent", s.local_tokens, s.hidden, s.query_latent,
+                                         "self_attention.linear_q_down_proj")
             source = self.query_down.output
-        self.latent_down = ops.linear(normed, "latent", s.local_tokens, s.hidden, s.latent + s.rope)
+        self.latent_down = ops.linear(normed, "latent", s.local_tokens, s.hidden, s.latent + s.rope,
+                                      "self_attention.linear_kv_down_proj")
         query, key, key_value = self._decompress(source, self.latent_down.output)
         if s.is_recomputed("mla_up_proj"):
             latents = s.tokens * ((s.query_latent or 0) + s.latent) * s.narrow
             ledger.make_again(query, key, key_value, work=query.size + latents)
-        self.core = AttentionPass(ops, query, key, key_value)
+        kind = AttentionPass if s.device == "cpu" else FusedAttentionPass
+        self.core = kind(ops, query, key, key_value)
         context = self.core.output
-        self.projection = ops.linear(context, "attention output", s.tokens, s.heads * s.value, s.hidden)
+        self.projection = ops.linear(context, "attention output", s.tokens, s.heads * s.value, s.hidden,
+                                     "self_attention.linear_proj")
         ledger.drop(context)
         projected = ops.scatter(self.projection.output, s.hidden)
         ledger.drop(query, key, key_value, self.latent_down.output)
@@ -60,7 +64,9 @@ class Attention:
             query_source = self.query_norm.output
         width = s.query_latent or s.hidden
         gathered = ops.gather(query_source, width)
-        self.query_up = ops.linear(gathered, "query", s.tokens, width, s.heads * s.query)
+        self.query_up = ops.linear(
+            gathered, "query", s.tokens, width, s.heads * s.query,
+            "self_attention.linear_q_up_proj" if s.query_latent else "self_attention.linear_q_proj")
         ledger.drop(gathered)
         self.rotations = [ledger.make("rotations", rotation)]
         self._rotate()
@@ -72,7 +78,8 @@ class Attention:
         self.rotations.append(ledger.make("rotations", rotation))
         shared_key = ledger.make("shared key", s.tokens * s.rope * s.narrow)
         gathered = ops.gather(self.latent_norm.output, s.latent)
-        self.latent_up = ops.linear(gathered, "keys and values", s.tokens, s.latent, s.heads * (s.nope + s.value))
+        self.latent_up = ops.linear(gathered, "keys and values", s.tokens, s.latent, s.heads * (s.nope + s.value),
+                                    "self_attention.linear_kv_up_proj")
         key = ledger.make("key", heads * s.query * s.narrow)
         ledger.drop(gathered, self.latent_norm.output, shared_key)
         return query, key, self.latent_up.output
@@ -140,15 +147,18 @@ def add_residual(ops: Operations, grad: Tensor, branch: Tensor) -> Tensor:
 class FeedForward:
     """SwiGLU FFN of a rank's part of its intermediate width; `output` is the caller's."""
 
-    def __init__(self, ops: Operations, x: Tensor, name: str, width: int, *, is_recomputed: bool = False) -> None:
+    def __init__(self, ops: Operations, x: Tensor, name: str, width: int, module: str, *, is_recomputed: bool = False
+                 ) -> None:
         ledger, s = ops.ledger, ops.s
         self.ops = ops
         gathered = ops.gather(x, s.hidden)
-        self.up: LinearPass = ops.linear(gathered, f"{name} gate and up", s.tokens, s.hidden, 2 * width)
+        self.up: LinearPass = ops.linear(gathered, f"{name} gate and up", s.tokens, s.hidden, 2 * width,
+                                         f"{module}.linear_fc1")
         ledger.drop(gathered)
         self.activation: SwiGLUPass = ops.swiglu(self.up.output, f"{name} active", s.tokens, width,
                                                  is_recomputed=is_recomputed)
-        self.down: LinearPass = ops.linear(self.activation.output, f"{name} output", s.tokens, width, s.hidden)
+        self.down: LinearPass = ops.linear(self.activation.output, f"{name} output", s.tokens, width, s.hidden,
+                                           f"{module}.linear_fc2")
         ledger.drop(self.up.output, self.activation.output)
         self.output = ops.scatter(self.down.output, s.hidden)
 
@@ -175,7 +185,7 @@ class DenseLayer:
         self.ops = ops
         self.attention = Attention(ops, x)
         self.norm = ops.norm(self.attention.output, "FFN input", s.local_tokens, s.hidden)
-        self.ffn = FeedForward(ops, self.norm.output, "FFN", s.ffn)
+        self.ffn = FeedForward(ops, self.norm.output, "FFN", s.ffn, "mlp")
         self.output = ledger.make("hidden states", s.hidden_bytes)
         ledger.drop(self.ffn.output, self.norm.output, self.attention.output)
 
@@ -228,106 +238,3 @@ class Routing:
         own = ledger.make("gradient of router input", s.hidden_bytes)
         ledger.drop(*self.kept, self.x)
         return add_gradients(ops, grad_x, own)
-
-
-class Experts:
-    """Routed experts on the rows that came, sorted by expert and, their outputs, back; `output` is the caller's.
-
-    `rows` are a reference that is used up; the callers' frames hold them until the layer is done, where `holds_rows`.
-    """
-
-    def __init__(self, ops: Operations, rows: Tensor, gates: Tensor) -> None:
-        ledger, s = ops.ledger, ops.s
-        self.ops, self.gates = ops, gates
-        num, wide = s.expert_rows, s.products_bytes
-        self.has_sorting = s.local_experts > 1
-        self.given = rows
-        if s.etp > 1:  # rows of all expert-tensor-parallel ranks
-            rows = ledger.make("expert input, all ranks", num * s.hidden * s.narrow)
-        if self.has_sorting:
-            ordered = ledger.make("expert input", num * s.hidden * s.narrow)
-            if rows is not self.given:
-                ledger.drop(rows)
-            rows = ordered
-        elif rows is self.given:
-            rows.references += 1
-        self.rows = rows
-        ledger.keep(rows, gates)
-        width = s.expert_ffn
-        per_expert = -(-num // s.local_experts)
-        converted = [] if wide == s.narrow else [ledger.make("wide expert input", num * s.hidden * wide)]
-        self.hidden = ledger.make("experts gate and up", num * 2 * width * wide)
-        product = ledger.make("expert output", num * s.hidden * wide)
-        ledger.pulse(2 * per_expert * width * WIDE + (0 if s.narrow == WIDE else per_expert * width * 4 * WIDE)
-                     + (2 * width * s.hidden * wide if wide != s.narrow else 0))
-        if wide != s.narrow:
-            narrow = ledger.make("expert output", num * s.hidden * s.narrow)
-            ledger.drop(product, *converted)
-            product = narrow
-        ledger.drop(rows)
-        output = product
-        if self.has_sorting:
-            output = ledger.make("expert output, sorted back", num * s.hidden * s.narrow)
-            ledger.drop(product)
-        if s.etp > 1:
-            part = ledger.make("expert output", s.received_rows * s.hidden * s.narrow)
-            ledger.drop(output)
-            output = part
-        self.output = output
-
-    def backward(self, grad: Tensor, *, waits: bool) -> Tensor:
-        """To the gradient of the rows as they came; `grad` is used up."""
-        ops, ledger, s = self.ops, self.ops.ledger, self.ops.s
-        num, wide, width = s.expert_rows, s.products_bytes, s.expert_ffn
-        if s.etp > 1:
-            whole = ledger.make("gradient of expert output, all ranks", num * s.hidden * s.narrow)
-            ledger.drop(grad)
-            grad = whole
-        if self.has_sorting:
-            ordered = ledger.make("gradient of expert output", num * s.hidden * s.narrow)
-            ledger.drop(grad)
-            grad = ordered
-        per_expert = -(-num // s.local_experts)
-        converted = []
-        if wide != s.narrow:
-            converted = [ledger.make("wide gradient of expert output", num * s.hidden * wide),
-                         ledger.make("wide expert input", num * s.hidden * wide)]
-        grad_rows = ledger.make("gradient of expert input", num * s.hidden * wide)
-        waiting: list[Tensor] = []
-        if s.is_piped:
-            waiting = [ledger.make("experts active", num * width * wide),
-                       ledger.make("gradient of experts gate and up", num * 2 * width * wide)]
-        # Gradients and outputs of one expert's activation, and those of the expert before.
-        ledger.pulse(per_expert * width * WIDE * (10 if s.local_experts > 1 else 7)
-                     + (0 if s.narrow == WIDE else per_expert * width * (2 * WIDE + 4 * s.narrow)))
-        weights = s.local_experts * 3 * width * s.hidden
-        if waits:
-            grad.references += 1
-            ledger.waiting.append(lambda: self._weight_grads(grad, waiting))
-        elif s.is_piped:
-            grad.references += 1
-            self._weight_grads(grad, waiting)
-        else:
-            ledger.pulse(weights * s.narrow)  # dummies for autograd
-            ledger.pulse(weight_grad_work(s, 2 * width * s.hidden))
-            ledger.drop(self.rows)
-        if wide != s.narrow:
-            narrow = ledger.make("gradient of expert input", num * s.hidden * s.narrow)
-            ledger.drop(grad_rows, *converted)
-            grad_rows = narrow
-        ledger.drop(grad, self.hidden, self.gates)
-        if self.has_sorting:
-            ordered = ledger.make("gradient of rows", num * s.hidden * s.narrow)
-            ledger.drop(grad_rows)
-            grad_rows = ordered
-        if s.etp > 1:
-            part = ledger.make("gradient of rows", s.received_rows * s.hidden * s.narrow)
-            ledger.drop(grad_rows)
-            grad_rows = part
-        return grad_rows
-
-    def _weight_grads(self, grad: Tensor, waiting: list[Tensor]) -> None:
-        ledger, s = self.ops.ledger, self.ops.s
-        wide = 0 if s.products_bytes == s.narrow else 2 * s.expert_rows * s.hidden * s.products_bytes
-        ledger.pulse(wide + weight_grad_work(s, 2 * s.expert_ffn * s.hidden))
-        ledger.drop(grad, self.rows, *waiting)

@@ -7,9 +7,9 @@ it is done. Conventions as in `memory_layers.py`.
 
 from __future__ import annotations
 
+from dsv3_megatron.planning.memory_experts import Experts
 from dsv3_megatron.planning.memory_layers import (
     Attention,
-    Experts,
     FeedForward,
     Routing,
     add_gradients,
@@ -36,7 +36,7 @@ class MoELayer:
         s = self.ops.s
         if s.shared_ffn:
             self.shared = FeedForward(self.ops, self.norm.output, "shared experts", s.shared_ffn,
-                                      is_recomputed=s.is_recomputed("moe_act"))
+                                      "mlp.shared_experts", is_recomputed=s.is_recomputed("moe_act"))
 
     def _sum(self) -> None:
         """Tokens' sums over their experts, shared experts and residual; drops what they are made of."""

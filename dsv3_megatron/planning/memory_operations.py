@@ -41,9 +41,9 @@ class Operations:
 
     # -- products ----------------------------------------------------------------------------------
 
-    def linear(self, x: Tensor, name: str, rows: int, inputs: int, outputs: int) -> LinearPass:
-        """y = x W^T: keeps x."""
-        return LinearPass(self, x, name, rows, inputs, outputs)
+    def linear(self, x: Tensor, name: str, rows: int, inputs: int, outputs: int, module: str = "") -> LinearPass:
+        """y = x W^T: keeps x, in FP8 if the precision map says so of the module."""
+        return LinearPass(self, x, name, rows, inputs, outputs, module)
 
     def swiglu(self, x: Tensor, name: str, rows: int, width: int, *, is_recomputed: bool = False) -> SwiGLUPass:
         """silu(gate) * up of x [rows, 2 width]: keeps x."""
@@ -99,9 +99,21 @@ class NormPass:
 class LinearPass:
     """y = x W^T; `output` is the caller's."""
 
-    def __init__(self, operations: Operations, x: Tensor, name: str, rows: int, inputs: int, outputs: int) -> None:
+    def __init__(self, operations: Operations, x: Tensor, name: str, rows: int, inputs: int, outputs: int,
+                 module: str) -> None:
         ledger, s = operations.ledger, operations.s
         self.operations, self.x, self.rows, self.inputs, self.outputs = operations, x, rows, inputs, outputs
+        self.precision = s.line(module)
+        if self.precision is not None:
+            ledger.pulse(quantization_work(s, rows * inputs))
+            kept = self.precision.cached_input
+            if kept == "bf16":
+                ledger.keep(x)
+            else:
+                self.x = ledger.make(f"{x.name} in FP8", quantized_bytes(rows, inputs, kept))
+            ledger.pulse(product_work(s, rows, inputs, outputs) + rows * outputs * s.narrow)
+            self.output = ledger.make(name, rows * outputs * s.narrow)
+            return
         if s.is_wide_product:
             ledger.pulse((rows * inputs + inputs * outputs + rows * outputs) * WIDE + rows * outputs * s.narrow)
         ledger.keep(x)
@@ -112,8 +124,13 @@ class LinearPass:
         ledger, s = self.operations.ledger, self.operations.s
         rows, inputs, outputs = self.rows, self.inputs, self.outputs
         ledger.need(self.x)
-        wide_grad = rows * outputs * WIDE if s.is_wide_product else 0
-        if s.is_wide_product:
+        is_wide = s.is_wide_product and self.precision is None
+        wide_grad = rows * outputs * WIDE if is_wide else 0
+        if self.precision is not None:
+            ledger.pulse(quantization_work(s, rows * outputs))
+            ledger.pulse(quantized_bytes(rows, outputs, "e4m3") + product_work(s, rows, outputs, inputs)
+                         + rows * inputs * s.narrow)
+        if is_wide:
             ledger.pulse(wide_grad + (inputs * outputs + rows * inputs) * WIDE + rows * inputs * s.narrow)
         result = ledger.make(f"gradient of {self.x.name}", rows * inputs * s.narrow)
         if waits:
@@ -121,22 +138,43 @@ class LinearPass:
             ledger.waiting.append(lambda: self._weight_grad(grad))
             return result
         ledger.pulse(wide_grad + self._work())
-        if not s.is_piped:  # autograd gets a dummy of the weight's size
-            ledger.pulse(inputs * outputs * s.narrow)
         ledger.drop(self.x)
         return result
 
     def _weight_grad(self, grad: Tensor) -> None:
         ledger, s = self.operations.ledger, self.operations.s
-        ledger.pulse((self.rows * self.outputs * WIDE if s.is_wide_product else 0) + self._work())
+        is_wide = s.is_wide_product and self.precision is None
+        ledger.pulse((self.rows * self.outputs * WIDE if is_wide else 0) + self._work())
         ledger.drop(self.x, grad)
 
     def _work(self) -> int:
         s = self.operations.s
+        if self.precision is not None:  # both in groups of tokens
+            narrow = quantized_bytes(self.rows, self.inputs + self.outputs, "e4m3")
+            return narrow + max(quantization_work(s, self.rows * max(self.inputs, self.outputs)),
+                                product_work(s, self.outputs, self.rows, self.inputs))
         if s.is_wide_product:
             return self.rows * self.inputs * WIDE
         # The product, and on a CPU its copy in the sum's dtype.
         return weight_grad_work(s, self.inputs * self.outputs)
+
+
+def quantized_bytes(rows: int, width: int, format: str) -> int:
+    """Values and the scales of their 1x128 tiles."""
+    values = rows * width if format == "e4m3" else -(-rows * width // 2) * 3
+    return values + rows * -(-width // 128) * WIDE
+
+
+def quantization_work(s: PassSettings, numel: int) -> int:
+    """What lives while values are quantized: with the reference wide copies, magnitudes and scaled values."""
+    return 3 * numel * WIDE if s.device == "cpu" else 0
+
+
+def product_work(s: PassSettings, rows: int, inner: int, columns: int) -> int:
+    """What lives during a product in FP8: by the reference, both operands wide, one with its table's indices."""
+    if s.device == "cuda":
+        return 0
+    return (rows * inner + rows * columns + 3 * columns * inner) * WIDE
 
 
 def weight_grad_work(s: PassSettings, numel: int) -> int:
@@ -181,7 +219,7 @@ class AttentionPass:
         wide = self._wide_operands()
         output = ledger.make("context", self.numels["value"] * WIDE)
         kept, keeps_all = probability_bytes(s)
-        ledger.pulse(_MASK_BYTES + kept + (0 if keeps_all else tile_bytes(s)))
+        ledger.pulse(_MASK_BYTES + kept + (0 if keeps_all else sum(tile_bytes(s))))
         self.probabilities = ledger.make("attention probabilities" if keeps_all else "attention log-sum-exp", kept)
         if self.is_recomputed:
             ledger.keep(*self.inputs)
@@ -202,18 +240,57 @@ class AttentionPass:
         if self.is_recomputed:
             ledger.need(self.inputs[0])
             self.wide = self._wide_operands()
+            ledger.drop(*self.inputs)
         wide_grad = ledger.make("wide gradient of context", self.numels["value"] * WIDE)
         results = {name: ledger.make(f"gradient of {name}", numel * WIDE) for name, numel in self.numels.items()}
-        # Of the last tile: the gradients of probabilities and scores, and the one before; or scores made again.
-        ledger.pulse(_MASK_BYTES + (3 if probability_bytes(s)[1] else 4) * tile_bytes(s))
+        # Of the last tile: gradients of probabilities and scores, and of the scores before; or scores made again.
+        tile, before = tile_bytes(s)
+        ledger.pulse(_MASK_BYTES + (2 if probability_bytes(s)[1] else 3) * tile + before)
         ledger.drop(wide_grad)
         if s.narrow < WIDE:
             narrow = {name: ledger.make(f"gradient of {name}", numel * s.narrow) for name, numel in self.numels.items()}
             ledger.drop(*results.values())
             results = narrow
         ledger.drop(*self.wide, self.probabilities, grad)
-        if self.is_recomputed:
-            ledger.drop(*self.inputs)
+        return results
+
+
+class FusedAttentionPass:
+    """A fused kernel on CUDA: keeps its operands, its result and a number a row and head. Not run: from the code.
+
+    This library's modules pad the values to the keys' width for it (`ops/attention.py`); Transformer Engine's do not.
+    """
+
+    def __init__(self, operations: Operations, query: Tensor, key: Tensor, key_value: Tensor) -> None:
+        ledger, s = operations.ledger, operations.s
+        self.operations, self.inputs = operations, (query, key)
+        rows = s.tokens * s.heads
+        width = s.value if s.is_engine else s.query
+        self.sizes = {"query": query.size, "key": key.size, "value": rows * width * s.narrow}
+        ledger.keep(query, key)
+        self.value = ledger.make("values", self.sizes["value"])
+        if s.is_recomputed("mla_up_proj"):
+            ledger.make_again(self.value, work=0)
+            ledger.keep(self.value)
+            ledger.drop(self.value)
+        self.result = ledger.make("attention result", rows * width * s.narrow)
+        self.statistics = ledger.make("attention log-sum-exp", rows * WIDE)
+        if s.is_engine:  # it is what the projection keeps too
+            self.result.references += 1
+            self.output = self.result
+        else:
+            self.output = ledger.make("context", rows * s.value * s.narrow)
+
+    def backward(self, grad: Tensor) -> dict[str, Tensor]:
+        """Of queries, keys and values, by name. `grad` is used up."""
+        ledger, s = self.operations.ledger, self.operations.s
+        for tensor in (*self.inputs, self.value):
+            ledger.need(tensor)
+        padded = 0 if s.is_engine else self.sizes["value"]
+        # The kernel sums the gradient of the queries in fp32.
+        ledger.pulse(sum(self.sizes.values()) + padded + s.tokens * s.heads * s.query * WIDE)
+        results = {name: ledger.make(f"gradient of {name}", size) for name, size in self.sizes.items()}
+        ledger.drop(*self.inputs, self.value, self.result, self.statistics, grad)
         return results
 
 
@@ -227,11 +304,13 @@ def probability_bytes(s: PassSettings) -> tuple[int, bool]:
     return rows * numbers * WIDE, True
 
 
-def tile_bytes(s: PassSettings) -> int:
-    """Of the largest tile of scores."""
+def tile_bytes(s: PassSettings) -> tuple[int, int]:
+    """Of the largest tile of scores, and of the one before."""
     rows = s.sequences * s.heads
     fit = max(1, min(rows, (1 << 20) // (4 * _QUERY_BLOCK * s.length)))
-    return fit * min(_QUERY_BLOCK, s.length) * s.length * WIDE
+    queries = s.length % _QUERY_BLOCK or min(_QUERY_BLOCK, s.length)
+    before = min(_QUERY_BLOCK, s.length - queries) * (s.length - queries)
+    return fit * queries * s.length * WIDE, fit * before * WIDE
 
 
 Backward = Callable[[Tensor], Tensor]

@@ -5,9 +5,12 @@ One frozen value for all layers of a run: passes are worked out once for each an
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from dsv3_megatron.config.memory import recomputed_modules
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.precision import Fp8Config, LinearPrecision, precision_map
 from dsv3_megatron.config.run import RunConfig
 
 WIDE = 4  # bytes of fp32
@@ -82,7 +85,7 @@ class PassSettings:
     has_balance_loss: bool
     imbalance: float
     narrow_rows: bool
-    fp8: tuple[tuple[str, object], ...]
+    fp8: tuple[tuple[str, LinearPrecision], ...]
 
     @property
     def tokens(self) -> int:
@@ -129,6 +132,13 @@ class PassSettings:
         """Whether tokens travel to their experts."""
         return self.ep > 1
 
+    def line(self, module: str) -> LinearPrecision | None:
+        """Of the precision map, of a module of a layer by the end of its name; None if it is not in FP8."""
+        for name, precision in self.fp8:
+            if name == module:
+                return precision
+        return None
+
     def is_recomputed(self, name: str) -> bool:
         """Whether modules of this name compute again in backward what others would keep."""
         return name in self.recomputed
@@ -161,4 +171,19 @@ def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_produc
         vocabulary=model.vocab_size // tp, recomputed=recomputed_modules(training),
         recomputes_layers=training.recompute_granularity == "full",
         is_piped=parallel.pipeline_model_parallel_size > 1, has_balance_loss=training.moe_aux_loss_coeff > 0,
-        imbalance=imbalance, narrow_rows=run.fp8.dispatches_fp8, fp8=())
+        imbalance=imbalance, narrow_rows=run.fp8.dispatches_fp8, fp8=_lines(run))
+
+
+def _lines(run: RunConfig) -> tuple[tuple[str, LinearPrecision], ...]:
+    """One for each kind of module, of the last layer that has it: only an override that names a layer makes others."""
+    fp8 = run.fp8
+    return _lines_of(run.model, tuple(fp8.fp8_override), fp8.fp8_power_of_2_scales) if fp8.is_enabled else ()
+
+
+@functools.lru_cache(maxsize=256)
+def _lines_of(model: ModelConfig, overrides: tuple[str, ...], has_power_of_2_scales: bool
+              ) -> tuple[tuple[str, LinearPrecision], ...]:
+    fp8 = Fp8Config(fp8="blockwise", fp8_override=list(overrides), fp8_power_of_2_scales=has_power_of_2_scales)
+    lines = {name.split(".", 3)[3]: precision for name, precision in precision_map(fp8, model).items()
+             if not name.startswith("mtp.")}
+    return tuple((name, precision) for name, precision in lines.items() if precision.is_fp8)

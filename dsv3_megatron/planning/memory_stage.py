@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.parallel.layout import StageLayout
 from dsv3_megatron.planning.memory_ends import Embedding, MTPInput, TokenLosses, sum_into
-from dsv3_megatron.planning.memory_layers import DenseLayer
+from dsv3_megatron.planning.memory_layers import Attention, DenseLayer
 from dsv3_megatron.planning.memory_ledger import Ledger, Tensor, Turn, run_turns
 from dsv3_megatron.planning.memory_moe import MoELayer
 from dsv3_megatron.planning.memory_operations import NormPass, Operations
@@ -83,30 +83,56 @@ class StageCost:
         return sum(self.deferred.values())
 
 
+def _layer(ops: Operations, x: Tensor, is_moe: bool) -> DenseLayer | MoELayer:
+    return MoELayer(ops, x) if is_moe else DenseLayer(ops, x)
+
+
 class RecomputedLayer:
     """A layer of which its input alone is kept; `output` is the caller's."""
 
-    def __init__(self, ops: Operations, x: Tensor, kind: type[DenseLayer] | type[MoELayer]) -> None:
-        self.ops, self.x, self.kind = ops, x, kind
+    def __init__(self, ops: Operations, x: Tensor, *, is_moe: bool) -> None:
+        self.ops, self.x, self.is_moe = ops, x, is_moe
         ops.ledger.keep(x)
-        ops.ledger.pulse(_peak_without_keeping(ops.s, kind))
+        ops.ledger.pulse(_peak_without_keeping(ops.s, is_moe))
         self.output = ops.ledger.make("hidden states", ops.s.hidden_bytes)
 
     num_exchanges = 0
 
     def backward(self, grad: Tensor, *, waits: bool, exchanges_left: int = 0) -> Tensor:
         """Forward again, then backward."""
-        layer = self.kind(self.ops, self.x)
+        layer = _layer(self.ops, self.x, self.is_moe)
         grad = layer.backward(grad, waits=waits)
         self.ops.ledger.drop(layer.output, self.x)
         return grad
 
 
-@functools.lru_cache(maxsize=1024)
-def _peak_without_keeping(s: PassSettings, kind: type[DenseLayer] | type[MoELayer]) -> int:
-    """Of a layer's forward pass of which nothing is kept, beyond its input: of attention, or of what follows it."""
-    from dsv3_megatron.planning.memory_layers import Attention
+class RecomputedMTP:
+    """An MTP module that Megatron-Core runs again whole: the embeddings and what it reads are kept, nothing else."""
 
+    def __init__(self, ops: Operations, hidden: Tensor, *, is_moe: bool) -> None:
+        self.ops, self.hidden, self.is_moe = ops, hidden, is_moe
+        self.embedding = Embedding(ops)
+        ops.ledger.keep(hidden)
+        ops.ledger.pulse(_peak_without_keeping(ops.s, is_moe))
+        self.output = ops.ledger.make("head input", ops.s.hidden_bytes)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """Forward again, then backward, to the gradient of what it reads; `grad` is used up."""
+        ops, ledger, s = self.ops, self.ops.ledger, self.ops.s
+        start = MTPInput(ops, self.hidden, self.embedding)
+        layer = _layer(ops, start.output, self.is_moe)
+        norm = ops.norm(layer.output, "head input", s.local_tokens, s.hidden)
+        ledger.drop(start.output, layer.output)
+        normed = norm.backward(grad)
+        ledger.drop(grad)
+        result = start.backward(layer.backward(normed, waits=False), waits=False)
+        ledger.drop(norm.output, self.hidden, self.embedding.output)
+        return result
+
+
+@functools.lru_cache(maxsize=1024)
+def _peak_without_keeping(s: PassSettings, is_moe: bool) -> int:
+    """Of a layer's forward pass of which nothing is kept, beyond its input: of attention, or of what follows it."""
     ledger = Ledger()
     ops = Operations(ledger, s)
     x = ledger.make("input", s.hidden_bytes)
@@ -114,7 +140,7 @@ def _peak_without_keeping(s: PassSettings, kind: type[DenseLayer] | type[MoELaye
     attention = ledger.peak - x.size
     whole = Ledger()
     ops = Operations(whole, s)
-    kind(ops, whole.make("input", s.hidden_bytes))
+    _layer(ops, whole.make("input", s.hidden_bytes), is_moe)
     return max(attention, whole.peak - ledger.level + s.hidden_bytes)
 
 
@@ -126,13 +152,13 @@ class _Stage:
         self.ledger = Ledger()
         self.ops = Operations(self.ledger, s)
         self.mtp: list[tuple[MTPInput, _Layer, NormPass, TokenLosses]] = []
-        self.boundary = s.hidden_bytes
+        self.recomputed_mtp: list[RecomputedMTP] = []
+        self.mtp_losses: list[TokenLosses] = []
 
     def _layer(self, x: Tensor, *, is_moe: bool) -> _Layer:
-        kind: type[DenseLayer] | type[MoELayer] = MoELayer if is_moe else DenseLayer
         if self.s.recomputes_layers:
-            return RecomputedLayer(self.ops, x, kind)
-        return kind(self.ops, x)
+            return RecomputedLayer(self.ops, x, is_moe=is_moe)
+        return _layer(self.ops, x, is_moe)
 
     def forward(self) -> tuple[Turn, ...]:
         ledger, s, content = self.ledger, self.s, self.content
@@ -165,6 +191,8 @@ class _Stage:
 
     def _losses(self, x: Tensor) -> None:
         ledger, s = self.ledger, self.s
+        if s.recomputes_layers and not s.is_piped and self.content.num_mtp:
+            return self._losses_of_recomputed(x)
         hidden = x
         outputs = []
         for _ in range(self.content.num_mtp):
@@ -193,6 +221,17 @@ class _Stage:
         self.main = TokenLosses(self.ops, x)
         ledger.drop(x)
 
+    def _losses_of_recomputed(self, x: Tensor) -> None:
+        hidden, ledger = x, self.ledger
+        for _ in range(self.content.num_mtp):
+            self.recomputed_mtp.append(RecomputedMTP(self.ops, hidden, is_moe=self.content.is_mtp_moe))
+            hidden = self.recomputed_mtp[-1].output
+        together = ledger.make("hidden states of all depths", (1 + self.content.num_mtp) * self.s.hidden_bytes)
+        ledger.drop(*(module.output for module in self.recomputed_mtp), x)
+        self.mtp_losses = [TokenLosses(self.ops, together) for _ in self.recomputed_mtp]
+        self.main = TokenLosses(self.ops, together)
+        ledger.drop(together)
+
     def backward(self, *, waits: bool) -> tuple[Turn, ...]:
         ledger, s, content = self.ledger, self.s, self.content
         ledger.take_turns()
@@ -210,18 +249,20 @@ class _Stage:
         for layer in reversed(self.layers):
             exchanges -= layer.num_exchanges
             grad = layer.backward(grad, waits=waits, exchanges_left=exchanges)
+        result: Tensor | None = grad
         if self.embedding is not None:
             self.embedding.backward(grad, waits=waits)
             if not s.is_piped:
-                for start, *_ in self.mtp:
-                    start.embedding.added()
+                for embedding in (*(module.embedding for module in self.recomputed_mtp),
+                                  *(start.embedding for start, *_ in self.mtp)):
+                    embedding.added()
                 self.embedding.added()
-            grad = None
+            result = None
         if not waits:
             ledger.compute_waiting()
         turns = ledger.take_turns()
-        if grad is not None:
-            ledger.drop(grad)
+        if result is not None:
+            ledger.drop(result)
         return turns
 
     def _backward_losses(self, waits: bool, exchanges: int) -> tuple[Tensor, int]:
@@ -243,15 +284,17 @@ class _Stage:
     def _backward_losses_together(self) -> tuple[Tensor, int]:
         ledger, s = self.ledger, self.s
         own = [self.main.backward(waits=False)]
-        own += [losses.backward(waits=False) for *_, losses in reversed(self.mtp)]
-        if not self.mtp:
+        own += [losses.backward(waits=False) for losses in (*self.mtp_losses, *(mtp[-1] for mtp in reversed(self.mtp)))]
+        if len(own) == 1:
             return own[0], 0
-        ledger.pulse((1 + len(self.mtp)) * s.hidden_bytes + len(self.mtp) * s.hidden_bytes)
+        ledger.pulse((2 * len(own) - 1) * s.hidden_bytes)
         grads = [ledger.make("gradient of hidden states", s.hidden_bytes) for _ in own]
         ledger.drop(*own)
         main, *rest = grads
         later: Tensor | None = None
-        for (start, layer, norm, _), grad in zip(reversed(self.mtp), rest, strict=True):
+        for module, grad in zip(reversed(self.recomputed_mtp), rest, strict=False):
+            later = module.backward(sum_into(self.ops, later, grad))
+        for (start, layer, norm, _), grad in zip(reversed(self.mtp), rest, strict=False):
             total = sum_into(self.ops, later, grad)
             normed = norm.backward(total)
             ledger.drop(total)

@@ -53,7 +53,8 @@ class RankState:
         moment_bytes: Both moments of the owned part.
         scratch_bytes: Buffers of the optimizer that work on narrow moments needs.
         average_bytes: The average of the weights, in CPU memory.
-        step_bytes: What lives during the optimizer's step on a CPU: the largest gradient, scaled.
+        step_bytes: What lives at the end of a step on a CPU, where activations are gone: gloo's copy of the gradients
+            that are reduced, or the largest gradient, scaled.
         parameters: Elements of the weights, without padding.
     """
 
@@ -147,6 +148,7 @@ class _Numels:
     owned: int
     num_parts: int
     largest_owned: int
+    largest_reduced: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -160,10 +162,12 @@ def _rank_numels(model: ModelConfig, parallel: ParallelConfig, world_size: int) 
     for places in placement(parallel):
         held = [stages[place.stage] for place in places]
         has_first = any(stage.has_embedding for stage in held)
-        parameters = padded = owned = largest = 0
+        parameters = padded = owned = largest = reduced = 0
         kinds = set()
         for stage in held:
             shares = has_first and not stage.has_embedding
+            # An embedding that another rank has a copy of is in a bucket of its own.
+            has_other_copy = model.mtp_num_layers > 0 and len(stages) > 1
             tensors = list(stage_tensors(model, parallel, stage, shares_embedding=shares))
             for is_expert in (False, True):
                 numels = [t.numel for t in tensors if (t.is_expert and has_experts_apart) is is_expert]
@@ -175,7 +179,9 @@ def _rank_numels(model: ModelConfig, parallel: ParallelConfig, world_size: int) 
                 parameters, padded = parameters + sum(numels), padded + size
                 owned += min(sum(numels), size // group)
                 largest = max(largest, min(max(numels), size // group))
-        ranks.append(_Numels(parameters, padded, owned, len(kinds), largest))
+                apart = [t.numel for t in tensors if t.name == "embedding"] if has_other_copy and not is_expert else []
+                reduced = max(reduced, (size - sum(apart)) if group > 1 else 0, *apart)
+        ranks.append(_Numels(parameters, padded, owned, len(kinds), largest, reduced))
     return tuple(ranks)
 
 
@@ -199,7 +205,7 @@ def rank_states(run: RunConfig, world_size: int, *, precision: str) -> tuple[Ran
         moment_bytes=numels.owned * sum(moment_sizes),
         scratch_bytes=numels.num_parts * blocks * _NARROW_BLOCK * 4,
         average_bytes=numels.owned * 4 if training.ema_decay else 0,
-        step_bytes=numels.largest_owned * 4,
+        step_bytes=max(numels.largest_owned, numels.largest_reduced) * 4,
         parameters=numels.parameters,
     ) for numels in _rank_numels(run.model, run.parallel, world_size))
 

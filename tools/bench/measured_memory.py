@@ -1,22 +1,37 @@
 """Bytes that one process of a real run holds: exact counts of its tensors, between steps and at a step's peak.
 
-On a CPU from the allocator's events, which torch's profiler records (`metrics/live_bytes.py`): all tensors from before
-the trainer is built to the end of its second step. On a GPU from the caching allocator's own counts, which round each
-tensor up to 512 bytes; that path has not been run.
+On a CPU from the allocator's events, which torch's profiler records: all tensors from before the trainer is built to
+the end of its second step. On a GPU from the caching allocator's own counts, which round each tensor up to 512 bytes;
+that path has not been run.
+
+The profiler sees the threads of the block that it watches. What gloo's threads let go of last would stay on the books
+for ever, so each transfer is let go of here after they have done so (`_settled_transfers`), and tensors that a
+collective has made for itself and nobody has been seen to free are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 if TYPE_CHECKING:
     from dsv3_megatron.config.run import RunConfig
     from dsv3_megatron.trainer import Trainer
 
-_MEMORY_ENTRIES = 30
+_NUM_ENTRIES = 30
+# What starts a transfer.
+_TRANSFERS = (
+    "allreduce", "allreduce_coalesced", "allgather", "_allgather_base", "all_gather_single", "allgather_coalesced",
+    "allgather_into_tensor_coalesced", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single",
+    "reduce_scatter_tensor_coalesced", "alltoall", "alltoall_base", "all_to_all_single", "broadcast", "reduce",
+    "gather", "scatter", "send", "recv")
 
 
 @dataclass(frozen=True)
@@ -54,12 +69,13 @@ def measure(run: RunConfig) -> MeasuredMemory:
 
     from tools.bench.random_run import random_token_trainer
 
-    with _counted() as before:
-        trainer = random_token_trainer(run)
-        trainer.train_step()
-    rows = _RowCounter(trainer)
-    with _counted(explains=True) as step, rows:
-        trainer.train_step()
+    with _settled_transfers():
+        with _counted() as before:
+            trainer = random_token_trainer(run)
+            trainer.train_step()
+        rows = _RowCounter(trainer)
+        with _counted() as step, rows:
+            trainer.train_step()
     if trainer.average:
         trainer.average.wait()
     parameters, gradients, optimizer, average = _components(trainer)
@@ -71,6 +87,64 @@ def measure(run: RunConfig) -> MeasuredMemory:
         at_peak=step.at_peak)
 
 
+class _SettledTransfer:
+    """A transfer that gloo's thread has let go of before this process's main thread does."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def is_completed(self) -> bool:
+        """As of torch's."""
+        return self._work is None or self._work.is_completed()
+
+    def wait(self, *args: Any) -> bool:
+        """As of torch's; then let go of it."""
+        if self._work is not None:
+            self._work.wait(*args)
+            _wait_for_gloo()
+            self._work = None
+        return True
+
+
+def _wait_for_gloo() -> None:
+    """Return when no other thread of this process has anything to do: what is done is then out of gloo's hands.
+
+    A thread that waits for Python's lock looks idle, so they are looked at several times with the lock free between.
+    """
+    tasks, own = Path("/proc/self/task"), str(threading.get_native_id())
+    num_idle = 0
+    while num_idle < 3:
+        time.sleep(0.0005)
+        is_idle = not any(_is_busy(tasks / name / "stat") for name in os.listdir(tasks) if name != own)
+        num_idle = num_idle + 1 if is_idle else 0
+
+
+def _is_busy(stat: Path) -> bool:
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "S"
+    except FileNotFoundError:  # the thread has ended
+        return False
+
+
+@contextmanager
+def _settled_transfers() -> Iterator[None]:
+    import torch
+
+    def settled(start: Callable[..., Any]) -> Callable[..., Any]:
+        """A function, so that it is bound to the group that it is called on."""
+        def started(*args: Any, **kwargs: Any) -> Any:
+            work = start(*args, **kwargs)
+            return None if work is None else _SettledTransfer(work)
+
+        return started
+
+    group = torch.distributed.ProcessGroup
+    with ExitStack() as stack:
+        for name in () if torch.cuda.is_available() else _TRANSFERS:
+            stack.enter_context(mock.patch.object(group, name, settled(getattr(group, name))))
+        yield
+
+
 @dataclass
 class _Counted:
     at_end: int = 0
@@ -79,7 +153,7 @@ class _Counted:
 
 
 @contextmanager
-def _counted(*, explains: bool = False) -> Iterator[_Counted]:
+def _counted() -> Iterator[_Counted]:
     """What a block allocates and does not free, and the most of that at once."""
     import torch
 
@@ -98,44 +172,62 @@ def _counted(*, explains: bool = False) -> Iterator[_Counted]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
         yield counted
     results: Any = profiler.profiler
-    events = [(event.start_ns(), event.nbytes()) for event in results.kineto_results.events()
-              if event.name() == "[memory]"]
-    for _, size in events:
-        counted.at_end += size
-        counted.peak = max(counted.peak, counted.at_end)
-    if explains:
-        counted.at_peak = _at_peak(results.kineto_results.experimental_event_tree())
+    _replay(_allocations(results.kineto_results.experimental_event_tree()), counted)
 
 
-def _at_peak(tree: Any) -> tuple[tuple[str, int], ...]:
-    """What is there at the peak, by the operations that made it."""
-    allocations: list[tuple[int, int, int, str]] = []
+class _Allocation(NamedTuple):
+    """Of a tensor, or, with a negative size, its end."""
+
+    time_ns: int
+    pointer: int
+    size: int
+    path: str
+
+
+def _allocations(tree: Any) -> list[_Allocation]:
+    """In their order, each with the operations that it is in."""
+    found = []
     stack = [(node, "") for node in tree]
     while stack:
         node, path = stack.pop()
         if node.tag.name == "Allocation":
             fields = node.extra_fields
-            allocations.append((node.start_time_ns, fields.ptr, fields.alloc_size, path))
+            found.append(_Allocation(node.start_time_ns, fields.ptr, fields.alloc_size, path))
             continue
         name = node.name.replace("autograd::engine::evaluate_function: ", "")
         stack += [(child, f"{path} > {name}" if path else name) for child in node.children]
-    level = best = index = 0
-    allocations.sort(key=lambda allocation: allocation[0])
-    for number, (_, _, size, _) in enumerate(allocations, start=1):
-        level += size
-        if level > best:
-            best, index = level, number
-    alive: dict[int, tuple[int, str]] = {}
-    for _, pointer, size, path in allocations[:index]:
-        if size > 0:
-            alive[pointer] = (size, path)
+    return sorted(found)
+
+
+def _replay(allocations: list[_Allocation], counted: _Counted) -> None:
+    """Add them up."""
+    freed, latest = set(), dict[int, int]()
+    for number, allocation in enumerate(allocations):
+        if allocation.size > 0:
+            latest[allocation.pointer] = number
+        elif allocation.pointer in latest:
+            freed.add(latest.pop(allocation.pointer))
+    counts = [number for number, allocation in enumerate(allocations)
+              if allocation.size < 0 or number in freed or not allocation.path.startswith("c10d::")]
+    last = 0
+    for number in counts:
+        counted.at_end += allocations[number].size
+        if counted.at_end > counted.peak:
+            counted.peak, last = counted.at_end, number
+    alive: dict[int, _Allocation] = {}
+    for number in counts:
+        allocation = allocations[number]
+        if number > last:
+            break
+        if allocation.size > 0:
+            alive[allocation.pointer] = allocation
         else:
-            alive.pop(pointer, None)
+            alive.pop(allocation.pointer, None)
     sums: dict[str, int] = {}
-    for size, path in alive.values():
-        label = f"{path} [{size:,}]"
-        sums[label] = sums.get(label, 0) + size
-    return tuple(sorted(sums.items(), key=lambda item: -item[1])[:_MEMORY_ENTRIES])
+    for allocation in alive.values():
+        label = f"{allocation.path} [{allocation.size:,}]"
+        sums[label] = sums.get(label, 0) + allocation.size
+    counted.at_peak = tuple(sorted(sums.items(), key=lambda item: -item[1])[:_NUM_ENTRIES])
 
 
 class _RowCounter:
