@@ -30,9 +30,10 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.planning.hardware import Hardware, save_hardware
 from dsv3_megatron.planning.hardware_tables import find_hardware
 from dsv3_megatron.planning.memory import estimate_memory
+from dsv3_megatron.planning.memory_remedies import advise, describe
 from dsv3_megatron.planning.report import PlanReport, as_json, as_text, plot
 from dsv3_megatron.planning.run_cost import main_phase, only_phase, require_possible, run_cost, sensitivities
-from dsv3_megatron.planning.search import SearchResult, search
+from dsv3_megatron.planning.search import SearchResult, lacking_memory, search
 from dsv3_megatron.planning.step_time import step_time
 from dsv3_megatron.planning.work import Setting
 
@@ -111,9 +112,13 @@ def plan(run: RunConfig, setting: Setting, options: argparse.Namespace) -> PlanR
             run = found.ranked[0].layout.apply(run)
             main = only_phase(run, phase)
     require_possible(main, setting.num_devices)
-    memory = estimate_memory(main, setting.num_devices, device="cpu" if setting.hardware.is_cpu else "cuda")
+    device = "cpu" if setting.hardware.is_cpu else "cuda"
+    memory = estimate_memory(main, setting.num_devices, device=device)
+    remedies: tuple[str, ...] = ()
+    if lacking_memory(memory, setting.hardware):
+        remedies = tuple(describe(advise(main, setting.num_devices, device=device)))
     return PlanReport(
-        run=main, phase=phase.name, step=step_time(main, setting), memory=memory, remedies=(),
+        run=main, phase=phase.name, step=step_time(main, setting), memory=memory, remedies=remedies,
         cost=run_cost(run, setting, tokens=options.tokens, price_per_gpu_hour=options.price_per_gpu_hour,
                       find_layout=_find_layout),
         sensitivity=sensitivities(main, setting), search=found)

@@ -183,9 +183,14 @@ def _head(model: ModelConfig, name: str, shape: Shape) -> Iterator[Operation]:
     yield Product(Part.FORWARD, name, shape.plain_kind, "fprop", 1, tokens, rows, hidden)
     yield Product(Part.INPUT, name, shape.plain_kind, "dgrad", 1, tokens, hidden, rows)
     yield Product(Part.WEIGHT, name, shape.plain_kind, "wgrad", 1, rows, hidden, tokens)
-    # Maximum and sum of exponentials in one reading; gradients in the place of the logits.
-    yield Movement(Part.FORWARD, f"{name} loss", "loss", tokens * rows * shape.value_bytes)
-    yield Movement(Part.INPUT, f"{name} loss", "loss", 2 * tokens * rows * shape.value_bytes)
+    # ops/cross_entropy.py: logits in fp32, their maximum, softmax in place, its maximum; kept in the run's precision,
+    # scaled in fp32 and brought back. Megatron-Core's loss, under tensor parallelism, moves as much within a tenth.
+    is_wide = shape.value_bytes == 4
+    logits = tokens * rows
+    yield Movement(Part.FORWARD, f"{name} loss", "loss", logits * (16 if is_wide else 34))
+    yield Movement(Part.INPUT, f"{name} loss", "loss", logits * (8 if is_wide else 12))
+    if shape.splits_backward:  # the gradients of the logits are computed again
+        yield Movement(Part.WEIGHT, f"{name} loss", "loss", logits * (8 if is_wide else 12))
     yield from _gathered(f"{name} input", tokens * hidden * shape.value_bytes, shape)
 
 

@@ -270,7 +270,8 @@ class MicroBenchmarks:
         rows = max(size, round(self.shape.local_tokens) * model.moe_router_topk // size * size)
         sent = torch.randn(rows if has_exchange else size, model.hidden_size)
         received = torch.empty_like(sent)
-        self._add(lambda: torch.distributed.all_to_all_single(received, sent), "all_to_all", sent.numel() * 4, is_transfer=True)
+        self._add(lambda: torch.distributed.all_to_all_single(received, sent), "all_to_all", sent.numel() * 4,
+                  is_transfer=True)
         small, small_out = torch.randn(size), torch.empty(size)
         self._add(lambda: torch.distributed.all_to_all_single(small_out, small), "latency", is_transfer=True)
         numel = 1 << 21
@@ -327,8 +328,9 @@ class _Machine:
             collective = next(key for key, _ in self._of("collective"))
             sent = float(str(exchanged[1])) * (1 - 1 / size) / max(1e-9, seconds("all_to_all") - latency)
             reduced = float(str(collective[1])) * (1 - 1 / size) / seconds("collective")
-            figures |= {"nvlink_latency": latency, "network_latency": latency, "all_to_all_nvlink_bandwidth": sent,
-                        "all_to_all_network_bandwidth": sent, "nvlink_bandwidth": reduced, "network_bandwidth": reduced}
+            figures |= {"nvlink_latency": latency, "network_latency": latency,
+                        "all_to_all_nvlink_bandwidth": sent, "all_to_all_network_bandwidth": sent,
+                        "nvlink_bandwidth": reduced, "network_bandwidth": reduced}
         named = {name: Figure(value, _SOURCE) for name, value in figures.items()}
         return Hardware("cpu", named, tuple(self._products(named)), tuple(self._attention(named)),
                         self._movement(bandwidth), f"{_SOURCE}, {size} processes at once")

@@ -19,6 +19,7 @@ from functools import lru_cache
 from dsv3_megatron.config.memory import recomputed_modules
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
 from dsv3_megatron.config.precision import Fp8Config, LinearPrecision, linear_shapes, precision_map
 from dsv3_megatron.config.run import RunConfig
 
@@ -125,7 +126,7 @@ class Shape:
         plain_kind: Of a product that is not in FP8: "bf16" or "fp32".
         dispatches_fp8: Whether tokens travel in FP8.
         recomputed: Names as of `config.memory.RECOMPUTE_MODULES`, or "full".
-        fuses_experts: On a CPU experts are one operation, which moves what it needs in cache.
+        splits_backward: Whether the schedule has weight gradients wait.
         imbalance: Rows of the busiest rank over the mean.
     """
 
@@ -138,6 +139,7 @@ class Shape:
     plain_kind: str
     dispatches_fp8: bool
     recomputed: frozenset[str]
+    splits_backward: bool
     imbalance: float = 1.0
 
     @classmethod
@@ -148,7 +150,8 @@ class Shape:
         recomputed = {"full"} if training.recompute_granularity == "full" else recomputed_modules(training)
         return cls(training.micro_batch_size, training.seq_length, parallel.tensor_model_parallel_size,
                    parallel.expert_tensor_parallel_size, parallel.expert_model_parallel_size, 4 if is_wide else 2,
-                   "fp32" if is_wide else "bf16", run.fp8.dispatches_fp8, frozenset(recomputed), imbalance)
+                   "fp32" if is_wide else "bf16", run.fp8.dispatches_fp8, frozenset(recomputed),
+                   parallel.pipeline_model_parallel_size > 1 and parallel.schedule in SPLIT_BACKWARD, imbalance)
 
     @property
     def tokens(self) -> int:

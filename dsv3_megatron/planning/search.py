@@ -301,8 +301,8 @@ class _Bounds:
         imbalance = Imbalance.of(run, setting)
         way = ((imbalance.pair if hides else imbalance.layer) - _IMBALANCES[0]) / (_IMBALANCES[1] - _IMBALANCES[0])
         stages = self._stages(run, layout, way)
-        # A rank waits for the forwards before it; the ranks before it wait for its last backward, unless its weight parts
-        # may come after they have what they wait for.
+        # A rank waits for the forwards before it; the ranks before it wait for its last backward, unless its weight
+        # parts may come after they have what they wait for.
         is_split = parallel.schedule in SPLIT_BACKWARD
         before = [0.0, *itertools.accumulate(stage.forward if is_split else stage.compute for stage in stages)]
         total = run.training.num_microbatches(parallel.data_parallel_size(setting.num_devices))
@@ -320,7 +320,8 @@ class _Bounds:
         return longest + update_time(run, setting).total
 
     def _stages(self, run: RunConfig, layout: Layout, way: float) -> list[_Seconds]:
-        key = (layout.tp, layout.ep, layout.micro_batch_size, layout.recompute)
+        key = (layout.tp, layout.ep, layout.micro_batch_size, layout.recompute,
+               layout.pp > 1 and layout.schedule in SPLIT_BACKWARD)
         if key not in self._tables:
             low, high = (WorkTable(run, dataclasses.replace(self.setting, imbalance=imbalance))
                          for imbalance in _IMBALANCES)

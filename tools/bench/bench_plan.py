@@ -7,8 +7,12 @@ a disturbance of the machine meets both. The prediction reads the micro-benchmar
 Two clocks: "wall" is what the run takes on this machine as it is; "cpu" is the processes' own work, which other work on
 the machine changes less. With several processes that wait for one another only "wall" has the waiting.
 
+`--v3` instead predicts DeepSeek-V3 on 2048 H800 and searches its layouts, which is arithmetic: what is measured there is
+the search's own time.
+
 Usage:
     python tools/bench/bench_plan.py --settings one ep4 --rounds 5 --steps 2
+    python tools/bench/bench_plan.py --v3
 appends to tools/bench/results/plan.csv and prints a table.
 """
 
@@ -112,6 +116,35 @@ def measure(setting: str, options: argparse.Namespace) -> dict[str, Any]:
     return json.loads(line.removeprefix("RESULT "))
 
 
+def predict_v3() -> list[Measurement]:
+    """DeepSeek-V3 as published on 2048 H800, beside what was published, and the time of a search over all layouts."""
+    from dsv3_megatron.config.presets import preset
+    from dsv3_megatron.planning.hardware_tables import find_hardware
+    from dsv3_megatron.planning.run_cost import main_phase, only_phase
+    from dsv3_megatron.planning.search import search
+    from dsv3_megatron.planning.step_time import step_time
+    from dsv3_megatron.planning.work import Setting
+
+    run = preset("dsv3-671b").override(pipeline_schedule="dualpipe", fp8="blockwise",
+                                       recompute_granularity="selective")
+    run, setting = only_phase(run, main_phase(run)), Setting(find_hardware("h800"), 2048)
+    started = time.process_time()
+    result = search(run, setting)
+    seconds = time.process_time() - started
+    config = "dsv3-671b 2048 x h800 PP16 EP64 dualpipe fp8"
+    step = step_time(run, setting)
+    published = Measurement("published", config, "gpu_hours_per_trillion_tokens", 180.2e3, "h")
+    rows = [published, Measurement("predicted", config, published.metric, step.gpu_hours_per_trillion_tokens, "h"),
+            Measurement("published", config, "step_time", 19.926, "s"),
+            Measurement("predicted", config, "step_time", step.seconds, "s"),
+            Measurement("search", config, "cpu_time", seconds, "s"),
+            Measurement("search", config, "num_layouts", result.num_layouts, "1"),
+            Measurement("search", config, "num_simulated", result.num_simulated, "1")]
+    for row in rows:
+        print(f"{row.name:10} {row.metric:32} {row.value:12.6g} {row.unit}")
+    return rows
+
+
 def main() -> None:
     """Measure, write the results, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,6 +153,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="training steps after each round")
     parser.add_argument("--seq-length", type=int, default=128)
     parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--v3", action="store_true", help="DeepSeek-V3 on 2048 H800, and the search's time")
     parser.add_argument("--no-csv", action="store_true", help="print only")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -129,6 +163,11 @@ def main() -> None:
                          for name in ("rounds", "steps", "seq-length", "micro-batch-size")]
     from dsv3_megatron.platform import detect_device
 
+    if options.v3:
+        rows = predict_v3()
+        if not options.no_csv:
+            append_rows("plan.csv", rows, f"{detect_device().name}, 1 thread")
+        return None
     device = f"{detect_device().name}, 1 thread a process"
     print("| Setting | clock | measured step | predicted | predicted / measured | load |\n"
           "| --- | --- | ---: | ---: | ---: | ---: |")

@@ -39,7 +39,8 @@ def test_the_fitted_machine_predicts_the_run(folder) -> None:
     # Sums over ranks were not logged, and keep their prediction.
     kept = update.gradient_reduction + update.weight_gathering
     factor = 3.0 / result.step.seconds
-    assert step_seconds(result.step.run, fitted) == pytest.approx(factor * (result.step.seconds - kept) + kept, rel=0.01)
+    expected = factor * (result.step.seconds - kept) + kept
+    assert step_seconds(result.step.run, fitted) == pytest.approx(expected, rel=0.01)
     assert result.fitted.figures["bf16_best_share"].source.endswith("fitted to a run")
     found = result.as_json()
     assert found["step_time_s"]["measured"] == 3.0 and found["ratio"]["step"] == pytest.approx(factor)

@@ -91,7 +91,7 @@ def test_wrong_input(plan, flags, message: str) -> None:
 
 def test_the_command_needs_no_torch() -> None:
     """A laptop asks about 2048 devices without loading what trains on them."""
-    code = ("import runpy, sys; sys.argv = ['plan_run.py', '--preset', 'tiny', '--hardware', 'h800', '--num-gpus', '4', "
-            "'--json']\ntry:\n    runpy.run_path('plan_run.py', run_name='__main__')\nexcept SystemExit as end:\n"
+    code = ("import runpy, sys; sys.argv = ['plan_run.py', '--preset', 'tiny', '--hardware', 'h800', '--num-gpus', "
+            "'4', '--json']\ntry:\n    runpy.run_path('plan_run.py', run_name='__main__')\nexcept SystemExit as end:\n"
             "    assert end.code == 0, end.code\nassert 'torch' not in sys.modules and 'megatron' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], cwd=TOOLS, check=True, capture_output=True, timeout=60)
