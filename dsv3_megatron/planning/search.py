@@ -206,6 +206,7 @@ def _layouts(run: RunConfig, num_devices: int, rejected: list[Rejected]) -> Iter
     schedules = [("1f1b", 1), *(("interleaved", number) for number in range(2, _MOST_VIRTUAL_STAGES + 1)),
                  *((name, 1) for name in SCHEDULES if name not in ("1f1b", "interleaved"))]
     granularities = (None, *RECOMPUTE_GRANULARITIES)
+    tiled: set[int] = set()  # tensor-parallel degrees whose parts FP8 can take
     sizes = [size for size in _MICRO_BATCH_SIZES if training.global_batch_size % size == 0]
     for pp in (number for number in divisors(num_devices) if number <= model.num_layers):
         own = [(name, stages) for name, stages in schedules if pp > 1 or name == "1f1b"]
@@ -217,7 +218,9 @@ def _layouts(run: RunConfig, num_devices: int, rejected: list[Rejected]) -> Iter
                 try:
                     parallel.validate(model, training.seq_length)
                     parallel.validate_world_size(num_devices)
-                    run.fp8.validate(model, parallel, training.transformer_impl)
+                    if tp not in tiled:
+                        run.fp8.validate(model, parallel, training.transformer_impl)
+                        tiled.add(tp)
                 except ConfigError as error:
                     rejected.append(Rejected(f"PP{pp} TP{tp} EP{ep}, all schedules", count, RULE, str(error)))
                     continue
@@ -277,7 +280,8 @@ class _Bounds:
     """Lower bounds of step times: no rank does its work, nor waits for the stages before it, in less.
 
     Times of layers and of stages' ends depend on few of a layout's degrees, and are kept by them, for two imbalances of
-    the routed rows; between and beyond they are taken as linear.
+    the routed rows; between and beyond they are taken as linear. What is computed again where weight gradients wait is
+    left out.
 
     Args:
         setting: The machine.
@@ -320,10 +324,9 @@ class _Bounds:
         return longest + update_time(run, setting).total
 
     def _stages(self, run: RunConfig, layout: Layout, way: float) -> list[_Seconds]:
-        key = (layout.tp, layout.ep, layout.micro_batch_size, layout.recompute,
-               layout.pp > 1 and layout.schedule in SPLIT_BACKWARD)
+        key = (layout.tp, layout.ep, layout.micro_batch_size, layout.recompute)
         if key not in self._tables:
-            low, high = (WorkTable(run, dataclasses.replace(self.setting, imbalance=imbalance))
+            low, high = (WorkTable(run, dataclasses.replace(self.setting, imbalance=imbalance), splits_backward=False)
                          for imbalance in _IMBALANCES)
             self._tables[key] = low, high
         tables = self._tables[key]
@@ -332,7 +335,10 @@ class _Bounds:
         def piece(name: object, of: Callable[[WorkTable], StageWork]) -> _Seconds:
             if name not in known:
                 if (key, name) not in self._pieces:
-                    low, high = (_Seconds.of(of(table)) for table in tables)
+                    work = of(tables[0])
+                    low = high = _Seconds.of(work)
+                    if work.has_exchange:
+                        high = _Seconds.of(of(tables[1]))
                     self._pieces[key, name] = low, high
                 known[name] = _Seconds.between(*self._pieces[key, name], way)
             return known[name]

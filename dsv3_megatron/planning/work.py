@@ -87,6 +87,11 @@ class StageWork:
         return StageWork({part: work.times(factor) for part, work in self.alone.items()},
                          {part: work.times(factor) for part, work in self.shared.items()})
 
+    @property
+    def has_exchange(self) -> bool:
+        """Whether tokens go to other ranks."""
+        return any(work.exchange for work in self.alone.values())
+
     def pair(self, backward: StageWork) -> tuple[float, float]:
         """Seconds of this stage's forward and another's backward at once, and of their all-to-all."""
         shared = (self.shared[Part.FORWARD] + backward.shared[Part.INPUT] + backward.shared[Part.WEIGHT])
@@ -195,12 +200,15 @@ class WorkTable:
     Args:
         run: Model, split, batch, precision, recomputation.
         setting: The machine.
+        splits_backward: Whether weight gradients wait; None: as the run's schedule has it.
     """
 
-    def __init__(self, run: RunConfig, setting: Setting) -> None:
+    def __init__(self, run: RunConfig, setting: Setting, *, splits_backward: bool | None = None) -> None:
         self.run, self.setting = run, setting
         imbalance = Imbalance.of(run, setting)
         self.shape = Shape.of(run, is_cpu=setting.hardware.is_cpu, imbalance=imbalance.layer)
+        if splits_backward is not None:
+            self.shape = dataclasses.replace(self.shape, splits_backward=splits_backward)
         self.shared_shape = dataclasses.replace(self.shape, imbalance=imbalance.pair)
         self.network = Network(run.parallel, setting.hardware, setting.num_devices, setting.sends_once_per_node)
         # What a layer exchanges does not depend on the pipeline.

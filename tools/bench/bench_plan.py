@@ -7,8 +7,8 @@ a disturbance of the machine meets both. The prediction reads the micro-benchmar
 Two clocks: "wall" is what the run takes on this machine as it is; "cpu" is the processes' own work, which other work on
 the machine changes less. With several processes that wait for one another only "wall" has the waiting.
 
-`--v3` instead predicts DeepSeek-V3 on 2048 H800 and searches its layouts, which is arithmetic: what is measured there is
-the search's own time.
+`--v3` instead predicts DeepSeek-V3 on 2048 H800 and searches its layouts, which is arithmetic: what is measured there
+is the search's own time.
 
 Usage:
     python tools/bench/bench_plan.py --settings one ep4 --rounds 5 --steps 2
