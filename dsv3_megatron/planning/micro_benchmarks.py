@@ -426,7 +426,8 @@ def _backward_of(forward: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor
     gradient = torch.ones_like(out)
 
     def call() -> None:
-        torch.autograd.grad(out, inputs, gradient, retain_graph=True)
+        # Weights whose gradient goes to `main_grad` have none for autograd.
+        torch.autograd.grad(out, inputs, gradient, retain_graph=True, allow_unused=True)
 
     return call
 
