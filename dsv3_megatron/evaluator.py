@@ -33,9 +33,9 @@ from dsv3_megatron.data.rows import Rows
 from dsv3_megatron.model.build import build_stages
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
-from dsv3_megatron.parallel.groups import create_groups, destroy_groups, replicas, start_process_group
+from dsv3_megatron.parallel.groups import create_groups, destroy_groups, start_process_group
 from dsv3_megatron.platform import prepare, resolve_precision
-from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward
+from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, iterate_chunks
 from dsv3_megatron.trainer import configure_logging
 
 logger = logging.getLogger(__name__)
@@ -151,11 +151,8 @@ class Evaluator:
         training, data, depths = self.run.training, self.run.data, self.run.model.mtp_num_layers
         samples = RowSamples(rows, seq_length=training.seq_length, num_rows_per_step=training.global_batch_size,
                              data=data, eod_id=self.eod_id)
-        batches = [BatchIterator(
-            samples, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
-            data_parallel_rank=rank, data_parallel_size=size,
-            eod_id=self.eod_id if data.reset_attention_mask else None)
-            for rank, size in replicas(self.run.parallel, self.groups)]
+        batches = iterate_chunks(samples, training, self.run.parallel, self.groups,
+                                 eod_id=self.eod_id if data.reset_attention_mask else None)
         writer = LogProbsWriter(logprobs, len(rows), len(rows[0]) - 1) if logprobs else None
         totals = [0.0] * (2 + depths)
         started = time.monotonic()

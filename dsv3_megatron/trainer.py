@@ -53,9 +53,9 @@ from dsv3_megatron.ops.fp8_weights import constant_weights
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
-from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_tokens, replicas, start_process_group
+from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_tokens, start_process_group
 from dsv3_megatron.platform import prepare, resolve_precision
-from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward
+from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, iterate_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Trainer:
         self.groups = create_groups(run.parallel, run.training.seed)
         stages, self.mcore_config = build_stages(
             run, self.groups, precision=self.precision,
-            delays_engine_weights=run.parallel.schedule in SPLIT_BACKWARD)
+            delays_engine_weights=run.parallel.has_pairs or run.parallel.schedule in SPLIT_BACKWARD)
         self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
         self.average = WeightAverage(self.optimizer, list(self.chunks), self.groups, decay=run.training.ema_decay
@@ -164,12 +164,9 @@ class Trainer:
 
     def _iterate(self, dataset: Any, consumed_samples: int) -> list[BatchIterator]:
         """An iterator for each chunk."""
-        training = self.phase.training
-        return [BatchIterator(
-            dataset, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
-            data_parallel_rank=rank, data_parallel_size=size, consumed_samples=consumed_samples,
-            eod_id=self.eod_id if self.run.data.reset_attention_mask else None)
-            for rank, size in replicas(self.run.parallel, self.groups)]
+        return iterate_chunks(dataset, self.phase.training, self.run.parallel, self.groups,
+                              consumed_samples=consumed_samples,
+                              eod_id=self.eod_id if self.run.data.reset_attention_mask else None)
 
     def _speed(self) -> RunSpeed:
         seq_length = self.phase.training.seq_length

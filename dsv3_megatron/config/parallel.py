@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dsv3_megatron.config.fields import ConfigError, divisors, option
 from dsv3_megatron.config.model import ModelConfig
-from dsv3_megatron.config.pipeline import SCHEDULES, num_model_copies, stages_per_rank
+from dsv3_megatron.config.pipeline import PAIRED, SCHEDULES, num_model_copies, stages_per_rank
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class ParallelConfig:
     pipeline_schedule: str = option(
         "auto", choices=("auto", *SCHEDULES),
         help="what a pipeline rank runs when; auto: interleaved with virtual stages, else 1f1b")
+    overlap_moe_expert_parallel_comm: bool = option(
+        False, help="interleaved schedule: run a forward and a backward pass as a pair that hides the experts' "
+                    "all-to-alls; dualpipe and dualpipev always do")
     pipeline_model_parallel_layout: str | None = option(
         None, help="layers of each stage, Megatron-Core's notation, e.g. 'Ett|tt|ttmL'; none: balanced")
     expert_model_parallel_size: int = option(1, help="ranks the experts of a layer are spread over")
@@ -43,6 +46,11 @@ class ParallelConfig:
         if self.pipeline_schedule != "auto":
             return self.pipeline_schedule
         return "interleaved" if self.num_virtual_stages_per_pipeline_rank > 1 else "1f1b"
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether a forward and a backward pass run as a pair that hides the experts' all-to-alls."""
+        return self.schedule in PAIRED or self.overlap_moe_expert_parallel_comm
 
     @property
     def stages_per_rank(self) -> int:
@@ -147,6 +155,11 @@ class ParallelConfig:
         if name == "interleaved" and chunks == 1:
             raise ConfigError("pipeline_schedule=interleaved needs num_virtual_stages_per_pipeline_rank of at least 2; "
                               "try 2, or pipeline_schedule=1f1b, which is the same with 1")
+        if self.overlap_moe_expert_parallel_comm and self.schedule not in ("interleaved", *PAIRED):
+            raise ConfigError("overlap_moe_expert_parallel_comm=true needs a schedule that can run a forward and a "
+                              f"backward pass as a pair: interleaved, {' or '.join(PAIRED)}; this run's is "
+                              f"{self.schedule}" + ("; try num_virtual_stages_per_pipeline_rank=2" if ranks > 1 else
+                                                    ", without a pipeline; leave it off"))
         if name == "dualpipe" and ranks % 2:
             raise ConfigError(f"pipeline_model_parallel_size={ranks} must be even with pipeline_schedule=dualpipe, "
                               "whose ranks hold a stage before the middle of the model and one behind it; try "

@@ -20,6 +20,8 @@ V_SHAPED = ("zbv", "dualpipev")
 # Schedules that have the first and the last stage on one rank.
 FOLDED = (*V_SHAPED, "dualpipe")
 
+# Schedules that always run a forward and a backward pass as a pair.
+PAIRED = ("dualpipe", "dualpipev")
 # Schedules in which weight gradients wait for a time when their rank would stand still.
 SPLIT_BACKWARD = ("zb1p", *FOLDED)
 

@@ -94,8 +94,8 @@ class ModelChunk:
         Args:
             microbatch: Whose forward pass is done.
             grad_SBH: The gradient of the stage's output; None on the last stage, whose loss has 1.
-            defer_weights: Weight gradients wait for `backward_weight`. Otherwise they are computed here, behind the
-                transfers where there are any.
+            defer_weights: All weight gradients wait for `backward_weight`. Otherwise they are computed here behind the
+                transfers, and those of the first segment wait, which has no transfer before it.
 
         Returns:
             The gradient of the stage's input; None on the first stage.
@@ -112,8 +112,7 @@ class ModelChunk:
             output.slot.add(self._loss_grad(output) if grad_SBH is None else grad_SBH)
         del output, grad_SBH
         yield from tape.backward(defer_weights=defer_weights)
-        if defer_weights:
-            self._waiting[microbatch] = tape
+        self._waiting[microbatch] = tape
         return given.slot.take() if given is not None and given.slot is not None else None
 
     def _loss_grad(self, loss: Value) -> torch.Tensor:
@@ -122,10 +121,10 @@ class ModelChunk:
         return one if scale is None else scale(one)
 
     def backward_weight(self, microbatch: int) -> None:
-        """Compute what `backward_steps(defer_weights=True)` left, and free it.
+        """Compute what `backward_steps` left, and free it.
 
         Raises:
-            RuntimeError: Nothing was left.
+            RuntimeError: There was no such pass, or it is complete.
         """
         if microbatch not in self._waiting:
             raise RuntimeError(f"microbatch={microbatch} has no weight gradients that wait on this chunk; there are "

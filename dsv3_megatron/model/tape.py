@@ -173,20 +173,19 @@ class Tape:
     def backward(self, *, defer_weights: bool) -> Pause:
         """Run the backward pass, from the gradients that have been left in the slots of the last values.
 
-        Yields with each exchange under way. Weight gradients that do not wait for `weights.compute` are computed
-        there too, behind the transfer, if one is still to come: a transfer starts as soon as its rows are there.
+        Yields with each exchange under way, and computes there, behind the transfer, the weight gradients so far: a
+        transfer starts as soon as its rows are there. Those that come after the last exchange are left for
+        `weights.compute`, so that the gradient of the pass's input can be sent first.
 
         Args:
-            defer_weights: Weight gradients wait for `weights.compute`.
+            defer_weights: All weight gradients are left for `weights.compute`.
         """
-        exchanges_left = sum(isinstance(node, _Exchange) for node in self._nodes)
         while self._nodes:
             node = self._nodes.pop()
             if isinstance(node, _Island):
-                with self.weights.bound(is_deferring=defer_weights or exchanges_left > 0):
+                with self.weights.bound(is_deferring=True):
                     node.backward(self.weights)
                 continue
-            exchanges_left -= 1
             posted = self._post_gradients(node)
             if not defer_weights:
                 self.weights.compute()

@@ -40,7 +40,8 @@ class ChunkRunner(Protocol):
         Args:
             microbatch: As in `forward_steps`.
             grad_SBH: The gradient of the stage's output; None on the last stage.
-            defer_weights: The weight gradients wait for `backward_weight`.
+            defer_weights: All weight gradients wait for `backward_weight`. Otherwise only those do that no transfer is
+                left to hide: the caller hands on the gradient and then calls `backward_weight`, at once.
 
         Returns:
             The gradient of the stage's input; None on the first stage.
@@ -48,5 +49,5 @@ class ChunkRunner(Protocol):
         ...
 
     def backward_weight(self, microbatch: int) -> None:
-        """Compute what `backward_steps(defer_weights=True)` left, and free it."""
+        """Compute what `backward_steps` left, and free it; called once after each of its passes."""
         ...

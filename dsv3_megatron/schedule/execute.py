@@ -6,7 +6,8 @@ Usage:
 
 A rank runs its actions in the plan's order. Around them go the transfers that `with_transfers` put there. A receive is
 posted before its place, while the actions before it run; it is waited for only by the action that uses it. A send is
-posted at its place, right behind the action that made the tensor, and not waited for. So every transfer is posted no
+posted at its place, right behind the action that made the tensor, and not waited for; of a full backward even before
+its last weight gradients, which no rank waits for. So every transfer is posted no
 later, and waited for no earlier, than in the strict order that `validate` proves free of deadlock; and the messages
 between two ranks keep that order, on both sides.
 
@@ -19,7 +20,8 @@ micro-batch needs for its backward is the runners'.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -42,7 +44,7 @@ class Recorder(Protocol):
         ...
 
     def end(self, action: Action) -> None:
-        """Its outputs are made."""
+        """It is complete; its outputs are on their way already."""
         ...
 
 
@@ -87,14 +89,11 @@ class Executor:
                     if transfer.source == self.rank:
                         step.send(transfer)
                 continue
+            step.complete(recorder)
             step.post_receives(num_actions + RECEIVE_AHEAD)
-            try:
-                step.run(item, recorder)
-            except Exception as error:
-                error.add_note(f"pipeline rank {self.rank} was at {item}, action {num_actions + 1} of "
-                               f"{len(self.plan.actions[self.rank])}: {step.describe(item)}")
-                raise
             num_actions += 1
+            step.run(item, num_actions, recorder)
+        step.complete(recorder)
         step.finish()
 
 
@@ -107,6 +106,7 @@ class _Step:
         self.receives = receives
         self.arrivals: dict[Output, Arrival] = {}
         self.made: dict[Output, torch.Tensor] = {}
+        self.current: tuple[Action, int] | None = None   # the action that is not complete, and its number
 
     def post_receives(self, num_actions: int) -> None:
         """Post the receives whose place is behind at most this many actions."""
@@ -117,25 +117,48 @@ class _Step:
     def send(self, transfer: Transfer) -> None:
         self.transport.send(self.made.pop(transfer.output), transfer.destination)
 
-    def run(self, action: Action, recorder: Recorder | None) -> None:
-        operands = [self._take(operation) for operation in action.operations]
+    def run(self, action: Action, number: int, recorder: Recorder | None) -> None:
+        """An action up to where its outputs are made."""
+        self.current = action, number
+        with self._noting_errors():
+            operands = [self._take(operation) for operation in action.operations]
+            if recorder is not None:
+                recorder.begin(action)
+            turns: list[Steps] = []
+            for operation in reversed(action.operations):  # of a pair the backward goes first, see `chunk`
+                runner = self.runners[operation.chunk]
+                if operation.kind is Kind.BACKWARD_WEIGHT:
+                    runner.backward_weight(operation.microbatch)
+                elif operation.kind is Kind.FORWARD:
+                    turns.append(runner.forward_steps(operation.microbatch, operands.pop()))
+                else:
+                    turns.append(runner.backward_steps(operation.microbatch, operands.pop(),
+                                                       defer_weights=operation.kind is Kind.BACKWARD_INPUT))
+            for operation, result in zip(reversed(action.operations), take_turns(turns), strict=False):
+                self._keep(operation, result)
+
+    def complete(self, recorder: Recorder | None) -> None:
+        """The rest of the current action, if there is one: what a full backward left of its weight gradients."""
+        if self.current is None:
+            return
+        with self._noting_errors():
+            for operation in self.current[0].operations:
+                if operation.kind is Kind.BACKWARD:
+                    self.runners[operation.chunk].backward_weight(operation.microbatch)
         if recorder is not None:
-            recorder.begin(action)
-        turns: list[Steps] = []
-        for operation in reversed(action.operations):  # of a pair the backward goes first, see `chunk`
-            runner = self.runners[operation.chunk]
-            if operation.kind is Kind.BACKWARD_WEIGHT:
-                runner.backward_weight(operation.microbatch)
-            elif operation.kind is Kind.FORWARD:
-                turns.append(runner.forward_steps(operation.microbatch, operands.pop()))
-            else:
-                turns.append(runner.backward_steps(operation.microbatch, operands.pop(),
-                                                   defer_weights=operation.kind is Kind.BACKWARD_INPUT))
-        results = take_turns(turns)
-        if recorder is not None:
-            recorder.end(action)
-        for operation, result in zip(reversed(action.operations), results, strict=False):
-            self._keep(operation, result)
+            recorder.end(self.current[0])
+        self.current = None
+
+    @contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            assert self.current is not None
+            action, number = self.current
+            error.add_note(f"pipeline rank {self.rank} was at {action}, action {number} of "
+                           f"{len(self.plan.actions[self.rank])}: {self.describe(action)}")
+            raise
 
     def _take(self, operation: Operation) -> torch.Tensor | None:
         """The tensor that an operation works on, from another rank or from this one."""

@@ -18,10 +18,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.config.training import DataConfig
-from dsv3_megatron.data.batches import Batch
+from dsv3_megatron.config.training import DataConfig, TrainingConfig
+from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.model.chunk import LossFunction, ModelChunk
 from dsv3_megatron.model.documents import forward_stage
+from dsv3_megatron.parallel.groups import replicas
 from dsv3_megatron.schedule.execute import Executor
 from dsv3_megatron.schedule.plan import build_plan, forward_plan
 from dsv3_megatron.schedule.recorder import ScheduleTrace
@@ -58,6 +59,24 @@ class ForwardStep:
             return self.read(batches)
 
         return ModelChunk(stage, batch_of=batch_of, data=self.data, loss_function=self.loss)
+
+
+def iterate_chunks(dataset: Any, training: TrainingConfig, parallel: ParallelConfig, groups: ProcessGroupCollection, *,
+                   consumed_samples: int = 0, eod_id: int | None = None) -> list[BatchIterator]:
+    """This rank's micro-batches of a dataset, an iterator for each of its chunks.
+
+    Args:
+        dataset: Samples, in the order in which the run takes them.
+        training: Its batch sizes.
+        parallel: The run's layout.
+        groups: Its process groups.
+        consumed_samples: Of the whole run, where to begin.
+        eod_id: Token at which documents end, where they are kept apart.
+    """
+    return [BatchIterator(dataset, micro_batch_size=training.micro_batch_size,
+                          global_batch_size=training.global_batch_size, data_parallel_rank=rank,
+                          data_parallel_size=size, consumed_samples=consumed_samples, eod_id=eod_id)
+            for rank, size in replicas(parallel, groups)]
 
 
 def build_forward_backward(parallel: ParallelConfig, groups: ProcessGroupCollection, config: TransformerConfig, *,
@@ -129,9 +148,11 @@ class PipelineStep:
         """One for each kind of step: plans of many micro-batches take a while to make."""
         key = (num_microbatches, seq_length, micro_batch_size, forward_only)
         if key not in self._executors:
-            sizes = {"num_ranks": self.groups.pp.size(), "num_microbatches": num_microbatches}
+            sizes: dict[str, Any] = {"num_ranks": self.groups.pp.size(), "num_microbatches": num_microbatches}
             if self.parallel.schedule == "interleaved":
                 sizes["virtual_stages"] = self.parallel.stages_per_rank
+                if not forward_only:
+                    sizes["is_overlapped"] = self.parallel.has_pairs
             plan = (forward_plan if forward_only else build_plan)(self.parallel.schedule, **sizes)
             transport = self.channels.transport(
                 shape=(seq_length // self.groups.tp.size(), micro_batch_size, self.config.hidden_size),

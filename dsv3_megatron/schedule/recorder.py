@@ -1,6 +1,6 @@
 """What each pipeline rank did when, measured: a timeline like a simulated one, for the same pictures.
 
-Clocks are read where an action's inputs are there and where its outputs are made: CUDA events on the current stream of
+Clocks are read where an action's inputs are there and where it is complete: CUDA events on the current stream of
 a GPU, else the process's clock. The ranks start from a barrier, which is time 0 for each.
 """
 
@@ -45,7 +45,7 @@ class StepRecorder:
         self._begun = self._mark()
 
     def end(self, action: Action) -> None:
-        """Its outputs are made."""
+        """It is complete."""
         self._marks.append((action, self._begun, self._mark()))
 
     def spans(self) -> tuple[Span, ...]:

@@ -31,6 +31,8 @@ class StageCosts:
         forward: F, its all-to-all included.
         backward: B, the full backward, likewise.
         weight: W, the part of B that makes the weights' gradients; it has no all-to-all.
+        weight_tail: The part of W that a full backward leaves until it has handed on the gradient of its input. The
+            executor does so with the weights in front of the first all-to-all; published formulas have none.
         all_to_all_forward: The part of F that is all-to-all, which an overlapped pair hides.
         all_to_all_backward: The part of B - W that is.
         optimizer: Its share of the optimizer step, once a step.
@@ -41,6 +43,7 @@ class StageCosts:
     forward: Time
     backward: Time
     weight: Time
+    weight_tail: Time = 0
     all_to_all_forward: Time = 0
     all_to_all_backward: Time = 0
     optimizer: Time = 0
@@ -58,9 +61,13 @@ class StageCosts:
         """
         for field in ("forward", "backward", "weight"):
             require_cost(f"{name}{field}", getattr(self, field))
-        for field in ("all_to_all_forward", "all_to_all_backward", "optimizer", "activation", "parameters"):
+        for field in ("weight_tail", "all_to_all_forward", "all_to_all_backward", "optimizer", "activation",
+                      "parameters"):
             require_cost(f"{name}{field}", getattr(self, field), is_zero_allowed=True)
         require_part(f"{name}weight", self.weight, "backward", self.backward)
+        if self.weight_tail > self.weight:
+            raise ConfigError(f"{name}weight_tail={_shown(self.weight_tail)} must be at most "
+                              f"weight={_shown(self.weight)}, of which it is a part; try {_shown(self.weight)}")
         require_part(f"{name}all_to_all_forward", self.all_to_all_forward, "forward", self.forward)
         require_part(f"{name}all_to_all_backward", self.all_to_all_backward, "backward - weight",
                      self.backward - self.weight)
@@ -74,7 +81,7 @@ class Costs:
         stages: By stage of the model; both directions of DualPipe have the same.
         overlapped: F&B of a pair: one number, or by (stage of the forward, stage of the backward). None: the longer of
             the two chunks' compute and of their all-to-all, one after the other each, which is perfect hiding.
-        p2p: From the end of an action to the use of its output on another rank; none on the same rank. Transfers run
+        p2p: From the hand-over of an output its use on another rank; none on the same rank. Transfers run
             beside the compute.
     """
 
@@ -125,6 +132,11 @@ class Costs:
         if kind is Kind.BACKWARD:
             return costs.backward
         return costs.weight if kind is Kind.BACKWARD_WEIGHT else costs.backward - costs.weight
+
+    def tail(self, plan: Plan, rank: int, action: Action) -> Time:
+        """How long an action goes on after it has handed over its outputs."""
+        return sum(self.stages[plan.placement[rank][operation.chunk].stage].weight_tail
+                   for operation in action.operations if operation.kind is Kind.BACKWARD)
 
     def _pair(self, forward_stage: int, backward_stage: int) -> Time:
         if isinstance(self.overlapped, Mapping):
@@ -180,7 +192,8 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
         PlanError: the plan comes to a stop.
     """
     costs.validate(plan.num_stages)
-    timeline = run_in_order(plan, lambda rank, action: costs.duration(plan, rank, action), costs.p2p)
+    timeline = run_in_order(plan, lambda rank, action: costs.duration(plan, rank, action), costs.p2p,
+                            lambda rank, action: costs.tail(plan, rank, action))
     held = [[costs.stages[place.stage] for place in places] for places in plan.placement]
     optimizer = [sum(stage.optimizer for stage in stages) for stages in held]
     busy = [sum(span.end - span.start for span in spans) + own for spans, own in zip(timeline, optimizer, strict=True)]

@@ -31,13 +31,15 @@ class Span:
 Timeline = tuple[tuple[Span, ...], ...]  # by rank, in order
 
 
-def run_in_order(plan: Plan, duration: Callable[[int, Action], Time], delay: Time = 0) -> Timeline:
+def run_in_order(plan: Plan, duration: Callable[[int, Action], Time], delay: Time = 0,
+                 tail: Callable[[int, Action], Time] = lambda _rank, _action: 0) -> Timeline:
     """Run a plan without a clock of its own: each rank goes on until it lacks something, and again when that is made.
 
     Args:
         plan: Any plan; it need not be sound.
         duration: Rank and action -> how long it takes.
-        delay: From the end of an action until its output can be used on another rank. It keeps no rank from computing.
+        delay: From the hand-over of an output until it can be used on another rank. It keeps no rank from computing.
+        tail: Rank and action -> how long the action goes on after it has handed over its outputs.
 
     Raises:
         PlanError: some ranks wait for what is never made: the order has a cycle, or lacks an operation.
@@ -67,7 +69,7 @@ def run_in_order(plan: Plan, duration: Callable[[int, Action], Time], delay: Tim
             for operation in action.operations:
                 output = plan.output(rank, operation)
                 if output is not None:
-                    made[output] = (clocks[rank], rank)
+                    made[output] = (clocks[rank] - tail(rank, action), rank)
                     runnable.extend(waiting.pop(output, ()))
     if waiting:
         lacking = sorted((rank, output) for output, ranks in waiting.items() for rank in ranks)

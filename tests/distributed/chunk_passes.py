@@ -189,6 +189,8 @@ class Pieces:
                                                            defer_weights=defer_weights)
         if grad is not None:
             self.outputs[f"input gradient {number}"] = grad
+        if not defer_weights:
+            self.weights(number)
 
     def run(self, *generators: Any) -> None:
         """Exhaust them in strict alternation."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import statistics
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +32,74 @@ def _groups(num_ranks: int) -> tuple[Any, Any]:
     return torch.distributed.new_group(ranks), torch.distributed.new_group(ranks)
 
 
-def run_compositions(number: int) -> int:
-    """Random plans over gloo, with whole-number results; the number of them that this rank took part in."""
+class Grid:
+    """The first processes as pipelines side by side, whose ranks of one number exchange rows as experts' ranks do.
+
+    Args:
+        num_ranks: Of a pipeline.
+        num_columns: Pipelines. Every process of the world constructs it.
+    """
+
+    def __init__(self, num_ranks: int, num_columns: int) -> None:
+        grid = torch.arange(num_ranks * num_columns).reshape(num_ranks, num_columns)
+        rank = torch.distributed.get_rank()
+        self.channels: Any = None
+        self.experts: Any = None
+        self.rank = rank // num_columns
+        for column in grid.T.tolist():
+            channels = torch.distributed.new_group(column), torch.distributed.new_group(column)
+            if rank in column:
+                self.channels = channels
+        for row in grid.tolist():
+            group = torch.distributed.new_group(row)
+            if rank in row:
+                self.experts = group
+
+    def meet(self, name: str) -> Callable[[], None]:
+        """Begin an all-to-all of a turn's name; the other pipelines' ranks must be at the same turn."""
+        own = torch.full((self.experts.size(),), zlib.crc32(name.encode()))
+        found = torch.empty_like(own)
+        work = torch.distributed.all_to_all_single(found, own, group=self.experts, async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            assert torch.equal(found, own), f"another rank is not at {name}"
+
+        return finish
+
+
+def run_compositions(number: int) -> tuple[int, int]:
+    """Random plans over gloo, with whole-number results.
+
+    Returns:
+        The number of them that this rank took part in, and of those with all-to-alls between pipelines.
+    """
     rng = random.Random(1)
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    groups = {num_ranks: _groups(num_ranks) for num_ranks in range(1, world + 1)}
-    count = 0
+    world = torch.distributed.get_world_size()
+    grids = {(ranks, columns): Grid(ranks, columns) for ranks in range(1, world + 1)
+             for columns in range(1, world // ranks + 1)}
+    count = with_experts = 0
     for _ in range(number):
         name = rng.choice(FORMS)
-        num_ranks = rng.choice([ranks for ranks in range(1, world + 1) if has_ranks(name, ranks)])
+        num_ranks, num_columns = rng.choice([(ranks, columns) for ranks, columns in grids if has_ranks(name, ranks)])
         plan = form(name, num_ranks, fewest(name, num_ranks) + rng.randrange(4) * step(name, num_ranks),
                     rng.randint(2, 3))
         turns = [rng.randint(0, 3) for _ in range(plan.num_stages)]
-        if rank >= num_ranks:
+        grid = grids[num_ranks, num_columns]
+        if grid.channels is None:
             continue
         memory = Memory()
-        stages = [MultiplyingStage(plan, rank, chunk, memory=memory, num_steps=turns[place.stage])
-                  for chunk, place in enumerate(plan.placement[rank])]
-        transport = GroupTransport(*groups[num_ranks], shape=(1,), dtype=torch.float64, device=torch.device("cpu"))
-        Executor(plan, rank, transport).run(stages)
+        stages = [MultiplyingStage(plan, grid.rank, chunk, memory=memory, num_steps=turns[place.stage], meet=grid.meet)
+                  for chunk, place in enumerate(plan.placement[grid.rank])]
+        transport = GroupTransport(*grid.channels, shape=(1,), dtype=torch.float64, device=torch.device("cpu"))
+        Executor(plan, grid.rank, transport).run(stages)
         assert [stage.weight_grad for stage in stages] == [expected_weight_grad(plan, place)
-                                                           for place in plan.placement[rank]], name
+                                                           for place in plan.placement[grid.rank]], name
         # Less where the backward of a pair has no turns: it is over before the forward begins.
-        assert memory.peak <= peak_activations(plan)[rank] and memory.alive == 0
+        assert memory.peak <= peak_activations(plan)[grid.rank] and memory.alive == 0
         count += 1
-    return count
+        with_experts += num_columns > 1 and any(turns)
+    return count, with_experts
 
 
 def measure_schedules() -> dict[str, tuple[float, float, Timeline]]:
@@ -104,6 +149,6 @@ def record_trace(path: Path) -> None:
 
 def run_all(trace: Path, compositions: int) -> dict[str, Any]:
     """All of it, in one launch."""
-    count = run_compositions(compositions)
+    counts = run_compositions(compositions)
     record_trace(trace)
-    return {"compositions": count, "measured": measure_schedules()}
+    return {"compositions": counts, "measured": measure_schedules()}

@@ -24,10 +24,10 @@ BAD_STEP = 3
 
 def guarded_run(data: str, **changes: Any) -> RunConfig:
     """Two layers, one of them MoE, and an MTP module; a short window, so that a few steps fill it."""
+    length = {} if "phases" in changes else {"train_iters": 40, "lr_decay_style": "constant", "lr_warmup_iters": 0}
     return small_run(**{
-        "num_layers": 2, "data_path": [data], "split": "100,0,0", "eval_interval": 0, "train_iters": 40, "lr": 3e-3,
-        "lr_decay_style": "constant", "lr_warmup_iters": 0, "spike_min_steps": 2, "spike_window": 16,
-        "spike_grad_norm_floor": 3.0, "log_interval": 100, **changes})
+        "num_layers": 2, "data_path": [data], "split": "100,0,0", "eval_interval": 0, "lr": 3e-3, **length,
+        "spike_min_steps": 2, "spike_window": 16, "spike_grad_norm_floor": 3.0, "log_interval": 100, **changes})
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from tests.unit.schedule.sizes import FORMS, form
 
 pytestmark = pytest.mark.distributed
 
-NUM_COMPOSITIONS = 100
+NUM_COMPOSITIONS = 200
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +28,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_random_plans_over_gloo(runs: dict[str, Any]) -> None:
-    """None hangs, every result is exact, no rank holds more than its plan says (checked where they ran)."""
-    assert runs["ranks"][0]["compositions"] == NUM_COMPOSITIONS
-    assert runs["ranks"][3]["compositions"] > 10
+    """Schedule x PP x EP x micro-batches x layers: none hangs; checked where they ran: results, peaks, partners."""
+    assert runs["ranks"][0]["compositions"][0] == NUM_COMPOSITIONS
+    assert runs["ranks"][3]["compositions"][0] > NUM_COMPOSITIONS / 10
+    assert runs["ranks"][0]["compositions"][1] > NUM_COMPOSITIONS / 10
 
 
 @pytest.mark.parametrize("name", FORMS)

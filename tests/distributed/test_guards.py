@@ -122,6 +122,24 @@ def test_rollback_resume_and_the_end_of_a_run(data: str, tmp_path: Path) -> None
     check_files(tmp_path)
 
 
+def test_a_rollback_over_a_phases_start_takes_its_old_steps_again(data: str, tmp_path: Path) -> None:
+    """The spike is the second phase's first step; the steps since the checkpoint are the first phase's once more."""
+    phases = [{"name": "first", "train_iters": 10}, {"name": "second", "train_iters": 3, "lr": 1e-3,
+                                                     "global_batch_size": 2 * GLOBAL_BATCH}]
+    changes = {name: value for name, value in ROLLBACK.items() if name != "train_iters"}
+    changes |= {"phases": phases, "save": str(tmp_path)}
+    both = run_ranks(2, whole_runs, data, [("run", changes, [Fault("corrupt", range(40, 48))])])
+    for ranks in both:
+        run = ranks["run"]
+        assert run.code == 0 and run.latest == 13 and run.guard["counters"]["jumps"] == [[32, 48]]
+        assert [report.iteration for report in run.reports] == [*range(1, 12), *range(9, 14)]
+        again = run.reports[11:]
+        assert [report.learning_rate for report in again] == [3e-3, 3e-3, 1e-3, 1e-3, 1e-3]
+        assert [first for first, _ in run.samples[11:]] == [48, 52, 56, 64, 72]
+        assert again[-1].consumed_samples == 10 * GLOBAL_BATCH + 3 * 2 * GLOBAL_BATCH
+        assert not any(report.is_spike or report.skipped for report in again)
+
+
 def check_rollbacks(whole) -> None:
     assert whole.code == 0 and whole.latest == 19
     assert whole.guard["counters"] == {"skipped": 2, "spikes": 2, "rollbacks": 2, "consecutive_skips": 0,

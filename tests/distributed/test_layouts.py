@@ -45,7 +45,7 @@ def split(**degrees: Any) -> ParallelConfig:
     names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size",
              "vpp": "num_virtual_stages_per_pipeline_rank", "ep": "expert_model_parallel_size",
              "etp": "expert_tensor_parallel_size", "layers": "pipeline_model_parallel_layout",
-             "schedule": "pipeline_schedule"}
+             "schedule": "pipeline_schedule", "pairs": "overlap_moe_expert_parallel_comm"}
     return ParallelConfig(**{names[name]: value for name, value in degrees.items()})
 
 
@@ -72,7 +72,7 @@ LAYOUTS = [
     Layout("pp2-tp2", 4, split(pp=2, tp=2)),
     Layout("pp2-tp2-ep2", 4, split(pp=2, tp=2, ep=2)),
     Layout("pp2-tp2-etp2", 4, split(pp=2, tp=2, etp=2)),
-    Layout("pp2-interleaved-ep2", 4, split(pp=2, vpp=2, ep=2)),
+    Layout("pp2-interleaved-ep2", 4, split(pp=2, vpp=2, ep=2, pairs=True)),
     Layout("pp2-uneven-ep2-two-mtp", 4, split(pp=2, ep=2, layers="Ettt|tmmL"), mtp_num_layers=2),
     Layout("pp4", 4, split(pp=4)),
     Layout("etp2-ep2", 4, split(etp=2, ep=2)),
@@ -92,7 +92,7 @@ LAYOUTS = [
     Layout("dualpipev-pp2-tp2-etp2", 4, split(pp=2, tp=2, etp=2, schedule="dualpipev")),
     Layout("zb1p-pp4", 4, split(pp=4, schedule="zb1p")),
     Layout("dualpipe-pp4-uneven", 4, split(pp=4, schedule="dualpipe", layers="Ett|ttt|t|tttmL"), num_layers=9),
-    Layout("interleaved-pp4", 4, split(pp=4, vpp=2), num_layers=9),
+    Layout("interleaved-pp4", 4, split(pp=4, vpp=2, pairs=True), num_layers=9),
     Layout("zbv-pp4", 4, split(pp=4, schedule="zbv"), num_layers=9),
     Layout("dualpipev-pp4-uneven", 4, split(pp=4, schedule="dualpipev", layers="Et|tt|t|t|t|t|t|tmL"), num_layers=9),
     # Recomputation: with collectives in it, in segments, of whole layers.

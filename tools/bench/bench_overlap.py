@@ -141,6 +141,7 @@ def timed(subject: Subject, way: str, duration_s: float) -> float:
     start = time.perf_counter()
     if way == TURNS:
         take_turns([chunk.backward_steps(0, grad, defer_weights=False), chunk.forward_steps(1, given)])
+        chunk.backward_weight(0)
     else:
         take_turns([chunk.forward_steps(1, given)])
         take_turns([chunk.backward_steps(0, grad, defer_weights=True)])
@@ -150,6 +151,7 @@ def timed(subject: Subject, way: str, duration_s: float) -> float:
     torch.distributed.all_reduce(seconds, op=torch.distributed.ReduceOp.MAX)
     subject.channel.duration_s = 0.0
     take_turns([chunk.backward_steps(1, grad, defer_weights=False)])
+    chunk.backward_weight(1)
     return float(seconds)
 
 

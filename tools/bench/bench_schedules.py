@@ -3,8 +3,8 @@
 A model of `--stages` equal parts is cut for each schedule into as many stages as it has, on the same processes with the
 same micro-batches. Its compute sleeps and its all-to-alls are timers (`timed_stages.py`), so a few cores are enough and
 no model is needed. A pass has as much all-to-all as its forward has compute, about DeepSeek-V3's ratio; overlapped
-pairs hide it, single passes do not. Megatron-Core's own 1F1B and interleaved 1F1B run stages of the same times. (Its
-combined plan, which overlaps pairs too, takes its own layers only; `interleaved with pairs` is that order of work.)
+pairs hide it, single passes do not. Megatron-Core's own 1F1B, interleaved 1F1B and interleaved 1F1B with the combined
+plan, which overlaps pairs too (`timed_combined.py`), run stages of the same times.
 
 The bubble is the time that a rank stands still in the step: the step time less the known times of its actions, of the
 rank that waits longest. Each step is repeated and the fastest counts: what disturbs a machine only adds.
@@ -33,7 +33,8 @@ from dsv3_megatron.schedule.timeline import Timeline  # noqa: E402
 from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
 
 FORMS = ("1f1b", "interleaved", "interleaved with pairs", "zb1p", "zbv", "dualpipe", "dualpipev")
-PEERS = {"megatron-core 1f1b": "1f1b", "megatron-core interleaved": "interleaved"}
+COMBINED = "megatron-core combined"
+PEERS = {"megatron-core 1f1b": "1f1b", "megatron-core interleaved": "interleaved", COMBINED: "interleaved with pairs"}
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,12 @@ def measure_rank(setting: Setting, names: list[str]) -> list[Outcome]:
         plan = plan_of(PEERS.get(name, name), setting)
         unit = setting.unit_s
         times = ChunkTimes(unit, unit, unit, unit).scaled(setting.num_parts / plan.num_stages)
-        costs = times.costs(plan.num_stages)
+        costs = times.costs(plan.num_stages, is_sent_early=name not in PEERS or name == COMBINED)
         simulated = 1000.0 * float(simulate(plan, costs).step_time)
         busy = tuple(1000.0 * busy_time(plan, rank, costs) for rank in range(plan.num_ranks))
         timelines: list[Timeline] = []
         if name in PEERS:
-            best = measure_megatron_core(plan, times, setting.repeats)
+            best = measure_megatron_core(plan, times, setting.repeats, is_combined=name == COMBINED)
         else:
             timelines = [measure_plan(plan, times, world, descending) for _ in range(setting.repeats)]
             timelines.sort(key=step_time)
@@ -210,14 +211,16 @@ def main() -> int:
     parser.add_argument("--unit-ms", type=float, default=20.0, help="forward compute of a part")
     parser.add_argument("--repeats", type=int, default=3, help="steps of each schedule")
     parser.add_argument("--charts", type=Path, help="folder for charts")
-    parser.add_argument("--device", default="CPU", help="for the results")
+    parser.add_argument("--schedules", nargs="+", choices=(*FORMS, *PEERS), default=[*FORMS, *PEERS])
     options = parser.parse_args()
     setting = Setting(options.ranks, options.microbatches, options.parts, options.unit_ms / 1000, options.repeats)
 
-    outcomes = run_processes(setting, [*FORMS, *PEERS])
+    from dsv3_megatron.platform import detect_device
+
+    outcomes = run_processes(setting, options.schedules)
     print_table(setting, outcomes)
     print(append_rows("schedules.csv", rows(setting, outcomes),
-                      f"{options.device}, load {load_average():.1f}"))
+                      f"{detect_device().name}, load {load_average():.1f}"))
     if options.charts:
         draw(setting, outcomes, options.charts)
     return 0

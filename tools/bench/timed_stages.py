@@ -2,7 +2,8 @@
 
 Compute sleeps, so that many ranks fit on few cores. An all-to-all is a timer in the background, one after the other on
 a rank as on its network card. A pass takes the steps of a transformer layer with experts: attention, dispatch, experts,
-combine; backwards likewise.
+combine; backwards likewise. A pass alone hides none of its all-to-alls; a full backward leaves attention's weight
+gradients until the gradient has been handed on.
 
 A machine with other work to do wakes a sleeper late. That is no time of the stage: the rank's next sleeps are shorter
 by it. What the executor and the transport take is not taken off.
@@ -47,11 +48,18 @@ class ChunkTimes:
         return ChunkTimes(factor * self.forward, factor * self.input_part, factor * self.weight,
                           factor * self.transfer)
 
-    def costs(self, num_stages: int) -> Costs:
-        """For the simulator, with perfect hiding in pairs."""
+    def costs(self, num_stages: int, *, is_sent_early: bool = True) -> Costs:
+        """For the simulator, with perfect hiding in pairs.
+
+        Args:
+            num_stages: Of the model.
+            is_sent_early: A gradient is handed on before the last weight gradients.
+        """
         stage = StageCosts(forward=self.forward + self.transfer,
                            backward=self.input_part + self.weight + self.transfer, weight=self.weight,
-                           all_to_all_forward=self.transfer, all_to_all_backward=self.transfer)
+                           weight_tail=self.weight / 2 if is_sent_early else 0.0,
+                           all_to_all_forward=self.transfer,
+                           all_to_all_backward=self.transfer)
         return Costs((stage,) * num_stages)
 
 
@@ -68,9 +76,18 @@ class Rank:
         self.late -= caught_up
         self._sleep_until(time.perf_counter() + seconds - caught_up)
 
-    def transfer(self, seconds: float) -> float:
-        """Begin an all-to-all; returns when it ends."""
-        self.link_free = max(self.link_free, time.perf_counter() - self.late) + seconds
+    def now(self) -> float:
+        """The moment, less what the rank woke late."""
+        return time.perf_counter() - self.late
+
+    def transfer(self, seconds: float, *, ready: float | None = None) -> float:
+        """Begin an all-to-all; returns when it ends.
+
+        Args:
+            seconds: Its length.
+            ready: When what it sends was there; now if None.
+        """
+        self.link_free = max(self.link_free, self.now() if ready is None else ready) + seconds
         return self.link_free
 
     def wait(self, moment: float) -> None:
@@ -89,6 +106,7 @@ class TimedStage:
 
     def __init__(self, times: ChunkTimes, rank: Rank, *, is_first: bool, is_last: bool) -> None:
         self.times, self.rank, self.is_first, self.is_last = times, rank, is_first, is_last
+        self.left: dict[int, float] = {}  # by micro-batch, seconds of weight gradients that wait
 
     def forward_steps(self, microbatch: int, input_SBH: torch.Tensor | None) -> Steps:
         """Attention, dispatch, experts, combine."""
@@ -100,18 +118,18 @@ class TimedStage:
         return None if self.is_last else torch.zeros(SHAPE)
 
     def backward_steps(self, microbatch: int, grad_SBH: torch.Tensor | None, *, defer_weights: bool) -> Steps:
-        """Combine, experts, dispatch, attention, each backwards."""
-        weight = 0.0 if defer_weights else self.times.weight
-        for _ in range(2):
+        """Combine, experts, dispatch, attention, each backwards; attention's weights are left."""
+        for weight in (0.0 if defer_weights else self.times.weight / 2, 0.0):
             end = self.rank.transfer(self.times.transfer / 2)
             yield
             self.rank.wait(end)
-            self.rank.compute((self.times.input_part + weight) / 2)
+            self.rank.compute(self.times.input_part / 2 + weight)
+        self.left[microbatch] = self.times.weight / (1 if defer_weights else 2)
         return None if self.is_first else torch.zeros(SHAPE)
 
     def backward_weight(self, microbatch: int) -> None:
         """The rest."""
-        self.rank.compute(self.times.weight)
+        self.rank.compute(self.left.pop(microbatch))
 
 
 def measure_plan(plan: Plan, times: ChunkTimes, ascending: torch.distributed.ProcessGroup,

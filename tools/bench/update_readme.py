@@ -1,4 +1,4 @@
-"""Writes the README's numbers from the results: a table between `<!-- bench:NAME -->` and `<!-- /bench -->`.
+"""Writes the documents' numbers from the results: a table between `<!-- bench:NAME -->` and `<!-- /bench -->`.
 
     python tools/bench/update_readme.py [--check]
 
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-README = REPOSITORY / "README.md"
+DOCUMENTS = (REPOSITORY / "README.md", REPOSITORY / "docs" / "schedules" / "README.md")
 RESULTS = REPOSITORY / "tools" / "bench" / "results"
 OURS = "dsv3_megatron"
 
@@ -74,7 +74,32 @@ def conversion_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def schedule_table(name: str) -> str:
+    """Steps on stages of known times, with the simulator's."""
+    lines = ["| Schedule | Step | simulated | ratio | bubble | setting | device |",
+             "| --- | ---: | ---: | ---: | ---: | --- | --- |"]
+    for (config, schedule), metrics in newest(name).items():
+        step, simulated, bubble = (float(metrics[metric]["value"]) for metric in ("step_time", "simulated", "bubble"))
+        lines.append(f"| {schedule} | {step:,.0f} ms | {simulated:,.0f} ms | {step / simulated:.3f} | {bubble:,.0f} ms "
+                     f"| {config} | {metrics['step_time']['device']} |")
+    return "\n".join(lines)
+
+
+def overlap_table(name: str) -> str:
+    """A forward and a backward, one after the other and in turns."""
+    lines = ["| Layers | compute | all-to-alls | one after the other | in turns | in turns / the longer | device |",
+             "| --- | ---: | ---: | ---: | ---: | ---: | --- |"]
+    for (config, _), metrics in newest(name).items():
+        compute, transfers, alone, turns = (float(metrics[f"{metric}_median"]["value"]) for metric in
+                                            ("compute", "communication", "one_after_the_other", "in_turns"))
+        lines.append(f"| {config} | {compute:.2f} s | {transfers:.2f} s | {alone:.2f} s | {turns:.2f} s | "
+                     f"{turns / max(compute, transfers):.2f} | {metrics['in_turns_median']['device']} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "schedules": schedule_table,
+    "overlap": overlap_table,
     "training_throughput": throughput_table,
     "generate": throughput_table,
     "preprocess": whole_process_table,
@@ -83,7 +108,7 @@ TABLES = {
 
 
 def updated(text: str) -> str:
-    """The README with every table made anew."""
+    """A document with every table made anew."""
     def table(match: re.Match[str]) -> str:
         return f"<!-- bench:{match[1]} -->\n{TABLES[match[1]](match[1])}\n<!-- /bench -->"
 
@@ -91,16 +116,18 @@ def updated(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Rewrite the README; with --check, only say whether it is up to date (exit code 1 if it is not)."""
+    """Rewrite the documents; with --check, only say whether they are up to date (exit code 1 if one is not)."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the README is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a document is stale")
     options = parser.parse_args(arguments)
-    text = README.read_text(encoding="utf-8")
-    new = updated(text)
-    if options.check:
-        return int(new != text)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    stale = False
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        new = updated(text)
+        stale |= new != text
+        if not options.check:
+            document.write_text(new, encoding="utf-8")
+    return int(options.check and stale)
 
 
 if __name__ == "__main__":

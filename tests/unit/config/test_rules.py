@@ -100,6 +100,12 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "number of stages per rank: leave it at 1, or set pipeline_schedule=interleaved"),
     ("tiny", {"pipeline_schedule": "zb1p"}, 1,
      "pipeline_schedule=zb1p needs pipeline_model_parallel_size of at least 2; without a pipeline leave it at auto"),
+    ("tiny", {"overlap_moe_expert_parallel_comm": True, "pipeline_model_parallel_size": 2}, 2,
+     "overlap_moe_expert_parallel_comm=true needs a schedule that can run a forward and a backward pass as a pair: "
+     "interleaved, dualpipe or dualpipev; this run's is 1f1b; try num_virtual_stages_per_pipeline_rank=2"),
+    ("tiny", {"overlap_moe_expert_parallel_comm": True}, 1,
+     "overlap_moe_expert_parallel_comm=true needs a schedule that can run a forward and a backward pass as a pair: "
+     "interleaved, dualpipe or dualpipev; this run's is 1f1b, without a pipeline; leave it off"),
     ("tiny", {"pipeline_schedule": "interleaved", "pipeline_model_parallel_size": 2}, 2,
      "pipeline_schedule=interleaved needs num_virtual_stages_per_pipeline_rank of at least 2; try 2, or "
      "pipeline_schedule=1f1b, which is the same with 1"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from dsv3_megatron.schedule.chunk import Steps
 from dsv3_megatron.schedule.plan import Plan
 
 TIMEOUT_S = 20.0
-Meet = Callable[[str], None]
+# Called with a turn's name where an all-to-all would begin; what it returns, if anything, where it is waited for.
+Meet = Callable[[str], Callable[[], None] | None]
 
 
 class Memory:
@@ -63,7 +64,7 @@ class MultiplyingStage:
         chunk: Its number there.
         num_steps: Turns that a pass takes besides the last.
         memory: Of what the stages of this rank hold.
-        meet: Called in each turn with its name, where an all-to-all would be.
+        meet: Each turn's all-to-all.
     """
 
     def __init__(self, plan: Plan, rank: int, chunk: int, *, num_steps: int = 1, memory: Memory | None = None,
@@ -84,8 +85,7 @@ class MultiplyingStage:
         held = self.held[microbatch] = Held(input_SBH)
         self.memory.watch(held)
         for step in range(self.num_steps):
-            self.meet(f"F{self.place} {microbatch} {step}")
-            yield
+            yield from self._turn(f"F{self.place} {microbatch} {step}")
         output = self.weight * input_SBH
         if not self.is_last:
             return output
@@ -93,17 +93,20 @@ class MultiplyingStage:
         return None
 
     def backward_steps(self, microbatch: int, grad_SBH: torch.Tensor | None, *, defer_weights: bool) -> Steps:
-        """The gradient of x, and of w unless deferred."""
+        """The gradient of x; that of w is always left, as by a stage without transfers."""
         assert (grad_SBH is None) == self.is_last
         self.held[microbatch].grad = grad_SBH if grad_SBH is not None else torch.ones(1, dtype=torch.float64)
         for step in range(self.num_steps):
-            self.meet(f"B{self.place} {microbatch} {step}")
-            yield
+            yield from self._turn(f"B{self.place} {microbatch} {step}")
         grad = self.held[microbatch].grad
         assert grad is not None
-        if not defer_weights:
-            self.backward_weight(microbatch)
         return self.weight * grad if self.place.stage > 0 else None
+
+    def _turn(self, name: str) -> Generator[None, None, None]:
+        finish = self.meet(name)
+        yield
+        if finish is not None:
+            finish()
 
     def backward_weight(self, microbatch: int) -> None:
         """Add the gradient of w."""

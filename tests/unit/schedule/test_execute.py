@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 import torch
 
-from dsv3_megatron.schedule.actions import Action
+from dsv3_megatron.schedule.actions import Action, Kind
 from dsv3_megatron.schedule.execute import RECEIVE_AHEAD, Executor, take_turns
 from dsv3_megatron.schedule.formulas import activation_bound
 from dsv3_megatron.schedule.plan import SCHEDULES, Plan
@@ -160,6 +160,41 @@ def test_of_a_pair_the_backward_has_the_first_turn() -> None:
     forward, backward = (f"{operation.kind}{plan.placement[1][operation.chunk].stage}.{operation.microbatch}"
                          for operation in pair.operations)
     assert order.index(backward) == order.index(forward) - 1
+
+
+def test_a_gradient_is_sent_before_the_last_weight_gradients() -> None:
+    """Of full backwards, alone and in pairs; a rank that waits for the gradient does not wait for the weights."""
+    plan = form("dualpipev", 2, 8)
+    events: list[list[str]] = []  # of each action of rank 1
+
+    class Sending(ThreadTransport):
+        def send(self, tensor, destination):
+            events[-1].append("send")
+            super().send(tensor, destination)
+
+    class Noting(MultiplyingStage):
+        def backward_weight(self, microbatch):
+            events[-1].append("weights")
+            super().backward_weight(microbatch)
+
+    class Starting:
+        def begin(self, action: Action) -> None:
+            events.append([])
+
+        def end(self, action: Action) -> None:
+            events[-1].append("complete")
+
+    rendezvous = Rendezvous()
+    run_threads([
+        partial(Executor(plan, 0, ThreadTransport(rendezvous, 0)).run,
+                [MultiplyingStage(plan, 0, chunk) for chunk in range(2)]),
+        partial(Executor(plan, 1, Sending(rendezvous, 1)).run, [Noting(plan, 1, chunk) for chunk in range(2)],
+                Starting())])
+    for action, found in zip(plan.actions[1], events, strict=True):
+        sent = sum((output := plan.output(1, operation)) is not None and plan.receiver(output) == 0
+                   for operation in action.operations)
+        has_weights = any(operation.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT) for operation in action.operations)
+        assert found == ["send"] * sent + ["weights"] * has_weights + ["complete"], action
 
 
 def test_receives_are_posted_ahead_and_only_a_little() -> None:

@@ -113,9 +113,11 @@ def least_times(plan: Plan, costs: Costs) -> dict[tuple[int, int], Fraction]:
                 own = where[0]
                 seconds[rank, index] = {"F": own.forward, "B": own.backward, "W": own.weight,
                                         "I": own.backward - own.weight}[action.operations[0].kind]
-    maker = {}
+    maker, tails = {}, {}
     for rank, actions in enumerate(plan.actions):
         for index, action in enumerate(actions):
+            tails[rank, index] = sum(costs.stages[plan.placement[rank][chunk].stage].weight_tail
+                                     for kind, chunk, _ in action.operations if kind == "B")
             for kind, chunk, microbatch in action.operations:
                 maker["B" if kind == "I" else kind, plan.placement[rank][chunk], microbatch] = (rank, index)
     edges = []
@@ -128,7 +130,8 @@ def least_times(plan: Plan, costs: Costs) -> dict[tuple[int, int], Fraction]:
                 step = {"F": -1, "I": 1, "B": 1}.get(kind, None)
                 if step is not None and 0 <= stage + step < plan.num_stages:
                     source = maker["F" if kind == "F" else "B", (direction, stage + step), microbatch]
-                    edges.append((source, (rank, index), costs.p2p if source[0] != rank else 0))
+                    edges.append((source, (rank, index), (costs.p2p if source[0] != rank else 0)
+                                  - tails[source]))
     starts = dict.fromkeys(seconds, Fraction(0))
     is_moving = True
     while is_moving:
@@ -145,7 +148,7 @@ def least_times(plan: Plan, costs: Costs) -> dict[tuple[int, int], Fraction]:
 def test_times_are_the_least_feasible(plan: Plan, data: st.DataObject) -> None:
     def stage() -> StageCosts:
         weight, more, forward = (data.draw(tenths) for _ in range(3))
-        return StageCosts(forward, weight + more, weight)
+        return StageCosts(forward, weight + more, weight, weight_tail=weight * data.draw(st.sampled_from((0, 1))) / 2)
 
     costs = Costs(tuple(stage() for _ in range(plan.num_stages)), overlapped=Fraction(10), p2p=data.draw(tenths))
     result = simulate(plan, costs)
@@ -172,6 +175,17 @@ def test_all_to_all_hides_in_pairs_only() -> None:
     spans = [span for own in simulate(plan, Costs((longer, longer))).timeline for span in own]
     assert {span.end - span.start for span in spans if span.action.is_overlapped} == {11}  # the all-to-all shows
     assert 5 in {span.end - span.start for span in spans}
+
+
+@pytest.mark.parametrize("tail", [0, Fraction(1, 2), 1])
+def test_a_gradient_handed_on_early_shortens_the_way_back(tail: int | Fraction) -> None:
+    """Of 1F1B: every rank but the last to work keeps its tail to itself."""
+    ranks, microbatches = 4, 6
+    stage = StageCosts(forward=1, backward=2, weight=1, weight_tail=tail)
+    plan = build_plan("1f1b", num_ranks=ranks, num_microbatches=microbatches)
+    result = simulate(plan, Costs((stage,) * ranks))
+    assert result.step_time == (microbatches + ranks - 1) * 3 - (ranks - 1) * tail
+    assert result.ideal_time == 3 * microbatches
 
 
 def test_measured_pairs() -> None:
@@ -253,6 +267,8 @@ def test_impossible_costs(costs: dict[str, float], message: str) -> None:
      "stage 1: all_to_all_forward=1 must be less than forward=1"),
     ([StageCosts(1, 2, 1), StageCosts(1, 2, 1, all_to_all_backward=1.5)],
      "stage 1: all_to_all_backward=1.5 must be less than backward - weight=1"),
+    ([StageCosts(1, 2, 1), StageCosts(1, 2, 1, weight_tail=2)],
+     "stage 1: weight_tail=2 must be at most weight=1, of which it is a part; try 1"),
     ([StageCosts(1, 2, 1), StageCosts(1, 2, 1, optimizer=-1)], "stage 1: optimizer=-1 must not be negative"),
 ])
 def test_impossible_stages(stages: list[StageCosts], message: str) -> None:
