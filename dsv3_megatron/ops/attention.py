@@ -257,5 +257,6 @@ class _BlockedAttention(torch.autograd.Function):
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probabilities, probabilities, -1, q.dtype)
             grad_q[rows, queries].baddbmm_(grad_scores, k[rows, keys], alpha=ctx.softmax_scale)
             grad_k[rows, keys].baddbmm_(grad_scores.transpose(1, 2), q[rows, queries])  # q holds the scale
+        del grad_out, grad_tile, grad_probabilities, grad_scores, future  # before narrow copies are made
         shaped = [t.view(length, ctx.batch, -1, t.shape[-1]).to(d) for t, d in zip(grads_SG, ctx.dtypes, strict=True)]
         return (*shaped, None, None)

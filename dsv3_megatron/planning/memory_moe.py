@@ -141,15 +141,23 @@ class MoELayer:
         ledger, s = self.ops.ledger, self.ops.s
         rows = self._exchanged("gradient of rows", s.sent_rows)
         arrived = self._transfer_gradients(rows, s.received_rows, waits, is_narrow=s.narrow_rows)
+        # Autograd's call holds the gradients that a piece begins with until it returns.
+        arrived.references += 1
         shared = self.shared.backward(grad, waits=True) if self.shared is not None else None
         rows = self.experts.backward(arrived, waits=True)
+        ledger.drop(arrived)
         gates = ledger.make("gradient of gates", s.received_rows * WIDE)
         back = self._transfer_gradients(rows, s.sent_rows, waits)
         ledger.drop(gates)
+        given = [tensor for tensor in (back, shared, grad) if tensor is not None]
+        for tensor in given:
+            tensor.references += 1
         routed = self.routing.backward(back)
         if shared is not None:
             routed = add_gradients(self.ops, routed, shared)
-        return self._backward_attention(grad, routed, waits or exchanges_left > 0)
+        result = self._backward_attention(grad, routed, waits or exchanges_left > 0)
+        ledger.drop(*given)
+        return result
 
     def _transfer_gradients(self, rows: Tensor, num: int, waits: bool, *, is_narrow: bool = False) -> Tensor:
         """Weight gradients that do not wait any longer are computed behind the transfer that starts here."""

@@ -248,7 +248,7 @@ class _Stage:
             grad = normed
         for layer in reversed(self.layers):
             exchanges -= layer.num_exchanges
-            grad = layer.backward(grad, waits=waits, exchanges_left=exchanges)
+            grad = self._through(layer, grad, waits=waits, exchanges_left=exchanges)
         result: Tensor | None = grad
         if self.embedding is not None:
             self.embedding.backward(grad, waits=waits)
@@ -265,6 +265,15 @@ class _Stage:
             ledger.drop(result)
         return turns
 
+    def _through(self, layer: _Layer, grad: Tensor, *, waits: bool, exchanges_left: int) -> Tensor:
+        """A layer's backward pass; on a tape, autograd's call holds the gradient that it begins with."""
+        is_one_piece = self.s.is_piped and not layer.num_exchanges
+        grad.references += is_one_piece
+        result = layer.backward(grad, waits=waits, exchanges_left=exchanges_left)
+        if is_one_piece:
+            self.ledger.drop(grad)
+        return result
+
     def _backward_losses(self, waits: bool, exchanges: int) -> tuple[Tensor, int]:
         ledger, s = self.ledger, self.s
         if not s.is_piped:
@@ -277,7 +286,7 @@ class _Stage:
             normed = norm.backward(own)
             ledger.drop(own)
             exchanges -= layer.num_exchanges
-            back = layer.backward(normed, waits=waits, exchanges_left=exchanges)
+            back = self._through(layer, normed, waits=waits, exchanges_left=exchanges)
             later = start.backward(back, waits=waits or exchanges > 0)
         return (grad if later is None else sum_into(self.ops, grad, later)), exchanges
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from dsv3_megatron.trainer import Trainer
 
 _NUM_ENTRIES = 30
+# Transfers of less are not waited for: there are many, and they do not show.
+_NUM_BYTES_SEEN = 1 << 14
 # What starts a transfer.
 _TRANSFERS = (
     "allreduce", "allreduce_coalesced", "allgather", "_allgather_base", "all_gather_single", "allgather_coalesced",
@@ -126,6 +128,14 @@ def _is_busy(stat: Path) -> bool:
         return False
 
 
+def _largest(values: Iterable[Any]) -> int:
+    """Bytes of the largest tensor in nested lists."""
+    import torch
+
+    return max((value.nbytes if isinstance(value, torch.Tensor) else _largest(value) if isinstance(value, list) else 0
+                for value in values), default=0)
+
+
 @contextmanager
 def _settled_transfers() -> Iterator[None]:
     import torch
@@ -134,7 +144,7 @@ def _settled_transfers() -> Iterator[None]:
         """A function, so that it is bound to the group that it is called on."""
         def started(*args: Any, **kwargs: Any) -> Any:
             work = start(*args, **kwargs)
-            return None if work is None else _SettledTransfer(work)
+            return work if work is None or _largest(args) < _NUM_BYTES_SEEN else _SettledTransfer(work)
 
         return started
 

@@ -1,0 +1,65 @@
+"""Weights, gradients and optimizer states: against the parameter table and Megatron-Core's own padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3_megatron.config.presets import preset
+from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.metrics.parameters import rank_memory
+from dsv3_megatron.parallel.layout import stage_layouts
+from dsv3_megatron.planning.memory_state import padded_numel, rank_states
+
+TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
+RUNS: list[tuple[str, int, dict[str, Any]]] = [
+    ("tiny", 1, {"precision": "fp32"}),
+    ("tiny", 4, {PP: 2, EP: 2, "precision": "bf16", "ema_decay": 0.9}),
+    ("tiny", 8, {TP: 2, PP: 2, "expert_tensor_parallel_size": 2, "precision": "bf16"}),
+    ("laptop", 4, {PP: 2, "pipeline_schedule": "dualpipe", "global_batch_size": 32, "precision": "bf16"}),
+    ("laptop", 8, {PP: 2, EP: 4, "pipeline_schedule": "zbv", "precision": "bf16"}),
+    ("dsv3-16b", 64, {PP: 4, "precision": "bf16", "mtp_num_layers": 2}),
+    ("dsv3-671b", 2048, {"pipeline_schedule": "dualpipe", "precision": "bf16"}),
+    ("dsv3-671b", 1024, {TP: 2, PP: 8, EP: 32, "precision": "bf16"}),
+]
+
+
+def run_of(name: str, settings: dict[str, Any]) -> RunConfig:
+    return preset(name).override(**settings)
+
+
+@pytest.mark.parametrize(("name", "world_size", "settings"), RUNS)
+def test_counts_are_the_parameter_table_s_and_bytes_hold_padding_besides(name: str, world_size: int,
+                                                                        settings: dict[str, Any]) -> None:
+    run = run_of(name, settings)
+    table = rank_memory(run, world_size, stage_layouts(run.model, run.parallel))
+    states = rank_states(run, world_size, precision=run.training.precision)
+    assert [state.parameters for state in states] == [rank.parameters for rank in table]
+    for state, rank in zip(states, table, strict=True):
+        # Padding is at most an alignment of 64 a tensor and the group's size a buffer.
+        allowed = (200 * len(rank.layer_ids) * 64 + 8 * max(world_size, 128)) * 4
+        assert 0 <= state.gradient_bytes - rank.gradient_bytes <= allowed
+        assert 0 <= state.parameter_bytes - rank.weight_bytes <= allowed
+        owned = state.master_bytes + state.moment_bytes
+        assert abs(owned - rank.optimizer_bytes) <= max(allowed * 4 // world_size, 4096)
+        assert abs(state.average_bytes - rank.host_bytes) <= max(allowed // world_size, 4096)
+
+
+@given(st.lists(st.integers(1, 10_000), min_size=1, max_size=20), st.integers(1, 300))
+def test_padding_is_megatron_core_s(numels: list[int], group_size: int) -> None:
+    from megatron.core.optimizer.param_layout import pad_bucket_end, pad_param_start
+
+    end = 0
+    for numel in numels:
+        end = pad_param_start(end) + numel
+    assert padded_numel(numels, group_size) == pad_bucket_end(end, group_size, False)
+
+
+def test_narrow_moments_take_half_and_scratch() -> None:
+    wide, narrow = (rank_states(preset("tiny").override(precision="bf16", exp_avg_dtype=dtype, exp_avg_sq_dtype=dtype),
+                                1, precision="bf16")[0] for dtype in ("fp32", "bf16"))
+    assert narrow.moment_bytes * 2 == wide.moment_bytes
+    assert (wide.scratch_bytes, narrow.scratch_bytes) == (0, 5 * 4 * (1 << 17))
