@@ -216,7 +216,8 @@ def search_text(result: SearchResult) -> str:
         lines.append(f"  none works: {result.why_none()}")
     for kind, count in result.rejected_by_kind().items():
         lines.append(f"  {count} {_KIND_WORDS[kind]}, for example")
-        examples = [rejected for rejected in result.rejected if rejected.kind == kind]
+        # One layout says more than a group of them.
+        examples = sorted((r for r in result.rejected if r.kind == kind), key=lambda r: r.count > 1)
         for rejected in examples[: 2]:
             where = "" if rejected.reason.startswith(rejected.layout) else f"{rejected.layout}: "
             lines.append(f"    {where}{rejected.reason}")
@@ -268,7 +269,7 @@ def plot(report: PlanReport, path: str) -> None:
         below = [low + size for low, size in zip(below, sizes, strict=True)]
     memory.axhline(report.hardware["memory_bytes"] / 1e9, color="black", linestyle="--", label="device")
     memory.set(title="memory by pipeline rank", xlabel="pipeline rank", ylabel="GB")
-    memory.legend(fontsize="small")
+    memory.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     costs = [(phase.name, phase.gpu_hours) for phase in report.cost.phases if phase.gpu_hours is not None]
     phases.bar([name for name, _ in costs], [hours / 1e3 for _, hours in costs])
     phases.tick_params(axis="x", rotation=20)
