@@ -53,7 +53,8 @@ class Case:
         call: Does it once.
         is_transfer: All processes do it at once.
         repeats: Times that a transfer is done for one timing.
-        seconds: Of one call, by clock a value a round; the mean over the processes.
+        seconds: Of one call, by clock a value a round: the mean over the processes; "wall", of a process as slow as the
+            round's slowest.
     """
 
     key: tuple[object, ...]
@@ -98,6 +99,7 @@ class MicroBenchmarks:
                 if not case.is_transfer:
                     for clock, seconds in _time(case.call).items():
                         found[case.key][clock] += seconds / _PASSES
+        slowest = self._slowest(sum(seconds["wall"] for seconds in found.values()))
         for case in self.cases:
             if case.is_transfer:
                 self._wait()
@@ -105,7 +107,8 @@ class MicroBenchmarks:
                                    for clock, seconds in _time(case.call, case.repeats).items()}
         for case in self.cases:
             for clock, seconds in self._mean(found[case.key]).items():
-                case.seconds[clock].append(seconds)
+                waits = clock == "wall" and not case.is_transfer
+                case.seconds[clock].append(seconds * slowest if waits else seconds)
 
     # -- timing ------------------------------------------------------------------------------------------------
 
@@ -120,6 +123,15 @@ class MicroBenchmarks:
         total = torch.tensor(list(seconds.values()), dtype=torch.float64)
         torch.distributed.all_reduce(total)
         return dict(zip(seconds, (total / self.num_processes).tolist(), strict=True))
+
+    def _slowest(self, seconds: float) -> float:
+        """The slowest process's time of the same work over the mean: the others wait for it, at the latest for the sum
+        of the gradients."""
+        if self.num_processes == 1:
+            return 1.0
+        longest = torch.tensor(seconds, dtype=torch.float64)
+        torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
+        return float(longest) / self._mean({"wall": seconds})["wall"]
 
     def _choose_repeats(self, case: Case) -> None:
         """All processes choose the same."""

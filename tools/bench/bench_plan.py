@@ -4,6 +4,8 @@ A setting is a layout of `laptop` on some processes. Its processes are the train
 rounds of micro-benchmarks (`planning/micro_benchmarks.py`, all processes at once) and training steps in turns, so that
 a disturbance of the machine meets both. The prediction reads the micro-benchmarks' medians and no training step.
 
+The slowest process of a round sets the pace of all.
+
 Two clocks: "wall" is what the run takes on this machine as it is; "cpu" is the processes' own work, which other work on
 the machine changes less. With several processes that wait for one another only "wall" has the waiting.
 
