@@ -100,7 +100,7 @@ def gemm(a_MK: torch.Tensor, a_scales: torch.Tensor, b_NK: torch.Tensor, b_scale
     _check_operand("b", b_NK, b_scales, depth)
     c = torch.empty((rows, columns), dtype=dtype, device=a_MK.device) if add_to is None else add_to
     if rows and columns:
-        chosen = config or config_for(rows, columns, depth, num_experts=1)
+        chosen = config or config_for(rows, columns, depth, num_experts=1, adds=add_to is not None)
         _launch(a_MK, a_scales, b_NK, b_scales.unsqueeze(0), c, None, triton.cdiv(rows, chosen.block_m), columns,
                 add_to is not None, chosen)
     return c

@@ -1,7 +1,8 @@
 """Tile sizes of the FP8 GEMM: those measured on this machine, kept in a file, else a guess.
 
 `tools/bench/bench_fp8.py --tune` measures CANDIDATES on DeepSeek-V3's shapes and writes the file; a run only reads it.
-It is JSON, keyed by device, experts, N, K and the power of two that M falls under; the environment variable
+It is JSON, keyed by device, experts, N, K and the power of two that M falls under; of products that are added to a
+weight's gradient by M, N and the power of two that K, the number of tokens, falls under. The environment variable
 DSV3_FP8_TUNING names another place for it.
 """
 
@@ -45,7 +46,8 @@ class GemmConfig:
 # tiles (the sum and the step's product) must fit its registers.
 CANDIDATES = tuple(
     GemmConfig(block_m, block_n, stages, warps)
-    for block_m, block_n, warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 256, 8), (256, 64, 8), (64, 64, 4))
+    for block_m, block_n, warps in ((128, 128, 8), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (64, 256, 8),
+                                     (256, 64, 8), (64, 64, 4))
     for stages in (3, 4, 6)
     if stages * (block_m + block_n) * 128 <= 220_000)
 _INTERPRETED = GemmConfig(32, 32, 2, 4, 2)
@@ -59,26 +61,31 @@ class Tuned:
     config: GemmConfig
 
 
-def config_for(rows: int, columns: int, depth: int, *, num_experts: int) -> GemmConfig:
+def config_for(rows: int, columns: int, depth: int, *, num_experts: int, adds: bool = False) -> GemmConfig:
     """The kernel's configuration for a product: the measured one, else a guess by the number of output tiles."""
     if IS_INTERPRETED:
         return _INTERPRETED
-    tuned = tuned_for(rows, columns, depth, num_experts=num_experts)
+    tuned = tuned_for(rows, columns, depth, num_experts=num_experts, adds=adds)
     if tuned is not None:
         return tuned.config
     few_tiles = -(-rows // 128) * -(-columns // 128) < 132
     return GemmConfig(64, 128, 4, 4) if few_tiles else GemmConfig()
 
 
-def tuned_for(rows: int, columns: int, depth: int, *, num_experts: int) -> Tuned | None:
+def tuned_for(rows: int, columns: int, depth: int, *, num_experts: int, adds: bool = False) -> Tuned | None:
     """What was measured for this shape on this device, or None."""
-    return _table().get(shape_key(rows, columns, depth, num_experts))
+    return _table().get(shape_key(rows, columns, depth, num_experts, adds=adds))
 
 
-def shape_key(rows: int, columns: int, depth: int, num_experts: int) -> str:
-    """The file's key: shapes that share it share a configuration."""
-    bucket = 1 << max(rows - 1, 1).bit_length()
-    return f"e{num_experts}_m{bucket}_n{columns}_k{depth}"
+def shape_key(rows: int, columns: int, depth: int, num_experts: int, *, adds: bool = False) -> str:
+    """The file's key: shapes that share it share a configuration. `adds`: to a gradient, K being tokens."""
+    if adds:
+        return f"add_m{rows}_n{columns}_k{_next_power_of_2(depth)}"
+    return f"e{num_experts}_m{_next_power_of_2(rows)}_n{columns}_k{depth}"
+
+
+def _next_power_of_2(size: int) -> int:
+    return 1 << max(size - 1, 1).bit_length()
 
 
 def tuning_file() -> Path:

@@ -9,6 +9,8 @@ import triton
 
 # Whether kernels run under Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors: decided when they are defined.
 IS_INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+# Of the kernels that quantize. With 4 those of weights and of SwiGLU spill registers (compiled for Hopper, not timed).
+QUANTIZATION_WARPS = 8
 
 
 @functools.cache

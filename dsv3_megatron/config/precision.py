@@ -85,7 +85,7 @@ class Fp8Config:
                       help="blockwise: linears in FP8 with a scale for each 1x128 tile or 128x128 block")
     fp8_backend: str = option(
         "auto", choices=FP8_BACKENDS, help="what computes FP8; auto: transformer_engine where the model is built from "
-        "it, triton on Hopper, else the exact reference")
+        "it, triton on Hopper, the exact reference without a GPU")
     fp8_override: list[str] = option(
         [], nargs="*", help="PATTERN=PRECISION ... on module names, e.g. 'decoder.layers.0.*=bf16' or "
         "'*.linear_proj=cached_input:e4m3,input_scales:arbitrary'; the last that matches holds")

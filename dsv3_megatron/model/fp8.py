@@ -23,6 +23,7 @@ from dsv3_megatron.model.dispatch import use_narrow_dispatch
 from dsv3_megatron.model.experts import GroupedExperts
 from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear, ReplicatedLinear
 from dsv3_megatron.model.parameters import global_name
+from dsv3_megatron.ops.fp8_backend import ReferenceBackend
 from dsv3_megatron.ops.fp8_choice import local_backend, resolve_fp8_backend
 from dsv3_megatron.ops.fp8_engine import autocast, installed_recipe
 
@@ -80,7 +81,7 @@ def apply_precision(stages: list[torch.nn.Module], run: RunConfig, groups: Proce
             if any(line.is_fp8 for line in lines):
                 setattr(placed.module, "fp8", (tuple(lines), backend))
         if run.fp8.dispatches_fp8:
-            _narrow_dispatch(stage, precisions, groups)
+            _narrow_dispatch(stage, precisions, groups, backend)
 
 
 def use_engine_fp8(config: MLATransformerConfig) -> None:
@@ -111,11 +112,11 @@ def run_in_engine_context(stage: torch.nn.Module, precisions: dict[str, LinearPr
     assert found, "every stage with a layer has linears"
 
 
-def _narrow_dispatch(stage: torch.nn.Module, precisions: dict[str, LinearPrecision], groups: ProcessGroupCollection
-                     ) -> None:
+def _narrow_dispatch(stage: torch.nn.Module, precisions: dict[str, LinearPrecision], groups: ProcessGroupCollection,
+                     backend: ReferenceBackend) -> None:
     """FP8 on the wire of every MoE layer whose experts take FP8."""
     for path, module in stage.named_modules():
         if isinstance(module, MoELayer) and isinstance(module.experts, GroupedExperts):
             name = global_name(path + ".", stage) + "experts.linear_fc1"
             if precisions[name].fprop == "fp8":
-                use_narrow_dispatch(module, groups)
+                use_narrow_dispatch(module, groups, backend)

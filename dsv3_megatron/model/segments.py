@@ -36,6 +36,7 @@ from dsv3_megatron.model.language_model import DeepSeekV3Model, TokenLosses
 from dsv3_megatron.model.tape import Tape, Value
 from dsv3_megatron.model.weight_gradients import delaying_modules
 from dsv3_megatron.parallel.exchange import Splits
+from dsv3_megatron.parallel.narrow_rows import Narrow
 
 ValueSteps = Generator[None, None, Value]
 # Of a micro-batch's token losses: the sum to differentiate, which alone is a `Value` afterwards.
@@ -162,13 +163,13 @@ class _MoEPass:
             lambda h_SBH: self.attend_and_route(h_SBH, documents), hidden_SBH,
             delaying=self.segmented.delaying_attention)
         splits = self.splits()
-        narrow = isinstance(self.dispatcher, NarrowDispatcher)
-        rows_RH, gates_R = yield from tape.exchange(rows_RH, gates_R, splits=splits,
-                                                    narrow="forward" if narrow else "")
+        outward, homeward = self.narrow()
+        rows_RH, gates_R = yield from tape.exchange(rows_RH, gates_R, splits=splits, narrow=outward)
+        del outward  # and its records
         rows_RH, *shared_SBH = tape.run(self.apply_experts, rows_RH, gates_R, normed_SBH,
                                         delaying=self.segmented.delaying_experts)
         del gates_R, normed_SBH
-        (rows_RH,) = yield from tape.exchange(rows_RH, splits=splits.reversed(), narrow="backward" if narrow else "")
+        (rows_RH,) = yield from tape.exchange(rows_RH, splits=splits.reversed(), narrow=homeward)
         (output_SBH,) = tape.run(self.add, rows_RH, residual_SBH, *shared_SBH)
         return output_SBH
 
@@ -188,6 +189,13 @@ class _MoEPass:
         dispatcher.tokens_per_expert = dispatcher._maybe_dtoh_and_synchronize(
             "before_ep_alltoall", dispatcher.tokens_per_expert)
         return Splits.of(dispatcher.input_splits, dispatcher.output_splits, dispatcher.ep_group)
+
+    def narrow(self) -> tuple[Narrow | None, Narrow | None]:
+        """How rows travel to their experts and back, where that is in FP8."""
+        dispatcher = self.dispatcher
+        if not isinstance(dispatcher, NarrowDispatcher):
+            return None, None
+        return dispatcher.outward(), dispatcher.homeward()
 
     def apply_experts(self, rows_RH: torch.Tensor, gates_R: torch.Tensor, normed_SBH: torch.Tensor
                       ) -> tuple[torch.Tensor, ...]:

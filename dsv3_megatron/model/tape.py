@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dsv3_megatron.model.weight_gradients import WeightGradients
 from dsv3_megatron.ops.linear import DeferredWeightGrad
 from dsv3_megatron.parallel.exchange import PostAllToAll, Posted, Splits, post_all_to_all
-from dsv3_megatron.parallel.narrow_rows import post_narrow
+from dsv3_megatron.parallel.narrow_rows import Narrow, post_narrow
 
 Pause = Generator[None, None, None]
 
@@ -95,12 +95,12 @@ class _Island(NamedTuple):
 class _Exchange(NamedTuple):
     """Values that have been exchanged: of each its slot before and after, and an empty tensor of its row's shape.
 
-    The first one's gradients travel in FP8 if `is_narrow`.
+    `narrow` says how the first one's gradients travel; None: as they are.
     """
 
     slots: list[tuple[GradientSlot, GradientSlot, torch.Tensor]]
     splits: Splits
-    is_narrow: bool
+    narrow: Narrow | None
 
 
 class Tape:
@@ -147,15 +147,17 @@ class Tape:
             delaying, any(value.slot is not None for value in inputs)))
         return values
 
-    def exchange(self, *inputs: Value, splits: Splits, narrow: str = "") -> Generator[None, None, tuple[Value, ...]]:
+    def exchange(self, *inputs: Value, splits: Splits, narrow: Narrow | None = None
+                 ) -> Generator[None, None, tuple[Value, ...]]:
         """Exchange the rows of values; yields once, with the transfers under way.
 
         Args:
             inputs: Rows, by receiving rank.
             splits: How many go where.
-            narrow: "forward" or "backward": in which pass the first value's rows (or gradients) travel in FP8.
+            narrow: In which pass the first value's rows (or gradients) travel in FP8; None: in neither.
         """
-        posted = [self._start(value.tensor, splits, is_narrow=index == 0 and narrow == "forward")
+        forward, backward = ((narrow, None) if narrow and narrow.direction == "forward" else (None, narrow))
+        posted = [self._start(value.tensor, splits, forward if index == 0 else None)
                   for index, value in enumerate(inputs)]
         yield
         outputs = tuple(Value(transfer.wait(), GradientSlot() if self.is_recording and value.slot else None)
@@ -164,11 +166,11 @@ class Tape:
             self._nodes.append(_Exchange(
                 [(value.slot, output.slot, output.tensor.new_empty((0, *output.tensor.shape[1:])))
                  for value, output in zip(inputs, outputs, strict=True) if value.slot and output.slot], splits,
-                narrow == "backward"))
+                backward))
         return outputs
 
-    def _start(self, rows: torch.Tensor, splits: Splits, *, is_narrow: bool) -> Posted:
-        return post_narrow(rows, splits, self._post) if is_narrow else self._post(rows, splits)
+    def _start(self, rows: torch.Tensor, splits: Splits, narrow: Narrow | None) -> Posted:
+        return self._post(rows, splits) if narrow is None else post_narrow(rows, splits, narrow, self._post)
 
     def backward(self, *, defer_weights: bool) -> Pause:
         """Run the backward pass, from the gradients that have been left in the slots of the last values.
@@ -200,7 +202,7 @@ class Tape:
             grad = received.take()
             if grad is None:
                 grad = like.new_zeros((sum(splits.sent), *like.shape[1:]))
-            posted.append((sent, self._start(grad, splits, is_narrow=index == 0 and exchange.is_narrow)))
+            posted.append((sent, self._start(grad, splits, exchange.narrow if index == 0 else None)))
         return posted
 
 

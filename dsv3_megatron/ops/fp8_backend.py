@@ -2,6 +2,8 @@
 
     quantize            tiles and blocks, E4M3 and E5M6
     quantize_columns    128 rows of a column, transposed: for Wgrad, also of what is quantized already
+    quantize_swiglu     SwiGLU, and its input for backward
+    pack_rows           rows as records of values and scales, to travel; unpack_rows
     gemm                a b^T
     grouped_gemm        rows sorted by expert times each expert's matrix
 
@@ -17,6 +19,8 @@ import torch
 from dsv3_megatron.ops.fp8_gemm import block_gemm
 from dsv3_megatron.ops.fp8_groups import TILE, Group
 from dsv3_megatron.ops.fp8_quantize import Quantized, quantize, quantize_columns
+from dsv3_megatron.ops.fp8_records import pack_rows, unpack_rows
+from dsv3_megatron.ops.swiglu import swiglu_forward
 
 
 class ReferenceBackend:
@@ -32,6 +36,29 @@ class ReferenceBackend:
     def quantize_columns(self, x: torch.Tensor | Quantized, *, power_of_2: bool = False) -> Quantized:
         """As `fp8_quantize.quantize_columns`."""
         return quantize_columns(x, power_of_2=power_of_2)
+
+    def quantize_swiglu(self, hidden_RF: torch.Tensor, gates_R: torch.Tensor | None, *, power_of_2: bool
+                        ) -> tuple[Quantized, Quantized]:
+        """SwiGLU and its input, both E4M3 in 1x128 tiles.
+
+        Args:
+            hidden_RF: [R, 2F], gate half first.
+            gates_R: Multiply SwiGLU's rows; None is 1.
+            power_of_2: Scales of both.
+
+        Returns:
+            SwiGLU [R, F], rounded to hidden's dtype before; and hidden [R, 2F].
+        """
+        active = swiglu_forward(hidden_RF.float(), None if gates_R is None else gates_R.float()).to(hidden_RF.dtype)
+        return self.quantize(active, power_of_2=power_of_2), self.quantize(hidden_RF, power_of_2=power_of_2)
+
+    def pack_rows(self, x_TH: torch.Tensor, token_of_row_R: torch.Tensor | None = None) -> torch.Tensor:
+        """As `fp8_records.pack_rows`."""
+        return pack_rows(x_TH, token_of_row_R)
+
+    def unpack_rows(self, records: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """As `fp8_records.unpack_rows`."""
+        return unpack_rows(records, width, dtype)
 
     def gemm(self, a_MK: Quantized, b_NK: Quantized, *, dtype: torch.dtype, accumulation: str = "fp32",
              add_to: torch.Tensor | None = None) -> torch.Tensor:

@@ -29,7 +29,8 @@ def resolve_fp8_backend(requested: str, *, transformer_impl: str, accumulation: 
         "transformer_engine", "triton" or "reference".
 
     Raises:
-        ConfigError: What was asked for cannot run here; the message says what is missing.
+        ConfigError: What was asked for cannot run here; the message says what is missing. "auto" does not fall back to
+            the reference on a GPU: who asks for FP8 there asks for speed.
     """
     if requested not in FP8_BACKENDS:
         raise ConfigError(f"fp8_backend={requested!r} must be one of {', '.join(FP8_BACKENDS)}")
@@ -49,6 +50,10 @@ def resolve_fp8_backend(requested: str, *, transformer_impl: str, accumulation: 
         chosen, reason = "transformer_engine", "the model is built from it"
     elif accumulation != "fp32":
         chosen, reason = "reference", f"fp8_accumulation={accumulation}"
+    elif missing and torch.cuda.is_available():
+        raise ConfigError(f"fp8=blockwise on {torch.cuda.get_device_name()} needs what is not here: "
+                          f"{' and '.join(missing)}; set fp8=none, or fp8_backend=reference, which computes the same "
+                          "numbers slowly on any device")
     else:
         chosen, reason = ("reference", f"no {' and no '.join(missing)}") if missing else ("triton", "Hopper")
     logger.info("fp8_backend auto: %s (%s)", chosen, reason)

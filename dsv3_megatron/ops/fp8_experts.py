@@ -74,11 +74,11 @@ class _Fp8Experts(torch.autograd.Function):
         first, second = products
         operand = first.operand(x)
         hidden = first.forward(operand, fc1, x.dtype, counts)
-        active = _activation(hidden, gates).to(x.dtype)
-        ctx.saved = Saved(ctx, first.cached(x, operand), second.cached(hidden, hidden), gates)
+        active, cached_hidden = second.activated(hidden, gates)
+        ctx.saved = Saved(ctx, first.cached(x, operand), cached_hidden, gates)
         ctx.weights, ctx.counts, ctx.products, ctx.dtype = (fc1, fc2), counts, products, x.dtype
         ctx.accumulate, ctx.defer = accumulate, defer
-        return second.forward(second.operand(active), fc2, x.dtype, counts)
+        return second.forward(active, fc2, x.dtype, counts)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ from dsv3_megatron.ops.fp8_groups import SQUARE, TILE
 from dsv3_megatron.ops.fp8_quantize import Quantized
 from dsv3_megatron.ops.fp8_weights import quantized_weight
 from dsv3_megatron.ops.linear import add_product_, linear_forward, linear_input_grad
+from dsv3_megatron.ops.swiglu import swiglu_forward
 
 Counts = Sequence[int] | None
 
@@ -56,6 +57,18 @@ class Products:
         if kept == "e4m3" and isinstance(operand, Quantized):
             return operand
         return self.backend.quantize(x, TILE, format=kept, power_of_2=self.precision.input_scales == "power_of_2")
+
+    def activated(self, hidden: torch.Tensor, gates: torch.Tensor | None
+                  ) -> tuple[torch.Tensor | Quantized, torch.Tensor | Quantized]:
+        """SwiGLU of [R, 2 I], rows weighted by gates: as Fprop multiplies it; and its input as that is kept.
+
+        Both in one step where both are E4M3, which a backend can compute in one pass over the input.
+        """
+        if (self.precision.fprop, self.precision.cached_input) == ("fp8", "e4m3"):
+            return self.backend.quantize_swiglu(hidden, gates,
+                                                power_of_2=self.precision.input_scales == "power_of_2")
+        active = swiglu_forward(hidden.float(), None if gates is None else gates.float()).to(hidden.dtype)
+        return self.operand(active), self.cached(hidden, hidden)
 
     def forward(self, operand: torch.Tensor | Quantized, weight: torch.Tensor, dtype: torch.dtype,
                 counts: Counts = None) -> torch.Tensor:

@@ -1,15 +1,17 @@
-"""What a few ranks do for the tests of FP8 over layouts: train a few steps, and count the bytes they exchange."""
+"""What a few ranks do for the tests of FP8 over layouts: train a few steps, count the bytes they exchange, resume."""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
 from dsv3_megatron.model.fp8 import fp8_modules
-from tests.distributed.small_run import small_run, start
+from tests.distributed.small_run import differences, small_run, start
+from tests.distributed.test_checkpoint import continue_run
 
 
 def train(changes: dict[str, Any], steps: int) -> tuple[list[float], dict[str, int], list[str]]:
@@ -31,10 +33,25 @@ def train(changes: dict[str, Any], steps: int) -> tuple[list[float], dict[str, i
         torch.distributed.all_to_all_single = original
 
 
-def several(cases: dict[str, dict[str, Any]], steps: int) -> dict[str, tuple[list[float], dict[str, int], list[str]]]:
-    """`train` for each case, in one launch of the ranks."""
-    results = {}
+def several(cases: dict[str, dict[str, Any]], steps: int, resumed_changes: dict[str, Any] | None, directory: Path
+            ) -> dict[str, Any]:
+    """`train` for each case, and `resumed` as "resumed" if there are changes for it, in one launch of the ranks."""
+    results: dict[str, Any] = {}
     for name, changes in cases.items():
         results[name] = train(changes, steps)
         parallel_state.destroy_model_parallel()
+    if resumed_changes is not None:
+        results["resumed"] = resumed(resumed_changes, directory)
     return results
+
+
+def resumed(changes: dict[str, Any], directory: Path) -> tuple[list[str], list[float], list[float]]:
+    """Train two steps, save, train another; and again from what was saved. What differs then, and both last losses."""
+    straight = continue_run(changes, None, directory, 1)
+    parallel_state.destroy_model_parallel()
+    again = continue_run(changes, directory, None, 1)
+    parallel_state.destroy_model_parallel()
+    # NaN stands for what another rank has.
+    known = [{name: tensor.nan_to_num(nan=-7.0) for name, tensor in result["after"].items()}
+             for result in (straight, again)]
+    return differences(*known), straight["losses"], again["losses"]

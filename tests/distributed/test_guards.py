@@ -51,6 +51,10 @@ NONFINITE = [
      ["lm loss is nan", "micro-batch of samples "]),
     ("MTP", PP2, once("activation", where="mtp.layers.0.eh_proj"), ["mtp_1 loss is nan"]),
     ("balance", {}, once("balance"), ["balance loss is nan"]),
+    ("FP8", {"fp8": "blockwise"}, once("activation", value=INF, where="layers.0.mlp.linear_fc1"),
+     ["lm loss is nan", "micro-batch of samples 9 on rank 1"]),
+    ("FP8 dispatch", {**EP2, "fp8": "blockwise"}, once("activation", value=INF, where="layers.1.pre_mlp_layernorm"),
+     ["lm loss is nan"]),
     ("copy", TP2, once("copy", where="q_layernorm.weight"), ["tensor-parallel rank's copy of a gradient"]),
 ]
 

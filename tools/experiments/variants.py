@@ -131,13 +131,16 @@ def mean_by_step(curves: Sequence[Curve], variant: str, column: str) -> Bands:
     return _bands(per_seed)
 
 
-def loss_differences(curves: Sequence[Curve], variant: str, base: str, *, window: int = 1) -> Bands:
-    """A variant's training loss less the base's with the same seed, mean over `window` steps."""
+def loss_differences(curves: Sequence[Curve], variant: str, base: str, *, window: int = 1, is_relative: bool = False
+                     ) -> Bands:
+    """A variant's training loss less the base's with the same seed, mean over `window` steps; or as a share of it."""
     reference = {curve.seed: dict(curve.records.column("lm_loss")) for curve in curves if curve.variant == base}
     per_seed = []
     for curve in curves:
         if curve.variant == variant:
-            gaps = [(step, loss - reference[curve.seed][step]) for step, loss in curve.records.column("lm_loss")]
+            exact = reference[curve.seed]
+            gaps = [(step, (loss - exact[step]) / (exact[step] if is_relative else 1.0))
+                    for step, loss in curve.records.column("lm_loss")]
             per_seed.append({gaps[last - 1][0]: statistics.fmean(gap for _, gap in gaps[last - window:last])
                              for last in range(window, len(gaps) + 1)})
     return _bands(per_seed)

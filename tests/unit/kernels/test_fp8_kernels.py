@@ -10,9 +10,13 @@ import math
 import pytest
 import torch
 
+from dsv3_megatron.ops.fp8_backend import REFERENCE
 from dsv3_megatron.ops.fp8_groups import SQUARE, TILE
 from dsv3_megatron.ops.fp8_quantize import Quantized, quantize, quantize_columns
+from dsv3_megatron.ops.fp8_records import pack_rows, unpack_rows
 from dsv3_megatron.ops.swiglu import swiglu_forward
+from dsv3_megatron.parallel.narrow_rows import Narrow, exchange_rows, permuted_records
+from tests.slow_fp8 import E5M6_VALUES
 
 SHAPES = [(1, 16), (33, 208), (130, 144)]
 
@@ -104,19 +108,86 @@ def test_swiglu_refuses_halves_that_share_a_tile():
     assert values.shape == (2, 96)
 
 
-def test_permutation_with_quantization():
-    from dsv3_megatron.kernels.fp8_quantize import permute_quantize
-
+@pytest.mark.parametrize("width", [144, 32, 30])
+def test_records(backend, width):
+    """A token quantized once and written to each of its rows; and back. 30: the reference, whose scales are odd."""
     tokens, top_k = 37, 3
-    x = random(tokens, 144)
-    chosen = torch.rand(tokens, top_k, generator=torch.Generator().manual_seed(1)) > 0.2
-    rows = torch.full((tokens, top_k), -1, dtype=torch.int32)
-    num_rows = int(chosen.sum())
-    rows[chosen] = torch.randperm(num_rows, generator=torch.Generator().manual_seed(2)).int()
-    values, scales = permute_quantize(x, rows, num_rows, power_of_2=True)
-    token_of_row = torch.empty(num_rows, dtype=torch.int64)
-    token_of_row[rows[chosen].long()] = torch.arange(tokens).unsqueeze(1).expand(-1, top_k)[chosen]
-    same(Quantized(values, scales, TILE, "e4m3", (num_rows, 144)), quantize(x[token_of_row], power_of_2=True))
+    x = random(tokens, width)
+    x[5, 7] = math.nan
+    rows = torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(2))
+    token_of_row = torch.arange(tokens).repeat(top_k)[rows]
+    for order in (None, token_of_row):
+        got, expected = backend.pack_rows(x, order), pack_rows(x, order)
+        assert got.shape == expected.shape
+        for dtype in (torch.bfloat16, torch.float32):
+            wide = unpack_rows(expected, width, dtype)
+            for again in (backend.unpack_rows(expected, width, dtype), unpack_rows(got, width, dtype)):
+                assert again.dtype == dtype and torch.equal(again.nan_to_num(7), wide.nan_to_num(7))
+    assert backend.pack_rows(x[:0], token_of_row[:0]).shape == (0, expected.shape[1])
+    assert backend.unpack_rows(expected[:0], width, torch.float32).shape == (0, width)
+
+
+def test_a_dispatch_on_this_backend(backend):
+    """Records in the order of experts, and gradients back, through the functions that the dispatcher calls."""
+    token_of_row = torch.tensor([3, 0, 1, 4, 2, 4, 1, 0, 2, 3])
+    results = []
+    for each in (backend, REFERENCE):
+        x = random(5, 144).requires_grad_()
+        rows, records = permuted_records(x, token_of_row, each)
+        sent = exchange_rows(rows, None, Narrow("forward", each, records))
+        back = exchange_rows(sent * 2, None, Narrow("backward", each))
+        back.backward(random(10, 144, seed=1))
+        results.append((sent.detach(), back.detach(), x.grad))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("power_of_2", [False, True])
+@pytest.mark.parametrize("shape", [(1, 16), (33, 208), (130, 144), (3, 15)])
+def test_e5m6(backend, shape, power_of_2):
+    """Packed bytes and scales, and their requantization for Wgrad; rows of 15 values are the reference's."""
+    x = random(*shape)
+    x[0, :5], x[-1, 0] = 0, -1e-30
+    got, expected = (q(x, format="e5m6", power_of_2=power_of_2) for q in (backend.quantize, quantize))
+    assert got.shape == expected.shape and torch.equal(got.scales, expected.scales)
+    assert torch.equal(got.values, expected.values)
+    same(backend.quantize_columns(expected, power_of_2=power_of_2), quantize_columns(expected, power_of_2=power_of_2))
+
+
+def test_every_number_of_e5m6(backend):
+    """Values that are exact, halfway between two, and beside halfway; the first of each row sets the scale to 1."""
+    exact = torch.tensor([v for v in E5M6_VALUES if v >= 0])
+    halfway = (exact[1:] + exact[:-1]) / 2
+    beside = torch.cat((torch.nextafter(halfway, halfway * 2), torch.nextafter(halfway, halfway * 0)))
+    x = torch.cat((exact, halfway, beside))
+    x = torch.cat((x, -x))
+    x = torch.nn.functional.pad(x, (0, -len(x) % 127)).view(-1, 127)
+    x = torch.cat((torch.full((len(x), 1), 65024.0), x), dim=1)
+    got, expected = backend.quantize(x, format="e5m6"), quantize(x, format="e5m6")
+    assert expected.scales.eq(1).all() and torch.equal(got.scales, expected.scales)
+    assert torch.equal(got.values, expected.values)
+
+
+def test_e5m6_of_what_is_not_finite(backend):
+    x = torch.ones(2, 256)
+    x[0, 3], x[1, 200] = math.inf, math.nan
+    got = backend.quantize(x, format="e5m6")
+    for kept in (got.dequantize(), backend.quantize_columns(got).dequantize().t()):
+        assert kept[0, :128].isnan().all() and kept[1, 128:].isnan().all()
+    assert (got.dequantize()[0, 128:] == 1).all() and (got.dequantize()[1, :128] == 1).all()
+
+
+@pytest.mark.parametrize("width", [128, 96])
+def test_swiglu_of_this_backend_is_the_references(backend, width):
+    """In one pass where tiles of the input keep within its halves, else in two."""
+    hidden, gates = random(33, 2 * width, dtype=torch.float32), torch.rand(33)
+    (active, kept), (expected, expected_kept) = (
+        each.quantize_swiglu(hidden, gates, power_of_2=False) for each in (backend, REFERENCE))
+    same(kept, expected_kept)
+    assert active.shape == expected.shape == (33, width)
+    share = ((active.dequantize() - expected.dequantize()) / expected.dequantize()).nan_to_num(0).abs()
+    # exp differs in the last bits: by as little in the scales, and by a step in few values.
+    assert (share <= 1 / 8).all() and (share > 1e-6).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 1, 16), (40, 70, 144), (33, 130, 272), (130, 16, 128)])
@@ -160,7 +231,6 @@ def test_grouped_gemm(backend, counts):
 def test_a_layer_and_experts_on_this_backend(backend):
     """Forward and backward through the same autograd functions as the reference's."""
     from dsv3_megatron.config.precision import LinearPrecision
-    from dsv3_megatron.ops.fp8_backend import REFERENCE
     from dsv3_megatron.ops.fp8_experts import fp8_swiglu_experts
     from dsv3_megatron.ops.fp8_linear import fp8_linear
 

@@ -20,6 +20,7 @@ def hopper(monkeypatch):
     def install(capability):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA X")
 
     return install
 
@@ -38,7 +39,10 @@ def test_auto_on_gpus(hopper):
     assert resolve_fp8_backend("auto", transformer_impl="transformer_engine") == "transformer_engine"
     assert resolve_fp8_backend("triton", transformer_impl="local") == "triton"
     hopper((8, 0))
-    assert resolve_fp8_backend("auto", transformer_impl="local") == "reference"
+    assert resolve_fp8_backend("reference", transformer_impl="local") == "reference"
+    with pytest.raises(ConfigError, match=r"fp8=blockwise on NVIDIA X needs what is not here: compute capability 9.x "
+                                          r"\(Hopper; this is 8.0\); set fp8=none, or fp8_backend=reference"):
+        resolve_fp8_backend("auto", transformer_impl="local")
     with pytest.raises(ConfigError, match=r"needs what is not here: compute capability 9.x \(Hopper; this is 8.0\)"):
         resolve_fp8_backend("triton", transformer_impl="local")
 

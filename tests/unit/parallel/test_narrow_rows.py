@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from dsv3_megatron.ops.fp8_backend import REFERENCE
 from dsv3_megatron.ops.fp8_quantize import quantize
+from dsv3_megatron.ops.fp8_records import pack_rows, unpack_rows
 from dsv3_megatron.parallel.exchange import Splits
-from dsv3_megatron.parallel.narrow_rows import exchange_rows, pack_rows, post_narrow, unpack_rows
+from dsv3_megatron.parallel.narrow_rows import Narrow, exchange_rows, permuted_records, post_narrow
 
 
 def rows(width, dtype=torch.bfloat16):
@@ -28,7 +30,11 @@ def test_a_record_is_its_row_in_fp8(width):
 
 def test_bytes_of_a_token_of_deepseek_v3():
     assert pack_rows(rows(7168)).nbytes == 5 * 7392 and rows(7168).nbytes == 5 * 14336
-    assert unpack_rows(pack_rows(rows(128)[:0]), 128, torch.bfloat16).shape == (0, 128)
+    for num_rows in (0, 1):
+        for width in (128, 30):
+            x = rows(width)[:num_rows]
+            expected = quantize(x, power_of_2=True).dequantize(x.dtype)
+            assert torch.equal(unpack_rows(pack_rows(x), width, x.dtype), expected)
 
 
 def test_what_is_not_finite_arrives_so():
@@ -44,10 +50,29 @@ def test_one_direction_is_rounded():
                "grad": quantize(grad, power_of_2=True).dequantize(torch.bfloat16)}
     for narrow in ("forward", "backward"):
         x.grad = None
-        y = exchange_rows(x, None, narrow=narrow)
+        y = exchange_rows(x, None, Narrow(narrow))
         y.backward(grad)
         assert torch.equal(y, rounded["x"] if narrow == "forward" else x)
         assert torch.equal(x.grad, rounded["grad"] if narrow == "backward" else grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_records_in_the_order_of_experts_are_the_rows_in_that_order(dtype):
+    """What is quantized before it is permuted is what is permuted before it is quantized; gradients add up the same."""
+    token_of_row, grad = torch.tensor([3, 0, 1, 4, 2, 4, 1, 0, 2, 3]), torch.randn(10, 200).to(dtype)
+    results = []
+    for is_early in (True, False):
+        x = rows(200, dtype).requires_grad_()
+        if is_early:
+            made, records = permuted_records(x, token_of_row, REFERENCE)
+            assert made.isnan().all() and made.untyped_storage().nbytes() <= 4, "no memory, and no value to trust"
+            y = exchange_rows(made, None, Narrow("forward", records=records))
+        else:
+            y = exchange_rows(x.index_select(0, token_of_row), None, Narrow("forward"))
+        y.backward(grad)
+        results.append((y.detach(), x.grad))
+    for early, late in zip(*results, strict=True):
+        assert torch.equal(early, late)
 
 
 def test_a_transfer_carries_bytes_and_gives_back_numbers():
@@ -62,6 +87,6 @@ def test_a_transfer_carries_bytes_and_gives_back_numbers():
             return self.sent
 
     splits = Splits((5,), (5,), None)  # type: ignore[arg-type]
-    got = post_narrow(rows(256), splits, Echo).wait()
+    got = post_narrow(rows(256), splits, Narrow("forward"), Echo).wait()
     assert posted == [(torch.uint8, 5 * (256 + 8), splits)]
     assert torch.equal(got, quantize(rows(256), power_of_2=True).dequantize(torch.bfloat16))
