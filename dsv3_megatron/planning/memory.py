@@ -161,9 +161,10 @@ def _passes(settings: PassSettings, contents: tuple[StageContent, ...], parallel
         if forward > backward:
             return _Passes("F0", 0, 0, 0, forward, (0,))
         return _Passes("B0", cost.kept_bytes, 0, 0, backward - cost.kept_bytes, (1,))
-    virtual = parallel.stages_per_rank if parallel.schedule == "interleaved" else None
+    is_interleaved = parallel.schedule == "interleaved"
+    virtual = parallel.stages_per_rank if is_interleaved else None
     peak = peak_of(rank_moments(parallel.schedule, num_ranks, steady_microbatches(num_ranks, num_microbatches), virtual,
-                                rank, MAX_UNFINISHED[settings.device]), costs)
+                                rank, MAX_UNFINISHED[settings.device], is_interleaved and parallel.has_pairs), costs)
     action = " & ".join(f"{kind}{chunk}" for kind, chunk in peak.moment.operations)
     return _Passes(action, peak.kept, peak.deferred, peak.on_the_way, peak.working, peak.moment.kept)
 

@@ -25,9 +25,9 @@ class Embedding:
         self.output = ledger.make("hidden states", s.hidden_bytes)
         ledger.drop(looked_up)
 
-    def backward(self, grad: Tensor, *, waits: bool) -> None:
+    def backward(self, grad: Tensor) -> None:
         """A dense gradient of the table; `grad` is used up. Without a tape it stays until it is `added`."""
-        if waits:
+        if self.ops.s.is_piped:
             self.ops.ledger.waiting.append(lambda: self._table(grad))
         else:
             self._table(grad)
@@ -83,25 +83,23 @@ class TokenLosses:
         s = self.ops.s
         return (s.tokens + s.vocabulary) * s.hidden * WIDE if s.is_wide_product else 0
 
-    def backward(self, *, waits: bool) -> Tensor:
+    def backward(self) -> Tensor:
         """To the gradient of the hidden states."""
         ledger, s = self.ops.ledger, self.ops.s
         numel = s.tokens * s.vocabulary
         ledger.need(self.rows)
         if s.tp > 1:
-            return self._backward_split(numel, waits=waits)
+            return self._backward_split(numel)
         grad = ledger.make("gradient of the head's input", s.tokens * s.hidden * s.narrow)
         wide = s.tokens * s.hidden * WIDE if s.is_wide_product else 0
         chunk = min(_CHUNK_TOKENS, s.tokens) * s.vocabulary * (WIDE if s.narrow == WIDE or s.is_wide_product
                                                               else WIDE + s.narrow)
         in_place = 0 if s.is_wide_product else weight_grad_work(s, s.vocabulary * s.hidden)
         ledger.pulse(wide + self._wide_copies() + chunk + (0 if s.is_piped else in_place))
-        if not s.is_piped:
-            self._done()
-        elif waits:
+        if s.is_piped:
             ledger.waiting.append(lambda: self._weight_grad(chunk + in_place))
         else:
-            self._weight_grad(chunk + in_place)
+            self._done()
         return grad
 
     def _weight_grad(self, work: int) -> None:
@@ -113,7 +111,7 @@ class TokenLosses:
             self.ops.ledger.drop(self.kept)
         self.ops.ledger.drop(self.rows, self.small)
 
-    def _backward_split(self, numel: int, *, waits: bool) -> Tensor:
+    def _backward_split(self, numel: int) -> Tensor:
         """Softmax of the whole micro-batch becomes the logits' gradient in place."""
         ledger, s, ops = self.ops.ledger, self.ops.s, self.ops
         assert self.kept is not None
@@ -126,7 +124,7 @@ class TokenLosses:
         grad = ledger.make("gradient of the head's input", s.tokens * s.hidden * s.narrow)
         work = weight_grad_work(s, s.vocabulary * s.hidden) if not s.is_wide_product else wide
         self.kept = logits
-        if waits:
+        if s.is_piped:
             ledger.waiting.append(lambda: self._weight_grad(work))
         else:
             ledger.pulse(work)
@@ -161,7 +159,7 @@ class MTPInput:
         if embedding is None:
             ledger.drop(embedded)
 
-    def backward(self, grad: Tensor, *, waits: bool) -> Tensor:
+    def backward(self, grad: Tensor) -> Tensor:
         """To the gradient of the hidden states; `grad` is used up."""
         ops, ledger, s = self.ops, self.ops.ledger, self.ops.s
         if s.tp > 1:
@@ -169,12 +167,12 @@ class MTPInput:
             ledger.drop(grad)
             grad = ledger.make("gradient of MTP hidden states", s.tokens * s.hidden // s.tp * s.narrow)
             ledger.drop(whole)
-        both = ops.scatter(self.projection.backward(grad, waits=waits), 2 * s.hidden)
+        both = ops.scatter(self.projection.backward(grad), 2 * s.hidden)
         ledger.drop(grad)
         grad_hidden = self.hidden_norm.backward(both)
         grad_embedded = self.embedded_norm.backward(both)
         ledger.drop(both)
-        self.embedding.backward(grad_embedded, waits=waits)
+        self.embedding.backward(grad_embedded)
         return grad_hidden
 
 

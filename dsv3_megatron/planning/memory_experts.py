@@ -53,7 +53,7 @@ class Experts:
         self.ops.ledger.drop(tensor)
         return new
 
-    def backward(self, grad: Tensor, *, waits: bool) -> Tensor:
+    def backward(self, grad: Tensor) -> Tensor:
         """To the gradient of the rows as they came; `grad` is used up."""
         s = self.ops.s
         num = s.expert_rows
@@ -61,7 +61,7 @@ class Experts:
             grad = self._in_place_of(grad, "gradient of expert output, all ranks", num)
         if self.has_sorting:
             grad = self._in_place_of(grad, "gradient of expert output", num)
-        rows = self.core.backward(grad, waits=waits)
+        rows = self.core.backward(grad)
         if self.has_sorting:
             rows = self._in_place_of(rows, "gradient of rows", num)
         if s.etp > 1:
@@ -89,7 +89,7 @@ class LoopedExperts:
             product = narrow
         self.output = product
 
-    def backward(self, grad: Tensor, *, waits: bool) -> Tensor:
+    def backward(self, grad: Tensor) -> Tensor:
         """To the gradient of the rows; `grad` is used up."""
         ledger, s = self.ops.ledger, self.ops.s
         num, wide, width = s.expert_rows, s.products_bytes, s.expert_ffn
@@ -108,10 +108,7 @@ class LoopedExperts:
                      + (0 if s.narrow == WIDE else per_expert * width * (2 * WIDE + 4 * s.narrow)))
         if s.is_piped:
             grad.references += 1
-            if waits:
-                ledger.waiting.append(lambda: self._weight_grads(grad, waiting))
-            else:
-                self._weight_grads(grad, waiting)
+            ledger.waiting.append(lambda: self._weight_grads(grad, waiting))
         else:
             ledger.pulse(weight_grad_work(s, 2 * width * s.hidden))
             ledger.drop(self.rows)
@@ -147,7 +144,7 @@ class GroupedExperts:
         self.output = ledger.make("expert output", num * s.hidden * s.narrow)
         ledger.drop(self.hidden, self.activation.output)
 
-    def backward(self, grad: Tensor, *, waits: bool) -> Tensor:
+    def backward(self, grad: Tensor) -> Tensor:
         """To the gradient of the rows; `grad` is used up."""
         ledger, s = self.ops.ledger, self.ops.s
         num, width = s.expert_rows, s.expert_ffn
@@ -155,15 +152,15 @@ class GroupedExperts:
         ledger.need(active)
         grad_active = ledger.make("gradient of experts active", num * width * s.narrow)
         grad.references += 1
-        self._weight_grad(waits, width * s.hidden, grad, active)
+        self._weight_grad(width * s.hidden, grad, active)
         grad_hidden = self.activation.backward(grad_active)
         ledger.drop(grad_active, self.gates)
         grad_rows = ledger.make("gradient of expert input", num * s.hidden * s.narrow)
-        self._weight_grad(waits, 2 * width * s.hidden, grad_hidden, self.rows)
+        self._weight_grad(2 * width * s.hidden, grad_hidden, self.rows)
         ledger.drop(grad)
         return grad_rows
 
-    def _weight_grad(self, waits: bool, numel: int, *held: Tensor) -> None:
+    def _weight_grad(self, numel: int, *held: Tensor) -> None:
         """Of all local experts at once, in the weights' dtype before it is added."""
         ledger, s = self.ops.ledger, self.ops.s
 
@@ -171,7 +168,7 @@ class GroupedExperts:
             ledger.pulse(s.local_experts * numel * s.narrow)
             ledger.drop(*held)
 
-        if waits:
+        if s.is_piped:
             ledger.waiting.append(compute)
         else:
             compute()
@@ -214,7 +211,7 @@ class Fp8Experts:
             return x
         return self.ops.ledger.make(f"{name} in FP8", quantized_bytes(self.num, width, line.cached_input))
 
-    def backward(self, grad: Tensor, *, waits: bool) -> Tensor:
+    def backward(self, grad: Tensor) -> Tensor:
         """To the gradient of the rows; `grad` is used up."""
         ledger, s, num, width = self.ops.ledger, self.ops.s, self.num, self.width
         ledger.pulse(quantization_work(s, num * s.hidden))
@@ -231,14 +228,14 @@ class Fp8Experts:
         ledger.pulse(quantization_work(s, num * 2 * width))
         grad_rows = ledger.make("gradient of expert input", num * s.hidden * s.narrow)
         grad_hidden.references += 1
-        self._weight_grad(waits, s.hidden, 2 * width, grad_hidden, self.rows)
+        self._weight_grad(s.hidden, 2 * width, grad_hidden, self.rows)
         grad.references += 1
-        self._weight_grad(waits, width, s.hidden, grad, self.hidden, self.gates,
+        self._weight_grad(width, s.hidden, grad, self.hidden, self.gates,
                           *[tensor for tensor in (self.active,) if tensor is not None])
         ledger.drop(grad_active, hidden, grad_hidden, grad)
         return grad_rows
 
-    def _weight_grad(self, waits: bool, inputs: int, outputs: int, *held: Tensor) -> None:
+    def _weight_grad(self, inputs: int, outputs: int, *held: Tensor) -> None:
         """Of one expert after the other, both operands in groups of tokens."""
         ledger, s = self.ops.ledger, self.ops.s
         rows = -(-self.num // s.local_experts)
@@ -248,7 +245,7 @@ class Fp8Experts:
             ledger.pulse(quantized_bytes(rows, inputs + outputs, "e4m3") + work)
             ledger.drop(*held)
 
-        if waits:
+        if s.is_piped:
             ledger.waiting.append(compute)
         else:
             compute()

@@ -91,18 +91,18 @@ class Attention:
             rows = s.tokens * s.heads
             self.ops.ledger.pulse(rows * s.query * s.narrow + rows * s.rope * 2 * WIDE)
 
-    def backward(self, grad: Tensor, *, waits: bool) -> Tensor:
+    def backward(self, grad: Tensor) -> Tensor:
         """To the gradient of the input."""
         ops, s, ledger = self.ops, self.ops.s, self.ops.ledger
         heads = s.tokens * s.heads
         gathered = ops.gather(grad, s.hidden)
-        grad_context = self.projection.backward(gathered, waits=waits)
+        grad_context = self.projection.backward(gathered)
         ledger.drop(gathered)
         grads = self.core.backward(grad_context)
         grad_shared = ledger.make("gradient of shared key", s.tokens * s.rope * s.narrow)
         grad_up = ledger.make("gradient of keys and values", heads * (s.nope + s.value) * s.narrow)
         ledger.drop(grads["key"], grads["value"])
-        grad_normed = ops.scatter(self.latent_up.backward(grad_up, waits=waits), s.latent)
+        grad_normed = ops.scatter(self.latent_up.backward(grad_up), s.latent)
         ledger.drop(grad_up)
         grad_latent = self.latent_norm.backward(grad_normed)
         ledger.drop(grad_normed)
@@ -111,17 +111,17 @@ class Attention:
         ledger.drop(grads["query"], *self.rotations)
         grad_down = ledger.make("gradient of latent", s.local_tokens * (s.latent + s.rope) * s.narrow)
         ledger.drop(grad_latent, grad_shared)
-        grad_source = ops.scatter(self.query_up.backward(grad_query, waits=waits), s.query_latent or s.hidden)
+        grad_source = ops.scatter(self.query_up.backward(grad_query), s.query_latent or s.hidden)
         ledger.drop(grad_query)
         if self.query_norm is not None and self.query_down is not None:
             grad_query_latent = self.query_norm.backward(grad_source)
             ledger.drop(grad_source)
-            grad_x = self.latent_down.backward(grad_down, waits=waits)
+            grad_x = self.latent_down.backward(grad_down)
             ledger.drop(grad_down)
-            grad_source = self.query_down.backward(grad_query_latent, waits=waits)
+            grad_source = self.query_down.backward(grad_query_latent)
             ledger.drop(grad_query_latent)
         else:
-            grad_x = self.latent_down.backward(grad_down, waits=waits)
+            grad_x = self.latent_down.backward(grad_down)
             ledger.drop(grad_down)
         total = add_gradients(ops, grad_x, grad_source)
         branch = self.norm.backward(total)
@@ -162,15 +162,15 @@ class FeedForward:
         ledger.drop(self.up.output, self.activation.output)
         self.output = ops.scatter(self.down.output, s.hidden)
 
-    def backward(self, grad: Tensor, *, waits: bool) -> Tensor:
+    def backward(self, grad: Tensor) -> Tensor:
         """To the gradient of the input; `grad` stays."""
         ops, ledger = self.ops, self.ops.ledger
         gathered = ops.gather(grad, ops.s.hidden)
-        grad_active = self.down.backward(gathered, waits=waits)
+        grad_active = self.down.backward(gathered)
         ledger.drop(gathered)
         grad_up = self.activation.backward(grad_active)
         ledger.drop(grad_active)
-        grad_x = self.up.backward(grad_up, waits=waits)
+        grad_x = self.up.backward(grad_up)
         ledger.drop(grad_up)
         return ops.scatter(grad_x, ops.s.hidden)
 
@@ -178,7 +178,7 @@ class FeedForward:
 class DenseLayer:
     """A layer with a dense FFN; `output` is the caller's."""
 
-    num_exchanges = 0
+    is_in_pieces = False
 
     def __init__(self, ops: Operations, x: Tensor) -> None:
         ledger, s = ops.ledger, ops.s
@@ -189,13 +189,13 @@ class DenseLayer:
         self.output = ledger.make("hidden states", s.hidden_bytes)
         ledger.drop(self.ffn.output, self.norm.output, self.attention.output)
 
-    def backward(self, grad: Tensor, *, waits: bool, exchanges_left: int = 0) -> Tensor:
-        """To the gradient of the input; see `MoELayer.backward`."""
-        ledger, waits = self.ops.ledger, waits or exchanges_left > 0
-        grad_normed = self.ffn.backward(grad, waits=waits)
+    def backward(self, grad: Tensor) -> Tensor:
+        """To the gradient of the input."""
+        ledger = self.ops.ledger
+        grad_normed = self.ffn.backward(grad)
         branch = self.norm.backward(grad_normed)
         ledger.drop(grad_normed)
-        return self.attention.backward(add_residual(self.ops, grad, branch), waits=waits)
+        return self.attention.backward(add_residual(self.ops, grad, branch))
 
 
 class Routing:

@@ -62,6 +62,7 @@ class Ledger:
         level: Bytes of what is alive.
         peak: The largest level since the start, or since the last `pause`.
         waiting: Weight gradients to be computed, in their order.
+        defers_all: They wait for a call of their own; otherwise a transfer that starts is a time to compute them.
     """
 
     def __init__(self) -> None:
@@ -69,6 +70,7 @@ class Ledger:
         self._turns: list[Turn] = []
         self.level = self.peak = self._started = 0
         self.waiting: list[Callable[[], None]] = []
+        self.defers_all = False
 
     def make(self, name: str, size: int) -> Tensor:
         """A tensor comes into being, with one reference."""

@@ -101,53 +101,45 @@ class MoELayer:
         ledger.drop(sent, coming)
         return arriving
 
-    def backward(self, grad: Tensor, *, waits: bool, exchanges_left: int = 0) -> Tensor:
-        """To the gradient of the input.
-
-        Args:
-            grad: Of the output; used up.
-            waits: Weight gradients wait for a call of their own.
-            exchanges_left: Transfers of layers that the pass still comes to: until the last, weight gradients wait
-                for the next one to start.
-        """
+    def backward(self, grad: Tensor) -> Tensor:
+        """To the gradient of the input; `grad`, of the output, is used up."""
         if self.is_in_pieces:
-            return self._backward_in_pieces(grad, waits, exchanges_left)
+            return self._backward_in_pieces(grad)
         ledger, s = self.ops.ledger, self.ops.s
-        later = waits or exchanges_left > 0
         rows = self._exchanged("gradient of rows", s.sent_rows)
         if s.has_remote_experts:
             sent, rows = rows, self._exchanged("gradient of rows", s.received_rows)
             ledger.drop(sent)
-        rows = self.experts.backward(rows, waits=later)
+        rows = self.experts.backward(rows)
         if s.has_remote_experts:
             sent, rows = rows, self._exchanged("gradient of rows", s.sent_rows)
             ledger.drop(sent)
         routed = self.routing.backward(rows)
-        return self._backward_attention(grad, self._backward_shared(grad, routed, later), later)
+        return self._backward_attention(grad, self._backward_shared(grad, routed))
 
-    def _backward_shared(self, grad: Tensor, routed: Tensor, waits: bool) -> Tensor:
+    def _backward_shared(self, grad: Tensor, routed: Tensor) -> Tensor:
         if self.shared is None:
             return routed
-        own = self.shared.backward(grad, waits=waits)
+        own = self.shared.backward(grad)
         self.ops.ledger.drop(own)  # added in place
         return routed
 
-    def _backward_attention(self, grad: Tensor, grad_normed: Tensor, waits: bool) -> Tensor:
+    def _backward_attention(self, grad: Tensor, grad_normed: Tensor) -> Tensor:
         branch = self.norm.backward(grad_normed)
         self.ops.ledger.drop(grad_normed)
-        return self.attention.backward(add_residual(self.ops, grad, branch), waits=waits)
+        return self.attention.backward(add_residual(self.ops, grad, branch))
 
-    def _backward_in_pieces(self, grad: Tensor, waits: bool, exchanges_left: int) -> Tensor:
+    def _backward_in_pieces(self, grad: Tensor) -> Tensor:
         ledger, s = self.ops.ledger, self.ops.s
         rows = self._exchanged("gradient of rows", s.sent_rows)
-        arrived = self._transfer_gradients(rows, s.received_rows, waits, is_narrow=s.narrow_rows)
+        arrived = self._transfer_gradients(rows, s.received_rows, is_narrow=s.narrow_rows)
         # Autograd's call holds the gradients that a piece begins with until it returns.
         arrived.references += 1
-        shared = self.shared.backward(grad, waits=True) if self.shared is not None else None
-        rows = self.experts.backward(arrived, waits=True)
+        shared = self.shared.backward(grad) if self.shared is not None else None
+        rows = self.experts.backward(arrived)
         ledger.drop(arrived)
         gates = ledger.make("gradient of gates", s.received_rows * WIDE)
-        back = self._transfer_gradients(rows, s.sent_rows, waits)
+        back = self._transfer_gradients(rows, s.sent_rows)
         ledger.drop(gates)
         given = [tensor for tensor in (back, shared, grad) if tensor is not None]
         for tensor in given:
@@ -155,12 +147,12 @@ class MoELayer:
         routed = self.routing.backward(back)
         if shared is not None:
             routed = add_gradients(self.ops, routed, shared)
-        result = self._backward_attention(grad, routed, waits or exchanges_left > 0)
+        result = self._backward_attention(grad, routed)
         ledger.drop(*given)
         return result
 
-    def _transfer_gradients(self, rows: Tensor, num: int, waits: bool, *, is_narrow: bool = False) -> Tensor:
-        """Weight gradients that do not wait any longer are computed behind the transfer that starts here."""
+    def _transfer_gradients(self, rows: Tensor, num: int, *, is_narrow: bool = False) -> Tensor:
+        """Weight gradients that need not wait any longer are computed behind the transfer that starts here."""
         ledger, s = self.ops.ledger, self.ops.s
         if is_narrow:
             other = s.sent_rows + s.received_rows - num
@@ -170,15 +162,10 @@ class MoELayer:
         else:
             way = [rows]
             arriving = self._exchanged("gradient of rows", num)
-        if not waits:
+        if not ledger.defers_all:
             ledger.compute_waiting()
         ledger.pause()
         if is_narrow:
             arriving = self._exchanged("gradient of rows", num)
         ledger.drop(*way)
         return arriving
-
-    @property
-    def num_exchanges(self) -> int:
-        """Transfers of a backward pass at which it pauses."""
-        return 2 if self.is_in_pieces else 0

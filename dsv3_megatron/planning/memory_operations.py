@@ -119,8 +119,8 @@ class LinearPass:
         ledger.keep(x)
         self.output = ledger.make(name, rows * outputs * s.narrow)
 
-    def backward(self, grad: Tensor, *, waits: bool) -> Tensor:
-        """dx = dy W; and dW = dy^T x added to the main gradient, later if it waits."""
+    def backward(self, grad: Tensor) -> Tensor:
+        """dx = dy W; and dW = dy^T x added to the main gradient, on a tape later."""
         ledger, s = self.operations.ledger, self.operations.s
         rows, inputs, outputs = self.rows, self.inputs, self.outputs
         ledger.need(self.x)
@@ -133,7 +133,7 @@ class LinearPass:
         if is_wide:
             ledger.pulse(wide_grad + (inputs * outputs + rows * inputs) * WIDE + rows * inputs * s.narrow)
         result = ledger.make(f"gradient of {self.x.name}", rows * inputs * s.narrow)
-        if waits:
+        if s.is_piped:
             grad.references += 1
             ledger.waiting.append(lambda: self._weight_grad(grad))
             return result

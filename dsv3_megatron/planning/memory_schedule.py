@@ -70,14 +70,16 @@ def steady_microbatches(num_ranks: int, num_microbatches: int) -> int:
 
 
 @functools.lru_cache(maxsize=512)
-def _plan(schedule: str, num_ranks: int, num_microbatches: int, virtual_stages: int | None) -> tuple[Plan, tuple]:
-    plan = build_plan(schedule, num_ranks=num_ranks, num_microbatches=num_microbatches, virtual_stages=virtual_stages)
+def _plan(schedule: str, num_ranks: int, num_microbatches: int, virtual_stages: int | None, has_pairs: bool
+          ) -> tuple[Plan, tuple]:
+    plan = build_plan(schedule, num_ranks=num_ranks, num_microbatches=num_microbatches, virtual_stages=virtual_stages,
+                      is_overlapped=has_pairs)
     return plan, with_transfers(plan)
 
 
 @functools.lru_cache(maxsize=8192)
 def rank_moments(schedule: str, num_ranks: int, num_microbatches: int, virtual_stages: int | None, rank: int,
-                 max_unfinished: int) -> tuple[Moment, ...]:
+                 max_unfinished: int, has_pairs: bool = False) -> tuple[Moment, ...]:
     """The different moments of a rank in a step, none that another one has more of everything than.
 
     Args:
@@ -87,8 +89,9 @@ def rank_moments(schedule: str, num_ranks: int, num_microbatches: int, virtual_s
         virtual_stages: Of the interleaved schedule, else None.
         rank: Whose.
         max_unfinished: Sent tensors to a rank that may still be held.
+        has_pairs: Of the interleaved schedule: it runs forward & backward pairs.
     """
-    plan, programs = _plan(schedule, num_ranks, num_microbatches, virtual_stages)
+    plan, programs = _plan(schedule, num_ranks, num_microbatches, virtual_stages, has_pairs)
     return tuple(dict.fromkeys(_without_smaller(_moments(plan, programs[rank], rank, max_unfinished))))
 
 
@@ -190,7 +193,7 @@ def _turns(operations: tuple[tuple[Kind, int], ...], costs: tuple[StageCost, ...
     order = []
     while any(queues):
         order += [queue.popleft() for queue in queues if queue]
-    return order
+    return order + [costs[chunk].completion for kind, chunk in operations if kind is Kind.BACKWARD]
 
 
 def _turns_of(kind: Kind, cost: StageCost) -> tuple[Turn, ...]:

@@ -56,7 +56,8 @@ class StageCost:
 
     Attributes:
         forward: Turns of the forward pass.
-        backward: Of the whole backward pass.
+        backward: Of the whole backward pass, up to where the gradient of its input is there.
+        completion: The rest of it: weight gradients behind the last transfer, while that gradient is sent.
         backward_input: Of its part for inputs, where weight gradients wait.
         weight: Of the part for weights.
         kept: Between forward and backward, by name.
@@ -66,6 +67,7 @@ class StageCost:
 
     forward: tuple[Turn, ...]
     backward: tuple[Turn, ...]
+    completion: Turn
     backward_input: tuple[Turn, ...]
     weight: Turn
     kept: dict[str, int]
@@ -96,12 +98,12 @@ class RecomputedLayer:
         ops.ledger.pulse(_peak_without_keeping(ops.s, is_moe))
         self.output = ops.ledger.make("hidden states", ops.s.hidden_bytes)
 
-    num_exchanges = 0
+    is_in_pieces = False
 
-    def backward(self, grad: Tensor, *, waits: bool, exchanges_left: int = 0) -> Tensor:
+    def backward(self, grad: Tensor) -> Tensor:
         """Forward again, then backward."""
         layer = _layer(self.ops, self.x, self.is_moe)
-        grad = layer.backward(grad, waits=waits)
+        grad = layer.backward(grad)
         self.ops.ledger.drop(layer.output, self.x)
         return grad
 
@@ -125,7 +127,7 @@ class RecomputedMTP:
         ledger.drop(start.output, layer.output)
         normed = norm.backward(grad)
         ledger.drop(grad)
-        result = start.backward(layer.backward(normed, waits=False), waits=False)
+        result = start.backward(layer.backward(normed))
         ledger.drop(norm.output, self.hidden, self.embedding.output)
         return result
 
@@ -232,13 +234,12 @@ class _Stage:
         self.main = TokenLosses(self.ops, together)
         ledger.drop(together)
 
-    def backward(self, *, waits: bool) -> tuple[Turn, ...]:
+    def backward(self, *, defers_all: bool) -> tuple[Turn, ...]:
         ledger, s, content = self.ledger, self.s, self.content
         ledger.take_turns()
-        every = [*self.layers, *(layer for _, layer, _, _ in self.mtp)]
-        exchanges = sum(layer.num_exchanges for layer in every)
+        ledger.defers_all = defers_all
         if content.has_loss:
-            grad, exchanges = self._backward_losses(waits, exchanges)
+            grad = self._backward_losses()
         else:
             grad = ledger.make("gradient of hidden states", s.hidden_bytes)
             ledger.take_turns()
@@ -247,55 +248,51 @@ class _Stage:
             ledger.drop(grad)
             grad = normed
         for layer in reversed(self.layers):
-            exchanges -= layer.num_exchanges
-            grad = self._through(layer, grad, waits=waits, exchanges_left=exchanges)
+            grad = self._through(layer, grad)
         result: Tensor | None = grad
         if self.embedding is not None:
-            self.embedding.backward(grad, waits=waits)
+            self.embedding.backward(grad)
             if not s.is_piped:
                 for embedding in (*(module.embedding for module in self.recomputed_mtp),
                                   *(start.embedding for start, *_ in self.mtp)):
                     embedding.added()
                 self.embedding.added()
             result = None
-        if not waits:
-            ledger.compute_waiting()
         turns = ledger.take_turns()
         if result is not None:
             ledger.drop(result)
         return turns
 
-    def _through(self, layer: _Layer, grad: Tensor, *, waits: bool, exchanges_left: int) -> Tensor:
+    def _through(self, layer: _Layer, grad: Tensor) -> Tensor:
         """A layer's backward pass; on a tape, autograd's call holds the gradient that it begins with."""
-        is_one_piece = self.s.is_piped and not layer.num_exchanges
+        is_one_piece = self.s.is_piped and not layer.is_in_pieces
         grad.references += is_one_piece
-        result = layer.backward(grad, waits=waits, exchanges_left=exchanges_left)
+        result = layer.backward(grad)
         if is_one_piece:
             self.ledger.drop(grad)
         return result
 
-    def _backward_losses(self, waits: bool, exchanges: int) -> tuple[Tensor, int]:
+    def _backward_losses(self) -> Tensor:
         ledger, s = self.ledger, self.s
         if not s.is_piped:
             return self._backward_losses_together()
-        grad = self.main.backward(waits=waits or exchanges > 0)
+        grad = self.main.backward()
         later: Tensor | None = None
         for start, layer, norm, losses in reversed(self.mtp):
-            own = losses.backward(waits=waits or exchanges > 0)
+            own = losses.backward()
             own = sum_into(self.ops, later, own)
             normed = norm.backward(own)
             ledger.drop(own)
-            exchanges -= layer.num_exchanges
-            back = self._through(layer, normed, waits=waits, exchanges_left=exchanges)
-            later = start.backward(back, waits=waits or exchanges > 0)
-        return (grad if later is None else sum_into(self.ops, grad, later)), exchanges
+            back = self._through(layer, normed)
+            later = start.backward(back)
+        return grad if later is None else sum_into(self.ops, grad, later)
 
-    def _backward_losses_together(self) -> tuple[Tensor, int]:
+    def _backward_losses_together(self) -> Tensor:
         ledger, s = self.ledger, self.s
-        own = [self.main.backward(waits=False)]
-        own += [losses.backward(waits=False) for losses in (*self.mtp_losses, *(mtp[-1] for mtp in reversed(self.mtp)))]
+        own = [self.main.backward()]
+        own += [losses.backward() for losses in (*self.mtp_losses, *(mtp[-1] for mtp in reversed(self.mtp)))]
         if len(own) == 1:
-            return own[0], 0
+            return own[0]
         ledger.pulse((2 * len(own) - 1) * s.hidden_bytes)
         grads = [ledger.make("gradient of hidden states", s.hidden_bytes) for _ in own]
         ledger.drop(*own)
@@ -307,9 +304,9 @@ class _Stage:
             total = sum_into(self.ops, later, grad)
             normed = norm.backward(total)
             ledger.drop(total)
-            later = start.backward(layer.backward(normed, waits=False), waits=False)
+            later = start.backward(layer.backward(normed))
         assert later is not None
-        return sum_into(self.ops, main, later), 0
+        return sum_into(self.ops, main, later)
 
     def weight(self) -> Turn:
         ledger = self.ledger
@@ -326,14 +323,14 @@ def stage_cost(s: PassSettings, content: StageContent) -> StageCost:
     """The passes of one micro-batch through a stage."""
     stage = _Stage(s, content)
     forward, kept = stage.forward(), stage.kept
-    backward = stage.backward(waits=False)
+    backward, completion = stage.backward(defers_all=False), stage.weight()
     assert stage.ledger.level == 0, stage.ledger.by_name()
     if not s.is_piped:
-        return StageCost(forward, backward, (), Turn(0, 0), kept, {}, s.hidden_bytes)
+        return StageCost(forward, backward, completion, (), Turn(0, 0), kept, {}, s.hidden_bytes)
     split = _Stage(s, content)
     split.forward()
-    backward_input = split.backward(waits=True)
+    backward_input = split.backward(defers_all=True)
     deferred = split.ledger.by_name()
     weight = split.weight()
     assert split.ledger.level == 0, split.ledger.by_name()
-    return StageCost(forward, backward, backward_input, weight, kept, deferred, s.hidden_bytes)
+    return StageCost(forward, backward, completion, backward_input, weight, kept, deferred, s.hidden_bytes)

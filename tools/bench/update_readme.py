@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DOCUMENTS = (REPOSITORY / "README.md", REPOSITORY / "docs" / "schedules" / "README.md")
+DOCUMENTS = tuple(REPOSITORY / name for name in ("README.md", "docs/schedules/README.md", "docs/planning/memory.md"))
 RESULTS = REPOSITORY / "tools" / "bench" / "results"
 OURS = "dsv3_megatron"
 
@@ -97,7 +97,28 @@ def overlap_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def memory_table(name: str) -> str:
+    """Estimated against counted memory: of each run the rank whose peak is farthest off."""
+    lines = ["| Model | Run | ranks | between steps | estimated | peak | estimated | error | device |",
+             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]
+    worst: dict[tuple[str, str], tuple[float, str]] = {}
+    for (config, case), metrics in newest(name).items():
+        words = config.split()
+        settings = dict(word.split("=") for word in words[1:])
+        values = {metric: float(row["value"]) for metric, row in metrics.items()}
+        error = values["peak_estimated"] / values["peak"] - 1
+        line = (f"| {words[0]}, {settings['seq']} tokens x {settings['batch'].split('x')[0]} | {case} | "
+                f"{settings['ranks']} | {values['state']:.2f} MB | {values['state_estimated']:.2f} MB | "
+                f"{values['peak']:.2f} MB | {values['peak_estimated']:.2f} MB | {error:+.2%} | "
+                f"{metrics['peak']['device']} |")
+        key = (words[0], case)
+        if key not in worst or abs(error) > abs(worst[key][0]):
+            worst[key] = (error, line)
+    return "\n".join([*lines, *(line for _, line in worst.values())])
+
+
 TABLES = {
+    "memory": memory_table,
     "schedules": schedule_table,
     "overlap": overlap_table,
     "training_throughput": throughput_table,

@@ -42,7 +42,7 @@ def test_more_micro_batches_hold_no_more(schedule: str, ranks: int, virtual: int
 
 
 def cost(kept: int, forward: tuple[Turn, ...], backward: tuple[Turn, ...]) -> StageCost:
-    return StageCost(forward, backward, backward, Turn(0, 0), {"kept": kept}, {}, 1)
+    return StageCost(forward, backward, Turn(0, 0), backward, Turn(0, 0), {"kept": kept}, {}, 1)
 
 
 def test_a_pair_takes_turns_with_the_backward_first() -> None:
