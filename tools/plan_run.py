@@ -113,7 +113,7 @@ def plan(run: RunConfig, setting: Setting, options: argparse.Namespace) -> PlanR
             main = only_phase(run, phase)
     require_possible(main, setting.num_devices)
     device = "cpu" if setting.hardware.is_cpu else "cuda"
-    memory = estimate_memory(main, setting.num_devices, device=device)
+    memory = estimate_memory(main, setting.num_devices, device=device, imbalance=setting.imbalance or 1.0)
     remedies: tuple[str, ...] = ()
     if lacking_memory(memory, setting.hardware):
         remedies = tuple(describe(advise(main, setting.num_devices, device=device)))

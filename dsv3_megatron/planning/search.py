@@ -160,7 +160,8 @@ def search(run: RunConfig, setting: Setting, *, num_best: int = 10) -> SearchRes
         if len(best) == num_best and bound >= best[-1][0]:
             rejected.append(Rejected(layout.describe(), 1, SLOWER, f"takes at least {bound:.2f} s a step"))
             continue
-        memory = estimate_memory(candidate, setting.num_devices, device="cpu" if setting.hardware.is_cpu else "cuda")
+        memory = estimate_memory(candidate, setting.num_devices, device="cpu" if setting.hardware.is_cpu else "cuda",
+                                 imbalance=setting.imbalance or 1.0)
         lacking = lacking_memory(memory, setting.hardware)
         if lacking:
             rejected.append(Rejected(layout.describe(), 1, MEMORY, f"{layout.describe()}: {lacking}"))
