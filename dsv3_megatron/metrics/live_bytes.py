@@ -28,7 +28,10 @@ class LiveBytes:
 
 @contextlib.contextmanager
 def count_live_bytes() -> Iterator[LiveBytes]:
-    """Count allocations and frees of CPU tensors, of any thread, while the block runs."""
+    """Count allocations and frees of CPU tensors by this thread while the block runs.
+
+    Those of another thread are not seen: what a thread of gloo lets go of last seems to stay.
+    """
     counted = LiveBytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
         yield counted

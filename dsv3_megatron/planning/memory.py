@@ -13,15 +13,16 @@ from typing import NamedTuple
 
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
+from dsv3_megatron.parallel.layout import StageLayout
 from dsv3_megatron.parallel.placement import placement
 from dsv3_megatron.planning.memory_buffers import buffer_bytes, fp8_weight_bytes
 from dsv3_megatron.planning.memory_ledger import run_turns
 from dsv3_megatron.planning.memory_schedule import MAX_UNFINISHED, peak_of, rank_moments, steady_microbatches
 from dsv3_megatron.planning.memory_settings import PassSettings, pass_settings
-from dsv3_megatron.planning.memory_stage import StageContent, stage_cost
-from dsv3_megatron.planning.memory_state import rank_states
+from dsv3_megatron.planning.memory_stage import StageContent, StageCost, stage_cost
+from dsv3_megatron.planning.memory_state import rank_states, stages_of
 
 DEVICES = ("cuda", "cpu")
 
@@ -121,7 +122,7 @@ def estimate_memory(run: RunConfig, world_size: int | None = None, *, device: st
             working_bytes=passes.working, buffer_bytes=buffer_bytes(settings, contents),
             fp8_weight_bytes=fp8_weight_bytes(run.fp8, run.model, run.parallel, stages, device=device),
             host_bytes=state.average_bytes, peak_action=passes.action, num_kept=passes.num_kept,
-            kept_by_chunk=tuple(stage_cost(settings, content).kept for content in contents)))
+            kept_by_chunk=tuple(cost.kept for cost in _costs(settings, contents, run.parallel))))
     return tuple(ranks)
 
 
@@ -144,7 +145,7 @@ class _Passes(NamedTuple):
 def _held(model: ModelConfig, parallel: ParallelConfig
           ) -> tuple[tuple[tuple[StageLayout, ...], tuple[StageContent, ...]], ...]:
     """By pipeline rank: its stages, and what they are made of."""
-    layouts = stage_layouts(model, parallel)
+    layouts = stages_of(model, parallel)
     held = [tuple(layouts[place.stage] for place in places) for places in placement(parallel)]
     return tuple((stages, tuple(StageContent.of(model, stage) for stage in stages)) for stages in held)
 
@@ -153,7 +154,7 @@ def _held(model: ModelConfig, parallel: ParallelConfig
 def _passes(settings: PassSettings, contents: tuple[StageContent, ...], parallel: ParallelConfig, num_microbatches: int,
             rank: int) -> _Passes:
     """Of a rank with these stages, by the schedule."""
-    costs = tuple(stage_cost(settings, content) for content in contents)
+    costs = _costs(settings, contents, parallel)
     num_ranks = parallel.pipeline_model_parallel_size
     if num_ranks == 1:
         (cost,) = costs
@@ -167,6 +168,12 @@ def _passes(settings: PassSettings, contents: tuple[StageContent, ...], parallel
                                 rank, MAX_UNFINISHED[settings.device], is_interleaved and parallel.has_pairs), costs)
     action = " & ".join(f"{kind}{chunk}" for kind, chunk in peak.moment.operations)
     return _Passes(action, peak.kept, peak.deferred, peak.on_the_way, peak.working, peak.moment.kept)
+
+
+def _costs(settings: PassSettings, contents: tuple[StageContent, ...], parallel: ParallelConfig
+           ) -> tuple[StageCost, ...]:
+    is_split = settings.is_piped and parallel.schedule in SPLIT_BACKWARD
+    return tuple(stage_cost(settings, content, is_split=is_split) for content in contents)
 
 
 def _most_microbatches(run: RunConfig, world_size: int) -> int:
@@ -184,5 +191,3 @@ def kept_by_name(rank: RankMemory) -> dict[str, int]:
             total[name] = total.get(name, 0) + count * size
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
-
-__all__ = ["DEVICES", "PassSettings", "RankMemory", "estimate_memory", "kept_by_name"]

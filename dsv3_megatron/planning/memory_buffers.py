@@ -37,24 +37,21 @@ def fp8_weight_bytes(fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfi
 @functools.lru_cache(maxsize=4096)
 def _stages_in_fp8(model: ModelConfig, parallel: ParallelConfig, overrides: tuple[str, ...],
                    stages: tuple[StageLayout, ...], num_copies: int) -> int:
-    sizes = _fp8_weights(model, parallel, overrides, num_copies)
-    return sum(size for stage in stages for name, size in sizes.items() if _is_in(name, stage))
+    decoder, mtp = _fp8_weights(model, parallel, overrides, num_copies)
+    return sum(sum(decoder[layer] for layer in stage.layer_ids) + sum(mtp[depth] for depth in stage.mtp_layer_ids)
+               for stage in stages)
 
 
 @functools.lru_cache(maxsize=256)
 def _fp8_weights(model: ModelConfig, parallel: ParallelConfig, overrides: tuple[str, ...], num_copies: int
-                 ) -> dict[str, int]:
+                 ) -> tuple[list[int], list[int]]:
+    """Bytes of each layer and of each MTP module."""
     precisions = precision_map(Fp8Config(fp8="blockwise", fp8_override=list(overrides)), model)
     local_experts = model.num_experts // parallel.expert_model_parallel_size
-    sizes = {}
+    sizes = {"decoder": [0] * model.num_layers, "mtp": [0] * model.mtp_num_layers}
     for name, (rows, columns) in linear_shapes(model, parallel).items():
         if "fp8" in (precisions[name].fprop, precisions[name].dgrad):
             size = num_copies * rows * columns + -(-rows // 128) * -(-columns // 128) * WIDE
-            sizes[name] = size * (local_experts if ".experts." in name else 1)
-    return sizes
-
-
-def _is_in(name: str, stage: StageLayout) -> bool:
-    """Whether a stage holds a module, by its global name."""
-    kind, _, number, *_ = name.split(".")
-    return int(number) in (stage.layer_ids if kind == "decoder" else stage.mtp_layer_ids)
+            kind, _, number, *_ = name.split(".")
+            sizes[kind][int(number)] += size * (local_experts if ".experts." in name else 1)
+    return sizes["decoder"], sizes["mtp"]

@@ -186,7 +186,6 @@ class Fp8Experts:
         self.num, self.width = s.expert_rows, s.expert_ffn
         num, width = self.num, self.width
         ledger.keep(gates)
-        ledger.pulse(quantization_work(s, num * s.hidden))
         self.rows = self._kept("expert input", rows, s.hidden, FC1)
         hidden = ledger.make("experts gate and up", num * 2 * width * s.narrow)
         ledger.pulse(product_work(s, -(-num // s.local_experts), s.hidden, 2 * width))
@@ -200,7 +199,7 @@ class Fp8Experts:
             self.active: Tensor | None = self._kept("experts active", active, width, FC2)
         else:
             self.hidden, self.active = self._kept("experts gate and up", hidden, 2 * width, FC2), None
-        ledger.pulse(quantization_work(s, num * width) + quantized_bytes(num, width, "e4m3"))
+        ledger.pulse(quantization_work(s, num, width) + quantized_bytes(num, width, "e4m3"))
         self.output = ledger.make("expert output", num * s.hidden * s.narrow)
         ledger.drop(hidden, active)
 
@@ -209,12 +208,14 @@ class Fp8Experts:
         if line is None or line.cached_input == "bf16":
             x.references += 1
             return x
-        return self.ops.ledger.make(f"{name} in FP8", quantized_bytes(self.num, width, line.cached_input))
+        ledger, size = self.ops.ledger, quantized_bytes(self.num, width, line.cached_input)
+        ledger.pulse(quantization_work(self.ops.s, self.num, width) + size)
+        return ledger.make(f"{name} in FP8", size)
 
     def backward(self, grad: Tensor) -> Tensor:
         """To the gradient of the rows; `grad` is used up."""
         ledger, s, num, width = self.ops.ledger, self.ops.s, self.num, self.width
-        ledger.pulse(quantization_work(s, num * s.hidden))
+        ledger.pulse(quantization_work(s, num, s.hidden))
         grad_active = ledger.make("gradient of experts active", num * width * WIDE)
         hidden = ledger.make("wide experts gate and up", num * 2 * width * WIDE)
         wide = ledger.make("wide gradient of experts gate and up", num * 2 * width * WIDE)
@@ -225,7 +226,7 @@ class Fp8Experts:
         else:
             ledger.drop(grad_hidden)
             grad_hidden = wide
-        ledger.pulse(quantization_work(s, num * 2 * width))
+        ledger.pulse(quantization_work(s, num, 2 * width))
         grad_rows = ledger.make("gradient of expert input", num * s.hidden * s.narrow)
         grad_hidden.references += 1
         self._weight_grad(s.hidden, 2 * width, grad_hidden, self.rows)
@@ -241,7 +242,7 @@ class Fp8Experts:
         rows = -(-self.num // s.local_experts)
 
         def compute() -> None:
-            work = max(quantization_work(s, rows * max(inputs, outputs)), product_work(s, outputs, rows, inputs))
+            work = max(quantization_work(s, max(inputs, outputs), rows), product_work(s, outputs, rows, inputs))
             ledger.pulse(quantized_bytes(rows, inputs + outputs, "e4m3") + work)
             ledger.drop(*held)
 

@@ -66,7 +66,7 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self._alive: dict[int, Tensor] = {}
+        self._alive: set[Tensor] = set()
         self._turns: list[Turn] = []
         self.level = self.peak = self._started = 0
         self.waiting: list[Callable[[], None]] = []
@@ -75,12 +75,15 @@ class Ledger:
     def make(self, name: str, size: int) -> Tensor:
         """A tensor comes into being, with one reference."""
         tensor = Tensor(name, size)
-        self._revive(tensor, 1)
+        self._alive.add(tensor)
+        self.level += size
+        if self.level > self.peak:
+            self.peak = self.level
         return tensor
 
     def _revive(self, tensor: Tensor, references: int) -> None:
         tensor.references = references
-        self._alive[id(tensor)] = tensor
+        self._alive.add(tensor)
         self.level += tensor.size
         if self.level > self.peak:
             self.peak = self.level
@@ -99,7 +102,7 @@ class Ledger:
             tensor.references -= 1
             if not tensor.references:
                 self.level -= tensor.size
-                del self._alive[id(tensor)]
+                self._alive.remove(tensor)
 
     def make_again(self, *tensors: Tensor, work: int) -> None:
         """What is kept of these from here on is made again when it is needed, with `work` bytes beside it."""
@@ -143,7 +146,7 @@ class Ledger:
     def by_name(self) -> dict[str, int]:
         """Bytes of what is alive."""
         sizes: dict[str, int] = {}
-        for tensor in self._alive.values():
+        for tensor in self._alive:
             sizes[tensor.name] = sizes.get(tensor.name, 0) + tensor.size
         return sizes
 

@@ -105,7 +105,7 @@ class LinearPass:
         self.operations, self.x, self.rows, self.inputs, self.outputs = operations, x, rows, inputs, outputs
         self.precision = s.line(module)
         if self.precision is not None:
-            ledger.pulse(quantization_work(s, rows * inputs))
+            ledger.pulse(quantization_work(s, rows, inputs))
             kept = self.precision.cached_input
             if kept == "bf16":
                 ledger.keep(x)
@@ -127,7 +127,7 @@ class LinearPass:
         is_wide = s.is_wide_product and self.precision is None
         wide_grad = rows * outputs * WIDE if is_wide else 0
         if self.precision is not None:
-            ledger.pulse(quantization_work(s, rows * outputs))
+            ledger.pulse(quantization_work(s, rows, outputs))
             ledger.pulse(quantized_bytes(rows, outputs, "e4m3") + product_work(s, rows, outputs, inputs)
                          + rows * inputs * s.narrow)
         if is_wide:
@@ -151,7 +151,7 @@ class LinearPass:
         s = self.operations.s
         if self.precision is not None:  # both in groups of tokens
             narrow = quantized_bytes(self.rows, self.inputs + self.outputs, "e4m3")
-            return narrow + max(quantization_work(s, self.rows * max(self.inputs, self.outputs)),
+            return narrow + max(quantization_work(s, max(self.inputs, self.outputs), self.rows),
                                 product_work(s, self.outputs, self.rows, self.inputs))
         if s.is_wide_product:
             return self.rows * self.inputs * WIDE
@@ -165,9 +165,10 @@ def quantized_bytes(rows: int, width: int, format: str) -> int:
     return values + rows * -(-width // 128) * WIDE
 
 
-def quantization_work(s: PassSettings, numel: int) -> int:
-    """What lives while values are quantized: with the reference wide copies, magnitudes and scaled values."""
-    return 3 * numel * WIDE if s.device == "cpu" else 0
+def quantization_work(s: PassSettings, rows: int, width: int) -> int:
+    """What lives while values are quantized: with the reference wide values and scaled ones, in whole groups."""
+    padded = -(-width // 128) * 128
+    return (2 * padded + width) * rows * WIDE if s.device == "cpu" else 0
 
 
 def product_work(s: PassSettings, rows: int, inner: int, columns: int) -> int:

@@ -319,13 +319,13 @@ _Layer = DenseLayer | MoELayer | RecomputedLayer
 
 
 @functools.lru_cache(maxsize=8192)
-def stage_cost(s: PassSettings, content: StageContent) -> StageCost:
-    """The passes of one micro-batch through a stage."""
+def stage_cost(s: PassSettings, content: StageContent, *, is_split: bool) -> StageCost:
+    """The passes of one micro-batch through a stage; those of a split backward where the schedule has it."""
     stage = _Stage(s, content)
     forward, kept = stage.forward(), stage.kept
     backward, completion = stage.backward(defers_all=False), stage.weight()
     assert stage.ledger.level == 0, stage.ledger.by_name()
-    if not s.is_piped:
+    if not is_split:
         return StageCost(forward, backward, completion, (), Turn(0, 0), kept, {}, s.hidden_bytes)
     split = _Stage(s, content)
     split.forward()

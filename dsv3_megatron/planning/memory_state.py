@@ -10,6 +10,7 @@ Source: `megatron.core.optimizer.param_layout` and `DistributedOptimizer` of Meg
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -141,6 +142,15 @@ def padded_numel(numels: list[int], group_size: int) -> int:
     return -(-aligned // divisor) * divisor
 
 
+def stages_of(model: ModelConfig, parallel: ParallelConfig) -> list[StageLayout]:
+    """`stage_layouts`, remembered by what decides it: balancing takes longer than the rest of an estimate."""
+    return _stages(model, dataclasses.replace(parallel, tensor_model_parallel_size=1, expert_model_parallel_size=1,
+                                              expert_tensor_parallel_size=1))
+
+
+_stages = functools.lru_cache(maxsize=256)(stage_layouts)
+
+
 @dataclass(frozen=True)
 class _Numels:
     parameters: int
@@ -154,7 +164,7 @@ class _Numels:
 @functools.lru_cache(maxsize=4096)
 def _rank_numels(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> tuple[_Numels, ...]:
     """By pipeline rank; owned are those of the data-parallel rank that owns most."""
-    stages = stage_layouts(model, parallel)
+    stages = stages_of(model, parallel)
     data_parallel = parallel.data_parallel_size(world_size) * parallel.num_model_copies
     expert_data_parallel = parallel.expert_data_parallel_size(world_size) * parallel.num_model_copies
     has_experts_apart = has_expert_buffers(parallel)
