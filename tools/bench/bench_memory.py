@@ -82,7 +82,7 @@ CASES = (
         PP: 2, SCHEDULE: "dualpipe", RECOMPUTE: "selective"}),
     _case("pp2 1f1b, full", 2, **{PP: 2, RECOMPUTE: "full"}),
     _case("pp2 ep2 1f1b", 4, **{PP: 2, EP: 2}),
-    _case("pp2 ep2 dualpipe, bf16", 4, precision="bf16", **{PP: 2, EP: 2, SCHEDULE: "dualpipe"}),
+    _case("pp2 ep2 dualpipe, bf16", 4, precision="bf16", global_batch_size=16, **{PP: 2, EP: 2, SCHEDULE: "dualpipe"}),
     _case("pp2 tp2 dualpipev", 4, **{PP: 2, TP: 2, SCHEDULE: "dualpipev"}),
     _case("pp2 dualpipev, fp8", 2, precision="bf16", fp8="blockwise", **{PP: 2, SCHEDULE: "dualpipev"}),
 )
