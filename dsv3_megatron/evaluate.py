@@ -6,7 +6,6 @@ and is printed once.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -16,31 +15,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv3_megatron.checkpoint.hf.directory import CONFIG
-from dsv3_megatron.checkpoint.layout import TRACKER, CheckpointError, check_architecture, read_manifest
+from dsv3_megatron.checkpoint.open import OpenedCheckpoint, open_checkpoint
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import nearest_microbatches
 from dsv3_megatron.config.run import RunConfig, require_document_attention
 from dsv3_megatron.config.training import (
-    DOCUMENT_SWITCHES,
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
     TrainingConfig,
 )
-from dsv3_megatron.data.blend import parse_blend, without_suffix
+from dsv3_megatron.data.blend import without_suffix
 from dsv3_megatron.data.document_ends import named_eod_id, resolve_eod_id
 from dsv3_megatron.data.rows import Rows, open_token_array, open_windows
-from dsv3_megatron.data.tokenizer import fingerprint, has_tokenizer
+from dsv3_megatron.data.tokenizer import fingerprint
 from dsv3_megatron.train import EXIT_CONFIG, run_rank
 
 if TYPE_CHECKING:
     from dsv3_megatron.evaluator import Evaluation
 
-# Of rows from a dataset and a checkpoint that does not say what it was trained with.
-_DEFAULT_SEQ_LENGTH = 4096
 # Micro-batches of a step for each pipeline stage: the pipeline fills and empties once a step.
 _MICROBATCHES_PER_STAGE = 4
 
@@ -97,24 +91,6 @@ class _Plan:
     logprobs: str | None
     eod_id: int | None
     documents: str
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    """What a checkpoint says of its model before its tensors are read.
-
-    `switches` are the document switches it was trained with, None if it does not say; `tokenizer_model` is a tokenizer
-    that is there, `prefixes` are the datasets it was trained on, which may not be.
-    """
-
-    model: ModelConfig
-    preset: str = "evaluation"
-    seq_length: int = _DEFAULT_SEQ_LENGTH
-    precision: str = "auto"
-    load: Callable[[list[Any], Any], None] | None = None
-    switches: tuple[str, ...] | None = None
-    tokenizer_model: str | None = None
-    prefixes: tuple[str, ...] = ()
 
 
 def main(request: Request) -> int:
@@ -194,7 +170,7 @@ def make_plan(request: Request, world_size: int) -> _Plan:
                  eod_id, documents)
 
 
-def _average_loader(run: RunConfig, checkpoint: _Checkpoint) -> Callable[[list[Any], Any], None]:
+def _average_loader(run: RunConfig, checkpoint: OpenedCheckpoint) -> Callable[[list[Any], Any], None]:
     if checkpoint.load is not None:
         raise ConfigError(f"load={run.checkpoint.load} is in Hugging Face's format, which has no average of the "
                           "weights; leave out --ema")
@@ -219,55 +195,7 @@ def _rows_per_step(parallel: ParallelConfig, world_size: int, micro_batch_size: 
     return microbatches * rows_per_microbatch
 
 
-def open_checkpoint(load: str) -> _Checkpoint:
-    """What kind of checkpoint a folder holds, and of which model; reads no tensors.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged or of an architecture that this version does not know.
-    """
-    folder = Path(load)
-    if not folder.is_dir():
-        raise CheckpointError(f"load={load} does not exist; give a folder of checkpoints that a run saved, or of a "
-                              "Hugging Face checkpoint")
-    if (folder / TRACKER).is_file():
-        return _open_own(load)
-    if (folder / CONFIG).is_file():
-        return _open_hugging_face(load)
-    raise CheckpointError(f"load={load} holds no checkpoint: neither {TRACKER}, as runs write it, nor {CONFIG}, as "
-                          "Hugging Face's do")
-
-
-def _open_own(load: str) -> _Checkpoint:
-    manifest = read_manifest(load)
-    known = {item.name for item in dataclasses.fields(ModelConfig)}
-    stored = manifest.run["model"]
-    model = ModelConfig(**{name: value for name, value in stored.items() if name in known})
-    empty = RunConfig(manifest.run["preset"], model, ParallelConfig(), TrainingConfig(), DataConfig(),
-                      CheckpointConfig(), LoggingConfig())
-    check_architecture(load, empty)  # a field that this version does not know
-    data = manifest.run.get("data", {})
-    tokenizer = data.get("tokenizer_model")
-    return _Checkpoint(
-        model, manifest.run["preset"], manifest.run["training"]["seq_length"], manifest.precision,
-        switches=tuple(name for name in DOCUMENT_SWITCHES if data.get(name)),
-        tokenizer_model=tokenizer if tokenizer and has_tokenizer(tokenizer) else None,
-        prefixes=parse_blend(data["data_path"]).prefixes if data.get("data_path") else ())
-
-
-def _open_hugging_face(load: str) -> _Checkpoint:
-    from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
-
-    directory = HuggingFaceDirectory(load)
-
-    def load_into(stages: list[Any], groups: Any) -> None:
-        from dsv3_megatron.checkpoint.hf.load import load_hugging_face
-
-        load_hugging_face(directory, stages, groups)
-
-    return _Checkpoint(directory.model, load=load_into, tokenizer_model=load if has_tokenizer(load) else None)
-
-
-def _open_rows(request: Request, checkpoint: _Checkpoint) -> tuple[Rows, int]:
+def _open_rows(request: Request, checkpoint: OpenedCheckpoint) -> tuple[Rows, int]:
     """The rows, and how many tokens the longest of them predicts."""
     model = checkpoint.model
     identity = fingerprint(request.tokenizer_model) if request.tokenizer_model is not None else None
@@ -292,7 +220,7 @@ def _open_rows(request: Request, checkpoint: _Checkpoint) -> tuple[Rows, int]:
                         tokenizer_fingerprint=identity), length
 
 
-def _open_documents(request: Request, checkpoint: _Checkpoint) -> tuple[DataConfig, int | None, str]:
+def _open_documents(request: Request, checkpoint: OpenedCheckpoint) -> tuple[DataConfig, int | None, str]:
     """The document switches in force, the EOD if one is on, and a line that says so.
 
     Those of training hold unless the request says otherwise. Only in an array, whose tokens may come from anywhere,
@@ -331,7 +259,7 @@ def _eod_id_of_dataset(data_path: str, tokenizer: str | None, switches: tuple[st
         raise ConfigError(f"{error} (as in training; here {flags})" if flags else str(error)) from error
 
 
-def _documents_line(data: DataConfig, eod_id: int | None, checkpoint: _Checkpoint) -> str:
+def _documents_line(data: DataConfig, eod_id: int | None, checkpoint: OpenedCheckpoint) -> str:
     on, trained = data.document_flags, checkpoint.switches
     line = f"documents: {' and '.join(on)} at EOD {eod_id}" if on else "documents: packed, nothing keeps them apart"
     if trained is None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 from dsv3_megatron.checkpoint.hf.directory import CONFIG
+from dsv3_megatron.checkpoint.open import open_checkpoint
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
-from dsv3_megatron.evaluate import open_checkpoint
 from dsv3_megatron.generation.text import TextCodec, TextStream, open_codec, read_prompts
 from dsv3_megatron.train import EXIT_CONFIG, run_rank
 

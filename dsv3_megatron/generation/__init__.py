@@ -2,7 +2,8 @@
 
     cache.py        what is kept of a position: the latent (MLA's point), or whole keys and values to compare with
     decode.py       attention of new tokens to a cache, with the up-projections absorbed or not
-    forward.py      a model's own modules run over prompts and over new tokens
+    layers.py       a layer over rows of tokens, from its modules' weights without their calls
+    forward.py      the model over prompts and over new tokens
     sampling.py     logits -> distribution -> token
     speculative.py  the acceptance rule, and decoding one or two tokens at a time
     generator.py    prompts in batches -> tokens, as they come

@@ -6,7 +6,7 @@ no notion of how many positions of a row are in use: readers mask what lies beyo
 rejected draft is forgotten by writing over it.
 
 Shapes: L layers, B rows (sequences), C capacity (positions), W latent entry, N heads, D key width, V value width,
-Q new positions of a row; ... is [T] for prompts packed in a row, [Q, B] for new tokens.
+T tokens: of prompts packed behind each other, or Q new ones of each row, T = B Q.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.generation.decode import absorbed_attention, full_attention
-from dsv3_megatron.model.attention import LocalMLASelfAttention
+from dsv3_megatron.generation.layers import Attention
 
 KV_CACHES = ("latent", "full")
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where new tokens go, and what they may see.
+    """Where tokens go, and what new ones may see.
 
     Attributes:
-        rows: int64 [...], the cache's row of each token.
-        positions: int64 [...], its position in that row.
+        rows_T: int64, the cache's row of each token.
+        positions_T: int64, its position in that row.
         limit: Positions up to here are looked at: the largest position + 1.
         hidden_BQC: True where position c < limit comes after token q's own; None where none does.
     """
 
-    rows: torch.Tensor
-    positions: torch.Tensor
+    rows_T: torch.Tensor
+    positions_T: torch.Tensor
     limit: int
     hidden_BQC: torch.Tensor | None = None
 
@@ -45,14 +45,14 @@ class Places:
 class KeyValueCache(Protocol):
     """What a model's attention reads and writes, whichever of the two it is."""
 
-    def fill(self, layer: int, places: Places, latent: torch.Tensor, shared_key: torch.Tensor, key: torch.Tensor,
-             value: torch.Tensor) -> None:
-        """Keep prompts' positions, whose keys and values are at hand: [..., W parts], [..., N, D], [..., N, V]."""
+    def fill(self, layer: int, places: Places, entry_TW: torch.Tensor, key_TND: torch.Tensor, value_TNV: torch.Tensor
+             ) -> None:
+        """Keep prompts' positions, whose keys and values are at hand."""
         ...
 
-    def attend(self, layer: int, places: Places, attention: LocalMLASelfAttention, query_QBND: torch.Tensor,
-               latent_QBC: torch.Tensor, shared_key_QBR: torch.Tensor) -> torch.Tensor:
-        """Keep new positions and attend from them to all of their rows so far: [Q, B, N, V]."""
+    def attend(self, layer: int, places: Places, attention: Attention, query_TND: torch.Tensor, entry_TW: torch.Tensor
+               ) -> torch.Tensor:
+        """Keep new positions and attend from them to all of their rows so far: [T, N, V]."""
         ...
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -87,19 +87,17 @@ class LatentCache:
         # Zeros: what is masked is multiplied by a probability of 0, and 0 times what memory holds may be NaN.
         self.entries_LBCW = torch.zeros(num_layers, num_rows, capacity, width, dtype=dtype, device=device)
 
-    def fill(self, layer: int, places: Places, latent: torch.Tensor, shared_key: torch.Tensor, key: torch.Tensor,
-             value: torch.Tensor) -> None:
-        self._write(layer, places, latent, shared_key)
+    def fill(self, layer: int, places: Places, entry_TW: torch.Tensor, key_TND: torch.Tensor, value_TNV: torch.Tensor
+             ) -> None:
+        self.entries_LBCW[layer][places.rows_T, places.positions_T] = entry_TW
 
-    def attend(self, layer: int, places: Places, attention: LocalMLASelfAttention, query_QBND: torch.Tensor,
-               latent_QBC: torch.Tensor, shared_key_QBR: torch.Tensor) -> torch.Tensor:
-        self._write(layer, places, latent_QBC, shared_key_QBR)
-        weight = attention.linear_kv_up_proj.weight
-        assert isinstance(weight, torch.Tensor)
+    def attend(self, layer: int, places: Places, attention: Attention, query_TND: torch.Tensor, entry_TW: torch.Tensor
+               ) -> torch.Tensor:
+        entries_BCW = self.entries_LBCW[layer]
+        entries_BCW[places.rows_T, places.positions_T] = entry_TW
         return absorbed_attention(
-            query_QBND, self.entries_LBCW[layer, :, :places.limit], weight,
-            nope_width=attention.config.qk_head_dim, softmax_scale=attention.softmax_scale,
-            hidden_BQC=places.hidden_BQC)
+            query_TND, entries_BCW[:, :places.limit], attention.up_NEK,
+            attention.up_NVK, softmax_scale=attention.softmax_scale, hidden_BQC=places.hidden_BQC)
 
     def keep(self, rows: Sequence[int]) -> None:
         self.entries_LBCW = self.entries_LBCW[:, list(rows)]
@@ -107,9 +105,6 @@ class LatentCache:
     @property
     def bytes_per_token(self) -> int:
         return _bytes_per_position(self.entries_LBCW)
-
-    def _write(self, layer: int, places: Places, latent: torch.Tensor, shared_key: torch.Tensor) -> None:
-        self.entries_LBCW[layer][places.rows, places.positions] = torch.cat([latent, shared_key], dim=-1)
 
 
 class FullCache:
@@ -123,17 +118,17 @@ class FullCache:
             *shape, config.qk_head_dim + config.qk_pos_emb_head_dim, dtype=dtype, device=device)
         self.values_LBNCV = torch.zeros(*shape, config.v_head_dim, dtype=dtype, device=device)
 
-    def fill(self, layer: int, places: Places, latent: torch.Tensor, shared_key: torch.Tensor, key: torch.Tensor,
-             value: torch.Tensor) -> None:
-        self.keys_LBNCD[layer].transpose(1, 2)[places.rows, places.positions] = key
-        self.values_LBNCV[layer].transpose(1, 2)[places.rows, places.positions] = value
+    def fill(self, layer: int, places: Places, entry_TW: torch.Tensor, key_TND: torch.Tensor, value_TNV: torch.Tensor
+             ) -> None:
+        self.keys_LBNCD[layer].transpose(1, 2)[places.rows_T, places.positions_T] = key_TND
+        self.values_LBNCV[layer].transpose(1, 2)[places.rows_T, places.positions_T] = value_TNV
 
-    def attend(self, layer: int, places: Places, attention: LocalMLASelfAttention, query_QBND: torch.Tensor,
-               latent_QBC: torch.Tensor, shared_key_QBR: torch.Tensor) -> torch.Tensor:
-        key_QBND, value_QBNV = attention.expand(latent_QBC, shared_key_QBR)
-        self.fill(layer, places, latent_QBC, shared_key_QBR, key_QBND, value_QBNV)
+    def attend(self, layer: int, places: Places, attention: Attention, query_TND: torch.Tensor, entry_TW: torch.Tensor
+               ) -> torch.Tensor:
+        self.fill(layer, places, entry_TW, *attention.expand(entry_TW))
+        keys_BNCD, values_BNCV = self.keys_LBNCD[layer], self.values_LBNCV[layer]
         return full_attention(
-            query_QBND, self.keys_LBNCD[layer, :, :, :places.limit], self.values_LBNCV[layer, :, :, :places.limit],
+            query_TND, keys_BNCD[:, :, :places.limit], values_BNCV[:, :, :places.limit],
             softmax_scale=attention.softmax_scale, hidden_BQC=places.hidden_BQC)
 
     def keep(self, rows: Sequence[int]) -> None:

@@ -6,7 +6,8 @@ position and more arithmetic per score, (512 + 64) + 512 instead of 192 + 128 fo
 wrong for a prompt, which goes through the ordinary attention (ops/attention.py).
 
 Shapes: Q new tokens of a row, B rows, N heads, D query width, E its part without rotation, R its rotated part,
-C positions looked at, K latent width, W = K + R, V value width, T = Q B.
+C positions looked at, K latent width, W = K + R, V value width, T = B Q, M = Q N,
+G = B N.
 """
 
 from __future__ import annotations
@@ -17,64 +18,58 @@ from dsv3_megatron.ops.backend import choose_product_backend, wide_dtype
 
 
 def absorbed_attention(
-    query_QBND: torch.Tensor, entries_BCW: torch.Tensor, kv_up_weight: torch.Tensor, *, nope_width: int,
+    query_TND: torch.Tensor, entries_BCW: torch.Tensor, up_NEK: torch.Tensor, up_NVK: torch.Tensor, *,
     softmax_scale: float, hidden_BQC: torch.Tensor | None = None
 ) -> torch.Tensor:
     """softmax(scale (W_UK^T q_C . c + q_R . k_R)) c, through W_UV.
 
     Args:
-        query_QBND: Rotated queries; the rotated part is the last.
+        query_TND: Rotated queries, as many of each row behind each other; the rotated part is the last of D.
         entries_BCW: Cached normed latents and, behind each, its rotated shared key.
-        kv_up_weight: [N (E + V), K], the model's own: per head the rows of W_UK, then those of W_UV; views of it
-            are read.
-        nope_width: E.
+        up_NEK: W_UK of each head.
+        up_NVK: W_UV of each head.
         softmax_scale: Multiplies the scores.
         hidden_BQC: True where a token may not look; None: everywhere it may.
 
     Returns:
-        [Q, B, N, V] in the query's dtype.
+        [T, N, V] in the query's dtype.
 
     Source: DeepSeek-V2 report, arXiv 2405.04434, section 2.1.2 (absorption); equal to DeepSeek-V3's eq. 2-10.
     """
-    num_new, rows, heads, _ = query_QBND.shape
-    latent_width = kv_up_weight.shape[1]
-    up_NEK, up_NVK = kv_up_weight.view(heads, -1, latent_width).split(
-        [nope_width, kv_up_weight.shape[0] // heads - nope_width], dim=1)
-    query_nope_TNE, query_rope_TNR = query_QBND.flatten(0, 1).split(
-        [nope_width, query_QBND.shape[-1] - nope_width], dim=-1)
+    heads, nope_width, latent_width = up_NEK.shape
+    rows, _, entry_width = entries_BCW.shape
+    query_nope_TNE, query_rope_TNR = query_TND.split([nope_width, entry_width - latent_width], dim=-1)
     query_NTK = _product(query_nope_TNE.transpose(0, 1), up_NEK)
     query_TNW = torch.cat([query_NTK.transpose(0, 1), query_rope_TNR], dim=-1)
-    query_BMW = query_TNW.view(num_new, rows, heads, -1).permute(1, 2, 0, 3).reshape(rows, heads * num_new, -1)
-    probabilities_BMC = _probabilities(
-        _product(query_BMW, entries_BCW.transpose(1, 2)).view(rows, heads, num_new, -1), softmax_scale, hidden_BQC)
-    sums_BMK = _product(probabilities_BMC.flatten(1, 2), entries_BCW[..., :latent_width])
-    sums_NTK = sums_BMK.view(rows, heads, num_new, -1).permute(1, 2, 0, 3).reshape(heads, num_new * rows, -1)
-    context_NTV = _product(sums_NTK, up_NVK.transpose(1, 2))
-    return context_NTV.transpose(0, 1).reshape(num_new, rows, heads, -1)
+    scores_BMC = _product(query_TNW.view(rows, -1, entry_width), entries_BCW.transpose(1, 2))
+    hidden_BMC = None if hidden_BQC is None else hidden_BQC.repeat_interleave(heads, dim=1)
+    sums_BMK = _product(_probabilities(scores_BMC, softmax_scale, hidden_BMC), entries_BCW[..., :latent_width])
+    context_NTV = _product(sums_BMK.view(-1, heads, latent_width).transpose(0, 1), up_NVK.transpose(1, 2))
+    return context_NTV.transpose(0, 1)
 
 
 def full_attention(
-    query_QBND: torch.Tensor, keys_BNCD: torch.Tensor, values_BNCV: torch.Tensor, *, softmax_scale: float,
+    query_TND: torch.Tensor, keys_BNCD: torch.Tensor, values_BNCV: torch.Tensor, *, softmax_scale: float,
     hidden_BQC: torch.Tensor | None = None
 ) -> torch.Tensor:
     """softmax(scale q k^T) v over cached keys and values; arguments and result as of `absorbed_attention`.
 
     Source: DeepSeek-V3 report, eq. 10.
     """
-    num_new, rows, heads, _ = query_QBND.shape
-    query_GQD = query_QBND.permute(1, 2, 0, 3).flatten(0, 1)
+    rows, heads = keys_BNCD.shape[:2]
+    query_GQD = query_TND.view(rows, -1, *query_TND.shape[1:]).transpose(1, 2).flatten(0, 1)
     scores_GQC = _product(query_GQD, keys_BNCD.flatten(0, 1).transpose(1, 2))
-    probabilities_BNQC = _probabilities(scores_GQC.view(rows, heads, num_new, -1), softmax_scale, hidden_BQC)
-    context_GQV = _product(probabilities_BNQC.flatten(0, 1), values_BNCV.flatten(0, 1))
-    return context_GQV.view(rows, heads, num_new, -1).permute(2, 0, 1, 3)
+    hidden_GQC = None if hidden_BQC is None else hidden_BQC.repeat_interleave(heads, dim=0)
+    context_GQV = _product(_probabilities(scores_GQC, softmax_scale, hidden_GQC), values_BNCV.flatten(0, 1))
+    return context_GQV.view(rows, heads, *context_GQV.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
-def _probabilities(scores_BNQC: torch.Tensor, softmax_scale: float, hidden_BQC: torch.Tensor | None) -> torch.Tensor:
-    """Softmax in fp32 or fp64, back in the scores' dtype."""
-    wide = scores_BNQC.to(wide_dtype(scores_BNQC.dtype)) * softmax_scale
-    if hidden_BQC is not None:
-        wide.masked_fill_(hidden_BQC.unsqueeze(1), float("-inf"))
-    return wide.softmax(dim=-1).to(scores_BNQC.dtype)
+def _probabilities(scores: torch.Tensor, softmax_scale: float, hidden: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over positions, the last dimension, in fp32 or fp64, back in the scores' dtype."""
+    wide = scores.to(wide_dtype(scores.dtype)) * softmax_scale
+    if hidden is not None:
+        wide.masked_fill_(hidden, float("-inf"))
+    return wide.softmax(dim=-1).to(scores.dtype)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

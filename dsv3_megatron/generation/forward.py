@@ -1,14 +1,11 @@
-"""A model's own modules run over prompts, and over new tokens with what came before in a cache.
-
-Megatron-Core's layers cannot be handed a latent cache, and its dispatcher moves tokens between ranks that one process
-does not have; so the layers' parts are called here in their order. Weights are those of the modules, none is copied.
+"""A model run over prompts, and over new tokens with what came before in a cache.
 
 Prompts of different lengths are packed behind each other into one row, as documents that do not see each other: no
 position is padding. New tokens are as many for each sequence (one; two where a draft is verified), each sequence at a
-position of its own.
+position of its own. Both go through the same layers (layers.py); how they attend is different.
 
-Shapes: T prompt tokens of all sequences, Q new tokens of a sequence, B sequences, S = T or Q with B = 1 or B,
-H hidden, K experts per token, R routed rows, V vocabulary.
+Shapes: T prompt tokens of all sequences, or B Q new ones; Q new tokens of a sequence, B sequences, S = T or Q with
+B = 1 or B, H hidden, P rotated pairs, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,22 +14,19 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.generation.cache import KeyValueCache, Places, make_cache
+from dsv3_megatron.generation.layers import Attention, Layer, Norm, product_like
 from dsv3_megatron.model.attention import LocalMLASelfAttention
 from dsv3_megatron.ops.attention import causal_attention
-from dsv3_megatron.ops.experts import swiglu_experts
-from dsv3_megatron.ops.linear import linear_forward
 
 # Rotary tables are made for a multiple of this many positions, not anew for every token.
 _TABLE_STEP = 1024
-# Attention of one layer: module, normed input -> what the output projection reads.
-_Attend = Callable[[LocalMLASelfAttention, int, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,8 +63,22 @@ class Prompts:
         return tokens_T
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Tokens on their way through the layers: how they attend in layer i, and the rotations of their positions."""
+
+    attend: Callable[[int, Attention, torch.Tensor, torch.Tensor], torch.Tensor]
+    rotations_TP: torch.Tensor
+
+    def through(self, layers: Sequence[Layer], x_TH: torch.Tensor) -> torch.Tensor:
+        """[T, H] -> [T, H], in place."""
+        for index, layer in enumerate(layers):
+            x_TH = layer(x_TH, self.rotations_TP, partial(self.attend, index))
+        return x_TH
+
+
 class CachedModel:
-    """The layers, the head and the first MTP module of a stage that is a whole model.
+    """The layers, the head and the first MTP module of a stage that is a whole model. Gradients are off.
 
     Args:
         stage: The only stage of a run of one process, from local modules, in eval mode.
@@ -84,11 +92,15 @@ class CachedModel:
         if not isinstance(attention, LocalMLASelfAttention):
             raise ConfigError(f"transformer_impl: generation needs this library's attention, not "
                               f"{type(attention).__name__}; set transformer_impl=local")
-        self.stage, self.config = stage, stage.config
-        self.rotary = attention.rotary
+        self.config = stage.config
         self.embedding: torch.Tensor = stage.embedding.word_embeddings.weight
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
+        self._rotary, self._rotations_CP = attention.rotary, torch.empty(0)
+        self._layers, self._norm = list(map(Layer, stage.decoder.layers)), Norm(stage.decoder.final_layernorm)
+        self._head: torch.Tensor = stage.output_layer.weight
+        self._multiply = product_like(self._head)
         self.num_mtp_layers: int = self.config.mtp_num_layers or 0
+        self._mtp = _MTP(stage.mtp.layers[0]) if self.num_mtp_layers else None
 
     def new_cache(self, kind: str, *, num_rows: int, capacity: int, is_mtp: bool = False) -> KeyValueCache:
         """An empty cache for the main model's layers, or for the MTP module's one."""
@@ -97,14 +109,16 @@ class CachedModel:
 
     # ---- the main model ----------------------------------------------------------------------------
 
+    @torch.no_grad()
     def prefill(self, prompts: Prompts, cache: KeyValueCache) -> torch.Tensor:
         """Run prompts from their first token on; row b of the cache gets sequence b.
 
         Returns:
             [T, 1, H] after the final norm.
         """
-        return self._main(self._embed(prompts.tokens_T.unsqueeze(1)), self._in_prompts(prompts, cache))
+        return self._main(prompts.tokens_T, self._in_prompts(prompts, cache)).unsqueeze(1)
 
+    @torch.no_grad()
     def decode(self, tokens_BQ: torch.Tensor, positions: Sequence[int], cache: KeyValueCache) -> torch.Tensor:
         """Run new tokens of every row of the cache.
 
@@ -116,19 +130,20 @@ class CachedModel:
         Returns:
             [Q, B, H] after the final norm.
         """
-        return self._main(self._embed(tokens_BQ.t()), self._in_cache(tokens_BQ.shape[1], positions, cache))
+        hidden_TH = self._main(tokens_BQ.flatten(), self._in_cache(tokens_BQ.shape[1], positions, cache))
+        return hidden_TH.view(*tokens_BQ.shape, -1).transpose(0, 1)
 
+    @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., V], of the main model and of the MTP module, which share the head."""
-        return linear_forward(hidden, self.stage.output_layer.weight)
+        return self._multiply(hidden.reshape(-1, hidden.shape[-1]), self._head).view(*hidden.shape[:-1], -1)
 
-    def _main(self, x_SBH: torch.Tensor, attend: _Attend) -> torch.Tensor:
-        for index, layer in enumerate(self.stage.decoder.layers):
-            x_SBH = _run_layer(layer, index, x_SBH, attend)
-        return self.stage.decoder.final_layernorm(x_SBH)
+    def _main(self, tokens_T: torch.Tensor, run: _Run) -> torch.Tensor:
+        return self._norm(run.through(self._layers, self._embed(tokens_T)))
 
     # ---- the MTP module ----------------------------------------------------------------------------
 
+    @torch.no_grad()
     def mtp_prefill(self, prompts: Prompts, next_B: torch.Tensor, hidden_T1H: torch.Tensor, cache: KeyValueCache
                     ) -> torch.Tensor:
         """Run the MTP module over prompts: position i reads the main model's output there and token i + 1.
@@ -142,8 +157,10 @@ class CachedModel:
         Returns:
             [T, 1, H]; the head makes of it the distribution of token i + 2.
         """
-        return self._mtp(prompts.shifted(next_B).unsqueeze(1), hidden_T1H, self._in_prompts(prompts, cache))
+        run = self._in_prompts(prompts, cache)
+        return self._draft(prompts.shifted(next_B), hidden_T1H.squeeze(1), run).unsqueeze(1)
 
+    @torch.no_grad()
     def mtp_decode(self, next_BQ: torch.Tensor, hidden_QBH: torch.Tensor, positions: Sequence[int],
                    cache: KeyValueCache) -> torch.Tensor:
         """Run the MTP module over new positions, whose main output is `hidden_QBH` and whose next tokens are `next_BQ`.
@@ -151,82 +168,68 @@ class CachedModel:
         Returns:
             [Q, B, H].
         """
-        return self._mtp(next_BQ.t(), hidden_QBH, self._in_cache(next_BQ.shape[1], positions, cache))
+        run = self._in_cache(next_BQ.shape[1], positions, cache)
+        drafting_TH = self._draft(next_BQ.flatten(), hidden_QBH.transpose(0, 1).flatten(0, 1), run)
+        return drafting_TH.view(*next_BQ.shape, -1).transpose(0, 1)
 
-    def _mtp(self, next_SB: torch.Tensor, hidden_SBH: torch.Tensor, attend: _Attend) -> torch.Tensor:
-        """Source: DeepSeek-V3 report, eq. 21-22; embedding first, as the published `eh_proj` has it."""
-        module = self.stage.mtp.layers[0]
-        joined = torch.cat([module.enorm(self._embed(next_SB)), module.hnorm(hidden_SBH)], dim=-1)
-        x_SBH, _ = module.eh_proj(joined)
-        return module.final_layernorm(_run_layer(module.mtp_model_layer, 0, x_SBH, attend))
+    def _draft(self, next_T: torch.Tensor, hidden_TH: torch.Tensor, run: _Run) -> torch.Tensor:
+        assert self._mtp is not None, "the model has an MTP module"
+        return self._mtp(self._embed(next_T), hidden_TH, run)
 
     # ---- places ------------------------------------------------------------------------------------
 
-    def _embed(self, tokens_SB: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.embedding(tokens_SB, self.embedding)
+    def _embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(tokens_T, self.embedding)
 
-    def _rotations(self, limit: int, positions_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [S, B, pairs] of positions below `limit`."""
-        return self.rotary(math.ceil(limit / _TABLE_STEP) * _TABLE_STEP, self.embedding, positions_BS)
+    def _rotations(self, limit: int, positions_T: torch.Tensor) -> torch.Tensor:
+        """cos + i sin of positions below `limit`, [T, P]."""
+        if self._rotations_CP.shape[0] < limit:
+            length = math.ceil(limit / _TABLE_STEP) * _TABLE_STEP
+            self._rotations_CP = torch.complex(*self._rotary(length, self.embedding))
+        return self._rotations_CP[positions_T]
 
-    def _in_prompts(self, prompts: Prompts, cache: KeyValueCache) -> _Attend:
+    def _in_prompts(self, prompts: Prompts, cache: KeyValueCache) -> _Run:
         """Ordinary attention within each prompt, kept in the cache on the way."""
-        positions = torch.cat([torch.arange(length) for length in prompts.lengths]).to(self.device)
-        rows = torch.repeat_interleave(torch.arange(len(prompts.lengths)), torch.tensor(prompts.lengths))
-        places = Places(rows.to(self.device), positions, max(prompts.lengths))
-        cos, sin = self._rotations(places.limit, positions.unsqueeze(0))
+        positions_T = torch.cat([torch.arange(length) for length in prompts.lengths]).to(self.device)
+        rows_T = torch.repeat_interleave(torch.arange(len(prompts.lengths)), torch.tensor(prompts.lengths))
+        places = Places(rows_T.to(self.device), positions_T, max(prompts.lengths))
 
-        def attend(attention: LocalMLASelfAttention, layer: int, x_T1H: torch.Tensor) -> torch.Tensor:
-            query, latent, shared_key = attention.project(x_T1H, cos, sin)
-            key, value = attention.expand(latent, shared_key)
-            cache.fill(layer, places, latent[:, 0], shared_key[:, 0], key[:, 0], value[:, 0])
-            return causal_attention(query, key, value, softmax_scale=attention.softmax_scale,
-                                    document_bounds=(prompts.bounds,))
+        def attend(layer: int, attention: Attention, query_TND: torch.Tensor, entry_TW: torch.Tensor) -> torch.Tensor:
+            key_TND, value_TNV = attention.expand(entry_TW)
+            cache.fill(layer, places, entry_TW, key_TND, value_TNV)
+            context_T1NV = causal_attention(
+                query_TND.unsqueeze(1), key_TND.unsqueeze(1), value_TNV.unsqueeze(1),
+                softmax_scale=attention.softmax_scale, document_bounds=(prompts.bounds,))
+            return context_T1NV.squeeze(1)
 
-        return attend
+        return _Run(attend, self._rotations(places.limit, positions_T))
 
-    def _in_cache(self, num_new: int, positions: Sequence[int], cache: KeyValueCache) -> _Attend:
+    def _in_cache(self, num_new: int, positions: Sequence[int], cache: KeyValueCache) -> _Run:
         """Attention of new tokens to their rows of the cache."""
-        starts_B = torch.tensor(positions)
-        positions_QB = starts_B + torch.arange(num_new).unsqueeze(1)
+        positions_BQ = torch.tensor(positions).unsqueeze(1) + torch.arange(num_new)
         limit = max(positions) + num_new
         hidden_BQC = None
         if num_new > 1 or min(positions) != max(positions):
-            hidden_BQC = (torch.arange(limit) > positions_QB.t().unsqueeze(-1)).to(self.device)
-        rows_QB = torch.arange(len(positions)).expand_as(positions_QB).to(self.device)
-        places = Places(rows_QB, positions_QB.to(self.device), limit, hidden_BQC)
-        cos, sin = self._rotations(limit, places.positions.t())
+            hidden_BQC = (torch.arange(limit) > positions_BQ.unsqueeze(-1)).to(self.device)
+        rows_T = torch.arange(len(positions)).repeat_interleave(num_new).to(self.device)
+        places = Places(rows_T, positions_BQ.flatten().to(self.device), limit, hidden_BQC)
 
-        def attend(attention: LocalMLASelfAttention, layer: int, x_QBH: torch.Tensor) -> torch.Tensor:
-            query, latent, shared_key = attention.project(x_QBH, cos, sin)
-            return cache.attend(layer, places, attention, query, latent, shared_key)
+        def attend(layer: int, attention: Attention, query_TND: torch.Tensor, entry_TW: torch.Tensor) -> torch.Tensor:
+            return cache.attend(layer, places, attention, query_TND, entry_TW)
 
-        return attend
+        return _Run(attend, self._rotations(limit, places.positions_T))
 
 
-def _run_layer(layer: Any, index: int, x_SBH: torch.Tensor, attend: _Attend) -> torch.Tensor:
-    """Attention and FFN, each with its norm before and its residual around."""
-    attention = layer.self_attention
-    context_SBNV = attend(attention, index, layer.input_layernorm(x_SBH))
-    output_SBH, _ = attention.linear_proj(context_SBNV.flatten(2))
-    x_SBH = x_SBH + output_SBH
-    normed_SBH = layer.pre_mlp_layernorm(x_SBH)
-    if isinstance(layer.mlp, MoELayer):
-        return x_SBH + _run_experts(layer.mlp, normed_SBH)
-    return x_SBH + layer.mlp(normed_SBH)[0]
+class _MTP:
+    """The first MTP module. Source: DeepSeek-V3 report, eq. 21-22; embedding first, as the published `eh_proj`."""
 
+    def __init__(self, module: Any) -> None:
+        self._embedding_norm, self._hidden_norm = Norm(module.enorm), Norm(module.hnorm)
+        self._joining: torch.Tensor = module.eh_proj.weight
+        self._layers, self._norm = [Layer(module.mtp_model_layer)], Norm(module.final_layernorm)
+        self._multiply = product_like(self._joining)
 
-def _run_experts(moe: Any, x_SBH: torch.Tensor) -> torch.Tensor:
-    """Shared experts and, of each token, its routed ones. Source: DeepSeek-V3 report, eq. 12-16."""
-    x_TH = x_SBH.flatten(0, 1)
-    _scores, gates_TK, ids_TK = moe.router.choose(x_TH)
-    expert_R = ids_TK.flatten()
-    order_R = expert_R.argsort(stable=True)
-    counts = torch.bincount(expert_R, minlength=moe.config.num_moe_experts).tolist()
-    weights = moe.experts
-    sorted_RH = swiglu_experts(x_TH[order_R // ids_TK.shape[1]], counts, weights.linear_fc1.weight,
-                               weights.linear_fc2.weight, gates_TK.flatten()[order_R])
-    routed_RH = torch.empty_like(sorted_RH)
-    routed_RH[order_R] = sorted_RH
-    output_SBH = routed_RH.view(*ids_TK.shape, -1).sum(1).view_as(x_SBH)
-    return output_SBH if moe.shared_experts is None else output_SBH + moe.shared_experts(x_SBH)
+    def __call__(self, embedded_TH: torch.Tensor, hidden_TH: torch.Tensor, run: _Run) -> torch.Tensor:
+        """[T, H], twice -> [T, H]."""
+        joined = torch.cat([self._embedding_norm(embedded_TH), self._hidden_norm(hidden_TH)], dim=-1)
+        return self._norm(run.through(self._layers, self._multiply(joined, self._joining)))

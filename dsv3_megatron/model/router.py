@@ -85,13 +85,13 @@ def select_experts(
     with torch.no_grad():
         biased_TE = scores_TE + bias_E
         if num_groups > 1:
-            biased_TGE = biased_TE.unflatten(1, (num_groups, -1))
+            biased_TGE = biased_TE.view(len(biased_TE), num_groups, -1)
             best = group_score_topk or max(1, top_k // group_top_k)
             group_scores_TG = biased_TGE.topk(best, dim=-1).values.sum(-1)
             kept_ids = group_scores_TG.topk(group_top_k, dim=-1).indices
             dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, kept_ids, False)
             fill = {"exclude": float("-inf"), "zero": 0.0}[group_mask]
-            biased_TE = biased_TGE.masked_fill(dropped_TG.unsqueeze(-1), fill).flatten(1)
+            biased_TGE.masked_fill_(dropped_TG.unsqueeze(-1), fill)
         expert_ids_TK = biased_TE.topk(top_k, dim=-1).indices
     chosen_TK = scores_TE.gather(1, expert_ids_TK)
     gates_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * route_scale
@@ -172,18 +172,21 @@ class DeepSeekRouter(MegatronModule):
             gates_TK: Likewise; weights of the chosen experts.
             ids_TK: int64, the chosen experts.
         """
-        config = self.config
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         # The wide copy of a narrow input is made again in backward rather than kept beside it.
         wide_TH = x_TH if x_TH.dtype == wide else recomputed(partial(torch.Tensor.to, dtype=wide), x_TH)
         with saving():
             scores_TE = torch.sigmoid(torch.nn.functional.linear(wide_TH, self.weight.to(wide)))
-        gates_TK, ids_TK = select_experts(
+        return scores_TE, *self.select(scores_TE)
+
+    def select(self, scores_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """gates_TK and ids_TK of affinities, by `select_experts`."""
+        config = self.config
+        return select_experts(
             scores_TE, self.expert_bias.float(), top_k=config.moe_router_topk,
             num_groups=config.moe_router_num_groups or 1, group_top_k=config.moe_router_group_topk or 1,
             route_scale=config.moe_router_topk_scaling_factor or 1.0,
             group_score_topk=self.options.group_score_topk, group_mask=self.options.group_mask)
-        return scores_TE, gates_TK, ids_TK
 
     def _balance_loss(self, scores_sBE: torch.Tensor) -> torch.Tensor:
         """Sum over the micro-batch's sequences of alpha * sum_i f_i P_i; this rank's tokens' part of P.

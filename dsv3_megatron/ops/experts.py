@@ -90,7 +90,8 @@ def swiglu_experts(
         backend = "grouped_mm" if grouped else "looped"
         log_choice("swiglu_experts", backend, f"{x_RH.device.type}, {x_RH.dtype}")
     if backend == "looped" and not torch.is_grad_enabled() and 1 <= x_RH.shape[0] <= _FEW_ROWS:
-        return _few_rows(x_RH, counts, fc1_eFH, fc2_eHF, gates_R, product_backend)
+        runs = [(expert, count) for expert, count in enumerate(counts) if count]
+        return few_rows_experts(x_RH, runs, fc1_eFH, fc2_eHF, gates_R, product_backend=product_backend)
     if backend == "looped":
         plan = (counts, product_backend, accumulate_into_main_grad, defer_weight_grad)
         with saving():
@@ -181,21 +182,40 @@ def _row_ranges(counts: tuple[int, ...]) -> list[tuple[int, slice]]:
     return ranges
 
 
-def _few_rows(
-    x: torch.Tensor,
-    counts: tuple[int, ...],
-    fc1: torch.Tensor,
-    fc2: torch.Tensor,
-    gates: torch.Tensor | None,
-    product_backend: str,
+def few_rows_experts(
+    x_RH: torch.Tensor,
+    runs: Sequence[tuple[int, int]],
+    fc1_eFH: torch.Tensor | Sequence[torch.Tensor],
+    fc2_eHF: torch.Tensor | Sequence[torch.Tensor],
+    gates_R: torch.Tensor | None = None,
+    *,
+    product_backend: str = "auto",
 ) -> torch.Tensor:
-    """As _LoopedExperts' forward, with one activation for all rows: of a few it costs less than calls do."""
-    via_fp32 = choose_product_backend(product_backend, x.device, x.dtype) == "via_fp32"
-    dtype = torch.float32 if via_fp32 else x.dtype
-    ranges, rows_x = _row_ranges(counts), x.to(dtype)
-    hidden = torch.cat([multiply_rows(rows_x[rows], fc1[expert].to(dtype)) for expert, rows in ranges])
-    active = swiglu(hidden, gates)
-    return torch.cat([multiply_rows(active[rows], fc2[expert].to(dtype)) for expert, rows in ranges]).to(x.dtype)
+    """`swiglu_experts` without gradients, with one activation for all rows: of a few it costs less than calls do.
+
+    Args:
+        x_RH: At least one row; those of an expert behind each other.
+        runs: Expert and number of rows, none 0, in the order of the rows; sums to R.
+        fc1_eFH: [e, 2F, H], or each expert's [2F, H]; gate rows first, then up rows.
+        fc2_eHF: [e, H, F], or each expert's.
+        gates_R: Router's weight of each row; None is 1.
+        product_backend: See `backend.choose_product_backend`.
+
+    Returns:
+        [R, H] in x's dtype.
+    """
+    via_fp32 = choose_product_backend(product_backend, x_RH.device, x_RH.dtype) == "via_fp32"
+    dtype = torch.float32 if via_fp32 else x_RH.dtype
+    counts = [count for _expert, count in runs]
+
+    def products(rows: torch.Tensor, weights: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        parts = []
+        for (expert, _count), part in zip(runs, rows.split(counts), strict=True):
+            weight = weights[expert]
+            parts.append(multiply_rows(part, weight.to(dtype) if via_fp32 else weight))
+        return torch.cat(parts)
+
+    return products(swiglu(products(x_RH.to(dtype), fc1_eFH), gates_R), fc2_eHF).to(x_RH.dtype)
 
 
 class _LoopedExperts(torch.autograd.Function):

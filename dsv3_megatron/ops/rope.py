@@ -62,16 +62,20 @@ def _beside(factors: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def rotate_tail(x: torch.Tensor, rotations_SP: torch.Tensor) -> torch.Tensor:
     """`apply_rope` by complex factors [S, P] or [S, B, P], without autograd and without checks."""
-    out = x.clone(memory_format=torch.contiguous_format)
-    tail = out[..., -2 * rotations_SP.shape[-1] :]
+    return rotate_tail_(x.clone(memory_format=torch.contiguous_format), rotations_SP)
+
+
+def rotate_tail_(x: torch.Tensor, rotations_SP: torch.Tensor) -> torch.Tensor:
+    """`rotate_tail` in place; x is contiguous."""
+    tail = x[..., -2 * rotations_SP.shape[-1] :]
     wide = wide_dtype(x.dtype)
     factors = _beside(rotations_SP, x)
-    if out.dtype == wide and out.shape[-1] % 2 == 0:
-        torch.view_as_complex(tail.unflatten(-1, (-1, 2))).mul_(factors)
+    if x.dtype == wide and x.shape[-1] % 2 == 0:
+        torch.view_as_complex(tail.view(*tail.shape[:-1], -1, 2)).mul_(factors)
     else:
         pairs = torch.view_as_complex(tail.to(wide).unflatten(-1, (-1, 2)).contiguous())
         tail.copy_(torch.view_as_real(pairs * factors).flatten(-2))
-    return out
+    return x
 
 
 class _RoPE(torch.autograd.Function):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -107,6 +108,30 @@ def test_prefill_and_decoding_equal_a_full_forward(build: Any, name: str, dtype:
         assert_close(torch.cat(mtp[row]), expected_mtp[:-1], f"{row}: MTP logits", tolerance)
 
 
+@pytest.mark.parametrize("name", ["groups", "full-rank-query"])
+def test_no_weight_is_copied(build: Any, name: str) -> None:
+    """What the layers hold is the model's parameters and views of them, so that memory stays and new values count."""
+    model, _ = build(variant(name), torch.float32)
+    cached = CachedModel(model.eval())
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held = list(tensors_in(cached))
+    foreign = [tensor for tensor in held if tensor.untyped_storage().data_ptr() not in parameters]
+    assert sum(tensor.numel() for tensor in foreign) == len(foreign), "of each norm its constant"
+    assert len({tensor.untyped_storage().data_ptr() for tensor in held}) - len(foreign) == len(parameters)
+
+
+def tensors_in(thing: Any) -> Iterator[torch.Tensor]:
+    """Tensors that an object of the generation package holds, through its attributes and lists; empty ones left out."""
+    if isinstance(thing, torch.Tensor):
+        if thing.numel():
+            yield thing
+    elif isinstance(thing, list | tuple):
+        for part in thing:
+            yield from tensors_in(part)
+    elif type(thing).__module__.startswith("dsv3_megatron.generation"):
+        yield from tensors_in(list(vars(thing).values()))
+
+
 # -- Transformers --------------------------------------------------------------------------------------
 
 
@@ -129,6 +154,10 @@ def test_greedy_output_is_that_of_transformers(build: Any, name: str, new: int, 
         found, generator = continued(model, prompts, max_new_tokens=new, kv_cache=kv_cache)
         assert found == expected.tolist(), kv_cache
         assert generator.statistics.num_tokens == 20 * new
+        # One row and a few rows have products of their own.
+        for batch_size, count in ((1, 2), (6, 6)):
+            few, _ = continued(model, prompts[:count], max_new_tokens=new, kv_cache=kv_cache, batch_size=batch_size)
+            assert few == expected[:count].tolist(), (kv_cache, batch_size)
     assert max(len(set(ids)) for ids in found) > 20, "the outputs are no mere repetition"
 
 

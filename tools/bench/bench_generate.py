@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
@@ -26,8 +25,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from tools.bench.contenders import Contender, Step, measure, serve  # noqa: E402
-from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
+from tools.bench.contenders import Contender, Step, add_arguments, run_benchmark, serve  # noqa: E402
+from tools.bench.records import Measurement, append_rows  # noqa: E402
 
 OURS = {"dsv3_megatron": "latent", "dsv3_megatron-full-cache": "full"}
 PEER = "transformers"
@@ -76,9 +75,13 @@ def ours_step(setting: Setting) -> Step:
 
     def step() -> dict[str, float]:
         generator = Generator(model, options)
-        for _event in generator.generate(prompts):
+        events = generator.generate(prompts)
+        for _first in range(setting.batch_size):
+            next(events)
+        started = time.process_time()
+        for _event in events:
             pass
-        return {"seconds": generator.statistics.decode_s}
+        return {"seconds": generator.statistics.decode_s, "cpu_seconds": time.process_time() - started}
 
     return step
 
@@ -101,10 +104,10 @@ def peer_step(setting: Setting) -> Step:
         """Called by `generate` with the prompts, then with each position's tokens."""
 
         def __init__(self) -> None:
-            self.times: list[float] = []
+            self.times: list[tuple[float, float]] = []
 
         def put(self, _ids: torch.Tensor) -> None:
-            self.times.append(time.perf_counter())
+            self.times.append((time.perf_counter(), time.process_time()))
 
         def end(self) -> None:
             pass
@@ -115,7 +118,8 @@ def peer_step(setting: Setting) -> Step:
             model.generate(prompts_BS, attention_mask=torch.ones_like(prompts_BS), max_new_tokens=setting.num_new,
                            do_sample=False, use_cache=True, streamer=clock)
         assert len(clock.times) == 1 + setting.num_new
-        return {"seconds": clock.times[-1] - clock.times[1]}
+        seconds, cpu_seconds = (last - first for first, last in zip(clock.times[1], clock.times[-1], strict=True))
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds}
 
     return step
 
@@ -124,20 +128,25 @@ def report(contenders: list[Contender[Setting]]) -> list[Measurement]:
     """Print a table; return its numbers."""
     rows = []
     median = {c.setting.contender: statistics.median(c.seconds) for c in contenders if c.seconds}
+    median_cpu = {c.setting.contender: statistics.median(c.cpu_seconds) for c in contenders if c.seconds}
     for c in contenders:
         name, config = c.setting.contender, str(c.setting)
         if not c.seconds:
             print(f"{name:26} {config} no step: {c.error}")
             continue
         num_tokens = c.setting.batch_size * (c.setting.num_new - 1)
-        ratio = median[PEER] / median[name] if PEER in median else float("nan")
+        ratio, cpu_ratio = (times[PEER] / times[name] if PEER in times else float("nan")
+                            for times in (median, median_cpu))
+        cpu_ms = median_cpu[name] / (c.setting.num_new - 1) * 1e3
         print(f"{name:26} {config} {num_tokens / median[name]:8.1f} tok/s  "
               f"({num_tokens / max(c.seconds):.1f}-{num_tokens / min(c.seconds):.1f}, {len(c.seconds)} steps)  "
-              f"{ratio:.2f}x {PEER}")
+              f"{ratio:.2f}x {PEER}; "
+              f"{cpu_ms:.1f} CPU-ms a position, {cpu_ratio:.2f}x")
         rows += [Measurement(name, config, metric, value, unit) for metric, value, unit in (
             ("throughput", num_tokens / median[name], "token/s"),
             ("throughput_min", num_tokens / max(c.seconds), "token/s"),
             ("throughput_max", num_tokens / min(c.seconds), "token/s"),
+            ("cpu_time_per_position", cpu_ms, "ms"),
             ("num_steps", len(c.seconds), "1"))]
     return rows
 
@@ -173,15 +182,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=[*OURS, PEER], choices=(*OURS, PEER))
     parser.add_argument("--prompt-lengths", type=int, nargs="+", default=[64, 416])
     parser.add_argument("--new-tokens", type=int, default=65, help="of each prompt; all but the first are timed")
-    parser.add_argument("--steps", type=int, default=3, help="timed generations of each contender")
-    parser.add_argument("--warm-up", type=int, default=1, help="generations before them")
-    parser.add_argument("--budget-s", type=float, default=120.0, help="seconds after which a contender stops")
-    parser.add_argument("--step-limit-s", type=float, default=300.0, help="seconds until a step or start is given up")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--log", type=Path, default=Path(os.devnull), help="file for what the contenders print")
+    add_arguments(parser, steps=5, warm_up=1, budget_s=120.0, limit_s=300.0)
     parser.add_argument("--cache-table", action="store_true", help="sizes of caches instead of speed")
-    parser.add_argument("--no-csv", action="store_true", help="print only")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -197,26 +199,10 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.no_csv:
             append_rows("generate_cache.csv", rows, "any (computed)")
         return 0
-    from dsv3_megatron.platform import detect_device
-
-    device = detect_device().name
-    if load_average() > 0.5:
-        print(f"load average {load_average():.1f}: other work disturbs these numbers", file=sys.stderr)
-    failed = False
-    with options.log.open("w", encoding="utf-8") as log:
-        for batch_size, prompt_length in itertools.product(options.batch_sizes, options.prompt_lengths):
-            contenders = measure(
-                __file__,
-                [Setting(name, options.precision, batch_size, prompt_length, options.new_tokens,
-                         options.threads) for name in options.contenders],
-                steps=options.steps, warm_up=options.warm_up, budget_s=options.budget_s,
-                limit_s=options.step_limit_s, log=log)
-            rows = report(contenders)
-            failed |= any(contender.error for contender in contenders)
-            if not options.no_csv:
-                path = append_rows(RESULTS, rows, f"{device}, {options.threads} threads")
-                print(f"appended to {path.relative_to(REPOSITORY)}")
-    return int(failed)
+    groups = ([Setting(name, options.precision, batch_size, prompt_length, options.new_tokens, options.threads)
+               for name in options.contenders]
+              for batch_size, prompt_length in itertools.product(options.batch_sizes, options.prompt_lengths))
+    return run_benchmark(__file__, groups, report, RESULTS, options)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from tools.bench.contenders import Contender, Step, measure, serve  # noqa: E402
-from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
+from tools.bench.contenders import Contender, Step, add_arguments, run_benchmark, serve  # noqa: E402
+from tools.bench.records import Measurement  # noqa: E402
 
 OURS = "dsv3_megatron"
 PEERS = {
@@ -95,9 +94,10 @@ def peer_step(setting: Setting) -> Step:
     return step
 
 
-def report(contenders: list[Contender[Setting]], tokens_per_step: int) -> list[Measurement]:
+def report(contenders: list[Contender[Setting]]) -> list[Measurement]:
     """Print a table; return its numbers."""
     rows = []
+    tokens_per_step = contenders[0].setting.seq_length * contenders[0].setting.batch_size
     median = {c.setting.contender: statistics.median(c.seconds) for c in contenders if c.seconds}
     for c in contenders:
         name, config = c.setting.contender, _describe(c.setting)
@@ -132,16 +132,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training tokens/s of this library against Transformers.")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument("--contenders", nargs="+", default=[OURS, *PEERS], choices=(OURS, *PEERS))
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each contender")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
-    parser.add_argument("--budget-s", type=float, default=300.0, help="seconds after which a contender stops")
-    parser.add_argument("--step-limit-s", type=float, default=900.0, help="seconds until a step or start is given up")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4, help="sequences a step")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--log", type=Path, default=Path(os.devnull), help="file for what the contenders print")
-    parser.add_argument("--no-csv", action="store_true", help="print only")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    add_arguments(parser, steps=5, warm_up=2, budget_s=300.0, limit_s=900.0)
     return parser.parse_args(arguments)
 
 
@@ -152,33 +145,9 @@ def main(arguments: list[str] | None = None) -> int:
         setting = Setting(**json.loads(options.serve))
         serve(lambda: ours_step(setting) if setting.contender == OURS else peer_step(setting))
         return 0
-    from dsv3_megatron.platform import detect_device
-
-    device = detect_device().name
-    if load_average() > 0.5:
-        print(f"load average {load_average():.1f}: other work disturbs these numbers", file=sys.stderr)
-    failed = False
-    with options.log.open("w", encoding="utf-8") as log:
-        for precision in options.precisions:
-            settings = [
-                Setting(name, precision, options.seq_length, options.batch_size, options.threads)
-                for name in options.contenders
-            ]
-            contenders = measure(
-                __file__,
-                settings,
-                steps=options.steps,
-                warm_up=options.warm_up,
-                budget_s=options.budget_s,
-                limit_s=options.step_limit_s,
-                log=log,
-            )
-            rows = report(contenders, options.seq_length * options.batch_size)
-            failed |= any(contender.error for contender in contenders)
-            if not options.no_csv:
-                path = append_rows("training_throughput.csv", rows, f"{device}, {options.threads} threads")
-                print(f"appended to {path.relative_to(REPOSITORY)}")
-    return int(failed)
+    groups = ([Setting(name, precision, options.seq_length, options.batch_size, options.threads)
+               for name in options.contenders] for precision in options.precisions)
+    return run_benchmark(__file__, groups, report, "training_throughput.csv", options)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ above the limit is given up, and so is its contender. How many steps a number re
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -14,11 +15,14 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
-# Takes one step; what it returns goes into the answer, and a "seconds" of its own in place of the whole step's.
+from tools.bench.records import Measurement, append_rows, load_average
+
+# Takes one step; what it returns goes into the answer, its "seconds" and "cpu_seconds" in place of the whole step's.
 Step = Callable[[], Mapping[str, float]]
 
 
@@ -114,6 +118,55 @@ def measure[S: Setting](script: str, settings: list[S], *, steps: int, warm_up: 
         for contender in contenders:
             contender.close()
     return contenders
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, steps: int, warm_up: int, budget_s: float, limit_s: float
+                  ) -> None:
+    """Add the flags of `run_benchmark` and `--serve SETTING`, with these defaults."""
+    parser.add_argument("--steps", type=int, default=steps, help="timed steps of each contender")
+    parser.add_argument("--warm-up", type=int, default=warm_up, help="steps before them")
+    parser.add_argument("--budget-s", type=float, default=budget_s, help="seconds after which a contender stops")
+    parser.add_argument("--step-limit-s", type=float, default=limit_s, help="seconds until a step or start is given up")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--log", type=Path, default=Path(os.devnull), help="file for what the contenders print")
+    parser.add_argument("--no-csv", action="store_true", help="print only")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+
+
+def run_benchmark[S: Setting](script: str, groups: Iterable[list[S]],
+                              report: Callable[[list[Contender[S]]], list[Measurement]], results: str,
+                              options: argparse.Namespace) -> int:
+    """Measure groups of contenders one after the other; print, and append what was measured.
+
+    Args:
+        script: The benchmark.
+        groups: Settings that alternate with each other.
+        report: Prints a group's table and returns its numbers.
+        results: File of the results, such as "training_throughput.csv".
+        options: Of `add_arguments`.
+
+    Returns:
+        Exit code: 1 if a contender failed.
+    """
+    from dsv3_megatron.platform import detect_device
+
+    device = f"{detect_device().name}, {options.threads} threads"
+    if load_average() > 0.5:
+        print(f"load average {load_average():.1f}: other work disturbs these numbers", file=sys.stderr)
+    failed = False
+    with options.log.open("w", encoding="utf-8") as log:
+        for settings in groups:
+            load = load_average()
+            contenders = measure(script, settings, steps=options.steps, warm_up=options.warm_up,
+                                 budget_s=options.budget_s, limit_s=options.step_limit_s, log=log)
+            rows = report(contenders)
+            failed |= any(contender.error for contender in contenders)
+            if not options.no_csv:
+                # Each contender computes with its own threads alone; what is more was other work.
+                beside = f", load {load:.1f}" if load > 0.5 else ""
+                path = append_rows(results, rows, device + beside)
+                print(f"appended to {path.relative_to(Path(__file__).resolve().parents[2])}")
+    return int(failed)
 
 
 def _start[S: Setting](script: str, setting: S, log: Any) -> Contender[S]:

@@ -42,6 +42,29 @@ def throughput_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def generate_table(name: str) -> str:
+    """Tokens per second and CPU time of every contender, and how many times slower than ours by either.
+
+    Only contenders that took turns with ours are beside it; results from before the CPU time was measured are of an
+    older way of decoding and are left out.
+    """
+    found = newest(name)
+    measured = {(config, contender): metrics for (config, contender), metrics in found.items()
+                if "cpu_time_per_position" in metrics
+                and metrics["throughput"]["date"] == found[config, OURS]["throughput"]["date"]}
+    lines = ["| Configuration | Contender | tokens/s | ours is | CPU time of a position | ours is | steps | device |",
+             "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"]
+    for (config, contender), metrics in measured.items():
+        speed, cpu_ms = (float(metrics[metric]["value"]) for metric in ("throughput", "cpu_time_per_position"))
+        ratios = ["", ""]
+        if (ours := measured.get((config, OURS))) and contender != OURS:
+            ratios = [f"{ratio:.1f}x" for ratio in (
+                float(ours["throughput"]["value"]) / speed, cpu_ms / float(ours["cpu_time_per_position"]["value"]))]
+        lines.append(f"| {config} | {contender} | {speed:,.1f} | {ratios[0]} | {cpu_ms:.1f} ms | {ratios[1]} | "
+                     f"{float(metrics['num_steps']['value']):.0f} | {metrics['throughput']['device']} |")
+    return "\n".join(lines)
+
+
 def whole_process_table(name: str) -> str:
     """Seconds and peak memory of whole commands, and how many times slower than ours."""
     measured = newest(name)
@@ -122,7 +145,7 @@ TABLES = {
     "schedules": schedule_table,
     "overlap": overlap_table,
     "training_throughput": throughput_table,
-    "generate": throughput_table,
+    "generate": generate_table,
     "preprocess": whole_process_table,
     "convert": conversion_table,
 }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv3_megatron.ops.experts import reference_experts, swiglu_experts
+from dsv3_megatron.ops.experts import few_rows_experts, reference_experts, swiglu_experts
 
 COUNTS = [3, 0, 5, 1]
 
@@ -85,6 +85,17 @@ def test_few_rows_without_gradients(num_rows):
     expected = reference_experts(repeated, counts, fc1, fc2, weights)
     assert out.shape == expected.shape
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_runs_of_experts_in_any_order():
+    """As one token's experts are; weights stacked, or one by one."""
+    (x, fc1, fc2, gates), _ = _case()
+    expected = reference_experts(x, COUNTS, fc1, fc2, gates)
+    order = [8, 3, 4, 5, 6, 7, 0, 1, 2]  # expert 3, then 2, then 0
+    for weights in ((fc1, fc2), (fc1.unbind(0), fc2.unbind(0))):
+        with torch.no_grad():
+            found = few_rows_experts(x[order], [(3, 1), (2, 5), (0, 3)], *weights, gates[order])
+        torch.testing.assert_close(found, expected[order], rtol=1e-12, atol=1e-12)
 
 
 def test_main_grad():

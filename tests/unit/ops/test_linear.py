@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsv3_megatron.ops.backend import choose_product_backend
-from dsv3_megatron.ops.linear import linear, linear_forward, linear_input_grad, linear_weight_grad
+from dsv3_megatron.ops.linear import linear, linear_forward, linear_input_grad, linear_weight_grad, multiply_rows
 
 
 def _case(dtype):
@@ -89,3 +89,19 @@ def test_auto_follows_the_matrix_units(monkeypatch, caplog):
     monkeypatch.undo()
     backend._choose_automatically.cache_clear()
     backend.log_choice.cache_clear()
+
+
+@pytest.mark.parametrize("num_outputs", [64, 36, 35], ids=["in 8 parts", "in 4 parts", "not in parts"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [
+    (torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_few_rows_without_gradients(num_outputs, dtype, tolerance):
+    """Each number of rows has its own product; one row may be a view with any strides. Sums of 200 terms of size 1."""
+    generator = torch.Generator().manual_seed(0)
+    wide, weight = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+                    for shape in ((9, 300), (num_outputs, 200)))
+    with torch.no_grad():
+        for x in (*(wide[:count, 50:250] for count in (0, 1, 2, 5, 8, 9)), wide[3:4, :200].expand(4, -1)[2:3]):
+            exact = x.double() @ weight.double().T
+            for found in (multiply_rows(x, weight), linear_forward(x.unsqueeze(1), weight, backend="native")[:, 0]):
+                assert found.dtype == dtype and found.is_contiguous()
+                torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=14 * tolerance)

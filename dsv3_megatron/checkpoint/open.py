@@ -1,0 +1,103 @@
+"""What a folder of either kind of checkpoint says of its model before its tensors are read.
+
+For commands that take a run's checkpoint or a Hugging Face one alike (`tools/evaluate.py`, `tools/generate.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3_megatron.checkpoint.hf.directory import CONFIG
+from dsv3_megatron.checkpoint.layout import TRACKER, CheckpointError, check_architecture, read_manifest
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.training import (
+    DOCUMENT_SWITCHES,
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    TrainingConfig,
+)
+from dsv3_megatron.data.blend import parse_blend
+from dsv3_megatron.data.tokenizer import has_tokenizer
+
+# Of a checkpoint that does not say what it was trained with.
+_DEFAULT_SEQ_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """What a checkpoint says of its model.
+
+    Attributes:
+        model: Its architecture.
+        preset: Name of the run that saved it, "evaluation" if it does not say.
+        seq_length: Tokens of a sequence in training, 4096 if it does not say.
+        precision: As it was trained, "auto" if it does not say.
+        load: Puts its tensors into stages, given these and their groups; None: `checkpoint.store.load_weights` does.
+        switches: Document switches that it was trained with; None if it does not say.
+        tokenizer_model: A tokenizer that is there.
+        prefixes: Datasets that it was trained on, which may not be there.
+    """
+
+    model: ModelConfig
+    preset: str = "evaluation"
+    seq_length: int = _DEFAULT_SEQ_LENGTH
+    precision: str = "auto"
+    load: Callable[[list[Any], Any], None] | None = None
+    switches: tuple[str, ...] | None = None
+    tokenizer_model: str | None = None
+    prefixes: tuple[str, ...] = ()
+
+
+def open_checkpoint(load: str) -> OpenedCheckpoint:
+    """What kind of checkpoint a folder holds, and of which model; reads no tensors.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of an architecture that this version does not know.
+    """
+    folder = Path(load)
+    if not folder.is_dir():
+        raise CheckpointError(f"load={load} does not exist; give a folder of checkpoints that a run saved, or of a "
+                              "Hugging Face checkpoint")
+    if (folder / TRACKER).is_file():
+        return _open_own(load)
+    if (folder / CONFIG).is_file():
+        return _open_hugging_face(load)
+    raise CheckpointError(f"load={load} holds no checkpoint: neither {TRACKER}, as runs write it, nor {CONFIG}, as "
+                          "Hugging Face's do")
+
+
+def _open_own(load: str) -> OpenedCheckpoint:
+    manifest = read_manifest(load)
+    known = {item.name for item in dataclasses.fields(ModelConfig)}
+    stored = manifest.run["model"]
+    model = ModelConfig(**{name: value for name, value in stored.items() if name in known})
+    empty = RunConfig(manifest.run["preset"], model, ParallelConfig(), TrainingConfig(), DataConfig(),
+                      CheckpointConfig(), LoggingConfig())
+    check_architecture(load, empty)  # a field that this version does not know
+    data = manifest.run.get("data", {})
+    tokenizer = data.get("tokenizer_model")
+    return OpenedCheckpoint(
+        model, manifest.run["preset"], manifest.run["training"]["seq_length"], manifest.precision,
+        switches=tuple(name for name in DOCUMENT_SWITCHES if data.get(name)),
+        tokenizer_model=tokenizer if tokenizer and has_tokenizer(tokenizer) else None,
+        prefixes=parse_blend(data["data_path"]).prefixes if data.get("data_path") else ())
+
+
+def _open_hugging_face(load: str) -> OpenedCheckpoint:
+    from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
+
+    directory = HuggingFaceDirectory(load)
+
+    def load_into(stages: list[Any], groups: Any) -> None:
+        from dsv3_megatron.checkpoint.hf.load import load_hugging_face
+
+        load_hugging_face(directory, stages, groups)
+
+    return OpenedCheckpoint(directory.model, load=load_into, tokenizer_model=load if has_tokenizer(load) else None)
