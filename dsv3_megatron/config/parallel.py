@@ -190,7 +190,7 @@ class ParallelConfig:
 
 
 def _must_divide(name: str, degree: int, targets: list[tuple[str, int]]) -> None:
-    ways = divisors(math.gcd(*(value for _, value in targets)), near=degree)
     for target_name, value in targets:
         if value % degree:
+            ways = divisors(math.gcd(*(value for _, value in targets)), near=degree)
             raise ConfigError(f"{name}={degree} must divide {target_name}={value}; try {ways}")

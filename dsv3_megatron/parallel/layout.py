@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
@@ -88,7 +89,8 @@ def _layer_costs(model: ModelConfig) -> tuple[list[int], int]:
     return [dense if i < model.num_dense_layers else moe for i in range(model.num_layers)], tail
 
 
-def _balanced_counts(model: ModelConfig, num_stages: int) -> list[int]:
+@lru_cache(maxsize=1024)
+def _balanced_counts(model: ModelConfig, num_stages: int) -> tuple[int, ...]:
     """Layers per stage that minimise the costliest stage; ties leave later stages lighter."""
     costs, tail = _layer_costs(model)
     prefix = [0]
@@ -115,10 +117,10 @@ def _balanced_counts(model: ModelConfig, num_stages: int) -> list[int]:
     for choice in reversed(choices):
         counts.append(end - choice[end])
         end = choice[end]
-    return counts[::-1]
+    return tuple(counts[::-1])
 
 
-def _parse_layout(text: str, model: ModelConfig, parallel: ParallelConfig) -> list[int]:
+def _parse_layout(text: str, model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
     """Layers per stage of an explicit layout."""
     unrolled = text.replace(",", "").replace(" ", "")
     for pattern in (r"\(([^()]+)\)\*(\d+)", r"([EtmL|])\*(\d+)"):
@@ -148,4 +150,4 @@ def _parse_layout(text: str, model: ModelConfig, parallel: ParallelConfig) -> li
             f"{name} must end with {expected_tail!r}: all mtp_num_layers={model.mtp_num_layers} MTP modules (m) and "
             "the loss (L) on the last stage, which holds the output head they share"
         )
-    return [content.count("t") for content in stages]
+    return tuple(content.count("t") for content in stages)

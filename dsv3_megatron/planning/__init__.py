@@ -1,6 +1,15 @@
 """What a run will need before it starts: plain arithmetic on its configuration, no torch.
 
-Nothing is imported here. Memory of each pipeline rank:
+Nothing is imported here. Time and cost:
+
+    hardware.py         a machine as data                     hardware_tables.py  those known by name, with sources
+    operations.py       what a linear, a norm does            layer_operations.py what layers and stages do
+    network.py          bytes on the wire                     work.py             operations as seconds on a machine
+    step_time.py        a step, through schedule/simulate     run_cost.py         phases, days, device-hours, money
+    search.py           all layouts, ranked or rejected       report.py           text, JSON, picture
+    calibrate.py        a machine fitted to a run's logs      micro_benchmarks.py a CPU measured; needs torch
+
+Memory of each pipeline rank:
 
     memory.py             RankMemory, estimate_memory         memory_remedies.py   what would lower the fullest rank
     memory_state.py       parameters, gradients, optimizer    memory_buffers.py    tables, counts, weights in FP8

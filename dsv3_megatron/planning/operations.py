@@ -1,0 +1,288 @@
+"""What one micro-batch makes a rank do on a pipeline stage: products, attention, bytes moved, tokens exchanged.
+
+Each operation belongs to the forward (F), the backward for the input (I) or the backward for the weights (W), on one
+rank. Products and attention add up to `metrics.flops.flops_per_token`; what is computed again in backward, casts to FP8
+and everything element-wise is beside that.
+
+`layer_operations.py` puts layers and stages together from these.
+
+Letters: T tokens of a micro-batch on a rank, t their part under sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+
+from dsv3_megatron.config.memory import recomputed_modules
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
+from dsv3_megatron.config.precision import Fp8Config, LinearPrecision, linear_shapes, precision_map
+from dsv3_megatron.config.run import RunConfig
+
+# Bytes of a value in FP8 with its scale for 128 of them, in fp32.
+FP8_BYTES = 1 + 4 / 128
+_E5M6_BYTES = 1.5
+
+
+class Part(StrEnum):
+    """Of a micro-batch's work on a stage."""
+
+    FORWARD = "F"
+    INPUT = "I"
+    WEIGHT = "W"
+
+
+@dataclass(frozen=True)
+class Product:
+    """Matrix products of equal shape in one kernel, as of `hardware.ProductPoint`."""
+
+    part: Part
+    name: str
+    kind: str
+    purpose: str
+    groups: int
+    rows: float
+    columns: int
+    inner: float
+    is_again: bool = False
+
+    @property
+    def flops(self) -> float:
+        """Operations."""
+        return 2 * self.groups * self.rows * self.columns * self.inner
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Core attention over the causal half of the scores.
+
+    Attributes:
+        part: When.
+        name: What.
+        flops: Those of `metrics.flops`, twice the forward's in backward.
+        computed_flops: Those that a kernel without a score matrix in memory computes.
+    """
+
+    part: Part
+    name: str
+    flops: float
+    computed_flops: float
+    seq_length: int
+    is_backward: bool
+    is_again: bool = False
+
+
+@dataclass(frozen=True)
+class Movement:
+    """An element-wise kernel: bytes read and written, and the operations that `metrics.flops` counts for it."""
+
+    part: Part
+    name: str
+    kind: str
+    num_bytes: float
+    flops: float = 0.0
+    is_again: bool = False
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Tokens to or from the ranks of their experts: rows of `row_bytes` for each of T tokens and destination."""
+
+    part: Part
+    name: str
+    tokens: float
+    row_bytes: float
+    is_again: bool = False
+
+
+@dataclass(frozen=True)
+class Collective:
+    """An all-gather or a reduce-scatter over the tensor-parallel ranks, of so many bytes in all."""
+
+    part: Part
+    name: str
+    num_bytes: float
+    is_again: bool = False
+
+
+Operation = Product | Attention | Movement | Exchange | Collective
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that decides about the operations of a layer beside the model and its linears' precisions.
+
+    Attributes:
+        micro_batch_size: Sequences.
+        seq_length: Tokens of each.
+        tp: Tensor-parallel ranks.
+        etp: Of each expert.
+        ep: Expert-parallel ranks.
+        value_bytes: Of an activation, 2 or 4.
+        plain_kind: Of a product that is not in FP8: "bf16" or "fp32".
+        dispatches_fp8: Whether tokens travel in FP8.
+        recomputed: Names as of `config.memory.RECOMPUTE_MODULES`, or "full".
+        splits_backward: Whether the schedule has weight gradients wait.
+        imbalance: Rows of the busiest rank over the mean.
+    """
+
+    micro_batch_size: int
+    seq_length: int
+    tp: int
+    etp: int
+    ep: int
+    value_bytes: int
+    plain_kind: str
+    dispatches_fp8: bool
+    recomputed: frozenset[str]
+    splits_backward: bool
+    imbalance: float = 1.0
+
+    @classmethod
+    def of(cls, run: RunConfig, *, is_cpu: bool = False, imbalance: float = 1.0) -> Shape:
+        """Of a run, with what `auto` precision is on the device."""
+        training, parallel = run.training, run.parallel
+        is_wide = training.precision == "fp32" or (is_cpu and training.precision == "auto")
+        recomputed = {"full"} if training.recompute_granularity == "full" else recomputed_modules(training)
+        return cls(training.micro_batch_size, training.seq_length, parallel.tensor_model_parallel_size,
+                   parallel.expert_tensor_parallel_size, parallel.expert_model_parallel_size, 4 if is_wide else 2,
+                   "fp32" if is_wide else "bf16", run.fp8.dispatches_fp8, frozenset(recomputed),
+                   parallel.pipeline_model_parallel_size > 1 and parallel.schedule in SPLIT_BACKWARD, imbalance)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.micro_batch_size * self.seq_length
+
+    @property
+    def local_tokens(self) -> float:
+        """t."""
+        return self.tokens / self.tp
+
+
+_PLAIN = LinearPrecision("bf16", "bf16", "bf16", "bf16")
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Shapes [out, in] of a layer's linears on one rank, and their precisions; by the end of their names."""
+
+    shapes: tuple[tuple[str, tuple[int, int]], ...]
+    precisions: tuple[tuple[str, LinearPrecision], ...]
+
+    def shape(self, name: str) -> tuple[int, int] | None:
+        """Out and in; None if the layer has no such linear."""
+        return dict(self.shapes).get(name)
+
+    def precision(self, name: str) -> LinearPrecision:
+        """Of one linear."""
+        return dict(self.precisions).get(name, _PLAIN)
+
+
+def layer_linears(run: RunConfig) -> dict[str, Linears]:
+    """The linears of each layer, by the layer's global name; equal layers have the same object."""
+    parallel = run.parallel
+    return _layer_linears(run.model, parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size,
+                          _frozen(run.fp8))
+
+
+def _frozen(fp8: Fp8Config) -> tuple[tuple[str, object], ...]:
+    """A key for a cache: its list of overrides cannot be one."""
+    values = {**vars(fp8), "fp8_override": tuple(fp8.fp8_override)}
+    return tuple(sorted(values.items()))
+
+
+@lru_cache(maxsize=256)
+def _layer_linears(model: ModelConfig, tp: int, etp: int, fp8_values: tuple[tuple[str, object], ...]
+                   ) -> dict[str, Linears]:
+    values = dict(fp8_values)
+    values["fp8_override"] = list(values["fp8_override"])  # type: ignore[call-overload]
+    fp8 = Fp8Config(**values)  # type: ignore[arg-type]
+    parallel = ParallelConfig(tensor_model_parallel_size=tp, expert_tensor_parallel_size=etp)
+    precisions = precision_map(fp8, model) if fp8.is_enabled else {}
+    layers: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, shape in linear_shapes(model, parallel).items():
+        prefix, _, rest = name.partition(".self_attention.")
+        if not rest:
+            prefix, _, rest = name.partition(".mlp.")
+        if not rest:
+            prefix, _, rest = name.rpartition(".")
+        layers.setdefault(prefix, {})[rest] = shape
+    known: dict[Linears, Linears] = {}  # equal layers share one object, so that it can stand for them
+    found = {}
+    for prefix, shapes in layers.items():
+        own = Linears(tuple(shapes.items()), tuple(
+            (rest, precision) for rest in shapes for precision in _found(precisions, prefix, rest)))
+        found[prefix] = known.setdefault(own, own)
+    return found
+
+
+def _found(precisions: dict[str, LinearPrecision], prefix: str, rest: str) -> Iterator[LinearPrecision]:
+    for between in (".self_attention.", ".mlp.", "."):
+        name = f"{prefix}{between}{rest}"
+        if name in precisions:
+            yield precisions[name]
+
+
+# -- a linear ----------------------------------------------------------------------------------------------------
+
+
+def linear_operations(name: str, linears: Linears, rows: float, shape: Shape, *, groups: int = 1, casts: bool = True,
+            is_again: bool = False) -> Iterator[Operation]:
+    """Forward, dgrad and wgrad of a linear on `rows` rows in all, with the casts to FP8 around them.
+
+    Args:
+        name: Of the linear.
+        linears: Of its layer.
+        rows: Over all groups.
+        shape: The setting.
+        groups: Experts.
+        casts: Whether the input is still to be brought into FP8; the dispatch has done so with the experts'.
+        is_again: The forward alone, in backward.
+    """
+    out_in = linears.shape(name)
+    assert out_in is not None
+    (out, inner), precision = out_in, linears.precision(name)
+    per_group, wide = rows / groups, shape.value_bytes
+
+    def kind(of: str) -> str:
+        return "fp8" if of == "fp8" else shape.plain_kind
+
+    first = Part.INPUT if is_again else Part.FORWARD
+    if precision.fprop == "fp8" and casts:
+        yield Movement(first, f"{name} input cast", "cast", rows * inner * (wide + FP8_BYTES), is_again=is_again)
+        if precision.cached_input == "e5m6" and not is_again:
+            yield Movement(first, f"{name} input kept", "cast_wide", rows * inner * (wide + _E5M6_BYTES))
+    yield Product(first, name, kind(precision.fprop), "fprop", groups, per_group, out, inner, is_again)
+    if is_again:
+        return
+    if "fp8" in (precision.dgrad, precision.wgrad):
+        yield Movement(Part.INPUT, f"{name} gradient cast", "cast", rows * out * (wide + FP8_BYTES))
+    yield Product(Part.INPUT, name, kind(precision.dgrad), "dgrad", groups, per_group, inner, out)
+    if precision.wgrad == "fp8":
+        yield Movement(Part.WEIGHT, f"{name} gradient by channel", "cast_transposed", rows * out * (wide + FP8_BYTES))
+        kept = _E5M6_BYTES if precision.cached_input == "e5m6" else FP8_BYTES
+        kind_of_input = "requantize_transposed" if precision.cached_input != "bf16" else "cast_transposed"
+        kept = wide if precision.cached_input == "bf16" else kept
+        yield Movement(Part.WEIGHT, f"{name} input by channel", kind_of_input, rows * inner * (kept + FP8_BYTES))
+    yield Product(Part.WEIGHT, name, kind(precision.wgrad), "wgrad", groups, out, inner, per_group)
+
+
+def norm_operations(name: str, rows: float, width: int, shape: Shape) -> Iterator[Operation]:
+    """RMSNorm. The gradient of its weight is counted with the input's, as one kernel makes both."""
+    wide = shape.value_bytes
+    forward = Movement(Part.FORWARD, name, "norm", 2 * rows * width * wide, 2 * rows * width)
+    yield forward
+    if "layernorm" in shape.recomputed:
+        yield Movement(Part.INPUT, name, "norm", forward.num_bytes, is_again=True)
+    yield Movement(Part.INPUT, name, "norm_backward", 3 * rows * width * wide, 4 * rows * width)
+
+
+def model_flops(operations: Iterator[Operation] | tuple[Operation, ...]) -> float:
+    """Operations that `metrics.flops` counts."""
+    return sum(operation.flops for operation in operations
+               if not operation.is_again and isinstance(operation, Product | Attention | Movement))
