@@ -211,7 +211,12 @@ def measure_cpu(run: RunConfig, num_processes: int, *, rounds: int = _ROUNDS) ->
 
 def _measure(folder: Path, rounds: int) -> None:
     """One process of `measure_cpu`."""
-    from dsv3_megatron.parallel.groups import destroy_groups, start_process_group, world_size_from_environment
+    from dsv3_megatron.parallel.groups import (
+        create_groups,
+        destroy_groups,
+        start_process_group,
+        world_size_from_environment,
+    )
     from dsv3_megatron.planning.hardware import save_hardware
     from dsv3_megatron.platform import prepare
 
@@ -220,7 +225,7 @@ def _measure(folder: Path, rounds: int) -> None:
 
     start_process_group(device)
     run = parse_command(["--config", str(folder / "run.json")]).run
-    benchmarks = MicroBenchmarks(run, world_size_from_environment())
+    benchmarks = MicroBenchmarks(run, world_size_from_environment(), groups=create_groups(run.parallel, 0))
     for _ in range(rounds):
         benchmarks.round()
     if os.environ["RANK"] == "0":

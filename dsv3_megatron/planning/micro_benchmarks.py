@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import moe_utils
 
 from dsv3_megatron.config.run import RunConfig
@@ -28,7 +29,8 @@ from dsv3_megatron.ops.swiglu import swiglu
 from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.planning.hardware import AttentionPoint, Figure, Hardware, ProductPoint, measured_product
 from dsv3_megatron.planning.layer_operations import stage_operations
-from dsv3_megatron.planning.operations import Attention, Exchange, Operation, Product, Shape
+from dsv3_megatron.planning.narrow_pass import narrow_pass
+from dsv3_megatron.planning.operations import Attention, Collective, Exchange, Operation, Product, Shape
 
 _SOURCE = "measured on this machine"
 # Calls of an operation in a round; seconds that the timing of a transfer lasts at least; bytes of a pool of operands.
@@ -70,9 +72,10 @@ class MicroBenchmarks:
     Args:
         run: Of one phase, valid on `num_processes`; precision fp32.
         num_processes: That take part; more than 1 needs a process group.
+        groups: Of the run; None: what modules take beside their operations counts as nothing.
     """
 
-    def __init__(self, run: RunConfig, num_processes: int = 1) -> None:
+    def __init__(self, run: RunConfig, num_processes: int = 1, *, groups: ProcessGroupCollection | None = None) -> None:
         self.run, self.num_processes = run, num_processes
         self.shape = Shape.of(run, is_cpu=True)
         self.cases: list[Case] = []
@@ -87,6 +90,12 @@ class MicroBenchmarks:
             self._add_machine()
             if num_processes > 1:
                 self._add_communication(operations)
+            if groups is not None:
+                self._add(narrow_pass(run, groups), "narrow_pass", is_transfer=True)
+        # Of a rank's micro-batch, on average over the stages: those with an overhead, and exchanges.
+        ranks = run.parallel.pipeline_model_parallel_size
+        self.num_exchanges = sum(isinstance(operation, Exchange) for operation in operations) / ranks
+        self.num_kernels = sum(not isinstance(operation, Exchange | Collective) for operation in operations) / ranks
         for case in self.cases:
             self._choose_repeats(case)
 
@@ -314,6 +323,7 @@ class _Machine:
 
     def __init__(self, benchmarks: MicroBenchmarks, medians: dict[tuple[object, ...], float]) -> None:
         self.run, self.shape, self.num_processes = benchmarks.run, benchmarks.shape, benchmarks.num_processes
+        self.num_exchanges, self.num_kernels = benchmarks.num_exchanges, benchmarks.num_kernels
         self.medians = medians
 
     def _of(self, *kind: object) -> Iterator[tuple[tuple[object, ...], float]]:
@@ -330,19 +340,21 @@ class _Machine:
         figures = {
             "is_cpu": 1.0, "fp32_flops": 2 * 768 ** 3 / seconds("peak"), "fp32_best_share": 1.0,
             "memory_bandwidth": bandwidth, "memory_bytes": _host_memory() / size, "gpus_per_node": float(1 << 20),
-            "stream_busy_share": 1.0, "routed_rows_deviation": 0.0, "operation_overhead": 0.0,
-            "nvlink_latency": 0.0, "network_latency": 0.0, "nvlink_bandwidth": bandwidth,
-            "network_bandwidth": bandwidth, "all_to_all_nvlink_bandwidth": bandwidth,
-            "all_to_all_network_bandwidth": bandwidth}
+            "stream_busy_share": 1.0, "routed_rows_deviation": 0.0, "nvlink_latency": 0.0, "network_latency": 0.0,
+            "nvlink_bandwidth": bandwidth, "network_bandwidth": bandwidth,
+            "all_to_all_nvlink_bandwidth": bandwidth, "all_to_all_network_bandwidth": bandwidth}
+        beside = seconds("narrow_pass")
         if size > 1:
             latency = seconds("latency")
             exchanged = next(key for key, _ in self._of("all_to_all"))
             collective = next(key for key, _ in self._of("collective"))
             sent = float(str(exchanged[1])) * (1 - 1 / size) / max(1e-9, seconds("all_to_all") - latency)
             reduced = float(str(collective[1])) * (1 - 1 / size) / seconds("collective")
+            beside -= self.num_exchanges * latency
             figures |= {"nvlink_latency": latency, "network_latency": latency,
                         "all_to_all_nvlink_bandwidth": sent, "all_to_all_network_bandwidth": sent,
                         "nvlink_bandwidth": reduced, "network_bandwidth": reduced}
+        figures["operation_overhead"] = max(0.0, beside) / self.num_kernels
         named = {name: Figure(value, _SOURCE) for name, value in figures.items()}
         return Hardware("cpu", named, tuple(self._products(named)), tuple(self._attention(named)),
                         self._movement(bandwidth), f"{_SOURCE}, {size} processes at once")

@@ -73,7 +73,7 @@ def serve(setting: str, options: argparse.Namespace) -> None:
 
     size = world_size_from_environment()
     run = only_phase(trainer.run, main_phase(trainer.run))
-    benchmarks = MicroBenchmarks(run, size)
+    benchmarks = MicroBenchmarks(run, size, groups=trainer.groups)
     steps: dict[str, list[float]] = {clock: [] for clock in CLOCKS}
     for index in range(1 + options.rounds):
         benchmarks.round()
