@@ -4,12 +4,15 @@ Importing Megatron-Core without it compiles element-wise functions with the C++ 
 
 Without a GPU, Triton's kernels run under its interpreter, which has to be chosen before anything imports Triton, as
 Megatron-Core does.
+
+Property tests have no deadline for an example: how long it takes is the machine's affair.
 """
 
 from __future__ import annotations
 
 import os
 
+import hypothesis
 import torch
 
 if not torch.cuda.is_available():
@@ -18,3 +21,7 @@ if not torch.cuda.is_available():
 from dsv3_megatron.platform import prepare
 
 prepare()
+
+# On what is there already: where CI is set, Hypothesis takes the same examples each time.
+hypothesis.settings.register_profile("untimed", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("untimed")

@@ -22,7 +22,7 @@ from tests.parity.compare import assert_close
 from tests.reference import Architecture, sequence_balance_loss, updated_router_bias
 from tests.reference import select_experts as select_experts_of_one_token
 
-CHOICE = settings(max_examples=200, deadline=None)
+CHOICE = settings(max_examples=200)
 
 
 @st.composite
@@ -227,7 +227,7 @@ class TestRouter:
 
 
 class TestBiasUpdate:
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(st.lists(st.integers(0, 2**40), min_size=2, max_size=9), st.sampled_from([1e-3, 0.0]))
     @example([2**40, 2**40, 2**40 + 1], 1e-3)
     @example([2**40 + 1, 2**40, 2**40 - 1], 1e-3)

@@ -272,7 +272,7 @@ def test_rope_turns_pairs_as_complex_numbers():
 GROUPINGS = st.sampled_from([(8, 1, 1, 3), (8, 4, 2, 4), (12, 3, 2, 4), (12, 4, 3, 6), (16, 4, 1, 3), (16, 8, 4, 8)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(GROUPINGS, st.integers(0, 2**31), st.floats(-3, 3))
 def test_selection_respects_the_groups(grouping, seed, offset):
     experts, groups, kept, top_k = grouping

@@ -177,7 +177,7 @@ def test_flat_runs_go_by_steps_bit_for_bit() -> None:
         assert plan.global_batch_size == 8 and plan.mtp_weight == 0.3 and plan.bias_update_rate == 5e-3
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(style=st.sampled_from(LR_DECAY_STYLES), warmup=st.integers(0, 20), decay=st.none() | st.integers(20, 60),
        peak=st.floats(1e-6, 1.0), share=st.floats(0.0, 1.0))
 def test_it_never_leaves_its_bounds_and_falls_after_the_warm_up(style: str, warmup: int, decay: int | None,
@@ -228,7 +228,7 @@ def written_phases(draw: st.DrawFn) -> list[dict[str, Any]]:
     return phases
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(phases=written_phases())
 def test_boundaries_are_those_that_stepping_meets(phases: list[dict[str, Any]]) -> None:
     run = preset("tiny").override(phases=phases)

@@ -9,7 +9,7 @@ import traceback
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_megatron.config import guards, model, parallel, run, training
@@ -266,7 +266,6 @@ def test_sizes_follow_from_degrees() -> None:
     assert train.tokens_per_step == 15360 * 4096
 
 
-@settings(deadline=None)
 @given(tp=st.integers(1, 4), pp=st.integers(1, 4), ep=st.integers(1, 8), etp=st.integers(1, 4))
 def test_the_minimum_world_size_is_the_smallest_that_fits(tp: int, pp: int, ep: int, etp: int) -> None:
     split = parallel.ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,

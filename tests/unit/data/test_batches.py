@@ -121,7 +121,7 @@ def run_steps(dataset, size, micro, dp, steps, state=None, consumed=0):
     return [sorted(step) for step in ids], states[0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts())
 def test_resume_after_a_change_of_layout_is_exact(layout):
     size, (micro_1, dp_1), (micro_2, dp_2), steps_before, steps_after = layout

@@ -105,7 +105,7 @@ def test_reference_is_the_tokenizer(folders, texts):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=ANY_TEXT | WORDY)
 def test_same_ids_for_any_text(encoders, name, text):
     fast, reference = encoders[name]
@@ -113,7 +113,7 @@ def test_same_ids_for_any_text(encoders, name, text):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=ANY_TEXT | WORDY, piece_bytes=st.integers(1, 60))
 def test_cutting_a_text_keeps_its_ids(encoders, name, text, piece_bytes):
     fast, _ = encoders[name]

@@ -45,7 +45,7 @@ def read_pair(prefix):
     return [Path(path).read_bytes() for path in dataset_paths(prefix)[:2]]
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(datasets())
 def test_bytes_are_megatron_cores(tmp_path, dataset):
     vocab_size, documents, batch = dataset
@@ -63,7 +63,7 @@ def test_bytes_are_megatron_cores(tmp_path, dataset):
     assert sidecar.max_token_id == max((token for document in documents for token in document), default=-1)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(datasets())
 def test_megatron_core_reads_it(tmp_path, dataset):
     vocab_size, documents, batch = dataset

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_megatron.data.text_sample import TextSample, hold_out
@@ -16,7 +16,6 @@ def sample_of(texts, max_bytes, seed=0):
     return list(sample), dropped
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12)), st.integers(1, 60), st.randoms())
 def test_the_order_makes_no_difference_and_nothing_is_lost(texts, max_bytes, shuffler):
     kept, dropped = sample_of(texts, max_bytes)

@@ -39,7 +39,7 @@ def flags(values: list[tuple[float, float]], config: GuardConfig) -> list[int]:
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), noise=st.floats(0.0, 0.05), norm_noise=st.floats(0.0, 0.3))
 def test_noise_and_drift_are_no_spikes_and_spikes_are(seed: int, noise: float, norm_noise: float) -> None:
     generator = random.Random(seed)
@@ -101,7 +101,7 @@ def test_spikes_do_not_enter_the_window_until_they_are_the_level() -> None:
 
 
 @given(seed=st.integers(0, 2**32), cut=st.integers(0, 120))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_saved_state_decides_as_the_one_it_was_saved_from(seed: int, cut: int) -> None:
     config = GuardConfig(spike_min_steps=8, spike_window=16, spike_loss_threshold=2.0, spike_grad_norm_threshold=2.0,
                          spike_loss_floor=0.0, spike_grad_norm_floor=1.0)  # so tight that many steps are flagged

@@ -178,7 +178,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
         vocab_size=draw(st.integers(1, 500)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(model=models(), pipeline=st.integers(1, 3), experts=st.sampled_from([1, 2, 4]))
 def test_ranks_hold_the_model_once_and_the_copies(model: ModelConfig, pipeline: int, experts: int) -> None:
     pipeline = min(pipeline, model.num_layers)

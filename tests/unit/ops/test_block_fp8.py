@@ -84,7 +84,7 @@ def test_not_a_number(value):
         quantize_weight_blocks(weight)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.integers(1, 1100), columns=st.integers(1, 300), seed=st.integers(0, 1000),
        spread=st.sampled_from([0.0, 3.0, 60.0]), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_bytes_come_back(rows, columns, seed, spread, dtype):

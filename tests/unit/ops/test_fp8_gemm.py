@@ -25,7 +25,7 @@ def exact(a, b):
     return product(a.values.double(), a.scales, b.values.double(), b.scales)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rows=st.integers(1, 140), columns=st.integers(1, 140), depth=st.integers(1, 400), seed=st.integers(0, 50),
        b_group=st.sampled_from([TILE, SQUARE]))
 def test_fp32_equals_float64(rows, columns, depth, seed, b_group):

@@ -108,7 +108,7 @@ def test_zeros_and_extremes():
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 300))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(shape=shapes, seed=st.integers(0, 99), spread=st.sampled_from([0.0, 2.0, 20.0]), group=st.sampled_from(
     [TILE, SQUARE]), format=st.sampled_from(["e4m3", "e5m6"]), power_of_2=st.booleans(), zero=st.booleans())
 def test_error_is_at_most_half_a_step(shape, seed, spread, group, format, power_of_2, zero):
@@ -125,7 +125,7 @@ def test_error_is_at_most_half_a_step(shape, seed, spread, group, format, power_
         assert torch.frexp(quantized.scales)[0].eq(0.5).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(shape=shapes, seed=st.integers(0, 99), spread=st.sampled_from([0.0, 0.5, 8.0]))
 def test_power_of_2_requantization_is_exact_above_the_subnormals(shape, seed, spread):
     """Section 3.3.3, and its limit: what falls below 2^-6 of the new scale moves by at most 2^-10 of it."""
@@ -148,7 +148,7 @@ def test_arbitrary_scales_do_add_error_in_requantization():
         assert (share < moved) if power_of_2 else (share > moved)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(shape=shapes, seed=st.integers(0, 99))
 def test_quantizing_twice_is_quantizing_once(shape, seed):
     """With powers of two: so the FP8 payload of a dispatch may be handed on in bf16 without loss."""

@@ -51,7 +51,7 @@ def models_and_splits(draw: st.DrawFn, max_layers: int = 70) -> tuple[ModelConfi
     return model, split(draw(st.integers(2 if chunks > 1 else 1, model.num_layers // chunks)), chunks)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(models_and_splits())
 def test_every_split_holds_the_whole_model_in_order(case: tuple[ModelConfig, ParallelConfig]) -> None:
     model, parallel = case
@@ -79,7 +79,7 @@ def stage_costs(model: ModelConfig, counts: tuple[int, ...]) -> list[int]:
     return costs
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(models_and_splits(max_layers=10))
 def test_no_other_split_has_a_lighter_heaviest_stage(case: tuple[ModelConfig, ParallelConfig]) -> None:
     model, parallel = case
@@ -140,7 +140,7 @@ def megatron_core() -> Iterator[None]:
         cpu.remove_stand_ins()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(case=models_and_splits(max_layers=16))
 def test_megatron_core_reads_the_same_layout(megatron_core: None, case: tuple[ModelConfig, ParallelConfig]) -> None:
     from megatron.core.transformer.enums import LayerType

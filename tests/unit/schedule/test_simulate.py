@@ -144,7 +144,7 @@ def least_times(plan: Plan, costs: Costs) -> dict[tuple[int, int], Fraction]:
 
 
 @given(plans(max_ranks=4), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_times_are_the_least_feasible(plan: Plan, data: st.DataObject) -> None:
     def stage() -> StageCosts:
         weight, more, forward = (data.draw(tenths) for _ in range(3))

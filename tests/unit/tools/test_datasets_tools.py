@@ -41,7 +41,7 @@ def read_pair(prefix):
 DOCUMENTS = st.lists(st.lists(st.integers(0, 99), max_size=5), max_size=5)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(DOCUMENTS, min_size=1, max_size=4))
 def test_merged_bytes_are_megatron_cores(tmp_path, parts):
     """Megatron-LM's merge tool is IndexedDatasetBuilder.add_index, dataset after dataset."""
@@ -229,7 +229,7 @@ def test_verify_finds_damage(inspect_tool, dataset, damage, capsys):
     assert re.search(f"damaged: .*{message}", capsys.readouterr().err)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_verify_finds_any_flipped_bit(dataset, data):
     path = data.draw(st.sampled_from(dataset_paths(dataset)[:2]))

@@ -82,7 +82,7 @@ def test_bytes_are_megatron_lms(preprocess, tmp_path, texts, tokenizer_dir, eod,
     assert read == [document for document in documents_of(tmp_path / "out_text_document") if document]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=80), min_size=1, max_size=12))
 def test_bytes_are_megatron_lms_for_any_text(preprocess, tmp_path, tokenizer_dir, some_texts):
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in some_texts))

@@ -96,7 +96,7 @@ def test_shards_are_the_job(mixed, count):
     assert sum(map(bool, parts)) >= min(count, 2)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.text("ab\n é", max_size=30), max_size=12),
     st.integers(1, 80),

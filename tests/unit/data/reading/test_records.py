@@ -17,7 +17,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.dictionaries(ANY_TEXT, JSON_VALUES, max_size=4), ANY_TEXT, st.booleans(), st.booleans())
 def test_the_text_is_jsons(others, text, is_ascii, is_long):
     line = json.dumps(others | {"text": text}, ensure_ascii=is_ascii).encode()
@@ -29,7 +29,7 @@ def test_the_text_is_jsons(others, text, is_ascii, is_long):
         assert parser.parse(line) == [text] == parser.parse(memoryview(line))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.sampled_from('ab \n"\\/\t\u00e9\u4e2d😀\u2028'), max_size=200), st.booleans(), st.integers(1, 40))
 def test_long_texts_in_pieces(text, is_ascii, piece_bytes):
     line = json.dumps({"a": 1, "text": text}, ensure_ascii=is_ascii).encode()

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -88,7 +88,6 @@ documents = st.lists(
     .map("".join), max_size=6)
 
 
-@settings(deadline=None)
 @given(documents, st.sampled_from([0.0, RATE, 1.0]), st.integers(0, 5))
 def test_any_text_is_what_it_was(tokenizer, table, texts, rate, seed):
     splitter = CombinedTokenSplitter(table, rate=rate, seed=seed)
@@ -105,7 +104,6 @@ def test_any_text_is_what_it_was(tokenizer, table, texts, rate, seed):
             assert not (table.row_V[ids] >= 0).any()
 
 
-@settings(deadline=None)
 @given(documents)
 def test_a_batch_makes_no_difference_to_a_document(tokenizer, table, texts):
     splitter = CombinedTokenSplitter(table, rate=RATE)

@@ -6,7 +6,7 @@ import pickle
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_megatron.data.tokenizer import FIM_BEGIN_TOKEN, FIM_END_TOKEN, FIM_HOLE_TOKEN, load_tokenizer
@@ -45,7 +45,6 @@ def tokenizer(tokenizer_dir):
     return load_tokenizer(tokenizer_dir)
 
 
-@settings(deadline=None)
 @given(text=unicode_texts, spm_rate=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 50))
 def test_the_inverse_restores_any_document(text, spm_rate, seed):
     document = transform(spm_rate=spm_rate, seed=seed)(text)
@@ -60,7 +59,6 @@ def test_the_inverse_restores_any_document(text, spm_rate, seed):
         assert "" not in document.parts
 
 
-@settings(deadline=None)
 @given(text=unicode_texts.filter(lambda text: len(text) > 2), spm_rate=st.sampled_from([0.0, 1.0]))
 def test_with_a_tokenizer_each_part_decodes_on_its_own(tokenizer, tokenizer_dir, text, spm_rate):
     sentinels = find_fim_sentinels(tokenizer_dir)

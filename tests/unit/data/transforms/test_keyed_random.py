@@ -5,13 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_megatron.data.transforms.keyed_random import NUMBER_RANGE, DocumentRandom, check_probability, threshold_of
 
 
-@settings(deadline=None)
 @given(st.text(), st.integers(0, 20), st.integers(0, 20))
 def test_a_document_has_one_sequence_of_numbers(text, first, second):
     random = DocumentRandom(7, "purpose")

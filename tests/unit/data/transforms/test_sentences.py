@@ -7,7 +7,7 @@ import time
 from itertools import islice
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_megatron.data.transforms import sentences
@@ -84,7 +84,6 @@ endings = [". ", '." ', "?)\n", "!! ", "Dr. ", " A", "\r\n", "…"]
 pieces = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(endings)))
 
 
-@settings(deadline=None)
 @given(pieces.map("".join))
 def test_sentences_joined_are_the_document(text):
     split = SentenceSplitter(MODEL, keep_newlines=True).split(text)
