@@ -8,6 +8,7 @@ Nothing is imported here. Time and cost:
     step_time.py        a step, through schedule/simulate     run_cost.py         phases, days, device-hours, money
     search.py           all layouts, ranked or rejected       report.py           text, JSON, picture
     calibrate.py        a machine fitted to a run's logs      micro_benchmarks.py a CPU measured; needs torch
+    narrow_pass.py      what modules take beside it           operand_pools.py    what products are measured on
 
 Memory of each pipeline rank:
 

@@ -9,7 +9,6 @@ Started by `calibrate.measure_cpu`, or by a benchmark that takes rounds and trai
 
 from __future__ import annotations
 
-import itertools
 import os
 import statistics
 import time
@@ -31,13 +30,13 @@ from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.planning.hardware import AttentionPoint, Figure, Hardware, ProductPoint, measured_product
 from dsv3_megatron.planning.layer_operations import stage_operations
 from dsv3_megatron.planning.narrow_pass import narrow_pass
+from dsv3_megatron.planning.operand_pools import OperandPools
 from dsv3_megatron.planning.operations import Attention, Collective, Exchange, Operation, Product, Shape
 
 _SOURCE = "measured on this machine"
-# Calls of an operation in a round; seconds that the timing of a transfer lasts at least; bytes of a pool of operands.
+# Calls of an operation in a round; seconds that the timing of a transfer lasts at least.
 _PASSES = 3
 _LEAST_S = 0.02
-_POOL_BYTES = 64 << 20
 _OPTIMIZER_NUMEL = 1 << 23
 # Of what another operation's time contains.
 _CONTAINED = 1e9
@@ -166,7 +165,7 @@ class MicroBenchmarks:
                 continue
             found[key] = (product.purpose, product.groups, rows, columns, inner)
         if found:
-            pools = _Pools(max(groups * max(rows * inner, inner * columns, rows * columns)
+            pools = OperandPools(max(groups * max(rows * inner, inner * columns, rows * columns)
                                for _, groups, rows, columns, inner in found.values()))
             for name, (purpose, *sizes) in found.items():
                 self._add(pools.product(purpose, *sizes), *name)
@@ -406,45 +405,6 @@ class _Machine:
         return shares
 
 
-class _Pools:
-    """Operands of all products: three flat tensors, of which each call takes the next part, so that it is out of cache.
-
-    Args:
-        numel: Of the largest operand.
-    """
-
-    def __init__(self, numel: int) -> None:
-        self.numel = max(numel, _POOL_BYTES // 4)
-        self.left, self.right, self.result = (torch.randn(self.numel) for _ in range(3))
-
-    def product(self, purpose: str, groups: int, rows: int, columns: int, inner: int) -> Call:
-        """A product of each group in turn; of weight gradients the sum to what is there."""
-        sizes = (groups * rows * inner, groups * inner * columns, groups * rows * columns)
-        copies = max(1, self.numel // max(sizes))
-        calls = []
-        for copy in range(copies):
-            a, b, c = (pool[copy * size: (copy + 1) * size] for pool, size in
-                       zip((self.left, self.right, self.result), sizes, strict=True))
-            if purpose == "wgrad":
-                left = a.view(groups, inner, rows).transpose(1, 2)
-                right = b.view(groups, inner, columns)
-            else:
-                left = a.view(groups, rows, inner)
-                right = (b.view(groups, columns, inner).transpose(1, 2) if purpose == "fprop"
-                         else b.view(groups, inner, columns))
-            calls.append(list(zip(c.view(groups, rows, columns), left, right, strict=True)))
-        turn = itertools.cycle(calls)
-
-        def call() -> None:
-            for total, first, second in next(turn):
-                if purpose == "wgrad":
-                    total.addmm_(first, second)
-                else:
-                    torch.mm(first, second, out=total)
-
-        return call
-
-
 def _time(call: Call, repeats: int = 1) -> dict[str, float]:
     """Seconds of all repeats, by clock."""
     started = {name: clock() for name, clock in CLOCKS.items()}
@@ -466,6 +426,4 @@ def _backward_of(forward: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor
 
 
 def _host_memory() -> float:
-    import os
-
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
