@@ -23,6 +23,7 @@ from dsv3_megatron.planning.memory_schedule import MAX_UNFINISHED, peak_of, rank
 from dsv3_megatron.planning.memory_settings import PassSettings, pass_settings
 from dsv3_megatron.planning.memory_stage import StageContent, StageCost, stage_cost
 from dsv3_megatron.planning.memory_state import rank_states, stages_of
+from dsv3_megatron.schedule.plan import PlanSizes
 
 DEVICES = ("cuda", "cpu")
 
@@ -162,10 +163,8 @@ def _passes(settings: PassSettings, contents: tuple[StageContent, ...], parallel
         if forward > backward:
             return _Passes("F0", 0, 0, 0, forward, (0,))
         return _Passes("B0", cost.kept_bytes, 0, 0, backward - cost.kept_bytes, (1,))
-    is_interleaved = parallel.schedule == "interleaved"
-    virtual = parallel.stages_per_rank if is_interleaved else None
-    peak = peak_of(rank_moments(parallel.schedule, num_ranks, steady_microbatches(num_ranks, num_microbatches), virtual,
-                                rank, MAX_UNFINISHED[settings.device], is_interleaved and parallel.has_pairs), costs)
+    sizes = PlanSizes.of_run(parallel, steady_microbatches(num_ranks, num_microbatches))
+    peak = peak_of(rank_moments(sizes, rank, MAX_UNFINISHED[settings.device]), costs)
     action = " & ".join(f"{kind}{chunk}" for kind, chunk in peak.moment.operations)
     return _Passes(action, peak.kept, peak.deferred, peak.on_the_way, peak.working, peak.moment.kept)
 

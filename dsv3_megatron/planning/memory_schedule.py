@@ -14,13 +14,11 @@ from typing import NamedTuple
 from dsv3_megatron.planning.memory_ledger import Turn, run_turns
 from dsv3_megatron.planning.memory_stage import StageCost
 from dsv3_megatron.schedule.actions import Action, Kind
-from dsv3_megatron.schedule.plan import Plan, build_plan
-from dsv3_megatron.schedule.transfers import Exchange, with_transfers
+from dsv3_megatron.schedule.plan import Plan, PlanSizes, known_plan
+from dsv3_megatron.schedule.transfers import MAX_UNFINISHED_SENDS, RECEIVE_AHEAD, Exchange, with_transfers
 
-# schedule/execute.py: receives are posted this many actions early.
-_RECEIVE_AHEAD = 2
-# schedule/transport.py: sent tensors to a rank that gloo may still hold; NCCL says when a send is done.
-MAX_UNFINISHED = {"cpu": 4, "cuda": 1}
+# Sent tensors to a rank that may still be held: gloo's until they are waited for; NCCL says when a send is done.
+MAX_UNFINISHED = {"cpu": MAX_UNFINISHED_SENDS, "cuda": 1}
 # A step of more micro-batches than this many times the ranks holds no more at once than one of as many.
 _STEADY_ROUNDS = 4
 
@@ -69,30 +67,22 @@ def steady_microbatches(num_ranks: int, num_microbatches: int) -> int:
     return min(num_microbatches, _STEADY_ROUNDS * num_ranks)
 
 
-@functools.lru_cache(maxsize=512)
-def _plan(schedule: str, num_ranks: int, num_microbatches: int, virtual_stages: int | None, has_pairs: bool
-          ) -> tuple[Plan, tuple]:
-    plan = build_plan(schedule, num_ranks=num_ranks, num_microbatches=num_microbatches, virtual_stages=virtual_stages,
-                      is_overlapped=has_pairs)
-    return plan, with_transfers(plan)
-
-
 @functools.lru_cache(maxsize=8192)
-def rank_moments(schedule: str, num_ranks: int, num_microbatches: int, virtual_stages: int | None, rank: int,
-                 max_unfinished: int, has_pairs: bool = False) -> tuple[Moment, ...]:
+def rank_moments(sizes: PlanSizes, rank: int, max_unfinished: int) -> tuple[Moment, ...]:
     """The different moments of a rank in a step, none that another one has more of everything than.
 
     Args:
-        schedule: One of SCHEDULES.
-        num_ranks: Of the pipeline, at least 2.
-        num_microbatches: Of the step; see `steady_microbatches`.
-        virtual_stages: Of the interleaved schedule, else None.
+        sizes: Of the schedule, on at least 2 ranks; see `steady_microbatches`.
         rank: Whose.
         max_unfinished: Sent tensors to a rank that may still be held.
-        has_pairs: Of the interleaved schedule: it runs forward & backward pairs.
     """
-    plan, programs = _plan(schedule, num_ranks, num_microbatches, virtual_stages, has_pairs)
-    return tuple(dict.fromkeys(_without_smaller(_moments(plan, programs[rank], rank, max_unfinished))))
+    program = _programs(sizes)[rank]
+    return tuple(dict.fromkeys(_without_smaller(_moments(known_plan(sizes), program, rank, max_unfinished))))
+
+
+@functools.lru_cache(maxsize=512)
+def _programs(sizes: PlanSizes) -> tuple:
+    return with_transfers(known_plan(sizes))
 
 
 def _without_smaller(moments: Iterator[Moment]) -> list[Moment]:
@@ -130,7 +120,7 @@ def _moments(plan: Plan, program: tuple, rank: int, max_unfinished: int) -> Iter
                     made -= 1
                     unfinished[transfer.destination] = min(unfinished[transfer.destination] + 1, max_unfinished)
             continue
-        while receives and receives[0] <= num_actions + _RECEIVE_AHEAD:
+        while receives and receives[0] <= num_actions + RECEIVE_AHEAD:
             receives.popleft()
             arriving += 1
         yield Moment(tuple(kept), tuple(deferred), arriving + made + sum(unfinished.values()),

@@ -26,7 +26,7 @@ from dsv3_megatron.planning.network import Network
 from dsv3_megatron.planning.operations import Part
 from dsv3_megatron.planning.work import Setting, StageWork, Work, WorkTable
 from dsv3_megatron.schedule.actions import Action, Kind
-from dsv3_megatron.schedule.plan import Plan, build_plan
+from dsv3_megatron.schedule.plan import Plan, PlanSizes, known_plan
 from dsv3_megatron.schedule.simulate import Costs, Simulation, StageCosts, simulate
 from dsv3_megatron.schedule.timeline import Time, run_in_order
 
@@ -166,12 +166,6 @@ def _update_time(model: ModelConfig, parallel: ParallelConfig, weight_bytes: int
     return max(times, key=lambda time: time.total)
 
 
-@lru_cache(maxsize=512)
-def plan_of(schedule: str, num_ranks: int, num_microbatches: int, virtual_stages: int | None) -> Plan:
-    """A schedule's plan; those of a search recur."""
-    return build_plan(schedule, num_ranks=num_ranks, num_microbatches=num_microbatches, virtual_stages=virtual_stages)
-
-
 def stage_costs(works: list[StageWork], *, overlaps: bool, p2p: float) -> Costs:
     """Costs for the simulator. Pairs of stages that meet in a plan are judged one by one."""
     stages = []
@@ -235,9 +229,7 @@ def step_seconds(run: RunConfig, setting: Setting) -> float:
 
 def _plan_and_costs(run: RunConfig, setting: Setting, table: WorkTable, works: list[StageWork], microbatches: int
                     ) -> tuple[Plan, Costs]:
-    parallel = run.parallel
-    plan = plan_of(parallel.schedule, parallel.pipeline_model_parallel_size, microbatches,
-                   parallel.stages_per_rank if parallel.schedule == "interleaved" else None)
+    plan = known_plan(PlanSizes.of_run(run.parallel, microbatches))
     p2p = table.network.p2p_seconds(table.shape.local_tokens * run.model.hidden_size * table.shape.value_bytes)
     return plan, stage_costs(works, overlaps=setting.overlaps_pairs, p2p=p2p)
 

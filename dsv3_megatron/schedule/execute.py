@@ -29,11 +29,8 @@ import torch
 from dsv3_megatron.schedule.actions import Action, Kind, Operation
 from dsv3_megatron.schedule.chunk import ChunkRunner, Steps
 from dsv3_megatron.schedule.plan import Output, Place, Plan
-from dsv3_megatron.schedule.transfers import Exchange, Transfer, with_transfers
+from dsv3_megatron.schedule.transfers import RECEIVE_AHEAD, Exchange, Transfer, with_transfers
 from dsv3_megatron.schedule.transport import Arrival, Transport
-
-# Receives are posted this many actions before the one that follows them in the plan's order.
-RECEIVE_AHEAD = 2
 
 
 class Recorder(Protocol):

@@ -24,7 +24,7 @@ from dsv3_megatron.model.chunk import LossFunction, ModelChunk
 from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.parallel.groups import replicas
 from dsv3_megatron.schedule.execute import Executor
-from dsv3_megatron.schedule.plan import build_plan, forward_plan
+from dsv3_megatron.schedule.plan import PlanSizes, forward_plan, known_plan
 from dsv3_megatron.schedule.recorder import ScheduleTrace
 from dsv3_megatron.schedule.transport import PipelineChannels
 
@@ -148,12 +148,11 @@ class PipelineStep:
         """One for each kind of step: plans of many micro-batches take a while to make."""
         key = (num_microbatches, seq_length, micro_batch_size, forward_only)
         if key not in self._executors:
-            sizes: dict[str, Any] = {"num_ranks": self.groups.pp.size(), "num_microbatches": num_microbatches}
-            if self.parallel.schedule == "interleaved":
-                sizes["virtual_stages"] = self.parallel.stages_per_rank
-                if not forward_only:
-                    sizes["is_overlapped"] = self.parallel.has_pairs
-            plan = (forward_plan if forward_only else build_plan)(self.parallel.schedule, **sizes)
+            if forward_only:
+                plan = forward_plan(self.parallel.schedule, num_ranks=self.groups.pp.size(),
+                                    num_microbatches=num_microbatches, virtual_stages=self.parallel.stages_per_rank)
+            else:
+                plan = known_plan(PlanSizes.of_run(self.parallel, num_microbatches))
             transport = self.channels.transport(
                 shape=(seq_length // self.groups.tp.size(), micro_batch_size, self.config.hidden_size),
                 dtype=self.config.pipeline_dtype, device=device)

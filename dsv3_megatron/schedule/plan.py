@@ -25,10 +25,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import SCHEDULES, nearest_microbatches, num_model_copies, stages_per_rank
 from dsv3_megatron.parallel.placement import Place, Placement, place_stages
 from dsv3_megatron.schedule import orders
@@ -155,6 +156,29 @@ def build_plan(schedule: str, *, num_ranks: int, num_microbatches: int, virtual_
         else:
             actions.append(_ORDERS[schedule](rank, num_ranks, num_microbatches))
     return Plan(schedule, num_microbatches, placement, tuple(actions), is_overlapped)
+
+
+class PlanSizes(NamedTuple):
+    """The arguments of `build_plan`."""
+
+    schedule: str
+    num_ranks: int
+    num_microbatches: int
+    virtual_stages: int | None = None
+    is_overlapped: bool = False
+
+    @classmethod
+    def of_run(cls, parallel: ParallelConfig, num_microbatches: int) -> PlanSizes:
+        """Of a training step of a run, with so many micro-batches on each data-parallel rank."""
+        is_interleaved = parallel.schedule == "interleaved"
+        return cls(parallel.schedule, parallel.pipeline_model_parallel_size, num_microbatches,
+                   parallel.stages_per_rank if is_interleaved else None, is_interleaved and parallel.has_pairs)
+
+
+@lru_cache(maxsize=512)
+def known_plan(sizes: PlanSizes) -> Plan:
+    """`build_plan`, remembered: plans of many micro-batches take a while to make."""
+    return build_plan(**sizes._asdict())
 
 
 def forward_plan(schedule: str, *, num_ranks: int, num_microbatches: int, virtual_stages: int | None = None) -> Plan:

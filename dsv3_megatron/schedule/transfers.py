@@ -24,6 +24,12 @@ from dsv3_megatron.schedule.actions import Action
 from dsv3_megatron.schedule.plan import Output, Plan
 from dsv3_megatron.schedule.timeline import run_in_order
 
+# What an executor makes of that freedom. Receives are posted this many actions before the one that follows them.
+RECEIVE_AHEAD = 2
+# Unfinished sends to a rank before the oldest is waited for. gloo does not say when a send is done unless it is waited
+# for, so there it is this that lets go of sent tensors; a plan's ranks are never that far apart.
+MAX_UNFINISHED_SENDS = 4
+
 
 class Transfer(NamedTuple):
     """An output on its way from the rank that made it to the one that waits for it."""

@@ -18,6 +18,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_megatron.parallel.groups import pipeline_twin
+from dsv3_megatron.schedule.transfers import MAX_UNFINISHED_SENDS
 
 
 class Arrival(Protocol):
@@ -55,10 +56,6 @@ class GroupTransport:
         device: Likewise.
     """
 
-    # Unfinished sends to a rank before the oldest is waited for. gloo does not say when a send is done unless it is
-    # waited for, so there it is this that lets go of sent tensors; a plan's ranks are never that far apart.
-    MAX_UNFINISHED = 4
-
     def __init__(self, ascending: torch.distributed.ProcessGroup, descending: torch.distributed.ProcessGroup, *,
                  shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self._groups = (ascending, descending)
@@ -79,7 +76,7 @@ class GroupTransport:
         work = torch.distributed.isend(tensor, group=self._groups[destination < self.rank], group_dst=destination)
         unfinished = self._unfinished.setdefault(destination, deque())
         unfinished.append((work, tensor))
-        while unfinished and (len(unfinished) > self.MAX_UNFINISHED or unfinished[0][0].is_completed()):
+        while unfinished and (len(unfinished) > MAX_UNFINISHED_SENDS or unfinished[0][0].is_completed()):
             unfinished.popleft()[0].wait()
 
     def receive(self, source: int) -> Arrival:

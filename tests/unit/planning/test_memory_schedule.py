@@ -8,7 +8,7 @@ from dsv3_megatron.planning.memory_ledger import Turn
 from dsv3_megatron.planning.memory_schedule import Moment, peak_of, rank_moments, steady_microbatches
 from dsv3_megatron.planning.memory_stage import StageCost
 from dsv3_megatron.schedule.actions import Kind
-from dsv3_megatron.schedule.plan import build_plan
+from dsv3_megatron.schedule.plan import PlanSizes, build_plan
 from dsv3_megatron.schedule.simulate import Costs, simulate
 
 SIZES = [(schedule, ranks, virtual) for schedule, virtual in (
@@ -17,7 +17,7 @@ SIZES = [(schedule, ranks, virtual) for schedule, virtual in (
 
 
 def moments(schedule: str, ranks: int, microbatches: int, virtual: int | None, rank: int) -> tuple[Moment, ...]:
-    return rank_moments(schedule, ranks, microbatches, virtual, rank, 1)
+    return rank_moments(PlanSizes(schedule, ranks, microbatches, virtual), rank, 1)
 
 
 @pytest.mark.parametrize(("schedule", "ranks", "virtual"), SIZES)

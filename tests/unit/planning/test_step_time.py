@@ -69,6 +69,14 @@ def test_parts_add_up_and_both_ways_agree(changes) -> None:
     assert step_seconds(run, setting) == pytest.approx(step.seconds, rel=1e-9)
 
 
+def test_interleaved_pairs_hide_all_to_alls() -> None:
+    setting = Setting(find_hardware("h800"), 64)
+    alone, pairs = (step_time(_small(num_virtual_stages_per_pipeline_rank=2, overlap_moe_expert_parallel_comm=overlaps),
+                              setting) for overlaps in (False, True))
+    assert alone.breakdown()["hidden_all_to_all"] == 0 < pairs.breakdown()["hidden_all_to_all"]
+    assert pairs.seconds < alone.seconds
+
+
 def test_without_a_pipeline_a_step_is_its_micro_batches() -> None:
     run = dataclasses.replace(_small(), parallel=ParallelConfig(expert_model_parallel_size=8))
     setting = Setting(find_hardware("h800"), 64)

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from dsv3_megatron.schedule.actions import Action, Kind
-from dsv3_megatron.schedule.execute import RECEIVE_AHEAD, Executor, take_turns
+from dsv3_megatron.schedule.execute import Executor, take_turns
 from dsv3_megatron.schedule.formulas import activation_bound
 from dsv3_megatron.schedule.plan import SCHEDULES, Plan
+from dsv3_megatron.schedule.transfers import RECEIVE_AHEAD
 from dsv3_megatron.schedule.validate import peak_activations
 from tests.unit.schedule.arithmetic_stages import (
     Memory,
