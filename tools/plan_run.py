@@ -112,11 +112,10 @@ def plan(run: RunConfig, setting: Setting, options: argparse.Namespace) -> PlanR
             run = found.ranked[0].layout.apply(run)
             main = only_phase(run, phase)
     require_possible(main, setting.num_devices)
-    device = "cpu" if setting.hardware.is_cpu else "cuda"
-    memory = estimate_memory(main, setting.num_devices, device=device, imbalance=setting.imbalance or 1.0)
+    memory = estimate_memory(main, setting.num_devices, **setting.memory_terms)
     remedies: tuple[str, ...] = ()
     if lacking_memory(memory, setting.hardware):
-        remedies = tuple(describe(advise(main, setting.num_devices, device=device)))
+        remedies = tuple(describe(advise(main, setting.num_devices, **setting.memory_terms)))
     return PlanReport(
         run=main, phase=phase.name, step=step_time(main, setting), memory=memory, remedies=remedies,
         cost=run_cost(run, setting, tokens=options.tokens, price_per_gpu_hour=options.price_per_gpu_hour,

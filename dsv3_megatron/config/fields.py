@@ -40,9 +40,13 @@ def require_finite(section: Any) -> None:
             raise ConfigError(f"{field.name}={value} must be a finite number")
 
 
+def all_divisors(number: int) -> list[int]:
+    """In ascending order."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
 def divisors(number: int, *, near: int = 1, count: int = 3) -> str:
     """The divisors of `number` nearest to `near`, for the end of an error message: "4 or 8"."""
-    found = [d for d in range(1, number + 1) if number % d == 0]
-    chosen = sorted(sorted(found, key=lambda d: (abs(d - near), d))[:count])
+    chosen = sorted(sorted(all_divisors(number), key=lambda d: (abs(d - near), d))[:count])
     words = [str(d) for d in chosen]
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]

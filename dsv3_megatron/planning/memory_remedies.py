@@ -55,16 +55,17 @@ class Advice:
     remedies: tuple[Remedy, ...]
 
 
-def advise(run: RunConfig, world_size: int | None = None, *, device: str = "cuda") -> Advice:
+def advise(run: RunConfig, world_size: int | None = None, *, device: str = "cuda", imbalance: float = 1.0) -> Advice:
     """Find the fullest rank and what would lower it.
 
     Args:
         run: A valid run.
         world_size: Processes; None: the fewest that the layout runs on. No remedy changes it.
         device: As of `estimate_memory`.
+        imbalance: Likewise.
     """
     size = run.parallel.minimum_world_size if world_size is None else world_size
-    worst = _worst(run, size, device)
+    worst = _worst(run, size, device, imbalance)
     remedies = []
     for changes in _candidates(run):
         try:
@@ -72,7 +73,7 @@ def advise(run: RunConfig, world_size: int | None = None, *, device: str = "cuda
             changed.validate(size)
         except ConfigError:  # not a way out of this run's
             continue
-        peak = _worst(changed, size, device).peak_bytes
+        peak = _worst(changed, size, device, imbalance).peak_bytes
         if peak < worst.peak_bytes:
             remedies.append(Remedy(changes, peak, worst.peak_bytes - peak))
     remedies.sort(key=lambda remedy: -remedy.saved_bytes)
@@ -81,8 +82,9 @@ def advise(run: RunConfig, world_size: int | None = None, *, device: str = "cuda
                   tuple(remedies))
 
 
-def _worst(run: RunConfig, world_size: int, device: str) -> RankMemory:
-    return max(estimate_memory(run, world_size, device=device), key=lambda rank: rank.peak_bytes)
+def _worst(run: RunConfig, world_size: int, device: str, imbalance: float) -> RankMemory:
+    return max(estimate_memory(run, world_size, device=device, imbalance=imbalance),
+               key=lambda rank: rank.peak_bytes)
 
 
 def _candidates(run: RunConfig) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.planning.hardware import UNVERIFIED, Hardware
 from dsv3_megatron.planning.memory import RankMemory
 from dsv3_megatron.planning.run_cost import RunCost
-from dsv3_megatron.planning.search import MEMORY, RULE, SLOWER, SearchResult
+from dsv3_megatron.planning.search import MEMORY, RULE, SLOWER, SearchResult, lacking_memory
 from dsv3_megatron.planning.step_time import StepTime
 
 _KIND_WORDS = {RULE: "break a rule", MEMORY: "need more memory", SLOWER: "are slower than the last one above"}
@@ -50,7 +50,7 @@ class PlanReport:
     @property
     def fits(self) -> bool:
         """Whether the fullest rank's memory is on its device."""
-        return max(rank.peak_bytes for rank in self.memory) <= self.hardware["memory_bytes"]
+        return not lacking_memory(self.memory, self.hardware)
 
     def unverified(self) -> dict[str, str]:
         """Figures of the machine that no source confirms, and what they were taken from."""

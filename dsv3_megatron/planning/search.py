@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.fields import ConfigError, all_divisors
 from dsv3_megatron.config.memory import RECOMPUTE_GRANULARITIES
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
@@ -160,8 +160,7 @@ def search(run: RunConfig, setting: Setting, *, num_best: int = 10) -> SearchRes
         if len(best) == num_best and bound >= best[-1][0]:
             rejected.append(Rejected(layout.describe(), 1, SLOWER, f"takes at least {bound:.2f} s a step"))
             continue
-        memory = estimate_memory(candidate, setting.num_devices, device="cpu" if setting.hardware.is_cpu else "cuda",
-                                 imbalance=setting.imbalance or 1.0)
+        memory = estimate_memory(candidate, setting.num_devices, **setting.memory_terms)
         lacking = lacking_memory(memory, setting.hardware)
         if lacking:
             rejected.append(Rejected(layout.describe(), 1, MEMORY, f"{layout.describe()}: {lacking}"))
@@ -196,11 +195,6 @@ def _problem(candidate: RunConfig, num_devices: int) -> str:
     return ""
 
 
-def divisors(number: int) -> list[int]:
-    """In ascending order."""
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
 def _layouts(run: RunConfig, num_devices: int, rejected: list[Rejected]) -> Iterator[Layout]:
     """All that are worth a look at their own rules; degrees that no schedule could have are rejected together."""
     model, training = run.model, run.training
@@ -209,10 +203,10 @@ def _layouts(run: RunConfig, num_devices: int, rejected: list[Rejected]) -> Iter
     granularities = (None, *RECOMPUTE_GRANULARITIES)
     tiled: set[int] = set()  # tensor-parallel degrees whose parts FP8 can take
     sizes = [size for size in _MICRO_BATCH_SIZES if training.global_batch_size % size == 0]
-    for pp in (number for number in divisors(num_devices) if number <= model.num_layers):
+    for pp in (number for number in all_divisors(num_devices) if number <= model.num_layers):
         own = [(name, stages) for name, stages in schedules if pp > 1 or name == "1f1b"]
         for tp in (number for number in (1, 2, 4, 8) if num_devices % number == 0):
-            for ep in (number for number in divisors(model.num_experts) if number <= num_devices):
+            for ep in (number for number in all_divisors(model.num_experts) if number <= num_devices):
                 count = len(own) * len(sizes) * len(granularities)
                 parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
                                           expert_model_parallel_size=ep)
@@ -264,7 +258,6 @@ class _Seconds:
     def __add__(self, other: _Seconds) -> _Seconds:
         return _Seconds(self.alone + other.alone, self.compute + other.compute, self.shared + other.shared,
                         self.forward + other.forward)
-
 
     def times(self, factor: float) -> _Seconds:
         """So many times as much."""

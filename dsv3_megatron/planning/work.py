@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
+from typing import TypedDict
 
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
@@ -100,6 +101,13 @@ class StageWork:
         return max(compute, shared.exchange), shared.exchange
 
 
+class MemoryTerms(TypedDict):
+    """Arguments of an estimate of memory."""
+
+    device: str
+    imbalance: float
+
+
 @dataclass(frozen=True)
 class Setting:
     """A machine as a run uses it.
@@ -121,6 +129,11 @@ class Setting:
     def overlaps_pairs(self) -> bool:
         """Whether all-to-alls run beside compute: on a CPU they take its cores."""
         return not self.hardware.is_cpu
+
+    @property
+    def memory_terms(self) -> MemoryTerms:
+        """What `memory.estimate_memory` wants to know of it."""
+        return {"device": "cpu" if self.hardware.is_cpu else "cuda", "imbalance": self.imbalance or 1.0}
 
 
 def _work(operations: Iterable[Operation], setting: Setting, network: Network, model: ModelConfig, sm_share: float

@@ -81,7 +81,7 @@ class Costs:
         stages: By stage of the model; both directions of DualPipe have the same.
         overlapped: F&B of a pair: one number, or by (stage of the forward, stage of the backward). None: the longer of
             the two chunks' compute and of their all-to-all, one after the other each, which is perfect hiding.
-        p2p: From the hand-over of an output its use on another rank; none on the same rank. Transfers run
+        p2p: From the hand-over of an output to its use on another rank; none on the same rank. Transfers run
             beside the compute.
     """
 
