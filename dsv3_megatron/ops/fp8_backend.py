@@ -20,7 +20,7 @@ from dsv3_megatron.ops.fp8_gemm import block_gemm
 from dsv3_megatron.ops.fp8_groups import TILE, Group
 from dsv3_megatron.ops.fp8_quantize import Quantized, quantize, quantize_columns
 from dsv3_megatron.ops.fp8_records import pack_rows, unpack_rows
-from dsv3_megatron.ops.swiglu import swiglu_forward
+from dsv3_megatron.ops.swiglu import swiglu
 
 
 class ReferenceBackend:
@@ -49,7 +49,7 @@ class ReferenceBackend:
         Returns:
             SwiGLU [R, F], rounded to hidden's dtype before; and hidden [R, 2F].
         """
-        active = swiglu_forward(hidden_RF.float(), None if gates_R is None else gates_R.float()).to(hidden_RF.dtype)
+        active = swiglu(hidden_RF, gates_R)
         return self.quantize(active, power_of_2=power_of_2), self.quantize(hidden_RF, power_of_2=power_of_2)
 
     def pack_rows(self, x_TH: torch.Tensor, token_of_row_R: torch.Tensor | None = None) -> torch.Tensor:

@@ -26,7 +26,7 @@ from dsv3_megatron.ops.fp8_groups import SQUARE, TILE
 from dsv3_megatron.ops.fp8_quantize import Quantized
 from dsv3_megatron.ops.fp8_weights import quantized_weight
 from dsv3_megatron.ops.linear import add_product_, linear_forward, linear_input_grad
-from dsv3_megatron.ops.swiglu import swiglu_forward
+from dsv3_megatron.ops.swiglu import swiglu
 
 Counts = Sequence[int] | None
 
@@ -67,8 +67,7 @@ class Products:
         if (self.precision.fprop, self.precision.cached_input) == ("fp8", "e4m3"):
             return self.backend.quantize_swiglu(hidden, gates,
                                                 power_of_2=self.precision.input_scales == "power_of_2")
-        active = swiglu_forward(hidden.float(), None if gates is None else gates.float()).to(hidden.dtype)
-        return self.operand(active), self.cached(hidden, hidden)
+        return self.operand(swiglu(hidden, gates)), self.cached(hidden, hidden)
 
     def forward(self, operand: torch.Tensor | Quantized, weight: torch.Tensor, dtype: torch.dtype,
                 counts: Counts = None) -> torch.Tensor:
