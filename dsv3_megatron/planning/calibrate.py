@@ -191,22 +191,40 @@ def measure_cpu(run: RunConfig, num_processes: int, *, rounds: int = _ROUNDS) ->
     with tempfile.TemporaryDirectory(prefix="micro-benchmarks-") as name:
         folder = Path(name)
         (folder / "run.json").write_text(json.dumps({"preset": run.preset} | run.as_dict()), encoding="utf-8")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        processes = []
-        for rank in range(num_processes):
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                           "WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                           "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[2]),
-                                                                       os.environ.get("PYTHONPATH", ""))))}
-            processes.append(subprocess.Popen([sys.executable, "-m", __name__, name, str(rounds)], env=environment,
-                                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-        errors = [process.communicate()[1] for process in processes]
-        failed = [error for process, error in zip(processes, errors, strict=True) if process.returncode]
-        if failed:
-            raise ConfigError(f"micro-benchmarks on {num_processes} processes failed: {failed[0].strip()[-400:]}")
+        try:
+            run_ranks(["-m", __name__, name, str(rounds)], num_processes)
+        except RuntimeError as error:
+            raise ConfigError(f"micro-benchmarks on {num_processes} processes failed: {str(error)[-400:]}") from error
         return load_hardware(str(folder / "hardware.json"))
+
+
+def run_ranks(arguments: list[str], num_processes: int) -> list[str]:
+    """Run a Python command in processes with torchrun's environment, each on one thread.
+
+    Args:
+        arguments: Of the interpreter: a script, or "-m" and a module.
+        num_processes: On this machine.
+
+    Returns:
+        What each printed to stdout, by rank.
+
+    Raises:
+        RuntimeError: one failed; with the end of what it wrote to stderr.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))))
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(port), "PYTHONPATH": path}
+    processes = [subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  text=True, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                 for rank in range(num_processes)]
+    outputs = [process.communicate() for process in processes]
+    failed = [error for process, (_, error) in zip(processes, outputs, strict=True) if process.returncode]
+    if failed:
+        raise RuntimeError(failed[0].strip()[-2000:])
+    return [output for output, _ in outputs]
 
 
 def _measure(folder: Path, rounds: int) -> None:

@@ -23,9 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -100,21 +98,10 @@ def measure(setting: str, options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         RuntimeError: a process failed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    size = SETTINGS[setting][0]
-    processes = []
-    for rank in range(size):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                       "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        processes.append(subprocess.Popen([sys.executable, __file__, "--serve", setting, *options.forwarded],
-                                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = [process.communicate() for process in processes]
-    if any(process.returncode for process in processes):
-        raise RuntimeError(f"{setting}: " + next(err[-2000:] for (_, err), process in
-                                                 zip(outputs, processes, strict=True) if process.returncode))
-    line = next(line for line in outputs[0][0].splitlines() if line.startswith("RESULT "))
+    from dsv3_megatron.planning.calibrate import run_ranks
+
+    first, *_ = run_ranks([__file__, "--serve", setting, *options.forwarded], SETTINGS[setting][0])
+    line = next(line for line in first.splitlines() if line.startswith("RESULT "))
     return json.loads(line.removeprefix("RESULT "))
 
 
