@@ -2,8 +2,9 @@
 
 Nothing is imported here: the parts that answer `--print-model` need no torch.
 
-    parameters.py   exact counts, bytes per rank              flops.py      FLOPs per token, tokens/s, MFU
-    model_table.py  both as a table or JSON                   balance.py    measures of expert load
+    parameters.py   exact counts, by rank too                 flops.py      FLOPs per token, tokens/s, MFU
+    rank_state.py   bytes that a rank holds between steps     balance.py    measures of expert load
+    model_table.py  all of it as a table or JSON
     records.py      StepReport and metrics.jsonl              writer.py     TensorBoard and metrics.jsonl
     progress.py     bar or log lines                          plot.py       loss.png
     summary.py      a run against unigram and bigram models

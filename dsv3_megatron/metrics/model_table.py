@@ -18,12 +18,13 @@ from dsv3_megatron.metrics.flops import FlopsPerToken, flops_per_token
 from dsv3_megatron.metrics.parameters import (
     Component,
     ParameterTable,
-    RankMemory,
+    RankParameters,
     count_parameters,
     optimizer_bytes_per_parameter,
-    rank_memory,
+    rank_parameters,
     weight_bytes_per_parameter,
 )
+from dsv3_megatron.metrics.rank_state import RankState, rank_states
 
 if TYPE_CHECKING:
     from dsv3_megatron.parallel.layout import StageLayout
@@ -95,8 +96,13 @@ def model_summary(run: RunConfig, world_size: int, stages: Sequence[StageLayout]
             "gradient_bytes_per_parameter": 4,
             "optimizer_bytes_per_parameter": optimizer_bytes_per_parameter(run.training),
         },
-        "ranks": [_rank_summary(memory) for memory in rank_memory(run, world_size, stages)],
+        "ranks": [_rank_summary(held, state) for held, state in _ranks(run, world_size, stages)],
     }
+
+
+def _ranks(run: RunConfig, world_size: int, stages: Sequence[StageLayout]) -> list[tuple[RankParameters, RankState]]:
+    return list(zip(rank_parameters(run, stages), rank_states(run, world_size, precision=run.training.precision),
+                    strict=True))
 
 
 def _component_summary(component: Component) -> dict[str, Any]:
@@ -111,18 +117,18 @@ def _component_summary(component: Component) -> dict[str, Any]:
     }
 
 
-def _rank_summary(memory: RankMemory) -> dict[str, Any]:
+def _rank_summary(held: RankParameters, state: RankState) -> dict[str, Any]:
     return {
-        "pipeline_rank": memory.pipeline_rank,
-        "stages": list(memory.stages),
-        "layer_ids": list(memory.layer_ids),
-        "dense_parameters": memory.dense_parameters,
-        "expert_parameters": memory.expert_parameters,
-        "weight_bytes": memory.weight_bytes,
-        "gradient_bytes": memory.gradient_bytes,
-        "optimizer_bytes": memory.optimizer_bytes,
-        "total_bytes": memory.total_bytes,
-        "host_bytes": memory.host_bytes,
+        "pipeline_rank": held.pipeline_rank,
+        "stages": list(held.stages),
+        "layer_ids": list(held.layer_ids),
+        "dense_parameters": held.dense_parameters,
+        "expert_parameters": held.expert_parameters,
+        "weight_bytes": state.parameter_bytes,
+        "gradient_bytes": state.gradient_bytes,
+        "optimizer_bytes": state.optimizer_bytes,
+        "total_bytes": state.total_bytes,
+        "host_bytes": state.average_bytes,
     }
 
 
@@ -233,12 +239,12 @@ def _rank_lines(run: RunConfig, world_size: int, stages: Sequence[StageLayout]) 
     has_average = bool(training.ema_decay)
     rows = [["pipeline rank", "layers", "parameters", "weights", "main grads", "optimizer", "sum",
              *["in CPU memory"] * has_average]]
-    for memory in rank_memory(run, world_size, stages):
-        rows.append([str(memory.pipeline_rank), " | ".join(_held(stages[stage]) for stage in memory.stages),
-                     f"{memory.parameters:,}",
-                     format_bytes(memory.weight_bytes), format_bytes(memory.gradient_bytes),
-                     format_bytes(memory.optimizer_bytes), format_bytes(memory.total_bytes),
-                     *[format_bytes(memory.host_bytes)] * has_average])
+    for held, state in _ranks(run, world_size, stages):
+        rows.append([str(held.pipeline_rank), " | ".join(_held(stages[stage]) for stage in held.stages),
+                     f"{held.parameters:,}",
+                     format_bytes(state.parameter_bytes), format_bytes(state.gradient_bytes),
+                     format_bytes(state.optimizer_bytes), format_bytes(state.total_bytes),
+                     *[format_bytes(state.average_bytes)] * has_average])
     weights = "fp32" if training.precision == "fp32" else "bf16"
     counted = " (precision=auto counted as bf16)" if training.precision == "auto" else ""
     master = "" if training.precision == "fp32" else "fp32 master weights, "
@@ -252,5 +258,5 @@ def _rank_lines(run: RunConfig, world_size: int, stages: Sequence[StageLayout]) 
         *aligned(rows, left=2),
         f"weights {weights}{counted}; main gradients fp32; optimizer: {master}{moments},",
         *["in CPU memory: the fp32 average of the weights; both"] * has_average,
-        "split over the data-parallel ranks; activations, communication buffers and padding are not counted",
+        "split over the data-parallel ranks, and its scratch; padding is counted, activations and buffers are not",
     ]

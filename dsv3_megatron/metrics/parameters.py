@@ -1,11 +1,11 @@
-"""How many parameters a model has, where they sit, and how many bytes of them each rank holds.
+"""How many parameters a model has, where they sit, and how many of them each rank holds.
 
 Arithmetic on a ModelConfig alone: no torch, nothing allocated, so that `--print-model` answers at once
 for any size. The counts are exact and are what the tests compare built models with.
 
 Usage:
     table = count_parameters(model)                       # table.main_total, table.main_active, table.mtp_total
-    ranks = rank_memory(run_config, world_size, stages)   # one RankMemory per pipeline rank
+    ranks = rank_parameters(run_config, stages)           # one RankParameters per pipeline rank
 
 Source of the definitions: DeepSeek-V3 report, sections 2.1, 2.2 and 4.2. Its 671B and 37B are
 `main_total` and `main_active` of dsv3-671b. The routing bias is no parameter: it is not trained by a
@@ -100,11 +100,11 @@ class ParameterTable:
 
 
 @dataclass(frozen=True)
-class RankMemory:
-    """What one rank of a pipeline rank holds between steps; activations and buffers' padding not counted.
+class RankParameters:
+    """What one rank of a pipeline rank holds of the model; `rank_state.py` has the bytes of it.
 
     `dense_parameters` are those replicated over the data-parallel ranks, `expert_parameters` the routed
-    experts, replicated over the expert-data-parallel ranks. `host_bytes` are in CPU memory: the weights' average.
+    experts, replicated over the expert-data-parallel ranks.
     """
 
     pipeline_rank: int
@@ -112,20 +112,11 @@ class RankMemory:
     layer_ids: tuple[int, ...]
     dense_parameters: int
     expert_parameters: int
-    weight_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    host_bytes: int = 0
 
     @property
     def parameters(self) -> int:
         """Parameters in this rank's shard of the model."""
         return self.dense_parameters + self.expert_parameters
-
-    @property
-    def total_bytes(self) -> int:
-        """Weights, main gradients and optimizer states, on the device."""
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
 def _total(components: Iterable[Component]) -> int:
@@ -251,27 +242,22 @@ def optimizer_bytes_per_parameter(training: TrainingConfig) -> int:
     return moments + (0 if training.precision == "fp32" else 4)
 
 
-def rank_memory(run: RunConfig, world_size: int, stages: Sequence[StageLayout]) -> list[RankMemory]:
-    """Bytes that one rank of each pipeline rank holds for weights, main gradients and optimizer states.
+def rank_parameters(run: RunConfig, stages: Sequence[StageLayout]) -> list[RankParameters]:
+    """Parameters that one rank of each pipeline rank holds.
 
     Args:
-        run: Model, degrees of parallelism and precision.
-        world_size: Number of processes; a multiple of what the layout needs.
+        run: Model and degrees of parallelism.
         stages: `parallel.layout.stage_layouts(model, parallel)`.
 
     Returns:
-        One entry per pipeline rank; all its tensor-, expert- and data-parallel ranks hold as much.
+        One entry per pipeline rank; all its tensor-, expert- and data-parallel ranks hold as many.
 
     Weights follow the Transformer Engine layers' split: the low-rank down-projections, router and norms
-    are whole on every tensor-parallel rank. Main gradients are fp32 and whole on every rank; optimizer
-    states are split over the data-parallel ranks (experts': the expert-data-parallel ranks), ZeRO-1, under
-    dualpipe over those of both copies of the model.
+    are whole on every tensor-parallel rank.
     """
-    model, parallel, precision = run.model, run.parallel, run.training.precision
+    model, parallel = run.model, run.parallel
     tp = parallel.tensor_model_parallel_size
     expert_shards = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
-    data_parallel = parallel.data_parallel_size(world_size) * parallel.num_model_copies
-    expert_data_parallel = parallel.expert_data_parallel_size(world_size) * parallel.num_model_copies
     ranks = []
     for rank, places in enumerate(placement(parallel)):
         held = [stages[place.stage] for place in places]
@@ -280,17 +266,11 @@ def rank_memory(run: RunConfig, world_size: int, stages: Sequence[StageLayout]) 
             components.remove(_embedding(model))  # shared by the two stages
         dense = (sum(c.total for c in components if c.sharding == REPLICATED)
                  + sum(c.total for c in components if c.sharding == TENSOR) // tp)
-        expert = sum(c.total for c in components if c.sharding == EXPERT) // expert_shards
-        owned = -(-dense // data_parallel) + -(-expert // expert_data_parallel)
-        ranks.append(RankMemory(
+        ranks.append(RankParameters(
             pipeline_rank=rank,
             stages=tuple(stage.stage for stage in held),
             layer_ids=tuple(layer for stage in held for layer in stage.layer_ids),
             dense_parameters=dense,
-            expert_parameters=expert,
-            weight_bytes=(dense + expert) * weight_bytes_per_parameter(precision),
-            gradient_bytes=(dense + expert) * 4,
-            optimizer_bytes=owned * optimizer_bytes_per_parameter(run.training),
-            host_bytes=owned * 4 if run.training.ema_decay else 0,
+            expert_parameters=sum(c.total for c in components if c.sharding == EXPERT) // expert_shards,
         ))
     return ranks

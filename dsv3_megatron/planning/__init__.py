@@ -13,10 +13,12 @@ Nothing is imported here. Time and cost:
 Memory of each pipeline rank:
 
     memory.py             RankMemory, estimate_memory         memory_remedies.py   what would lower the fullest rank
-    memory_state.py       parameters, gradients, optimizer    memory_buffers.py    tables, counts, weights in FP8
-    memory_ledger.py      lifetimes of named tensors          memory_settings.py   what decides about sizes
+    memory_settings.py    what decides about sizes            memory_buffers.py    tables, counts, weights in FP8
+    memory_ledger.py      lifetimes of named tensors
     memory_operations.py  norms, products, attention          memory_layers.py     attention, dense layers, routing
     memory_moe.py         layers with experts                 memory_experts.py    the experts
     memory_ends.py        embedding, MTP, head and losses     memory_stage.py      a stage's passes
     memory_schedule.py    passes in a schedule's order
+
+What a rank holds between steps is metrics/rank_state.py, which --print-model reads too.
 """

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.metrics.rank_state import has_final_norm
 from dsv3_megatron.parallel.layout import StageLayout
-from dsv3_megatron.planning.memory_state import has_final_norm
 from dsv3_megatron.planning.operations import (
     FP8_BYTES,
     Attention,
@@ -123,19 +123,20 @@ def _moe(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[Operati
     whole, local, hidden, wide = shape.tokens, shape.local_tokens, model.hidden_size, shape.value_bytes
     rows = local * model.moe_router_topk * shape.etp * shape.imbalance
     groups = model.num_experts // shape.ep
-    travelling = FP8_BYTES if shape.dispatches_fp8 else wide
+    sends_fp8 = _sends_fp8(linears, shape)
+    travelling = FP8_BYTES if sends_fp8 else wide
     yield from norm_operations("pre_mlp_layernorm", local, hidden, shape)
     yield Product(Part.FORWARD, "router", shape.plain_kind, "fprop", 1, local, model.num_experts, hidden)
     yield Product(Part.INPUT, "router", shape.plain_kind, "dgrad", 1, local, hidden, model.num_experts)
     yield Product(Part.WEIGHT, "router", shape.plain_kind, "wgrad", 1, model.num_experts, hidden, local)
     yield Movement(Part.FORWARD, "router", "routing", 8 * local * model.num_experts)
-    if shape.dispatches_fp8:
+    if sends_fp8:
         yield Movement(Part.FORWARD, "dispatch cast", "cast", local * hidden * (wide + FP8_BYTES))
         yield Movement(Part.INPUT, "dispatch cast", "cast", local * hidden * (wide + FP8_BYTES))
     # Forward: rows go out, to be computed, and come back. Backward: gradients likewise.
     for part in (Part.FORWARD, Part.INPUT):
         yield Exchange(part, "dispatch", local * shape.imbalance, hidden * travelling)
-        yield Movement(part, "rows in experts' order", "permute_narrow" if shape.dispatches_fp8 else "permute",
+        yield Movement(part, "rows in experts' order", "permute_narrow" if sends_fp8 else "permute",
                        2 * rows * hidden * travelling)
         yield Movement(part, "rows in tokens' order", "permute", 2 * rows * hidden * wide)
         yield Exchange(part, "combine", local * shape.imbalance, hidden * wide)
@@ -148,12 +149,17 @@ def _moe(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[Operati
         yield Movement(part, "residual", "add", 4 * local * hidden * wide)
 
 
+def _sends_fp8(linears: Linears, shape: Shape) -> bool:
+    """Whether tokens travel to this layer's experts in FP8: as the run says, where they take FP8."""
+    return shape.dispatches_fp8 and linears.precision("experts.linear_fc1").fprop == "fp8"
+
+
 def _experts(linears: Linears, rows: float, groups: int, shape: Shape) -> Iterator[Operation]:
     first = linears.shape("experts.linear_fc1")
     assert first is not None
     width, wide = first[0] // 2, shape.value_bytes
     yield from linear_operations("experts.linear_fc1", linears, rows, shape, groups=groups,
-                                 casts=not shape.dispatches_fp8)
+                                 casts=not _sends_fp8(linears, shape))
     is_fp8 = linears.precision("experts.linear_fc2").fprop == "fp8"
     # In FP8 one kernel computes the activation and brings it into FP8.
     written = FP8_BYTES if is_fp8 else wide

@@ -15,14 +15,14 @@ from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.metrics.rank_state import rank_states, stages_of
 from dsv3_megatron.parallel.layout import StageLayout
 from dsv3_megatron.parallel.placement import placement
 from dsv3_megatron.planning.memory_buffers import buffer_bytes, fp8_weight_bytes
 from dsv3_megatron.planning.memory_ledger import run_turns
 from dsv3_megatron.planning.memory_schedule import MAX_UNFINISHED, peak_of, rank_moments, steady_microbatches
-from dsv3_megatron.planning.memory_settings import PassSettings, pass_settings
+from dsv3_megatron.planning.memory_settings import ModelPrecisions, PassSettings, model_precisions, pass_settings
 from dsv3_megatron.planning.memory_stage import StageContent, StageCost, stage_cost
-from dsv3_megatron.planning.memory_state import rank_states, stages_of
 from dsv3_megatron.schedule.plan import PlanSizes
 
 DEVICES = ("cuda", "cpu")
@@ -108,7 +108,7 @@ def estimate_memory(run: RunConfig, world_size: int | None = None, *, device: st
     num_microbatches = _most_microbatches(run, size)
     states = rank_states(run, size, precision=precision)
     ranks = []
-    for rank, (stages, contents) in enumerate(_held(run.model, run.parallel)):
+    for rank, (stages, contents) in enumerate(_held(run.model, run.parallel, model_precisions(run.fp8, run.model))):
         state = states[rank]
         passes = _passes(settings, contents, run.parallel, num_microbatches, rank)
         if device == "cpu" and passes.total < state.step_bytes:
@@ -118,7 +118,7 @@ def estimate_memory(run: RunConfig, world_size: int | None = None, *, device: st
             layer_ids=tuple(layer for stage in stages for layer in stage.layer_ids),
             num_parameters=state.parameters, parameter_bytes=state.parameter_bytes,
             gradient_bytes=state.gradient_bytes,
-            optimizer_bytes=state.master_bytes + state.moment_bytes + state.scratch_bytes,
+            optimizer_bytes=state.optimizer_bytes,
             activation_bytes=passes.kept, deferred_bytes=passes.deferred, communication_bytes=passes.on_the_way,
             working_bytes=passes.working, buffer_bytes=buffer_bytes(settings, contents),
             fp8_weight_bytes=fp8_weight_bytes(run.fp8, run.model, run.parallel, stages, device=device),
@@ -143,12 +143,12 @@ class _Passes(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _held(model: ModelConfig, parallel: ParallelConfig
+def _held(model: ModelConfig, parallel: ParallelConfig, precisions: ModelPrecisions
           ) -> tuple[tuple[tuple[StageLayout, ...], tuple[StageContent, ...]], ...]:
     """By pipeline rank: its stages, and what they are made of."""
     layouts = stages_of(model, parallel)
     held = [tuple(layouts[place.stage] for place in places) for places in placement(parallel)]
-    return tuple((stages, tuple(StageContent.of(model, stage) for stage in stages)) for stages in held)
+    return tuple((stages, tuple(StageContent.of(model, stage, precisions) for stage in stages)) for stages in held)
 
 
 @functools.lru_cache(maxsize=16384)

@@ -17,8 +17,9 @@ def buffer_bytes(s: PassSettings, contents: Sequence[StageContent]) -> int:
     """Of a rank with these stages: rotary tables; routers' biases, loads and balance losses."""
     total = 0
     for content in contents:
-        moe = content.num_moe + content.num_mtp * content.is_mtp_moe
-        total += (content.num_dense + content.num_moe + content.num_mtp) * 2 * s.length * s.rope // 2 * WIDE
+        layers = (*content.layers, *content.mtp)
+        moe = sum(layer.is_moe for layer in layers)
+        total += len(layers) * 2 * s.length * s.rope // 2 * WIDE
         total += moe * (s.experts * (WIDE + INDEX) + WIDE)
     return total
 

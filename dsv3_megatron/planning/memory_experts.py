@@ -14,9 +14,7 @@ from dsv3_megatron.planning.memory_operations import (
     quantized_bytes,
     weight_grad_work,
 )
-from dsv3_megatron.planning.memory_settings import WIDE
-
-FC1, FC2 = "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"
+from dsv3_megatron.planning.memory_settings import EXPERTS_FC1, EXPERTS_FC2, WIDE
 
 
 class Experts:
@@ -33,7 +31,7 @@ class Experts:
         if self.has_sorting:
             rows = self._in_place_of(rows, "expert input", num)
         kind: type[LoopedExperts] | type[Fp8Experts] | type[GroupedExperts] = LoopedExperts
-        if s.line(FC1) is not None or s.line(FC2) is not None:
+        if ops.precisions.line(EXPERTS_FC1) or ops.precisions.line(EXPERTS_FC2):
             kind = Fp8Experts
         elif s.device == "cuda":
             kind = GroupedExperts
@@ -186,7 +184,7 @@ class Fp8Experts:
         self.num, self.width = s.expert_rows, s.expert_ffn
         num, width = self.num, self.width
         ledger.keep(gates)
-        self.rows = self._kept("expert input", rows, s.hidden, FC1)
+        self.rows = self._kept("expert input", rows, s.hidden, EXPERTS_FC1)
         hidden = ledger.make("experts gate and up", num * 2 * width * s.narrow)
         ledger.pulse(product_work(s, -(-num // s.local_experts), s.hidden, 2 * width))
         wide = ledger.make("wide experts active", num * width * WIDE)
@@ -196,15 +194,15 @@ class Fp8Experts:
         if s.is_engine:
             hidden.references += 1
             self.hidden = hidden
-            self.active: Tensor | None = self._kept("experts active", active, width, FC2)
+            self.active: Tensor | None = self._kept("experts active", active, width, EXPERTS_FC2)
         else:
-            self.hidden, self.active = self._kept("experts gate and up", hidden, 2 * width, FC2), None
+            self.hidden, self.active = self._kept("experts gate and up", hidden, 2 * width, EXPERTS_FC2), None
         ledger.pulse(quantization_work(s, num, width) + quantized_bytes(num, width, "e4m3"))
         self.output = ledger.make("expert output", num * s.hidden * s.narrow)
         ledger.drop(hidden, active)
 
     def _kept(self, name: str, x: Tensor, width: int, module: str) -> Tensor:
-        line = self.ops.s.line(module)
+        line = self.ops.precisions.line(module)
         if line is None or line.cached_input == "bf16":
             x.references += 1
             return x

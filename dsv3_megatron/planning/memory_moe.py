@@ -72,7 +72,7 @@ class MoELayer:
     def _forward_in_pieces(self) -> None:
         ledger, s = self.ops.ledger, self.ops.s
         self.routing = Routing(self.ops, self.norm.output)
-        received = self._transfer("received rows", s.received_rows, is_narrow=s.narrow_rows)
+        received = self._transfer("received rows", s.received_rows, is_narrow=self.ops.precisions.sends_fp8)
         arrived = ledger.make("gates", s.received_rows * WIDE)
         ledger.drop(self.routing.rows, self.routing.gates)
         self.experts = Experts(self.ops, received, arrived)
@@ -132,7 +132,7 @@ class MoELayer:
     def _backward_in_pieces(self, grad: Tensor) -> Tensor:
         ledger, s = self.ops.ledger, self.ops.s
         rows = self._exchanged("gradient of rows", s.sent_rows)
-        arrived = self._transfer_gradients(rows, s.received_rows, is_narrow=s.narrow_rows)
+        arrived = self._transfer_gradients(rows, s.received_rows, is_narrow=self.ops.precisions.sends_fp8)
         # Autograd's call holds the gradients that a piece begins with until it returns.
         arrived.references += 1
         shared = self.shared.backward(grad) if self.shared is not None else None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsv3_megatron.planning.memory_ledger import Ledger, Tensor
-from dsv3_megatron.planning.memory_settings import WIDE, PassSettings
+from dsv3_megatron.planning.memory_settings import NOT_FP8, WIDE, LayerPrecisions, PassSettings
 
 # ops/attention.py: queries of a tile, and what is kept of probabilities at most.
 _QUERY_BLOCK = 128
@@ -28,10 +28,12 @@ class Operations:
     Attributes:
         ledger: The ledger.
         s: Sizes.
+        precisions: Of the layer whose operations they are.
     """
 
     ledger: Ledger
     s: PassSettings
+    precisions: LayerPrecisions = NOT_FP8
 
     # -- norms -------------------------------------------------------------------------------------
 
@@ -103,7 +105,7 @@ class LinearPass:
                  module: str) -> None:
         ledger, s = operations.ledger, operations.s
         self.operations, self.x, self.rows, self.inputs, self.outputs = operations, x, rows, inputs, outputs
-        self.precision = s.line(module)
+        self.precision = operations.precisions.line(module)
         if self.precision is not None:
             ledger.pulse(quantization_work(s, rows, inputs))
             kept = self.precision.cached_input

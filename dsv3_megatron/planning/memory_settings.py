@@ -1,6 +1,7 @@
 """What decides how large the tensors of a pass are: widths on one rank, dtypes, and what is kept how.
 
-One frozen value for all layers of a run: passes are worked out once for each and remembered.
+Widths are one frozen value for all layers of a run, precisions one for each layer: passes are worked out once for each
+and remembered.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dsv3_megatron.config.run import RunConfig
 
 WIDE = 4  # bytes of fp32
 INDEX = 8  # of int64
+# Modules of a layer by the end of their names.
+EXPERTS_FC1, EXPERTS_FC2 = "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,6 @@ class PassSettings:
         is_piped: Passes run on a tape, in pieces, and weight gradients may wait.
         has_balance_loss: The routers have one.
         imbalance: Rows of this rank's experts, as a multiple of the mean over ranks.
-        narrow_rows: Tokens travel to their experts in FP8.
-        fp8: Lines of the precision map by module of a layer; empty without FP8.
     """
 
     device: str
@@ -84,8 +85,6 @@ class PassSettings:
     is_piped: bool
     has_balance_loss: bool
     imbalance: float
-    narrow_rows: bool
-    fp8: tuple[tuple[str, LinearPrecision], ...]
 
     @property
     def tokens(self) -> int:
@@ -132,13 +131,6 @@ class PassSettings:
         """Whether tokens travel to their experts."""
         return self.ep > 1
 
-    def line(self, module: str) -> LinearPrecision | None:
-        """Of the precision map, of a module of a layer by the end of its name; None if it is not in FP8."""
-        for name, precision in self.fp8:
-            if name == module:
-                return precision
-        return None
-
     def is_recomputed(self, name: str) -> bool:
         """Whether modules of this name compute again in backward what others would keep."""
         return name in self.recomputed
@@ -171,19 +163,67 @@ def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_produc
         vocabulary=model.vocab_size // tp, recomputed=recomputed_modules(training),
         recomputes_layers=training.recompute_granularity == "full",
         is_piped=parallel.pipeline_model_parallel_size > 1, has_balance_loss=training.moe_aux_loss_coeff > 0,
-        imbalance=imbalance, narrow_rows=run.fp8.dispatches_fp8, fp8=_lines(run))
+        imbalance=imbalance)
 
 
-def _lines(run: RunConfig) -> tuple[tuple[str, LinearPrecision], ...]:
-    """One for each kind of module, of the last layer that has it: only an override that names a layer makes others."""
-    fp8 = run.fp8
-    return _lines_of(run.model, tuple(fp8.fp8_override), fp8.fp8_power_of_2_scales) if fp8.is_enabled else ()
+@dataclass(frozen=True, eq=False)
+class LayerPrecisions:
+    """What of one layer, or of one MTP module, is in FP8. Layers that are alike share one object.
+
+    Attributes:
+        lines: Lines of the precision map by module, the end of its name; without those that are not in FP8.
+        sends_fp8: Tokens travel to its experts in FP8.
+    """
+
+    lines: tuple[tuple[str, LinearPrecision], ...] = ()
+    sends_fp8: bool = False
+
+    def line(self, module: str) -> LinearPrecision | None:
+        """Line of a module; None if it is not in FP8."""
+        for name, precision in self.lines:
+            if name == module:
+                return precision
+        return None
+
+
+# Compared by identity, so that stages are told apart at a glance.
+_shared = functools.cache(LayerPrecisions)
+NOT_FP8 = _shared((), False)
+
+
+@dataclass(frozen=True)
+class ModelPrecisions:
+    """Precisions of every layer, by the layer's number in the model.
+
+    Attributes:
+        decoder: Transformer layers.
+        mtp: MTP modules.
+    """
+
+    decoder: tuple[LayerPrecisions, ...]
+    mtp: tuple[LayerPrecisions, ...]
+
+
+def model_precisions(fp8: Fp8Config, model: ModelConfig) -> ModelPrecisions:
+    """Precisions of a model's layers: the table, the run's flags and its overrides, layer by layer."""
+    if not fp8.is_enabled:
+        return ModelPrecisions((NOT_FP8,) * model.num_layers, (NOT_FP8,) * model.mtp_num_layers)
+    return _model_precisions(tuple(fp8.fp8_override), fp8.fp8_power_of_2_scales, fp8.dispatches_fp8, model)
 
 
 @functools.lru_cache(maxsize=256)
-def _lines_of(model: ModelConfig, overrides: tuple[str, ...], has_power_of_2_scales: bool
-              ) -> tuple[tuple[str, LinearPrecision], ...]:
+def _model_precisions(overrides: tuple[str, ...], has_power_of_2_scales: bool, dispatches_fp8: bool,
+                      model: ModelConfig) -> ModelPrecisions:
     fp8 = Fp8Config(fp8="blockwise", fp8_override=list(overrides), fp8_power_of_2_scales=has_power_of_2_scales)
-    lines = {name.split(".", 3)[3]: precision for name, precision in precision_map(fp8, model).items()
-             if not name.startswith("mtp.")}
-    return tuple((name, precision) for name, precision in lines.items() if precision.is_fp8)
+    found: dict[str, list[dict[str, LinearPrecision]]] = {
+        "decoder": [{} for _ in range(model.num_layers)], "mtp": [{} for _ in range(model.mtp_num_layers)]}
+    for name, precision in precision_map(fp8, model).items():
+        kind, _, number, module = name.split(".", 3)
+        if precision.is_fp8:
+            found[kind][int(number)][module.removeprefix("mtp_model_layer.")] = precision
+
+    def layer(lines: dict[str, LinearPrecision]) -> LayerPrecisions:
+        experts = lines.get(EXPERTS_FC1)
+        return _shared(tuple(lines.items()), dispatches_fp8 and experts is not None and experts.fprop == "fp8")
+
+    return ModelPrecisions(tuple(map(layer, found["decoder"])), tuple(map(layer, found["mtp"])))

@@ -7,17 +7,30 @@ gradient and ends with the input's. All four are counted by whoever hands them o
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.metrics.rank_state import has_final_norm
 from dsv3_megatron.parallel.layout import StageLayout
 from dsv3_megatron.planning.memory_ends import Embedding, MTPInput, TokenLosses, sum_into
 from dsv3_megatron.planning.memory_layers import Attention, DenseLayer
 from dsv3_megatron.planning.memory_ledger import Ledger, Tensor, Turn, run_turns
 from dsv3_megatron.planning.memory_moe import MoELayer
 from dsv3_megatron.planning.memory_operations import NormPass, Operations
-from dsv3_megatron.planning.memory_settings import PassSettings
-from dsv3_megatron.planning.memory_state import has_final_norm
+from dsv3_megatron.planning.memory_settings import LayerPrecisions, ModelPrecisions, PassSettings
+
+
+class LayerContent(NamedTuple):
+    """What decides about one layer, or about the layer of an MTP module.
+
+    Attributes:
+        is_moe: It has experts.
+        precisions: What of it is in FP8.
+    """
+
+    is_moe: bool
+    precisions: LayerPrecisions
 
 
 @dataclass(frozen=True)
@@ -26,28 +39,25 @@ class StageContent:
 
     Attributes:
         has_embedding: It begins with token ids.
-        num_dense: Layers with a dense FFN.
-        num_moe: Layers with experts.
+        layers: Transformer layers.
         has_final_norm: After its layers.
-        num_mtp: MTP modules.
-        is_mtp_moe: Their layers have experts.
+        mtp: MTP modules.
         has_loss: It ends with the losses.
     """
 
     has_embedding: bool
-    num_dense: int
-    num_moe: int
+    layers: tuple[LayerContent, ...]
     has_final_norm: bool
-    num_mtp: int
-    is_mtp_moe: bool
+    mtp: tuple[LayerContent, ...]
     has_loss: bool
 
     @classmethod
-    def of(cls, model: ModelConfig, stage: StageLayout) -> StageContent:
-        """Of a stage of a model."""
-        num_dense = sum(layer < model.num_dense_layers for layer in stage.layer_ids)
-        return cls(stage.has_embedding, num_dense, len(stage.layer_ids) - num_dense, has_final_norm(model, stage),
-                   len(stage.mtp_layer_ids), model.num_moe_layers > 0, stage.has_loss)
+    def of(cls, model: ModelConfig, stage: StageLayout, precisions: ModelPrecisions) -> StageContent:
+        """What a stage of a model has, each layer in its own precisions."""
+        layers = tuple(LayerContent(layer >= model.num_dense_layers, precisions.decoder[layer])
+                       for layer in stage.layer_ids)
+        mtp = tuple(LayerContent(model.num_moe_layers > 0, precisions.mtp[depth]) for depth in stage.mtp_layer_ids)
+        return cls(stage.has_embedding, layers, has_final_norm(model, stage), mtp, stage.has_loss)
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ class RecomputedLayer:
     def __init__(self, ops: Operations, x: Tensor, *, is_moe: bool) -> None:
         self.ops, self.x, self.is_moe = ops, x, is_moe
         ops.ledger.keep(x)
-        ops.ledger.pulse(_peak_without_keeping(ops.s, is_moe))
+        ops.ledger.pulse(_peak_without_keeping(ops.s, is_moe, ops.precisions))
         self.output = ops.ledger.make("hidden states", ops.s.hidden_bytes)
 
     is_in_pieces = False
@@ -115,7 +125,7 @@ class RecomputedMTP:
         self.ops, self.hidden, self.is_moe = ops, hidden, is_moe
         self.embedding = Embedding(ops)
         ops.ledger.keep(hidden)
-        ops.ledger.pulse(_peak_without_keeping(ops.s, is_moe))
+        ops.ledger.pulse(_peak_without_keeping(ops.s, is_moe, ops.precisions))
         self.output = ops.ledger.make("head input", ops.s.hidden_bytes)
 
     def backward(self, grad: Tensor) -> Tensor:
@@ -133,15 +143,15 @@ class RecomputedMTP:
 
 
 @functools.lru_cache(maxsize=1024)
-def _peak_without_keeping(s: PassSettings, is_moe: bool) -> int:
+def _peak_without_keeping(s: PassSettings, is_moe: bool, precisions: LayerPrecisions) -> int:
     """Of a layer's forward pass of which nothing is kept, beyond its input: of attention, or of what follows it."""
     ledger = Ledger()
-    ops = Operations(ledger, s)
+    ops = Operations(ledger, s, precisions)
     x = ledger.make("input", s.hidden_bytes)
     Attention(ops, x)
     attention = ledger.peak - x.size
     whole = Ledger()
-    ops = Operations(whole, s)
+    ops = Operations(whole, s, precisions)
     _layer(ops, whole.make("input", s.hidden_bytes), is_moe)
     return max(attention, whole.peak - ledger.level + s.hidden_bytes)
 
@@ -157,10 +167,14 @@ class _Stage:
         self.recomputed_mtp: list[RecomputedMTP] = []
         self.mtp_losses: list[TokenLosses] = []
 
-    def _layer(self, x: Tensor, *, is_moe: bool) -> _Layer:
+    def _ops_of(self, content: LayerContent) -> Operations:
+        return replace(self.ops, precisions=content.precisions)
+
+    def _layer(self, x: Tensor, content: LayerContent) -> _Layer:
+        ops = self._ops_of(content)
         if self.s.recomputes_layers:
-            return RecomputedLayer(self.ops, x, is_moe=is_moe)
-        return _layer(self.ops, x, is_moe)
+            return RecomputedLayer(ops, x, is_moe=content.is_moe)
+        return _layer(ops, x, content.is_moe)
 
     def forward(self) -> tuple[Turn, ...]:
         ledger, s, content = self.ledger, self.s, self.content
@@ -172,8 +186,8 @@ class _Stage:
             x = ledger.make("hidden states", s.hidden_bytes)
             ledger.take_turns()
         self.layers: list[_Layer] = []
-        for index in range(content.num_dense + content.num_moe):
-            layer = self._layer(x, is_moe=index >= content.num_dense)
+        for each in content.layers:
+            layer = self._layer(x, each)
             ledger.drop(x)
             x = layer.output
             self.layers.append(layer)
@@ -193,15 +207,15 @@ class _Stage:
 
     def _losses(self, x: Tensor) -> None:
         ledger, s = self.ledger, self.s
-        if s.recomputes_layers and not s.is_piped and self.content.num_mtp:
+        if s.recomputes_layers and not s.is_piped and self.content.mtp:
             return self._losses_of_recomputed(x)
         hidden = x
         outputs = []
-        for _ in range(self.content.num_mtp):
-            start = MTPInput(self.ops, hidden)
+        for module in self.content.mtp:
+            start = MTPInput(self._ops_of(module), hidden)
             if hidden is not x:
                 ledger.drop(hidden)
-            layer = self._layer(start.output, is_moe=self.content.is_mtp_moe)
+            layer = self._layer(start.output, module)
             ledger.drop(start.output)
             norm = self.ops.norm(layer.output, "head input", s.local_tokens, s.hidden)
             ledger.drop(layer.output)
@@ -225,10 +239,10 @@ class _Stage:
 
     def _losses_of_recomputed(self, x: Tensor) -> None:
         hidden, ledger = x, self.ledger
-        for _ in range(self.content.num_mtp):
-            self.recomputed_mtp.append(RecomputedMTP(self.ops, hidden, is_moe=self.content.is_mtp_moe))
+        for module in self.content.mtp:
+            self.recomputed_mtp.append(RecomputedMTP(self._ops_of(module), hidden, is_moe=module.is_moe))
             hidden = self.recomputed_mtp[-1].output
-        together = ledger.make("hidden states of all depths", (1 + self.content.num_mtp) * self.s.hidden_bytes)
+        together = ledger.make("hidden states of all depths", (1 + len(self.content.mtp)) * self.s.hidden_bytes)
         ledger.drop(*(module.output for module in self.recomputed_mtp), x)
         self.mtp_losses = [TokenLosses(self.ops, together) for _ in self.recomputed_mtp]
         self.main = TokenLosses(self.ops, together)

@@ -20,7 +20,7 @@ from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.metrics.flops import flops_per_token
-from dsv3_megatron.metrics.parameters import optimizer_bytes_per_parameter, rank_memory, weight_bytes_per_parameter
+from dsv3_megatron.metrics.parameters import optimizer_bytes_per_parameter, rank_parameters, weight_bytes_per_parameter
 from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.planning.network import Network
 from dsv3_megatron.planning.operations import Part
@@ -137,11 +137,11 @@ def update_time(run: RunConfig, setting: Setting) -> UpdateTime:
 
 
 @lru_cache(maxsize=4096)
-def _dense_and_experts(model: ModelConfig, parallel: ParallelConfig, num_devices: int) -> tuple[tuple[int, int], ...]:
+def _dense_and_experts(model: ModelConfig, parallel: ParallelConfig) -> tuple[tuple[int, int], ...]:
     """Parameters of each pipeline rank."""
     run = dataclasses.replace(preset("tiny"), model=model, parallel=parallel)
     return tuple((rank.dense_parameters, rank.expert_parameters)
-                 for rank in rank_memory(run, num_devices, stage_layouts(model, parallel)))
+                 for rank in rank_parameters(run, stage_layouts(model, parallel)))
 
 
 @lru_cache(maxsize=4096)
@@ -151,7 +151,7 @@ def _update_time(model: ModelConfig, parallel: ParallelConfig, weight_bytes: int
     network = Network(parallel, hardware, num_devices, setting.sends_once_per_node)
     copies = parallel.num_model_copies
     times = []
-    for dense, experts in _dense_and_experts(model, parallel, num_devices):
+    for dense, experts in _dense_and_experts(model, parallel):
         owned = (dense / (parallel.data_parallel_size(num_devices) * copies)
                  + experts / (parallel.expert_data_parallel_size(num_devices) * copies))
         # Read: gradient, moments and master weight; written: the latter two, and the weight if it is another.

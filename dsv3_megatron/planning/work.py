@@ -14,10 +14,10 @@ from typing import TypedDict
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.metrics.rank_state import has_final_norm
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.planning.hardware import Hardware
 from dsv3_megatron.planning.layer_operations import end_operations, layer_operations
-from dsv3_megatron.planning.memory_state import has_final_norm
 from dsv3_megatron.planning.network import Network
 from dsv3_megatron.planning.operations import (
     Attention,

@@ -56,6 +56,8 @@ def test_a_forgotten_tensor_would_be_seen(one_process: Comparison) -> None:
     (2, {PP: 2, "pipeline_schedule": "zbv", "global_batch_size": 8, "precision": "bf16",
          "recompute_granularity": "selective"}),
     (4, {PP: 2, EP: 2, "pipeline_schedule": "dualpipe", "micro_batch_size": 1, "global_batch_size": 8}),
-], ids=["tp2", "zbv-bf16-selective", "pp2-ep2-dualpipe"])
+    (2, {PP: 2, "global_batch_size": 8, "precision": "bf16", "fp8": "blockwise",
+         "fp8_override": ["decoder.layers.3.*=bf16", "mtp.*=bf16"]}),
+], ids=["tp2", "zbv-bf16-selective", "pp2-ep2-dualpipe", "pp2-fp8-but-the-last-layers"])
 def test_every_component_is_as_estimated(world_size: int, settings: dict[str, Any]) -> None:
     check(compared(world_size, **settings))

@@ -15,7 +15,7 @@ import torch
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.metrics.parameters import Component, count_parameters, rank_memory
+from dsv3_megatron.metrics.parameters import Component, count_parameters, rank_parameters
 from dsv3_megatron.parallel.layout import stage_layouts
 
 # Where the arithmetic's components are in the modules: (part, name) by the end of a parameter's name.
@@ -138,7 +138,7 @@ def test_the_mtp_module_shares_embedding_and_head(build: Callable[[RunConfig], t
     rows = preset("tiny").model.vocab_size
     tables = [name for name, parameter in stage.named_parameters() if rows in parameter.shape]
     assert tables == ["embedding.word_embeddings.weight", "output_layer.weight"]
-    (memory,) = rank_memory(preset("tiny"), 1, stage_layouts(preset("tiny").model, ParallelConfig()))
+    (memory,) = rank_parameters(preset("tiny"), stage_layouts(preset("tiny").model, ParallelConfig()))
     assert memory.parameters == sum(parameter.numel() for parameter in stage.parameters())
 
 
@@ -158,7 +158,7 @@ def test_a_rank_holds_what_the_table_of_bytes_says(world_size: int, degrees: dic
                                                    megatron_core: None) -> None:
     run = preset("tiny").override(**degrees)
     run.validate(world_size)
-    table = rank_memory(run, world_size, stage_layouts(run.model, run.parallel))
+    table = rank_parameters(run, stage_layouts(run.model, run.parallel))
     for rank in range(world_size):
         with one_of(world_size, rank, run.parallel) as groups:
             stages = build_without_memory(run, groups)
@@ -171,7 +171,7 @@ def test_a_rank_of_the_671b_run_on_2048_gpus(rank: int, megatron_core: None) -> 
     run = preset("dsv3-671b")
     with one_of(2048, rank, run.parallel) as groups:
         (stage,) = build_without_memory(run, groups)
-        memory = rank_memory(run, 2048, stage_layouts(run.model, run.parallel))[groups.pp.rank()]
+        memory = rank_parameters(run, stage_layouts(run.model, run.parallel))[groups.pp.rank()]
     assert sum(parameter.numel() for parameter in stage.parameters()) == memory.parameters
     experts = [parameter for name, parameter in stage.named_parameters() if "experts.linear_fc1" in name]
     assert {parameter.shape[0] for parameter in experts if parameter.ndim == 3} == {4}

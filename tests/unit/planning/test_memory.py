@@ -13,6 +13,7 @@ from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.planning.memory import RankMemory, estimate_memory, kept_by_name
 from dsv3_megatron.planning.memory_remedies import advise, describe
+from dsv3_megatron.planning.memory_settings import model_precisions
 
 
 def run_of(name: str = "tiny", **settings: Any) -> RunConfig:
@@ -135,3 +136,65 @@ def test_advice_is_what_estimating_again_gives() -> None:
     lines = describe(advice)
     assert lines[0].startswith("pipeline rank 0 is the fullest: ") and "activations" in lines[0]
     assert any(line.startswith("recompute_granularity=full: ") for line in lines)
+
+
+# -- FP8, layer by layer ---------------------------------------------------------------------------------------------
+
+V3_1F1B = {"phases": (), "global_batch_size": 15360, "train_iters": 1000, "precision": "bf16", "fp8": "blockwise",
+           "pipeline_schedule": "1f1b"}
+
+
+def test_an_override_of_one_layer_changes_its_rank_alone_by_the_exact_bytes() -> None:
+    """Layer 60's down-projection of queries in BF16: 4096 tokens of its input, and no FP8 copy of its weight."""
+    base, changed = (estimate_memory(preset("dsv3-671b").override(**V3_1F1B, fp8_override=override), 2048)
+                     for override in ([], ["decoder.layers.60.self_attention.linear_q_down_proj=bf16"]))
+    assert 60 in base[15].layer_ids and base[15].num_kept == (1,)
+    assert changed[:15] == base[:15]
+    narrow, wide = 4096 * (7168 + 7168 // 128 * 4), 4096 * 7168 * 2
+    assert changed[15].activation_bytes - base[15].activation_bytes == wide - narrow
+    weight = 2 * 1536 * 7168 + (1536 // 128) * (7168 // 128) * 4  # twice: as it is and turned round
+    assert base[15].fp8_weight_bytes - changed[15].fp8_weight_bytes == weight
+
+
+def test_the_mtp_module_has_its_own_precisions() -> None:
+    base, changed, other = (
+        estimate_memory(preset("dsv3-671b").override(**V3_1F1B, fp8_override=override), 2048)
+        for override in ([], ["mtp.*.linear_q_down_proj=bf16"], ["mtp.*.eh_proj=fp8"]))
+    assert changed[:15] == base[:15] == other[:15]
+    narrow, wide = 4096 * (7168 + 7168 // 128 * 4), 4096 * 7168 * 2
+    assert changed[15].activation_bytes - base[15].activation_bytes == wide - narrow
+    # eh_proj keeps two hidden states side by side, and the table has it in BF16.
+    assert base[15].activation_bytes - other[15].activation_bytes == 2 * (wide - narrow)
+
+
+@pytest.mark.parametrize("settings", [
+    {"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zbv", "global_batch_size": 16}], ids=str)
+@pytest.mark.parametrize("module", ["*", "mlp.*experts.*", "self_attention.*"])
+def test_overrides_of_layers_add_up_to_that_of_all(settings: dict[str, Any], module: str) -> None:
+    """What a micro-batch leaves behind: each layer's difference is its own, so one by one they make the whole."""
+    def kept(overrides: list[str]) -> list[int]:
+        ranks = estimate_memory(run_of(precision="bf16", fp8="blockwise", fp8_override=overrides, **settings),
+                                device="cpu")
+        return [sum(chunk.values()) for rank in ranks for chunk in rank.kept_by_chunk]
+
+    base = kept([])
+    names = [f"decoder.layers.{layer}" for layer in range(4)] + ["mtp.layers.0.mtp_model_layer"]
+    patterns = [f"{name}.{module}=bf16" for name in names if not ("experts" in module and name.endswith("s.0"))]
+    alone = [kept([pattern]) for pattern in patterns]
+    together = kept(patterns)
+    assert together != base
+    for chunk, size in enumerate(base):
+        assert together[chunk] - size == sum(one[chunk] - size for one in alone)
+
+
+def test_tokens_travel_in_fp8_to_the_experts_that_take_it() -> None:
+    """As the model does (`model/fp8.py`): a layer whose experts are in BF16 sends BF16, whatever the others send."""
+    def ways(overrides: list[str]) -> list[bool]:
+        run = run_of(fp8="blockwise", fp8_override=overrides)
+        precisions = model_precisions(run.fp8, run.model)
+        return [layer.sends_fp8 for layer in (*precisions.decoder, *precisions.mtp)]
+
+    assert ways([]) == [False, True, True, True, True]  # the first layer is dense
+    assert ways(["decoder.layers.2.mlp.experts.linear_fc1=bf16"]) == [False, True, False, True, True]
+    assert ways(["mtp.*=bf16"]) == [False, True, True, True, False]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.metrics.parameters import weight_bytes_per_parameter
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.parallel.placement import placement
 
@@ -67,6 +68,16 @@ class RankState:
     average_bytes: int
     step_bytes: int
     parameters: int
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Everything that the optimizer has on the device."""
+        return self.master_bytes + self.moment_bytes + self.scratch_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, main gradients and optimizer, on the device."""
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
 def layer_tensors(model: ModelConfig, parallel: ParallelConfig, *, is_moe: bool) -> Iterator[ParameterTensor]:
@@ -201,7 +212,7 @@ def rank_states(run: RunConfig, world_size: int, *, precision: str) -> tuple[Ran
     Args:
         run: A valid run.
         world_size: Processes.
-        precision: "bf16" or "fp32", of the weights.
+        precision: "bf16" or "fp32", of the weights; "auto" counts as bf16, what it is on a GPU.
     """
     training = run.training
     moment_sizes = [2 if dtype == "bf16" else 4 for dtype in (training.exp_avg_dtype, training.exp_avg_sq_dtype)]
@@ -209,7 +220,7 @@ def rank_states(run: RunConfig, world_size: int, *, precision: str) -> tuple[Ran
     # Wide copies of both moments; two tables of random bits and a buffer for them.
     blocks = 2 + 3 * (training.moment_rounding == "stochastic") if is_narrow else 0
     return tuple(RankState(
-        parameter_bytes=numels.padded * (4 if precision == "fp32" else 2),
+        parameter_bytes=numels.padded * weight_bytes_per_parameter(precision),
         gradient_bytes=numels.padded * 4,
         master_bytes=0 if precision == "fp32" else numels.owned * 4,
         moment_bytes=numels.owned * sum(moment_sizes),

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.metrics.parameters import rank_memory
+from dsv3_megatron.metrics.model_table import model_summary
+from dsv3_megatron.metrics.parameters import optimizer_bytes_per_parameter, rank_parameters, weight_bytes_per_parameter
+from dsv3_megatron.metrics.rank_state import padded_numel, rank_states
 from dsv3_megatron.parallel.layout import stage_layouts
-from dsv3_megatron.planning.memory_state import padded_numel, rank_states
+from dsv3_megatron.planning.memory import estimate_memory
 
 TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
 RUNS: list[tuple[str, int, dict[str, Any]]] = [
@@ -35,17 +37,22 @@ def run_of(name: str, settings: dict[str, Any]) -> RunConfig:
 def test_counts_are_the_parameter_table_s_and_bytes_hold_padding_besides(name: str, world_size: int,
                                                                         settings: dict[str, Any]) -> None:
     run = run_of(name, settings)
-    table = rank_memory(run, world_size, stage_layouts(run.model, run.parallel))
+    table = rank_parameters(run, stage_layouts(run.model, run.parallel))
+    parallel, copies = run.parallel, run.parallel.num_model_copies
     states = rank_states(run, world_size, precision=run.training.precision)
     assert [state.parameters for state in states] == [rank.parameters for rank in table]
     for state, rank in zip(states, table, strict=True):
         # Padding is at most an alignment of 64 a tensor and the group's size a buffer.
         allowed = (200 * len(rank.layer_ids) * 64 + 8 * max(world_size, 128)) * 4
-        assert 0 <= state.gradient_bytes - rank.gradient_bytes <= allowed
-        assert 0 <= state.parameter_bytes - rank.weight_bytes <= allowed
-        owned = state.master_bytes + state.moment_bytes
-        assert abs(owned - rank.optimizer_bytes) <= max(allowed * 4 // world_size, 4096)
-        assert abs(state.average_bytes - rank.host_bytes) <= max(allowed // world_size, 4096)
+        assert 0 <= state.gradient_bytes - 4 * rank.parameters <= allowed
+        weights = weight_bytes_per_parameter(run.training.precision) * rank.parameters
+        assert 0 <= state.parameter_bytes - weights <= allowed
+        owned = (-(-rank.dense_parameters // (parallel.data_parallel_size(world_size) * copies))
+                 + -(-rank.expert_parameters // (parallel.expert_data_parallel_size(world_size) * copies)))
+        states = state.master_bytes + state.moment_bytes
+        assert abs(states - owned * optimizer_bytes_per_parameter(run.training)) <= max(allowed * 4 // world_size, 4096)
+        average = owned * 4 if run.training.ema_decay else 0
+        assert abs(state.average_bytes - average) <= max(allowed // world_size, 4096)
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=20), st.integers(1, 300))
@@ -63,3 +70,14 @@ def test_narrow_moments_take_half_and_scratch() -> None:
                                 1, precision="bf16")[0] for dtype in ("fp32", "bf16"))
     assert narrow.moment_bytes * 2 == wide.moment_bytes
     assert (wide.scratch_bytes, narrow.scratch_bytes) == (0, 5 * 4 * (1 << 17))
+
+
+@pytest.mark.parametrize(("name", "world_size", "settings"), RUNS)
+def test_print_model_and_the_plan_give_one_number(name: str, world_size: int, settings: dict[str, Any]) -> None:
+    """What a rank holds between steps, in --print-model --json and in an estimate of the peak."""
+    run = run_of(name, settings)
+    printed = model_summary(run, world_size, stage_layouts(run.model, run.parallel))["ranks"]
+    estimated = estimate_memory(run, world_size)
+    assert [(rank["weight_bytes"], rank["gradient_bytes"], rank["optimizer_bytes"], rank["host_bytes"])
+            for rank in printed] == [(rank.parameter_bytes, rank.gradient_bytes, rank.optimizer_bytes, rank.host_bytes)
+                                     for rank in estimated]
