@@ -35,7 +35,7 @@ from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.datasets import build_datasets, dataset_config
-from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard, require_room
+from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard
 from dsv3_megatron.guards.events import EventLog
 from dsv3_megatron.guards.hang import Watchdog
 from dsv3_megatron.guards.spikes import LOSS
@@ -398,11 +398,7 @@ class Trainer:
         self.progress.message(f"checkpoint saved: {os.path.join(checkpoint.save, f'iter_{self.iteration:07d}')}")
 
     def _roll_back(self) -> None:
-        """Go back to the last checkpoint, and on with the samples after the flagged step's; saved at once.
-
-        Raises:
-            ConfigError: the dataset has not as many samples left as the run still needs.
-        """
+        """Go back to the last checkpoint, and on with the samples after the flagged step's; saved at once."""
         save, next_sample = self.run.checkpoint.save, self.data_position
         assert save is not None
         self.watchdog.slow("rollback")
@@ -413,8 +409,6 @@ class Trainer:
         assert self.step_plan is not None, "a step was taken from here"
         if self.step_plan.phase is not self.phase:
             self._enter_phase(self.step_plan.phase)
-        require_room(self.guard.jumped_samples, num_available=len(self.data.train),
-                     num_needed=self.recipe.span_of(self.phase).num_samples)
         self._iterate_from_here()
         self.progress.close()
         if self.writer:

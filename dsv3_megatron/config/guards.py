@@ -64,9 +64,3 @@ class GuardConfig:
         if self.on_spike == "rollback" and not checkpoint.save:
             raise ConfigError("on_spike=rollback needs save: a folder of checkpoints to go back to; or choose "
                               "on_spike=skip")
-
-    def spare_samples(self, checkpoint: CheckpointConfig, global_batch_size: int) -> int:
-        """Samples that rollbacks may jump over at most: each, those of the steps between two checkpoints."""
-        if self.on_spike != "rollback":
-            return 0
-        return self.max_rollbacks * checkpoint.save_interval * global_batch_size

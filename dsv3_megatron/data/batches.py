@@ -29,7 +29,7 @@ _STATE_VERSION = 1
 
 
 class SampleDataset(Protocol):
-    """What the iterator needs: Megatron-Core's GPTDataset and BlendedDataset both fit."""
+    """What the iterator needs: samples by number, as samples.py and Megatron-Core's datasets have them."""
 
     def __len__(self) -> int: ...
 

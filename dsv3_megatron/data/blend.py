@@ -6,11 +6,10 @@ No torch here: a run checks its data with this module before it allocates anythi
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsv3_megatron.data.indexed import dataset_paths, largest_token_id, read_header, read_sidecar
+from dsv3_megatron.data.indexed import largest_token_id, read_header, read_sidecar
 
 _SCAN_BYTES = 1 << 30
 
@@ -21,11 +20,6 @@ class Blend:
 
     prefixes: tuple[str, ...]
     weights: tuple[float, ...] | None = None
-
-    def for_megatron(self) -> tuple[list[str], list[float] | None]:
-        """In the form of Megatron-Core's dataset configuration; the weight of a single prefix says nothing."""
-        weights = list(self.weights) if self.weights is not None and len(self.prefixes) > 1 else None
-        return list(self.prefixes), weights
 
 
 def parse_blend(arguments: str | Sequence[str], field: str = "data_path") -> Blend:
@@ -122,16 +116,3 @@ def check_data(prefixes: Sequence[str], *, vocab_size: int, tokenizer_fingerprin
             f"the data was made by tokenizer {found[:12]}, the run's tokenizer_model is {tokenizer_fingerprint[:12]}: "
             "give the tokenizer that made the data, or preprocess again"
         )
-
-
-def describe_files(prefixes: Sequence[str]) -> dict[str, str]:
-    """What tells one version of each dataset from another: hashes from the sidecar, else sizes and times."""
-    description: dict[str, str] = {}
-    for prefix in prefixes:
-        sidecar = read_sidecar(prefix)
-        if sidecar is not None:
-            description[prefix] = f"{sidecar.bin_sha256} {sidecar.idx_sha256}"
-        else:
-            stats = [os.stat(path) for path in dataset_paths(prefix)[:2]]
-            description[prefix] = " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
-    return description

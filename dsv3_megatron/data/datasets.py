@@ -1,23 +1,19 @@
-"""Datasets of a run: Megatron-Core's GPTDataset over our .bin/.idx files, checked first, cached safely.
+"""Datasets of a run: which files, cut how, read in which order; checked first.
 
-Documents are packed: a sample is seq_length + 1 consecutive tokens of the shuffled documents. By default attention
-crosses document ends and every token counts in the loss (DeepSeek-V3 report, section 4.1); with an `eod_id` positions
-can restart, and losses be masked, at document ends. Where attention stops is not decided here: Megatron-Core would make
-an [S, S] mask of it, which it is told not to make, and its `inter_document_masking`, which makes bounds instead, goes
-by the documents on disk, not by the EOD token, and always restarts positions. So batches.py finds the bounds.
-`DatasetConfig` and the checks need neither torch nor Megatron-Core; both are imported by `build_datasets`.
+Documents are packed: a sample is seq_length + 1 consecutive tokens of the shuffled documents (samples.py). By default
+attention crosses document ends and every token counts in the loss (DeepSeek-V3 report, section 4.1); with an `eod_id`
+positions can restart, and losses be masked, at document ends. Where attention stops is not decided here: batches.py
+finds the bounds. `DatasetConfig` and the checks need no torch; it is imported by `build_datasets`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv3_megatron.data.blend import Blend, describe_files, parse_blend
+from dsv3_megatron.data.blend import Blend, parse_blend
 from dsv3_megatron.data.document_ends import resolve_eod_id
 from dsv3_megatron.data.indexed import read_header
 
@@ -25,6 +21,7 @@ if TYPE_CHECKING:
     from dsv3_megatron.config.recipe import DataSpan
     from dsv3_megatron.config.run import RunConfig
     from dsv3_megatron.data.batches import SampleDataset
+    from dsv3_megatron.data.samples import BlendedTokens, ShuffledTokens
 
 
 @dataclass(frozen=True)
@@ -34,14 +31,12 @@ class DatasetConfig:
     Args:
         seq_length: Tokens per sample that the model sees.
         seed: Of the shuffles.
-        num_train_samples: Samples the whole run trains on. The order of samples changes where this crosses a whole
-            number of epochs, as in Megatron-LM; give a resumed run the number of the first one.
+        num_train_samples: Samples to offer for training; None: without end. It says nothing of their order.
         num_valid_samples: Samples to validate on; None for one pass over the validation data (not with weights).
         blend: Data for all splits, cut by `split`. Excludes train_blend and valid_blend.
         split: Shares of documents for train, valid, test, in file order, as Megatron-LM's --split.
         train_blend: Data to train on, all of it.
         valid_blend: Data to validate on, all of it.
-        cache_dir: Folder for Megatron-Core's index caches; None puts them beside the data, in PREFIX/cache.
         eod_id: The token that ends a document; None where nothing depends on it.
         reset_position_ids: Position ids restart after an EOD.
         eod_mask_loss: Positions whose input is an EOD do not count: their label belongs to another document.
@@ -49,13 +44,12 @@ class DatasetConfig:
 
     seq_length: int
     seed: int
-    num_train_samples: int
+    num_train_samples: int | None = None
     num_valid_samples: int | None = None
     blend: Blend | None = None
     split: str = "969,30,1"
     train_blend: Blend | None = None
     valid_blend: Blend | None = None
-    cache_dir: str | None = None
     eod_id: int | None = None
     reset_position_ids: bool = False
     eod_mask_loss: bool = False
@@ -65,8 +59,8 @@ class DatasetConfig:
             raise ValueError("reset_position_ids and eod_mask_loss need eod_id, the token that ends a document")
         if self.seq_length < 1:
             raise ValueError(f"seq_length={self.seq_length} must be at least 1")
-        if self.num_train_samples < 1:
-            raise ValueError(f"num_train_samples={self.num_train_samples} must be at least 1")
+        if self.num_train_samples is not None and self.num_train_samples < 1:
+            raise ValueError(f"num_train_samples={self.num_train_samples} must be at least 1, or None for no end")
         if self.num_valid_samples is not None and self.num_valid_samples < 1:
             raise ValueError(f"num_valid_samples={self.num_valid_samples} must be at least 1, or None for one pass")
         if (self.blend is None) == (self.train_blend is None):
@@ -112,20 +106,17 @@ def dataset_config(run: RunConfig, span: DataSpan | None = None) -> DatasetConfi
     span = span or recipe.spans[0]
     phases = recipe.phases[span.first_phase: span.last_phase + 1]
     data, training = phases[0].data, phases[0].training
-    largest_batch = max(size for phase in recipe.phases for size in phase.batch_size.sizes())
     valid_batch = max(phase.training.global_batch_size for phase in phases)
     blend = parse_blend(data.data_path, "data_path")
     has_valid = bool(data.valid_data_path)
     config = DatasetConfig(
         seq_length=training.seq_length,
         seed=training.seed + span.index,
-        num_train_samples=span.num_samples + run.guards.spare_samples(run.checkpoint, largest_batch),
         num_valid_samples=max(1, training.eval_iters) * valid_batch,
         blend=None if has_valid else blend,
         split=data.split,
         train_blend=blend if has_valid else None,
         valid_blend=parse_blend(data.valid_data_path, "valid_data_path") if has_valid else None,
-        cache_dir=data.data_cache_path,
     )
     if not data.document_flags:
         return config
@@ -159,29 +150,13 @@ def parse_split(split: str) -> tuple[float, float, float]:
     return train / total, valid / total, test / total
 
 
-class _DatasetTokenizer:
-    """What Megatron-Core's dataset asks of a tokenizer when the tokens are already on disk.
-
-    It pads nothing (`pad` is an id that no text has), so no token of the data is masked for that. Its identifiers go
-    into the name of the index cache: they hold the files' hashes, so that data made again under the same name does not
-    meet the cache of the old.
-    """
-
-    pad = -1
-    vocab_size = None
-
-    def __init__(self, identifiers: dict[str, str], eod_id: int | None) -> None:
-        self.unique_identifiers = OrderedDict(identifiers)
-        self.eod = -2 if eod_id is None else eod_id  # -2: another id that no text has
-
-
 def _check_sizes(config: DatasetConfig) -> None:
-    """Refuse splits too small for one sample, before Megatron-Core meets them with an assertion."""
+    """Refuse splits too small for one sample."""
 
     def check(blend: Blend, share: tuple[float, float], purpose: str) -> None:
         for prefix in blend.prefixes:
             header = read_header(prefix)
-            first, last = (round(edge * header.num_sequences) for edge in share)
+            first, last = sequences_between(prefix, share)
             # The token count of a share is known only after reading the lengths: bound it by the whole.
             if last <= first or header.num_tokens < config.seq_length + 1:
                 raise ValueError(
@@ -201,68 +176,57 @@ def _check_sizes(config: DatasetConfig) -> None:
         check(config.valid_blend, (0.0, 1.0), "validation")
 
 
-def _place_blends(config: DatasetConfig) -> tuple[dict[str, Any], bool]:
-    """The blend arguments of Megatron-Core's configuration, and whether there is validation data."""
-    if config.blend is not None:
-        where = {"blend": config.blend.for_megatron(), "split": config.split.replace("/", ",")}
-        return where, parse_split(config.split)[1] > 0
-    assert config.train_blend is not None
-    valid_blend = config.valid_blend.for_megatron() if config.valid_blend is not None else None
-    return {"blend_per_split": [config.train_blend.for_megatron(), valid_blend, None]}, valid_blend is not None
-
-
-def build_datasets(config: DatasetConfig, *, is_built_on_rank: Callable[[], bool] = lambda: True) -> TrainingData:
-    """Build Megatron-Core's datasets for training and validation.
-
-    Collective when torch.distributed is initialised: every rank calls it, rank 0 builds the index caches, the others
-    wait at a barrier and load them; the folder of the caches must be visible to all.
+def build_datasets(config: DatasetConfig) -> TrainingData:
+    """Open the datasets for training and validation; reads a few bytes of each file, and writes nothing.
 
     Args:
-        config: What to build.
-        is_built_on_rank: Whether this rank reads data; must be true on rank 0. Datasets are memory-mapped, so building
-            everywhere costs little.
-
-    Returns:
-        The datasets; on a rank that builds none, empty lists.
+        config: What to open.
 
     Raises:
         ValueError: a file is missing or damaged, or there is less data than one sample needs.
     """
     _check_sizes(config)
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from dsv3_megatron.data.samples import ENDLESS, Samples
 
-    where, has_valid = _place_blends(config)
-    megatron_config = GPTDatasetConfig(
-        random_seed=config.seed,
-        sequence_length=config.seq_length,
-        path_to_cache=config.cache_dir,
-        tokenizer=_DatasetTokenizer(describe_files(config.prefixes), config.eod_id),
-        reset_position_ids=config.reset_position_ids,
-        reset_attention_mask=False,
-        eod_mask_loss=config.eod_mask_loss,
-        create_attention_mask=False,
-        **where,
-    )
-    if megatron_config.split_matrix is not None:
-        megatron_config.split_matrix[2] = None  # the test share keeps documents out of the others; nothing reads it
-    # A size of None means one epoch; with weights Megatron-Core wants a number even for the test split it never reads.
-    is_weighted = config.blend is not None and config.blend.weights is not None
-    sizes = [config.num_train_samples, config.num_valid_samples, 1 if is_weighted else None]
-    train_set, valid_set, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, sizes, is_built_on_rank, megatron_config
-    ).build()
-    if train_set is None:
-        return TrainingData(train=[], valid=None)
-    if len(train_set) < config.num_train_samples:
-        raise ValueError(
-            f"the training data holds {len(train_set)} samples of seq_length={config.seq_length} and several prefixes "
-            f"without weights are read once only, but num_train_samples={config.num_train_samples}: give weights "
-            "(data_path: WEIGHT PREFIX WEIGHT PREFIX ...) to go over it more than once"
-        )
-    if has_valid and valid_set is not None and len(valid_set) == 0:
-        raise ValueError(
-            f"the validation data holds no whole sample of seq_length={config.seq_length}: use more validation data, a "
-            "shorter seq_length or another split"
-        )
-    return TrainingData(train=train_set, valid=valid_set if has_valid else None)
+    def open_samples(blend: Blend, edges: tuple[float, float], purpose: str, num_samples: int | None) -> Samples:
+        source, samples_per_epoch = _open_blend(config, blend, edges, purpose)
+        return Samples(source, samples_per_epoch if num_samples is None else num_samples, eod_id=config.eod_id,
+                       reset_position_ids=config.reset_position_ids, eod_mask_loss=config.eod_mask_loss)
+
+    train_blend, valid_blend = config.train_blend, config.valid_blend
+    train_edges = valid_edges = (0.0, 1.0)
+    if config.blend is not None:
+        train, valid, _ = parse_split(config.split)
+        train_blend, train_edges = config.blend, (0.0, train)
+        valid_blend, valid_edges = config.blend if valid > 0 else None, (train, train + valid)
+    assert train_blend is not None
+    return TrainingData(
+        train=open_samples(train_blend, train_edges, "training", config.num_train_samples or ENDLESS),
+        valid=None if valid_blend is None else open_samples(valid_blend, valid_edges, "validation",
+                                                            config.num_valid_samples))
+
+
+def _open_blend(config: DatasetConfig, blend: Blend, edges: tuple[float, float], purpose: str
+                ) -> tuple[ShuffledTokens | BlendedTokens, int]:
+    """The tokens of a blend's share between two edges of each file, and the samples of one pass over them."""
+    from dsv3_megatron.data.samples import BlendedTokens, ShuffledTokens
+
+    parts = []
+    for number, prefix in enumerate(blend.prefixes):
+        share = sequences_between(prefix, edges)
+        part = ShuffledTokens(prefix, share, seq_length=config.seq_length, seed=config.seed, number=number)
+        if not part.samples_per_epoch:
+            raise ValueError(
+                f"the {purpose} data holds no whole sample of seq_length={config.seq_length}: use more {purpose} data, "
+                f"a shorter seq_length or another split ({prefix} has {part.num_tokens} tokens for {purpose})")
+        parts.append(part)
+    sizes = [part.samples_per_epoch for part in parts]
+    if len(parts) == 1:
+        return parts[0], sizes[0]
+    return BlendedTokens(parts, blend.weights or sizes), sum(sizes)
+
+
+def sequences_between(prefix: str, edges: tuple[float, float]) -> tuple[int, int]:
+    """[first, stop) of a dataset's sequences that lie between two edges, given as shares of all."""
+    num_sequences = read_header(prefix).num_sequences
+    return round(edges[0] * num_sequences), round(edges[1] * num_sequences)

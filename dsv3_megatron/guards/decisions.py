@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.guards import GuardConfig
 from dsv3_megatron.guards.spikes import GRAD_NORM, LOSS, SpikeDetector
 
@@ -154,24 +153,3 @@ class Guard:
             return
         self.counters = Counters(**{**state["counters"], "jumps": [tuple(jump) for jump in state["counters"]["jumps"]]})
         self.detector.load_state_dict(state["detector"])
-
-
-def require_room(num_jumped: int, *, num_available: int, num_needed: int) -> None:
-    """Check that the data reach to the end of the run in spite of a rollback's jump.
-
-    They do under the settings the run began with (`GuardConfig.spare_samples`).
-
-    Args:
-        num_jumped: Samples jumped over in all, this time included.
-        num_available: Samples of the dataset.
-        num_needed: Samples that the whole run trains on.
-
-    Raises:
-        ConfigError: they do not.
-    """
-    missing = num_jumped + num_needed - num_available
-    if missing > 0:
-        raise ConfigError(
-            f"a rollback over {num_jumped} samples in all would end the run {missing} samples beyond its data, which "
-            f"hold {num_available}: on_spike=rollback keeps max_rollbacks x save_interval steps' samples in reserve; "
-            "resume with the values that the run began with, or with on_spike=skip")

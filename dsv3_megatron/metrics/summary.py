@@ -17,7 +17,6 @@ import json
 import shlex
 import statistics
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,18 +95,13 @@ def measure_baselines(run: RunConfig, num_train_sequences: int, num_valid_sequen
     from dsv3_megatron.data.batches import read_token_sequences
     from dsv3_megatron.data.datasets import build_datasets, dataset_config
     from dsv3_megatron.data.ngram import measure_ngram_baselines
-    from dsv3_megatron.platform import prepare
 
-    prepare()
-    with warnings.catch_warnings():
-        # On its import Megatron-Core says that it found neither other ranks nor Transformer Engine: not needed here.
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-        config = dataset_config(run)
-        data = build_datasets(config)
-        recipe = run.recipe()
-        span = next((recipe.span_of(planned) for planned in recipe.phases if planned.name == phase), recipe.spans[0])
-        if span.index:
-            data = dataclasses.replace(data, valid=build_datasets(dataset_config(run, span)).valid)
+    config = dataset_config(run)
+    data = build_datasets(config)
+    recipe = run.recipe()
+    span = next((recipe.span_of(planned) for planned in recipe.phases if planned.name == phase), recipe.spans[0])
+    if span.index:
+        data = dataclasses.replace(data, valid=build_datasets(dataset_config(run, span)).valid)
     if data.valid is None:
         raise ValueError("the run has no validation data to score the baselines on; set valid_data_path or split")
     return measure_ngram_baselines(

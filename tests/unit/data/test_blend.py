@@ -6,7 +6,6 @@ import pytest
 from dsv3_megatron.data.blend import (
     Blend,
     check_data,
-    describe_files,
     parse_blend,
     read_tokenizer_fingerprint,
     read_vocab_size,
@@ -37,8 +36,9 @@ def test_parse_blend(arguments, expected):
 def test_megatron_reads_the_same_blend():
     utils = pytest.importorskip("megatron.core.datasets.utils")
     for arguments in (["a"], ["a", "b", "c"], ["0.3", "a", "7", "b"]):
-        assert parse_blend(arguments).for_megatron() == utils.get_blend_from_list(arguments)
-    assert parse_blend(["30", "a"]).for_megatron() == (["a"], None)
+        blend = parse_blend(arguments)
+        weights = None if blend.weights is None else list(blend.weights)
+        assert (list(blend.prefixes), weights) == utils.get_blend_from_list(arguments)
 
 
 @pytest.mark.parametrize(
@@ -94,15 +94,3 @@ def test_tokenizer_is_checked_before_a_run(tmp_path):
 def test_missing_data_names_the_path(tmp_path):
     with pytest.raises(ValueError, match=r"data file .*/no\.idx does not exist \(data_path=.*/no: the prefix, without"):
         check_data([str(tmp_path / "no")], vocab_size=400)
-
-
-def test_description_changes_with_the_data(tmp_path):
-    descriptions = []
-    for number in (1, 2):
-        prefix = str(tmp_path / "d")
-        with DatasetWriter(prefix, vocab_size=10, is_overwrite_allowed=True) as writer:
-            writer.add_documents(np.array([number]), np.array([1]))
-        descriptions.append(describe_files([prefix]))
-    assert descriptions[0] != descriptions[1]
-    (tmp_path / "d.json").unlink()
-    assert describe_files([prefix]) == describe_files([prefix]) != descriptions[1]

@@ -1,4 +1,4 @@
-"""Megatron-Core's datasets over our files: what a sample is, what is checked, what is cached."""
+"""Datasets over our files: what a sample is, in which order they come, what is checked."""
 
 import dataclasses
 import os
@@ -17,8 +17,6 @@ from dsv3_megatron.data.indexed_writer import DatasetWriter
 
 EOD = {"eod_id": 1}  # what `write` ends documents with
 
-pytestmark = pytest.mark.filterwarnings("ignore:Could not determine rank:UserWarning")
-
 
 def write(prefix, num_documents=40, first_id=0, length=25, **keywords):
     """Documents of consecutive ids, so that a sample shows where it came from; the end of each is id 1."""
@@ -30,7 +28,7 @@ def write(prefix, num_documents=40, first_id=0, length=25, **keywords):
 
 
 def config(tmp_path, **changes):
-    common = {"seq_length": 16, "seed": 3, "num_train_samples": 50, "cache_dir": os.fspath(tmp_path / "cache")}
+    common = {"seq_length": 16, "seed": 3, "num_train_samples": 50}
     return DatasetConfig(**{**common, **changes})
 
 
@@ -116,39 +114,35 @@ def test_weighted_blend_draws_in_proportion(tmp_path):
         config(tmp_path, blend=blend)
 
 
-def test_several_prefixes_without_weights_are_read_once(tmp_path):
-    first, second = write(tmp_path / "a"), write(tmp_path / "b", first_id=2000)
-    blend = parse_blend([first, second])
-    assert len(build_datasets(config(tmp_path, train_blend=blend)).train) == 50
-    message = r"the training data holds 124 samples of seq_length=16 and several prefixes without weights are read once"
-    with pytest.raises(ValueError, match=message):
-        build_datasets(config(tmp_path, train_blend=blend, num_train_samples=125))
+def test_several_prefixes_without_weights_are_read_in_proportion_to_their_sizes(tmp_path):
+    """As often as a run wants, each sample of each once an epoch of all."""
+    first, second = write(tmp_path / "a"), write(tmp_path / "b", first_id=2000, num_documents=20)
+    data = build_datasets(config(tmp_path, train_blend=parse_blend([first, second]), num_train_samples=None)).train
+    epoch = 999 // 16 + 499 // 16
+    for start in (0, epoch, 7 * epoch):
+        rows = [tuple(row) for row in read_token_sequences(data, start, start + epoch).tolist()]
+        assert len(set(rows)) == epoch and sum(max(row) < 2000 for row in rows) == 999 // 16
 
 
-def test_order_is_a_function_of_the_seed_and_outlives_the_cache(tmp_path):
+def test_order_is_a_function_of_the_seed(tmp_path):
     prefix = write(tmp_path / "d")
 
-    def rows(cache, **changes):
-        made = config(tmp_path, cache_dir=os.fspath(tmp_path / cache), train_blend=parse_blend(prefix), **changes)
+    def rows(**changes):
+        made = config(tmp_path, train_blend=parse_blend(prefix), **changes)
         return read_token_sequences(build_datasets(made).train, 0, 50)
 
-    first = rows("x")
-    assert np.array_equal(first, rows("x")) and np.array_equal(first, rows("y"))
-    assert np.array_equal(first, rows("y", num_train_samples=60))  # still one epoch: the order stays
-    assert not np.array_equal(first, rows("y", seed=4))
+    first = rows()
+    assert np.array_equal(first, rows())
+    for length in (60, 500, 100_000, None):  # one epoch, eight, very many
+        assert np.array_equal(first, rows(num_train_samples=length))
+    assert not np.array_equal(first, rows(seed=4))
 
 
-def test_cache_of_replaced_data_is_not_used(tmp_path):
+def test_nothing_is_written_beside_the_data(tmp_path):
     prefix = write(tmp_path / "d")
-    made = config(tmp_path, train_blend=parse_blend(prefix))
-    build_datasets(made)
-    num_files = len(os.listdir(tmp_path / "cache"))
-    write(tmp_path / "d", num_documents=50, length=20, is_overwrite_allowed=True)
-    data = build_datasets(made)
-    assert len(os.listdir(tmp_path / "cache")) == 2 * num_files
-    assert len(data.train) == (50 * 20 - 1) // 16
-    ends = read_token_sequences(data.train, 0, len(data.train)) == 1
-    assert ends.sum() >= 49
+    before = sorted(tmp_path.rglob("*"))
+    build_datasets(config(tmp_path, blend=parse_blend(prefix), split="8,2")).train[17]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_position_survives_a_rebuild_and_notices_another_order(tmp_path):
@@ -162,10 +156,12 @@ def test_a_position_survives_a_rebuild_and_notices_another_order(tmp_path):
     again = BatchIterator(build_datasets(config(tmp_path, **blend)).train, **sizes)
     again.load_state_dict(state)
     assert bool((next(again).tokens_BS == following.tokens_BS).all())
-    for changes in ({"seed": 4}, {"num_train_samples": 200}):  # 200 samples are four epochs, shuffled together
-        other = BatchIterator(build_datasets(config(tmp_path, **blend, **changes)).train, **sizes)
-        with pytest.raises(ValueError, match="the 8 samples consumed before the checkpoint are not those of this data"):
-            other.load_state_dict(state)
+    longer = BatchIterator(build_datasets(config(tmp_path, **blend, num_train_samples=200)).train, **sizes)
+    longer.load_state_dict(state)  # 200 samples are four epochs, shuffled one by one
+    assert bool((next(longer).tokens_BS == following.tokens_BS).all())
+    other = BatchIterator(build_datasets(config(tmp_path, **blend, seed=4)).train, **sizes)
+    with pytest.raises(ValueError, match="the 8 samples consumed before the checkpoint are not those of this data"):
+        other.load_state_dict(state)
 
 
 def blended(tmp_path, kind):
@@ -294,8 +290,7 @@ from dsv3_megatron.data.datasets import DatasetConfig, build_datasets
 def main():
     rank, folder, prefix = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    made = DatasetConfig(16, 3, 50, train_blend=parse_blend(prefix), valid_blend=parse_blend(prefix),
-                      cache_dir=f"{folder}/cache")
+    made = DatasetConfig(16, 3, 50, train_blend=parse_blend(prefix), valid_blend=parse_blend(prefix))
     data = build_datasets(made)
     batches = BatchIterator(data.train, micro_batch_size=1, global_batch_size=4, data_parallel_rank=rank,
                             data_parallel_size=2)
@@ -310,7 +305,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.distributed
-def test_two_processes_share_one_cache_and_split_the_step(tmp_path):
+def test_two_processes_split_the_step(tmp_path):
     prefix = write(tmp_path / "d")
     command = [sys.executable, "-W", "ignore", "-c", _WORKER]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -327,5 +322,5 @@ def test_two_processes_share_one_cache_and_split_the_step(tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0]
     rows = sorted([int(part) for part in line.split()] for output in printed for line in output.splitlines())
-    alone = build_datasets(config(tmp_path, cache_dir=str(tmp_path / "other"), train_blend=parse_blend(prefix))).train
+    alone = build_datasets(config(tmp_path, train_blend=parse_blend(prefix))).train
     assert rows == [[i, *alone[i]["tokens"].tolist()] for i in range(8)]

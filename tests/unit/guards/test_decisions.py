@@ -8,11 +8,8 @@ from typing import Any
 
 import pytest
 
-from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.guards import GuardConfig
-from dsv3_megatron.config.presets import preset
-from dsv3_megatron.data.datasets import dataset_config
-from dsv3_megatron.guards.decisions import Finding, Guard, require_room
+from dsv3_megatron.guards.decisions import Finding, Guard
 from dsv3_megatron.guards.events import Event, report
 
 NOTHING, SPIKE, NONFINITE = Finding.NOTHING, Finding.SPIKE, Finding.NONFINITE
@@ -116,15 +113,3 @@ def test_the_report_says_what_fired_and_what_to_do() -> None:
     made.counters.jumps.append((16, 28))
     assert "samples that rollbacks jumped over: 16 to 27" in report(made, [event], "checkpoints")
     assert "Nothing was saved: save is not set." in report(made, [], None)
-
-
-def test_data_are_reserved_for_rollbacks_and_too_few_are_said() -> None:
-    run = preset("tiny").override(data_path=["train"], save="checkpoints", save_interval=50, max_rollbacks=2)
-    needed = run.training.train_iters * run.training.global_batch_size
-    reserved = run.override(on_spike="rollback")
-    spare = 2 * 50 * run.training.global_batch_size
-    assert [dataset_config(each).num_train_samples for each in (run, reserved)] == [needed, needed + spare]
-    require_room(spare, num_available=needed + spare, num_needed=needed)
-    with pytest.raises(ConfigError, match="over 9 samples in all would end the run 4 samples beyond its data, which "
-                                          "hold 105: .* or with on_spike=skip"):
-        require_room(9, num_available=105, num_needed=100)
