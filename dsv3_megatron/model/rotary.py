@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.ops.backend import wide_dtype
+from dsv3_megatron.ops.rotary_frequencies import plain_frequencies, yarn_frequencies
 
 
 def softmax_scale(config: MLATransformerConfig) -> float:
@@ -30,25 +31,14 @@ def softmax_scale(config: MLATransformerConfig) -> float:
 def inverse_frequencies(config: MLATransformerConfig) -> torch.Tensor:
     """Radians per token of each rotated pair, fp64 [D/2]; D is qk_rope_head_dim.
 
-    YaRN keeps frequencies that turn more than beta_fast times within the original context, divides by
-    the extension factor those that turn less than beta_slow times, and blends linearly between the two.
-    Source: YaRN, arXiv 2309.00071, section 3.2; DeepSeek-V3 report, section 4.3.
+    Plain ones or YaRN's, by the configuration: `ops/rotary_frequencies.py`.
     """
-    dim = config.qk_pos_emb_head_dim
-    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim
-    plain = 1.0 / (config.rotary_base ** exponents)
+    dim, base = config.qk_pos_emb_head_dim, config.rotary_base
     if config.rope_type != "yarn":
-        return plain
-
-    def pair_that_turns(rotations: float) -> float:
-        length = config.original_max_position_embeddings
-        return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rotary_base))
-
-    low = max(math.floor(pair_that_turns(config.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(config.beta_slow)), dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float64, device="cpu") - low) / max(high - low, 0.001)
-    interpolated_share = ramp.clamp(0, 1)
-    return plain / config.rotary_scaling_factor * interpolated_share + plain * (1 - interpolated_share)
+        return plain_frequencies(dim, base)
+    return yarn_frequencies(
+        dim, base, factor=config.rotary_scaling_factor, original_length=config.original_max_position_embeddings,
+        beta_fast=config.beta_fast, beta_slow=config.beta_slow)
 
 
 def rotary_fields(model: ModelConfig) -> dict[str, Any]:

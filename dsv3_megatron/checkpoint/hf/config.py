@@ -1,14 +1,16 @@
 """`config.json` of a DeepSeek-V3-style model to our ModelConfig, and back.
 
-Every setting in the file is either translated, or must have the one value that this library computes with, or
-is known not to touch the weights' meaning. What is none of these is refused: a setting nobody looked at may
-change the model.
+Every setting that `transformers` reads for this kind of model is either translated, or must have the one value that
+this library computes with. What it does not read it ignores, and so does this library, saying which settings these are;
+but for a few that make other programs compute another model.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from dsv3_megatron.checkpoint.hf.rope import rope_scaling, rotary_fields
+from dsv3_megatron.checkpoint.hf.values import typed_number
 from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
@@ -47,40 +49,52 @@ _FLOATS = {"routed_scaling_factor", "rms_norm_eps", "initializer_range"}
 _GROUP_SCORE_TOPK = 2
 # `transformers` and DeepSeek's code norm the latents with this epsilon, whatever rms_norm_eps is.
 _LATENT_EPSILON = 1e-6
-# Left out of a file they mean this, as in `transformers`.
-_DEFAULTS = {"n_shared_experts": 0, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0,
-             "rms_norm_eps": 1e-6, "initializer_range": 0.02, "q_lora_rank": None}
+# Left out of a file they mean DeepSeek-V3's own, in `transformers` and in DeepSeek's code alike.
+_DEFAULTS = {"n_shared_experts": 1, "n_group": 8, "topk_group": 4, "num_nextn_predict_layers": 1,
+             "rms_norm_eps": 1e-6, "initializer_range": 0.02, "q_lora_rank": 1536}
 _NULL = {"n_shared_experts": 0, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}
-# Settings with one value that this library computes with, and how they are written; None: not written.
+# Settings with the values that this library computes with; the first is what is written, where they are.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
-    "attention_dropout": (0.0,),
     "tie_word_embeddings": (False,),
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
     "norm_topk_prob": (True,),
     "moe_layer_freq": (1,),
-    "rope_interleave": (True, None),
-    "pretraining_tp": (1, None),
+    "rope_interleave": (True,),
     "mlp_bias": (False,),
 }
-_WRITTEN_FIXED = ("hidden_act", "attention_bias", "attention_dropout", "tie_word_embeddings", "scoring_func",
-                  "topk_method", "norm_topk_prob", "moe_layer_freq")
+# Not settings of this architecture, but heeded by programs in any model that has them: the values without effect, and
+# what the others do.
+_FOREIGN: dict[str, tuple[tuple[Any, ...], str]] = {
+    "sliding_window": ((None,), "transformers caches keys of a window only"),
+    "attention_chunk_size": ((None,), "transformers caches keys of a chunk only"),
+    "is_causal": ((True, None), "transformers lets every token attend to later ones"),
+    "kv_sharing_modes": ((None,), "transformers shares caches between layers"),
+    "per_layer_config": ((None, {}), "transformers changes settings of single layers"),
+    "partial_rotary_factor": ((1, None), "transformers rotates a part of the rotary width"),
+    "compression_config": ((None,), "transformers reads compressed weights"),
+    "pruned_heads": ((None, {}), "transformers 4 removes heads"),
+    "text_config": ((None,), "transformers takes settings"),
+    "decoder": ((None,), "transformers takes settings"),
+    "generator": ((None,), "transformers takes settings"),
+    "index_topk": ((None,), "vLLM and SGLang take the model for one with sparse attention"),
+}
+_WRITTEN_FIXED = ("hidden_act", "attention_bias", "tie_word_embeddings", "scoring_func", "topk_method",
+                  "norm_topk_prob", "moe_layer_freq", "rope_interleave")
+_WRITTEN_BESIDE = {"attention_dropout": 0.0, "use_cache": True}
 # Read by other programs or about training; without effect on what the weights compute.
 _IGNORED = frozenset({
     "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
     "eos_token_id", "pad_token_id", "ep_size", "aux_loss_alpha", "seq_aux", "output_router_logits",
     "output_attentions", "output_hidden_states", "return_dict", "_name_or_path", "_attn_implementation",
     "_experts_implementation", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id",
-    "problem_type", "router_aux_loss_coef"})
+    "problem_type", "router_aux_loss_coef", "attention_dropout", "pretraining_tp",
+    "gradient_checkpointing"})
 _ELSEWHERE = frozenset({"model_type", "quantization_config", "rope_theta", "rope_scaling", "rope_parameters",
-                        "num_key_value_heads", "qk_head_dim", "head_dim", "num_mtp_layers", "num_local_experts"})
-# YaRN's settings: ours, and what a file without them means in DeepSeek's and `transformers`' code.
-_YARN = {"factor": ("rotary_scaling_factor", None),
-         "original_max_position_embeddings": ("original_max_position_embeddings", None),
-         "beta_fast": ("beta_fast", 32.0), "beta_slow": ("beta_slow", 1.0), "mscale": ("mscale", 1.0),
-         "mscale_all_dim": ("mscale_all_dim", 0.0)}
+                        "num_key_value_heads", "qk_head_dim", "head_dim", "num_mtp_layers", "num_local_experts",
+                        "original_max_position_embeddings", "layer_types"})
 
 
 def model_config_from_json(config: dict[str, Any], source: str = "config.json") -> ModelConfig:
@@ -95,27 +109,29 @@ def model_config_from_json(config: dict[str, Any], source: str = "config.json") 
         set to the value that was trained with; it has no effect on given weights.
 
     Raises:
-        CheckpointError: another kind of model, a missing setting, one that this library does not compute with or
-            does not know, or two that contradict each other.
+        CheckpointError: another kind of model, a missing setting, one that this library does not compute with, or two
+            that contradict each other.
     """
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{source}: model_type={config.get('model_type')!r}; this library reads {MODEL_TYPE!r}")
-    known = _FIELDS.keys() | _FIXED.keys() | _IGNORED | _ELSEWHERE
-    unknown = sorted(config.keys() - known)
-    if unknown:
-        raise CheckpointError(
-            f"{source}: {', '.join(f'{name}={config[name]!r}' for name in unknown)}: not known to this library, and "
-            "may change what the weights compute; remove it from the file if it does not")
     for name, allowed in _FIXED.items():
         if name in config and config[name] not in allowed:
             raise CheckpointError(f"{source}: {name}={config[name]!r} is another model than this library's, which has "
                                   f"{name}={allowed[0]!r}")
+    for name, (harmless, effect) in _FOREIGN.items():
+        if name in config and config[name] not in harmless:
+            raise CheckpointError(f"{source}: {name}={config[name]!r}: not known to this library, and {effect} by it; "
+                                  "remove it from the file if the model was trained without")
+    kinds = config.get("layer_types") or ()
+    if any(kind != "full_attention" for kind in kinds):
+        raise CheckpointError(f"{source}: layer_types={kinds!r} is another model than this library's, whose layers all "
+                              "have full_attention")
     values: dict[str, Any] = {}
     for name, field in _FIELDS.items():
         values[field] = _number(config, name, source)
     # What a later phase with YaRN would extend; YaRN's own settings, where the file has them, come after it.
     values["original_max_position_embeddings"] = values["max_position_embeddings"]
-    values |= _rotary(config, source)
+    values |= rotary_fields(config, source)
     groups, top_k, kept = (values[field] for field in (
         "moe_router_num_groups", "moe_router_topk", "moe_router_group_topk"))
     if groups > 1 and top_k != _GROUP_SCORE_TOPK * kept:
@@ -129,6 +145,12 @@ def model_config_from_json(config: dict[str, Any], source: str = "config.json") 
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from error
     return model
+
+
+def ignored_settings(config: dict[str, Any]) -> list[str]:
+    """Settings of a `config.json`, as NAME=VALUE, that neither `transformers` nor this library reads."""
+    known = _FIELDS.keys() | _FIXED.keys() | _FOREIGN.keys() | _IGNORED | _ELSEWHERE
+    return [f"{name}={config[name]!r}" for name in sorted(config.keys() - known)]
 
 
 def model_config_to_json(model: ModelConfig, *, dtype: str, is_fp8: bool = False, bos_token_id: int | None = None,
@@ -155,11 +177,11 @@ def model_config_to_json(model: ModelConfig, *, dtype: str, is_fp8: bool = False
                               f"with latent_layernorm_epsilon={_LATENT_EPSILON}")
     content: dict[str, Any] = {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": MODEL_TYPE, "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id, "use_cache": True, "torch_dtype": dtype, "rope_interleave": True,
+        "eos_token_id": eos_token_id, "torch_dtype": dtype,
         "num_key_value_heads": model.num_attention_heads, "rope_theta": model.rotary_base,
-        "rope_scaling": _rope_scaling(model)}
+        "rope_scaling": rope_scaling(model)}
     content |= {name: getattr(model, field) for name, field in _FIELDS.items()}
-    content |= {name: _FIXED[name][0] for name in _WRITTEN_FIXED}
+    content |= {name: _FIXED[name][0] for name in _WRITTEN_FIXED} | _WRITTEN_BESIDE
     if is_fp8:
         content["quantization_config"] = dict(QUANTIZATION)
     return dict(sorted(content.items()))
@@ -216,16 +238,7 @@ def _number(config: dict[str, Any], name: str, source: str) -> Any:
         if value is None and name != "q_lora_rank":
             raise CheckpointError(f"{source}: {name}=null; it must be a number")
         return value
-    return _typed(name, value, name in _FLOATS, source)
-
-
-def _typed(name: str, value: Any, is_float: bool, source: str) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and is_float:
-        return float(value)
-    if is_number and float(value).is_integer():
-        return int(value)
-    raise CheckpointError(f"{source}: {name}={value!r} must be a {'' if is_float else 'whole '}number")
+    return typed_number(name, value, name in _FLOATS, source)
 
 
 def _check_derived(config: dict[str, Any], values: dict[str, Any], source: str) -> None:
@@ -237,68 +250,3 @@ def _check_derived(config: dict[str, Any], values: dict[str, Any], source: str) 
     for name, (allowed, meaning) in expected.items():
         if name in config and config[name] not in allowed:
             raise CheckpointError(f"{source}: {name}={config[name]!r} contradicts {meaning}={allowed[0]}")
-
-
-def _rotary(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """Our rotary fields out of `rope_theta` + `rope_scaling` (published) or `rope_parameters` (`transformers` 5)."""
-    spellings: list[tuple[str, dict[str, Any]]] = []
-    for name in ("rope_scaling", "rope_parameters"):
-        content = config.get(name)
-        if content is not None:
-            if not isinstance(content, dict):
-                raise CheckpointError(f"{source}: {name}={content!r} must hold settings by name")
-            spellings.append((name, _one_spelling(content, f"{source}: {name}")))
-    if config.get("rope_theta") is not None:
-        theta = _typed("rope_theta", config["rope_theta"], True, source)
-        if not any(name == "rope_scaling" for name, _ in spellings) and "rope_scaling" in config:
-            # The published spelling of plain rotary embedding: rope_scaling is null.
-            spellings.append(("rope_scaling", {"rope_type": "rope"}))
-        spellings.append(("rope_theta", {"rotary_base": theta}))
-    merged: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    for name, fields in spellings:
-        for field, value in fields.items():
-            if field in merged and merged[field] != value:
-                raise CheckpointError(f"{source}: {origin[field]} and {name} contradict each other: {field} is "
-                                      f"{merged[field]!r} in one and {value!r} in the other")
-            merged[field], origin[field] = value, name
-    return {"rotary_base": 10000.0, "rope_type": "rope", **merged}
-
-
-def _one_spelling(content: dict[str, Any], source: str) -> dict[str, Any]:
-    types = {content[key] for key in ("type", "rope_type") if content.get(key) is not None}
-    if len(types) > 1:
-        raise CheckpointError(f"{source}: type={content['type']!r} contradicts rope_type={content['rope_type']!r}")
-    kind = types.pop() if types else "default"
-    fields: dict[str, Any] = {}
-    if content.get("rope_theta") is not None:
-        fields["rotary_base"] = _typed("rope_theta", content["rope_theta"], True, source)
-    given = {key: value for key, value in content.items() if key not in ("type", "rope_type", "rope_theta")}
-    if kind in ("default", "rope"):
-        if given:
-            raise CheckpointError(f"{source}: {', '.join(sorted(given))}: without effect under rope_type={kind!r}; "
-                                  "remove them or set rope_type to 'yarn'")
-        return {**fields, "rope_type": "rope"}
-    if kind != "yarn":
-        raise CheckpointError(f"{source}: rope_type={kind!r} is not known to this library; it has 'default' and "
-                              "'yarn'")
-    unknown = sorted(given.keys() - _YARN.keys())
-    if unknown:
-        raise CheckpointError(f"{source}: {', '.join(f'{name}={given[name]!r}' for name in unknown)}: not known to "
-                              "this library, and may change what the weights compute")
-    for name, (field, default) in _YARN.items():
-        value = given.get(name, default)
-        if value is None:
-            raise CheckpointError(f"{source}: {name} is missing")
-        fields[field] = _typed(name, value, name != "original_max_position_embeddings", source)
-    return {**fields, "rope_type": "yarn"}
-
-
-def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
-    if model.rope_type != "yarn":
-        return None
-    if model.mscale_all_dim == 0 and model.mscale != 1:
-        raise CheckpointError(
-            f"mscale={model.mscale} with mscale_all_dim=0: DeepSeek's and transformers' code read a config.json with "
-            "these differently; use mscale=1, or mscale_all_dim above 0")
-    return {"type": "yarn"} | {name: getattr(model, field) for name, (field, _) in _YARN.items()}

@@ -10,14 +10,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dsv3_megatron.checkpoint.hf.config import check_quantization, model_config_from_json
+from dsv3_megatron.checkpoint.hf.config import check_quantization, ignored_settings, model_config_from_json
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, hugging_face_tensors, layer_of
-from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, SUFFIX, StoredTensor, read_header
+from dsv3_megatron.checkpoint.hf.rope import check_stored_frequencies
+from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, SUFFIX, WEIGHT_DTYPES, StoredTensor, read_header
+from dsv3_megatron.checkpoint.hf.spellings import is_frequencies, is_fused, parts_of_fused
 from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.ops.block_fp8 import dequantize_weight_blocks, scale_shape
@@ -41,7 +44,9 @@ class HuggingFaceDirectory:
         model: The architecture; without MTP modules where the folder has none of their tensors, as `transformers`
             writes it whatever its `config.json` says.
         tensors: The model's tensors by name, those of left-out copies not.
-        stored: Where every tensor's bytes are, block scales included.
+        stored: Where every tensor's bytes are, block scales included; by their published names, also where the file
+            has the experts of a layer in one tensor.
+        beside: Tensors that the model does not need: stored frequencies of the rotary embedding.
         is_fp8: Whether any matrix is stored in FP8.
 
     Raises:
@@ -55,7 +60,9 @@ class HuggingFaceDirectory:
         source = str(self.path / CONFIG)
         stated = model_config_from_json(self.json, source)
         self.model: ModelConfig = stated
-        self.stored = _stored_tensors(self.path)
+        found = _published_names(_stored_tensors(self.path))
+        self.beside = {name: entry for name, entry in found.items() if is_frequencies(name)}
+        self.stored = {name: entry for name, entry in found.items() if name not in self.beside}
         names = {name for name in self.stored if not name.endswith(SCALE_SUFFIX)}
         layers = [layer for name in names if (layer := layer_of(name)) is not None]
         if self.model.mtp_num_layers and max(layers, default=0) < self.model.num_layers:
@@ -69,6 +76,7 @@ class HuggingFaceDirectory:
             self._check_stored(tensor)
         self.is_fp8 = any(self.stored[name].dtype == _FP8 for name in names)
         self._check_scales_and_config(check_quantization(self.json, source))
+        self._check_beside()
 
     # ---- reading -----------------------------------------------------------------------------------
 
@@ -144,12 +152,27 @@ class HuggingFaceDirectory:
 
     def _check_stored(self, tensor: HuggingFaceTensor) -> None:
         entry = self.stored[tensor.name]
+        if entry.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(f"{entry.file}: tensor {tensor.name} is {NAMES[entry.dtype]}; this library reads "
+                                  f"{', '.join(NAMES[dtype] for dtype in WEIGHT_DTYPES)}")
         if entry.shape != tensor.shape:
             raise CheckpointError(f"{entry.file}: tensor {tensor.name} has shape {list(entry.shape)}, the model that "
                                   f"{CONFIG} describes has {list(tensor.shape)}")
         if entry.dtype == _FP8 and tensor.storage is not Storage.MATRIX:
             raise CheckpointError(f"{entry.file}: tensor {tensor.name} is FP8; embedding, head, router, eh_proj and "
                                   "norms are never quantized")
+
+    def _check_beside(self) -> None:
+        """Look at what is read no further: stored frequencies must be those of the model, settings are named."""
+        for name, entry in self.beside.items():
+            check_stored_frequencies(self.model, f"{entry.file}: tensor {name}", entry.read())
+        if self.beside:
+            logger.info("%s: %d stored tables of rotary frequencies are those that %s makes: not read further",
+                        self.path, len(self.beside), CONFIG)
+        ignored = ignored_settings(self.json)
+        if ignored:
+            logger.info("%s: settings that neither transformers nor this library reads: %s", self.path / CONFIG,
+                        ", ".join(ignored))
 
     def _check_scales_and_config(self, is_stated: bool) -> None:
         quantized = {name for name in self.tensors if self.stored[name].dtype == _FP8}
@@ -172,6 +195,25 @@ class HuggingFaceDirectory:
                 raise CheckpointError(
                     f"{entry.file}: tensor {entry.name} is {NAMES[entry.dtype]} {list(entry.shape)}; the scales of "
                     f"{list(self.tensors[name].shape)} in 128 x 128 blocks are F32 {list(shape)}")
+
+
+def _published_names(found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The same tensors with those of all experts of a layer taken apart, without reading them."""
+    result: dict[str, StoredTensor] = {}
+    for name, entry in found.items():
+        try:
+            parts = list(parts_of_fused(name, entry.shape, entry.dtype)) if is_fused(name) else []
+        except ValueError as error:
+            raise CheckpointError(f"{entry.file}: tensor {error}") from error
+        entries = [dataclasses.replace(
+            entry, name=part.name, shape=part.shape, offset=entry.offset + part.offset_bytes,
+            num_bytes=entry.dtype.itemsize * math.prod(part.shape)) for part in parts] or [entry]
+        for single in entries:
+            if single.name in result or (single is not entry and single.name in found):
+                raise CheckpointError(f"{entry.file}: tensor {name} holds {single.name}, which is stored by itself "
+                                      "too; keep one of the two")
+            result[single.name] = single
+    return result
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

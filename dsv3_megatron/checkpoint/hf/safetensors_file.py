@@ -18,7 +18,10 @@ from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.checkpoint.segments import Segment, read_segments
 
 SUFFIX = ".safetensors"
-DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+WEIGHT_DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
+# Those of weights, and others in which a table beside them may be.
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn, "F16": torch.float16,
+          "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -129,7 +132,8 @@ def header_bytes(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) ->
 def _entry(name: str, value: dict[str, object], file: Path, start: int) -> StoredTensor:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if dtype not in DTYPES:
-        raise CheckpointError(f"{file}: tensor {name} is {dtype}; this library reads {', '.join(DTYPES)}")
+        raise CheckpointError(f"{file}: tensor {name} is {dtype}; this library reads "
+                              f"{', '.join(NAMES[dtype] for dtype in WEIGHT_DTYPES)}")
     assert isinstance(shape, list) and isinstance(offsets, list)
     begin, end = map(int, offsets)
     torch_dtype = DTYPES[str(dtype)]

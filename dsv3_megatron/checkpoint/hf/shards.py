@@ -16,6 +16,7 @@ import torch
 
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, hugging_face_tensors
 from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, header_bytes
+from dsv3_megatron.checkpoint.hf.spellings import is_fused, parts_of_fused
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.ops.block_fp8 import scale_shape
@@ -99,14 +100,24 @@ def stored_entries(tensor: HuggingFaceTensor, dtype: str) -> list[ShardEntry]:
 def shard_from_header(file: str, header: str) -> Shard:
     """The plan of a file whose JSON header is known, the same byte for byte.
 
+    The experts of a layer that are one tensor in the file are an entry each: these are the names of the weights.
+
     Args:
         file: Its name.
         header: The header's text, padding included.
     """
     prefix = len(header.encode()).to_bytes(8, "little") + header.encode()
     dtypes = {name: dtype for dtype, name in NAMES.items()}
-    entries = [ShardEntry(name, dtypes[value["dtype"]], tuple(value["shape"]), len(prefix) + value["data_offsets"][0])
-               for name, value in json.loads(header).items() if name != "__metadata__"]
+    entries: list[ShardEntry] = []
+    for name, value in json.loads(header).items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, offset = dtypes[value["dtype"]], tuple(value["shape"]), len(prefix) + value["data_offsets"][0]
+        if is_fused(name):
+            entries += [ShardEntry(part.name, dtype, part.shape, offset + part.offset_bytes)
+                        for part in parts_of_fused(name, shape, dtype)]
+        else:
+            entries.append(ShardEntry(name, dtype, shape, offset))
     return Shard(file, prefix, tuple(sorted(entries, key=lambda entry: (entry.offset, entry.num_bytes))))
 
 

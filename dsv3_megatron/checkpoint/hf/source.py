@@ -3,7 +3,8 @@
 Beside its tensors, in the same folder:
 
     hf_source.json          config.json, the index and every file's header, as they were
-    hf_scales.safetensors   block scales of what was FP8: ours holds the dequantized weights
+    hf_scales.safetensors   block scales of what was FP8: ours holds the dequantized weights; and stored tables that
+                            are no weights
     hf_file.NAME            the tokenizer's and other small files
 
 A training run's own checkpoints have none of this: their weights are others.
@@ -39,7 +40,7 @@ class Source:
         config: Text of its `config.json`.
         index: Text of its index; None where it was one file without.
         headers: Text of each file's header, by the file's name.
-        scales: Its block scales, by name.
+        scales: Its block scales by name, and stored tables that are no weights.
     """
 
     config: str
@@ -71,8 +72,9 @@ def description_of(directory: HuggingFaceDirectory) -> dict[str, Any]:
 
 
 def scales_of(directory: HuggingFaceDirectory) -> list[StoredTensor]:
-    """The folder's block scales, in the order of their names."""
-    return [entry for name, entry in sorted(directory.stored.items()) if name.endswith(SCALE_SUFFIX)]
+    """The folder's block scales and stored tables that are no weights, in the order of their names."""
+    scales = {name: entry for name, entry in directory.stored.items() if name.endswith(SCALE_SUFFIX)}
+    return [entry for _name, entry in sorted((scales | directory.beside).items())]
 
 
 def carried_files(path: Path) -> Iterator[Path]:

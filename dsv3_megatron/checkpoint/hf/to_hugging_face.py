@@ -28,6 +28,7 @@ from dsv3_megatron.checkpoint.hf.directory import CONFIG, INDEX, SCALE_SUFFIX, H
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, hugging_face_tensors
 from dsv3_megatron.checkpoint.hf.shards import MAX_SHARD_BYTES, Shard, ShardEntry, index_json, plan_shards
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX, carried_files
+from dsv3_megatron.checkpoint.hf.spellings import is_frequencies
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, Piece, Progress, Report, Workplace, ignore, memory_for
 from dsv3_megatron.checkpoint.layout import CheckpointError
@@ -161,7 +162,7 @@ class _ShardWriter:
         try:
             os.truncate(target, shard.num_bytes)
             for entry in shard.entries:
-                if entry.name.endswith(SCALE_SUFFIX):
+                if entry.name.endswith(SCALE_SUFFIX) or is_frequencies(entry.name):
                     if self.is_again:
                         assert self.weights.source is not None
                         scale = self.weights.source.scales[entry.name]

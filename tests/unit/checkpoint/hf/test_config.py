@@ -110,6 +110,10 @@ def test_the_same_rotary_settings_in_both_spellings():
     ({"scoring_func": "softmax"}, "scoring_func='softmax' is another model"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
     ({"rope_interleave": False}, "rope_interleave=False"),
+    ({"rope_interleave": None}, "rope_interleave=None is another model"),
+    ({"sliding_window": 512}, "sliding_window=512: not known to this library, and transformers caches"),
+    ({"layer_types": ["linear_attention"] * 61}, "layer_types=['linear_attention'"),
+    ({"original_max_position_embeddings": 8192}, "original_max_position_embeddings=8192 contradicts rope_scaling"),
     ({"num_key_value_heads": 8}, "num_key_value_heads=8 contradicts num_attention_heads=128"),
     ({"qk_head_dim": 128}, "qk_head_dim=128 contradicts qk_nope_head_dim + qk_rope_head_dim=192"),
     ({"num_mtp_layers": 2}, "num_nextn_predict_layers=1 and num_mtp_layers=2 contradict each other"),
@@ -140,7 +144,8 @@ def test_missing_setting():
         model_config_from_json(content)
 
 
-def test_what_config_json_cannot_express():
-    model = dataclasses.replace(V3, mscale=0.7, mscale_all_dim=0.0)
+@pytest.mark.parametrize("changes", [{"mscale": 0.7, "mscale_all_dim": 0.0}, {"mscale": 0.0}], ids=str)
+def test_what_config_json_cannot_express(changes):
+    model = dataclasses.replace(V3, **changes)
     with pytest.raises(CheckpointError, match="read a config.json with these differently"):
         model_config_to_json(model, dtype="bfloat16")

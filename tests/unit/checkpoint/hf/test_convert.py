@@ -83,6 +83,35 @@ def test_there_and_back_is_the_same_files(tmp_path, kind, name, num_shards):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["back", "hf", "ours"], "nothing is left over"
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_other_spellings_of_the_weights_there_and_back(tmp_path, kind):
+    """Experts in one tensor a projection and stored frequencies are the same files again, and are the same model."""
+    model = dataclasses.replace(WIDE, moe_ffn_hidden_size=128)  # FP8's blocks divide between gate and up
+    apart = make_source(tmp_path / "apart", kind, model, 0)
+    weights = load_file(apart / "model.safetensors")
+    fused = {name: value for name, value in weights.items() if ".mlp.experts." not in name}
+    for layer in (1, 2, 3):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        for end in ("", "_scale_inv") if kind == "fp8" else ("",):
+            gate, up, down = (torch.stack([weights[f"{prefix}.{expert}.{name}_proj.weight{end}"].view(torch.uint8)
+                                           for expert in range(model.num_experts)]) for name in ("gate", "up", "down"))
+            dtype = weights[f"{prefix}.0.gate_proj.weight{end}"].dtype
+            fused[f"{prefix}.gate_up_proj{end}"] = torch.cat((gate, up), 1).view(dtype)
+            fused[f"{prefix}.down_proj{end}"] = down.view(dtype)
+    for layer in range(3):
+        fused[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.tensor(
+            [10000.0 ** (-2 * pair / 8) for pair in range(4)])
+    source = write_checkpoint(tmp_path / "hf", config_json(model), fused, 2)
+    convert_to_megatron(source, tmp_path / "ours", is_verified=True)
+    convert_to_hugging_face(tmp_path / "ours", tmp_path / "back", is_verified=True)
+    assert_same_files(source, tmp_path / "back")
+    convert_to_hugging_face(tmp_path / "ours", tmp_path / "published", dtype="fp32", is_verified=True)
+    expected = dequantized(weights)
+    result = read_all(tmp_path / "published")
+    assert result.keys() == expected.keys()
+    assert all(torch.equal(result[name], expected[name].float()) for name in result)
+
+
 def test_mtp_left_out_by_transformers(tmp_path):
     """config.json speaks of an MTP module that the weights do not have."""
     weights = {name: value for name, value in published_weights(WIDE).items() if "model.layers.3." not in name}
