@@ -12,7 +12,7 @@ class ConfigError(ValueError):
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str, choices: tuple[str, ...] = (), nargs: str = "",
-           flag: str = "") -> Any:
+           flag: str = "", most: float | None = None) -> Any:
     """Declare a dataclass field that is also a command-line flag.
 
     Args:
@@ -21,8 +21,9 @@ def option(default: Any = dataclasses.MISSING, *, help: str, choices: tuple[str,
         choices: Allowed values, if there are few.
         nargs: argparse's nargs, for lists.
         flag: Flag name without dashes where it differs from the field's.
+        most: Largest value of a number where it is not that of every other (`values.py`).
     """
-    metadata = {"help": help, "choices": choices, "nargs": nargs, "flag": flag}
+    metadata = {"help": help, "choices": choices, "nargs": nargs, "flag": flag, "most": most}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -41,8 +42,9 @@ def require_finite(section: Any) -> None:
 
 
 def all_divisors(number: int) -> list[int]:
-    """In ascending order."""
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    """Every divisor of a positive number, in ascending order."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return small + [number // divisor for divisor in reversed(small) if divisor * divisor != number]
 
 
 def divisors(number: int, *, near: int = 1, count: int = 3) -> str:

@@ -33,8 +33,8 @@ class GuardConfig:
     spike_grad_norm_floor: float = option(10.0, help="smallest multiple of the median gradient norm that is a spike")
     max_consecutive_skips: int = option(5, help="updates left out in a row that a run survives; one more ends it")
     max_rollbacks: int = option(3, help="rollbacks that a run survives; one more ends it with a report")
-    hang_timeout_s: float = option(300.0, help="seconds without a sign of life inside a step until a rank counts as "
-                                   "hung, all stacks are written and the run ends; 0: never")
+    hang_timeout_s: float = option(300.0, most=1e7, help="seconds without a sign of life inside a step until a rank "
+                                   "counts as hung, all stacks are written and the run ends; 0: never")
 
     def validate(self, checkpoint: CheckpointConfig) -> None:
         """Check the thresholds, and that a rollback has something to go back to.

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.files import parse_file
 from dsv3_megatron.config.phases import WITHOUT_PHASES, Phase, read_phases
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.config.run import SECTIONS, RunConfig, section_of
+from dsv3_megatron.config.values import is_optional, kind_of, read_value, whole_number
 
 _GROUP_TITLES = {
     "model": "model (without a default: the preset's)",
@@ -55,7 +58,28 @@ class Command:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as a ConfigError, like every other wrong value."""
+    """Reports a wrong flag as a ConfigError, like every other wrong value, and one that is given twice too."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's, which would take the last of two values."""
+        words = list(sys.argv[1:] if args is None else args)
+        self._refuse_repeats(words)
+        return super().parse_known_args(words, namespace)
+
+    def _refuse_repeats(self, words: list[str]) -> None:
+        given: dict[str, str] = {}
+        for index, word in enumerate(words):
+            if word == "--":
+                return
+            flag = word.partition("=")[0]
+            action = self._option_string_actions.get(flag)
+            if not word.startswith("--") or action is None or action.dest == "help":
+                continue
+            values = itertools.takewhile(lambda value: not value.startswith("--"), words[index + 1:])
+            text = " ".join((word, *values))
+            if action.dest in given:
+                raise ConfigError(f"{flag} is given twice: {given[action.dest]} and {text}; leave one out")
+            given[action.dest] = text
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")
@@ -80,8 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
     start.add_argument("--json", action="store_true", dest="as_json", help="with --print-model or --print-schedule: as "
                        "JSON")
     start.add_argument("--check-only", action="store_true", help="check the run and its inputs, and stop")
-    start.add_argument("--world-size", type=int, metavar="N", help="with --print-model, --print-schedule or "
-                       "--check-only: processes to plan for")
+    start.add_argument("--world-size", type=_reader(int, takes_none=False), metavar="N",
+                       help="with --print-model, --print-schedule or --check-only: processes to plan for")
     for section in SECTIONS:
         add_section(parser, section)
     return parser
@@ -108,7 +132,7 @@ def parse_command(arguments: Sequence[str]) -> Command:
         SystemExit: after --help.
     """
     given = _given(arguments)
-    from_file = read_config_file(given["config"]) if given["config"] else {}
+    from_file = read_config_file(given["config"]) if given["config"] is not None else {}
     name = given["preset"] or from_file.pop("preset", None) or "tiny"
     from_file.pop("preset", None)
     flags = given_fields(given)
@@ -123,40 +147,46 @@ def read_config_file(path: str) -> dict[str, Any]:
     """Fields to change, by name, from a file whose sections are those of RunConfig (or that has none).
 
     Raises:
-        ConfigError: the file is missing, cannot be parsed, or has a field or a type that no run has.
+        ConfigError: the file is missing, cannot be parsed, has a field or a type that no run has, or has a field twice
+            or in a section that is not its own.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"config={path}: no such file")
-    if file.suffix not in _FORMATS:
-        raise ConfigError(f"config={path}: its name must end with {', '.join(_FORMATS)}")
-    try:
-        content = _parse(file)
-    except Exception as error:  # the parsers' own errors have no common class
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"config={path}: cannot be read as {file.suffix[1:].upper()}: {reason}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"config={path}: must hold fields and their values, not a {type(content).__name__}")
     changes: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, dict) and key not in SECTIONS:
-            raise ConfigError(f"config={path}: {key} is not a section of a run; they are {', '.join(SECTIONS)}")
-        entries = value.items() if key in SECTIONS and isinstance(value, dict) else [(key, value)]
-        for name, entry in entries:
-            name = str(name)  # YAML's keys may be anything
-            if name == "preset":
-                changes[name] = entry
-                continue
-            try:
-                changes[name] = _typed(name, entry)
-            except ConfigError as error:
-                raise ConfigError(f"config={path}: {error}") from error
+    places: dict[str, str] = {}
+    for key, value in parse_file(path).items():
+        try:
+            for place, name, entry in _entries(str(key), value):  # YAML's keys may be anything
+                if name in places:
+                    raise ConfigError(f"{name} is given twice, {places[name]} and {place}; leave one out")
+                places[name] = place
+                changes[name] = entry if name == "preset" else _typed(name, entry)
+        except ConfigError as error:
+            raise ConfigError(f"config={path}: {error}") from error
     return changes
 
 
+def _entries(key: str, value: Any) -> Iterator[tuple[str, str, Any]]:
+    """Place, name and value of each field that one entry of a file gives: a field, or a section of them."""
+    if key not in SECTIONS:
+        if isinstance(value, dict):
+            raise ConfigError(f"{key} is not a section of a run; they are {', '.join(SECTIONS)}")
+        yield "outside the sections", key, value
+        return
+    if value is None:  # a section in YAML of which nothing but comments is left
+        return
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} is not a field of a run but a section, which holds fields")
+    for name, entry in value.items():
+        if name == "preset":
+            raise ConfigError(f"preset, in section {key}, is of the run; write it outside the sections")
+        owner = section_of(str(name))
+        if owner != key:
+            raise ConfigError(f"{name}, in section {key}, is a field of section {owner}; write it there, or outside "
+                              "the sections")
+        yield f"in section {key}", str(name), entry
+
+
 _UNSET: Any = object()
-_FORMATS = (".toml", ".yaml", ".yml", ".json")
-_KIND_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
+_PHASES = "tuple[Phase, ...]"
 
 
 def _given(arguments: Sequence[str]) -> dict[str, Any]:
@@ -186,56 +216,28 @@ def _given(arguments: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _parse(file: Path) -> Any:
-    if file.suffix == ".toml":
-        import tomllib
-
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    if file.suffix in (".yaml", ".yml"):
-        import yaml
-
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _kind(annotation: str) -> type:
-    """bool, int, float, str, list or Phase: what a field's annotation says its given values are, or are made of."""
-    return {"bool": bool, "int": int, "float": float, "str": str, "list[str]": list, "tuple[Phase, ...]": Phase}[
-        annotation.removesuffix(" | None")]
-
-
 def _field(name: str) -> dataclasses.Field:
     return next(field for field in dataclasses.fields(SECTIONS[section_of(name)]) if field.name == name)
 
 
 def _typed(name: str, value: Any) -> Any:
-    """`value` as the field's type; numbers may be written as 1 or 1.0 where a float is wanted."""
-    field = _field(name)
-    kind = _kind(str(field.type))
-    if kind is Phase:
-        return read_phases(value)
-    if value is None and "None" in str(field.type):
-        return None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str) and _is_number(value):  # YAML reads 3e-4 as text
-        return float(value)
-    if kind is list and isinstance(value, str):
-        return value.split()
-    if kind is list and isinstance(value, list):
-        return [str(item) for item in value]
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        optional = " or nothing" if "None" in str(field.type) else ""
-        raise ConfigError(f"{name}={value!r} must be {_KIND_WORDS[kind]}{optional}")
-    return value
+    """A value of a file as the field's type."""
+    annotation = str(_field(name).type)
+    return read_phases(value) if annotation == _PHASES else read_value(name, value, annotation)
+
+
+@functools.cache
+def _preset_runs() -> tuple[RunConfig, ...]:
+    return tuple(make() for make in PRESETS.values())
 
 
 def _add_flag(group: Any, field: dataclasses.Field) -> None:
     metadata = field.metadata
     flag = "--" + (metadata["flag"] or field.name.replace("_", "-"))
-    kind = _kind(str(field.type))
+    annotation = str(field.type)
+    kind = Phase if annotation == _PHASES else kind_of(annotation)
     # A default is shown where it is the same in every preset; elsewhere it is the preset's.
-    defaults = {repr(getattr(getattr(make(), section_of(field.name)), field.name)) for make in PRESETS.values()}
+    defaults = {repr(getattr(getattr(run, section_of(field.name)), field.name)) for run in _preset_runs()}
     default = next(iter(defaults))
     is_shown = len(defaults) == 1 and default not in ("None", "[]", "()")
     shown = f" (default: {default.strip(chr(39))})" if is_shown else ""
@@ -248,20 +250,25 @@ def _add_flag(group: Any, field: dataclasses.Field) -> None:
     elif kind is Phase:
         options |= {"type": _phases_of_file, "metavar": "FILE"}
     else:
-        options["type"] = kind if "None" not in str(field.type) else _optional(kind)
+        options["type"] = _reader(kind, takes_none=is_optional(annotation))
         if metadata["choices"]:
-            is_optional = "None" in str(field.type)
-            options["choices"] = (*metadata["choices"], *[None] * is_optional)
-            options["metavar"] = "{" + ",".join((*metadata["choices"], *["none"] * is_optional)) + "}"
+            takes_none = is_optional(annotation)
+            options["choices"] = (*metadata["choices"], *[None] * takes_none)
+            options["metavar"] = "{" + ",".join((*metadata["choices"], *["none"] * takes_none)) + "}"
         else:
             options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
     group.add_argument(flag, **options)
 
 
-def _optional(kind: type) -> Callable[[str], Any]:
-    """Reads "none" as None and everything else as `kind`; argparse names it in its errors."""
+def _reader(kind: type, *, takes_none: bool) -> Callable[[str], Any]:
+    """Reads a flag's word as `kind`, whole numbers as 1000 or 1e3, and "none" as None; argparse names it in errors."""
     def read(text: str) -> Any:
-        return None if text.lower() == "none" else kind(text)
+        if takes_none and text.lower() == "none":
+            return None
+        number = whole_number(text) if kind is int else kind(text)
+        if number is None:
+            raise ValueError(text)
+        return number
 
     read.__name__ = kind.__name__
     return read
@@ -280,11 +287,3 @@ def _phases_of_file(path: str) -> tuple[Phase, ...]:
         raise argparse.ArgumentTypeError(f"{path} must hold phases and nothing else; it has {others}: give a whole run "
                                          "with --config")
     return changes["phases"]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -22,7 +22,7 @@ class ModelConfig:
     Source: DeepSeek-V3 report, sections 2.1, 2.2 and 4.2, and the published `config.json`.
     """
 
-    num_layers: int = option(help="transformer layers, MTP modules not counted")
+    num_layers: int = option(most=2000, help="transformer layers, MTP modules not counted")
     hidden_size: int = option(help="width of the residual stream")
     num_attention_heads: int = option(help="attention heads")
     kv_lora_rank: int = option(help="width of the compressed key/value latent")
@@ -46,7 +46,7 @@ class ModelConfig:
         "exclude", choices=GROUP_MASKS, help="experts of the other groups: exclude them, or rank them with affinity 0, "
         "as Transformers did until 2026; the two differ where biases make affinities negative")
     moe_router_topk_scaling_factor: float = option(2.5, help="factor on the normalised gates")
-    mtp_num_layers: int = option(1, help="multi-token-prediction modules (depth D); 0: none")
+    mtp_num_layers: int = option(1, most=1000, help="multi-token-prediction modules (depth D); 0: none")
     max_position_embeddings: int = option(4096, help="longest sequence the model is meant for, in tokens")
     rotary_base: float = option(10000.0, help="base of the rotary frequencies (theta)")
     rope_type: str = option("rope", choices=ROPE_TYPES, help="plain rotary embedding, or YaRN for long context")
@@ -110,10 +110,24 @@ class ModelConfig:
             )
         if self.rope_type not in ROPE_TYPES:
             raise ConfigError(f"rope_type={self.rope_type!r} must be one of {', '.join(ROPE_TYPES)}")
-        if self.rope_type == "yarn" and self.rotary_scaling_factor < 1:
+        if self.rotary_base <= 1:
+            raise ConfigError(f"rotary_base={self.rotary_base} must be greater than 1: the frequencies of the pairs "
+                              "are its negative powers")
+        self._validate_yarn()
+        self._validate_routing()
+
+    def _validate_yarn(self) -> None:
+        if self.rope_type != "yarn":
+            return
+        if self.rotary_scaling_factor < 1:
             raise ConfigError(f"rotary_scaling_factor={self.rotary_scaling_factor} must be at least 1: YaRN extends "
                               "the context by this factor")
-        self._validate_routing()
+        for name in ("mscale", "mscale_all_dim"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative; 0 turns it off")
+        if self.beta_fast < self.beta_slow:
+            raise ConfigError(f"beta_fast={self.beta_fast} must not be below beta_slow={self.beta_slow}: frequencies "
+                              "above the one are kept, below the other interpolated")
 
     def _validate_routing(self) -> None:
         groups, kept = self.moe_router_num_groups, self.moe_router_group_topk

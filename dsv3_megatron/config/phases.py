@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError, require_finite
+from dsv3_megatron.config.values import read_value, require_values
 
 LR_DECAY_STYLES = ("constant", "cosine", "linear")
 # Fields of a run that describe one phase, of the whole run, where no phases are given.
@@ -80,7 +81,7 @@ class Phase:
     """
 
     name: str = ""
-    train_tokens: int | None = None
+    train_tokens: int | None = dataclasses.field(default=None, metadata={"most": 10**18})
     train_iters: int | None = None
     lr: float | None = None
     lr_decay_style: str = "constant"
@@ -126,6 +127,7 @@ class Phase:
         Raises:
             ConfigError: one message with the rule, the values, the field and the way out.
         """
+        require_values(self)
         require_finite(self)
         if (self.train_tokens is None) == (self.train_iters is None):
             both = "" if self.train_tokens is None else f"train_tokens={self.train_tokens}, {self.train_iters=}: "
@@ -226,7 +228,7 @@ def read_phases(value: Any) -> tuple[Phase, ...]:
 
 
 def _read_phase(table: dict[Any, Any], number: int) -> Phase:
-    known = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(Phase)}
+    known = {field.name: str(field.type) for field in dataclasses.fields(Phase)}
     values: dict[str, Any] = {}
     with errors_of_phase(str(table.get("name", number))):
         for key, value in table.items():
@@ -235,25 +237,5 @@ def _read_phase(table: dict[Any, Any], number: int) -> Phase:
                 hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known)}"
                 raise ConfigError(f"{key} is not a field of a phase; {hint}")
             if value is not None:
-                values[key] = _typed(key, value, known[key])
+                values[key] = read_value(key, value, known[key])
     return Phase(**values)
-
-
-def _typed(name: str, value: Any, kind: str) -> Any:
-    """`value` as a field's type. Tokens may be written as 469e9, learning rates as text, which YAML takes 3e-4 for."""
-    if isinstance(value, str) and kind in ("int", "float"):
-        try:
-            value = float(value)
-        except ValueError:
-            pass  # refused below, as it was given
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind == "int" and is_number and float(value).is_integer():
-        return int(value)
-    if kind == "float" and is_number:
-        return float(value)
-    if kind == "str" and isinstance(value, str):
-        return value
-    if kind.startswith("tuple") and isinstance(value, str | list | tuple):
-        return tuple(value.split()) if isinstance(value, str) else tuple(map(str, value))
-    words = {"int": "a whole number", "float": "a number", "str": "text"}.get(kind, "a list of texts")
-    raise ConfigError(f"{name}={value!r} must be {words}")

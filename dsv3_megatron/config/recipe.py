@@ -24,6 +24,8 @@ from dsv3_megatron.config.phases import DATA_FIELDS, MODEL_FIELDS, TRAINING_FIEL
 from dsv3_megatron.config.ramps import BatchSize, LearningRate, Plateau
 from dsv3_megatron.config.training import DataConfig, TrainingConfig
 
+_MAX_INCREMENTS = 100_000
+
 
 @dataclass(frozen=True)
 class PlannedPhase:
@@ -266,7 +268,11 @@ def _batch_size(phase: Phase, start: int, end: int, first_token: int, last_token
             f"global_batch_size_increment={increment} must divide the way from the {start} sequences before the phase "
             f"to its global_batch_size={end}" + (", which is none; leave it out" if end == start else
                                                  f", {abs(end - start)}"))
-    return BatchSize(start, end, increment, first_token, last_token)
+    batch_size = BatchSize(start, end, increment, first_token, last_token)
+    if batch_size.num_increments > _MAX_INCREMENTS:
+        raise ConfigError(f"global_batch_size_increment={increment} makes {batch_size.num_increments} batch sizes "
+                          f"between {start} and {end}; at most {_MAX_INCREMENTS} are laid out: give a larger increment")
+    return batch_size
 
 
 def _model(phase: Phase, before: ModelConfig) -> ModelConfig:

@@ -16,6 +16,7 @@ from dsv3_megatron.config.phases import WITHOUT_PHASES, check_fields_outside, er
 from dsv3_megatron.config.precision import Fp8Config
 from dsv3_megatron.config.recipe import PlannedPhase, Recipe, plan_recipe
 from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
+from dsv3_megatron.config.values import require_values
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -27,6 +28,7 @@ SECTIONS: dict[str, type] = {
     "guards": GuardConfig,
     "fp8": Fp8Config,
 }
+_SECTION_OF = {field.name: section for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,15 @@ class RunConfig:
         Raises:
             ConfigError: the first rule that is broken, in one message with the way out.
         """
+        for section in SECTIONS:
+            require_values(getattr(self, section))
         validate_phases(self.training.phases)
         self._validate_training(world_size)
         recipe = self.recipe()
+        if self.training.seed + len(recipe.spans) > 2**32:
+            raise ConfigError(f"seed={self.training.seed} must not exceed {2**32 - len(recipe.spans)}: each of the "
+                              f"run's {len(recipe.spans)} datasets is shuffled by the seed before plus 1, all below "
+                              "2^32")
         for phase in recipe.phases if self.training.phases else ():
             # What comes after a stop may need another layout.
             size = world_size if phase.index < recipe.num_phases else None
@@ -103,6 +111,8 @@ class RunConfig:
 
     def _validate_training(self, world_size: int | None) -> None:
         """The rules of model, split and batch, which phases may change."""
+        require_values(self.model)
+        require_values(self.training)
         self.model.validate()
         self.parallel.validate(self.model, self.training.seq_length)
         if world_size is not None:
@@ -113,6 +123,11 @@ class RunConfig:
                 f"seq_length={self.training.seq_length} must not exceed "
                 f"max_position_embeddings={self.model.max_position_embeddings}"
             )
+        if self.model.mtp_num_layers >= self.training.seq_length:
+            raise ConfigError(
+                f"mtp_num_layers={self.model.mtp_num_layers} must be less than seq_length={self.training.seq_length}: "
+                "the module of depth k predicts the token k positions beyond the next, and the last one would have "
+                "none to predict")
 
     def _validate_ramp(self, phase: PlannedPhase, world_size: int | None) -> None:
         """The split has to be able to do every batch of a ramp."""
@@ -182,9 +197,8 @@ def section_of(name: str) -> str:
     """
     import difflib
 
-    known = {field.name: section for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
+    if name not in _SECTION_OF:
+        close = difflib.get_close_matches(name, _SECTION_OF, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ConfigError(f"{name} is not a field of a run{hint}")
-    return known[name]
+    return _SECTION_OF[name]

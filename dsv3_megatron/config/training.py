@@ -64,7 +64,7 @@ class TrainingConfig:
                                                "backward: selective (by name) or full (whole layers); none: all kept")
     recompute_modules: list[str] = option([], nargs="*", help="with selective: layernorm, mla_up_proj, moe_act; none "
                                           "given: all three, as in the report")
-    seed: int = option(1234, help="of weights and data order")
+    seed: int = option(1234, most=2**32 - 1, help="of weights and data order")
     eval_interval: int = option(100, help="steps between validations; 0: never")
     eval_iters: int = option(10, help="global batches in one validation")
 
@@ -118,6 +118,8 @@ class TrainingConfig:
         if self.min_lr > self.lr:
             raise ConfigError(f"min_lr={self.min_lr} must not exceed lr={self.lr}")
         decay_iters = self.train_iters if self.lr_decay_iters is None else self.lr_decay_iters
+        if decay_iters < 1:
+            raise ConfigError(f"lr_decay_iters={decay_iters} must be at least 1; leave it out for train_iters")
         if self.lr_warmup_iters > decay_iters:
             raise ConfigError(f"lr_warmup_iters={self.lr_warmup_iters} must not exceed the "
                               f"{decay_iters} steps of lr_decay_iters (train_iters by default)")

@@ -88,10 +88,11 @@ def test_a_switch_is_off_until_given_and_can_be_taken_back(field: dataclasses.Fi
     config = file(f"{field.name} = true\n")
     assert value_of(parse_command(["--config", config]).run, field.name) is True
     assert value_of(parse_command(["--config", config, opposite]).run, field.name) is False
-    assert value_of(parse_command([flag, opposite]).run, field.name) is False
     assert value_of(parse_command(["--config", file(f"{field.name}: false\n", "a.yaml"), flag]).run, field.name) is True
     with pytest.raises(ConfigError, match=f"{flag}=yes is not a flag|ignored explicit argument 'yes'"):
         parse_command([f"{flag}=yes"])
+    with pytest.raises(ConfigError, match=f"^{opposite} is given twice: {flag} and {opposite}; leave one out$"):
+        parse_command([flag, opposite])
 
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if "None" in str(field.type)], ids=lambda f: f.name)
@@ -160,6 +161,13 @@ def test_flags_of_megatron_lm_keep_its_spelling() -> None:
     (["--plot-schedule", "schedule.svg"], "--plot-schedule=schedule.svg must end with .png: that is what is drawn"),
     (["--world-size", "0", "--check-only"], "--world-size=0 must be at least 1"),
     (["--config", "absent.toml"], "config=absent.toml: no such file"),
+    (["--lr", "1e-3", "--seed", "2", "--lr=2e-3"], "--lr is given twice: --lr 1e-3 and --lr=2e-3; leave one out"),
+    (["--data-path", "a", "b", "--data-path", "c"], "--data-path is given twice: --data-path a b and --data-path c"),
+    (["--preset", "tiny", "--preset", "tiny"], "--preset is given twice: "),
+    (["--check-only", "--check-only"], "--check-only is given twice: "),
+    (["--train-iters", "1e-3"], "argument --train-iters: invalid int value: '1e-3'"),
+    (["--train-iters", "1e999999999"], "argument --train-iters: invalid int value: '1e999999999'"),
+    (["--train-iters", "inf"], "argument --train-iters: invalid int value: 'inf'"),
 ])
 def test_a_wrong_command_line(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
@@ -184,7 +192,7 @@ def test_the_parser_reports_like_every_other_rule() -> None:
 SAME = {
     "run.toml": 'preset = "laptop"\n[training]\nlr = 1\ntrain_iters = 7\n[data]\ndata_path = ["0.5", "a"]\n',
     "run.yaml": "preset: laptop\ntraining:\n  lr: 1\n  train_iters: 7\ndata:\n  data_path: [0.5, a]\n",
-    "run.yml": "preset: laptop\nlr: 1e0\ntrain_iters: 7\ndata_path: 0.5 a\n",
+    "run.yml": "preset: laptop\nlr: 1e0\ntrain_iters: 7.0\ndata_path: [0.5, a]\n",
     "run.json": '{"preset": "laptop", "lr": 1, "training": {"train_iters": 7}, "data": {"data_path": ["0.5", "a"]}}',
 }
 
@@ -223,17 +231,37 @@ def test_a_resolved_run_reads_back_as_itself(name: str, file: Any) -> None:
     ("qqq = 3\n", "a.toml", "qqq is not a field of a run"),
     ("[trainning]\nlr = 0.1\n", "a.toml", "trainning is not a section of a run; they are model, parallel, training, "
                                           "data, checkpoint, logging"),
-    ("model = 3\n", "a.toml", "model is not a field of a run"),
+    ("model = 3\n", "a.toml", "model is not a field of a run but a section"),
     ("1: 2\n", "a.yaml", "1 is not a field of a run"),
-    ("num_layers = 2.0\n", "a.toml", "num_layers=2.0 must be a whole number"),
+    ("num_layers = 2.5\n", "a.toml", "num_layers=2.5 must be a whole number"),
+    ("num_layers = inf\n", "a.toml", "num_layers=inf must be a whole number"),
     ("num_layers = true\n", "a.toml", "num_layers=True must be a whole number"),
-    ('num_layers = "2"\n', "a.toml", "num_layers='2' must be a whole number"),
+    ('num_layers = "2 layers"\n', "a.toml", "num_layers='2 layers' must be a whole number"),
     ("lr = false\n", "a.toml", "lr=False must be a number"),
     ("lr: fast\n", "a.yaml", "lr='fast' must be a number"),
     ("lr:\n", "a.yaml", "lr=None must be a number"),
     ("lr:\n  peak: 1\n", "a.yaml", "lr is not a section of a run; they are model, "),
     ("lr: [1]\n", "a.yaml", "lr=[1] must be a number"),
-    ("q_lora_rank: none\n", "a.yaml", "q_lora_rank='none' must be a whole number or nothing"),
+    ("q_lora_rank: full\n", "a.yaml", "q_lora_rank='full' must be a whole number or nothing"),
+    ("data_path: [a, null]\n", "a.yaml", "data_path=['a', None] must be a list of texts"),
+    ("lr = 1\n[training]\nlr = 2\n", "a.toml", "lr is given twice, outside the sections and in section training; "
+     "leave one out"),
+    ("lr = 1\nseed = 3\nlr = 2\n", "a.toml", "lr is given twice, at line 1 and at line 3; leave one out"),
+    ("[training]\nlr = 1\n[model]\n[training]\nlr = 2\n", "a.toml",
+     "[training] is given twice, at line 1 and at line 4; leave one out"),
+    ("[data]\nsplit = '1'\n[training]\nlr = 1\nlr = 2\n", "a.toml", "lr is given twice, at line 4 and at line 5"),
+    ("lr: 1\ntraining:\n  lr: 2\n", "a.yaml", "lr is given twice, outside the sections and in section training"),
+    ("lr: 1\nseed: 3\nlr: 2\n", "a.yaml", "lr is given twice, at line 1 and at line 3; leave one out"),
+    ("training:\n  lr: 1\n  lr: 2\n", "a.yml", "lr is given twice, at line 2 and at line 3; leave one out"),
+    ("training:\n  lr: 1\nmodel:\ntraining:\n", "a.yml", "training is given twice, at line 1 and at line 4"),
+    ("phases:\n- name: a\n  lr: 1\n  lr: 2\n", "a.yml", "lr is given twice, at line 3 and at line 4"),
+    ('{"lr": 1, "lr": 2}', "a.json", "lr is given twice in the same place, as 1 and as 2; leave one out"),
+    ('{"training": {"lr": 1}, "lr": 2}', "a.json", "lr is given twice, in section training and outside the sections"),
+    ('{"training": {"lr": 1}, "training": {}}', "a.json", "training is given twice in the same place, as {"),
+    ("[model]\nlr = 1\n", "a.toml", "lr, in section model, is a field of section training; write it there, or outside "
+     "the sections"),
+    ("[training]\npreset = 'tiny'\n", "a.toml", "preset, in section training, is of the run; write it outside"),
+    ("training: 3\n", "a.yaml", "training is not a field of a run but a section, which holds fields"),
     ("save = 3\n", "a.toml", "save=3 must be text or nothing"),
     ("eod_mask_loss = 1\n", "a.toml", "eod_mask_loss=1 must be true or false"),
     ("eod_mask_loss: 'true'\n", "a.yaml", "eod_mask_loss='true' must be true or false"),
@@ -258,6 +286,44 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read as TOML: 'utf-8' codec can't decode byte 0xff"):
         read_config_file(str(tmp_path / "a.toml"))
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("a.toml", "train_iters = 1e3\n"), ("a.yaml", "train_iters: 1e3\n"), ("a.yaml", "train_iters: 1.0e+3\n"),
+    ("a.json", '{"train_iters": 1000.0}'), ("a.json", '{"training": {"train_iters": "1e3"}}')])
+def test_a_whole_number_may_be_written_with_an_exponent(name: str, text: str, file: Any) -> None:
+    """In a file, in a phase and on the command line alike."""
+    assert parse_command(["--config", file(text, name)]).run == preset("tiny").override(train_iters=1000)
+    assert parse_command(["--train-iters", "1e3"]).run == preset("tiny").override(train_iters=1000)
+    (phase,) = parse_command(["--config", file('[[phases]]\nname = "a"\ntrain_iters = 1e3\n')]).run.training.phases
+    assert phase.train_iters == 1000 and isinstance(phase.train_iters, int)
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("a.toml", 'data_path = "a b/c"\n'), ("a.yaml", "data_path: a b/c\n"), ("a.json", '{"data_path": "a b/c"}')])
+def test_a_text_where_a_list_is_wanted_is_one_of_its_items(name: str, text: str, file: Any) -> None:
+    run = parse_command(["--config", file(text, name)]).run
+    assert run.data.data_path == ["a b/c"] == parse_command(["--data-path", "a b/c"]).run.data.data_path
+    phases = file('[[phases]]\nname = "a"\ntrain_iters = 1\ndata_path = "a b/c"\n')
+    assert parse_command(["--config", phases]).run.training.phases[0].data_path == ("a b/c",)
+
+
+@pytest.mark.parametrize("name", ["a.toml", "a.json"])
+def test_none_is_nothing_in_a_file_as_on_the_command_line(name: str, file: Any) -> None:
+    """TOML has no other way to write it."""
+    text = {"a.toml": 'q_lora_rank = "none"\nsave = "None"\n', "a.json": '{"q_lora_rank": null, "save": "none"}'}[name]
+    run = parse_command(["--config", file(text, name)]).run
+    assert (run.model.q_lora_rank, run.checkpoint.save) == (None, None)
+
+
+def test_a_section_without_fields_says_nothing(file: Any) -> None:
+    assert parse_command(["--config", file("training:\n  # lr: 1\nlr: 2\n", "a.yaml")]).run.training.lr == 2.0
+
+
+def test_a_merge_key_of_yaml_is_no_second_value(file: Any) -> None:
+    text = "phases:\n- &first\n  name: a\n  train_iters: 2\n- <<: *first\n  name: b\n"
+    phases = parse_command(["--config", file(text, "a.yaml")]).run.training.phases
+    assert [(phase.name, phase.train_iters) for phase in phases] == [("a", 2), ("b", 2)]
 
 
 def test_an_unknown_preset_in_a_file(file: Any) -> None:

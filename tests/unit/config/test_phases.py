@@ -140,6 +140,12 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
     ([{**A, "train_iters": 0}], "phase 'a': train_iters=0 must be at least 1"),
     ([{**A, "seq_length": 0}], "phase 'a': seq_length=0 must be at least 1"),
     ([{**A, "lr": -1.0}], "phase 'a': lr=-1.0 must not be negative"),
+    ([{"name": "a", "train_tokens": 10**12, "global_batch_size": 2**31 - 1, "global_batch_size_increment": 1}],
+     "phase 'a': global_batch_size_increment=1 makes 2147483639 batch sizes between 8 and 2147483647; at most 100000 "
+     "are laid out: give a larger increment"),
+    ([{**A, "train_iters": 2**31}], "phase 'a': train_iters=2147483648 must not exceed 2147483647"),
+    ([{"name": "a", "train_tokens": 10**18 + 1}], "phase 'a': train_tokens=1000000000000000001 must not exceed "
+     "1000000000000000000"),
     ([{**A, "lr": float("nan")}], "phase 'a': lr=nan must be a finite number"),
     ([{**A, "lr": 0.1, "lr_decay_style": "wsd"}],
      "phase 'a': lr_decay_style='wsd' must be one of constant, cosine, linear"),

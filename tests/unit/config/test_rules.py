@@ -42,6 +42,13 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"rope_type": "alibi"}, 1, "rope_type='alibi' must be one of rope, yarn"),
     ("tiny", {"rope_type": "yarn", "rotary_scaling_factor": 0.5}, 1,
      "rotary_scaling_factor=0.5 must be at least 1: YaRN extends the context by this factor"),
+    ("tiny", {"rotary_base": 1.0}, 1, "rotary_base=1.0 must be greater than 1: the frequencies of the pairs are its "
+     "negative powers"),
+    ("tiny", {"rope_type": "yarn", "mscale": -0.1}, 1, "mscale=-0.1 must not be negative; 0 turns it off"),
+    ("tiny", {"rope_type": "yarn", "beta_fast": 0.5}, 1, "beta_fast=0.5 must not be below beta_slow=1.0: frequencies "
+     "above the one are kept, below the other interpolated"),
+    ("tiny", {"mtp_num_layers": 3, "seq_length": 2}, 1, "mtp_num_layers=3 must be less than seq_length=2: the module "
+     "of depth k predicts the token k positions beyond the next, and the last one would have none to predict"),
     ("tiny", {"moe_router_topk_scaling_factor": 0.0}, 1, "moe_router_topk_scaling_factor=0.0 must be greater than 0"),
     ("tiny", {"layernorm_epsilon": 0.0}, 1, "layernorm_epsilon=0.0 must be greater than 0"),
     ("tiny", {"latent_layernorm_epsilon": 0.0}, 1,
@@ -150,6 +157,22 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"lr": float("nan")}, 1, "lr=nan must be a finite number"),
     ("tiny", {"min_lr": 1.0}, 1, "min_lr=1.0 must not exceed lr=0.003"),
     ("tiny", {"seed": -1}, 1, "seed=-1 must not be negative"),
+    ("tiny", {"seed": 2**32}, 1, "seed=4294967296 must not exceed 4294967295"),
+    ("tiny", {"seed": 2**32 - 1, "phases": [{"name": "a", "train_iters": 1}, {"name": "b", "train_iters": 1,
+                                                                             "seq_length": 128}]}, 1,
+     "seed=4294967295 must not exceed 4294967294: each of the run's 2 datasets is shuffled by the seed before plus 1, "
+     "all below 2^32"),
+    ("tiny", {"train_iters": 2**31}, 1, "train_iters=2147483648 must not exceed 2147483647"),
+    ("tiny", {"num_layers": 10**6}, 1, "num_layers=1000000 must not exceed 2000"),
+    ("tiny", {"lr": 1e300}, 1, "lr=1e+300 must not exceed 1000000000000.0"),
+    ("tiny", {"train_iters": "many"}, 1, "train_iters='many' must be a whole number"),
+    ("tiny", {"save": ""}, 1, "save is an empty text; leave it out, or give it a value (in a shell: is the variable "
+     "that it comes from set?)"),
+    ("tiny", {"data_path": ["a", ""]}, 1, "data_path is an empty text; leave it out, or give it a value (in a shell: "
+     "is the variable that it comes from set?)"),
+    ("tiny", {"save": "a\0b"}, 1, "save='a\\x00b' has a zero byte in it, which no path and no name can have"),
+    ("tiny", {"lr_decay_iters": 0, "lr_warmup_iters": 0}, 1,
+     "lr_decay_iters=0 must be at least 1; leave it out for train_iters"),
     ("tiny", {"adam_beta2": 1.0}, 1, "adam_beta2=1.0 must be at least 0 and less than 1"),
     ("tiny", {"adam_eps": 0.0}, 1, "adam_eps=0.0 must be greater than 0"),
     ("tiny", {"eval_iters": 0}, 1, "eval_iters=0 must be at least 1; eval_interval=0 turns validation off"),

@@ -1,0 +1,106 @@
+"""Reads a TOML, YAML or JSON file into plain values, and refuses what such a file says twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from dsv3_megatron.config.fields import ConfigError
+
+FORMATS = (".toml", ".yaml", ".yml", ".json")
+
+
+def parse_file(path: str) -> dict[Any, Any]:
+    """The content of a file.
+
+    Raises:
+        ConfigError: the file is missing, cannot be parsed, holds something else than names with values, or holds one
+            name twice in the same place.
+    """
+    file = Path(path)
+    if not os.path.isfile(path):  # False for what no path can be, too
+        raise ConfigError(f"config={path}: no such file")
+    if file.suffix not in FORMATS:
+        raise ConfigError(f"config={path}: its name must end with {', '.join(FORMATS)}")
+    try:
+        content = _parse(file)
+    except ConfigError as error:
+        raise ConfigError(f"config={path}: {error}") from error
+    except Exception as error:  # the parsers' own errors have no common class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"config={path}: cannot be read as {file.suffix[1:].upper()}: {reason}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config={path}: must hold fields and their values, not a {type(content).__name__}")
+    return content
+
+
+def _parse(file: Path) -> Any:
+    text = file.read_text(encoding="utf-8-sig")
+    if file.suffix == ".toml":
+        return _parse_toml(text)
+    if file.suffix in (".yaml", ".yml"):
+        return _parse_yaml(text)
+    return json.loads(text, object_pairs_hook=_without_repeats)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, each of whose names must be there once."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            first, second = [value for other, value in pairs if other == name][:2]
+            raise ConfigError(f"{name} is given twice in the same place, as {json.dumps(first)[:80]} and as "
+                              f"{json.dumps(second)[:80]}; leave one out")
+    return dict(pairs)
+
+
+def _parse_toml(text: str) -> Any:
+    import tomllib
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        repeated = re.match(r"Cannot (?:overwrite a value|declare .* twice).*at line (\d+)", str(error))
+        first = _first_line_like(text.splitlines(), int(repeated.group(1))) if repeated else None
+        if repeated is None or first is None:
+            raise
+        name = text.splitlines()[int(repeated.group(1)) - 1].partition("=")[0].strip()
+        raise ConfigError(f"{name} is given twice, at line {first} and at line {repeated.group(1)}; leave one "
+                          "out") from error
+
+
+def _first_line_like(lines: list[str], number: int) -> int | None:
+    """The first line that gives what line `number` of a TOML file gives: the same header, or name under that header."""
+    def header_before(index: int) -> str:
+        return next((line.strip() for line in reversed(lines[:index]) if line.lstrip().startswith("[")), "")
+
+    wanted = lines[number - 1].partition("=")[0].strip()
+    for index, line in enumerate(lines[:number - 1]):
+        if line.partition("=")[0].strip() == wanted and (
+                wanted.startswith("[") or header_before(index) == header_before(number - 1)):
+            return index + 1
+    return None
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """PyYAML's, which would take the last of two values."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            lines: dict[Any, int] = {}
+            for key, _ in node.value:
+                if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
+                    continue
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ConfigError(f"{key.value} is given twice, at line {lines[key.value]} and at line {line}; "
+                                      "leave one out")
+                lines[key.value] = line
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader=Loader)
