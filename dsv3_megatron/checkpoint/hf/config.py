@@ -169,12 +169,9 @@ def model_config_to_json(model: ModelConfig, *, dtype: str, is_fp8: bool = False
     Raises:
         CheckpointError: routing, norm or rotary settings that `config.json` cannot express.
     """
-    _check_routing(model)
-    if model.latent_epsilon != _LATENT_EPSILON:
-        given = "layernorm_epsilon" if model.latent_layernorm_epsilon is None else "latent_layernorm_epsilon"
-        raise CheckpointError(f"{given}={model.latent_epsilon}: config.json has no setting for the epsilon of the "
-                              f"latents' norms, which is {_LATENT_EPSILON} in transformers and DeepSeek's code; train "
-                              f"with latent_layernorm_epsilon={_LATENT_EPSILON}")
+    refusals = export_refusals(model)
+    if refusals:
+        raise CheckpointError("; ".join(refusals))
     content: dict[str, Any] = {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": MODEL_TYPE, "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id, "torch_dtype": dtype,
@@ -187,21 +184,36 @@ def model_config_to_json(model: ModelConfig, *, dtype: str, is_fp8: bool = False
     return dict(sorted(content.items()))
 
 
-def _check_routing(model: ModelConfig) -> None:
-    """Refuse a choice of experts that programs which read the file would not make."""
-    if model.moe_router_num_groups == 1:
-        return
-    summed = model.moe_router_group_score_topk or model.moe_router_topk // model.moe_router_group_topk
-    if summed != _GROUP_SCORE_TOPK:
-        given = ("" if model.moe_router_group_score_topk else
-                 f" (topk / group_topk = {model.moe_router_topk} / {model.moe_router_group_topk})")
-        raise CheckpointError(
-            f"moe_router_group_score_topk={summed}{given}: transformers, vLLM and DeepSeek's code score a group by "
-            f"its {_GROUP_SCORE_TOPK} best experts, would keep other groups and compute other logits; train with "
-            f"moe_router_group_score_topk={_GROUP_SCORE_TOPK}")
-    if model.moe_router_group_mask != "exclude":
-        raise CheckpointError(f"moe_router_group_mask={model.moe_router_group_mask!r}: config.json has no setting for "
-                              "it, and present readers exclude the experts of other groups")
+def export_refusals(model: ModelConfig) -> list[str]:
+    """Why a model cannot be exported, a message for each reason; empty where it can be.
+
+    Arithmetic on the architecture, so that a run with `export_hf` can be told before it starts. What only some readers
+    of an export do not take is in `readers.py`.
+    """
+    reasons = []
+    if model.moe_router_num_groups > 1:
+        summed = model.moe_router_group_score_topk or model.moe_router_topk // model.moe_router_group_topk
+        if summed != _GROUP_SCORE_TOPK:
+            given = ("" if model.moe_router_group_score_topk else
+                     f" (topk / group_topk = {model.moe_router_topk} / {model.moe_router_group_topk})")
+            reasons.append(
+                f"moe_router_group_score_topk={summed}{given}: transformers, vLLM and DeepSeek's code score a group by "
+                f"its {_GROUP_SCORE_TOPK} best experts, would keep other groups and compute other logits; train with "
+                f"moe_router_group_score_topk={_GROUP_SCORE_TOPK}")
+        if model.moe_router_group_mask != "exclude":
+            reasons.append(f"moe_router_group_mask={model.moe_router_group_mask!r}: config.json has no setting for it, "
+                           "and present readers exclude the experts of other groups; train with "
+                           "moe_router_group_mask='exclude'")
+    if model.latent_epsilon != _LATENT_EPSILON:
+        given = "layernorm_epsilon" if model.latent_layernorm_epsilon is None else "latent_layernorm_epsilon"
+        reasons.append(f"{given}={model.latent_epsilon}: config.json has no setting for the epsilon of the latents' "
+                       f"norms, which is {_LATENT_EPSILON} in transformers and DeepSeek's code; train with "
+                       f"latent_layernorm_epsilon={_LATENT_EPSILON}")
+    try:
+        rope_scaling(model)
+    except CheckpointError as error:
+        reasons.append(str(error))
+    return reasons
 
 
 def check_quantization(config: dict[str, Any], source: str = "config.json") -> bool:

@@ -19,7 +19,7 @@ import torch
 from dsv3_megatron.checkpoint.hf.config import check_quantization, ignored_settings, model_config_from_json
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, hugging_face_tensors, layer_of
 from dsv3_megatron.checkpoint.hf.rope import check_stored_frequencies
-from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, SUFFIX, WEIGHT_DTYPES, StoredTensor, read_header
+from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, SINGLE, SUFFIX, WEIGHT_DTYPES, StoredTensor, read_header
 from dsv3_megatron.checkpoint.hf.spellings import is_frequencies, is_fused, parts_of_fused
 from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.config.model import ModelConfig
@@ -27,7 +27,8 @@ from dsv3_megatron.ops.block_fp8 import dequantize_weight_blocks, scale_shape
 
 logger = logging.getLogger(__name__)
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 SCALE_SUFFIX = "_scale_inv"
 _FP8 = torch.float8_e4m3fn
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -222,9 +223,13 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder's safetensors files, which must be those that the index names."""
+    if (path / ADAPTER).is_file():
+        raise CheckpointError(f"{path} holds an adapter ({ADAPTER}): transformers adds it to the weights when it loads "
+                              "the folder; merge it (merge_and_unload() in PEFT) and save the result elsewhere")
     if not (path / INDEX).is_file():
         if not (path / SINGLE).is_file():
             raise CheckpointError(_without_weights(path))
+        _check_one_set(path, {SINGLE}, "without an index")
         return read_header(path / SINGLE)
     weight_map = _read_json(path, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -233,6 +238,8 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not file.endswith(SUFFIX):
             raise CheckpointError(f"{path / INDEX}: {file!r} is not the name of a safetensors file in the same folder")
+    _check_one_set(path, set(weight_map.values()), f"named by {INDEX}")
+    for file in sorted(set(weight_map.values())):
         if not (path / file).is_file():
             first = min(name for name, where in weight_map.items() if where == file)
             raise CheckpointError(f"{path / file} is missing: the index says that it holds {first} and "
@@ -247,6 +254,24 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path / INDEX} says that tensor {lost[0]} is in {weight_map[lost[0]]}, which does not "
                               f"hold it ({len(lost)} such)")
     return stored
+
+
+def _check_one_set(path: Path, named: set[str], how: str) -> None:
+    """Refuse a folder with files of weights besides those to be read: programs differ in which they take."""
+    there = {file.name for file in path.glob(f"*{SUFFIX}")}
+    others = sorted(there - named)
+    if not others:
+        return
+    way_out = "move away those that are not the model's"
+    if SINGLE in others:
+        missing = len(named - there)
+        gone = f", of which {missing} {'is' if missing == 1 else 'are'} gone," if missing else ""
+        way_out = (f"transformers reads {SINGLE}, other programs the {len(named)} that the index names{gone}: a model "
+                   f"saved over another one leaves the old index. Remove {INDEX} and its files if {SINGLE} is the "
+                   f"newer, else {SINGLE}")
+    raise CheckpointError(
+        f"{path} holds more than one set of weights: {', '.join(others[:3])}{' ...' if len(others) > 3 else ''} beside "
+        f"{min(named)}{f' and {len(named) - 1} more' if len(named) > 1 else ''} {how}; {way_out}")
 
 
 def _without_weights(path: Path) -> str:

@@ -17,7 +17,7 @@ import torch
 from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.checkpoint.segments import Segment, read_segments
 
-SUFFIX = ".safetensors"
+SUFFIX, SINGLE = ".safetensors", "model.safetensors"
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 # Those of weights, and others in which a table beside them may be.
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn, "F16": torch.float16,

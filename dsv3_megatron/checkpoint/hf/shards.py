@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, hugging_face_tensors
-from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, header_bytes
+from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, SINGLE, header_bytes
 from dsv3_megatron.checkpoint.hf.spellings import is_fused, parts_of_fused
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
@@ -59,6 +59,8 @@ def plan_shards(model: ModelConfig, dtype: str, max_shard_bytes: int = MAX_SHARD
     """The files of a checkpoint of this model, filled in the order of the forward pass.
 
     MTP modules come with their copies of embedding and head, as published. A matrix and its scales are in one file.
+    Names are those by which `transformers` knows its own files again, and removes them when it saves another model in
+    the same folder; the published checkpoint's have six digits at the end.
 
     Args:
         model: The architecture.
@@ -82,7 +84,9 @@ def plan_shards(model: ModelConfig, dtype: str, max_shard_bytes: int = MAX_SHARD
             filled = 0
         contents[-1] += entries
         filled += size
-    return [_shard(f"model-{number:05d}-of-{len(contents):06d}.safetensors", entries)
+    if len(contents) == 1:
+        return [_shard(SINGLE, contents[0])]
+    return [_shard(f"model-{number:05d}-of-{len(contents):05d}.safetensors", entries)
             for number, entries in enumerate(contents, start=1)]
 
 

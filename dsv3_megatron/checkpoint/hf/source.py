@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.checkpoint.hf.directory import CONFIG, INDEX, SCALE_SUFFIX, SINGLE, HuggingFaceDirectory
-from dsv3_megatron.checkpoint.hf.safetensors_file import SUFFIX, StoredTensor, read_header, read_header_text
+from dsv3_megatron.checkpoint.hf.directory import CONFIG, INDEX, SCALE_SUFFIX, HuggingFaceDirectory
+from dsv3_megatron.checkpoint.hf.safetensors_file import SINGLE, SUFFIX, StoredTensor, read_header, read_header_text
 from dsv3_megatron.checkpoint.hf.shards import Shard, shard_from_header
 from dsv3_megatron.checkpoint.layout import CheckpointError
 

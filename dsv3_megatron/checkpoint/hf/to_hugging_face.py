@@ -133,7 +133,7 @@ def prepare_export(source: str | Path, output: str | Path, *, iteration: int | N
     def finish() -> None:
         try:
             _write(place.result / CONFIG, _config_text(weights, chosen, is_again, tokenizer))
-            index = kept.index if kept is not None and is_again else json.dumps(index_json(shards), indent=2) + "\n"
+            index = kept.index if kept is not None and is_again else _index_text(shards)
             if index is not None:
                 _write(place.result / INDEX, index)
             for name, file in files.items():
@@ -209,6 +209,11 @@ class _ShardWriter:
             return quantize_weight_blocks(weight)
         except ValueError as error:
             raise CheckpointError(f"checkpoint {self.weights.manifest.path}: {name}: {error}") from error
+
+
+def _index_text(shards: list[Shard]) -> str | None:
+    """The index of several files; one is complete without."""
+    return json.dumps(index_json(shards), indent=2) + "\n" if len(shards) > 1 else None
 
 
 def _config_text(weights: MegatronWeights, dtype: str, is_again: bool, tokenizer: str | Path | None) -> str:

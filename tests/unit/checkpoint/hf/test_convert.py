@@ -457,7 +457,7 @@ def test_the_command(tmp_path, capsys):
     assert f"error: {tmp_path / 'config.json'} does not exist" in capsys.readouterr().err
     assert convert_checkpoint.main(["inventory", "--preset", "tiny", "--list"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {"file": "model-00001-of-000001.safetensors", "name": "lm_head.weight", "dtype": "BF16",
+    assert {"file": "model.safetensors", "name": "lm_head.weight", "dtype": "BF16",
             "shape": [2048, 128]} in lines
 
 

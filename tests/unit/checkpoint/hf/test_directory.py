@@ -120,6 +120,32 @@ def truncate_header(folder: Path) -> None:
     os.truncate(folder / SHARD, 100)
 
 
+def save_over(folder: Path) -> None:
+    """What another program leaves that writes one file beside the old ones and their index."""
+    content = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    save_file(content, folder / "model.safetensors")
+
+
+def save_over_and_remove(folder: Path) -> None:
+    """The same of a program that knows the old files again, but not their index."""
+    save_over(folder)
+    for file in folder.glob("model-*"):
+        file.unlink()
+
+
+def lose_index(folder: Path) -> None:
+    save_over(folder)
+    (folder / INDEX).unlink()
+
+
+def other_shards(folder: Path) -> None:
+    shutil.copyfile(folder / SHARD, folder / "model-00002-of-00004.safetensors")
+
+
+def add_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
 def lose_shard(folder: Path) -> None:
     (folder / SHARD).unlink()
 
@@ -155,6 +181,12 @@ O_PROJ = "model.layers.0.self_attn.o_proj.weight"
     (truncate, f"{SHARD} is truncated: tensor .* ends at byte"),
     (truncate_header, f"{SHARD} is truncated: it has 100 bytes, its header alone takes"),
     (lose_shard, f"{SHARD} is missing: the index says that it holds"),
+    (save_over, "more than one set of weights: model.safetensors beside model-00001-of-000003.safetensors and 2 more "
+     f"named by {INDEX}; transformers reads model.safetensors, other programs the 3 that the index names: .* Remove"),
+    (save_over_and_remove, "beside .* other programs the 3 that the index names, of which 3 are gone"),
+    (lose_index, "model-00001-of-000003.safetensors, .* beside model.safetensors without an index; move away"),
+    (other_shards, "model-00002-of-00004.safetensors beside model-00001-of-000003.safetensors and 2 more"),
+    (add_adapter, r"holds an adapter \(adapter_config.json\): transformers adds it"),
     (index_names_more, f"tensor model.layers.9.ghost.weight is in {SHARD}, which does not hold it"),
     (index_names_less, "holds tensor model.norm.weight; .* has it nowhere"),
     (pickled, r"holds pickled weights \(pytorch_model.bin\): loading a pickle runs whatever code is in it"),

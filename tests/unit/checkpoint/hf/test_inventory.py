@@ -43,7 +43,7 @@ def test_every_tensor_of_dsv3_671b_in_163_files():
     weights = [entry for entry in entries if not entry.name.endswith("_scale_inv")]
     scales = {entry.name: entry for entry in entries if entry.name.endswith("_scale_inv")}
     assert len(weights) == 46_183 == len({entry.name for entry in weights})
-    assert [shard.file for shard in shards] == [f"model-{n:05d}-of-000163.safetensors" for n in range(1, 164)]
+    assert [shard.file for shard in shards] == [f"model-{n:05d}-of-00163.safetensors" for n in range(1, 164)]
 
     by_dtype = {dtype: Counter(entry.shape for entry in weights if entry.dtype == dtype)
                 for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float32)}
