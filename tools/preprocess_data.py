@@ -30,7 +30,6 @@ from dsv3_megatron.data.preprocess import PreprocessOptions, Totals, WorkerDied,
 from dsv3_megatron.data.reading.documents import DEFAULT_MAX_DOCUMENT_BYTES, sample_documents
 from dsv3_megatron.data.reading.inputs import FORMATS, InputFile, Shard, expand_inputs, take_shard
 
-_SAMPLE_BYTES = 64_000  # of the input, encoded with both tokenizers before gigatoken is trusted
 _PUNKT_SAMPLE_BYTES = 4_000_000
 
 
@@ -80,7 +79,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--tokenizer-backend",
         choices=BACKENDS,
         default="auto",
-        help="auto: gigatoken where it is proven to give the same ids (%(default)s)",
+        help="auto: gigatoken for texts where it gives the same ids (%(default)s)",
     )
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
     add = parser.add_argument_group("DeepSeek-V3's data").add_argument
@@ -223,8 +222,7 @@ def _run(options: argparse.Namespace) -> None:
     shard = Shard.parse(options.shard)
     files = expand_inputs(options.input, format=options.input_format)
     portions = take_shard(files, shard)
-    sample = sample_documents(files, portions, options.json_keys, max_bytes=_SAMPLE_BYTES)
-    encoder, why = choose_encoder(options.tokenizer_model, sample, backend=options.tokenizer_backend)
+    encoder, why = choose_encoder(options.tokenizer_model, backend=options.tokenizer_backend)
     print(f"tokenizer: {encoder.name} ({why})", file=sys.stderr)
     transforms, described = _make_transforms(options, files, shard)
     job = PreprocessOptions(

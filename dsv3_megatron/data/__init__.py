@@ -5,6 +5,8 @@ Nothing is imported here, so that preprocessing does not pay for torch: import t
 Text:     reading/      files -> documents               corpus.py         the quickstart's corpus, from installed text
           tokenizer.py  byte-level BPE like DeepSeek-V3's    text_sample.py  a bounded sample of a corpus
 To disk:  transforms/   what may happen to a document    encoder.py        texts -> ids: gigatoken or tokenizers
+          tokenizer_proof.py    in which texts the two part: of its parts the largest is character_classes.py;
+                        fast_tokenizer.py loads gigatoken
           preprocess.py a job, from inputs to datasets   block_encoder.py  a piece of it, in a worker process
           pool.py       worker processes                 job.py            how far a job has come, for going on with it
 On disk:  indexed.py    the .bin/.idx format, sidecars   indexed_writer.py writes it, in constant memory

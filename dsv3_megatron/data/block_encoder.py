@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dsv3_megatron.data.encoder import Encoder
+from dsv3_megatron.data.encoder import Encoder, EncodingError
 from dsv3_megatron.data.indexed import choose_dtype
 from dsv3_megatron.data.reading.blocks import Block
 from dsv3_megatron.data.reading.documents import Reading, RecordReader, Text, too_large
@@ -110,7 +110,8 @@ class BlockEncoder:
                 encoded = [
                     self._encode_text(text, out, reading) for text, out in zip(record.texts, output, strict=True)
                 ]
-            except RecordError as error:
+            except (RecordError, EncodingError) as problem:
+                error = problem if isinstance(problem, RecordError) else _not_encoded(problem)
                 rejects.append(replace(error.reject, byte=record.byte + error.reject.byte, line=record.line))
                 if self.is_stopping:
                     break
@@ -170,6 +171,10 @@ class BlockEncoder:
             ids_T = np.concatenate(arrays)
             arrays = [transforms.combined.split_documents(ids_T, np.array([ids_T.size]), [text])[0]]
         return [arrays]
+
+
+def _not_encoded(error: EncodingError) -> RecordError:
+    return RecordError("not encoded", str(error), "is it text? leave it out")
 
 
 class _WrongId(Exception):

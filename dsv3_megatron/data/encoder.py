@@ -1,8 +1,9 @@
 """The seam between text and token ids: gigatoken where it is proven equal to Hugging Face's tokenizers, else those.
 
-gigatoken (PyPI) encodes byte-level BPE two orders of magnitude faster than `tokenizers`. It is trusted for a tokenizer
-and an input only after both gave the same ids for a set of hard cases and for a sample of that very input
-(`prove_equal`); whatever it cannot load or gets wrong goes through `tokenizers`, and the reason is said.
+gigatoken (PyPI) encodes byte-level BPE two orders of magnitude faster than `tokenizers`, whose ids are the right ones.
+`tokenizer_proof.py` finds out, once a tokenizer, in which texts the two can part; a text of that kind goes through
+`tokenizers`, every other through gigatoken (`RoutedEncoder`). A tokenizer that gigatoken cannot load or does not do in
+full goes through `tokenizers` altogether, and the reason is said.
 
 Nothing heavy is imported here before it is used: preprocessing starts in a fraction of a second.
 """
@@ -12,13 +13,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from dsv3_megatron.data.fast_tokenizer import bound_cache, load_fast_tokenizer
 from dsv3_megatron.data.tokenizer import count_ids, find_eod_id, fingerprint, load_tokenizer, tokenizer_file
+from dsv3_megatron.data.tokenizer_proof import Parting, PartingScan, find_parting
 
 BACKENDS = ("auto", "gigatoken", "huggingface")
 # gigatoken caches the ids of every word it has seen and never forgets: 75 MB for 10 MB of random letters. When a
@@ -49,6 +52,10 @@ PROBE_TEXTS = (
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa 0000000000000000000",
     "<|endoftext|> <s></s> <｜begin▁of▁sentence｜>x<｜end▁of▁sentence｜> <｜fim▁hole｜><｜User｜>",
 )
+
+
+class EncodingError(ValueError):
+    """A text to which the tokenizer gives no ids; the message says why."""
 
 
 class Encoder(Protocol):
@@ -97,7 +104,13 @@ class HuggingFaceEncoder:
         self.fingerprint = fingerprint(path)
 
     def encode(self, text: str) -> np.ndarray:
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        try:
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        except BaseException as error:
+            # Not an Exception: what its Rust code does at a run of over ten million spaces, say.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise EncodingError(f"tokenizers gives it no ids ({error})") from None
         return np.array(encoding.ids, dtype=np.uint32)
 
     def encode_pieces(self, text: str | bytearray) -> Iterator[np.ndarray]:
@@ -108,7 +121,7 @@ class HuggingFaceEncoder:
 
 
 class GigatokenEncoder:
-    """gigatoken on the calling thread, with its cache bounded. Ids are those of `reference` or `prove_equal` says so.
+    """gigatoken on the calling thread, with its cache bounded. Ids are those of `reference` for most texts only.
 
     Args:
         path: Folder with a tokenizer.json, or the file.
@@ -128,31 +141,16 @@ class GigatokenEncoder:
         *,
         max_cache_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
-        content = json.loads(Path(tokenizer_file(path)).read_text(encoding="utf-8"))
-        self._is_cut_safe = _is_cut_safe(content)
+        self.content = json.loads(Path(tokenizer_file(path)).read_text(encoding="utf-8"))
+        self.is_cut_safe = _is_cut_safe(self.content)
         self._max_cache_bytes = max_cache_bytes
-        self._json = json.dumps(content, ensure_ascii=False).encode("utf-8")
-        try:
-            self._load()
-        except ValueError:
-            if not _spell_line_breaks_out(content):
-                raise
-            self._json = json.dumps(content, ensure_ascii=False).encode("utf-8")
-            self._load()
+        self._load()
         self.vocab_size, self.eod_id, self.fingerprint = reference.vocab_size, reference.eod_id, reference.fingerprint
 
     def _load(self) -> None:
-        try:
-            from gigatoken import gigatoken_rs
-        except ImportError as error:
-            raise ValueError(f"gigatoken is not installed ({error}): pip install gigatoken") from None
-        if hasattr(gigatoken_rs, "set_max_cache_bytes"):  # releases after 0.10.0
-            gigatoken_rs.set_max_cache_bytes(self._max_cache_bytes)
         self._tokenizer: Any = None  # the old one first: two would double the peak
-        try:
-            self._tokenizer = gigatoken_rs.load_hf_json(self._json)
-        except Exception as error:  # noqa: BLE001 - the library raises what its parts raise
-            raise ValueError(f"gigatoken cannot load it: {' '.join(str(error).split())[:200]}") from None
+        self._tokenizer = load_fast_tokenizer(self.content)
+        bound_cache(self._max_cache_bytes)
         self._memory_at_start = _resident_bytes()
 
     def encode(self, text: str) -> np.ndarray:
@@ -160,7 +158,7 @@ class GigatokenEncoder:
         return ids_T
 
     def encode_pieces(self, text: str | bytearray) -> Iterator[np.ndarray]:
-        if len(text) <= PIECE_BYTES or not self._is_cut_safe:
+        if len(text) <= PIECE_BYTES or not self.is_cut_safe:
             yield self._tokenizer.encode(text if isinstance(text, str) else bytes(text))
             return
         for piece in cut_text(text):
@@ -189,37 +187,56 @@ def cut_text(text: str | bytearray, piece_bytes: int = PIECE_BYTES) -> Iterator[
     yield bytes(data[start:])
 
 
-def prove_equal(encoder: Encoder, reference: Encoder, samples: Iterable[tuple[str, str]]) -> str | None:
-    """Compare two encoders on the probe texts and on samples of the input.
+class RoutedEncoder:
+    """gigatoken for the texts in which it cannot part from `tokenizers`, `tokenizers` for the others.
+
+    Which of the two encodes a text depends on that text alone.
 
     Args:
-        encoder: The one to be trusted.
-        reference: The one that is right.
-        samples: (where it is from, text) pairs.
-
-    Returns:
-        None if all ids are equal, else the first difference in words.
+        fast: gigatoken.
+        reference: The same tokenizer through `tokenizers`.
+        parting: Where they can part.
     """
-    probes = (("a probe text", text) for text in PROBE_TEXTS)
-    for source in (probes, samples):
-        for where, text in source:
-            ours_T, theirs_T = encoder.encode(text), reference.encode(text)
-            if not np.array_equal(ours_T, theirs_T):
-                common = min(ours_T.size, theirs_T.size)
-                differs = np.flatnonzero(ours_T[:common] != theirs_T[:common])
-                at = int(differs[0]) if differs.size else common
-                return f"other ids than tokenizers for {where}, from token {at}"
+
+    name = "gigatoken"
+
+    def __init__(self, fast: GigatokenEncoder, reference: Encoder, parting: Parting) -> None:
+        self._fast, self._reference = fast, reference
+        self._is_for_reference = PartingScan(parting)
+        self.vocab_size, self.eod_id, self.fingerprint = reference.vocab_size, reference.eod_id, reference.fingerprint
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._reference.encode(text) if self._is_for_reference(text) else self._fast.encode(text)
+
+    def encode_pieces(self, text: str | bytearray) -> Iterator[np.ndarray]:
+        if len(text) <= PIECE_BYTES or not self._fast.is_cut_safe:
+            yield self.encode(text if isinstance(text, str) else text.decode("utf-8"))
+            return
+        for piece in cut_text(text):  # where a cut keeps the ids, each piece is a text of its own
+            yield self.encode(piece.decode("utf-8"))
+            self.limit_memory()
+
+    def limit_memory(self) -> None:
+        self._fast.limit_memory()
+
+
+def find_difference(encoder: Encoder, reference: Encoder) -> str | None:
+    """The first difference of two encoders on the probe texts, in words; None if there is none."""
+    for text in PROBE_TEXTS:
+        ours_T, theirs_T = encoder.encode(text), reference.encode(text)
+        if not np.array_equal(ours_T, theirs_T):
+            common = min(ours_T.size, theirs_T.size)
+            differs = np.flatnonzero(ours_T[:common] != theirs_T[:common])
+            at = int(differs[0]) if differs.size else common
+            return f"other ids than tokenizers for a probe text, from token {at}"
     return None
 
 
-def choose_encoder(
-    path: str | os.PathLike[str], samples: Iterable[tuple[str, str]], *, backend: str = "auto"
-) -> tuple[Encoder, str]:
-    """The fastest encoder that gives Hugging Face's ids, and why it was chosen.
+def choose_encoder(path: str | os.PathLike[str], *, backend: str = "auto") -> tuple[Encoder, str]:
+    """The fastest encoder that gives Hugging Face's ids for every text, and why it was chosen.
 
     Args:
         path: Folder with a tokenizer.json, or the file.
-        samples: (where it is from, text) pairs of the input.
         backend: "auto", or one that must be used.
 
     Raises:
@@ -231,10 +248,12 @@ def choose_encoder(
     if backend == "huggingface":
         return reference, "asked for"
     try:
-        encoder = GigatokenEncoder(path, reference)
-        difference = prove_equal(encoder, reference, samples)
+        fast = GigatokenEncoder(path, reference)
+        parting = find_parting(fast.content, reference.fingerprint, reference.encode, fast.encode)
+        encoder = RoutedEncoder(fast, reference, parting)
+        difference = find_difference(encoder, reference)
         if difference is None:
-            return encoder, "the same ids as tokenizers on the probe texts and on a sample of every input"
+            return encoder, _describe(parting)
         why = f"gigatoken gave {difference}"
     except ValueError as error:
         why = str(error)
@@ -243,36 +262,19 @@ def choose_encoder(
     return reference, why
 
 
-def _spell_line_breaks_out(content: dict[str, Any]) -> bool:
-    r"""Write \r and \n in split patterns as the characters they stand for; whether there were any.
-
-    gigatoken knows patterns by their text, and DeepSeek-V3's published one has the characters themselves.
-    """
-    is_changed = False
-
-    def visit(node: Any) -> None:
-        nonlocal is_changed
-        if isinstance(node, dict):
-            pattern = node.get("pattern")
-            if node.get("type") == "Split" and isinstance(pattern, dict) and "Regex" in pattern:
-                spelled = re.sub(
-                    r"\\(.)", lambda m: {"r": "\r", "n": "\n"}.get(m[1], m[0]), pattern["Regex"], flags=re.DOTALL
-                )
-                is_changed |= spelled != pattern["Regex"]
-                pattern["Regex"] = spelled
-            for value in node.values():
-                visit(value)
-        elif isinstance(node, list):
-            for value in node:
-                visit(value)
-
-    visit(content.get("pre_tokenizer"))
-    return is_changed
+def _describe(parting: Parting) -> str:
+    kinds = [(parting.num_code_points, "code point"), (len(parting.contents), "added token")]
+    named = [f"any of {count} {kind}s" if count > 1 else f"one {kind}" for count, kind in kinds if count]
+    left = f"; texts with {' or '.join(named)} go through tokenizers" if named else ""
+    return f"the ids of tokenizers for every text{left}"
 
 
 def _is_cut_safe(content: dict[str, Any]) -> bool:
     """Whether `cut_text` keeps the ids: byte-level BPE, no normalizer, nothing added or matched across white space."""
-    if content.get("normalizer") is not None or content.get("model", {}).get("byte_fallback"):
+    normalizer = content.get("normalizer")
+    if normalizer is not None and normalizer.get("normalizers") != []:
+        return False
+    if content.get("model", {}).get("byte_fallback"):
         return False
     if '"add_prefix_space": true' in json.dumps(content.get("pre_tokenizer")):
         return False

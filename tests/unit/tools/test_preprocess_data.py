@@ -63,7 +63,7 @@ def test_bytes_are_megatron_lms(preprocess, tmp_path, texts, tokenizer_dir, eod,
     lines = [json.dumps({"id": 1, "text": text}, ensure_ascii=is_ascii) for text in texts]
     (tmp_path / "x.jsonl").write_text("\n".join(lines), encoding="utf-8")
     status, out, err = preprocess(tmp_path / "x.jsonl", options=["--append-eod"] * eod)
-    assert status == 0 and "tokenizer: gigatoken (the same ids as tokenizers" in err
+    assert status == 0 and "tokenizer: gigatoken (the ids of tokenizers for every text" in err
     write_with_megatron(tmp_path / "m", load_tokenizer(tokenizer_dir), texts, eod=eod)
     assert read_pair(tmp_path / "m") == read_pair(tmp_path / "out_text_document")
     sidecar = read_sidecar(tmp_path / "out_text_document")
@@ -169,6 +169,18 @@ def test_standard_input(tmp_path, jsonl_file, tokenizer_dir, whole):
     with open(jsonl_file, "rb") as stream:
         subprocess.run(command, stdin=stream, check=True, capture_output=True)
     assert read_pair(tmp_path / "piped_text_document") == whole[:2]
+
+
+def test_shards_of_texts_for_both_encoders_are_one_pass(preprocess, tmp_path, texts, write_jsonl):
+    """A text that gigatoken would get wrong, in one shard only: what a shard holds must not choose its encoder."""
+    texts = [*texts, "The price is \u20c1 250 a night.", "a \U00011de7b", *texts]
+    file = write_jsonl(tmp_path / "x.jsonl", texts)
+    assert preprocess(file, prefix="whole", options=["--append-eod"])[0] == 0
+    for index in (1, 2, 3):
+        assert preprocess(file, prefix="whole", options=["--append-eod", "--shard", f"{index}/3"])[0] == 0
+    shards = find_datasets([str(tmp_path / "whole_text_document.shard-*-of-3")])
+    merge_datasets(shards, str(tmp_path / "merged"))
+    assert read_pair(tmp_path / "merged") == read_pair(tmp_path / "whole_text_document")
 
 
 def test_several_keys_in_one_pass(preprocess, tmp_path, tokenizer_dir):
