@@ -76,7 +76,8 @@ def _describe(command: Command, rank: int) -> None:
 
 def _check_inputs(command: Command) -> None:
     """Data, tokenizer, layout and checkpoint fit the run; nothing is allocated for the answer."""
-    from dsv3_megatron.checkpoint.layout import check_architecture, check_empty, check_save_directory
+    from dsv3_megatron.checkpoint.layout import check_empty, check_save_directory
+    from dsv3_megatron.checkpoint.resume import plan_resumption
     from dsv3_megatron.data.blend import check_data, parse_blend
     from dsv3_megatron.data.datasets import parse_split
     from dsv3_megatron.data.document_ends import resolve_eod_id
@@ -99,8 +100,7 @@ def _check_inputs(command: Command) -> None:
     check_data(prefixes, vocab_size=run.model.vocab_size, tokenizer_fingerprint=tokenizer)
     if run.data.document_flags:
         resolve_eod_id(prefixes, tokenizer_model=run.data.tokenizer_model, flags=run.data.document_flags)
-    if run.checkpoint.load:
-        check_architecture(run.checkpoint.load, run)
+    plan_resumption(run, run.checkpoint.load)
     if run.checkpoint.save:
         check_save_directory(run.checkpoint.save)
     if run.checkpoint.export_hf:

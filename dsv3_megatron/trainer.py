@@ -27,8 +27,10 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 
+from dsv3_megatron.checkpoint.agreement import on_first_rank
 from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.layout import Progress as Position
+from dsv3_megatron.checkpoint.resume import plan_resumption
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
 from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
 from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
@@ -81,11 +83,14 @@ class Trainer:
     """
 
     def __init__(self, run: RunConfig) -> None:
-        self.run, self.recipe = run, run.recipe()
         self.device = prepare()
         start_process_group(self.device)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         configure_logging(self.rank)
+        load = run.checkpoint.load
+        self.resumption = on_first_rank(partial(plan_resumption, run, load), f"load={load}")
+        self.run = run = self.resumption.run
+        self.recipe = self.resumption.recipe
         self.precision = resolve_precision(run.training.precision, self.device)
         self.groups = create_groups(run.parallel, run.training.seed)
         stages, self.mcore_config = build_stages(
@@ -115,6 +120,10 @@ class Trainer:
         self.phase = self.step_plan.phase if self.step_plan else self.recipe.phases_to_run[-1]
         self._build_data()
         self._build_reports()
+        for note in self.resumption.notes:
+            self.progress.message(f"resumed at iteration {self.iteration}: {note}")
+        if self.step_plan is None:
+            self.progress.message(f"the run is complete: {self.iteration} of {self.recipe.num_steps} steps")
         if self.phase.index:
             change_context(self.chunks, self.phase.model)
 
@@ -157,7 +166,7 @@ class Trainer:
     @property
     def _dataset_position(self) -> int:
         """The same in the dataset of the phase, which begins where another phase's ends."""
-        return max(0, self.data_position - self.recipe.span_of(self.phase).first_sample)
+        return max(0, self.data_position - self.recipe.span_of(self.phase).first_sample - self.recipe.shift.samples)
 
     def _iterate_from_here(self) -> None:
         self.batches = self._iterate(self.data.train, self._dataset_position)
@@ -390,7 +399,8 @@ class Trainer:
         checkpoint = self.run.checkpoint
         assert checkpoint.save is not None
         self.watchdog.slow("checkpoint")
-        position = Position(self.iteration, self.consumed_samples, self.consumed_tokens, self.guard.state_dict())
+        position = Position(self.iteration, self.consumed_samples, self.consumed_tokens, self.guard.state_dict(),
+                            self.resumption.schedules_at(self.iteration))
         # Described as it is in the phase of its last step: what reads the checkpoint builds that model.
         run = self.run.in_phase(self.recipe.phase_before(self.consumed_tokens))
         save_checkpoint(checkpoint.save, position, run, self.chunks, self.optimizer, self.groups,

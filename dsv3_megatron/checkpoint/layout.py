@@ -54,12 +54,14 @@ class Progress:
         consumed_samples: Sequences trained on.
         consumed_tokens: Tokens trained on.
         guards: State of the guards as plain JSON values (guards/decisions.py); empty where there were none.
+        schedules: What planned its steps, as plain JSON values (config/past.py); empty where it was not recorded.
     """
 
     iteration: int
     consumed_samples: int
     consumed_tokens: int
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)
+    schedules: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,6 @@ def load_checkpoint(
         CheckpointError: there is none, it is incomplete or unreadable, or of another architecture.
     """
     manifest = on_first_rank(lambda: check_architecture(directory, run), f"load={directory}")
-    _note_other_phases(manifest, run)
     allocate_all_moments(optimizer)
     average = restorable_average(average, directory, manifest)
     state = _state(chunks, optimizer, groups, is_loading=True, average=average)
@@ -231,16 +230,6 @@ def load_weights(directory: str | Path, run: RunConfig, chunks: list[torch.nn.Mo
                 entry.key = AVERAGE_PREFIX + entry.key
     _restore_models(_read(directory, manifest, state, groups), chunks)
     return manifest.progress
-
-
-def _note_other_phases(manifest: Manifest, run: RunConfig) -> None:
-    """Say so where a run goes on by another recipe than it was begun with: it may, and it may not know."""
-    begun, own = manifest.run.get("training", {}).get("phases", []), run.as_dict()["training"]["phases"]
-    if manifest.contents == TRAINING and begun != own and torch.distributed.get_rank() == 0:
-        before, now = (", ".join(phase["name"] for phase in phases) or "none" for phases in (begun, own))
-        logger.warning("%s was written by a run with other phases (%s) than this one's (%s): steps from iteration %d, "
-                       "token %d on are taken by this run's", manifest.path, before, now, manifest.progress.iteration,
-                       manifest.progress.consumed_tokens)
 
 
 # ---- the state as one flat dictionary, so that nothing of a layout's structure is saved ----

@@ -41,6 +41,7 @@ class PlannedPhase:
         learning_rate: Of its steps.
         batch_size: Of its steps.
         planned_end_token: Where it would end if a step could be cut; in a phase given in steps, where it ends.
+        is_in_steps: Whether its length was given in steps, not in tokens.
     """
 
     index: int
@@ -52,6 +53,7 @@ class PlannedPhase:
     learning_rate: LearningRate
     batch_size: BatchSize
     planned_end_token: int
+    is_in_steps: bool
 
     @property
     def start(self) -> Plateau:
@@ -89,6 +91,27 @@ class PlannedPhase:
         model = self.model
         rope = f"YaRN x {model.rotary_scaling_factor:g}" if model.rope_type == "yarn" else "plain rotary embedding"
         return f"{self.num_steps} steps of {batch} sequences of {self.training.seq_length} tokens, {rope}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a run is, or has come since another place.
+
+    Attributes:
+        iteration: Optimizer steps.
+        tokens: Tokens trained on.
+        samples: Sequences trained on.
+    """
+
+    iteration: int = 0
+    tokens: int = 0
+    samples: int = 0
+
+    def __add__(self, other: Place) -> Place:
+        return Place(self.iteration + other.iteration, self.tokens + other.tokens, self.samples + other.samples)
+
+    def __sub__(self, other: Place) -> Place:
+        return Place(self.iteration - other.iteration, self.tokens - other.tokens, self.samples - other.samples)
 
 
 @dataclass(frozen=True)
@@ -144,11 +167,14 @@ class Recipe:
         phases: All of them.
         spans: All of them.
         num_phases: Phases that are run before the run stops, for good or to go on under another layout.
+        shift: What a run has done more, or less, than the recipe lays out up to the same step of it: not nothing where
+            a run went over to another recipe under way (`placed_at`). The places of phases are without it.
     """
 
     phases: tuple[PlannedPhase, ...]
     spans: tuple[DataSpan, ...]
     num_phases: int
+    shift: Place = Place()
 
     @property
     def phases_to_run(self) -> tuple[PlannedPhase, ...]:
@@ -162,7 +188,42 @@ class Recipe:
     @property
     def num_steps(self) -> int:
         """Optimizer steps before the run stops."""
-        return self.phases_to_run[-1].end.iteration
+        return self.phases_to_run[-1].end.iteration + self.shift.iteration
+
+    def place_at(self, iteration: int) -> Place | None:
+        """Where the run is after so many steps; None where its phases end before."""
+        wanted = iteration - self.shift.iteration
+        for phase in self.phases:
+            for plateau in phase.plateaus:
+                steps = wanted - plateau.iteration
+                if 0 <= steps <= plateau.num_steps:
+                    samples = steps * plateau.global_batch_size
+                    return self.shift + Place(wanted, plateau.tokens + samples * phase.training.seq_length,
+                                              plateau.samples + samples)
+        return None
+
+    def placed_at(self, place: Place) -> Recipe:
+        """The recipe for a run that comes to it from another one.
+
+        Its place in the recipe is that after as many steps; where a phase is given in tokens, that after as many
+        tokens, or the first step beyond them.
+
+        Raises:
+            ConfigError: the recipe has no step left there.
+        """
+        plain = dataclasses.replace(self, shift=Place())
+        end = plain.phases_to_run[-1].end
+        if all(phase.is_in_steps for phase in self.phases):
+            found = plain.place_at(place.iteration) if place.iteration < end.iteration else None
+        else:
+            phase = next((phase for phase in self.phases_to_run if place.tokens < phase.end.tokens), None)
+            found = plain.place_at(phase.place_of(place.tokens)[0]) if phase is not None else None
+        if found is None or found.iteration >= end.iteration:
+            raise ConfigError(
+                f"nothing is left to do: the run ends after {end.iteration} steps and {end.tokens} tokens, the "
+                f"checkpoint has {place.iteration} and {place.tokens}; make it longer "
+                f"({'phases' if len(self.phases) > 1 else 'train_iters'}), or load an earlier checkpoint")
+        return dataclasses.replace(self, shift=place - found)
 
     def step(self, iteration: int, tokens: int) -> StepPlan | None:
         """What the step at a position is taken with; None where the run stops.
@@ -174,6 +235,7 @@ class Recipe:
             iteration: Optimizer steps before it.
             tokens: Tokens before it.
         """
+        iteration, tokens = iteration - self.shift.iteration, tokens - self.shift.tokens
         first = bisect.bisect_right(self._last_tokens, tokens)
         for phase, last_token in zip(self.phases[first: self.num_phases], self._last_tokens[first:], strict=False):
             plan = phase.step(iteration, tokens)
@@ -183,7 +245,7 @@ class Recipe:
 
     def phase_before(self, tokens: int) -> PlannedPhase:
         """The phase of the last step before a place; the first phase where there was none."""
-        index = bisect.bisect_left(self._last_tokens, tokens)
+        index = bisect.bisect_left(self._last_tokens, tokens - self.shift.tokens)
         return self.phases[min(index, len(self.phases) - 1)]
 
     def span_of(self, phase: PlannedPhase) -> DataSpan:
@@ -258,7 +320,7 @@ def _plan(index: int, phase: Phase, before: tuple[ModelConfig, TrainingConfig, D
     learning_rate = LearningRate(old_training.lr, training.lr, phase.lr_decay_style, phase.lr_warmup_iters,
                                  place.iteration, first_token, last_token)
     return PlannedPhase(index, phase.name, _model(phase, old_model), training, data, plateaus, learning_rate,
-                        batch_size, end_token or end.tokens)
+                        batch_size, end_token or end.tokens, phase.train_tokens is None)
 
 
 def _batch_size(phase: Phase, start: int, end: int, first_token: int, last_token: int) -> BatchSize:

@@ -199,6 +199,10 @@ class CheckpointConfig:
 
     save: str | None = option(None, help="folder for checkpoints; none: nothing is saved")
     load: str | None = option(None, help="folder to start from; resumes its newest checkpoint")
+    override_opt_param_scheduler: bool = option(False, help="go on by this command line's schedule, though it would "
+                                                "have taken other steps up to the checkpoint")
+    use_checkpoint_opt_param_scheduler: bool = option(False, help="go on with the checkpoint's learning rates, or its "
+                                                      "phases if either has any, instead of this command line's")
     save_interval: int = option(500, help="steps between checkpoints; one is always written at the end")
     keep_last: int = option(3, help="checkpoints kept; 0: all of them")
     export_hf: str | None = option(None, help="folder for the trained model in Hugging Face's layout, made at the end")

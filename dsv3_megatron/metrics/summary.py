@@ -113,12 +113,21 @@ def measure_baselines(run: RunConfig, num_train_sequences: int, num_valid_sequen
 
 
 def resume_command(run: RunConfig, run_dir: Path, iterations: int) -> str:
-    """The command that goes on with the run; one that is finished goes on to twice its length."""
+    """The command that goes on with the run; one that is finished goes on to twice its length.
+
+    It does so at the learning rate that its decay has reached: a decay over twice the length would lead from another
+    past, back up.
+    """
     config = run_dir / "tensorboard" / CONFIG_FILE
     load = run.checkpoint.save or str(run_dir / "checkpoints")
     words = ["bash", "examples/pretrain_dsv3.sh", "--config", str(config), "--load", load]
-    if iterations >= run.training.train_iters and not run.training.phases:
-        words += ["--train-iters", str(2 * run.training.train_iters)]
+    training = run.training
+    if iterations >= training.train_iters and not training.phases:
+        words += ["--train-iters", str(2 * training.train_iters)]
+        if training.lr_decay_style != "constant":
+            words += ["--lr-decay-iters", str(training.lr_decay_iters or training.train_iters)]
+        if run.checkpoint.export_hf:  # a finished export is not written over
+            words += ["--export-hf", f"{run.checkpoint.export_hf.rstrip('/')}_{2 * training.train_iters}"]
     return shlex.join(words)
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from dsv3_megatron.checkpoint.layout import Progress as CheckpointProgress
+from dsv3_megatron.checkpoint.layout import begin_save, finish_save
+from dsv3_megatron.checkpoint.resume import plan_resumption
+from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import BatchIterator, read_token_sequences
@@ -166,8 +172,35 @@ def test_fewer_tokens_are_counted_where_asked(make_run: Callable[..., Path]) -> 
 def test_resume_command_goes_beyond_a_finished_run(tmp_path: Path, run_config: RunConfig) -> None:
     command = resume_command(run_config, Path("runs/my run"), STEPS)
     assert command == ("bash examples/pretrain_dsv3.sh --config 'runs/my run/tensorboard/config.json' --load "
-                       f"{tmp_path / 'checkpoints'} --train-iters 24")
+                       f"{tmp_path / 'checkpoints'} --train-iters 24 --lr-decay-iters 12")
     assert "--train-iters" not in resume_command(run_config, tmp_path, STEPS - 1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lr_decay_iters": 9}, {"lr_decay_style": "cosine"},
+                                     {"lr_decay_style": "constant"}, {"export_hf": "out/"}])
+def test_the_resume_command_goes_on_where_the_learning_rate_is(tmp_path: Path, run_config: RunConfig,
+                                                               changes: dict[str, Any]) -> None:
+    """Parsed and planned as printed, and printed again by the run that it makes, and so on."""
+    run, steps, tokens = run_config.override(lr_warmup_iters=3, **changes), STEPS, BATCH * SEQ_LENGTH * STEPS
+    last = run.recipe().step(STEPS - 1, tokens - BATCH * SEQ_LENGTH)
+    assert last is not None and last.learning_rate <= run.training.lr
+    schedules = plan_resumption(run, None).schedules_at(STEPS)
+    for _ in range(2):
+        begin_save(run.checkpoint.save, steps)
+        finish_save(run.checkpoint.save, CheckpointProgress(steps, BATCH * steps, tokens, {}, schedules), run.as_dict(),
+                    versions={}, world_size=1, precision="fp32")
+        (tmp_path / "tensorboard").mkdir(exist_ok=True)
+        (tmp_path / "tensorboard" / "config.json").write_text(json.dumps(run.as_dict()))
+        command = parse_command(shlex.split(resume_command(run, tmp_path, steps))[2:])
+        resumption = plan_resumption(command.run, command.run.checkpoint.load)
+        end = run.training.lr if changes.get("lr_decay_style") == "constant" else run.training.min_lr
+        for step in range(steps, 2 * steps):
+            plan = resumption.recipe.step(step, BATCH * SEQ_LENGTH * step)
+            assert plan is not None and plan.learning_rate == pytest.approx(end)
+        assert resumption.recipe.step(2 * steps, BATCH * SEQ_LENGTH * 2 * steps) is None
+        assert run.checkpoint.export_hf is None or command.run.checkpoint.export_hf != run.checkpoint.export_hf
+        run, steps, tokens = resumption.run, 2 * steps, 2 * tokens
+        schedules = resumption.schedules_at(steps)
 
 
 def test_configuration_round_trip(make_run: Callable[..., Path], run_config: RunConfig) -> None:
