@@ -6,7 +6,6 @@ and is printed once.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.checkpoint.open import OpenedCheckpoint, open_checkpoint
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import nearest_microbatches
 from dsv3_megatron.config.run import RunConfig, require_document_attention
@@ -148,16 +148,20 @@ def make_plan(request: Request, world_size: int) -> _Plan:
     data, eod_id, documents = _open_documents(request, checkpoint)
     require_document_attention(data, request.transformer_impl)
     if request.logprobs is not None:
-        _check_output(Path(request.logprobs))
+        require_output_file("logprobs", request.logprobs)
+        if Path(request.logprobs).exists():
+            raise ConfigError(f"logprobs={request.logprobs} exists; remove it, or give another name")
     parallel = ParallelConfig(**request.parallel)
     # Sequence parallelism cuts a sequence into equal parts; what is added at its end changes nothing before it.
     tensor_ranks = max(1, parallel.tensor_model_parallel_size)
     padded_length = math.ceil(length / tensor_ranks) * tensor_ranks
     parallel.validate(checkpoint.model, padded_length)
     parallel.validate_world_size(world_size)
+    # No more rows in a pass than a replica has: what is beyond the last row would be padding.
+    micro_batch_size = min(request.micro_batch_size, math.ceil(len(rows) / parallel.data_parallel_size(world_size)))
     training = TrainingConfig(
-        seq_length=padded_length, micro_batch_size=request.micro_batch_size,
-        global_batch_size=_rows_per_step(parallel, world_size, request.micro_batch_size, len(rows)),
+        seq_length=padded_length, micro_batch_size=micro_batch_size,
+        global_batch_size=_rows_per_step(parallel, world_size, micro_batch_size, len(rows)),
         precision=request.precision or checkpoint.precision, transformer_impl=request.transformer_impl, train_iters=1,
         eval_interval=0)
     training.validate(parallel, world_size)
@@ -269,15 +273,6 @@ def _documents_line(data: DataConfig, eod_id: int | None, checkpoint: OpenedChec
     return f"{line}; trained with {' and '.join(trained)}" if trained else f"{line}; trained packed"
 
 
-def _check_output(file: Path) -> None:
-    if file.exists():
-        raise ConfigError(f"logprobs={file} exists; remove it, or give another name")
-    if not file.parent.is_dir():
-        raise ConfigError(f"logprobs={file}: the folder {file.parent} does not exist; make it first")
-    if not os.access(file.parent, os.W_OK):
-        raise ConfigError(f"logprobs={file}: this user may not write into {file.parent}; choose another folder")
-
-
 def as_text(result: Evaluation) -> str:
     """A line for each number."""
     lines = [f"loss        {result.loss:.6f} nats/token", f"perplexity  {result.perplexity:.4f}",
@@ -288,9 +283,6 @@ def as_text(result: Evaluation) -> str:
 
 def as_json(result: Evaluation) -> str:
     """One JSON object; null for what is infinite or not a number, which JSON cannot say."""
-    def number(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
-    return json.dumps({
-        "loss": number(result.loss), "perplexity": number(result.perplexity), "tokens": result.tokens,
-        "rows": result.rows, "mtp_losses": [number(loss) for loss in result.mtp_losses]})
+    return json_text({
+        "loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens, "rows": result.rows,
+        "mtp_losses": list(result.mtp_losses)})

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from dsv3_megatron.checkpoint.hf.directory import CONFIG
 from dsv3_megatron.checkpoint.open import open_checkpoint
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
@@ -217,7 +218,7 @@ class Printer:
             if entry.ended is not None:
                 record = {"prompt": self.prompts[self._turn], "text": entry.text, "tokens": entry.ids,
                           "ended": entry.ended}
-                self.out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                self.out.write(json_text(record, ensure_ascii=False) + "\n")
         else:
             self.out.write(entry.waiting + ("\n" if entry.ended is not None else ""))
         entry.waiting = ""

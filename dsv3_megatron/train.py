@@ -11,9 +11,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Command, parse_command
+from dsv3_megatron.config.output import json_text, require_output_file
+from dsv3_megatron.config.streams import run_command
 
 EXIT_CONFIG = 2
 # Ranks that fail because another one did wait this long, so that the first error is printed first.
@@ -49,26 +52,24 @@ def _describe(command: Command, rank: int) -> None:
     """Print or draw what was asked for about the run, once."""
     run = command.run
     run.validate(command.world_size)
-    parts: list[str] = []
+    require_output_file("--plot-schedule", command.plot_schedule, ending=".png")
+    parts: dict[str, Any] = {}
     if command.print_model:
-        from dsv3_megatron.metrics.model_table import model_table
-        from dsv3_megatron.parallel.layout import stage_layouts
+        from dsv3_megatron.metrics.model_table import describe_model
 
-        parts.append(model_table(run, command.world_size, stage_layouts(run.model, run.parallel),
-                                 as_json=command.as_json))
+        parts["model"] = describe_model(run, command.world_size, as_json=command.as_json)
     if command.print_schedule:
-        from dsv3_megatron.metrics.schedule_table import schedule_table
+        from dsv3_megatron.metrics.schedule_table import schedule_summary, schedule_table
 
-        parts.append(schedule_table(run, as_json=command.as_json))
+        parts["schedule"] = schedule_summary(run) if command.as_json else schedule_table(run)
     if rank != 0:
         return
-    if parts:
-        print("\n\n".join(parts))
+    if parts and command.as_json:
+        # Of one thing its own object, of two one that holds both.
+        print(json_text(parts if len(parts) > 1 else next(iter(parts.values())), indent=2))
+    elif parts:
+        print("\n\n".join(parts.values()))
     if command.plot_schedule:
-        folder = os.path.dirname(command.plot_schedule) or "."
-        if not os.path.isdir(folder):
-            raise ConfigError(f"--plot-schedule={command.plot_schedule}: the folder {folder} does not exist; make it "
-                              "first")
         from dsv3_megatron.metrics.schedule_plot import plot_schedule
 
         plot_schedule(run.recipe(), command.plot_schedule, title=run.preset)
@@ -131,6 +132,8 @@ def run_rank(rank: int, work: Callable[[], int]) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    except SystemExit as end:  # an output cannot be written: other ranks wait in a collective, so nothing is tidied up
+        os._exit(end.code if isinstance(end.code, int) else 1)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is printed and ends the process
         if _is_lost_peer(error):
             time.sleep(_SECONDS_AFTER_LOST_PEER)
@@ -148,4 +151,4 @@ def _is_lost_peer(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -13,7 +13,6 @@ with the same command; nothing appears under the output's name before all of it 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -24,8 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import PRESETS, preset
+from dsv3_megatron.config.streams import run_command
 
 
 class ProgressBar:
@@ -146,7 +147,7 @@ def _inventory(options: argparse.Namespace) -> None:
     if options.list:
         for shard in shards:
             for entry in shard.entries:
-                print(json.dumps({"file": shard.file, "name": entry.name, "dtype": NAMES[entry.dtype],
+                print(json_text({"file": shard.file, "name": entry.name, "dtype": NAMES[entry.dtype],
                                   "shape": list(entry.shape)}))
         return
     print(inventory(shards))
@@ -176,4 +177,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
+from dsv3_megatron.config.output import require_output_file
+from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.schedule.draw import plot_timeline, read_trace
 
 
@@ -24,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--png", metavar="FILE", help="where to draw")
     options = parser.parse_args(arguments)
     try:
+        require_output_file("--png", options.png, ending=".png")
         plan, timeline = read_trace(options.trace)
         end = max(float(spans[-1].end) for spans in timeline)
         print(f"{plan.schedule}: {plan.num_ranks} ranks, {plan.num_stages} stages, {plan.num_microbatches} "
@@ -40,4 +43,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

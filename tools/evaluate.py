@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser, add_section, given_fields
+from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.config.training import DOCUMENT_SWITCHES, PRECISIONS, TRANSFORMER_IMPLS, DataConfig
 from dsv3_megatron.evaluate import Request
 from dsv3_megatron.evaluate import main as evaluate
@@ -84,4 +85,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

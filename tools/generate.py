@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser
+from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.config.training import PRECISIONS
 from dsv3_megatron.generate import Request
 from dsv3_megatron.generate import main as generate
@@ -62,4 +63,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

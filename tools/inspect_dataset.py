@@ -9,13 +9,16 @@ Exit status: 0 sound, 1 damaged, 2 the command cannot be carried out.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
+from dsv3_megatron.config.output import json_text, require_output_file
+from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.data.indexed import dataset_paths, read_sidecar
 from dsv3_megatron.data.inspection import Statistics, measure, plot_lengths, read_document, verify
 
@@ -62,7 +65,8 @@ def _print_statistics(prefix: str, statistics: Statistics) -> None:
         print(f"{name:20} {value}")
 
 
-def _show_documents(options: argparse.Namespace) -> None:
+def _read_documents(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Number, tokens and text of each document that is to be shown; whether the text is cut."""
     tokenizer = None
     if options.tokenizer_model:
         from dsv3_megatron.data.tokenizer import fingerprint, load_tokenizer
@@ -78,10 +82,19 @@ def _show_documents(options: argparse.Namespace) -> None:
         ids = read_document(options.prefix, number).tolist()
         text = tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(map(str, ids))
         is_cut = len(text) > _SHOWN_CHARACTERS and not options.whole
-        print(
-            f"--- document {number}, {len(ids)} tokens" + (f", first {_SHOWN_CHARACTERS} characters" if is_cut else "")
-        )
-        print(text[:_SHOWN_CHARACTERS] if is_cut else text)
+        yield {
+            "number": number,
+            "num_tokens": len(ids),
+            "text": text[:_SHOWN_CHARACTERS] if is_cut else text,
+            "is_cut": is_cut,
+        }
+
+
+def _show_documents(documents: list[dict[str, Any]]) -> None:
+    for document in documents:
+        cut = f", first {_SHOWN_CHARACTERS} characters" if document["is_cut"] else ""
+        print(f"--- document {document['number']}, {document['num_tokens']} tokens{cut}")
+        print(document["text"])
 
 
 def _verify(prefix: str) -> list[str]:
@@ -99,21 +112,24 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse_arguments(arguments)
     problems: list[str] = []
     try:
+        require_output_file("--histogram", options.histogram)
         if options.verify:
             problems = _verify(options.prefix)
             for problem in problems:
                 print(f"damaged: {problem}", file=sys.stderr)
         if not problems:
             statistics = measure(options.prefix)
-            if options.json:
-                print(json.dumps(asdict(statistics) | {"problems": []}))
-            else:
-                _print_statistics(options.prefix, statistics)
             if options.histogram:
                 plot_lengths(options.prefix, options.histogram)
-            _show_documents(options)
+            documents = list(_read_documents(options))
+            if options.json:
+                shown = {"documents": documents} if documents else {}
+                print(json_text(asdict(statistics) | {"problems": []} | shown))
+            else:
+                _print_statistics(options.prefix, statistics)
+                _show_documents(documents)
         elif options.json:
-            print(json.dumps({"problems": problems}))
+            print(json_text({"problems": problems}))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -126,4 +142,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

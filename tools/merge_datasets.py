@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
+from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.data.indexed import dataset_paths
 from dsv3_megatron.data.merge import find_datasets, merge_datasets
 
@@ -52,4 +53,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

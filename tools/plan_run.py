@@ -17,7 +17,6 @@ Exit status: 0; 1 if the run does not fit into memory; 2 for a command that cann
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser, parse_command
+from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.planning.hardware import Hardware, save_hardware
 from dsv3_megatron.planning.hardware_tables import find_hardware
 from dsv3_megatron.planning.memory import estimate_memory
@@ -77,8 +78,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.imbalance is not None and options.imbalance < 1:
         raise ConfigError(f"--imbalance={options.imbalance:g} must be at least 1, which is balance")
     for flag, value, ending in (("--png", options.png, ".png"), ("--save-hardware", options.save_hardware, ".json")):
-        if value is not None and not value.endswith(ending):
-            raise ConfigError(f"{flag}={value} must end with {ending}")
+        require_output_file(flag, value, ending=ending)
 
 
 def _hardware(name: str, run: RunConfig, num_processes: int) -> Hardware:
@@ -131,7 +131,7 @@ def _run(options: argparse.Namespace, run: RunConfig) -> int:
         result = calibrate(Path(options.calibrate), options.hardware)
         if options.save_hardware:
             save_hardware(result.fitted, options.save_hardware)
-        print(json.dumps(result.as_json()) if options.json else result.as_text())
+        print(json_text(result.as_json()) if options.json else result.as_text())
         return 0
     hardware = _hardware(options.hardware, run, options.num_gpus)
     if options.save_hardware:
@@ -141,7 +141,7 @@ def _run(options: argparse.Namespace, run: RunConfig) -> int:
     report = plan(run, setting, options)
     if options.png:
         plot(report, options.png)
-    print(json.dumps(as_json(report)) if options.json else as_text(report))
+    print(json_text(as_json(report)) if options.json else as_text(report))
     return 0 if report.fits else 1
 
 
@@ -156,4 +156,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
+from dsv3_megatron.config.output import require_output_file
+from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.metrics.event_files import read_run
 from dsv3_megatron.metrics.report_page import draw_report
 
@@ -31,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse_arguments(arguments)
     output = options.output or options.logdir / "report.png"
     try:
+        if options.output is not None:
+            require_output_file("--output", output, ending=".png")
         log = read_run(options.logdir)
         for path in log.cut_short:
             print(f"{path}: the last record is cut short, as of a run under way or killed; drawn without it",
@@ -44,4 +48,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads cost memory here and do nothing
 
+from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.data.block_encoder import Transforms
 from dsv3_megatron.data.encoder import BACKENDS, choose_encoder
 from dsv3_megatron.data.indexed import dataset_paths
@@ -292,4 +293,4 @@ def _say_what_is_kept(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

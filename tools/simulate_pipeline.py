@@ -16,8 +16,8 @@ Exit status: 0, or 2 for a command that cannot be carried out.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.output import json_text, require_output_file
+from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.schedule.compare import Outcome, compare, recommend
 from dsv3_megatron.schedule.draw import plot_timeline, write_trace
 from dsv3_megatron.schedule.formulas import published_bubble
@@ -33,11 +35,22 @@ from dsv3_megatron.schedule.simulate import Costs, Simulation, require_cost, req
 from dsv3_megatron.schedule.timeline import Time
 from dsv3_megatron.schedule.validate import validate_plan
 
+_MOST_DIGITS = 30  # of a cost: sums over a step stay within a float
+_MOST_ACTIONS = 2_000_000  # minutes
 _COMPARED_VIRTUAL_STAGES = 4  # most chunks per rank that --compare tries unless told
 
 
 def _cost(text: str) -> Fraction:
-    """A cost as typed, exactly: 0.1 is a tenth."""
+    """A cost as typed, exactly: 0.1 is a tenth. Sizes are looked at first: a fraction writes 1e999999999 out."""
+    try:
+        numbers = [Decimal(part) for part in text.split("/")]
+    except InvalidOperation:
+        numbers = []
+    if not numbers or not all(number.is_finite() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    if any(number and abs(number.adjusted()) > _MOST_DIGITS for number in numbers) or len(text) > 2 * _MOST_DIGITS:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is too large or too small: at most 1e{_MOST_DIGITS}, at least "
+                                         f"1e-{_MOST_DIGITS}; give all costs in another unit")
     try:
         return Fraction(text)
     except (ValueError, ZeroDivisionError):
@@ -92,6 +105,13 @@ def _plan(options: argparse.Namespace) -> Plan:
         if not options.compare:
             raise ConfigError(f"schedule must be given: one of {', '.join(SCHEDULES)}; or --compare, for all of them")
         schedule = "1f1b"
+    num_actions = (2 * options.pipeline_model_parallel_size * options.num_microbatches
+                   * (options.virtual_stages or _COMPARED_VIRTUAL_STAGES))
+    if num_actions > _MOST_ACTIONS:
+        raise ConfigError(
+            f"pipeline_model_parallel_size={options.pipeline_model_parallel_size} with num_microbatches="
+            f"{options.num_microbatches} makes up to {num_actions} actions, more than the {_MOST_ACTIONS} that are "
+            "simulated one by one; give fewer of either (a step of more micro-batches grows by the same for each)")
     is_limit = options.compare and schedule != "interleaved"  # then it is about the other rows
     plan = build_plan(schedule, num_ranks=options.pipeline_model_parallel_size,
                       num_microbatches=options.num_microbatches,
@@ -164,6 +184,8 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     _check_costs(options)
+    require_output_file("--png", options.png, ending=".png")
+    require_output_file("--trace", options.trace)
     plan = _plan(options)
     result = simulate(plan, _costs(options, plan.num_stages))
     outcomes: list[Outcome] = []
@@ -180,7 +202,7 @@ def _run(options: argparse.Namespace) -> None:
             choice = recommend(outcomes)
             found["comparison"] = [_outcome_json(outcome) for outcome in outcomes]
             found["recommended"] = _outcome_json(choice.fastest) | {"reason": choice.reason}
-        print(json.dumps(found))
+        print(json_text(found))
         return
     if outcomes:
         _print_outcomes(outcomes)
@@ -204,4 +226,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
+from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.data.reading.documents import read_documents
 from dsv3_megatron.data.reading.inputs import expand_inputs
 from dsv3_megatron.data.text_sample import TextSample, hold_out
@@ -193,4 +194,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -22,6 +22,7 @@ from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -256,7 +257,7 @@ def finish_save(directory: str | Path, progress: Progress, run: dict[str, Any], 
     content = {
         "format_version": FORMAT_VERSION, "progress": dataclasses.asdict(progress), "precision": precision,
         "contents": contents, "world_size": world_size, "versions": versions, "run": run, "files": sizes}
-    _write(written / MANIFEST, json.dumps(content, indent=2) + "\n")
+    _write(written / MANIFEST, json_text(content, indent=2) + "\n")
     _flush(written)
     final = iteration_path(directory, progress.iteration)
     if final.exists():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.output import json_text
 
 FORMATS = (".toml", ".yaml", ".yml", ".json")
 
@@ -52,8 +53,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name in names:
         if names.count(name) > 1:
             first, second = [value for other, value in pairs if other == name][:2]
-            raise ConfigError(f"{name} is given twice in the same place, as {json.dumps(first)[:80]} and as "
-                              f"{json.dumps(second)[:80]}; leave one out")
+            raise ConfigError(f"{name} is given twice in the same place, as {json_text(first)[:80]} and as "
+                              f"{json_text(second)[:80]}; leave one out")
     return dict(pairs)
 
 

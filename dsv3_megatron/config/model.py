@@ -14,6 +14,9 @@ from dsv3_megatron.config.fields import ConfigError, divisors, option, require_f
 ROPE_TYPES = ("rope", "yarn")
 GROUP_MASKS = ("exclude", "zero")
 
+# Everything that looks at a model looks at each of its layers.
+MAX_LAYERS = 4096
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -93,6 +96,10 @@ class ModelConfig:
         for name in ("num_dense_layers", "num_shared_experts", "mtp_num_layers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("num_layers", "mtp_num_layers"):
+            if getattr(self, name) > MAX_LAYERS:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at most {MAX_LAYERS}: layers are planned one "
+                                  "by one; for a larger model make hidden_size or num_experts larger")
         for name in ("moe_router_topk_scaling_factor", "rotary_base", "beta_fast", "beta_slow", "layernorm_epsilon",
                      "init_method_std"):
             if getattr(self, name) <= 0:

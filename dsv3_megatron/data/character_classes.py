@@ -16,7 +16,6 @@ What fails in step 2 or 3 is the result. Some seconds for a pattern, kept in a c
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
 from collections import Counter
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.fast_tokenizer import load_fast_tokenizer
 
 NUM_CODE_POINTS = 0x110000
@@ -281,7 +281,7 @@ def _probe_tokenizers(pre_tokenizer: dict[str, Any], merges: list[tuple[bytes, b
     }
     content: dict[str, Any] = {"version": "1.0", "added_tokens": [], "normalizer": None, "model": model}
     content["pre_tokenizer"] = pre_tokenizer
-    return Tokenizer.from_str(json.dumps(content)), load_fast_tokenizer(content)
+    return Tokenizer.from_str(json_text(content)), load_fast_tokenizer(content)
 
 
 def _differing(reference: Any, fast: Any, texts: Sequence[str]) -> list[str]:

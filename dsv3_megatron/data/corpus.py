@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 import sysconfig
@@ -20,6 +19,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from dsv3_megatron.config.output import json_text
+from dsv3_megatron.config.streams import run_command
 
 _TEXT_SUFFIXES = frozenset({".py", ".md", ".rst", ".txt"})
 _TEXT_NAMES = frozenset({"METADATA"})  # a wheel's README lives there
@@ -170,7 +172,7 @@ def build_quickstart_corpus(
             selected = _select_documents(candidates, target_bytes=target_bytes, seed=seed, skipped=skipped)
             for name, text, size in selected:
                 split = "valid" if _hash_fraction("split", seed, name) < _VALID_SHARE else "train"
-                line = json.dumps({"text": text, "source": name}, ensure_ascii=False).encode("utf-8") + b"\n"
+                line = json_text({"text": text, "source": name}, ensure_ascii=False).encode("utf-8") + b"\n"
                 streams[split].write(line)
                 digests[split].update(line)
                 num_documents[split] += 1
@@ -197,7 +199,7 @@ def build_quickstart_corpus(
         for split, path in temporary.items():
             os.replace(path, folder / f"{split}.jsonl")
         temporary_summary = folder / f"corpus.json.tmp-{os.getpid()}"
-        temporary_summary.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+        temporary_summary.write_text(json_text(asdict(summary), indent=2) + "\n", encoding="utf-8")
         os.replace(temporary_summary, folder / "corpus.json")
     finally:
         for path in temporary.values():
@@ -228,4 +230,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

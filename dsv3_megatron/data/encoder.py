@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.fast_tokenizer import bound_cache, load_fast_tokenizer
 from dsv3_megatron.data.tokenizer import count_ids, find_eod_id, fingerprint, load_tokenizer, tokenizer_file
 from dsv3_megatron.data.tokenizer_proof import Parting, PartingScan, find_parting
@@ -276,7 +277,7 @@ def _is_cut_safe(content: dict[str, Any]) -> bool:
         return False
     if content.get("model", {}).get("byte_fallback"):
         return False
-    if '"add_prefix_space": true' in json.dumps(content.get("pre_tokenizer")):
+    if '"add_prefix_space": true' in json_text(content.get("pre_tokenizer")):
         return False
     tokens = content.get("added_tokens") or []
     return not any(t.get("lstrip") or t.get("rstrip") or re.search(r"\s", str(t.get("content"))) for t in tokens)

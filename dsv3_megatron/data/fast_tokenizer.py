@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import re
 from typing import Any
 
@@ -43,7 +42,7 @@ def _load(content: dict[str, Any]) -> Any:
     except ImportError as error:
         raise ValueError(f"gigatoken is not installed ({error}): pip install gigatoken") from None
     try:
-        return gigatoken_rs.load_hf_json(json.dumps(content, ensure_ascii=False).encode("utf-8"))
+        return gigatoken_rs.load_hf_json(json_text(content, ensure_ascii=False).encode("utf-8"))
     except Exception as error:  # noqa: BLE001 - the library raises what its parts raise
         raise ValueError(f"gigatoken cannot load it: {' '.join(str(error).split())[:200]}") from None
 

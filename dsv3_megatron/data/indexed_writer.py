@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.indexed import (
     CODE_OF_DTYPE,
     HEADER,
@@ -236,7 +236,7 @@ class DatasetWriter:
             counts=dict(self.counts),
         )
         with open(f"{self._base}.json", "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(asdict(sidecar), indent=2, ensure_ascii=False) + "\n")
+            stream.write(json_text(asdict(sidecar), indent=2, ensure_ascii=False) + "\n")
             _flush_to_disk(stream)
         return sidecar
 

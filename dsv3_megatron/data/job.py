@@ -15,6 +15,8 @@ import os
 import shutil
 from typing import IO, Any
 
+from dsv3_megatron.config.output import json_text
+
 FOLDER_SUFFIX = ".unfinished"
 
 
@@ -28,7 +30,7 @@ def job_hash(identity: dict[str, Any]) -> str:
         for file in identity["inputs"]
     ]
     whole = {key: value for key, value in identity.items() if key != "shard"} | {"inputs": inputs}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode("utf-8")).hexdigest()[:16]
+    return hashlib.sha256(json_text(whole, sort_keys=True).encode("utf-8")).hexdigest()[:16]
 
 
 class Job:
@@ -47,7 +49,7 @@ class Job:
 
     def __init__(self, path: str, identity: dict[str, Any], *, is_resumed: bool, is_overwrite_allowed: bool) -> None:
         self.path = path
-        self._identity = json.loads(json.dumps(identity))
+        self._identity = json.loads(json_text(identity))
         os.makedirs(path, exist_ok=True)
         self._lock = self._take_lock()
         try:
@@ -116,7 +118,7 @@ class Job:
     def _replace(self, name: str, content: dict[str, Any]) -> None:
         path = os.path.join(self.path, name)
         with open(f"{path}.new", "w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=1)
+            stream.write(json_text(content, indent=1))
         os.replace(f"{path}.new", path)
 
     def _clear(self) -> None:

@@ -7,13 +7,13 @@ before everything is whole.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.block_encoder import BlockEncoder, EncodedBlock, Transforms
 from dsv3_megatron.data.encoder import Encoder
 from dsv3_megatron.data.indexed import dataset_paths, read_sidecar
@@ -279,7 +279,7 @@ class _Run:
             if not self.options.is_skipping:
                 raise InputError(f"{message}, or leave such documents out with --on-error skip")
             row = {"file": path, "line": placed.line, "byte": placed.byte, "reason": placed.reason, "message": message}
-            self._rejects.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            self._rejects.write(json_text(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             self.totals.rejected[placed.reason] += 1
         start = 0
         for writer, encoded in zip(self._writers, result.keys, strict=True):

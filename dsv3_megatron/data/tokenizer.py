@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv3_megatron.config.output import json_text
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -132,7 +134,7 @@ def save_tokenizer(tokenizer: Tokenizer, output_dir: str | os.PathLike[str]) -> 
         "model_max_length": 131072,
     }
     contents = {
-        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        "tokenizer_config.json": json_text(config, indent=2, ensure_ascii=False) + "\n",
         "tokenizer.json": tokenizer.to_str(pretty=True),
     }
     for name, content in contents.items():
@@ -224,5 +226,5 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     model = content.get("model", {})
     if "merges" in model:
         model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    canonical = json_text(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()

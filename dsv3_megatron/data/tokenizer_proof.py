@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data import character_classes
 from dsv3_megatron.data.character_classes import GPT2_PATTERN, NUM_CODE_POINTS, byte_symbols, find_parting_code_points
 
@@ -119,7 +120,7 @@ def _find_parting(content: dict[str, Any], encode: Encode, encode_fast: Encode) 
     _check_model(content)
     patterns = _split_patterns(content.get("pre_tokenizer"))
     is_parting = _changed_by_normalizer(content.get("normalizer"))
-    for first, last in _parting_of_patterns(json.dumps(content["pre_tokenizer"]), tuple(patterns)):
+    for first, last in _parting_of_patterns(json_text(content["pre_tokenizer"]), tuple(patterns)):
         is_parting[first : last + 1] = True
     contents = _parting_added_tokens(content, encode, encode_fast)
     parting = Parting(_ranges_of(is_parting), tuple(contents))
@@ -369,13 +370,13 @@ def _cached(name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     with contextlib.suppress(OSError):  # a home that cannot be written: found anew the next time
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(found | {"sha256": _digest(found)}), encoding="utf-8")
+        temporary.write_text(json_text(found | {"sha256": _digest(found)}), encoding="utf-8")
         os.replace(temporary, file)
     return found
 
 
 def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json_text(content, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache

@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 
+from dsv3_megatron.config.output import json_text
+
 __all__ = ["EXIT_HANG", "Watchdog", "summary"]
 
 EXIT_HANG = 4
@@ -158,7 +160,7 @@ class Watchdog:
 
     def _find_alarm(self) -> str | None:
         """Another rank's alarm, if there is one; leaves this rank's state for the case that it cannot answer later."""
-        self._tell(f"last/{self._rank}", json.dumps(self._state()))
+        self._tell(f"last/{self._rank}", json_text(self._state()))
         return self._ask("alarm")
 
     def _tell(self, key: str, value: str) -> None:
@@ -192,7 +194,7 @@ class Watchdog:
         stacks = all_stacks()
         written = self._write(f"hang-rank-{self._rank:05d}.txt", f"hang: {alarm}\n{header}\n{stacks}")
         _print(f"{header}; stacks in {written}" if written else f"{header}; stacks:\n{stacks}")
-        self._tell(f"answer/{self._rank}", json.dumps(state))
+        self._tell(f"answer/{self._rank}", json_text(state))
         deadline = time.monotonic() + self._answer_s
         if self._count_answer(1) > 1:
             deadline += self._answer_s

@@ -9,10 +9,10 @@ Usage:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.metrics.flops import FlopsPerToken, flops_per_token
 from dsv3_megatron.metrics.parameters import (
@@ -44,12 +44,28 @@ def model_table(run: RunConfig, world_size: int | None, stages: Sequence[StageLa
     """
     size = run.parallel.minimum_world_size if world_size is None else world_size
     if as_json:
-        return json.dumps(model_summary(run, size, stages), indent=2)
+        return json_text(model_summary(run, size, stages), indent=2)
     table = count_parameters(run.model)
     flops = flops_per_token(run.model, run.training.seq_length)
     blocks = [_heading(run), _component_lines(table), _total_lines(table), _flops_lines(run, flops),
               _rank_lines(run, size, stages)]
     return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def describe_model(run: RunConfig, world_size: int | None, *, as_json: bool) -> str | dict[str, Any]:
+    """The table of a run in its own layout, as text or as plain values.
+
+    Args:
+        run: A validated run.
+        world_size: Number of processes; None: the fewest the layout runs on.
+        as_json: Plain values.
+    """
+    from dsv3_megatron.parallel.layout import stage_layouts
+
+    stages = stage_layouts(run.model, run.parallel)
+    if as_json:
+        return model_summary(run, run.parallel.minimum_world_size if world_size is None else world_size, stages)
+    return model_table(run, world_size, stages)
 
 
 def model_summary(run: RunConfig, world_size: int, stages: Sequence[StageLayout]) -> dict[str, Any]:

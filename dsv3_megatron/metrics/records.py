@@ -13,13 +13,13 @@ Usage:
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.config.output import finite, json_text
 from dsv3_megatron.metrics.measurements import Measurements
 
 METRICS_FILE = "metrics.jsonl"
@@ -102,23 +102,10 @@ class Records:
 def to_line(record: Mapping[str, Any]) -> str:
     """One record as a line of strict JSON, newline included; floats keep every bit."""
     nonfinite: list[str] = []
-
-    def plain(value: Any, name: str) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): plain(item, f"{name}.{key}" if name else str(key)) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item, f"{name}.{i}") for i, item in enumerate(value)]
-        if isinstance(value, float):
-            if math.isfinite(value):
-                return value
-            nonfinite.append(name)
-            return None
-        return value
-
-    converted = plain(record, "")
+    converted = finite(record, nonfinite)
     if nonfinite:
         converted["nonfinite"] = nonfinite
-    return json.dumps(converted, allow_nan=False, separators=(",", ":")) + "\n"
+    return json_text(converted, separators=(",", ":")) + "\n"
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

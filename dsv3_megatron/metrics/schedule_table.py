@@ -7,11 +7,11 @@ through: the boundaries are laid out in closed form (config/recipe.py).
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.recipe import PlannedPhase, Recipe
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.metrics.model_table import aligned
@@ -70,7 +70,7 @@ def schedule_table(run: RunConfig, as_json: bool = False) -> str:
     """
     recipe = run.recipe()
     if as_json:
-        return json.dumps(schedule_summary(run), indent=2)
+        return json_text(schedule_summary(run), indent=2)
     end, is_whole = recipe.phases[-1].end, recipe.num_phases == len(recipe.phases)
     title = f"{run.preset}: {end.iteration:,} steps, {end.tokens:,} tokens, {end.samples:,} sequences"
     lines = [title, *aligned([_HEADINGS, *map(_cells, boundaries(recipe))], left=2)]

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import SECTIONS, RunConfig
+from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.metrics.parameters import count_parameters
 from dsv3_megatron.metrics.plot import plot_run
 from dsv3_megatron.metrics.progress import compact
@@ -177,7 +179,7 @@ def summarize(run_dir: Path, *, max_train_tokens: int = MAX_TRAIN_TOKENS, resume
     title = f"{run.preset}: {compact(summary.num_parameters)} parameters, {compact(summary.consumed_tokens)} tokens"
     plot_run(records, summary.plot, title=title,
              baselines={"unigram": baselines.unigram_nats, "bigram": baselines.bigram_nats})
-    (run_dir / "summary.json").write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n", encoding="utf-8")
+    (run_dir / "summary.json").write_text(json_text(dataclasses.asdict(summary), indent=2) + "\n", encoding="utf-8")
     return summary
 
 
@@ -280,4 +282,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

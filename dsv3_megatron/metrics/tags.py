@@ -7,9 +7,10 @@ A test trains and compares the run's tags with this list, both ways. Pure Python
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from dsv3_megatron.config.streams import run_command
 
 README = Path(__file__).with_name("README.md")
 _BEGIN, _END = "<!-- tags -->", "<!-- /tags -->"
@@ -156,4 +157,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

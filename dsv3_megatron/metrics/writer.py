@@ -15,13 +15,13 @@ Usage (every process makes one; only the enabled one touches the disk):
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.metrics.balance import max_violation
 from dsv3_megatron.metrics.flops import RunSpeed
 from dsv3_megatron.metrics.records import (
@@ -127,7 +127,7 @@ class MetricsWriter:
             return
         for name, file, values in (("config", CONFIG_FILE, config), ("environment", ENVIRONMENT_FILE, environment)):
             if values is not None:
-                text = json.dumps(values, indent=2)
+                text = json_text(values, indent=2)
                 (self.directory / file).write_text(text + "\n", encoding="utf-8")
                 self._events.add_text(name, "```json\n" + text + "\n```", 0)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.model import MAX_LAYERS, ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 
 _NOTATION = "E embedding, t transformer layer, m MTP module, L loss, | next stage; x*3 and (xy)*3 repeat"
@@ -105,11 +105,19 @@ def _balanced_counts(model: ModelConfig, num_stages: int) -> tuple[int, ...]:
         extra = tail if stage == num_stages - 1 else 0
         following: list[float] = [float("inf")] * (total + 1)
         choice = [0] * (total + 1)
+        # A later start makes this stage lighter and those before no lighter: the best is where they meet, or just
+        # before, and that place moves on with the end.
+        start = stage
         for end in range(stage + 1, total - (num_stages - stage - 1) + 1):
-            for start in range(stage, end):
-                worst = max(best[start], prefix[end] - prefix[start] + extra)
-                if worst < following[end]:
-                    following[end], choice[end] = worst, start
+            own = prefix[end] + extra
+            while start < end - 1 and best[start] < own - prefix[start]:
+                start += 1
+            here = max(best[start], own - prefix[start])
+            before = own - prefix[start - 1] if start > stage else float("inf")
+            if before <= here:
+                following[end], choice[end] = before, start - 1
+            else:
+                following[end], choice[end] = here, start
         best = following
         choices.append(choice)
     counts: list[int] = []
@@ -120,11 +128,19 @@ def _balanced_counts(model: ModelConfig, num_stages: int) -> tuple[int, ...]:
     return tuple(counts[::-1])
 
 
+def _repeated(match: re.Match[str]) -> str:
+    part, count = match.groups()
+    if len(count) > 6 or len(part) * int(count) > MAX_LAYERS:
+        raise ConfigError(f"pipeline_model_parallel_layout has {match.group()[:40]}, more than the {MAX_LAYERS} layers "
+                          "that a model may have; repeat fewer times")
+    return part * int(count)
+
+
 def _parse_layout(text: str, model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
     """Layers per stage of an explicit layout."""
     unrolled = text.replace(",", "").replace(" ", "")
     for pattern in (r"\(([^()]+)\)\*(\d+)", r"([EtmL|])\*(\d+)"):
-        unrolled = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), unrolled)
+        unrolled = re.sub(pattern, _repeated, unrolled)
     name = f"pipeline_model_parallel_layout={text!r}"
     wrong = sorted(set(unrolled) - set("EtmL|"))
     if wrong:

@@ -21,6 +21,7 @@ from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import parse_command
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.metrics.records import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, read_records
 from dsv3_megatron.planning.hardware import AttentionPoint, Figure, Hardware, load_hardware
@@ -190,7 +191,7 @@ def measure_cpu(run: RunConfig, num_processes: int, *, rounds: int = _ROUNDS) ->
     """
     with tempfile.TemporaryDirectory(prefix="micro-benchmarks-") as name:
         folder = Path(name)
-        (folder / "run.json").write_text(json.dumps({"preset": run.preset} | run.as_dict()), encoding="utf-8")
+        (folder / "run.json").write_text(json_text({"preset": run.preset} | run.as_dict()), encoding="utf-8")
         try:
             run_ranks(["-m", __name__, name, str(rounds)], num_processes)
         except RuntimeError as error:

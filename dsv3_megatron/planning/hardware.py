@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.output import json_text
 
 UNVERIFIED = "unverified: "
 
@@ -284,4 +285,4 @@ def load_hardware(path: str) -> Hardware:
 
 def save_hardware(hardware: Hardware, path: str) -> None:
     """Write a machine as JSON."""
-    Path(path).write_text(json.dumps(hardware.as_dict(), indent=1) + "\n", encoding="utf-8")
+    Path(path).write_text(json_text(hardware.as_dict(), indent=1) + "\n", encoding="utf-8")

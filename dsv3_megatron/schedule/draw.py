@@ -10,10 +10,13 @@ chunks are lighter. A pair is drawn as one framed block, the forward above the b
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.schedule.actions import Action, Kind, Operation
 from dsv3_megatron.schedule.plan import Plan, build_plan
 from dsv3_megatron.schedule.timeline import Span, Timeline
@@ -34,6 +37,7 @@ _MIN_INCHES, _MAX_INCHES = 9.0, 44.0
 _CELL_INCHES = 0.24  # the shortest action is drawn this wide if the chart may become that wide
 _POINTS_PER_INCH = 72.0
 _DIGIT = 0.62  # width of a digit, in font sizes
+_ROUNDING = 1e-9  # of the times of a trace, as a share of its end
 _MICROSECONDS = 1000.0  # of the trace for a unit of time: a unit shows as a millisecond
 
 
@@ -81,7 +85,7 @@ def write_trace(plan: Plan, timeline: Timeline, path: str | Path) -> None:
     _check(plan, timeline)
     sizes = {"schedule": plan.schedule, "num_ranks": plan.num_ranks, "num_microbatches": plan.num_microbatches,
              "virtual_stages": plan.num_chunks, "is_overlapped": plan.is_overlapped}
-    Path(path).write_text(json.dumps({"traceEvents": trace_events(plan, timeline), "displayTimeUnit": "ms",
+    Path(path).write_text(json_text({"traceEvents": trace_events(plan, timeline), "displayTimeUnit": "ms",
                                       "otherData": sizes}) + "\n", encoding="utf-8")
 
 
@@ -94,15 +98,19 @@ def read_trace(path: str | Path) -> tuple[Plan, Timeline]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         sizes = dict(content["otherData"])
+        events = [event for event in content["traceEvents"] if event["ph"] == "X"]
+        if len(events) < sizes["num_ranks"] * sizes["num_microbatches"]:
+            raise ValueError(f"it has {len(events)} actions, fewer than one for each of {sizes['num_microbatches']} "
+                             f"micro-batches on each of {sizes['num_ranks']} ranks")
         plan = build_plan(sizes.pop("schedule"), **sizes)
         blocks: list[list[dict[str, Any]]] = [[] for _ in range(plan.num_ranks)]
-        for event in content["traceEvents"]:
-            if event["ph"] == "X":
-                blocks[event["tid"]].append(event)
+        for event in events:
+            blocks[event["tid"]].append(event)
         timeline = tuple(
             tuple(_span(action, event) for action, event in zip(actions, events, strict=True))
             for actions, events in zip(plan.actions, blocks, strict=True))
-    except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
+        _check(plan, timeline)
+    except (OSError, KeyError, TypeError, IndexError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path} is no trace of a schedule as --trace and --trace-schedule write it: {error}"
                          ) from error
     return plan, timeline
@@ -111,7 +119,12 @@ def read_trace(path: str | Path) -> tuple[Plan, Timeline]:
 def _span(action: Action, event: dict[str, Any]) -> Span:
     if event["name"] != str(action):
         raise ValueError(f"it has {event['name']} where the plan has {action}")
-    return Span(action, event["ts"] / _MICROSECONDS, (event["ts"] + event["dur"]) / _MICROSECONDS)
+    start, duration = event["ts"], event["dur"]
+    if not all(isinstance(time, int | float) and math.isfinite(time) for time in (start, duration)):
+        raise ValueError(f"{action} has ts={start!r} and dur={duration!r}; both must be finite numbers of microseconds")
+    if duration < 0:
+        raise ValueError(f"{action} takes dur={duration!r} microseconds; it cannot take less than none")
+    return Span(action, start / _MICROSECONDS, (start + duration) / _MICROSECONDS)
 
 
 def trace_events(plan: Plan, timeline: Timeline) -> list[dict[str, Any]]:
@@ -142,7 +155,12 @@ def _check(plan: Plan, timeline: Timeline) -> float:
         raise ValueError(f"the timeline has {len(timeline)} ranks and the plan {plan.num_ranks}; draw a timeline with "
                          "its own plan")
     end = max((float(span.end) for spans in timeline for span in spans), default=0.0)
-    if end <= 0:
+    for rank, spans in enumerate(timeline):
+        for before, span in itertools.pairwise(spans):
+            if float(span.start) < float(before.end) - _ROUNDING * abs(end):
+                raise ValueError(f"rank {rank} begins {span.action} at {float(span.start):g} before it has ended "
+                                 f"{before.action} at {float(before.end):g}; a rank does one action at a time")
+    if end <= 0 or not any(span.end > span.start for spans in timeline for span in spans):
         raise ValueError("the timeline holds no action that takes time; there is nothing to draw")
     return end
 

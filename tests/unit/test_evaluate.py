@@ -68,6 +68,9 @@ class TestPlan:
     @pytest.mark.parametrize("world_size, parallel, micro_batch_size, seq_length, rows", [
         (1, {}, 1, 10, 1),
         (2, {}, 2, 10, 4),  # two replicas
+        (1, {}, 1_000_000, 10, 6),  # no more rows in a pass than there are
+        (2, {}, 1_000_000, 10, 6),
+        (2, PP2, 1_000_000, 10, 6),
         (2, PP2, 1, 10, 6),  # no more micro-batches than rows
         (2, PP2, 2, 10, 6),
         (2, {**PP2, "num_virtual_stages_per_pipeline_rank": 2}, 2, 10, 8),  # 3 micro-batches become a multiple of 2

@@ -16,6 +16,7 @@ import torch
 
 from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.checkpoint.segments import Segment, read_segments
+from dsv3_megatron.config.output import json_text
 
 SUFFIX, SINGLE = ".safetensors", "model.safetensors"
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
@@ -123,7 +124,7 @@ def header_bytes(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) ->
         content[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + num_bytes]}
         relative[name] = position
         position += num_bytes
-    text = json.dumps(content, separators=(",", ":")).encode()
+    text = json_text(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     start = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {name: start + offset for name, offset in relative.items()}

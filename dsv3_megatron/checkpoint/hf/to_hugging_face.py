@@ -34,6 +34,7 @@ from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, Piece, Progress,
 from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.checkpoint.segments import copy_segments, write_tensor
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.ops.block_fp8 import dequantize_weight_blocks, quantize_weight_blocks, requantize_weight_blocks
 
 logger = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ class _ShardWriter:
 
 def _index_text(shards: list[Shard]) -> str | None:
     """The index of several files; one is complete without."""
-    return json.dumps(index_json(shards), indent=2) + "\n" if len(shards) > 1 else None
+    return json_text(index_json(shards), indent=2) + "\n" if len(shards) > 1 else None
 
 
 def _config_text(weights: MegatronWeights, dtype: str, is_again: bool, tokenizer: str | Path | None) -> str:
@@ -233,7 +234,7 @@ def _config_text(weights: MegatronWeights, dtype: str, is_again: bool, tokenizer
                 content[name] = _TORCH_NAMES[dtype]
         if dtype == "fp8":
             content["quantization_config"] = dict(QUANTIZATION)
-    return json.dumps(content, indent=2) + "\n"
+    return json_text(content, indent=2) + "\n"
 
 
 def _files_to_add(weights: MegatronWeights, tokenizer: str | Path | None) -> dict[str, Path]:

@@ -8,7 +8,6 @@ for byte (`source.py`).
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -39,6 +38,7 @@ from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.segments import copy_segments, write_tensor
 from dsv3_megatron.checkpoint.tensor_files import Chunk, lay_out_file, write_index
 from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
@@ -104,7 +104,7 @@ def convert_to_megatron(source: str | Path, output: str | Path, *, parallel: Par
                     contents=WEIGHTS, versions={"dsv3_megatron": __version__, "torch": torch.__version__,
                                                 "megatron_core": version("megatron-core")})
         (place.result / MODEL_FILE).write_text(
-            json.dumps({"model": dataclasses.asdict(run.model)}, indent=2) + "\n", encoding="utf-8")
+            json_text({"model": dataclasses.asdict(run.model)}, indent=2) + "\n", encoding="utf-8")
         result = None
         if is_verified:
             result = audit(directory, MegatronWeights(place.result), num_workers=num_workers, progress=progress)
@@ -195,7 +195,7 @@ def _check_scales(directory: HuggingFaceDirectory, name: str) -> None:
 def _side_pieces(directory: HuggingFaceDirectory, folder: str) -> list[Piece]:
     """What is kept of the source besides the weights."""
     def write_description(path: Path, report: Report) -> None:
-        path.write_text(json.dumps(description_of(directory)), encoding="utf-8")
+        path.write_text(json_text(description_of(directory)), encoding="utf-8")
 
     def write_scales(path: Path, report: Report) -> None:
         header, positions = header_bytes([(scale.name, scale.dtype, scale.shape) for scale in scales])

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from dsv3_megatron.checkpoint.layout import CheckpointError, check_empty
+from dsv3_megatron.config.output import json_text
 
 # Told a number of bytes that have been written or read; called from any thread.
 Report = Callable[[int], None]
@@ -213,7 +214,7 @@ class Workplace:
             record = self._record(piece)
             record.parent.mkdir(parents=True, exist_ok=True)
             written = record.with_name(record.name + _WRITING)
-            written.write_text(json.dumps(told), encoding="utf-8")
+            written.write_text(json_text(told), encoding="utf-8")
             _flush(written)
             os.rename(written, record)
         except OSError as error:
@@ -241,11 +242,11 @@ class Workplace:
         file = self.root / "conversion.json"
         if not file.exists():
             written = file.with_name(file.name + _WRITING)
-            written.write_text(json.dumps(self.identity, indent=2, sort_keys=True), encoding="utf-8")
+            written.write_text(json_text(self.identity, indent=2, sort_keys=True), encoding="utf-8")
             os.rename(written, file)
             return
         known = json.loads(file.read_text(encoding="utf-8"))
-        mine = json.loads(json.dumps(self.identity))
+        mine = json.loads(json_text(self.identity))
         differing = sorted(key for key in known.keys() | mine.keys() if known.get(key) != mine.get(key))
         if differing:
             details = "; ".join(f"{key} was {_short(known.get(key))}, is {_short(mine.get(key))}" for key in differing)
@@ -265,7 +266,7 @@ class _StoppedError(Exception):
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = json_text(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import PRESETS, preset
+from dsv3_megatron.parallel import layout as layouts_of_stages
 from dsv3_megatron.parallel.layout import StageLayout, layout_string, stage_layouts
 
 TINY = preset("tiny").model
@@ -91,6 +93,45 @@ def test_no_other_split_has_a_lighter_heaviest_stage(case: tuple[ModelConfig, Pa
              for cuts in itertools.combinations(range(1, model.num_layers), stages - 1)]
     assert found in every
     assert max(stage_costs(model, found)) == min(max(stage_costs(model, counts)) for counts in every)
+
+
+def every_start(costs: list[int], tail: int, num_stages: int) -> tuple[int, ...]:
+    """Layers per stage by trying every start of every stage: the earliest of the best."""
+    prefix = list(itertools.accumulate(costs, initial=0))
+    best: list[float] = [0.0, *[float("inf")] * len(costs)]
+    choices = []
+    for stage in range(num_stages):
+        extra = tail if stage == num_stages - 1 else 0
+        pairs = [min(((max(best[start], prefix[end] - prefix[start] + extra), start) for start in range(end)),
+                     default=(float("inf"), 0)) for end in range(len(costs) + 1)]
+        best = [worst for worst, _ in pairs]
+        choices.append([start for _, start in pairs])
+    ends = [len(costs)]
+    for choice in reversed(choices):
+        ends.append(choice[ends[-1]])
+    return tuple(a - b for a, b in itertools.pairwise(ends))[::-1]
+
+
+@given(st.data(), st.lists(st.integers(1, 6), min_size=1, max_size=14), st.integers(0, 12))
+def test_the_split_is_the_one_that_trying_everything_finds(data: st.DataObject, costs: list[int], tail: int) -> None:
+    num_stages = data.draw(st.integers(1, len(costs)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layouts_of_stages, "_layer_costs", lambda _: (costs, tail))
+        assert layouts_of_stages._balanced_counts.__wrapped__(TINY, num_stages) == every_start(costs, tail, num_stages)
+
+
+def test_thousands_of_layers_are_split_in_no_time() -> None:
+    started = time.process_time()
+    for num_stages in (1, 16, 128):
+        check_complete(stage_layouts(dataclasses.replace(TINY, num_layers=4096), split(num_stages)),
+                       dataclasses.replace(TINY, num_layers=4096), num_stages)
+    assert time.process_time() - started < 10  # trying every start took minutes
+
+
+@pytest.mark.parametrize("text", ["E(t)*999999999mL", "Et*1000000000000000000000|tmL", "E(t*4096)*4096mL"])
+def test_repetitions_beyond_all_measure_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="more than the 4096 layers that a model may have"):
+        stage_layouts(TINY, split(1, layout=text))
 
 
 def test_the_671b_layout_balances_its_sixteen_stages() -> None:

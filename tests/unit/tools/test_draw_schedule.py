@@ -42,3 +42,34 @@ def test_a_trace_of_other_actions_is_refused(trace: Path, capsys: pytest.Capture
     trace.write_text(json.dumps(content))
     assert main([str(trace)]) == 2
     assert "it has F0.9 where the plan has F0.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("dur", 0, "holds no action that takes time"), ("dur", float("nan"), "dur=nan; both must be finite numbers"),
+    ("ts", float("inf"), "ts=inf"), ("ts", "soon", "ts='soon'"), ("dur", None, "dur=None"), ("dur", -1, "dur=-1"),
+    ("dur", 10 ** 400, "no trace of a schedule"), ("ts", 0, "before it has ended"), ("tid", 7, "no trace"),
+])
+def test_times_that_cannot_be_are_refused(trace: Path, capsys: pytest.CaptureFixture[str], field: str, value: object,
+                                          message: str) -> None:
+    content = json.loads(trace.read_text())
+    for event in content["traceEvents"]:
+        if event["ph"] == "X":
+            event[field] = value
+    trace.write_text(json.dumps(content))
+    assert main([str(trace)]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.out == ""
+
+
+@pytest.mark.parametrize("name", ["num_ranks", "num_microbatches", "virtual_stages"])
+def test_sizes_that_the_events_do_not_fill_are_refused_at_once(trace: Path, name: str) -> None:
+    content = json.loads(trace.read_text())
+    content["otherData"][name] = 10 ** 9
+    trace.write_text(json.dumps(content))
+    assert main([str(trace)]) == 2
+
+
+def test_a_missing_folder_is_told_before_the_trace_is_read(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(trace), "--png", str(trace.parent / "none" / "a.png")]) == 2
+    printed = capsys.readouterr()
+    assert "none does not exist; make it first" in printed.err and printed.out == ""

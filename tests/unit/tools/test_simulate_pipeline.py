@@ -89,7 +89,9 @@ def test_files(simulate, tmp_path) -> None:
     assert status == 0 and (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((tmp_path / "a.json").read_text())["traceEvents"]
     status, out, err = simulate("--json", "--trace", tmp_path / "missing" / "a.json")
-    assert status == 2 and out == "" and "No such file or directory" in err
+    assert status == 2 and out == "" and "missing does not exist; make it first" in err
+    status, out, err = simulate("--png", tmp_path / "missing" / "a.png")
+    assert status == 2 and out == "" and "missing does not exist; make it first" in err
 
 
 @pytest.mark.parametrize(("flags", "sizes", "message"), [
@@ -107,6 +109,7 @@ def test_files(simulate, tmp_path) -> None:
     (("--cost-w", 2), {}, "cost_w=2 must be less than cost_b=2, of which it is a part; try 1"),
     (("--cost-fb", 1), {}, "cost_fb=1 must be at least 2"),
     (("--cost-p2p", -1), {}, "cost_p2p=-1 must not be negative"),
+    ((), {"ranks": 10 ** 6, "microbatches": 10 ** 6}, "more than the 2000000 that are simulated one by one"),
 ])
 def test_wrong_input(simulate, flags, sizes, message: str) -> None:
     status, out, err = simulate(*flags, **sizes)
@@ -118,3 +121,10 @@ def test_a_cost_that_is_no_number(simulate, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         simulate("--cost-f", "nan")
     assert stopped.value.code == 2 and "'nan' is not a finite number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cost", ["nan", "inf", "-inf", "1e400", "1e999999999", "-1e999999999", "1e-999999999", "1/0",
+                                  "1e31/1", "1/1e31", "x", "", "1/2/3", "9" * 5000])
+def test_costs_that_are_no_numbers_or_beyond_all_measure(simulate, cost: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        simulate(f"--cost-f={cost}")

@@ -1,0 +1,171 @@
+"""What commands print and write: JSON for any reader, readers that go, full disks, odd encodings, places for files."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.output import json_text, require_output_file
+
+ROOT = Path(__file__).resolve().parents[3]
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+                      lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4))
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+# -- JSON ----------------------------------------------------------------------------------------------------------
+
+
+@given(VALUES)
+def test_json_has_no_number_that_json_does_not_know(value: object) -> None:
+    def expected(part: object) -> object:
+        if isinstance(part, dict):
+            return {key: expected(item) for key, item in part.items()}
+        if isinstance(part, list):
+            return [expected(item) for item in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    assert json.loads(json_text(value), parse_constant=refuse) == expected(value)
+
+
+def calls_of_json(path: Path) -> list[str]:
+    return [f"{path.name}:{node.lineno}" for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps")]
+
+
+def test_json_is_written_by_one_function(tmp_path: Path) -> None:
+    files = [*(ROOT / "dsv3_megatron").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
+    found = {place for path in files if path.name != "output.py" for place in calls_of_json(path)}
+    assert found == set(), "use config.output.json_text"
+    (tmp_path / "planted.py").write_text("import json\nprint(json.dumps(1))\n")
+    assert calls_of_json(tmp_path / "planted.py") == ["planted.py:2"]
+
+
+def test_every_command_ends_by_run_command() -> None:
+    files = [*(ROOT / "dsv3_megatron").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
+    mains = {path.name: path.read_text().partition('if __name__ == "__main__":')[2].strip() for path in files
+             if 'if __name__ == "__main__":' in path.read_text()}
+    assert {"train.py", "plan_run.py", "evaluate.py", "generate.py", "plot_run.py"} <= set(mains)
+    assert {name for name, text in mains.items() if text != "run_command(main)"} == {
+        "calibrate.py", "streams.py"}  # a helper process, and the usage in a docstring
+
+
+# -- streams ---------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+from dsv3_megatron.config.streams import run_command
+def main():
+    try:
+        for number in range(int(sys.argv[1])):
+            print("line", number, "\\u00e9\\U0001f600\\udc80")
+    except (OSError, ValueError) as error:  # as tools have it
+        print("error:", error, file=sys.stderr)
+        return 2
+    except Exception as error:
+        print("lost peer:", error, file=sys.stderr)
+        return 1
+    print("remark", file=sys.stderr)
+    return 3
+run_command(main)
+"""
+
+
+def run(arguments: list[str], stdout: int, stderr: int = subprocess.PIPE, **environment: str
+        ) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, *arguments], stdout=stdout, stderr=stderr, timeout=120, check=False,
+                          cwd=ROOT, env={**os.environ, **environment})
+
+
+def closed_pipe() -> int:
+    """A pipe whose reader has gone, as after `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("num_lines", [1, 100_000])
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(num_lines: int) -> None:
+    done = run(["-c", SCRIPT, str(num_lines)], closed_pipe())
+    assert (done.returncode, done.stderr.replace(b"remark\n", b"")) == (141, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("num_lines", [1, 100_000])
+def test_a_full_disk_is_told_once(num_lines: int) -> None:
+    with open("/dev/full", "wb") as full:
+        done = run(["-c", SCRIPT, str(num_lines)], full.fileno())
+        assert done.returncode == 2
+        assert done.stderr.replace(b"remark\n", b"") == (
+            b"error: standard output cannot be written: No space left on device; give it another place\n")
+        done = run(["-c", SCRIPT, str(num_lines)], subprocess.PIPE, full.fileno())  # remarks that cannot be written
+        assert done.returncode == 3 and done.stdout.count(b"\n") == num_lines
+
+
+@pytest.mark.parametrize(("environment", "line"), [
+    ({"PYTHONIOENCODING": "utf-8"}, b"line 0 \xc3\xa9\xf0\x9f\x98\x80\\udc80\n"),
+    ({"PYTHONIOENCODING": "ascii"}, b"line 0 \\u00e9\\ud83d\\ude00\\udc80\n"),
+    ({"PYTHONIOENCODING": "latin-1"}, b"line 0 \xe9\\ud83d\\ude00\\udc80\n"),
+    ({"LC_ALL": "C"}, b"line 0 \xc3\xa9\xf0\x9f\x98\x80\\udc80\n"),
+    ({"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "ascii"}, b"line 0 \\u00e9\\ud83d\\ude00\\udc80\n"),
+], ids=str)
+def test_what_an_encoding_does_not_have_is_escaped_as_json_does(environment: dict[str, str], line: bytes) -> None:
+    assert run(["-c", SCRIPT, "1"], subprocess.PIPE, **environment).stdout == line
+    escaped = line.split()[2].decode("latin-1" if b"\xe9" in line else "utf-8")
+    assert json.loads(f'"{escaped}"') == "\u00e9\U0001f600\udc80"
+
+
+@pytest.mark.parametrize("arguments", [
+    ["-m", "dsv3_megatron.train", "--preset", "tiny", "--print-model"], ["-m", "dsv3_megatron.train", "--help"],
+    ["tools/plan_run.py", "--help"], ["tools/evaluate.py", "--help"], ["tools/generate.py", "--help"],
+    ["tools/simulate_pipeline.py", "--schedule", "1f1b", "--pipeline-model-parallel-size", "2", "--num-microbatches",
+     "4", "--json"],
+    ["tools/convert_checkpoint.py", "inventory", "--preset", "tiny", "--list"]], ids=lambda a: " ".join(a[:2]))
+def test_commands_end_quietly_when_nobody_reads(arguments: list[str]) -> None:
+    done = run(arguments, closed_pipe())
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_lost_reader_is_no_lost_rank() -> None:
+    code = ("import sys, time; from dsv3_megatron.config.streams import run_command\n"
+            "from dsv3_megatron.train import run_rank\n"
+            "run_command(lambda: run_rank(0, lambda: print('x' * 100_000) or 0))")
+    done = run(["-c", code], closed_pipe())
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_s_place_is_looked_at_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "old.png").write_bytes(b"old")
+    (tmp_path / "to-nowhere.png").symlink_to(tmp_path / "none" / "a.png")
+    before = sorted(tmp_path.iterdir())
+    for path in (None, "", tmp_path / "new.png", tmp_path / "old.png", "/dev/null"):
+        require_output_file("--png", path)
+    for path, message in (
+            (tmp_path / "none" / "a.png", "--png=.*: the folder .*none does not exist; make it first"),
+            (tmp_path / "to-nowhere.png", "the folder .*none does not exist"),
+            (tmp_path, "is a folder; name a file in it"),
+            (tmp_path / "old.png" / "a.png", "is a file, not a folder; give another place"),
+            (tmp_path / ("a" * 300 + ".png"), "(too long)"),
+            ("/proc/a.png", "it cannot be written"),
+            ("a\0.png", "is not a name that a file can have")):
+        with pytest.raises(ConfigError, match=message):
+            require_output_file("--png", path)
+    with pytest.raises(ConfigError, match="must end with .png"):
+        require_output_file("--png", tmp_path / "a.pdf", ending=".png")
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "old.png").read_bytes() == b"old"
