@@ -79,8 +79,9 @@ def require_output_file(flag: str, path: str | os.PathLike[str] | None, *, endin
             return
         folder = Path(os.path.realpath(file)).parent
         if not folder.is_dir():
-            state = "is a file, not a folder; give another place" if folder.exists() else "does not exist; make it first"
-            raise ConfigError(f"{flag}={path}: the folder {folder} {state}")
+            if folder.exists():
+                raise ConfigError(f"{flag}={path}: {folder} is a file, not a folder; give another place")
+            raise ConfigError(f"{flag}={path}: the folder {folder} does not exist; make it first")
         if len(os.fsencode(file.name)) > os.pathconf(folder, "PC_NAME_MAX"):
             raise ConfigError(f"{flag}={path}: the name is too long; give a shorter one")
         with tempfile.TemporaryFile(dir=folder):  # without a name where the file system can
