@@ -15,7 +15,7 @@ ROPE_TYPES = ("rope", "yarn")
 GROUP_MASKS = ("exclude", "zero")
 
 # Everything that looks at a model looks at each of its layers.
-MAX_LAYERS = 4096
+MAX_LAYERS = 2000
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ModelConfig:
     Source: DeepSeek-V3 report, sections 2.1, 2.2 and 4.2, and the published `config.json`.
     """
 
-    num_layers: int = option(most=2000, help="transformer layers, MTP modules not counted")
+    num_layers: int = option(most=MAX_LAYERS, help="transformer layers, MTP modules not counted")
     hidden_size: int = option(help="width of the residual stream")
     num_attention_heads: int = option(help="attention heads")
     kv_lora_rank: int = option(help="width of the compressed key/value latent")
@@ -96,10 +96,6 @@ class ModelConfig:
         for name in ("num_dense_layers", "num_shared_experts", "mtp_num_layers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("num_layers", "mtp_num_layers"):
-            if getattr(self, name) > MAX_LAYERS:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at most {MAX_LAYERS}: layers are planned one "
-                                  "by one; for a larger model make hidden_size or num_experts larger")
         for name in ("moe_router_topk_scaling_factor", "rotary_base", "beta_fast", "beta_slow", "layernorm_epsilon",
                      "init_method_std"):
             if getattr(self, name) <= 0:

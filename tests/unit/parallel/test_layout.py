@@ -123,14 +123,14 @@ def test_the_split_is_the_one_that_trying_everything_finds(data: st.DataObject, 
 def test_thousands_of_layers_are_split_in_no_time() -> None:
     started = time.process_time()
     for num_stages in (1, 16, 128):
-        check_complete(stage_layouts(dataclasses.replace(TINY, num_layers=4096), split(num_stages)),
-                       dataclasses.replace(TINY, num_layers=4096), num_stages)
+        check_complete(stage_layouts(dataclasses.replace(TINY, num_layers=2000), split(num_stages)),
+                       dataclasses.replace(TINY, num_layers=2000), num_stages)
     assert time.process_time() - started < 10  # trying every start took minutes
 
 
-@pytest.mark.parametrize("text", ["E(t)*999999999mL", "Et*1000000000000000000000|tmL", "E(t*4096)*4096mL"])
+@pytest.mark.parametrize("text", ["E(t)*999999999mL", "Et*1000000000000000000000|tmL", "E(t*2000)*2000mL"])
 def test_repetitions_beyond_all_measure_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="more than the 4096 layers that a model may have"):
+    with pytest.raises(ConfigError, match="more than the 2000 layers that a model may have"):
         stage_layouts(TINY, split(1, layout=text))
 
 
