@@ -11,6 +11,8 @@ import copy
 import re
 from typing import Any
 
+from dsv3_megatron.config.output import json_text
+
 
 def load_fast_tokenizer(content: dict[str, Any]) -> Any:
     """A gigatoken tokenizer from the content of a tokenizer.json.
