@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from dsv3_megatron.checkpoint.agreement import on_first_rank
+from dsv3_megatron.checkpoint.finite import require_finite_weights
 from dsv3_megatron.checkpoint.store import load_weights
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.run import RunConfig
@@ -130,6 +131,7 @@ class Evaluator:
         else:
             assert run.checkpoint.load is not None
             load_weights(run.checkpoint.load, run, self.stages, self.groups)
+        require_finite_weights(self.stages, self.groups, str(run.checkpoint.load))
         logger.info("loaded the weights in %.1f s; %s on %s", time.monotonic() - started, self.precision,
                     self.device.name)
 
@@ -146,7 +148,7 @@ class Evaluator:
 
         Raises:
             CheckpointError: on every rank, if the file cannot be written.
-            ConfigError: no token of any row counts.
+            ConfigError: no token of any row counts, or the loss is not finite.
         """
         training, data, depths = self.run.training, self.run.data, self.run.model.mtp_num_layers
         samples = RowSamples(rows, seq_length=training.seq_length, num_rows_per_step=training.global_batch_size,
@@ -174,6 +176,10 @@ class Evaluator:
                 if writer is not None:
                     writer.close()
         tokens, main, *mtp = totals
+        if not all(map(math.isfinite, totals)):
+            raise ConfigError(f"the loss is not finite ({main / tokens}, MTP {[value / tokens for value in mtp]}): the "
+                              f"weights in load={self.run.checkpoint.load} are, so values overflow in "
+                              f"{self.precision}; try --precision fp32")
         seconds = time.monotonic() - started
         logger.info("scored %d tokens in %.1f s, %.0f tokens/s", tokens, seconds, tokens / seconds)
         return Evaluation(main / tokens, tuple(value / tokens for value in mtp), int(tokens), len(rows))

@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-from dsv3_megatron.checkpoint.hf.directory import CONFIG
 from dsv3_megatron.checkpoint.open import open_checkpoint
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
-from dsv3_megatron.generation.text import TextCodec, TextStream, open_codec, read_prompts
+from dsv3_megatron.generation.text import TextCodec, TextStream, check_text, open_codec, read_prompts
 from dsv3_megatron.train import EXIT_CONFIG, run_rank
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class Request:
     Attributes:
         load: Folder of a run's checkpoints, saved under any layout, or of a Hugging Face checkpoint.
         prompt: A text to continue; or else
-        prompts: JSON-lines file of such, {"prompt": "..."} in each line.
+        prompts: JSON-lines file of such, {"prompt": "..."} in each line; "-" is standard input.
         max_new_tokens: Tokens of each text, at most.
         temperature: Divides the logits; 0 takes the likeliest token.
         top_p: Of the likeliest tokens as few as have this much probability together.
@@ -112,9 +111,10 @@ def make_plan(request: Request, world_size: int = 1) -> Plan:
     model.validate()
     options = _options(request, max_length=model.max_position_embeddings)
     options.validate(model.mtp_num_layers)
-    codec = open_codec(request.load, request.tokenizer_model, vocab_size=model.vocab_size,
-                       end_id=_stated_end_id(request.load))
-    options = _options(request, max_length=model.max_position_embeddings, end_id=codec.end_id)
+    codec = open_codec(request.load, request.tokenizer_model, vocab_size=model.vocab_size)
+    options = _options(request, max_length=model.max_position_embeddings, stop_ids=codec.stop_ids)
+    if request.prompt is not None:
+        check_text(request.prompt, "--prompt")
     texts = [request.prompt] if request.prompt is not None else read_prompts(request.prompts or "")
     ids = [codec.encode(text) for text in texts]
     for number, prompt in enumerate(ids, start=1):
@@ -129,23 +129,13 @@ def make_plan(request: Request, world_size: int = 1) -> Plan:
     return Plan(run, checkpoint.load, codec, tuple(texts), tuple(map(tuple, ids)), options)
 
 
-def _options(request: Request, *, max_length: int, end_id: int | None = None) -> Options:
+def _options(request: Request, *, max_length: int, stop_ids: tuple[int, ...] = ()) -> Options:
     from dsv3_megatron.generation.generator import Options
     from dsv3_megatron.generation.sampling import Sampling
 
     return Options(
         request.max_new_tokens, max_length, Sampling(request.temperature, request.top_p, request.seed),
-        kv_cache=request.kv_cache, speculative=request.speculative, batch_size=request.batch_size, end_id=end_id)
-
-
-def _stated_end_id(load: str) -> int | None:
-    """eos_token_id of a Hugging Face folder's `config.json`, which `open_checkpoint` has read before."""
-    file = os.path.join(load, CONFIG)
-    if not os.path.isfile(file):
-        return None
-    with open(file, encoding="utf-8") as stream:
-        stated = json.load(stream).get("eos_token_id")
-    return stated if isinstance(stated, int) else None
+        kv_cache=request.kv_cache, speculative=request.speculative, batch_size=request.batch_size, stop_ids=stop_ids)
 
 
 def _generate(plan: Plan, *, as_json: bool) -> int:

@@ -32,6 +32,7 @@ from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.resume import plan_resumption
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+from dsv3_megatron.checkpoint.text_files import collect_text_files
 from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
 from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
@@ -109,6 +110,7 @@ class Trainer:
         self.guard = Guard(run.guards)
         self.guard_log = EventLog(run.logging.tensorboard_dir, enabled=self.rank == 0)
         self.watchdog = Watchdog(run.guards.hang_timeout_s, folder=run.logging.tensorboard_dir)
+        self.text_files = collect_text_files(run) if self.rank == 0 else None
         self.iteration = self.consumed_samples = self.consumed_tokens = 0
         if run.checkpoint.load:
             position = load_checkpoint(run.checkpoint.load, run, self.chunks, self.optimizer, self.groups,
@@ -404,7 +406,7 @@ class Trainer:
         # Described as it is in the phase of its last step: what reads the checkpoint builds that model.
         run = self.run.in_phase(self.recipe.phase_before(self.consumed_tokens))
         save_checkpoint(checkpoint.save, position, run, self.chunks, self.optimizer, self.groups,
-                        keep_last=checkpoint.keep_last, average=self.average)
+                        keep_last=checkpoint.keep_last, average=self.average, text_files=self.text_files)
         self.progress.message(f"checkpoint saved: {os.path.join(checkpoint.save, f'iter_{self.iteration:07d}')}")
 
     def _roll_back(self) -> None:

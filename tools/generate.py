@@ -31,7 +31,7 @@ def _parse_arguments(arguments: list[str] | None) -> Request:
     add("--load", required=True, metavar="DIR", help="folder of checkpoints that a run saved (the newest is used), or "
         "of a Hugging Face checkpoint")
     add("--prompt", metavar="TEXT", help="text to continue")
-    add("--prompts", metavar="FILE", help='JSON lines, {"prompt": "..."} in each')
+    add("--prompts", metavar="FILE", help='JSON lines, {"prompt": "..."} in each; - reads standard input')
     add("--tokenizer-model", metavar="DIR", help="tokenizer (default: the one the checkpoint was trained with)")
     add = parser.add_argument_group("tokens").add_argument
     add("--max-new-tokens", type=int, default=128, metavar="N", help="of each text, at most (%(default)s); it also "

@@ -83,6 +83,13 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="auto: gigatoken for texts where it gives the same ids (%(default)s)",
     )
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
+    add(
+        "--add-special-tokens",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="put around every text what the tokenizer itself puts there, such as a begin token, as Megatron-LM's tool "
+        "does; most tokenizers put nothing",
+    )
     add = parser.add_argument_group("DeepSeek-V3's data").add_argument
     add(
         "--fim-rate",
@@ -231,6 +238,7 @@ def _run(options: argparse.Namespace) -> None:
         keys=tuple(options.json_keys),
         output_prefix=options.output_prefix,
         is_eod_appended=options.append_eod,
+        is_wrapped=options.add_special_tokens,
         shard=shard,
         is_skipping=options.on_error == "skip",
         max_document_bytes=options.max_document_bytes,

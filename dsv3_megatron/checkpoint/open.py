@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.checkpoint.hf.directory import CONFIG
+from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
 from dsv3_megatron.checkpoint.layout import TRACKER, CheckpointError, check_architecture, read_manifest
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
@@ -24,6 +25,7 @@ from dsv3_megatron.config.training import (
     TrainingConfig,
 )
 from dsv3_megatron.data.blend import parse_blend
+from dsv3_megatron.data.special_tokens import TOKENIZER
 from dsv3_megatron.data.tokenizer import has_tokenizer
 
 # Of a checkpoint that does not say what it was trained with.
@@ -82,11 +84,11 @@ def _open_own(load: str) -> OpenedCheckpoint:
                       CheckpointConfig(), LoggingConfig())
     check_architecture(load, empty)  # a field that this version does not know
     data = manifest.run.get("data", {})
-    tokenizer = data.get("tokenizer_model")
+    tokenizer, carried = data.get("tokenizer_model"), manifest.path / f"{FILE_PREFIX}{TOKENIZER}"
     return OpenedCheckpoint(
         model, manifest.run["preset"], manifest.run["training"]["seq_length"], manifest.precision,
         switches=tuple(name for name in DOCUMENT_SWITCHES if data.get(name)),
-        tokenizer_model=tokenizer if tokenizer and has_tokenizer(tokenizer) else None,
+        tokenizer_model=next((path for path in (str(carried), tokenizer) if path and has_tokenizer(path)), None),
         prefixes=parse_blend(data["data_path"]).prefixes if data.get("data_path") else ())
 
 

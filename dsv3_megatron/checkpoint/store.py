@@ -72,6 +72,7 @@ from dsv3_megatron.checkpoint.optimizer_state import (
     restore_moments,
 )
 from dsv3_megatron.checkpoint.reading import READ_ERRORS, saved_tensors
+from dsv3_megatron.checkpoint.text_files import TextFiles
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.shards import distributed_parts
@@ -89,7 +90,7 @@ _OPTIMIZER_PREFIX = "optimizer."
 def save_checkpoint(
     directory: str | Path, progress: Progress, run: RunConfig, chunks: list[torch.nn.Module],
     optimizer: MegatronOptimizer, groups: ProcessGroupCollection, *, keep_last: int,
-    average: WeightAverage | None = None
+    average: WeightAverage | None = None, text_files: TextFiles | None = None
 ) -> Path:
     """Write the run's state as DIR/iter_<iteration>; called by every rank. A crash never costs an earlier one.
 
@@ -102,6 +103,7 @@ def save_checkpoint(
         groups: The run's process groups.
         keep_last: Checkpoints to keep; older ones are removed afterwards. 0 keeps all.
         average: The weights' moving average, if the run has one.
+        text_files: What the checkpoint keeps of the run's tokenizer; rank 0's are written.
 
     Returns:
         The checkpoint's folder.
@@ -137,6 +139,8 @@ def save_checkpoint(
                                   f"{why(error)}") from error
 
     def publish() -> Path:
+        if text_files is not None:
+            text_files.write(target)
         path = finish_save(
             directory, progress, run.as_dict(), world_size=torch.distributed.get_world_size(),
             precision=_precision(chunks),

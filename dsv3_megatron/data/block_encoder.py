@@ -67,6 +67,7 @@ class BlockEncoder:
         reader: Of the blocks.
         encoder: The tokenizer.
         eod_id: Ends every document that has tokens; None adds nothing.
+        is_wrapped: Put the tokenizer's own begin and end ids around every sequence, as Megatron-LM's tool does.
         is_stopping: Stop a block at its first reject.
         transforms: See there.
     """
@@ -78,6 +79,7 @@ class BlockEncoder:
         *,
         eod_id: int | None,
         is_stopping: bool,
+        is_wrapped: bool = True,
         transforms: Transforms | None = None,
     ) -> None:
         self.reader, self.encoder = reader, encoder
@@ -85,6 +87,8 @@ class BlockEncoder:
         self.transforms = transforms or Transforms()
         self.dtype = choose_dtype(encoder.vocab_size)
         self._eod = None if eod_id is None else np.array([eod_id], dtype=np.uint32)
+        self._begin_T = np.array(encoder.begin_ids if is_wrapped else (), dtype=np.uint32)
+        self._end_T = np.array(encoder.end_ids if is_wrapped else (), dtype=np.uint32)
 
     def __call__(self, block: Block, lines: bytes | bytearray | None) -> tuple[EncodedBlock, list[bytes]]:
         """The result, and the ids' bytes: all pieces of the first key, then those of the second, and so on.
@@ -144,6 +148,8 @@ class BlockEncoder:
             if 4 * len(text.text) > limit and text.num_bytes > limit:
                 raise too_large(text.num_bytes, limit)
             sequences = self._encode_whole(text.text, reading)
+        if self._begin_T.size or self._end_T.size:
+            sequences = [[self._begin_T, *arrays, self._end_T] for arrays in sequences]
         sequences = [arrays for arrays in sequences if any(ids_T.size for ids_T in arrays)]
         if sequences and self._eod is not None:
             sequences[-1].append(self._eod)

@@ -21,6 +21,7 @@ import numpy as np
 
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.fast_tokenizer import bound_cache, load_fast_tokenizer
+from dsv3_megatron.data.special_tokens import read_special_tokens
 from dsv3_megatron.data.tokenizer import count_ids, find_eod_id, fingerprint, load_tokenizer, tokenizer_file
 from dsv3_megatron.data.tokenizer_proof import Parting, PartingScan, find_parting
 
@@ -60,11 +61,17 @@ class EncodingError(ValueError):
 
 
 class Encoder(Protocol):
-    """What preprocessing needs from a tokenizer; `vocab_size` is the largest id + 1, `eod_id` ends a document."""
+    """What preprocessing needs from a tokenizer.
+
+    `vocab_size` is the largest id + 1, `eod_id` ends a document; `begin_ids` and `end_ids` are what the tokenizer puts
+    before and behind a text, which `encode` leaves out.
+    """
 
     name: str
     vocab_size: int
     eod_id: int
+    begin_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
     fingerprint: str
 
     def encode(self, text: str) -> np.ndarray:
@@ -83,9 +90,6 @@ class Encoder(Protocol):
 class HuggingFaceEncoder:
     """Hugging Face `tokenizers`, one thread: the reference.
 
-    No beginning-of-sentence token is added, whatever tokenizer_config.json says (Megatron-LM's HuggingFaceTokenizer
-    follows that file).
-
     Args:
         path: Folder with a tokenizer.json, or the file.
 
@@ -102,6 +106,8 @@ class HuggingFaceEncoder:
         self._tokenizer.no_truncation()
         self.vocab_size = count_ids(self._tokenizer)
         self.eod_id = find_eod_id(self._tokenizer, path)
+        special = read_special_tokens(self._tokenizer, tokenizer_file(path))
+        self.begin_ids, self.end_ids = special.begin_ids, special.end_ids
         self.fingerprint = fingerprint(path)
 
     def encode(self, text: str) -> np.ndarray:
@@ -147,6 +153,7 @@ class GigatokenEncoder:
         self._max_cache_bytes = max_cache_bytes
         self._load()
         self.vocab_size, self.eod_id, self.fingerprint = reference.vocab_size, reference.eod_id, reference.fingerprint
+        self.begin_ids, self.end_ids = reference.begin_ids, reference.end_ids
 
     def _load(self) -> None:
         self._tokenizer: Any = None  # the old one first: two would double the peak
@@ -205,6 +212,7 @@ class RoutedEncoder:
         self._fast, self._reference = fast, reference
         self._is_for_reference = PartingScan(parting)
         self.vocab_size, self.eod_id, self.fingerprint = reference.vocab_size, reference.eod_id, reference.fingerprint
+        self.begin_ids, self.end_ids = reference.begin_ids, reference.end_ids
 
     def encode(self, text: str) -> np.ndarray:
         return self._reference.encode(text) if self._is_for_reference(text) else self._fast.encode(text)

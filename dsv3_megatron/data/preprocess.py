@@ -36,6 +36,7 @@ class PreprocessOptions:
         keys: Of the texts in each record; one dataset each.
         output_prefix: Datasets are called {output_prefix}_{key}_document (or _sentence), as Megatron-LM's.
         is_eod_appended: End every document that has tokens with the tokenizer's end-of-document id.
+        is_wrapped: Put around every sequence what the tokenizer itself puts around a text, such as a begin token.
         shard: Which part of the job.
         is_skipping: Leave bad documents out, list them, and go on; else the first one ends the run.
         max_document_bytes: UTF-8 bytes of the longest text.
@@ -49,6 +50,7 @@ class PreprocessOptions:
     keys: tuple[str, ...]
     output_prefix: str
     is_eod_appended: bool
+    is_wrapped: bool = True
     shard: Shard = Shard()
     is_skipping: bool = False
     max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES
@@ -165,6 +167,7 @@ def preprocess(
             encoder,
             eod_id=encoder.eod_id if options.is_eod_appended else None,
             is_stopping=not options.is_skipping,
+            is_wrapped=options.is_wrapped,
             transforms=transforms,
         )
         if not run.is_complete:
@@ -199,6 +202,12 @@ def _encode_all(
                 report(run.totals)
 
 
+def _ids_around(options: PreprocessOptions, encoder: Encoder) -> dict[str, list[int]]:
+    """The ids that every sequence begins and ends with, by their names in the sidecar."""
+    around = (encoder.begin_ids, encoder.end_ids) if options.is_wrapped else ((), ())
+    return {"begin_ids": list(around[0]), "end_ids": list(around[1])}
+
+
 def _identity(options: PreprocessOptions, encoder: Encoder) -> dict[str, Any]:
     """What determines the datasets: everything but how the work is done."""
     return {
@@ -207,6 +216,8 @@ def _identity(options: PreprocessOptions, encoder: Encoder) -> dict[str, Any]:
         "output_prefix": os.path.basename(options.output_prefix),
         "tokenizer_fingerprint": encoder.fingerprint,
         "append_eod": options.is_eod_appended,
+        # Left out where there are none, so that jobs of earlier versions go on.
+        **{name: ids for name, ids in _ids_around(options, encoder).items() if ids},
         "shard": f"{options.shard.index}/{options.shard.count}",
         "max_document_bytes": options.max_document_bytes,
         "transforms": options.transform_options,
@@ -256,6 +267,7 @@ class _Run:
                         "level": options.level,
                         "append_eod": options.is_eod_appended,
                         "eod_id": encoder.eod_id,
+                        **_ids_around(options, encoder),
                         "inputs": [os.path.basename(file.path) for file in options.files],
                         "shard": f"{options.shard.index}/{options.shard.count}",
                         "job": identity_hash,

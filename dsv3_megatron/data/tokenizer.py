@@ -15,7 +15,9 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dsv3_megatron.data.special_tokens import special_token_names
 
 from dsv3_megatron.config.output import json_text
 
@@ -190,21 +192,16 @@ def count_ids(tokenizer: Tokenizer) -> int:
 
 
 def find_eod_id(tokenizer: Tokenizer, path: str | os.PathLike[str] | None = None) -> int:
-    """The id that ends a document: the eos_token of tokenizer_config.json beside it, V3's name where there is none.
+    """The id that ends a document: the eos_token that the files beside the tokenizer name, else V3's name for it.
 
     Raises:
-        ValueError: the token is not in the vocabulary.
+        ValueError: the token is not in the vocabulary, or a file beside the tokenizer is damaged.
     """
-    name = EOS_TOKEN
-    if path is not None:
-        config_file = tokenizer_file(path).with_name("tokenizer_config.json")
-        if config_file.is_file():
-            entry: Any = json.loads(config_file.read_text(encoding="utf-8")).get("eos_token") or name
-            name = entry["content"] if isinstance(entry, dict) else entry
+    name = EOS_TOKEN if path is None else special_token_names(tokenizer_file(path)).get("eos_token", EOS_TOKEN)
     token_id = tokenizer.token_to_id(name)
     if token_id is None:
         raise ValueError(f"the end-of-document token {name!r} is not in the vocabulary: set eos_token in {path}")
-    return token_id
+    return int(token_id)
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:

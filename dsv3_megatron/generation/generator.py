@@ -34,7 +34,7 @@ class Options:
         kv_cache: "latent" or "full".
         speculative: "mtp", or None for one token a step.
         batch_size: Prompts that are decoded together.
-        end_id: Token that ends a sequence; None: none does.
+        stop_ids: Tokens that end a sequence; the first of them does.
     """
 
     max_new_tokens: int
@@ -43,7 +43,7 @@ class Options:
     kv_cache: str = "latent"
     speculative: str | None = None
     batch_size: int = 1
-    end_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
 
     def validate(self, num_mtp_layers: int) -> None:
         """Check them against each other and the model.
@@ -211,8 +211,9 @@ class Generator:
         events, counted = [], 0
         for sequence, ids in zip(active, new, strict=True):
             ids, ended = ids[:sequence.room], None
-            if self.options.end_id in ids:
-                ids, ended = ids[:ids.index(self.options.end_id)], END_OF_TEXT
+            end = next((at for at, token in enumerate(ids) if token in self.options.stop_ids), None)
+            if end is not None:
+                ids, ended = ids[:end], END_OF_TEXT
                 counted += 1
             elif len(ids) == sequence.room:
                 ended = sequence.room_ends

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from dsv3_megatron.checkpoint.finite import require_finite_weights
 from dsv3_megatron.checkpoint.store import load_weights
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.generation.forward import CachedModel
@@ -25,7 +26,7 @@ def load_model(run: RunConfig, load: Callable[[list[Any], Any], None] | None = N
         load: Puts a checkpoint into the stages; None loads the newest in the folder `run.checkpoint.load`.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used.
+        CheckpointError: the checkpoint cannot be used, or its weights are not finite.
     """
     device = prepare()
     start_process_group(device)
@@ -38,5 +39,6 @@ def load_model(run: RunConfig, load: Callable[[list[Any], Any], None] | None = N
     else:
         assert run.checkpoint.load is not None
         load_weights(run.checkpoint.load, run, list(stages), groups)
+    require_finite_weights(list(stages), groups, str(run.checkpoint.load))
     logger.info("loaded the weights in %.1f s; %s on %s", time.monotonic() - started, precision, device.name)
     return CachedModel(stages[0].eval())

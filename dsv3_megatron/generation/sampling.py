@@ -68,7 +68,9 @@ def distribution(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     if sampling.is_greedy:
         chosen_B1 = logits_BV.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(logits_BV, dtype=torch.float64).scatter_(-1, chosen_B1, 1.0)
-    probabilities_BV = (logits_BV.double() / sampling.temperature).softmax(dim=-1)
+    # The largest becomes 0 first: divided by a tiny temperature it would be infinite, and its softmax no number.
+    above_BV = logits_BV.double() - logits_BV.double().amax(dim=-1, keepdim=True)
+    probabilities_BV = (above_BV / sampling.temperature).softmax(dim=-1)
     if sampling.top_p == 1:
         return probabilities_BV
     sorted_BV, ids_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.generation.forward import CachedModel, Prompts
 from dsv3_megatron.generation.sampling import Sampling, UniformStreams, distribution, draw
 
@@ -102,10 +103,23 @@ class PlainDecoder:
         return hidden_T1H
 
     def _choose(self, hidden_BH: torch.Tensor) -> torch.Tensor:
-        logits_BV = self.model.logits(hidden_BH)
+        logits_BV = self._logits(hidden_BH)
         if self.sampling.is_greedy:
             return logits_BV.argmax(dim=-1)
         return draw(distribution(logits_BV, self.sampling), self._uniforms(1)[:, 0])
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., H] -> [..., V], which are numbers.
+
+        Raises:
+            ConfigError: one of them is NaN or infinite.
+        """
+        logits = self.model.logits(hidden)
+        if not bool(logits.isfinite().all()):
+            raise ConfigError(f"the logits behind position {max(self.positions)} are not finite, in "
+                              f"{self.model.dtype}: the weights are damaged or the values overflow; try --precision "
+                              "fp32, or another checkpoint")
+        return logits
 
     def _uniforms(self, count: int) -> torch.Tensor:
         return self.streams.take(count).to(self.model.device)
@@ -139,7 +153,7 @@ class SpeculativeDecoder(PlainDecoder):
     def step(self) -> list[list[int]]:
         tokens_B2 = torch.stack([self.newest_B, self.draft_B], dim=-1)
         hidden_2BH = self.model.decode(tokens_B2, self.positions, self.cache)
-        target_BV, after_BV = distribution(self.model.logits(hidden_2BH).flatten(0, 1), self.sampling).chunk(2)
+        target_BV, after_BV = distribution(self._logits(hidden_2BH).flatten(0, 1), self.sampling).chunk(2)
         uniforms_B2 = torch.zeros_like(target_BV[:, :2]) if self.sampling.is_greedy else self._uniforms(2)
         is_accepted_B, token_B = verify(self.draft_B, self.drafted_BV, target_BV, after_BV, uniforms_B2)
         accepted = is_accepted_B.tolist()
@@ -173,7 +187,7 @@ class SpeculativeDecoder(PlainDecoder):
         self._draft(drafting_QBH[last_B, torch.arange(len(last_B), device=last_B.device)])
 
     def _draft(self, hidden_BH: torch.Tensor) -> None:
-        self.drafted_BV = distribution(self.model.logits(hidden_BH), self.sampling)
+        self.drafted_BV = distribution(self._logits(hidden_BH), self.sampling)
         if self.sampling.is_greedy:
             self.draft_B = self.drafted_BV.argmax(dim=-1)
         else:

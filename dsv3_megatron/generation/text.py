@@ -7,8 +7,10 @@ tokenizer wherever its fingerprint is known, and one whose ids the model has in 
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,14 @@ from typing import Any
 from dsv3_megatron.checkpoint.hf.directory import CONFIG
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
 from dsv3_megatron.checkpoint.layout import TRACKER, read_manifest
+from dsv3_megatron.checkpoint.text_files import TextForm, form_of_dataset, read_form, stop_ids_of_checkpoint
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.data.blend import parse_blend, read_tokenizer_fingerprint
 from dsv3_megatron.data.indexed import dataset_paths
-from dsv3_megatron.data.tokenizer import count_ids, find_eod_id, fingerprint, load_tokenizer, tokenizer_file
+from dsv3_megatron.data.special_tokens import TOKENIZER, read_special_tokens, read_stop_ids
+from dsv3_megatron.data.tokenizer import EOS_TOKEN, count_ids, fingerprint, load_tokenizer, tokenizer_file
 
-TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+STDIN = "-"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -34,11 +38,15 @@ class KnownTokenizer:
         path: Where it is or was; None if the checkpoint does not say.
         fingerprint: Its fingerprint, if anything that is still there has it.
         source: What says so, for messages.
+        form: How the texts began and ended that the model was trained on; None if nothing says it.
+        stop_ids: Ids at which a text of the model ends, as the checkpoint's files say; None if they do not.
     """
 
     path: Path | None = None
     fingerprint: str | None = None
     source: str = ""
+    form: TextForm | None = None
+    stop_ids: tuple[int, ...] | None = None
 
 
 def known_tokenizer(load: str) -> KnownTokenizer:
@@ -49,22 +57,30 @@ def known_tokenizer(load: str) -> KnownTokenizer:
     """
     folder = Path(load)
     if not (folder / TRACKER).is_file():
-        file = folder / TOKENIZER
-        return KnownTokenizer(file, fingerprint(file), str(file)) if file.is_file() else KnownTokenizer()
+        file, stop_ids = folder / TOKENIZER, read_stop_ids(folder)
+        if file.is_file():
+            return KnownTokenizer(file, fingerprint(file), str(file), stop_ids=stop_ids)
+        return KnownTokenizer(stop_ids=stop_ids)
     manifest = read_manifest(load)
-    carried = manifest.path / f"{FILE_PREFIX}{TOKENIZER}"
-    if carried.is_file():
-        return KnownTokenizer(carried, fingerprint(carried), str(carried))
     data: dict[str, Any] = manifest.run.get("data", {})
-    path = data.get("tokenizer_model")
     prefixes = parse_blend(data["data_path"]).prefixes if data.get("data_path") else ()
     there = [prefix for prefix in prefixes if os.path.isfile(dataset_paths(prefix)[2])]
+    form = read_form(manifest.path) or (form_of_dataset(there[0]) if there else None)
+    stop_ids = stop_ids_of_checkpoint(manifest.path)
+
+    def known(path: str | Path | None, identity: str | None = None, source: str = "") -> KnownTokenizer:
+        return KnownTokenizer(Path(path) if path else None, identity, source, form, stop_ids)
+
+    carried = manifest.path / f"{FILE_PREFIX}{TOKENIZER}"
+    if carried.is_file():
+        return known(carried, fingerprint(carried), str(carried))
+    path = data.get("tokenizer_model")
     made_by = read_tokenizer_fingerprint(there)
     if made_by is not None:
-        return KnownTokenizer(Path(path) if path else None, made_by, f"the data it was trained on ({there[0]})")
+        return known(path, made_by, f"the data it was trained on ({there[0]})")
     if path and os.path.exists(path):
-        return KnownTokenizer(Path(path), fingerprint(path), f"tokenizer_model={path} of its run")
-    return KnownTokenizer(Path(path) if path else None)
+        return known(path, fingerprint(path), f"tokenizer_model={path} of its run")
+    return known(path)
 
 
 class TextCodec:
@@ -72,39 +88,39 @@ class TextCodec:
 
     Args:
         path: Folder with a tokenizer.json, or the file.
+        form: How the texts of the training began; None: as the tokenizer's post-processor begins them.
+        stop_ids: Ids at which a text ends; None: the tokenizer's eos_token.
 
     Attributes:
-        end_id: The token that ends a document, which ends generation.
+        begin_ids: Ids that a prompt begins with.
+        eos_id: The tokenizer's own end token; None where it has none.
+        stop_ids: Ids at which a text ends; none of them where nothing ends one.
         num_ids: Largest id + 1.
 
     Raises:
-        ValueError: the tokenizer is missing or broken.
+        ValueError: the tokenizer is missing or broken, or nothing says where a text ends.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, form: TextForm | None = None,
+                 stop_ids: tuple[int, ...] | None = None) -> None:
         self.tokenizer = load_tokenizer(path)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        file = tokenizer_file(path)
-        settings = _settings_beside(file)
         self.num_ids = count_ids(self.tokenizer)
-        self.end_id = self._end_id(file, settings)
-        begin = settings.get("bos_token") if settings.get("add_bos_token") else None
-        name = begin["content"] if isinstance(begin, dict) else begin
-        self.begin_id = None if name is None else self.tokenizer.token_to_id(name)
-
-    def _end_id(self, file: Path, settings: dict[str, Any]) -> int:
-        name = settings.get("eos_token")
-        name = name["content"] if isinstance(name, dict) else name
-        found = None if name is None else self.tokenizer.token_to_id(name)
-        return find_eod_id(self.tokenizer, file) if found is None else found
+        special = read_special_tokens(self.tokenizer, tokenizer_file(path))
+        self.begin_ids = special.begin_ids if form is None else form.begin_ids
+        self.eos_id = self.tokenizer.token_to_id(EOS_TOKEN) if special.eos_id is None else special.eos_id
+        if stop_ids is None and self.eos_id is None:
+            raise ValueError("nothing says which token ends a text: name eos_token in the tokenizer_config.json "
+                             f"beside {path}")
+        self.stop_ids = (self.eos_id,) if stop_ids is None and self.eos_id is not None else stop_ids or ()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, after the token that begins every text where the tokenizer's settings say so."""
-        ids: list[int] = self.tokenizer.encode(text).ids
-        if not ids or self.begin_id is None or ids[0] == self.begin_id:
+        """Ids of a prompt, behind those that begin every text; an empty prompt has none."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if not ids or tuple(ids[:len(self.begin_ids)]) == self.begin_ids:
             return ids
-        return [self.begin_id, *ids]
+        return [*self.begin_ids, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; bytes that are no UTF-8 become replacement characters."""
@@ -134,14 +150,13 @@ class TextStream:
         return text
 
 
-def open_codec(load: str, tokenizer_model: str | None, *, vocab_size: int, end_id: int | None = None) -> TextCodec:
+def open_codec(load: str, tokenizer_model: str | None, *, vocab_size: int) -> TextCodec:
     """The tokenizer to use with a checkpoint.
 
     Args:
         load: Its folder.
         tokenizer_model: A tokenizer to use instead of the one that the checkpoint knows of.
         vocab_size: Rows of the model's embedding.
-        end_id: The end token's id as the checkpoint's `config.json` says, if it does.
 
     Raises:
         ConfigError: none is there, or it is not the one that the model was trained with.
@@ -158,27 +173,34 @@ def open_codec(load: str, tokenizer_model: str | None, *, vocab_size: int, end_i
         raise ConfigError(f"tokenizer_model={path} is not this checkpoint's tokenizer: its fingerprint is "
                           f"{identity[:12]}, that of {known.source} is {known.fingerprint[:12]}; give the tokenizer "
                           "that the model was trained with")
-    codec = TextCodec(path)
+    codec = TextCodec(path, form=known.form, stop_ids=known.stop_ids)
     if codec.num_ids > vocab_size:
         raise ConfigError(f"tokenizer_model={path} has ids up to {codec.num_ids - 1}, the model has vocab_size="
                           f"{vocab_size}; give the tokenizer that the model was trained with")
-    if end_id is not None and codec.end_id != end_id:
-        raise ConfigError(f"tokenizer_model={path} ends a text with id {codec.end_id}, {Path(load) / CONFIG} says "
-                          f"eos_token_id={end_id}; give the tokenizer that the model was trained with")
+    if known.fingerprint is None and known.stop_ids and codec.eos_id not in known.stop_ids:
+        # Nothing else tells whether the tokenizer that was given is the model's.
+        raise ConfigError(f"tokenizer_model={path} ends a text with id {codec.eos_id}, {Path(load) / CONFIG} says "
+                          f"eos_token_id={', '.join(map(str, known.stop_ids))}; give the tokenizer that the model was "
+                          "trained with")
     return codec
 
 
 def read_prompts(file: str | os.PathLike[str]) -> list[str]:
-    """The prompts of a JSON-lines file, {"prompt": "..."} in each line.
+    """The prompts of a JSON-lines file, {"prompt": "..."} in each line; a byte-order mark before them is passed over.
+
+    Args:
+        file: Its path; "-" reads standard input.
 
     Raises:
         ConfigError: it cannot be read or a line is something else; gives file and line.
     """
     prompts = []
     try:
-        lines = Path(file).read_bytes().split(b"\n")
+        content = sys.stdin.buffer.read() if os.fspath(file) == STDIN else Path(file).read_bytes()
     except OSError as error:
         raise ConfigError(f"prompts={file} cannot be read: {error.strerror}") from error
+    file = "standard input" if os.fspath(file) == STDIN else file
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -188,19 +210,24 @@ def read_prompts(file: str | os.PathLike[str]) -> list[str]:
             raise ConfigError(f"{file}:{number}: not a line of JSON in UTF-8: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise ConfigError(f'{file}:{number}: each line must be an object with a text, {{"prompt": "..."}}')
+        check_text(record["prompt"], f"{file}:{number}")
         prompts.append(record["prompt"])
     if not prompts:
         raise ConfigError(f'{file} has no prompt; each line must be {{"prompt": "..."}}')
     return prompts
 
 
-def _settings_beside(file: Path) -> dict[str, Any]:
-    """Content of the tokenizer_config.json that goes with a tokenizer.json; empty without one."""
-    settings = file.with_name(file.name.removesuffix(TOKENIZER) + SETTINGS)
-    if not file.name.endswith(TOKENIZER) or not settings.is_file():
-        return {}
-    try:
-        content = json.loads(settings.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{settings} is not JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
+def check_text(text: str, where: str) -> None:
+    """Refuse a prompt that no encoding has: half of a surrogate pair, or bytes of a command line that are no UTF-8.
+
+    Raises:
+        ConfigError: there is one; says which and where.
+    """
+    lone = next((at for at, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+    if lone is None:
+        return
+    code = ord(text[lone])
+    what = f"the byte 0x{code - 0xDC00:02x}, which is no UTF-8" if 0xDC80 <= code <= 0xDCFF else \
+        f"the lone surrogate U+{code:04X}, which is no character"
+    raise ConfigError(f"{where}: character {lone} of the prompt is {what}; write the text in UTF-8, a character beyond "
+                      "U+FFFF as a pair of surrogates or as it is")

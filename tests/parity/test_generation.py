@@ -169,7 +169,7 @@ def test_speculative_greedy_output_is_that_of_plain_decoding(build: Any, kv_cach
     """Fifty prompts, in batches whose sequences come to their ends at different times; drafts of both fates."""
     model, _ = build(variant("groups"), torch.float32)
     prompts = random_prompts(50, 48, 30)
-    options = {"max_new_tokens": 40, "batch_size": 17, "end_id": 7, "kv_cache": kv_cache}
+    options = {"max_new_tokens": 40, "batch_size": 17, "stop_ids": (7,), "kv_cache": kv_cache}
     plain, without = continued(model, prompts, **options)
     speculated, generator = continued(model, prompts, speculative="mtp", **options)
     assert speculated == plain

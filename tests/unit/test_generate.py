@@ -38,7 +38,7 @@ def plan(folder: Path, world_size: int = 1, **request: Any) -> Plan:
 def test_a_prompt_as_the_run_was_trained(folder: Path) -> None:
     found = plan(folder, prompt="the fox", speculative="mtp", temperature=0.5, seed=3)
     assert found.run.training.precision == "fp32" and found.run.training.transformer_impl == "local"
-    assert found.options.max_length == 256 and found.options.end_id == 1
+    assert found.options.max_length == 256 and found.options.stop_ids == (1,)
     assert found.ids == (tuple(TextCodec(folder / "tokenizer").encode("the fox")),)
     assert (found.options.sampling.temperature, found.options.sampling.seed) == (0.5, 3)
 
@@ -51,6 +51,7 @@ def test_prompts_of_a_file(folder: Path) -> None:
 @pytest.mark.parametrize("request_, message", [
     ({}, "either --prompt TEXT or --prompts FILE.jsonl"),
     ({"prompt": "a", "prompts": "prompts.jsonl"}, "either --prompt TEXT or --prompts FILE.jsonl"),
+    ({"prompt": "a\udc80"}, "--prompt: character 1 of the prompt is the byte 0x80, which is no UTF-8"),
     ({"prompt": ""}, "the prompt is empty; a model goes on from at least one token"),
     ({"prompts": "empty.jsonl"}, "prompt 2 of "),
     ({"prompt": "x" * 256}, "the prompt has 256 tokens, and the model's context is max_position_embeddings=256"),

@@ -14,8 +14,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.checkpoint.segments import copy_segments, write_tensor
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.data.special_tokens import TOKENIZER, SpecialTokens, read_special_tokens
 from dsv3_megatron.ops.block_fp8 import dequantize_weight_blocks, quantize_weight_blocks, requantize_weight_blocks
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def prepare_export(source: str | Path, output: str | Path, *, iteration: int | N
 
     def finish() -> None:
         try:
-            _write(place.result / CONFIG, _config_text(weights, chosen, is_again, tokenizer))
+            _write(place.result / CONFIG, _config_text(weights, chosen, is_again, files))
             index = kept.index if kept is not None and is_again else _index_text(shards)
             if index is not None:
                 _write(place.result / INDEX, index)
@@ -217,13 +218,13 @@ def _index_text(shards: list[Shard]) -> str | None:
     return json_text(index_json(shards), indent=2) + "\n" if len(shards) > 1 else None
 
 
-def _config_text(weights: MegatronWeights, dtype: str, is_again: bool, tokenizer: str | Path | None) -> str:
+def _config_text(weights: MegatronWeights, dtype: str, is_again: bool, files: Mapping[str, Path]) -> str:
     """`config.json`: the source's own where there is one, changed in what the dtype changes."""
     source = weights.source
     if source is None:
-        bos, eos = _special_ids(tokenizer or weights.manifest.run.get("data", {}).get("tokenizer_model"))
+        ids = special_ids(files)
         content = model_config_to_json(weights.model, dtype=_TORCH_NAMES[dtype], is_fp8=dtype == "fp8",
-                                       bos_token_id=bos, eos_token_id=eos)
+                                       bos_token_id=ids.bos_id, eos_token_id=ids.eos_id)
     elif is_again:
         return source.config
     else:
@@ -241,7 +242,7 @@ def _files_to_add(weights: MegatronWeights, tokenizer: str | Path | None) -> dic
     """Files besides weights and configuration, by their name in the result."""
     folder = weights.manifest.path
     files = {file.name.removeprefix(FILE_PREFIX): file for file in sorted(folder.glob(FILE_PREFIX + "*"))}
-    given = tokenizer or (None if files else weights.manifest.run.get("data", {}).get("tokenizer_model"))
+    given = tokenizer or (None if TOKENIZER in files else weights.manifest.run.get("data", {}).get("tokenizer_model"))
     if given is None:
         return files
     if not Path(given).is_dir():
@@ -253,14 +254,28 @@ def _files_to_add(weights: MegatronWeights, tokenizer: str | Path | None) -> dic
                     if file.name != "generation_config.json" and not file.name.endswith((".py", ".md"))}
 
 
-def _special_ids(tokenizer: str | Path | None) -> tuple[int | None, int | None]:
-    """Ids of the tokenizer's begin and end tokens; None where it has none."""
-    from dsv3_megatron.data.tokenizer import BOS_TOKEN, EOS_TOKEN, load_tokenizer
+def special_ids(files: Mapping[str, Path]) -> SpecialTokens:
+    """The special ids of the tokenizer among an export's files; none of them known where there is no tokenizer.
 
-    if tokenizer is None or not Path(tokenizer).is_dir():
-        return None, None
-    loaded = load_tokenizer(tokenizer)
-    return loaded.token_to_id(BOS_TOKEN), loaded.token_to_id(EOS_TOKEN)
+    Args:
+        files: The files, by their names in the result (`_files_to_add`).
+
+    Raises:
+        ValueError: the tokenizer is damaged.
+    """
+    from dsv3_megatron.data.tokenizer import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, load_tokenizer
+
+    file = files.get(TOKENIZER)
+    if file is None:
+        return SpecialTokens()
+    tokenizer = load_tokenizer(file)
+    found = read_special_tokens(tokenizer, file)
+    # A tokenizer without settings beside it may still be one of V3's.
+    def either(named: int | None, token: str) -> int | None:
+        return tokenizer.token_to_id(token) if named is None else named
+
+    return replace(found, bos_id=either(found.bos_id, BOS_TOKEN), eos_id=either(found.eos_id, EOS_TOKEN),
+                   pad_id=either(found.pad_id, PAD_TOKEN))
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,12 +13,20 @@ import numpy as np
 import pytest
 
 from dsv3_megatron.checkpoint.layout import Progress, begin_save, finish_save
+from dsv3_megatron.checkpoint.text_files import collect_text_files
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.data.indexed_writer import DatasetWriter
-from dsv3_megatron.data.tokenizer import EOS_TOKEN, fingerprint, save_tokenizer, train_tokenizer
-from dsv3_megatron.generation.text import TextCodec, TextStream, open_codec, read_prompts
+from dsv3_megatron.data.tokenizer import BOS_TOKEN, EOS_TOKEN, fingerprint, save_tokenizer, train_tokenizer
+from dsv3_megatron.generation.text import TextCodec, TextStream, check_text, open_codec, read_prompts
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "naïve café 東京タワー 🦊🦊 emoji", "def f(x):\n    return x\n"]
+
+# A post-processor that puts V3's begin token, id 0, before every text.
+BEGINS = {"post_processor": {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": BOS_TOKEN, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {BOS_TOKEN: {"id": BOS_TOKEN, "ids": [0], "tokens": [BOS_TOKEN]}}}}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +57,7 @@ class TestTokenizerOfACheckpoint:
         load = write_run(tmp_path / "run", tokenizer_model=str(tokenizers / "one"))
         codec = open_codec(load, None, vocab_size=2048)
         assert codec.encode(TEXTS[0]) == TextCodec(tokenizers / "one").encode(TEXTS[0])
-        assert codec.end_id == codec.tokenizer.token_to_id(EOS_TOKEN)
+        assert codec.stop_ids == (codec.tokenizer.token_to_id(EOS_TOKEN),)
 
     def test_moved(self, tokenizers: Path, tmp_path: Path) -> None:
         load = write_run(tmp_path / "run", tokenizer_model=str(tmp_path / "gone"))
@@ -78,11 +88,9 @@ class TestTokenizerOfACheckpoint:
 
     def test_of_a_hugging_face_folder(self, tokenizers: Path, tmp_path: Path) -> None:
         shutil.copytree(tokenizers / "one", tmp_path / "hf")
-        assert open_codec(str(tmp_path / "hf"), None, vocab_size=300, end_id=1).num_ids == 300
+        assert open_codec(str(tmp_path / "hf"), None, vocab_size=300).num_ids == 300
         with pytest.raises(ValueError, match="is not this checkpoint's tokenizer"):
             open_codec(str(tmp_path / "hf"), str(tokenizers / "other"), vocab_size=300)
-        with pytest.raises(ValueError, match="ends a text with id 1, .*config.json says eos_token_id=2"):
-            open_codec(str(tmp_path / "hf"), None, vocab_size=300, end_id=2)
         with pytest.raises(ValueError, match="has ids up to 299, the model has vocab_size=299"):
             open_codec(str(tmp_path / "hf"), None, vocab_size=299)
 
@@ -90,18 +98,67 @@ class TestTokenizerOfACheckpoint:
         load = write_run(tmp_path / "run")
         for name in ("tokenizer.json", "tokenizer_config.json"):
             content = (tokenizers / "one" / name).read_text()
-            if name == "tokenizer_config.json":
-                content = json.dumps(json.loads(content) | {"add_bos_token": True})
+            if name == "tokenizer.json":
+                content = json.dumps(json.loads(content) | BEGINS)
             (tmp_path / "run" / "iter_0000003" / f"hf_file.{name}").write_text(content)
         codec = open_codec(load, None, vocab_size=300)
-        assert codec.begin_id == 0 and codec.encode("fox")[0] == 0
+        assert codec.begin_ids == (0,) and codec.encode("fox")[0] == 0
+
+    def test_moved_with_its_tokenizer(self, tokenizers: Path, tmp_path: Path) -> None:
+        """A run's checkpoint has its tokenizer's files; the folder that the run took them from is gone."""
+        shutil.copytree(tokenizers / "one", tmp_path / "tokenizer")
+        run = preset("tiny").override(tokenizer_model=str(tmp_path / "tokenizer"))
+        files = collect_text_files(run)
+        load = write_run(tmp_path / "run", tokenizer_model=str(tmp_path / "tokenizer"))
+        files.write(tmp_path / "run" / "iter_0000003")
+        shutil.rmtree(tmp_path / "tokenizer")
+        moved = str((tmp_path / "run").rename(tmp_path / "moved"))
+        assert load != moved and open_codec(moved, None, vocab_size=2048).num_ids == 300
+
+    @pytest.mark.parametrize("config, generation, stops", [
+        ({"eos_token_id": [1, 7]}, None, (1, 7)), ({"eos_token_id": 1}, {"eos_token_id": [1, 9]}, (1, 9)),
+        ({"eos_token_id": 7}, None, (7,)), ({}, None, (1,)), ({}, {}, ()),
+    ])
+    def test_a_hugging_face_folder_says_where_a_text_ends(self, config: dict[str, Any], generation: Any, stops: Any,
+                                                           tokenizers: Path, tmp_path: Path) -> None:
+        shutil.copytree(tokenizers / "one", tmp_path / "hf")
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+        if generation is not None:
+            (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(generation))
+        assert open_codec(str(tmp_path / "hf"), None, vocab_size=300).stop_ids == stops
+
+    def test_a_given_tokenizer_that_ends_otherwise(self, tokenizers: Path, tmp_path: Path) -> None:
+        """A folder without a tokenizer: only its end token tells whether the one that was given is the model's."""
+        (tmp_path / "hf").mkdir()
+        (tmp_path / "hf" / "config.json").write_text('{"eos_token_id": 2}')
+        with pytest.raises(ValueError, match="ends a text with id 1, .*config.json says eos_token_id=2"):
+            open_codec(str(tmp_path / "hf"), str(tokenizers / "one"), vocab_size=300)
+
+    @pytest.mark.parametrize("begin_ids", [(), (0,), (0, 2)])
+    def test_a_prompt_begins_as_the_training_texts_did(self, begin_ids: tuple[int, ...], tokenizers: Path,
+                                                       tmp_path: Path) -> None:
+        """Whatever the tokenizer's own post-processor would put there."""
+        shutil.copytree(tokenizers / "one", tmp_path / "begins")
+        content = tmp_path / "begins" / "tokenizer.json"
+        content.write_text(json.dumps(json.loads(content.read_text()) | BEGINS))
+        with DatasetWriter(str(tmp_path / "data"), vocab_size=300, options={"begin_ids": list(begin_ids)},
+                           tokenizer_fingerprint=fingerprint(tmp_path / "begins")) as writer:
+            writer.add_documents(np.arange(20), np.array([20]))
+        data = {"tokenizer_model": str(tmp_path / "begins"), "data_path": str(tmp_path / "data")}
+        plain = TextCodec(tokenizers / "one").encode("fox")
+        load = write_run(tmp_path / "run", **data)
+        assert open_codec(load, None, vocab_size=300).encode("fox") == [*begin_ids, *plain], "the sidecar says it"
+        collect_text_files(preset("tiny").override(**data)).write(tmp_path / "run" / "iter_0000003")
+        for file in tmp_path.glob("data.*"):
+            file.unlink()
+        assert open_codec(load, None, vocab_size=300).encode("fox") == [*begin_ids, *plain], "the checkpoint says it"
 
 
 class TestText:
     def test_a_text_that_begins_with_a_token(self, tokenizers: Path, tmp_path: Path) -> None:
         shutil.copytree(tokenizers / "one", tmp_path / "begins")
-        settings = tmp_path / "begins" / "tokenizer_config.json"
-        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"add_bos_token": True}))
+        content = tmp_path / "begins" / "tokenizer.json"
+        content.write_text(json.dumps(json.loads(content.read_text()) | BEGINS))
         plain, begins = TextCodec(tokenizers / "one"), TextCodec(tmp_path / "begins")
         assert begins.encode("fox") == [0, *plain.encode("fox")]
         assert begins.encode("") == [], "an empty prompt stays one"
@@ -123,6 +180,23 @@ class TestText:
 
 
 class TestPrompts:
+    def test_a_byte_order_mark_is_passed_over(self, tmp_path: Path) -> None:
+        (tmp_path / "p.jsonl").write_bytes(codecs.BOM_UTF8 + b'{"prompt": "a"}\n')
+        assert read_prompts(tmp_path / "p.jsonl") == ["a"]
+
+    def test_standard_input(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "a"}\n{"prompt": 1}\n')))
+        with pytest.raises(ValueError, match="standard input:2: each line must be an object"):
+            read_prompts("-")
+
+    @pytest.mark.parametrize("text, what", [
+        ("a\udcff", "character 1 of the prompt is the byte 0xff, which is no UTF-8"),
+        ("\udfff", "character 0 of the prompt is the lone surrogate U\\+DFFF, which is no character")])
+    def test_a_prompt_that_no_encoding_has(self, text: str, what: str) -> None:
+        check_text("🦊 é", "--prompt")
+        with pytest.raises(ValueError, match=f"--prompt: {what}"):
+            check_text(text, "--prompt")
+
     def test_lines(self, tmp_path: Path) -> None:
         file = tmp_path / "p.jsonl"
         file.write_text('{"prompt": "a\\nb"}\n\n{"prompt": "東京", "id": 7}\n', encoding="utf-8")
@@ -134,6 +208,8 @@ class TestPrompts:
         (b'["a"]\n', "p.jsonl:1: each line must be an object"), (b'{"prompt": 1}\n', "p.jsonl:1: each line must be"),
         (b'{"prompt": "\xff"}\n', "p.jsonl:1: not a line of JSON in UTF-8"), (b"\n", "p.jsonl has no prompt"),
         (None, "p.jsonl cannot be read: No such file or directory"),
+        (b'{"prompt": "a"}\n{"prompt": "a\\ud800b"}\n',
+         "p.jsonl:2: character 1 of the prompt is the lone surrogate U+D800"),
     ])
     def test_what_is_no_prompt(self, content: bytes | None, message: str, tmp_path: Path) -> None:
         if content is not None:

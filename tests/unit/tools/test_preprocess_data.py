@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from dsv3_megatron.data.indexed import dataset_paths, read_header, read_sidecar
 from dsv3_megatron.data.inspection import read_document
 from dsv3_megatron.data.merge import find_datasets, merge_datasets
-from dsv3_megatron.data.tokenizer import fingerprint, load_tokenizer
+from dsv3_megatron.data.tokenizer import BOS_TOKEN, fingerprint, load_tokenizer
 from dsv3_megatron.data.transforms.fim import find_fim_sentinels, invert_fim
 from tests.unit.tools.conftest import TOOLS
 
@@ -297,3 +297,77 @@ def test_command_needs_neither_torch_nor_megatron(tmp_path, jsonl_file, tokenize
     code = f"import sys; sys.argv[:] = {list(map(str, arguments))!r}\n" + code
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="session")
+def beginning_dir(tmp_path_factory, tokenizer_dir):
+    """The tests' tokenizer with Llama 3's kind of post-processor, which puts a begin token before every text."""
+    folder = tmp_path_factory.mktemp("begins")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tokenizer_dir / name).read_bytes())
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": BOS_TOKEN, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {BOS_TOKEN: {"id": BOS_TOKEN, "ids": [0], "tokens": [BOS_TOKEN]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+class TestBeginToken:
+    """What a tokenizer puts around a text stands in the data, as in that of Megatron-LM's tool."""
+
+    def test_bytes_are_megatron_lms(self, preprocess, tmp_path, texts, beginning_dir, write_jsonl):
+        from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import (
+            HuggingFaceTokenizer,
+        )
+
+        texts = [*texts, *HARD_TEXTS]
+        write_jsonl(tmp_path / "x.jsonl", texts)
+        status, _, _ = preprocess(tmp_path / "x.jsonl", model=beginning_dir, options=["--append-eod"])
+        assert status == 0
+        theirs = HuggingFaceTokenizer(str(beginning_dir))
+        builder = IndexedDatasetBuilder(f"{tmp_path}/m.bin", dtype=DType.optimal_dtype(theirs.vocab_size))
+        for text in texts:
+            ids = theirs.text_to_ids(text)
+            ids += [theirs.eod] if ids else []
+            builder.add_document(ids, [len(ids)])
+        builder.finalize(f"{tmp_path}/m.idx")
+        assert read_pair(tmp_path / "m") == read_pair(tmp_path / "out_text_document")
+        options = read_sidecar(tmp_path / "out_text_document").options
+        assert (options["begin_ids"], options["end_ids"]) == ([0], [])
+
+    def test_left_out(self, preprocess, tmp_path, texts, beginning_dir, tokenizer_dir, write_jsonl):
+        write_jsonl(tmp_path / "x.jsonl", texts)
+        assert preprocess(tmp_path / "x.jsonl", model=beginning_dir, options=["--no-add-special-tokens"])[0] == 0
+        assert preprocess(tmp_path / "x.jsonl", prefix="plain", model=tokenizer_dir)[0] == 0
+        assert read_pair(tmp_path / "plain_text_document") == read_pair(tmp_path / "out_text_document")
+        assert read_sidecar(tmp_path / "out_text_document").options["begin_ids"] == []
+
+    def test_once_in_documents_that_are_transformed_and_in_long_ones(
+        self, preprocess, tmp_path, beginning_dir, write_jsonl
+    ):
+        write_jsonl(tmp_path / "x.jsonl", ["alpha beta gamma\n" * 40, "delta" * 9, "epsilon " * 600_000])
+        for options in ((), ("--fim-rate", 1.0), ("--split-combined-rate", 0.5)):
+            status, _, err = preprocess(
+                tmp_path / "x.jsonl", model=beginning_dir, options=["--append-eod", "--overwrite", *options]
+            )
+            assert status == 0, err
+            for ids in documents_of(tmp_path / "out_text_document"):
+                assert ids[0] == 0 and ids[-1] == 1 and ids.count(0) == 1
+
+    def test_a_resumed_job_with_the_other_choice_is_another_job(
+        self, preprocess, tmp_path, texts, beginning_dir, write_jsonl, monkeypatch
+    ):
+        import dsv3_megatron.data.preprocess as module
+
+        write_jsonl(tmp_path / "x.jsonl", texts)
+        monkeypatch.setattr(module._Run, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert preprocess(tmp_path / "x.jsonl", model=beginning_dir)[0] == 130
+        monkeypatch.undo()
+        options = ["--resume", "--no-add-special-tokens"]
+        status, _, err = preprocess(tmp_path / "x.jsonl", model=beginning_dir, options=options)
+        assert status == 2 and "unfinished work of another job, it differs in: begin_ids" in err
+        assert preprocess(tmp_path / "x.jsonl", model=beginning_dir, options=["--resume"])[0] == 0

@@ -256,6 +256,7 @@ class OverflowingEncoder:
     """Gives ids that its vocabulary does not have, for one text."""
 
     name, vocab_size, eod_id, fingerprint = "overflowing", 10, 1, ""
+    begin_ids = end_ids = ()
 
     def encode_pieces(self, text):
         import numpy as np
