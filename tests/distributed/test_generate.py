@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import RankError, run_ranks
 from tests.distributed.small_run import architecture_arguments, small_run
 
 pytestmark = pytest.mark.distributed
@@ -78,3 +79,31 @@ def test_a_run_and_its_conversion_generate_what_transformers_does(trained: Path)
 def test_a_text_is_printed_after_its_prompt(trained: Path) -> None:
     text = generate("--load", trained / "run", "--prompt", PROMPTS[0], "--temperature", 0.9, "--speculative", "mtp")
     assert text.startswith(PROMPTS[0]) and len(text) > len(PROMPTS[0]) + 5
+
+
+def test_checkpoint_and_export_have_the_tokenizer(trained: Path, tmp_path: Path) -> None:
+    """They generate the same where the folder that the run took it from is not."""
+    for name in ("run", "hf"):
+        shutil.copytree(trained / name, tmp_path / name)
+    (tmp_path / "run" / "iter_0000004" / "checkpoint.json").write_text(
+        (trained / "run" / "iter_0000004" / "checkpoint.json").read_text().replace(str(trained), "/gone"))
+    prompts = ("--prompts", trained / "prompts.jsonl", "--json", "--precision", "fp32")
+    texts = {name: generate("--load", tmp_path / name, *prompts) for name in ("run", "hf")}
+    assert texts["run"] == texts["hf"] and len(texts["run"].splitlines()) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("command", [("tools.generate", "--prompt", "fox", "--temperature", 0.7),
+                                     ("tools.generate", "--prompt", "fox", "--speculative", "mtp"),
+                                     ("tools.evaluate", "--json", "--data-path")])
+def test_weights_that_are_not_finite_are_named(command: tuple[Any, ...], trained: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(trained / "hf", tmp_path / "hf")
+    (file,) = (tmp_path / "hf").glob("*.safetensors")
+    weights = load_file(file)
+    weights["model.layers.1.self_attn.o_proj.weight"][0, 0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    data = (trained / "train",) if command[0] == "tools.evaluate" else ()
+    with pytest.raises(RankError, match=r"(?s)exit code 2.*the weights are not finite: process 0: "
+                                        r"decoder\.layers\.1\.self_attention\.linear_proj\.weight \(1 of "):
+        run_ranks(1, command[0], "--load", tmp_path / "hf", *command[1:], *data)

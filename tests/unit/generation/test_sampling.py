@@ -18,6 +18,16 @@ def test_temperature_divides_the_logits() -> None:
     assert found.tolist() == pytest.approx([weight / sum(weights) for weight in weights], rel=1e-12)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-200, 1e-30])
+@pytest.mark.parametrize("top_p", [1.0, 1e-300])
+def test_a_tiny_temperature_is_certain(temperature: float, top_p: float) -> None:
+    """Logits divided by it would be infinite; equal largest ones share the probability."""
+    found = distribution(torch.tensor([[1.0, 5.0, -9.0], [-3.0, -4.0, -5.0]]), Sampling(temperature, top_p))
+    assert found.tolist() == [[0, 1, 0], [1, 0, 0]]
+    shared = distribution(torch.tensor([[7.0, 7.0, 1.0]]), Sampling(temperature, 1.0))
+    assert shared.tolist() == [[0.5, 0.5, 0]]
+
+
 def test_greedy_is_certain_of_the_first_largest() -> None:
     assert distribution(torch.tensor([[1.0, 5.0, 5.0], [2.0, 1.0, 0.0]]), Sampling()).tolist() == [[0, 1, 0], [1, 0, 0]]
 
