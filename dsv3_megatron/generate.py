@@ -6,7 +6,6 @@ their prompts, each as it grows once those before it are done; what it took goes
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence

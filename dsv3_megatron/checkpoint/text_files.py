@@ -19,6 +19,7 @@ from typing import Any
 
 from dsv3_megatron.checkpoint.hf.source import DESCRIPTION, FILE_PREFIX, carried_files
 from dsv3_megatron.checkpoint.layout import TRACKER, read_manifest
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.blend import parse_blend
 from dsv3_megatron.data.indexed import read_sidecar
@@ -73,7 +74,7 @@ def collect_text_files(run: RunConfig) -> TextFiles:
         content = loaded
     form = _form_of_data(run)
     if form is not None:
-        text = json.dumps({"begin_ids": list(form.begin_ids), "end_ids": list(form.end_ids)})
+        text = json_text({"begin_ids": list(form.begin_ids), "end_ids": list(form.end_ids)})
         content = content | {FORM: text.encode()}
     return TextFiles(content)
 
@@ -144,7 +145,7 @@ def _of_checkpoint(load: str | None) -> dict[str, bytes]:
         if stated.get("eos_token_id") is not None:
             # Without generation settings the config.json says where a text ends, and a new export's says it anew.
             settings = {name: list(value) if isinstance(value, tuple) else value for name, value in stated.items()}
-            content[FILE_PREFIX + GENERATION_CONFIG] = (json.dumps(settings, indent=2) + "\n").encode()
+            content[FILE_PREFIX + GENERATION_CONFIG] = (json_text(settings, indent=2) + "\n").encode()
     return content
 
 

@@ -17,9 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv3_megatron.data.special_tokens import special_token_names
-
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.data.special_tokens import special_token_names
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
