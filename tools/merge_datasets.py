@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.data.indexed import dataset_paths
 from dsv3_megatron.data.merge import find_datasets, merge_datasets
+from dsv3_megatron.data.reading.inputs import shown
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(
         f"{len(prefixes)} datasets, {sidecar.num_documents} documents, {sidecar.num_tokens} tokens "
-        f"-> {dataset_paths(options.output_prefix)[0]}"
+        f"-> {shown(dataset_paths(options.output_prefix)[0])}"
     )
     return 0
 

@@ -29,7 +29,7 @@ from dsv3_megatron.data.indexed import dataset_paths
 from dsv3_megatron.data.job import FOLDER_SUFFIX
 from dsv3_megatron.data.preprocess import PreprocessOptions, Totals, WorkerDied, preprocess
 from dsv3_megatron.data.reading.documents import DEFAULT_MAX_DOCUMENT_BYTES, sample_documents
-from dsv3_megatron.data.reading.inputs import FORMATS, InputFile, Shard, expand_inputs, take_shard
+from dsv3_megatron.data.reading.inputs import FORMATS, InputFile, Shard, expand_inputs, shown, take_shard
 
 _PUNKT_SAMPLE_BYTES = 4_000_000
 
@@ -266,9 +266,9 @@ def _summarize(job: PreprocessOptions, totals: Totals, seconds: float) -> None:
         for what, count in sorted(counts.items()):
             print(f"{kind}: {count} {what}")
     if totals.rejected:
-        print(f"left out documents are listed in {job.rejects_path}")
+        print(f"left out documents are listed in {shown(job.rejects_path)}")
     for key in job.keys:
-        print(f"-> {dataset_paths(job.dataset_prefix(key))[0]}")
+        print(f"-> {shown(dataset_paths(job.dataset_prefix(key))[0])}")
 
 
 def main(arguments: list[str] | None = None) -> int:

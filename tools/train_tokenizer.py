@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.data.reading.documents import read_documents
-from dsv3_megatron.data.reading.inputs import expand_inputs
+from dsv3_megatron.data.reading.inputs import expand_inputs, shown
 from dsv3_megatron.data.text_sample import TextSample, hold_out
 from dsv3_megatron.data.tokenizer import (
     MAX_VOCAB_SIZE,
@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     print(
         f"tokenizer: {count_ids(tokenizer)} ids in {time.perf_counter() - start:.1f} s, {measured}, "
-        f"fingerprint {identity[:12]} -> {options.output}"
+        f"fingerprint {identity[:12]} -> {shown(options.output)}"
     )
     return 0
 

@@ -27,7 +27,6 @@ from dsv3_megatron.data.indexed import (
     Sidecar,
     choose_dtype,
     dataset_paths,
-    largest_token_id,
     map_index,
     read_chunks,
     read_header,
@@ -189,31 +188,39 @@ class DatasetWriter:
         )
 
     def add_dataset(self, prefix: str) -> None:
-        """Append another dataset of the same dtype, file to file.
+        """Append another dataset of the same dtype, file to file; the vocabulary grows with the ids found in it.
 
         Raises:
-            ValueError: it is damaged or of another dtype.
+            ValueError: it is damaged, of another dtype, or holds an id beyond the vocabulary in its sidecar.
         """
-        header, index = read_header(prefix), map_index(prefix)
+        header, index, sidecar = read_header(prefix), map_index(prefix), read_sidecar(prefix)
         if header.dtype != self.dtype:
             raise ValueError(
                 f"{prefix} holds {header.dtype.name}, {self.prefix} {self.dtype.name}: they cannot be joined"
             )
         bin_file, lengths_file, documents_file = self._files
+        largest = -1
         for chunk in read_chunks(dataset_paths(prefix)[0]):
             self._bin_sha256.update(chunk)
+            largest = max(largest, int(np.frombuffer(chunk, header.dtype).max()))
             bin_file.write(chunk)
+        if sidecar is not None and largest >= sidecar.vocab_size:
+            raise ValueError(
+                f"{prefix} holds id {largest}, its sidecar says vocab_size={sidecar.vocab_size}: make it again, or "
+                "remove the sidecar if it is another dataset's"
+            )
+        self.vocab_size = max(self.vocab_size, largest + 1)
         for start in range(0, header.num_sequences, _CHUNK_BYTES):
             lengths_file.write(index.lengths_Q[start : start + _CHUNK_BYTES].tobytes())
         for start in range(0, header.num_documents, _CHUNK_BYTES):
             counts = np.diff(index.boundaries_D1[start : start + _CHUNK_BYTES + 1])
             documents_file.write(counts.astype(np.int32).tobytes())
-        sidecar, before = read_sidecar(prefix), self._state
+        before = self._state
         self._state = WriterState(
             before.num_documents + header.num_documents,
             before.num_sequences + header.num_sequences,
             before.num_tokens + header.num_tokens,
-            max(before.max_token_id, sidecar.max_token_id if sidecar else largest_token_id(prefix)),
+            max(before.max_token_id, largest),
         )
 
     def complete(self) -> Sidecar:
@@ -235,7 +242,8 @@ class DatasetWriter:
             options=self._options,
             counts=dict(self.counts),
         )
-        with open(f"{self._base}.json", "w", encoding="utf-8") as stream:
+        # A file name that is not UTF-8 has lone surrogates in Python: as JSON's escapes they can be written and read.
+        with open(f"{self._base}.json", "w", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json_text(asdict(sidecar), indent=2, ensure_ascii=False) + "\n")
             _flush_to_disk(stream)
         return sidecar

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dsv3_megatron.data.blend import read_vocab_size
-from dsv3_megatron.data.indexed import Sidecar, read_header, read_sidecar
+from dsv3_megatron.data.indexed import Sidecar, dataset_paths, read_header, read_sidecar
 from dsv3_megatron.data.indexed_writer import DatasetWriter, refuse_existing
+from dsv3_megatron.data.reading.inputs import match_paths
 
 
 def find_datasets(patterns: Sequence[str]) -> list[str]:
     """The prefixes that paths (with or without .bin or .idx), globs and folders name; those of one pattern are sorted.
+
+    A name that is a dataset's and a folder's is the dataset; with a slash behind it, the folder.
 
     Raises:
         ValueError: a pattern names no dataset.
     """
     prefixes: dict[str, None] = {}
     for pattern in patterns:
-        if os.path.isdir(pattern):
-            found = glob.glob(os.path.join(glob.escape(pattern), "*.idx"))
-        elif glob.has_magic(pattern):
-            found = [
-                path for path in glob.glob(f"{pattern}.idx") + glob.glob(pattern) if path.endswith((".bin", ".idx"))
-            ]
+        if os.path.exists(dataset_paths(_without_suffix(pattern))[1]):
+            found = [pattern]  # also where a folder of that name, a run's cache, lies beside it
+        elif os.path.isdir(pattern):
+            found = [os.path.join(pattern, name) for name in os.listdir(pattern) if name.endswith(".idx")]
         else:
-            found = [pattern]
+            found = [path for path in match_paths(f"{pattern}.idx") + match_paths(pattern) if _has_suffix(path)]
+            if not found and not any(sign in pattern for sign in "*?"):
+                found = [pattern]  # a plain name: whoever reads it says what is missing
         names = sorted({_without_suffix(path) for path in found})
         if not names:
             raise ValueError(
@@ -38,8 +39,12 @@ def find_datasets(patterns: Sequence[str]) -> list[str]:
     return list(prefixes)
 
 
+def _has_suffix(path: str) -> bool:
+    return path.endswith((".bin", ".idx"))
+
+
 def _without_suffix(path: str) -> str:
-    return path[:-4] if path.endswith((".bin", ".idx")) else path
+    return path[:-4] if _has_suffix(path) else path
 
 
 def merge_datasets(
@@ -61,8 +66,8 @@ def merge_datasets(
         report: Called with each prefix when it has been appended.
 
     Raises:
-        ValueError: a dataset is missing or damaged, they differ in dtype or tokenizer, shards of a job are missing, or
-            the output exists or is one of the inputs.
+        ValueError: a dataset is missing or damaged, or holds ids that its sidecar does not know; they differ in dtype
+            or tokenizer; shards of a job are missing; or the output exists or is one of the inputs.
     """
     if os.path.realpath(output_prefix) in map(os.path.realpath, prefixes):
         raise ValueError(f"output {output_prefix} is one of the inputs: give another --output-prefix")
@@ -82,10 +87,9 @@ def merge_datasets(
         raise ValueError(f"the datasets were made by different tokenizers ({parts}): preprocess all with one tokenizer")
     known = [sidecar for sidecar in sidecars.values() if sidecar is not None]
     ordered = _order_shards({prefix: sidecar for prefix, sidecar in sidecars.items() if sidecar})
-    sizes = [read_vocab_size(prefix) for prefix in prefixes]
     with DatasetWriter(
         output_prefix,
-        vocab_size=max(1, *sizes),
+        vocab_size=max([1, *(sidecar.vocab_size for sidecar in known)]),
         dtype=headers[first].dtype,
         tokenizer_fingerprint=known[0].tokenizer_fingerprint if len(known) == len(prefixes) else "",
         options=_merged_options(list(sidecars.values()), ordered is not None, prefixes),

@@ -190,6 +190,10 @@ def _wrong_column(schema: Any, keys: Sequence[str]) -> Reject | None:
             found = ", ".join(schema.names) or "none"
             detail = f"no column {key!r} (columns: {found[:200]})"
             return Reject("missing key", detail, "name the text's column with --json-keys")
+        places = [place for place, name in enumerate(schema.names) if name == key]
+        if len(places) > 1:
+            named = " and ".join(f"{place + 1} ({schema.field(place).type})" for place in places)
+            return Reject("ambiguous key", f"columns {named} are all named {key!r}", "rename all but one of them")
         kind = schema.field(key).type
         kind = kind.value_type if types.is_dictionary(kind) else kind
         is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)

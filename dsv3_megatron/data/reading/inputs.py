@@ -72,6 +72,23 @@ class Shard:
         return "" if self.count == 1 else f".shard-{self.index:0{width}}-of-{self.count}"
 
 
+def match_paths(pattern: str) -> list[str]:
+    """The paths that a pattern names, sorted: itself if it exists, else the matches of the glob.
+
+    One without matches is tried again with its square brackets taken as they are: folders have them in their names.
+    """
+    if os.path.exists(pattern):
+        return [pattern]
+    return sorted(glob.glob(pattern, recursive=True)) or sorted(
+        glob.glob(pattern.replace("[", "[[]"), recursive=True)
+    )
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as text that can be printed: bytes that are no UTF-8 are written out."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def expand_inputs(patterns: Sequence[str], *, format: str = "auto") -> list[InputFile]:
     """The files that paths, globs and folders name, in the order given; matches of one pattern are sorted.
 
@@ -95,7 +112,7 @@ def expand_inputs(patterns: Sequence[str], *, format: str = "auto") -> list[Inpu
                 raise ValueError(f"input -: {what} cannot be read from standard input; {way_out}")
             found.setdefault(pattern, InputFile(STDIN, "jsonl"))
             continue
-        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        matches = match_paths(pattern)
         if not matches:
             what = "matches no file" if glob.has_magic(pattern) else "does not exist"
             raise ValueError(f"input {pattern} {what}: give files, globs or folders of JSON lines, Parquet or text")

@@ -131,6 +131,53 @@ def test_datasets_of_other_tools_are_merged(tmp_path):
     assert (sidecar.dtype, sidecar.max_token_id, sidecar.num_tokens) == ("int64", 70_000, 4)
 
 
+def test_a_prefix_beside_a_folder_of_its_name(merge_tool, tmp_path, capsys):
+    """A training run keeps Megatron-Core's index cache in a folder that is called like the dataset."""
+    for name in ("a", "b"):
+        prefix = write(tmp_path / "in" / name, [[1, 2]])
+        Path(prefix).mkdir()
+        (Path(prefix) / "x-GPTDataset-train-shuffle_index.npy").touch()
+    for number, named in enumerate((["in/a", "in/b"], ["in/a.bin", "in/b.idx"], ["in"], ["in/"], ["in/*"])):
+        inputs = [f"{tmp_path}/{name}" for name in named]
+        assert merge_tool.main(["--input", *inputs, "--output-prefix", str(tmp_path / f"out{number}")]) == 0
+        assert capsys.readouterr().err == f"appended {tmp_path}/in/a\nappended {tmp_path}/in/b\n"
+
+
+@pytest.mark.parametrize("folder", ["data[1]", "a[b]c", "x*y", "q?"])
+def test_names_with_the_signs_of_globs(merge_tool, tmp_path, folder, capsys):
+    prefix = write(tmp_path / folder / "train[0]", [[1, 2]])
+    other = write(tmp_path / folder / "train[1]", [[3]])
+    inputs = [[prefix, other], [f"{prefix}.idx", f"{other}.bin"], [str(tmp_path / folder)]]
+    inputs += [[f"{tmp_path}/{folder}/train[[]*"], [f"{tmp_path}/{folder}/train*"]] if "[" not in folder else []
+    inputs += [[f"{tmp_path}/{folder}/*"]]
+    for number, names in enumerate(inputs):
+        assert merge_tool.main(["--input", *names, "--output-prefix", str(tmp_path / f"out{number}")]) == 0, names
+        assert read_sidecar(tmp_path / f"out{number}").num_tokens == 3
+
+
+def test_the_vocabulary_of_a_merge_is_that_of_all_its_ids(tmp_path, monkeypatch, inspect_tool):
+    """A dataset without a sidecar, so large that a look at it before a run reads parts of it only."""
+    monkeypatch.setattr("dsv3_megatron.data.blend._SCAN_BYTES", 64, raising=False)
+    monkeypatch.setattr("dsv3_megatron.data.indexed._SCAN_CHUNK_BYTES", 32, raising=False)
+    monkeypatch.setattr("dsv3_megatron.data.indexed._READ_BYTES", 64)
+    prefix = write(tmp_path / "a", [[number % 8 for number in range(500)], [1, 9, 2], [3] * 500])
+    Path(f"{prefix}.json").unlink()
+    known = write(tmp_path / "b", [[1]], vocab_size=6)
+    sidecar = merge_datasets([prefix, known], os.fspath(tmp_path / "out"))
+    assert (sidecar.vocab_size, sidecar.max_token_id) == (10, 9)
+    assert inspect_tool.main([os.fspath(tmp_path / "out"), "--verify"]) == 0
+
+
+def test_an_id_that_a_sidecar_does_not_know_is_not_merged(tmp_path):
+    prefix = write(tmp_path / "a", [[9]])
+    sidecar = json.loads(Path(f"{prefix}.json").read_text())
+    Path(f"{prefix}.json").write_text(json.dumps(sidecar | {"vocab_size": 8, "max_token_id": 7}))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="a holds id 9, its sidecar says vocab_size=8: make it again"):
+        merge_datasets([prefix], os.fspath(tmp_path / "out"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
 # ------------------------------------------------------------------------------------------------------------- inspect
 
 

@@ -145,6 +145,41 @@ def test_bad_parquet(preprocess, tmp_path):
     assert f"error: {file}, row 0: not a whole Parquet file (" in preprocess(file, options=["--overwrite"])[2]
 
 
+def test_two_columns_of_one_name(preprocess, tmp_path):
+    file = tmp_path / "x.parquet"
+    columns = [pa.array(["a"]), pa.array([1]), pa.array(["b"]), pa.array([2])]
+    pq.write_table(pa.table(columns, names=["text", "id", "text", "id"]), file)
+    message = "row 0: columns 1 (string) and 3 (string) are all named 'text'; rename all but one of them"
+    assert f"error: {file}, {message}" in preprocess(file)[2]
+    pq.write_table(pa.table(columns[1:], names=["id", "text", "id"]), file)  # others do no harm
+    assert preprocess(file)[0] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_not_utf8(tokenizer_dir, tmp_path):
+    """They must not fail the job when all of it is done, neither in the input's names nor in the output's."""
+    name = os.fsdecode(b"caf\xe9")
+    (tmp_path / f"{name}.jsonl").write_bytes(GOOD + b"{}\n")
+    (tmp_path / name).mkdir()
+
+    def run(prefix, *options):
+        command = [sys.executable, TOOLS / "preprocess_data.py", "--input", tmp_path / f"{name}.jsonl"]
+        command += ["--tokenizer-model", tokenizer_dir, "--output-prefix", prefix, *options]
+        return subprocess.run(command, capture_output=True, env=os.environ | {"LC_ALL": "C.UTF-8"}, check=False)
+
+    stopped = run(tmp_path / "out")
+    assert stopped.returncode == 2 and rb"caf\udce9.jsonl, line 2, byte 17: no key" in stopped.stderr
+    for _ in range(2):  # the second finds it done
+        done = run(tmp_path / "out", "--on-error", "skip", "--resume")
+        assert done.returncode == 0, done.stderr
+    assert read_sidecar(tmp_path / "out_text_document").options["inputs"] == [f"{name}.jsonl"]
+    for file in ("out_text_document.json", "out.rejects.jsonl"):
+        assert r"caf\udce9.jsonl" in (tmp_path / file).read_bytes().decode("utf-8")
+    done = run(tmp_path / name / name, "--on-error", "skip")
+    assert done.returncode == 0, done.stderr
+    assert rb"caf\xe9_text_document.bin" in done.stdout
+
+
 def test_bad_text_files(preprocess, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
