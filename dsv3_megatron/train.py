@@ -83,6 +83,7 @@ def _check_inputs(command: Command) -> None:
     from dsv3_megatron.data.datasets import parse_split
     from dsv3_megatron.data.document_ends import resolve_eod_id
     from dsv3_megatron.data.tokenizer import fingerprint
+    from dsv3_megatron.guards.claims import RunClaim
     from dsv3_megatron.parallel.layout import stage_layouts
 
     run = command.run
@@ -101,7 +102,7 @@ def _check_inputs(command: Command) -> None:
     check_data(prefixes, vocab_size=run.model.vocab_size, tokenizer_fingerprint=tokenizer)
     if run.data.document_flags:
         resolve_eod_id(prefixes, tokenizer_model=run.data.tokenizer_model, flags=run.data.document_flags)
-    plan_resumption(run, run.checkpoint.load)
+    plan_resumption(run, RunClaim(run.checkpoint, run.logging.tensorboard_dir).look().load)
     if run.checkpoint.save:
         check_save_directory(run.checkpoint.save)
     if run.checkpoint.export_hf:
@@ -124,14 +125,18 @@ def run_rank(rank: int, work: Callable[[], int]) -> int:
     """Do one process's work; of an error that several processes meet, show the first and end them all.
 
     Returns:
-        Exit code: what `work` returned, or 2 for a setting or an input that is wrong, printed by rank 0.
+        Exit code: what `work` returned, or 2 for a setting or an input that is wrong, printed by rank 0. The launcher
+        is told one that is not 0.
     """
+    from dsv3_megatron.guards.endings import tell_launcher
+
     try:
-        return work()
+        code = work()
+        return tell_launcher(code) if code else 0
     except ConfigError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return tell_launcher(EXIT_CONFIG)
     except SystemExit as end:  # an output cannot be written: other ranks wait in a collective, so nothing is tidied up
         os._exit(end.code if isinstance(end.code, int) else 1)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is printed and ends the process

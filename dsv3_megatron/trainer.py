@@ -16,7 +16,6 @@ Shapes: B micro-batch, S sequence, L layers with MTP modules, E experts.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -28,19 +27,20 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 
 from dsv3_megatron.checkpoint.agreement import on_first_rank
-from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.resume import plan_resumption
-from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+from dsv3_megatron.checkpoint.store import load_checkpoint
 from dsv3_megatron.checkpoint.text_files import collect_text_files
 from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
 from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.datasets import build_datasets, dataset_config
+from dsv3_megatron.guards.claims import RunClaim
 from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard
 from dsv3_megatron.guards.events import EventLog
 from dsv3_megatron.guards.hang import Watchdog
+from dsv3_megatron.guards.keeper import CheckpointKeeper
 from dsv3_megatron.guards.spikes import LOSS
 from dsv3_megatron.guards.step import StepFacts, guarded_step
 from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
@@ -88,7 +88,11 @@ class Trainer:
         start_process_group(self.device)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         configure_logging(self.rank)
-        load = run.checkpoint.load
+        self.claim = RunClaim(run.checkpoint, run.logging.tensorboard_dir)
+        self.start = on_first_rank(self.claim.take, "the run's folders")
+        # Asked for this start alone: a start from the run's config.json does not ask for it again.
+        run = run.override(overwrite_run=False)
+        load = self.start.load
         self.resumption = on_first_rank(partial(plan_resumption, run, load), f"load={load}")
         self.run = run = self.resumption.run
         self.recipe = self.resumption.recipe
@@ -112,15 +116,20 @@ class Trainer:
         self.watchdog = Watchdog(run.guards.hang_timeout_s, folder=run.logging.tensorboard_dir)
         self.text_files = collect_text_files(run) if self.rank == 0 else None
         self.iteration = self.consumed_samples = self.consumed_tokens = 0
-        if run.checkpoint.load:
-            position = load_checkpoint(run.checkpoint.load, run, self.chunks, self.optimizer, self.groups,
+        self.keeper = CheckpointKeeper(run.checkpoint, list(self.chunks), self.optimizer, self.groups,
+                                       average=self.average, claim=self.claim, run_id=self.start.run,
+                                       say=lambda text: self.progress.message(text))
+        if self.start.load:
+            position = load_checkpoint(self.start.load, run, self.chunks, self.optimizer, self.groups,
                                        average=self.average)
             self._go_to(position)
             self.guard.load_state_dict(position.guards)
+            self.keeper.loaded(self.start.load, self.iteration)
         self.stop_signal: int | None = None
         self.step_plan = self._plan_step()
         self.phase = self.step_plan.phase if self.step_plan else self.recipe.phases_to_run[-1]
         self._build_data()
+        on_first_rank(self.claim.settle, "the run's folders")
         self._build_reports()
         for note in self.resumption.notes:
             self.progress.message(f"resumed at iteration {self.iteration}: {note}")
@@ -201,9 +210,9 @@ class Trainer:
     # -- a step ------------------------------------------------------------------------------------
 
     def train(self) -> int:
-        """Train to the end of the run, until SIGINT or SIGTERM, or until a guard ends it; save in any case.
+        """Train to the end of the run, until SIGINT or SIGTERM, or until a guard ends it.
 
-        After a spike that the run should have been able to go back from, the last checkpoint stays the newest.
+        The first two save what is new since the last checkpoint; after a guard's end that one stays the newest.
 
         Returns:
             The exit code: 0, or EXIT_GUARD.
@@ -211,12 +220,10 @@ class Trainer:
         run, interval = self.run, self.run.training.eval_interval
         previous = {sig: signal.signal(sig, self._note_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
         stopped = 0
-        saved_at = self.iteration if run.checkpoint.load else -1
         self.watchdog.start()
         try:
-            if run.guards.on_spike == "rollback" and (saved_at < 1 or run.checkpoint.load != run.checkpoint.save):
+            if run.guards.on_spike == "rollback" and self.keeper.schedule.saved_at is None:
                 self.save()  # to go back to, until the first one of the schedule
-                saved_at = self.iteration
             while self.step_plan and not stopped and not self.guard.end_reason:
                 report, stopped = self.train_step()
                 self.watchdog.beat("reporting")
@@ -224,36 +231,36 @@ class Trainer:
                     self.progress.update(report)
                     if self.writer:
                         self.writer.write_step(report)
+                self.keeper.schedule.note_step(self.iteration, is_applied=not report.skipped)
                 if self.guard.must_roll_back:
                     self._roll_back()
-                    saved_at = self.iteration
                     continue
                 last = self.step_plan is None
                 if interval and (last or self.iteration % interval == 0) and not stopped and not self.guard.end_reason:
                     self._validate()
-                if run.checkpoint.save and (last or stopped or self.iteration % run.checkpoint.save_interval == 0) \
-                        and self.guard.is_state_good:
+                if run.checkpoint.save and not self.guard.end_reason \
+                        and self.keeper.schedule.wants(self.iteration, is_last=last or bool(stopped)):
                     self.save()
-                    saved_at = self.iteration
-            if run.checkpoint.save and saved_at != self.iteration and self.guard.is_state_good:
-                self.save()
             if run.checkpoint.export_hf and self.step_plan is None and not stopped and not self.guard.end_reason:
                 self.watchdog.slow("export")
-                folder = export_run(run, self.iteration, precision=self.precision)
-                self.progress.message(f"exported for Hugging Face: {folder}")
+                self.keeper.export(self.iteration, self.precision)
+        except BaseException:
+            self.claim.release()
+            raise
         finally:
             self.watchdog.stop()
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
         if stopped:
-            saved = "with a checkpoint" if run.checkpoint.save else "without a checkpoint: save is not set"
             name = signal.Signals(stopped).name
-            self.progress.message(f"stopped by {name} after iteration {self.iteration}, {saved}")
+            self.progress.message(f"stopped by {name} after iteration {self.iteration}, "
+                                  f"{self.keeper.what_was_saved(self.iteration)}")
         self.progress.close()
         if self.writer:
             self.writer.close()
         if self.guard.end_reason:
             self.guard_log.write_end(self.guard, run.checkpoint.save)
+        self.claim.release()
         destroy_groups()
         return EXIT_GUARD if self.guard.end_reason else 0
 
@@ -398,24 +405,19 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
-        checkpoint = self.run.checkpoint
-        assert checkpoint.save is not None
         self.watchdog.slow("checkpoint")
         position = Position(self.iteration, self.consumed_samples, self.consumed_tokens, self.guard.state_dict(),
                             self.resumption.schedules_at(self.iteration))
-        # Described as it is in the phase of its last step: what reads the checkpoint builds that model.
-        run = self.run.in_phase(self.recipe.phase_before(self.consumed_tokens))
-        save_checkpoint(checkpoint.save, position, run, self.chunks, self.optimizer, self.groups,
-                        keep_last=checkpoint.keep_last, average=self.average, text_files=self.text_files)
-        self.progress.message(f"checkpoint saved: {os.path.join(checkpoint.save, f'iter_{self.iteration:07d}')}")
+        self.keeper.save(position, self.run.in_phase(self.recipe.phase_before(self.consumed_tokens)), self.text_files)
 
     def _roll_back(self) -> None:
-        """Go back to the last checkpoint, and on with the samples after the flagged step's; saved at once."""
-        save, next_sample = self.run.checkpoint.save, self.data_position
-        assert save is not None
+        """Go back to the last checkpoint, and on with the samples after the flagged step's; noted in it at once."""
+        source, next_sample = self.keeper.newest_in, self.data_position
+        assert source is not None
         self.watchdog.slow("rollback")
-        position = load_checkpoint(save, self.run, self.chunks, self.optimizer, self.groups, average=self.average)
+        position = load_checkpoint(source, self.run, self.chunks, self.optimizer, self.groups, average=self.average)
         self._go_to(position)
+        self.keeper.loaded(source, self.iteration)
         self.guard.rolled_back(position.guards, first_sample=self.data_position, next_sample=next_sample)
         self.step_plan = self._plan_step()
         assert self.step_plan is not None, "a step was taken from here"
@@ -427,7 +429,7 @@ class Trainer:
             self.writer.close()
         self._build_reports()
         self.progress.message(f"rolled back to iteration {self.iteration}; the next sample is {next_sample}")
-        self.save()
+        self.keeper.note_rollback(self.iteration, self.guard.state_dict())
 
     def _note_signal(self, number: int, _frame: Any) -> None:
         """Finish the step first: every rank learns of the signal with the step's losses."""

@@ -17,6 +17,9 @@
 #   PYTHON                                       the Python to use; see examples/setup_environment.sh
 #
 # Ctrl-C or SIGTERM: the run saves a checkpoint and ends; a second one ends it at once.
+#
+# Exit codes: 0 done or stopped with a checkpoint, 2 a setting or an input is wrong, 3 a guard ended the run (a resumed
+# one would end the same way), 4 a rank hung; others are a crash's.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -137,6 +140,11 @@ launch() {
     # A wrong setting is said once, here, and not under a heap of torchrun's own messages.
     WORLD_SIZE=$((num_processes * nnodes)) RANK=$node_rank "$python" -m dsv3_megatron.train "$@" --check-only || return
 
+    # torchrun ends with 1 whatever its workers end with: the first of them with a code of its own writes it here.
+    local told
+    told=$(mktemp -d)
+    export DSV3_EXIT_CODE_FILE="$told/code"
+
     # A process group of its own (set -m), so that Ctrl-C reaches the run once, through pass_on.
     set -m
     "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$num_processes" \
@@ -151,6 +159,8 @@ launch() {
         [ "$num_seen" != "$num_signals" ] || break
     done
     trap - INT TERM HUP
+    if [ "$status" = 1 ] && [ -s "$DSV3_EXIT_CODE_FILE" ]; then status=$(cat "$DSV3_EXIT_CODE_FILE"); fi
+    rm -rf "$told"
     return "$status"
 }
 
@@ -237,14 +247,15 @@ make_tokens() { # make_tokens FLAGS...
     done
 }
 
-# A run that was cut short resumes from its last checkpoint if nothing before it changed.
+# A run that was cut short resumes from its last checkpoint if nothing before it changed; if it has none yet, the run
+# itself starts anew in its folders, unless another start of it is still at work there.
 train() { # train NUM_PROCESSES FLAGS...
     local key="$*" resume=()
     if [ "$(cat "$done_dir/train.started" 2>/dev/null)" != "$key" ]; then
         rm -rf "$run_dir/checkpoints" "$run_dir/tensorboard"
         printf '%s' "$key" >"$done_dir/train.started"
-    elif has_checkpoint; then
-        say "resuming from $run_dir/checkpoints"
+    else
+        ! has_checkpoint || say "resuming from $run_dir/checkpoints"
         resume=(--load "$run_dir/checkpoints")
     fi
     launch "$@" ${resume[@]+"${resume[@]}"}

@@ -78,6 +78,7 @@ class Manifest:
         precision: "bf16" or "fp32", of the weights as trained.
         files: Size in bytes of each of its other files, by name.
         contents: TRAINING, a run's whole state; or WEIGHTS, to start one from.
+        run_id: Identity of the run that wrote it; None if it does not say.
     """
 
     path: Path
@@ -88,6 +89,7 @@ class Manifest:
     precision: str
     files: dict[str, int]
     contents: str = TRAINING
+    run_id: str | None = None
 
 
 def iteration_path(directory: str | Path, iteration: int) -> Path:
@@ -244,7 +246,7 @@ def begin_save(directory: str | Path, iteration: int) -> Path:
 
 
 def finish_save(directory: str | Path, progress: Progress, run: dict[str, Any], *, versions: dict[str, str],
-                world_size: int, precision: str, contents: str = TRAINING) -> Path:
+                world_size: int, precision: str, contents: str = TRAINING, run_id: str | None = None) -> Path:
     """Turn the folder that `begin_save` made, now filled, into the newest checkpoint.
 
     Flush its files, write its manifest, rename it, then replace the tracker: in this order.
@@ -256,7 +258,8 @@ def finish_save(directory: str | Path, progress: Progress, run: dict[str, Any], 
         sizes[file.name] = file.stat().st_size
     content = {
         "format_version": FORMAT_VERSION, "progress": dataclasses.asdict(progress), "precision": precision,
-        "contents": contents, "world_size": world_size, "versions": versions, "run": run, "files": sizes}
+        "contents": contents, "run_id": run_id, "world_size": world_size, "versions": versions, "run": run,
+        "files": sizes}
     _write(written / MANIFEST, json_text(content, indent=2) + "\n")
     _flush(written)
     final = iteration_path(directory, progress.iteration)
@@ -272,6 +275,31 @@ def finish_save(directory: str | Path, progress: Progress, run: dict[str, Any], 
     if replaced.exists():
         shutil.rmtree(replaced)
     return final
+
+
+def record_guards(directory: str | Path, iteration: int, guards: dict[str, Any]) -> None:
+    """Replace, in the manifest of a checkpoint, what it says of the guards; its tensors are not touched.
+
+    Args:
+        directory: Folder of the run's checkpoints.
+        iteration: Of a complete one.
+        guards: As in `Progress`.
+
+    Raises:
+        OSError: it cannot be written; the manifest is as it was.
+        CheckpointError: it cannot be read.
+    """
+    path = read_manifest(directory, iteration).path
+    content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    content["progress"]["guards"] = guards
+    partial = path / (MANIFEST + ".partial")
+    try:
+        _write(partial, json_text(content, indent=2) + "\n")
+        os.replace(partial, path / MANIFEST)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    _flush(path)
 
 
 def remove_old(directory: str | Path, newest: int, keep_last: int) -> list[int]:
@@ -314,7 +342,7 @@ def _parse_manifest(path: Path) -> Manifest:
         raise ValueError(f"format_version={content['format_version']} is newer than this library's {FORMAT_VERSION}")
     return Manifest(path, Progress(**content["progress"]), content["run"], content["versions"],
                     content["world_size"], content["precision"], content["files"],
-                    content.get("contents", TRAINING))
+                    content.get("contents", TRAINING), content.get("run_id"))
 
 
 def _is_complete(directory: str | Path, iteration: int) -> bool:

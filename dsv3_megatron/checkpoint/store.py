@@ -90,7 +90,7 @@ _OPTIMIZER_PREFIX = "optimizer."
 def save_checkpoint(
     directory: str | Path, progress: Progress, run: RunConfig, chunks: list[torch.nn.Module],
     optimizer: MegatronOptimizer, groups: ProcessGroupCollection, *, keep_last: int,
-    average: WeightAverage | None = None, text_files: TextFiles | None = None
+    average: WeightAverage | None = None, text_files: TextFiles | None = None, run_id: str | None = None
 ) -> Path:
     """Write the run's state as DIR/iter_<iteration>; called by every rank. A crash never costs an earlier one.
 
@@ -104,6 +104,7 @@ def save_checkpoint(
         keep_last: Checkpoints to keep; older ones are removed afterwards. 0 keeps all.
         average: The weights' moving average, if the run has one.
         text_files: What the checkpoint keeps of the run's tokenizer; rank 0's are written.
+        run_id: Identity of the run, by which its folders know it.
 
     Returns:
         The checkpoint's folder.
@@ -143,7 +144,7 @@ def save_checkpoint(
             text_files.write(target)
         path = finish_save(
             directory, progress, run.as_dict(), world_size=torch.distributed.get_world_size(),
-            precision=_precision(chunks),
+            precision=_precision(chunks), run_id=run_id,
             versions={"dsv3_megatron": __version__, "torch": torch.__version__,
                       "megatron_core": version("megatron-core")})
         removed = remove_old(directory, progress.iteration, keep_last)

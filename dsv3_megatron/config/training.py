@@ -198,11 +198,15 @@ class CheckpointConfig:
     """What is saved when, and what a run starts from."""
 
     save: str | None = option(None, help="folder for checkpoints; none: nothing is saved")
-    load: str | None = option(None, help="folder to start from; resumes its newest checkpoint")
+    load: str | None = option(None, help="folder to start from; resumes its newest checkpoint, or starts fresh where "
+                              "it is empty or missing")
     override_opt_param_scheduler: bool = option(False, help="go on by this command line's schedule, though it would "
                                                 "have taken other steps up to the checkpoint")
     use_checkpoint_opt_param_scheduler: bool = option(False, help="go on with the checkpoint's learning rates, or its "
                                                       "phases if either has any, instead of this command line's")
+    exit_on_missing_checkpoint: bool = option(False, help="end instead where --load finds no checkpoint")
+    overwrite_run: bool = option(False, help="remove what another run left in the folders of --save and "
+                                 "--tensorboard-dir; without it such a folder is refused")
     save_interval: int = option(500, help="steps between checkpoints; one is always written at the end")
     keep_last: int = option(3, help="checkpoints kept; 0: all of them")
     export_hf: str | None = option(None, help="folder for the trained model in Hugging Face's layout, made at the end")

@@ -4,5 +4,8 @@ spikes.py     is this loss or gradient norm out of line? A robust statistic over
 decisions.py  what follows: counters, skips, rollbacks, the end of the run, all saved with the checkpoint; pure Python
 step.py       one optimizer step under guard: every rank finds what is wrong, all decide the same
 events.py     what fired, as log lines, guards.jsonl and the report of a run that was ended
+saves.py      is this state worth a checkpoint, and may older ones go? pure Python
+keeper.py     writes, exports and goes back to the run's checkpoints
+endings.py    how a run ended, for what started it
 hang.py       a watchdog thread in each rank
 """

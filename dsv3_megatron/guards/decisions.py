@@ -66,7 +66,6 @@ class Guard:
         counters: Totals of the run.
         must_roll_back: The last step asks for a rollback, which `rolled_back` reports as done.
         end_reason: Why the run must end; None while it may go on.
-        is_state_good: False once the run ends at a spike that it could not go back from: not worth a checkpoint.
     """
 
     def __init__(self, config: GuardConfig) -> None:
@@ -75,7 +74,6 @@ class Guard:
         self.counters = Counters()
         self.must_roll_back = False
         self.end_reason: str | None = None
-        self.is_state_good = True
 
     @property
     def jumped_samples(self) -> int:
@@ -113,7 +111,6 @@ class Guard:
             if counters.rollbacks < config.max_rollbacks:
                 self.must_roll_back = True
             else:
-                self.is_state_good = False
                 self.end_reason = (f"a spike after {counters.rollbacks} rollbacks (max_rollbacks="
                                    f"{config.max_rollbacks})")
             return False

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsv3_megatron.checkpoint.layout import TRACKER, latest_iteration, saved_iterations
 from dsv3_megatron.guards.decisions import Guard
+from dsv3_megatron.guards.endings import mark_ended
 from dsv3_megatron.metrics.records import to_line
 
 GUARDS_FILE, REPORT_FILE = "guards.jsonl", "guards-report.txt"
@@ -76,7 +78,7 @@ class EventLog:
                 file.write(to_line(dataclasses.asdict(event)))
 
     def write_end(self, guard: Guard, save: str | None) -> None:
-        """Write why the run ends to stderr, and to guards-report.txt if there is a folder.
+        """Write why the run ends to stderr, beside the checkpoints, and to guards-report.txt if there is a folder.
 
         Args:
             guard: Whose end_reason is set.
@@ -86,6 +88,8 @@ class EventLog:
             return
         text = report(guard, self.events, save)
         logger.error("%s", text)
+        if save is not None:
+            mark_ended(save, text)
         if self._folder is not None:
             (self._folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -112,8 +116,14 @@ def report(guard: Guard, events: Sequence[Event], save: str | None) -> str:
 def _way_out(guard: Guard, save: str | None) -> str:
     if save is None:
         return "Nothing was saved: save is not set."
-    if guard.is_state_good:
-        return (f"{save} has a checkpoint of this moment, without the updates that were left out. If a resumed run "
-                "ends the same way, go back to an earlier one, or look at the samples above.")
-    return (f"The newest checkpoint in {save} is the last one before the spikes. Resume with --on-spike skip or log, "
-            "with a lower learning rate, or with more --max-rollbacks.")
+    newest = latest_iteration(save)
+    if newest is None:
+        return f"Nothing was saved in {save}."
+    kept = f"Nothing was saved of this end: the newest checkpoint in {save} is that of iteration {newest}. "
+    if guard.config.on_spike == "rollback" and not guard.counters.consecutive_skips:
+        return kept + ("It is the last one before the spikes. Resume with --on-spike skip or log, with a lower "
+                       "learning rate, or with more --max-rollbacks.")
+    earlier = [iteration for iteration in saved_iterations(save) if iteration < newest]
+    back = f"go back to an earlier one (write {earlier[-1]} into {Path(save) / TRACKER})" if earlier \
+        else "there is no earlier one to go back to"
+    return kept + f"If a resumed run ends the same way, {back}, or look at the samples above."

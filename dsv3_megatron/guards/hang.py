@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.guards.endings import tell_launcher
 
 __all__ = ["EXIT_HANG", "Watchdog", "summary"]
 
@@ -185,7 +186,8 @@ class Watchdog:
             self._report(alarm)
         except Exception:  # noqa: BLE001 - whatever it is, it is printed, and the process ends
             _print(f"rank {self._rank}: {traceback.format_exc()}")
-        os._exit(EXIT_HANG)
+        finally:
+            os._exit(tell_launcher(EXIT_HANG))
 
     def _report(self, alarm: str) -> None:
         """Write this rank's stacks; the first rank to answer waits for the others and writes who was where."""

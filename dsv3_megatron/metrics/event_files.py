@@ -16,7 +16,7 @@ from typing import Any
 
 from dsv3_megatron.metrics.records import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, Records, read_records
 
-_PATTERN = "events.out.tfevents.*"
+EVENT_FILES = "events.out.tfevents.*"
 _HEADER = struct.Struct("<QI")
 _CHECKSUM = struct.Struct("<I")
 
@@ -52,11 +52,11 @@ def read_run(directory: Path) -> RunLog:
     """
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a folder; give the one that the run had as --tensorboard-dir")
-    files = sorted(directory.glob(_PATTERN))
+    files = sorted(directory.glob(EVENT_FILES))
     if not files:
-        nested = sorted(directory.glob(f"*/{_PATTERN}"))
+        nested = sorted(directory.glob(f"*/{EVENT_FILES}"))
         hint = f"; there are some in {nested[0].parent}" if nested else ""
-        raise ValueError(f"{directory} has no event files ({_PATTERN}); give the folder that the run had as "
+        raise ValueError(f"{directory} has no event files ({EVENT_FILES}); give the folder that the run had as "
                          f"--tensorboard-dir{hint}")
     cut_short = tuple(path for path in files if not is_complete(path))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

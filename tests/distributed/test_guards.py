@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
 
-from dsv3_megatron.checkpoint.layout import read_manifest
+from dsv3_megatron.checkpoint.layout import latest_iteration, read_manifest, saved_iterations
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.guards.decisions import EXIT_GUARD
 from tests.distributed.faulty_run import Fault
@@ -122,7 +126,7 @@ def test_rollback_resume_and_the_end_of_a_run(data: str, tmp_path: Path) -> None
         check_resume(ranks["whole"], ranks["stopped"], ranks["resumed"])
         assert ranks["ended"].code == ranks["poisoned"].code == EXIT_GUARD
         assert ranks["ended"].latest == 16, "the checkpoint before the spike stays the newest"
-        assert ranks["poisoned"].latest == 7, "two updates left out and one too many, on top of four"
+        assert ranks["poisoned"].latest == 0, "the one to go back to: nothing is saved of a run that a guard ends"
     check_files(tmp_path)
 
 
@@ -186,5 +190,68 @@ def check_files(folder: Path) -> None:
         assert sign in report, report
     report = (folder / "poisoned-logs" / "guards-report.txt").read_text()
     for sign in ("3 updates in a row were left out (max_consecutive_skips=2)", "linear_proj.weight",
-                 "has a checkpoint of this moment"):
+                 "Nothing was saved of this end: the newest checkpoint in ", " is that of iteration 0"):
         assert sign in report, report
+    assert report == (folder / "poisoned" / "ended-by-guard.txt").read_text()
+    assert not (folder / "whole" / "ended-by-guard.txt").exists()
+
+
+# -- what a damaged state may cost ---------------------------------------------------------------------
+
+
+def flip_a_bit(folder: Path) -> None:
+    """Make one element of the newest checkpoint's output weight, and of its fp32 copy, about 1e37.
+
+    The largest in the row of token 1, which is the most frequent: nothing makes its logit small everywhere.
+    """
+    path = read_manifest(folder).path
+    for key in ("output_layer.weight", "optimizer.state.param.output_layer.weight"):
+        name, place, stored_bytes = first_piece(path, key)
+        content = bytearray((path / name).read_bytes())
+        values = torch.load(io.BytesIO(content[place:place + stored_bytes]), weights_only=True)
+        largest = int(values[1].abs().argmax())
+        at = content.index(values[1].numpy().tobytes(), place) + 4 * largest
+        content[at + 3] ^= 0x40  # the exponent's highest bit of an fp32 number, little-endian
+        (path / name).write_bytes(content)
+
+
+def first_piece(path: Path, key: str) -> tuple[str, int, int]:
+    """File, offset and bytes of a tensor's first piece."""
+    metadata = FileSystemReader(path).read_metadata()
+    index = min((index for index in metadata.storage_data if index.fqn == key), key=lambda index: index.offset)
+    info = metadata.storage_data[index]
+    return info.relative_path, info.offset, info.length
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """A hash of every file of a folder of checkpoints, without what tells of the end."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "ended-by-guard.txt"}
+
+
+def test_a_flipped_bit_costs_no_sound_checkpoint_and_looks_like_no_progress(data: str, tmp_path: Path) -> None:
+    """However often it is started again, stopped or exported; saved elsewhere it writes nothing there either."""
+    save, other, logs = tmp_path / "saved", tmp_path / "other", tmp_path / "logs"
+    changes = {"save": str(save), "save_interval": 4, "train_iters": 12, "keep_last": 3, "on_spike": "skip",
+               "spike_min_steps": 6, "tensorboard_dir": str(logs), "ema_decay": 0.9, "eval_ema": True}
+    assert run_ranks(2, whole_runs, data, [("begun", changes, [])])[0]["begun"].code == 0
+    assert saved_iterations(save) == [4, 8, 12]
+    flip_a_bit(save)
+    before = files_of(save)
+    changes |= {"load": str(save), "train_iters": 40, "save_interval": 1, "keep_last": 1}
+    again = [("again", changes, []), ("and again", changes, []),
+             ("stopped", changes, [Fault("stop", [14])]),
+             ("at its end", {**changes, "train_iters": 14, "max_consecutive_skips": 99,
+                             "export_hf": str(tmp_path / "exported")}, []),
+             ("elsewhere", {**changes, "save": str(other)}, [])]
+    for ranks in run_ranks(2, whole_runs, data, again):
+        assert [ranks[name].code for name, _, _ in again] == [EXIT_GUARD, EXIT_GUARD, 0, 0, EXIT_GUARD]
+        assert all(report.skipped for name, _, _ in again for report in ranks[name].reports)
+        assert len(ranks["again"].reports) == len(ranks["and again"].reports) == 6
+    assert files_of(save) == before and latest_iteration(save) == 12
+    assert not saved_iterations(other) and not (tmp_path / "exported").exists()
+    report = (save / "ended-by-guard.txt").read_text()
+    assert f"go back to an earlier one (write 8 into {save}" in report
+    (save / "latest_checkpointed_iteration.txt").write_text("8\n")
+    back = run_ranks(2, whole_runs, data, [("back", {**changes, "save_interval": 4, "train_iters": 13}, [])])[0]["back"]
+    assert back.code == 0 and not (save / "ended-by-guard.txt").exists() and latest_iteration(save) == 13

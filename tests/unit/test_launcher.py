@@ -22,6 +22,7 @@ worker() {{ # saves and ends on a signal, as a training process does
     trap 'echo TERM >>"{folder}/signals"; {on_signal}' TERM
     echo started >>"{folder}/started"
     for _ in $(seq {worker_ticks}); do sleep 0.05; done
+    [ -z "{told_code}" ] || echo "{told_code}" >"$DSV3_EXIT_CODE_FILE"
     exit {exit_code}
 }}
 case "$*" in
@@ -48,11 +49,12 @@ class Launch:
     """The launcher with a made-up Python that records into a folder."""
 
     def __init__(self, folder: Path, *, worker_ticks: int = 0, exit_code: int = 0, check_code: int = 0,
-                 on_signal: str = "exit 0", slow_stage: str = "no such stage") -> None:
+                 on_signal: str = "exit 0", slow_stage: str = "no such stage", told_code: str = "") -> None:
         self.folder = folder
         python = folder / "python"
         python.write_text(FAKE_PYTHON.format(folder=folder, worker_ticks=worker_ticks, exit_code=exit_code,
-                                             check_code=check_code, on_signal=on_signal, slow_stage=f'"{slow_stage}"'))
+                                             check_code=check_code, on_signal=on_signal, slow_stage=f'"{slow_stage}"',
+                                             told_code=told_code))
         python.chmod(0o755)
         inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         self.environment = inherited | {"PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
@@ -125,6 +127,14 @@ def test_a_wrong_setting_ends_before_torchrun_with_its_exit_code(tmp_path: Path)
 
 def test_exit_code_of_a_failed_run(tmp_path: Path) -> None:
     assert Launch(tmp_path, exit_code=7).run("--preset", "tiny")[0] == 7
+
+
+@pytest.mark.parametrize("code", [2, 3, 4])
+def test_a_workers_own_exit_code_comes_through_torchrun(tmp_path: Path, code: int) -> None:
+    """torchrun ends with 1 whatever a worker ends with; its own code is in the file that the launcher named."""
+    launch = Launch(tmp_path, exit_code=1, told_code=str(code))
+    assert launch.run("--preset", "tiny")[0] == code
+    assert Launch(tmp_path, exit_code=137, told_code=str(code)).run("--preset", "tiny")[0] == 137
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -205,6 +215,20 @@ def test_an_interrupted_quickstart_resumes_its_training(tmp_path: Path) -> None:
     code, _, stderr = again.run()
     assert code == 0, stderr
     assert f"--load {quickstart.run_dir}/checkpoints" in again.read("torchrun")
+
+
+def test_a_quickstart_stopped_before_its_first_checkpoint_starts_anew_in_its_folders(tmp_path: Path) -> None:
+    """The run is told that it goes on, so that it takes its own logs for its own; it removes nothing by itself."""
+    quickstart = Quickstart(tmp_path, exit_code=5)
+    assert quickstart.run()[0] == 5
+    log = quickstart.run_dir / "tensorboard" / "metrics.jsonl"
+    log.parent.mkdir()
+    log.write_text("a step\n")
+    again = Quickstart(tmp_path)
+    code, _, stderr = again.run()
+    assert code == 0, stderr
+    assert f"--load {quickstart.run_dir}/checkpoints" in again.read("torchrun") and log.exists()
+    assert "resuming from" not in stderr
 
 
 def test_a_stage_that_fails_stops_the_quickstart_with_its_exit_code(tmp_path: Path) -> None:

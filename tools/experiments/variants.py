@@ -93,8 +93,9 @@ def _train(command: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     with log.open("w", encoding="utf-8") as output:
-        result = subprocess.run([sys.executable, "-m", "dsv3_megatron.train", *command], stdout=output,
-                                stderr=subprocess.STDOUT, check=False)
+        # The folder is the experiment's own: what an unfinished run left in it goes.
+        result = subprocess.run([sys.executable, "-m", "dsv3_megatron.train", *command, "--overwrite-run"],
+                                stdout=output, stderr=subprocess.STDOUT, check=False)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with code {result.returncode}; see {log}")
     (folder / _FINISHED).write_text(" ".join(command))

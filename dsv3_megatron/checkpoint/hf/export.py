@@ -13,15 +13,15 @@ from dsv3_megatron.checkpoint.agreement import from_all_ranks, on_first_rank, wa
 from dsv3_megatron.checkpoint.hf.to_hugging_face import prepare_export
 from dsv3_megatron.checkpoint.hf.workplace import ignore
 from dsv3_megatron.checkpoint.layout import CheckpointError
-from dsv3_megatron.config.run import RunConfig
 
 
-def export_run(run: RunConfig, iteration: int, *, precision: str) -> Path:
-    """Write the checkpoint of `iteration` to `run.checkpoint.export_hf`; called by every rank.
+def export_run(source: str, output: str, iteration: int, *, precision: str) -> Path:
+    """Write a run's checkpoint of `iteration` in Hugging Face's layout; called by every rank.
 
     Args:
-        run: The run, with `save` and `export_hf`.
-        iteration: A checkpoint that has been saved.
+        source: Folder of the run's checkpoints.
+        output: Folder to make.
+        iteration: A checkpoint that is there.
         precision: "bf16" or "fp32", of the weights as trained: of the files too.
 
     Returns:
@@ -31,8 +31,6 @@ def export_run(run: RunConfig, iteration: int, *, precision: str) -> Path:
         CheckpointError: on every rank, if any could not write its part; what is finished stays for
             `tools/convert_checkpoint.py` to go on with.
     """
-    source, output = run.checkpoint.save, run.checkpoint.export_hf
-    assert source is not None and output is not None
     reasons: list[str] = []
     try:
         export = prepare_export(source, output, iteration=iteration, dtype=precision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def test_too_many_skips_in_a_row_end_the_run() -> None:
         made.decide(finding, 9.0, 1.0)
     assert made.end_reason is None and made.counters.consecutive_skips == 2
     made.decide(NONFINITE, math.nan, 1.0)
-    assert made.end_reason == "3 updates in a row were left out (max_consecutive_skips=2)" and made.is_state_good
+    assert made.end_reason == "3 updates in a row were left out (max_consecutive_skips=2)"
     assert guard(max_consecutive_skips=0).decide(NONFINITE, 1.0, math.nan) is False
 
 
@@ -84,7 +85,7 @@ def test_a_rollback_takes_the_saved_window_and_jumps() -> None:
     assert again.detector.window == [] and again.counters.jumps == [(16, 28), (28, 40)]
     again.decide(SPIKE, 9.0, 1.0)
     assert again.end_reason == "a spike after 2 rollbacks (max_rollbacks=2)"
-    assert not again.must_roll_back and not again.is_state_good
+    assert not again.must_roll_back
 
 
 def test_a_checkpoint_without_guards_leaves_a_fresh_guard() -> None:
@@ -101,15 +102,29 @@ def test_a_smaller_window_keeps_the_last_steps() -> None:
     assert small.detector.window == [(2.0, 1.0), (2.5, 1.5)]
 
 
-def test_the_report_says_what_fired_and_what_to_do() -> None:
+def checkpoints(folder: Path, *iterations: int) -> str:
+    """A folder that looks like that of a run with these checkpoints."""
+    for iteration in iterations:
+        (folder / f"iter_{iteration:07d}").mkdir()
+        (folder / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
+    return str(folder)
+
+
+def test_the_report_says_what_fired_and_what_to_do(tmp_path: Path) -> None:
     made = guard(on_spike="rollback", max_rollbacks=0)
     made.decide(SPIKE, 9.0, 1.0)
     event = Event(12, "spike", "ended the run", ("lm loss 9 exceeds 2.25",), (44, 47), (), 9.0, 1.0)
-    text = report(made, [event], "checkpoints")
+    assert f"Nothing was saved in {tmp_path}." in report(made, [event], str(tmp_path))
+    save = checkpoints(tmp_path, 4, 8)
+    text = report(made, [event], save)
     for sign in ("a spike after 0 rollbacks (max_rollbacks=0)", "1 updates left out, 1 spikes, 0 rollbacks",
                  "iteration 12: lm loss 9 exceeds 2.25: ended the run; samples 44 to 47", "4 good steps",
-                 "lm loss    2 2 2 2", "The newest checkpoint in checkpoints is the last one before the spikes"):
+                 "lm loss    2 2 2 2", f"the newest checkpoint in {save} is that of iteration 8. It is the "
+                 "last one before the spikes"):
         assert sign in text
     made.counters.jumps.append((16, 28))
-    assert "samples that rollbacks jumped over: 16 to 27" in report(made, [event], "checkpoints")
+    assert "samples that rollbacks jumped over: 16 to 27" in report(made, [event], save)
+    made.counters.consecutive_skips = 6
+    assert (f"If a resumed run ends the same way, go back to an earlier one (write 4 into {save}/"
+            "latest_checkpointed_iteration.txt)") in report(made, [event], save)
     assert "Nothing was saved: save is not set." in report(made, [], None)
