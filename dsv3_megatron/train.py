@@ -99,7 +99,8 @@ def _check_inputs(command: Command) -> None:
     if not all(section.valid_data_path for section in data):
         parse_split(run.data.split)
     tokenizer = fingerprint(run.data.tokenizer_model) if run.data.tokenizer_model else None
-    check_data(prefixes, vocab_size=run.model.vocab_size, tokenizer_fingerprint=tokenizer)
+    check_data(prefixes, vocab_size=run.model.vocab_size, tokenizer_fingerprint=tokenizer,
+               cache_dir=run.data.data_cache_path)
     if run.data.document_flags:
         resolve_eod_id(prefixes, tokenizer_model=run.data.tokenizer_model, flags=run.data.document_flags)
     plan_resumption(run, RunClaim(run.checkpoint, run.logging.tensorboard_dir).look().load)

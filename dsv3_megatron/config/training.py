@@ -176,7 +176,8 @@ class DataConfig:
     data_path: list[str] = option([], nargs="*", help="training data: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...")
     valid_data_path: list[str] = option([], nargs="*", help="validation data, likewise; none: a share of data_path")
     split: str = option("99,1,0", help="shares of data_path for training, validation and test without valid_data_path")
-    data_cache_path: str | None = option(None, help="folder for sample indices; none: beside the data")
+    data_cache_path: str | None = option(None, help="folder for what was found by reading data without "
+                                         "a sidecar; none: beside the data")
     tokenizer_model: str | None = option(None, help="tokenizer folder; its fingerprint must match the data's")
     reset_attention_mask: bool = option(False, help="no position attends across an end-of-document token (EOD)")
     reset_position_ids: bool = option(False, help="rotary positions restart after an EOD")

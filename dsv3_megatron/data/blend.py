@@ -9,9 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsv3_megatron.data.indexed import largest_token_id, read_header, read_sidecar
-
-_SCAN_BYTES = 1 << 30
+from dsv3_megatron.data.contents import read_contents
+from dsv3_megatron.data.indexed import read_sidecar
 
 
 @dataclass(frozen=True)
@@ -60,19 +59,21 @@ def without_suffix(prefix: str) -> str:
     return prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
 
 
-def read_vocab_size(prefix: str) -> int:
-    """Ids a model needs for a dataset: the tokenizer's from the sidecar, else the largest id found + 1.
+def read_vocab_size(prefix: str, *, cache_dir: str | None = None) -> int:
+    """Ids a model needs for a dataset: the tokenizer's from the sidecar, and no fewer than the highest id + 1.
 
-    Without a sidecar the whole .bin is read up to 1 GiB, and evenly spaced parts of that size in all beyond it.
+    Args:
+        prefix: Of the dataset.
+        cache_dir: As of `contents.read_contents`, which reads a dataset without a sidecar once.
 
     Raises:
-        ValueError: a file is missing or damaged.
+        ValueError: a file is missing or damaged, the sidecar is of other files, or an id is negative.
     """
-    read_header(prefix)
-    sidecar = read_sidecar(prefix)
-    if sidecar is not None:
-        return sidecar.vocab_size
-    return 1 + largest_token_id(prefix, max_bytes=_SCAN_BYTES)
+    contents, sidecar = read_contents(prefix, cache_dir=cache_dir), read_sidecar(prefix)
+    if contents.lowest_id < 0:
+        raise ValueError(f"{prefix} holds the id {contents.lowest_id}: ids must not be negative; make it again with a "
+                         "tokenizer's ids, in a dtype that holds them")
+    return max(contents.highest_id + 1, 0 if sidecar is None else sidecar.vocab_size)
 
 
 def read_tokenizer_fingerprint(prefixes: Sequence[str]) -> str | None:
@@ -92,19 +93,22 @@ def read_tokenizer_fingerprint(prefixes: Sequence[str]) -> str | None:
     return next(iter(found), None)
 
 
-def check_data(prefixes: Sequence[str], *, vocab_size: int, tokenizer_fingerprint: str | None = None) -> None:
+def check_data(prefixes: Sequence[str], *, vocab_size: int, tokenizer_fingerprint: str | None = None,
+               cache_dir: str | None = None) -> None:
     """Refuse data that a model cannot take, before anything is allocated.
 
     Args:
         prefixes: Datasets of the run.
         vocab_size: Rows of the model's embedding.
         tokenizer_fingerprint: Of the run's tokenizer (`tokenizer.fingerprint`); None leaves it unchecked.
+        cache_dir: As of `contents.read_contents`.
 
     Raises:
-        ValueError: a file is missing or damaged, the vocabulary is too large, or the tokenizers differ.
+        ValueError: a file is missing or damaged, a sidecar is of other files, an id is negative, the vocabulary is too
+            large, or the tokenizers differ.
     """
     for prefix in prefixes:
-        needed = read_vocab_size(prefix)
+        needed = read_vocab_size(prefix, cache_dir=cache_dir)
         if needed > vocab_size:
             raise ValueError(
                 f"vocabulary of the data ({needed}) larger than the model's ({vocab_size}): {prefix} holds ids up to "
