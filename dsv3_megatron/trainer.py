@@ -19,7 +19,6 @@ import logging
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -41,7 +40,7 @@ from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard
 from dsv3_megatron.guards.events import EventLog
 from dsv3_megatron.guards.hang import Watchdog
 from dsv3_megatron.guards.keeper import CheckpointKeeper
-from dsv3_megatron.guards.spikes import LOSS
+from dsv3_megatron.guards.losses import StepLosses
 from dsv3_megatron.guards.step import StepFacts, guarded_step
 from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
 from dsv3_megatron.metrics.instruments import Instruments
@@ -61,19 +60,6 @@ from dsv3_megatron.platform import prepare, resolve_precision
 from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, iterate_chunks
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepLosses:
-    """Mean losses of a step or a validation over all ranks, nats per token."""
-
-    main: float
-    mtp: tuple[float, ...]
-
-    def by_name(self, balance_loss: float | None) -> dict[str, float]:
-        """With the balance loss, all losses of a step by the names they are logged under."""
-        named = {LOSS: self.main} | {f"mtp_{depth} loss": loss for depth, loss in enumerate(self.mtp, start=1)}
-        return named if balance_loss is None else named | {"balance loss": balance_loss}
 
 
 class Trainer:
@@ -361,8 +347,7 @@ class Trainer:
                                        num_mtp_layers=self.run.model.mtp_num_layers)
         stop_signal = torch.tensor(self.stop_signal or 0, device=self.device.torch_device)
         torch.distributed.all_reduce(stop_signal, op=torch.distributed.ReduceOp.MAX)
-        main, *mtp = (value / tokens for value in sums)
-        return StepLosses(main, tuple(mtp)), collected, int(stop_signal)
+        return StepLosses.of_sums(tokens, sums), collected, int(stop_signal)
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         self.watchdog.beat("micro-batch")
@@ -373,7 +358,10 @@ class Trainer:
                           sample_ids_B=batch.sample_ids_B)
 
     def evaluate(self) -> StepLosses:
-        """Mean losses over the first eval_iters global batches of the validation data; no state changes."""
+        """Mean losses over the first eval_iters global batches of the validation data; no state changes.
+
+        Batches without a token that counts are left out of the mean.
+        """
         for chunk in self.chunks:
             chunk.eval()
         batches = self._iterate(self.data.valid, 0)
@@ -382,15 +370,17 @@ class Trainer:
             with torch.no_grad():
                 losses.append(self._run_microbatches(
                     batches, self.phase.training.global_batch_size, forward_only=True)[0])
-        count = len(losses)
-        return StepLosses(sum(loss.main for loss in losses) / count,
-                          tuple(sum(column) / count for column in zip(*(loss.mtp for loss in losses), strict=True)))
+        return StepLosses.mean(losses)
 
     def _validate(self) -> None:
         if self.data.valid is None:
             return
         self.watchdog.slow("validation")
         losses = self.evaluate()
+        if losses.main is None:
+            self.progress.message(f"validation at iteration {self.iteration}: no token of the validation data counts "
+                                  "in the loss (eod_mask_loss leaves out the one after each EOD)")
+            return
         self.progress.validation(self.iteration, losses.main, mtp_losses=losses.mtp)
         if self.writer:
             training = self.phase.training
@@ -399,6 +389,7 @@ class Trainer:
         if self.average and self.average.num_updates and self.run.training.eval_ema:
             with self.average.swapped_in():
                 loss = self.evaluate().main
+            assert loss is not None, "the same tokens counted a moment ago"
             self.progress.message(f"validation of the average at iteration {self.iteration}: lm loss {loss:.4f}")
             if self.writer:
                 self.writer.write_average_validation(self.iteration, loss)

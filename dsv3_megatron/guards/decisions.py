@@ -120,6 +120,13 @@ class Guard:
                                f"{config.max_consecutive_skips})")
         return False
 
+    def pass_over(self) -> None:
+        """Take in a step without a token that counts: its update is left out, and says nothing about the run's state.
+
+        It is neither one of the updates in a row that end a run, nor the end of such a row.
+        """
+        self.counters.skipped += 1
+
     def rolled_back(self, saved: Mapping[str, Any], *, first_sample: int, next_sample: int) -> None:
         """The run is back at a checkpoint: take its window, and note the jump.
 

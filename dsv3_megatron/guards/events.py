@@ -30,12 +30,12 @@ class Event:
 
     Attributes:
         iteration: Of the step, counted from 1.
-        kind: "nonfinite" or "spike".
+        kind: "nonfinite", "spike" or "uncounted".
         action: "logged", "skipped", "rolled back" or "ended the run".
         reasons: What was found, with values.
         samples: First and last of the dataset's samples in the step, over all data-parallel ranks.
         sources: Where it came from, as far as ranks know: micro-batches by their samples, gradients by name.
-        lm_loss: Of the step.
+        lm_loss: Of the step; None where no token of it counts.
         grad_norm: Of the step, before clipping.
     """
 
@@ -45,7 +45,7 @@ class Event:
     reasons: tuple[str, ...]
     samples: tuple[int, int]
     sources: tuple[str, ...]
-    lm_loss: float
+    lm_loss: float | None
     grad_norm: float
 
     def __str__(self) -> str:

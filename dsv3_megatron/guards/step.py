@@ -46,7 +46,7 @@ class StepFacts:
 
     Attributes:
         iteration: Counted from 1.
-        losses: By name, "lm loss" among them; reduced over all ranks.
+        losses: By name, reduced over all ranks; "lm loss" is among them unless no token of the step counts.
         samples: The dataset's samples in the global batch.
         micro_batches: This rank's reports, each with "sums" and "sample_ids"; none but on the last pipeline stage.
     """
@@ -70,6 +70,11 @@ def guarded_step(guard: Guard, log: EventLog, optimizer: MegatronOptimizer, chun
         facts: Of this step.
     """
     norm = gradient_norm(optimizer)
+    if LOSS not in facts.losses:  # what gradients there are, of balance losses, are of no token that is to be learned
+        guard.pass_over()
+        log.write(Event(facts.iteration, "uncounted", "skipped", ("no token of the step counts in the loss",),
+                        (facts.samples.start, facts.samples.stop - 1), (), None, norm))
+        return StepOutcome(False, False, norm)
     judgement = guard.judge(facts.losses, norm)
     if (groups.tp.size() > 1 or groups.expt_tp.size() > 1) and has_nonfinite_copy(optimizer):
         judgement = Judgement(Finding.NONFINITE, ("a tensor-parallel rank's copy of a gradient is not finite",))

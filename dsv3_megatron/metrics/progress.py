@@ -36,15 +36,16 @@ def log_line(reports: Sequence[StepReport], speed: RunSpeed, train_iters: int) -
         train_iters: Steps of the whole run.
     """
     last = reports[-1]
-    counted = [report for report in reports if not report.skipped] or [last]
+    known = [report for report in reports if report.lm_loss is not None]
+    counted = [report for report in known if not report.skipped] or known[-1:]
     rates = speed.rates(sum(report.batch_size for report in reports), sum(report.step_time_s for report in reports))
     width = len(str(train_iters))
     fields = [
         f"iteration {last.iteration:{width}d}/{train_iters}",
         f"consumed tokens {compact(last.consumed_tokens)}",
-        f"lm loss {sum(r.lm_loss for r in counted) / len(counted):.4f}",
+        f"lm loss {sum(r.lm_loss or 0.0 for r in counted) / len(counted):.4f}" if counted else "no token counted",
     ]
-    for depth in range(len(last.mtp_losses)):
+    for depth in range(len(counted[-1].mtp_losses) if counted else 0):
         fields.append(f"mtp_{depth + 1} loss {sum(r.mtp_losses[depth] for r in counted) / len(counted):.4f}")
     fields += [
         f"grad norm {last.grad_norm:.3f}",
@@ -120,7 +121,8 @@ class Progress:
 
     def _update_bar(self, report: StepReport) -> None:
         rates = self._speed.rates(report.batch_size, report.step_time_s)
-        shown = {"loss": f"{report.lm_loss:.3f}", "tok/s": compact(rates.tokens_per_second),
+        loss = "none" if report.lm_loss is None else f"{report.lm_loss:.3f}"
+        shown = {"loss": loss, "tok/s": compact(rates.tokens_per_second),
                  "gnorm": f"{report.grad_norm:.2f}"}
         if report.phase:
             shown |= {"phase": report.phase, "lr": f"{report.learning_rate:.2e}", "batch": str(report.batch_size)}

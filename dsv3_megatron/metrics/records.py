@@ -35,7 +35,8 @@ class StepReport:
         iteration: Optimizer steps taken so far, this one included: the first is 1.
         consumed_samples: Sequences trained on so far, this step's included.
         consumed_tokens: The same in tokens.
-        lm_loss: Next-token cross-entropy in nats per token, mean over the step's tokens.
+        lm_loss: Next-token cross-entropy in nats per token, mean over the step's tokens that count; None where none
+            does.
         mtp_losses: One per MTP depth, in nats per token, not scaled by lambda; empty without MTP.
         balance_loss: Sequence-wise balance loss before alpha, mean over the MoE layers (as Megatron-LM logs it),
             or None.
@@ -59,7 +60,7 @@ class StepReport:
     iteration: int
     consumed_samples: int
     consumed_tokens: int
-    lm_loss: float
+    lm_loss: float | None
     mtp_losses: tuple[float, ...]
     balance_loss: float | None
     grad_norm: float

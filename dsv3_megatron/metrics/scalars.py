@@ -17,7 +17,7 @@ from dsv3_megatron.metrics.records import StepReport
 def step_scalars(report: StepReport, speed: RunSpeed) -> dict[str, float]:
     """TensorBoard scalars of one step, by name."""
     rates = speed.rates(report.batch_size, report.step_time_s)
-    scalars: dict[str, float] = {"lm loss": report.lm_loss}
+    scalars: dict[str, float] = {} if report.lm_loss is None else {"lm loss": report.lm_loss}
     scalars |= {f"mtp_{depth} loss": loss for depth, loss in enumerate(report.mtp_losses, start=1)}
     if report.balance_loss is not None:
         scalars["seq_load_balancing_loss"] = report.balance_loss

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ from dsv3_megatron.train import run_rank
 
 prepare()
 
+from dsv3_megatron.guards.losses import StepLosses  # noqa: E402
 from dsv3_megatron.optim.router_bias import routers  # noqa: E402
-from dsv3_megatron.trainer import StepLosses, Trainer  # noqa: E402
+from dsv3_megatron.trainer import Trainer  # noqa: E402
 
 SLEEP_S = 600
 
@@ -38,7 +39,8 @@ class Fault:
     """One thing that goes wrong.
 
     Attributes:
-        kind: A method of FaultyTrainer without its "_fault_", or "corrupt": samples are read as one rare token.
+        kind: A method of FaultyTrainer without its "_fault_"; "corrupt": samples are read as one rare token; or
+            "uncounted": no token counts, where `where` is "validation" in the validation before the step.
         steps: Iterations at which it does, counted from 1; for "corrupt", samples of the dataset.
         rank: On this rank; -1: on all.
         value: What it takes: a factor, a number to write, seconds.
@@ -73,6 +75,7 @@ class FaultyTrainer(Trainer):
 
     def __init__(self, run: RunConfig, faults: Sequence[Fault] = ()) -> None:
         self.faults = faults
+        self.phase_is_training = True
         self.reports: list[StepReport] = []
         self.samples: list[tuple[int, int]] = []
         super().__init__(run)
@@ -146,7 +149,9 @@ class FaultyTrainer(Trainer):
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         for kind in ("sleep", "lock", "stop"):
             self.apply(kind)
-        return super()._next_batch(batches)
+        batch = super()._next_batch(batches)
+        is_unmasked = any(self.phase_is_training == (fault.where != "validation") for fault in self.due("uncounted"))
+        return replace(batch, loss_mask_BS=torch.zeros_like(batch.loss_mask_BS)) if is_unmasked else batch
 
     def _run_microbatches(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._run_microbatches(*args, **kwargs)
@@ -159,7 +164,11 @@ class FaultyTrainer(Trainer):
 
     def evaluate(self) -> StepLosses:
         self.apply("slow_validation")
-        return super().evaluate()
+        self.phase_is_training = False
+        try:
+            return super().evaluate()
+        finally:
+            self.phase_is_training = True
 
     _fault_slow_validation = _fault_sleep
 

@@ -255,3 +255,35 @@ def test_a_flipped_bit_costs_no_sound_checkpoint_and_looks_like_no_progress(data
     (save / "latest_checkpointed_iteration.txt").write_text("8\n")
     back = run_ranks(2, whole_runs, data, [("back", {**changes, "save_interval": 4, "train_iters": 13}, [])])[0]["back"]
     assert back.code == 0 and not (save / "ended-by-guard.txt").exists() and latest_iteration(save) == 13
+
+
+# -- steps and validations without a token that counts -------------------------------------------------
+
+UNCOUNTED = [
+    ("replicas", {}), ("TP", TP2), ("PP", PP2), ("EP", EP2), ("zb1p", {**PP2, "pipeline_schedule": "zb1p"}),
+    ("DualPipe", {**PP2, "pipeline_schedule": "dualpipe"}), ("DualPipeV", {**PP2, "pipeline_schedule": "dualpipev"}),
+    ("bf16", {"precision": "bf16"}), ("without balance loss", {"moe_aux_loss_coeff": 0.0})]
+
+
+def test_a_step_without_a_token_that_counts_is_left_out_on_every_layout(data: str) -> None:
+    """Balance losses have gradients there too; none is applied, nothing is divided by zero."""
+    cases = [(name, changes, once("uncounted", rank=-1)) for name, changes in UNCOUNTED]
+    both = run_ranks(2, bad_steps, data, cases)
+    for name, _ in UNCOUNTED:
+        for result in (ranks[name] for ranks in both):
+            assert result.report.skipped and result.changed == [], name
+            assert (result.report.lm_loss, result.report.mtp_losses) == (None, ())
+            assert np.isfinite(result.report.grad_norm) and result.report.consumed_samples == BAD_STEP * GLOBAL_BATCH
+            assert result.events == [f"iteration {BAD_STEP}: no token of the step counts in the loss: skipped; samples "
+                                     "8 to 11 of the training data"]
+            assert not result.after.skipped and result.after.lm_loss is not None
+            assert result.counters["skipped"] == 1 and result.counters["consecutive_skips"] == 0
+        changed = {changed.split(":")[0] for ranks in both for changed in ranks[name].changed_after}
+        assert changed >= {"weight", "exp_avg", "exp_avg_sq", "steps", "bias"}, name
+
+
+def test_one_replica_without_a_token_that_counts_is_no_reason_to_leave_a_step_out(data: str) -> None:
+    both = run_ranks(2, bad_steps, data, [("half", {}, once("uncounted", rank=1))])
+    for ranks in both:
+        assert not ranks["half"].report.skipped and ranks["half"].events == []
+        assert np.isfinite(ranks["half"].report.lm_loss) and ranks["half"].changed

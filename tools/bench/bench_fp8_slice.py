@@ -139,7 +139,7 @@ def measure_here(options: argparse.Namespace, contender: str, num_experts: int) 
         if device.is_cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
-        loss = trainer.train_step()[0].lm_loss
+        loss = trainer.train_step()[0].lm_loss or 0.0
         if device.is_cuda:
             torch.cuda.synchronize()
         if index >= options.warm_up:

@@ -62,7 +62,7 @@ def ours_step(setting: Setting) -> Step:
         eval_interval=0,
     )
     trainer = random_token_trainer(run)
-    return lambda: {"loss": trainer.train_step()[0].lm_loss}
+    return lambda: {"loss": trainer.train_step()[0].lm_loss or 0.0}
 
 
 def peer_step(setting: Setting) -> Step:

@@ -33,6 +33,18 @@ def test_lines_come_each_interval_and_at_both_ends(make_report: Make, speed: Run
     assert lines[-1].endswith("mtp_1 loss 4.5000")
 
 
+def test_a_step_without_a_counted_token_has_no_loss(make_report: Make, speed: RunSpeed) -> None:
+    uncounted = make_report(2, lm_loss=None, mtp_losses=(), skipped=True)
+    assert "| no token counted |" in log_line([uncounted], speed, 300)
+    before = make_report(1)
+    assert f"lm loss {before.lm_loss:.4f}" in log_line([before, uncounted], speed, 300)
+    stream = Terminal()
+    progress = Progress(25, speed, stream=stream)
+    progress.update(uncounted)
+    progress.close()
+    assert "loss=none" in stream.getvalue()
+
+
 def test_a_line_averages_its_interval(make_report: Make, speed: RunSpeed) -> None:
     reports = [make_report(1, step_time_s=1.5), make_report(2)]
     line = log_line(reports, speed, 300)
