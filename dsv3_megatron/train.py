@@ -11,12 +11,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Command, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.streams import run_command
+
+if TYPE_CHECKING:
+    from dsv3_megatron.planning.precheck import Told
 
 EXIT_CONFIG = 2
 # Ranks that fail because another one did wait this long, so that the first error is printed first.
@@ -38,11 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         world_size = command.world_size or int(os.environ.get("WORLD_SIZE", "1"))
         command.run.validate(world_size)
-        _check_inputs(command)
+        told = _check_inputs(command, world_size, rank)
     except ValueError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    for line in told if rank == 0 else ():
+        if command.check_only or line.is_warning:
+            print(f"warning: {line.text}" if line.is_warning else line.text,
+                  file=sys.stdout if command.check_only else sys.stderr)
     if command.check_only:
         return 0
     return _train(command, rank)
@@ -75,19 +82,22 @@ def _describe(command: Command, rank: int) -> None:
         plot_schedule(run.recipe(), command.plot_schedule, title=run.preset)
 
 
-def _check_inputs(command: Command) -> None:
-    """Data, tokenizer, layout and checkpoint fit the run; nothing is allocated for the answer."""
-    from dsv3_megatron.checkpoint.layout import check_empty, check_save_directory
+def _check_inputs(command: Command, world_size: int, rank: int) -> list[Told]:
+    """Data, tokenizer, layout, memory and folders fit the run; nothing is allocated for the answer.
+
+    What the first rank alone writes or would find, it alone looks at.
+    """
+    from dsv3_megatron.checkpoint.layout import check_save_directory
     from dsv3_megatron.checkpoint.resume import plan_resumption
     from dsv3_megatron.data.blend import check_data, parse_blend
     from dsv3_megatron.data.datasets import parse_split
     from dsv3_megatron.data.document_ends import resolve_eod_id
     from dsv3_megatron.data.tokenizer import fingerprint
     from dsv3_megatron.guards.claims import RunClaim
-    from dsv3_megatron.parallel.layout import stage_layouts
+    from dsv3_megatron.planning import precheck
 
     run = command.run
-    stage_layouts(run.model, run.parallel)
+    told = precheck.check_layout(run, world_size)
     # Each phase to run may have data of its own.
     data = [phase.data for phase in run.recipe().phases_to_run]
     if not run.data.data_path:
@@ -106,8 +116,13 @@ def _check_inputs(command: Command) -> None:
     plan_resumption(run, RunClaim(run.checkpoint, run.logging.tensorboard_dir).look().load)
     if run.checkpoint.save:
         check_save_directory(run.checkpoint.save)
-    if run.checkpoint.export_hf:
-        check_empty(run.checkpoint.export_hf)
+    told += precheck.check_run_data(run)
+    if rank == 0:
+        told += precheck.check_vocabulary(run, prefixes)
+        told += precheck.check_export(run)
+        told += precheck.check_folders(run)
+        told += precheck.check_memory(run, world_size, is_planned=command.world_size is not None)
+    return told
 
 
 def _train(command: Command, rank: int) -> int:

@@ -138,7 +138,7 @@ launch() {
     fi
 
     # A wrong setting is said once, here, and not under a heap of torchrun's own messages.
-    WORLD_SIZE=$((num_processes * nnodes)) RANK=$node_rank "$python" -m dsv3_megatron.train "$@" --check-only || return
+    WORLD_SIZE=$((num_processes * nnodes)) RANK=$node_rank "$python" -m dsv3_megatron.train "$@" --check-only >/dev/null || return
 
     # torchrun ends with 1 whatever its workers end with: the first of them with a code of its own writes it here.
     local told

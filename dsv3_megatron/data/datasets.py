@@ -40,6 +40,7 @@ class DatasetConfig:
         eod_id: The token that ends a document; None where nothing depends on it.
         reset_position_ids: Position ids restart after an EOD.
         eod_mask_loss: Positions whose input is an EOD do not count: their label belongs to another document.
+        is_validated: Whether the run validates at all; if not, there need be no data for it.
     """
 
     seq_length: int
@@ -53,6 +54,7 @@ class DatasetConfig:
     eod_id: int | None = None
     reset_position_ids: bool = False
     eod_mask_loss: bool = False
+    is_validated: bool = True
 
     def __post_init__(self) -> None:
         if self.eod_id is None and (self.reset_position_ids or self.eod_mask_loss):
@@ -117,6 +119,7 @@ def dataset_config(run: RunConfig, span: DataSpan | None = None) -> DatasetConfi
         split=data.split,
         train_blend=blend if has_valid else None,
         valid_blend=parse_blend(data.valid_data_path, "valid_data_path") if has_valid else None,
+        is_validated=training.eval_interval > 0,
     )
     if not data.document_flags:
         return config
@@ -150,8 +153,12 @@ def parse_split(split: str) -> tuple[float, float, float]:
     return train / total, valid / total, test / total
 
 
-def _check_sizes(config: DatasetConfig) -> None:
-    """Refuse splits too small for one sample."""
+def check_sizes(config: DatasetConfig) -> None:
+    """Refuse splits too small for one sample; reads the heads of the indices.
+
+    Raises:
+        ValueError: one is, or a file is missing or damaged.
+    """
 
     def check(blend: Blend, share: tuple[float, float], purpose: str) -> None:
         for prefix in blend.prefixes:
@@ -168,11 +175,11 @@ def _check_sizes(config: DatasetConfig) -> None:
     if config.blend is not None:
         train, valid, _ = parse_split(config.split)
         check(config.blend, (0.0, train), "training")
-        if valid > 0:
+        if valid > 0 and config.is_validated:
             check(config.blend, (train, train + valid), "validation")
     if config.train_blend is not None:
         check(config.train_blend, (0.0, 1.0), "training")
-    if config.valid_blend is not None:
+    if config.valid_blend is not None and config.is_validated:
         check(config.valid_blend, (0.0, 1.0), "validation")
 
 
@@ -185,7 +192,7 @@ def build_datasets(config: DatasetConfig) -> TrainingData:
     Raises:
         ValueError: a file is missing or damaged, or there is less data than one sample needs.
     """
-    _check_sizes(config)
+    check_sizes(config)
     from dsv3_megatron.data.samples import ENDLESS, Samples
 
     def open_samples(blend: Blend, edges: tuple[float, float], purpose: str, num_samples: int | None) -> Samples:
@@ -199,6 +206,8 @@ def build_datasets(config: DatasetConfig) -> TrainingData:
         train, valid, _ = parse_split(config.split)
         train_blend, train_edges = config.blend, (0.0, train)
         valid_blend, valid_edges = config.blend if valid > 0 else None, (train, train + valid)
+    if not config.is_validated:
+        valid_blend = None
     assert train_blend is not None
     return TrainingData(
         train=open_samples(train_blend, train_edges, "training", config.num_train_samples or ENDLESS),

@@ -109,38 +109,66 @@ def test_a_wrong_setting_is_printed_by_the_first_rank_only(arguments: list[str],
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    """Prefix of a dataset of ten tokens by a tokenizer of 2,048."""
+    """Prefix of a dataset of 200 documents of 10 tokens by a tokenizer of 2,048."""
     with DatasetWriter(tmp_path / "tokens", vocab_size=2048, tokenizer_fingerprint="0123456789abcdef") as writer:
-        writer.add_documents(np.arange(10), np.array([4, 6]))
+        writer.add_documents(np.arange(2000), np.full(200, 10))
     return str(tmp_path / "tokens")
 
 
-def test_check_only_says_nothing_where_all_is_well(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-                                                   ) -> None:
-    assert train.main(["--check-only", "--data-path", data, "--save", str(tmp_path / "new" / "folder")]) == 0
+SHORT = ["--split", "50,50,0"]  # of so little data, some for validation
+
+
+def test_check_only_says_what_it_checked_a_line_each(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+                                                     ) -> None:
+    save = str(tmp_path / "new" / "folder")
+    assert train.main(["--check-only", "--data-path", data, *SHORT, "--save", save]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    *lines, memory = captured.out.splitlines()
+    assert lines == [
+        "layout: 1 process = tensor 1 x pipeline 1 x data 1, expert 1, schedule 1f1b, 4 micro-batches of 2 x 256 "
+        "tokens in a step of a replica",
+        "length: 400 steps, 819,200 tokens",
+        # 1,000 tokens are three samples of 256 and a rest: 3,200 and 128 samples are 1066.7 and 42.7 times that.
+        f"data: {data}: 100 documents, 1,000 tokens for training; the run takes 3,200 samples of 256 tokens in all, "
+        "1.07e+03 epochs of this",
+        f"validation: {data}: 100 documents, 1,000 tokens for validation; the run takes 128 samples each time, every "
+        "100 steps, 42.7 epochs of this",
+        "vocabulary: 2,048 ids of the data's tokenizer in 2,048 rows",
+        f"folders: save={save} can be written to"]
+    assert memory.startswith("memory: about 0.1 GB at the peak of the fullest process")
+
+
+def test_a_run_that_starts_says_nothing_of_what_is_well(data: str, capsys: pytest.CaptureFixture[str],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_train", lambda command, rank: 77)
+    assert train.main(["--data-path", data, *SHORT]) == 77
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
+    assert train.main(["--data-path", data, *SHORT, "--vocab-size", "8192"]) == 77
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("warning: vocabulary: more than half of the vocab_size=8192")
 
 
 def test_every_run_checks_its_tokenizer_against_the_datas(data: str, tmp_path: Path,
                                                          capsys: pytest.CaptureFixture[str],
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """Not --check-only alone; the tokenizer that made the data is let through to the training."""
-    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}}')
     monkeypatch.setattr(train, "_train", lambda command, rank: 77)
-    arguments = ["--data-path", data, "--tokenizer-model", str(tmp_path)]
+    arguments = ["--data-path", data, "--tokenizer-model", str(tmp_path), *SHORT]
     assert train.main(arguments) == 2
     mine = fingerprint(tmp_path)
     assert capsys.readouterr().err == (
         f"error: the data was made by tokenizer 0123456789ab, the run's tokenizer_model is {mine[:12]}: give the "
         "tokenizer that made the data, or preprocess again\n")
     with DatasetWriter(data, vocab_size=2048, tokenizer_fingerprint=mine, is_overwrite_allowed=True) as writer:
-        writer.add_documents(np.arange(10), np.array([4, 6]))
+        writer.add_documents(np.arange(2000), np.full(200, 10))
     assert train.main(arguments) == 77
 
 
 def test_check_only_plans_for_the_processes_it_is_told(data: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--check-only", "--data-path", data, "--expert-model-parallel-size", "2"]
+    arguments = ["--check-only", "--data-path", data, *SHORT, "--expert-model-parallel-size", "2"]
     assert train.main([*arguments, "--world-size", "2"]) == 0
     assert train.main([*arguments, "--world-size", "3"]) == 2
     assert "must divide world_size=3" in capsys.readouterr().err

@@ -1,0 +1,355 @@
+"""Whether a run will find what it needs: looked at before anything is allocated, and told a line each.
+
+What cannot work is a ConfigError; what may not, such as an estimate of memory above what there is, a warning. The rules
+of the settings among themselves are `RunConfig.validate`'s. No torch.
+
+Usage:
+    told = check_layout(run, world_size) + check_run_data(run) + check_memory(run, world_size)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dsv3_megatron.checkpoint.hf.config import model_config_to_json
+from dsv3_megatron.checkpoint.layout import check_empty, iteration_path
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.data.blend import Blend
+from dsv3_megatron.data.datasets import DatasetConfig, check_sizes, dataset_config, parse_split, sequences_between
+from dsv3_megatron.data.indexed import dataset_paths, map_index, read_header, read_sidecar
+from dsv3_megatron.data.tokenizer import count_ids, load_tokenizer
+from dsv3_megatron.parallel.layout import stage_layouts
+from dsv3_megatron.planning.memory import RankMemory, estimate_memory
+
+# Ids of one read when a dataset is searched for a token that counts.
+_IDS_READ = 1 << 22
+_GPU_QUERY = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one check says.
+
+    Attributes:
+        text: One line.
+        is_warning: Whether the run may not end well.
+    """
+
+    text: str
+    is_warning: bool = False
+
+
+def check_layout(run: RunConfig, world_size: int) -> list[Told]:
+    """How the run is split, and how long it is.
+
+    Raises:
+        ConfigError: the layers do not go onto the stages.
+    """
+    parallel, training, recipe = run.parallel, run.training, run.recipe()
+    stage_layouts(run.model, parallel)
+    replicas = parallel.data_parallel_size(world_size)
+    last = recipe.phases_to_run[-1].end
+    return [
+        Told(f"layout: {world_size} {'process' if world_size == 1 else 'processes'} = tensor "
+             f"{parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x data "
+             f"{replicas}, expert {parallel.expert_model_parallel_size}, schedule {parallel.schedule}, "
+             f"{training.num_microbatches(replicas)} micro-batches of {training.micro_batch_size} x "
+             f"{training.seq_length} tokens in a step of a replica"),
+        Told(f"length: {last.iteration:,} steps, {last.tokens:,} tokens"),
+    ]
+
+
+def check_run_data(run: RunConfig) -> list[Told]:
+    """How much data each dataset of the run has, and how often the run goes over it.
+
+    Raises:
+        ValueError: a dataset has no whole sample, or no token that counts in the loss, for what it is wanted for.
+    """
+    recipe, told = run.recipe(), []
+    for span in recipe.spans:
+        if span.first_phase >= recipe.num_phases:
+            break
+        config = dataset_config(run, span)
+        check_sizes(config)
+        training = recipe.phases[span.first_phase].training
+        name = f" of phase {recipe.phases[span.first_phase].name}" if len(recipe.spans) > 1 else ""
+        blend, edges = _training_share(config)
+        told += _check_blend(config, blend, edges, span.num_samples, f"data{name}", "training",
+                             f"{span.num_samples:,} samples of {training.seq_length} tokens in all")
+        if not training.eval_interval:
+            told.append(Told(f"validation{name}: off (eval_interval=0)"))
+            continue
+        valid = _validation_share(config)
+        if valid is None:
+            told.append(Told(f"validation{name}: none: split={config.split} leaves no documents for it"))
+            continue
+        samples = config.num_valid_samples or 0
+        told += _check_blend(config, *valid, samples, f"validation{name}", "validation",
+                             f"{samples:,} samples each time, every {training.eval_interval} steps")
+    return told
+
+
+def check_vocabulary(run: RunConfig, prefixes: Sequence[str]) -> list[Told]:
+    """The ids of tokenizer and data beside the rows of the embedding.
+
+    Raises:
+        ConfigError: the tokenizer has more ids than the model has rows.
+    """
+    rows = run.model.vocab_size
+    parts, needed = [], 0
+    if run.data.tokenizer_model:
+        needed = count_ids(load_tokenizer(run.data.tokenizer_model))
+        if needed > rows:
+            raise ConfigError(
+                f"vocab_size={rows} must hold the {needed} ids of tokenizer_model={run.data.tokenizer_model}; set "
+                f"vocab_size to at least {needed}, or use a smaller tokenizer")
+        parts.append(f"{needed:,} ids of the tokenizer")
+    sidecars = [sidecar.vocab_size for sidecar in map(read_sidecar, prefixes) if sidecar is not None]
+    if sidecars:
+        needed = max(needed, *sidecars)
+        parts.append(f"{max(sidecars):,} ids of the data's tokenizer")
+    told = [Told(f"vocabulary: {' and '.join(parts) or 'ids of the data'} in {rows:,} rows"
+                 + (f", {rows - needed:,} of them padding" if parts and rows > needed else ""))]
+    if parts and rows >= 2 * needed:
+        told.append(Told(f"vocabulary: more than half of the vocab_size={rows} rows of embedding and head belong to no "
+                         f"token; set vocab_size to {needed} or a little more", is_warning=True))
+    return told
+
+
+def check_memory(run: RunConfig, world_size: int, *, is_planned: bool = False) -> list[Told]:
+    """The estimate of the fullest process's memory beside what its device has.
+
+    Args:
+        run: A valid run.
+        world_size: Processes.
+        is_planned: It is for another machine than this one, unless there are GPUs here.
+
+    Raises:
+        ConfigError: weights, gradients and optimizer states, which are counted exactly, are more than a GPU has.
+    """
+    gpu_bytes = smallest_gpu_bytes()
+    is_cuda = gpu_bytes is not None or is_planned
+    fullest = _fullest(run, world_size, "cuda" if is_cuda else "cpu")
+    text = f"memory: about {_gb(fullest.peak_bytes)} at the peak of the fullest process"
+    if is_cuda and gpu_bytes is None:
+        return [Told(f"{text} on a GPU; there is none here to compare with")]
+    if gpu_bytes is not None:
+        if fullest.state_bytes > gpu_bytes:
+            raise ConfigError(
+                f"pipeline rank {fullest.pipeline_rank} holds {_gb(fullest.state_bytes)} of weights, gradients and "
+                f"optimizer states, more than the {_gb(gpu_bytes)} of a GPU here; split the model over more ranks, or "
+                "see what tools/plan_run.py --search finds")
+        return [_compared(text, fullest.peak_bytes, gpu_bytes, "of a GPU")]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    have = _host_bytes()
+    if have is None:
+        return [Told(f"{text}, {local} of them on this machine, whose memory is not known")]
+    return [_compared(f"{text}, {local} of them here", local * (fullest.peak_bytes + fullest.host_bytes), have,
+                      "of this machine")]
+
+
+def check_folders(run: RunConfig) -> list[Told]:
+    """Whether what the run writes can be written: by writing, since permissions do not tell (root, read-only mounts).
+
+    `save` is looked at where checkpoints are (`checkpoint.layout.check_save_directory`).
+
+    Raises:
+        ConfigError: a folder cannot be written to; names the field.
+    """
+    places = {"save": run.checkpoint.save, "tensorboard_dir": run.logging.tensorboard_dir,
+              "export_hf": run.checkpoint.export_hf, "trace_schedule": run.logging.trace_schedule}
+    given = {field: place for field, place in places.items() if place}
+    for field, place in given.items():
+        require_writable(field, place, is_file=field == "trace_schedule")
+    if not run.checkpoint.save:
+        return [Told("folders: save is not set: nothing of the model is kept"),
+                *([Told(f"folders: {_listed(given)} can be written to")] if given else [])]
+    return [Told(f"folders: {_listed(given)} can be written to")]
+
+
+def check_export(run: RunConfig) -> list[Told]:
+    """Whether the trained model can be exported where and as the run says.
+
+    Raises:
+        ConfigError: its settings have no expression in config.json, or the folder holds something already.
+    """
+    output, save = run.checkpoint.export_hf, run.checkpoint.save
+    if not output or not save:
+        return []
+    check_empty(output)
+    others = {"save": save, "load": run.checkpoint.load, "tensorboard_dir": run.logging.tensorboard_dir}
+    for field, place in others.items():
+        if place and os.path.realpath(place) == os.path.realpath(output):
+            raise ConfigError(f"export_hf={output} is the folder of {field} too, and must be one of its own")
+    recipe = run.recipe()
+    try:
+        model_config_to_json(recipe.phases_to_run[-1].model, dtype="bfloat16")
+    except ConfigError as error:
+        raise ConfigError(f"export_hf={output}: the model could not be exported: {error}; or leave export_hf "
+                          "out") from error
+    _check_unfinished(output, iteration_path(save, recipe.num_steps))
+    return [Told(f"export: the model can be written to {output} in Hugging Face's layout")]
+
+
+def require_writable(field: str, place: str, *, is_file: bool = False) -> None:
+    """Find out now whether a folder, or a file in one, can be made or written to; nothing stays behind.
+
+    Args:
+        field: The setting, for the message.
+        place: Path of the folder or file; what is missing of the folder would be made.
+        is_file: Whether it is a file.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    path = Path(os.path.abspath(place))
+    if is_file and path.is_dir():
+        raise ConfigError(f"{field}={place} is a folder; give the name of a file")
+    folder = path.parent if is_file else path
+    try:
+        while not folder.exists() and not folder.is_symlink():
+            folder = folder.parent
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.") as probe:
+            probe.write(b"0" * 4096)
+            probe.flush()
+    except OSError as error:
+        reason = f"{folder} is not a folder" if folder.exists() and not folder.is_dir() else (
+            f"{error.strerror} ({folder})")
+        raise ConfigError(f"{field}={place} cannot be written to: {reason}; choose a place that this user may write to"
+                          ) from error
+
+
+def smallest_gpu_bytes() -> int | None:
+    """Memory of the smallest GPU of this machine, as its driver says; None where there is none or it does not say."""
+    if shutil.which(_GPU_QUERY[0]) is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    try:
+        done = subprocess.run(_GPU_QUERY, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    numbers = [int(line) for line in done.stdout.split("\n") if line.strip().isdecimal()]
+    return min(numbers) * 2**20 if numbers else None
+
+
+def has_counted_token(prefix: str, share: tuple[int, int], eod_id: int) -> bool:
+    """Whether any id of a dataset's sequences [first, stop) is not the EOD, after which no token counts."""
+    header, index = read_header(prefix), map_index(prefix)
+    if share[1] <= share[0] or not header.num_tokens:
+        return False
+    size = header.dtype.itemsize
+    first = int(index.offsets_Q[share[0]]) // size
+    stop = int(index.offsets_Q[share[1] - 1]) // size + int(index.lengths_Q[share[1] - 1])
+    tokens_T = np.memmap(dataset_paths(prefix)[0], dtype=header.dtype, mode="r")
+    return any(bool((tokens_T[start:min(start + _IDS_READ, stop)] != eod_id).any())
+               for start in range(first, stop, _IDS_READ))
+
+
+def _training_share(config: DatasetConfig) -> tuple[Blend, tuple[float, float]]:
+    if config.blend is not None:
+        return config.blend, (0.0, parse_split(config.split)[0])
+    assert config.train_blend is not None
+    return config.train_blend, (0.0, 1.0)
+
+
+def _validation_share(config: DatasetConfig) -> tuple[Blend, tuple[float, float]] | None:
+    """Which documents are validated on; None for none."""
+    if config.valid_blend is not None:
+        return config.valid_blend, (0.0, 1.0)
+    if config.blend is None or not parse_split(config.split)[1]:
+        return None
+    train, valid, _ = parse_split(config.split)
+    return config.blend, (train, train + valid)
+
+
+def _check_blend(config: DatasetConfig, blend: Blend, edges: tuple[float, float], num_samples: int, title: str,
+                 purpose: str, taken: str) -> list[Told]:
+    """Documents, tokens and epochs of each dataset of a blend."""
+    shares = [sequences_between(prefix, edges) for prefix in blend.prefixes]
+    tokens = [_num_tokens(prefix, share) for prefix, share in zip(blend.prefixes, shares, strict=True)]
+    samples = [(count - 1) // config.seq_length for count in tokens]
+    for prefix, count, whole in zip(blend.prefixes, tokens, samples, strict=True):
+        if whole < 1:
+            raise ConfigError(
+                f"{prefix} has {count:,} tokens for {purpose}, fewer than one sample of seq_length + 1 = "
+                f"{config.seq_length + 1} needs: use more data, a shorter seq_length or another split"
+                + ("; or --eval-interval 0 for no validation" if purpose == "validation" else ""))
+    if config.eod_mask_loss and config.eod_id is not None and not any(
+            has_counted_token(prefix, share, config.eod_id)
+            for prefix, share in zip(blend.prefixes, shares, strict=True)):
+        raise ConfigError(
+            f"eod_mask_loss=True leaves out the token after each EOD (id {config.eod_id}), and the {purpose} data "
+            f"({', '.join(blend.prefixes)}) hold no other token to predict from: give --no-eod-mask-loss, or other "
+            "data")
+    weights = blend.weights if blend.weights is not None and len(samples) > 1 else samples
+    total = sum(weights)
+    return [Told(f"{title}: {prefix}: {share[1] - share[0]:,} documents, {count:,} tokens for {purpose}; the run takes "
+                 f"{taken}, {num_samples * weight / total / whole:.3g} epochs of this")
+            for prefix, share, count, whole, weight in zip(blend.prefixes, shares, tokens, samples, weights,
+                                                           strict=True)]
+
+
+def _num_tokens(prefix: str, share: tuple[int, int]) -> int:
+    """Tokens of a dataset's sequences [first, stop)."""
+    header = read_header(prefix)
+    if share == (0, header.num_sequences):
+        return header.num_tokens
+    return int(map_index(prefix).lengths_Q[share[0]: share[1]].sum(dtype=np.int64))
+
+
+def _fullest(run: RunConfig, world_size: int, device: str) -> RankMemory:
+    """The rank with the highest peak of any phase that is run."""
+    phases = {(phase.training.seq_length, phase.training.micro_batch_size): phase
+              for phase in run.recipe().phases_to_run}
+    return max((rank for phase in phases.values()
+                for rank in estimate_memory(run.in_phase(phase), world_size, device=device)),
+               key=lambda rank: rank.peak_bytes)
+
+
+def _compared(text: str, needed: int, have: int, whose: str) -> Told:
+    if needed <= have:
+        return Told(f"{text}: {_gb(needed)} of the {_gb(have)} {whose}")
+    return Told(f"{text}: {_gb(needed)}, more than the {_gb(have)} {whose}: it may not fit; tools/plan_run.py says "
+                "which settings would lower it", is_warning=True)
+
+
+def _host_bytes() -> int | None:
+    """Memory of this machine, or of the control group that this process is in where that is less."""
+    try:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else ""
+    return min(have, int(text)) if text.isdecimal() else have
+
+
+def _check_unfinished(output: str, checkpoint: Path) -> None:
+    """Refuse the rest of another conversion, beside which this one could not begin."""
+    record = Path(os.path.abspath(output) + ".partial") / "conversion.json"
+    if not record.is_file():
+        return
+    try:
+        source = json.loads(record.read_text(encoding="utf-8")).get("input")
+    except (ValueError, AttributeError, OSError):
+        source = None
+    if source != str(checkpoint.resolve()):
+        raise ConfigError(f"export_hf={output}: {record.parent} holds another conversion that was not finished (of "
+                          f"{source}); remove it, or choose another folder")
+
+
+def _listed(places: dict[str, str]) -> str:
+    return ", ".join(f"{field}={place}" for field, place in places.items())
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
