@@ -30,7 +30,7 @@ class RouterOptions:
     Attributes:
         balance_loss_coeff: alpha of the sequence-wise balance loss.
         group_score_topk: Best experts summed to a group's score; None: top-k / groups kept.
-        group_mask: "exclude" or "zero", see `select_experts`.
+        group_mask: "exclude" or "zero", see `choose_experts`.
     """
 
     balance_loss_coeff: float = 0.0
@@ -57,19 +57,18 @@ class _AttachLoss(torch.autograd.Function):
         return grads[0], torch.ones((), dtype=ctx.loss_dtype, device=grads[0].device)
 
 
-def select_experts(
-    scores_TE: torch.Tensor, bias_E: torch.Tensor, *, top_k: int, num_groups: int, group_top_k: int, route_scale: float,
+def choose_experts(
+    scores_TE: torch.Tensor, bias_E: torch.Tensor, *, top_k: int, num_groups: int, group_top_k: int,
     group_score_topk: int | None = None, group_mask: str = "exclude",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose each token's experts; the bias affects the choice, not the weight.
+) -> torch.Tensor:
+    """Choose each token's experts by their biased affinities, from its best groups.
 
     Args:
-        scores_TE: fp32 sigmoid affinities in (0, 1).
-        bias_E: fp32 balancing bias, no gradient.
+        scores_TE: fp32 affinities in (0, 1).
+        bias_E: fp32 balancing bias.
         top_k: Experts per token, 1..E.
         num_groups: Groups of experts; 1: no node limit.
         group_top_k: Groups a token may go to.
-        route_scale: Dimensionless gate multiplier.
         group_score_topk: Biased affinities, a group's best, that are summed to its score. None: top_k / group_top_k,
             at least 1, as in the report; Transformers and DeepSeek's code always sum 2, which is V3's 8 / 4.
         group_mask: "exclude" keeps the experts of other groups out whatever their affinity, as DeepSeek's code and
@@ -77,10 +76,9 @@ def select_experts(
             45441 of 2026: where a kept group's is negative they are chosen before it, and the node limit is broken.
 
     Returns:
-        gates_TK: fp32; each row sums to route_scale.
-        expert_ids_TK: int64, global ids, best biased affinity first.
+        expert_ids_TK: int64, global ids, best biased affinity first; without gradient.
 
-    Source: DeepSeek-V3 report, section 2.1.2, eq. 12-16; biased group scores as in the published code.
+    Source: DeepSeek-V3 report, section 2.1.2, eq. 14 and 16; biased group scores as in the published code.
     """
     with torch.no_grad():
         biased_TE = scores_TE + bias_E
@@ -92,10 +90,44 @@ def select_experts(
             dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, kept_ids, False)
             fill = {"exclude": float("-inf"), "zero": 0.0}[group_mask]
             biased_TGE.masked_fill_(dropped_TG.unsqueeze(-1), fill)
-        expert_ids_TK = biased_TE.topk(top_k, dim=-1).indices
+        return biased_TE.topk(top_k, dim=-1).indices
+
+
+def weigh_experts(scores_TE: torch.Tensor, expert_ids_TK: torch.Tensor, route_scale: float) -> torch.Tensor:
+    """Weights of the chosen experts: their affinities, without bias, divided by their sum.
+
+    Args:
+        scores_TE: fp32 affinities in (0, 1).
+        expert_ids_TK: int64, the chosen experts.
+        route_scale: Dimensionless gate multiplier.
+
+    Returns:
+        gates_TK: fp32; each row sums to route_scale.
+
+    Source: DeepSeek-V3 report, section 2.1.2, eq. 13.
+    """
     chosen_TK = scores_TE.gather(1, expert_ids_TK)
-    gates_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * route_scale
-    return gates_TK, expert_ids_TK
+    return chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * route_scale
+
+
+def select_experts(scores_TE: torch.Tensor, bias_E: torch.Tensor, *, route_scale: float, **choice: Any
+                   ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose each token's experts and weigh them; the bias affects the choice, not the weight.
+
+    Args:
+        scores_TE: fp32 affinities in (0, 1).
+        bias_E: fp32 balancing bias, no gradient.
+        route_scale: Dimensionless gate multiplier.
+        choice: Settings of `choose_experts`.
+
+    Returns:
+        gates_TK: fp32; each row sums to route_scale.
+        expert_ids_TK: int64, global ids, best biased affinity first.
+
+    Source: DeepSeek-V3 report, section 2.1.2, eq. 12-16.
+    """
+    expert_ids_TK = choose_experts(scores_TE, bias_E, **choice)
+    return weigh_experts(scores_TE, expert_ids_TK, route_scale), expert_ids_TK
 
 
 class DeepSeekRouter(MegatronModule):
@@ -165,7 +197,7 @@ class DeepSeekRouter(MegatronModule):
         return probs_TE, routing_map_TE
 
     def choose(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Affinities of tokens to all experts, and the choice by `select_experts`.
+        """Affinities of tokens to all experts, and the choice by `choose_experts`.
 
         Returns:
             scores_TE: fp32 (fp64 for fp64 x), in (0, 1).
@@ -180,13 +212,22 @@ class DeepSeekRouter(MegatronModule):
         return scores_TE, *self.select(scores_TE)
 
     def select(self, scores_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """gates_TK and ids_TK of affinities, by `select_experts`."""
+        """gates_TK and ids_TK of affinities: the choice and its weights."""
+        ids_TK = self.best_experts(scores_TE)
+        return weigh_experts(scores_TE, ids_TK, self.config.moe_router_topk_scaling_factor or 1.0), ids_TK
+
+    def best_experts(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        """ids_TK: the experts that tokens go to, by `choose_experts`."""
         config = self.config
-        return select_experts(
+        return choose_experts(
             scores_TE, self.expert_bias.float(), top_k=config.moe_router_topk,
             num_groups=config.moe_router_num_groups or 1, group_top_k=config.moe_router_group_topk or 1,
-            route_scale=config.moe_router_topk_scaling_factor or 1.0,
             group_score_topk=self.options.group_score_topk, group_mask=self.options.group_mask)
+
+    def best_unbiased(self, scores_sBE: torch.Tensor) -> torch.Tensor:
+        """ids_sBK: the experts that the balance loss counts, without bias and group limit; no gradient."""
+        with torch.no_grad():
+            return scores_sBE.topk(self.config.moe_router_topk, dim=-1).indices
 
     def _balance_loss(self, scores_sBE: torch.Tensor) -> torch.Tensor:
         """Sum over the micro-batch's sequences of alpha * sum_i f_i P_i; this rank's tokens' part of P.
@@ -197,8 +238,7 @@ class DeepSeekRouter(MegatronModule):
         config = self.config
         total_length = scores_sBE.shape[0] * self.tp_group.size()
         with torch.no_grad():
-            ids_sBK = scores_sBE.topk(config.moe_router_topk, dim=-1).indices
-            chosen_BE = torch.zeros_like(scores_sBE).scatter_(-1, ids_sBK, 1.0).sum(0)
+            chosen_BE = torch.zeros_like(scores_sBE).scatter_(-1, self.best_unbiased(scores_sBE), 1.0).sum(0)
             if self.tp_group.size() > 1:
                 torch.distributed.all_reduce(chosen_BE, group=self.tp_group)
             fraction_BE = chosen_BE * (config.num_moe_experts / (config.moe_router_topk * total_length))

@@ -12,6 +12,7 @@ import torch
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.evaluate import Request, make_plan
 from dsv3_megatron.evaluator import Evaluation, Evaluator
+from tests.routing import Notes, Routing
 
 # fp32 on both sides: sums in another order.
 TOLERANCE = 1e-5
@@ -29,13 +30,21 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def evaluate(requests: list[Request]) -> list[Evaluation]:
     """This rank's share of one evaluation after another."""
+    return [found for found, _ in evaluate_noted(requests)]
+
+
+def evaluate_noted(requests: list[Request], given: Notes | None = None) -> list[tuple[Evaluation, Notes]]:
+    """Likewise, and the routing of each; with the choices of experts in `given`."""
     from megatron.core import parallel_state
 
     found = []
     for request in requests:
         plan = make_plan(request, torch.distributed.get_world_size())
         evaluator = Evaluator(plan.run, plan.load, eod_id=plan.eod_id)
-        found.append(evaluator.evaluate(plan.rows, logprobs=plan.logprobs))
+        routing = Routing(given)
+        routing.begin("evaluation 1")
+        with routing.watched():
+            found.append((evaluator.evaluate(plan.rows, logprobs=plan.logprobs), routing.notes))
         parallel_state.destroy_model_parallel()
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ class Training:
         copies = replicas(self.run.parallel, self.groups)
         tokens = torch.randint(0, self.run.model.vocab_size, (GLOBAL_BATCH, SEQ_LENGTH + 1),
                                generator=torch.Generator().manual_seed(number))
-        batches = [map(_batch, tokens.chunk(size)[rank]) for rank, size in copies]
+        numbered = list(enumerate(tokens, start=number * GLOBAL_BATCH))
+        batches = [starmap(_batch, numbered[rank * GLOBAL_BATCH // size:(rank + 1) * GLOBAL_BATCH // size])
+                   for rank, size in copies]
         several = len(self.chunks) > 1
         outputs = self.forward_backward(
             forward_step_func=ForwardStep(next, self.run.data, _loss), data_iterator=batches if several else batches[0],
@@ -165,9 +168,9 @@ def differences(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tenso
         if expected[name].dtype != actual[name].dtype or not torch.equal(expected[name], actual[name])]
 
 
-def _batch(tokens: torch.Tensor) -> Batch:
+def _batch(sample: int, tokens: torch.Tensor) -> Batch:
     return Batch(tokens[None, :-1], tokens[None, 1:], torch.ones(1, SEQ_LENGTH), torch.arange(SEQ_LENGTH)[None],
-                 torch.zeros(1, dtype=torch.int64))
+                 torch.tensor([sample]))
 
 
 def _loss(_batch: Batch, losses: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:

@@ -26,7 +26,9 @@ from dsv3_megatron.checkpoint.layout import (
 )
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
 from tests.distributed.launch import RankError, run_ranks
+from tests.distributed.noted_runs import noted_steps
 from tests.distributed.small_run import GLOBAL_BATCH, SEQ_LENGTH, Training, differences, merge, small_run, start
+from tests.routing import Notes, compare_routing, merge_notes
 
 pytestmark = pytest.mark.distributed
 
@@ -63,8 +65,12 @@ def load(training: Training, directory: Path) -> Progress:
                            average=training.average)
 
 
-def continue_run(changes: dict[str, Any], source: Path | None, target: Path | None, extra_steps: int) -> dict[str, Any]:
-    """Train two steps or load, save, then train on; the state at the save, and losses and state after it."""
+def continue_run(changes: dict[str, Any], source: Path | None, target: Path | None, extra_steps: int,
+                 given: Notes | None = None) -> dict[str, Any]:
+    """Train two steps or load, save, then train on; the state at the save, and losses, routing and state after it.
+
+    The steps after the save take the choices of experts in `given`, if there are any.
+    """
     training = start(small_run(**changes))
     if source is None:
         for number in range(2):
@@ -79,7 +85,7 @@ def continue_run(changes: dict[str, Any], source: Path | None, target: Path | No
     if target is not None:
         save(training, target, iteration)
     result["draw"] = torch.rand(3)
-    result["losses"] = [training.step(iteration + extra) for extra in range(extra_steps)]
+    result["losses"], result["notes"] = noted_steps(training, range(iteration, iteration + extra_steps), given)
     result["after"] = training.whole_state()
     return result
 
@@ -87,14 +93,16 @@ def continue_run(changes: dict[str, Any], source: Path | None, target: Path | No
 def test_resharding_keeps_every_bit(tmp_path):
     expected: dict[str, torch.Tensor] = {}
     loss = float("nan")
+    notes: Notes = {}
     source = None
     for number, (name, ranks, changes) in enumerate(CHAIN):
         target = tmp_path / str(number)
         steps = 0 if "ETP" in name else 1
-        results = run_ranks(ranks, continue_run, {**changes, **RECIPE}, source, target, steps)
+        results = run_ranks(ranks, continue_run, {**changes, **RECIPE}, source, target, steps, notes)
         state = merge([result["saved"] for result in results])
         if not expected:
             expected, loss = state, results[0]["losses"][0]
+            notes = merge_notes([result["notes"] for result in results])
             kinds = {key.split(":")[0] for key in state}
             assert kinds == {"weight", "param", "exp_avg", "exp_avg_sq", "average", "bias"}
             assert {tensor.dtype for key, tensor in state.items() if key.startswith("exp_avg")} == {torch.bfloat16}
@@ -102,6 +110,9 @@ def test_resharding_keeps_every_bit(tmp_path):
             assert any(state[key].any() for key in state if key.startswith("bias:"))
         assert not differences(expected, state), f"{name} differs in {differences(expected, state)[:5]}"
         merge([result["after"] for result in results])  # replicas, and DualPipe's copies, stay equal
+        if steps:
+            compare_routing(notes, merge_notes([result["notes"] for result in results]), rounding=FP32_ROUNDING,
+                            common_steps=2)
         for result in results:
             assert result["losses"] == pytest.approx([loss] * steps, rel=FP32_ROUNDING), name
         source = target

@@ -15,7 +15,15 @@ from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.evaluate import Request
 from dsv3_megatron.evaluator import Evaluation
-from tests.distributed.evaluations import LAYOUTS, TOLERANCE, arguments_of, evaluate, request_for, validation
+from tests.distributed.evaluations import (
+    LAYOUTS,
+    TOLERANCE,
+    arguments_of,
+    evaluate,
+    evaluate_noted,
+    request_for,
+    validation,
+)
 from tests.distributed.launch import RankError, run_ranks
 from tests.distributed.small_run import SEQ_LENGTH, small_run
 from tests.hugging_face import config_json, published_weights, write_checkpoint
@@ -23,11 +31,14 @@ from tests.parity.architectures import YARN
 from tests.parity.compare import relative_error
 from tests.reference import losses
 from tests.reference_weights import Architecture, weight_shapes
+from tests.routing import Notes, compare_routing, merge_notes
 from tests.transformers_model import huggingface_model
 
 pytestmark = pytest.mark.distributed
 
 NUM_WINDOWS = 12
+# Affinities, in 0..1, of one forward pass in fp32.
+SCORE_ROUNDING = 2e-6
 
 
 # -- a checkpoint of a run -----------------------------------------------------------------------------
@@ -68,26 +79,29 @@ def test_windows_of_another_length_score_every_token(trained: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def in_one_process(trained: Path) -> tuple[Evaluation, np.ndarray]:
-    (found,) = run_ranks(1, evaluate, [request_for("single", trained, "run")])[0]
-    return found, np.load(trained / "run-single.npy")
+def in_one_process(trained: Path) -> tuple[Evaluation, np.ndarray, Notes]:
+    """What was found, log-probabilities and routing."""
+    ((found, notes),) = run_ranks(1, evaluate_noted, [request_for("single", trained, "run")])[0]
+    return found, np.load(trained / "run-single.npy"), notes
 
 
-def test_loss_is_the_mean_of_the_log_probabilities(in_one_process: tuple[Evaluation, np.ndarray]) -> None:
-    found, logprobs = in_one_process
+def test_loss_is_the_mean_of_the_log_probabilities(in_one_process: tuple[Evaluation, np.ndarray, Notes]) -> None:
+    found, logprobs, _ = in_one_process
     assert logprobs.shape == (7, 11) and logprobs.dtype == np.float32 and (logprobs < 0).all()
     assert found.loss == pytest.approx(-logprobs.mean(dtype=np.float64), rel=1e-6)
     assert (found.tokens, found.rows) == (77, 7)
 
 
-def test_every_layout_gives_the_same(trained: Path, in_one_process: tuple[Evaluation, np.ndarray]) -> None:
+def test_every_layout_gives_the_same(trained: Path, in_one_process: tuple[Evaluation, np.ndarray, Notes]) -> None:
     """Rows of 11 are padded under TP2, and seven rows do not fill a step of two replicas."""
     requests = [request_for(name, trained, "run", micro_batch_size=size)
                 for name, size in zip(LAYOUTS, (1, 2, 1, 1, 1, 3, 2, 1), strict=True)]
-    ranks = run_ranks(2, evaluate, requests)
-    assert ranks[0] == ranks[1], "every rank has the result"
-    expected, logprobs = in_one_process
-    for name, found in zip(LAYOUTS, ranks[0], strict=True):
+    expected, logprobs, notes = in_one_process
+    ranks = [dict(zip(LAYOUTS, rank, strict=True)) for rank in run_ranks(2, evaluate_noted, requests, notes)]
+    for name in LAYOUTS:
+        found = ranks[0][name][0]
+        assert found == ranks[1][name][0], "every rank has the result"
+        compare_routing(notes, merge_notes([rank[name][1] for rank in ranks]), rounding=SCORE_ROUNDING)
         actual = np.load(trained / f"run-{name}.npy")
         assert relative_error(torch.from_numpy(actual), torch.from_numpy(logprobs)) <= TOLERANCE, name
         assert found.loss == pytest.approx(expected.loss, rel=1e-6), name
@@ -95,7 +109,7 @@ def test_every_layout_gives_the_same(trained: Path, in_one_process: tuple[Evalua
     assert not list(trained.glob("*.partial"))
 
 
-def test_the_command_under_torchrun(trained: Path, in_one_process: tuple[Evaluation, np.ndarray]) -> None:
+def test_the_command_under_torchrun(trained: Path, in_one_process: tuple[Evaluation, np.ndarray, Notes]) -> None:
     """The result on the first rank's stdout and nothing else, on none of the others'."""
     first, second = run_ranks(2, "tools.evaluate", "--load", trained / "run", "--tokens", trained / "ids.npy", "--json",
                               "--precision", "fp32", "--pipeline-model-parallel-size", 2)

@@ -9,19 +9,25 @@ from typing import Any
 import pytest
 
 from dsv3_megatron.schedule.draw import read_trace
-from tests.distributed.launch import run_ranks
-from tests.distributed.test_trainer import MODEL, data, from_step_10, steps  # noqa: F401 - a fixture
+from tests.distributed.test_trainer import (  # noqa: F401 - a fixture
+    SCORE_ROUNDING,
+    data,
+    from_step_10,
+    steps,
+    train_noted,
+)
+from tests.routing import compare_routing, in_steps, read_notes
 
 pytestmark = pytest.mark.distributed
 
 PP2 = ["--pipeline-model-parallel-size", "2", "--num-layers", "4", "--eval-interval", "5", "--eval-iters", "1"]
-# fp32 sums in another order, grown over the steps; largest seen 1e-6.
+# fp32 sums in another order, grown over the steps, with equal choices of experts; largest seen 1e-6.
 TOLERANCE = 2e-5
 
 
-def train(data: list[str], *arguments: str, num_ranks: int = 2) -> None:  # noqa: F811
-    validated = [*data[:-1], "90,10,0"]
-    run_ranks(num_ranks, "dsv3_megatron.train", *MODEL, *validated, *PP2, *arguments, timeout_s=180)
+def train(data: list[str], folder: Path, *arguments: str, given: Path | None = None) -> None:  # noqa: F811
+    """Two ranks, with logs and notes of their routing in `folder`, and choices as noted in `given`."""
+    train_noted(2, folder, given, *data[:-1], "90,10,0", *PP2, *arguments)
 
 
 def validations(folder: Path) -> dict[int, float]:
@@ -33,8 +39,8 @@ def validations(folder: Path) -> dict[int, float]:
 def plain(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """15 steps of 1F1B, saved at 10."""
     folder = tmp_path_factory.mktemp("plain")
-    train(data, "--train-iters", "15", "--save", str(folder / "checkpoints"), "--save-interval", "10", "--keep-last",
-          "0", "--tensorboard-dir", str(folder / "logs"))
+    train(data, folder, "--train-iters", "15", "--save", str(folder / "checkpoints"), "--save-interval", "10",
+          "--keep-last", "0")
     return folder
 
 
@@ -43,19 +49,22 @@ def test_another_schedule_learns_the_same(plain: Path, data: list[str], tmp_path
                                           schedule: str) -> None:
     """From the start; the trace of it is there."""
     trace = tmp_path / "trace.json"
-    train(data, "--train-iters", "15", "--pipeline-schedule", schedule, "--tensorboard-dir", str(tmp_path / "logs"),
-          "--trace-schedule", str(trace))
+    train(data, tmp_path, "--train-iters", "15", "--pipeline-schedule", schedule, "--trace-schedule", str(trace),
+          given=plain)
     compare(plain, tmp_path, range(1, 16))
     assert read_trace(trace)[0].schedule == schedule
 
 
 def test_dualpipev_goes_on_from_1f1b(plain: Path, data: list[str], tmp_path: Path) -> None:  # noqa: F811
-    train(data, "--train-iters", "15", "--pipeline-schedule", "dualpipev", "--tensorboard-dir",
-          str(tmp_path / "logs"), *from_step_10(plain, tmp_path / "ten"))
+    train(data, tmp_path, "--train-iters", "15", "--pipeline-schedule", "dualpipev",
+          *from_step_10(plain, tmp_path / "ten"), given=plain)
     compare(plain, tmp_path, range(11, 16))
 
 
 def compare(plain: Path, folder: Path, iterations: range) -> None:
+    """Routing first: a run with a fault may have it there."""
+    compare_routing(in_steps(read_notes(plain / "routing"), iterations), read_notes(folder / "routing"),
+                    rounding=SCORE_ROUNDING, common_steps=iterations.start - 1)
     expected, found = steps(plain / "logs"), steps(folder / "logs")
     assert sorted(found) == list(iterations)
     for iteration in iterations:

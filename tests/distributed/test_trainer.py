@@ -20,6 +20,7 @@ from dsv3_megatron.metrics.gradients import COMPONENTS
 from dsv3_megatron.metrics.instruments import PHASES
 from dsv3_megatron.metrics.tags import TAGS
 from tests.distributed.launch import ROOT, run_ranks
+from tests.routing import compare_routing, in_steps, read_notes
 
 pytestmark = pytest.mark.distributed
 
@@ -31,6 +32,8 @@ MODEL = (
     f"--vocab-size {VOCAB} --seq-length 16 --micro-batch-size 1 --global-batch-size 4 --lr 3e-3 --min-lr 3e-4 "
     "--lr-warmup-iters 5 --lr-decay-iters 20 --precision fp32 --eval-interval 0 --log-interval 1 "
     "--moe-router-bias-update-rate 0.01 --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 --ema-decay 0.9").split()
+# Affinities, in 0..1, of fp32 runs whose sums differ in order, for each optimizer step; largest seen 3e-6 a step.
+SCORE_ROUNDING = 2e-5
 PP2_EP2 = ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2"]
 
 
@@ -56,12 +59,18 @@ def train(num_ranks: int, *arguments: str) -> None:
     run_ranks(num_ranks, "dsv3_megatron.train", *MODEL, *arguments, timeout_s=180)
 
 
+def train_noted(num_ranks: int, folder: Path, given: Path | None, *arguments: str) -> None:
+    """Train with logs, and notes of the routing, in `folder`; with the choices of experts that are noted in `given`."""
+    run_ranks(num_ranks, "tests.routing", str(folder / "routing"), str(given / "routing") if given else "-", *MODEL,
+              *arguments, "--tensorboard-dir", str(folder / "logs"), timeout_s=180)
+
+
 @pytest.fixture(scope="module")
 def twenty_steps(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the logs and the checkpoints at 10 and 20 of an uninterrupted PP2 x EP2 run."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    train(4, *data, *PP2_EP2, "--train-iters", "20", "--save", str(folder / "checkpoints"), "--save-interval", "10",
-          "--keep-last", "0", "--tensorboard-dir", str(folder / "logs"))
+    train_noted(4, folder, None, *data, *PP2_EP2, "--train-iters", "20", "--save", str(folder / "checkpoints"),
+                "--save-interval", "10", "--keep-last", "0")
     return folder
 
 
@@ -137,8 +146,10 @@ def load_tensors(folder: Path) -> dict[str, str]:
 def test_another_layout_goes_on_with_equal_losses(
     twenty_steps: Path, data: list[str], tmp_path: Path, num_ranks: int, layout: list[str]
 ) -> None:
-    train(num_ranks, *data, *layout, "--train-iters", "13", *from_step_10(twenty_steps, tmp_path / "ten"),
-          "--tensorboard-dir", str(tmp_path / "logs"))
+    train_noted(num_ranks, tmp_path, twenty_steps, *data, *layout, "--train-iters", "13",
+                *from_step_10(twenty_steps, tmp_path / "ten"))
+    compare_routing(in_steps(read_notes(twenty_steps / "routing"), range(11, 14)), read_notes(tmp_path / "routing"),
+                    rounding=SCORE_ROUNDING, common_steps=10)
     whole, resumed = steps(twenty_steps / "logs"), steps(tmp_path / "logs")
     # fp32 sums in another order; two more optimizer steps let the difference grow a little.
     for iteration, tolerance in ((11, 2e-6), (12, 1e-5), (13, 5e-5)):
@@ -158,14 +169,17 @@ def test_isolated_documents_resume_bit_for_bit(tmp_path: Path) -> None:
                  "--reset-position-ids", "--eod-mask-loss", "--micro-batch-size", "2", "--train-iters", "4"]
     pp2 = ["--pipeline-model-parallel-size", "2"]
 
-    def records(name: str, num_ranks: int, *more: str) -> dict[int, dict]:
-        train(num_ranks, *arguments, *more, "--tensorboard-dir", str(tmp_path / name))
-        return steps(tmp_path / name)
+    def records(name: str, num_ranks: int, given: Path | None, *more: str) -> dict[int, dict]:
+        train_noted(num_ranks, tmp_path / name, given, *arguments, *more)
+        return steps(tmp_path / name / "logs")
 
-    whole = records("whole", 2, *pp2, "--save", str(tmp_path / "saved"), "--save-interval", "2", "--keep-last", "0")
+    whole = records("whole", 2, None, *pp2, "--save", str(tmp_path / "saved"), "--save-interval", "2", "--keep-last",
+                    "0")
     (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("2")
-    resumed = records("resumed", 2, *pp2, "--load", str(tmp_path / "saved"))
-    alone = records("alone", 1, "--load", str(tmp_path / "saved"))
+    resumed = records("resumed", 2, None, *pp2, "--load", str(tmp_path / "saved"))
+    alone = records("alone", 1, tmp_path / "whole", "--load", str(tmp_path / "saved"))
+    compare_routing(in_steps(read_notes(tmp_path / "whole" / "routing"), range(3, 5)),
+                    read_notes(tmp_path / "alone" / "routing"), rounding=SCORE_ROUNDING, common_steps=2)
     assert sorted(whole) == [1, 2, 3, 4] and sorted(resumed) == sorted(alone) == [3, 4]
     for iteration in (3, 4):
         for name in ("lm_loss", "mtp_losses", "balance_loss", "grad_norm", "consumed_samples"):

@@ -37,10 +37,10 @@ from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint  # n
 from dsv3_megatron.config.parallel import ParallelConfig  # noqa: E402
 from dsv3_megatron.config.presets import preset  # noqa: E402
 from dsv3_megatron.config.run import RunConfig  # noqa: E402
-from dsv3_megatron.model import router as router_module  # noqa: E402
 from dsv3_megatron.model.build import build_stages  # noqa: E402
 from dsv3_megatron.model.init import parameter_seed  # noqa: E402
 from dsv3_megatron.model.parameters import WholeParameter, whole_parameters  # noqa: E402
+from dsv3_megatron.model.router import DeepSeekRouter  # noqa: E402
 from dsv3_megatron.optim.router_bias import routers  # noqa: E402
 from dsv3_megatron.parallel.groups import create_groups, start_process_group  # noqa: E402
 from dsv3_megatron.trainer import Trainer  # noqa: E402
@@ -92,12 +92,13 @@ def model_step(run: RunConfig, choices_TK: list[torch.Tensor] | None = None) -> 
         tokens_BS = torch.randint(0, run.model.vocab_size, (BATCH, run.training.seq_length + 1),
                                   generator=torch.Generator().manual_seed(1)).to(device)
         made_TK: list[torch.Tensor] = []
-        with mock.patch.object(router_module, "select_experts", _choosing(made_TK, choices_TK)):
+        with mock.patch.object(DeepSeekRouter, "best_experts", _choosing(made_TK, choices_TK)):
             losses = stage(input_ids=tokens_BS[:, :-1], attention_mask=None, labels=tokens_BS[:, 1:],
                            position_ids=torch.arange(run.training.seq_length, device=device).expand(BATCH, -1))
             main = losses.main_BS.sum()
             mtp = sum((losses_BS.sum() for losses_BS in losses.mtp_BS), start=torch.zeros((), device=device))
             (main + run.training.mtp_loss_scaling_factor * mtp).backward()
+        assert len(made_TK) == len(list(routers([stage], run.model.num_layers))), "each router chose once"
         num_tokens = losses.main_BS.numel()
         return ModelStep(main.item() / num_tokens, mtp.item() / num_tokens, _gradients(stage, groups), made_TK)
 
@@ -127,19 +128,15 @@ def _gradients(stage: torch.nn.Module, groups: Any) -> dict[str, torch.Tensor]:
 
 
 def _choosing(made_TK: list[torch.Tensor], given_TK: list[torch.Tensor] | None) -> Callable[..., Any]:
-    """`select_experts` that notes its choices, and gates the given ones where there are any."""
-    choose = router_module.select_experts
+    """The routers' choice, noted, and replaced by the given one where there are any."""
+    own = DeepSeekRouter.best_experts
 
-    def select(scores_TE: torch.Tensor, bias_E: torch.Tensor, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        gates_TK, ids_TK = choose(scores_TE, bias_E, **settings)
-        made_TK.append(ids_TK.cpu())
-        if given_TK is None:
-            return gates_TK, ids_TK
-        ids_TK = given_TK[len(made_TK) - 1].to(scores_TE.device)
-        chosen_TK = scores_TE.gather(1, ids_TK)
-        return chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * settings["route_scale"], ids_TK
+    def choose(router: DeepSeekRouter, scores_TE: torch.Tensor) -> torch.Tensor:
+        made_TK.append(own(router, scores_TE).cpu())
+        taken_TK = made_TK[-1] if given_TK is None else given_TK[len(made_TK) - 1]
+        return taken_TK.to(scores_TE.device)
 
-    return select
+    return choose
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
