@@ -29,6 +29,7 @@ from dsv3_megatron.config.training import (
 from dsv3_megatron.data.blend import without_suffix
 from dsv3_megatron.data.document_ends import named_eod_id, resolve_eod_id
 from dsv3_megatron.data.rows import Rows, open_token_array, open_windows
+from dsv3_megatron.data.text_form import form_of_dataset
 from dsv3_megatron.data.tokenizer import fingerprint
 from dsv3_megatron.train import EXIT_CONFIG, run_rank
 
@@ -146,6 +147,7 @@ def make_plan(request: Request, world_size: int) -> _Plan:
     checkpoint.model.validate()
     rows, length = _open_rows(request, checkpoint)
     data, eod_id, documents = _open_documents(request, checkpoint)
+    documents += _other_form(request, checkpoint)
     require_document_attention(data, request.transformer_impl)
     if request.logprobs is not None:
         require_output_file("logprobs", request.logprobs)
@@ -271,6 +273,14 @@ def _documents_line(data: DataConfig, eod_id: int | None, checkpoint: OpenedChec
     if on == trained:
         return f"{line}, as in training"
     return f"{line}; trained with {' and '.join(trained)}" if trained else f"{line}; trained packed"
+
+
+def _other_form(request: Request, checkpoint: OpenedCheckpoint) -> str:
+    """What to add to the line on documents where the dataset's begin or end otherwise than those of training."""
+    here = form_of_dataset(without_suffix(request.data_path)) if request.data_path is not None else None
+    if here is None or checkpoint.form is None or here == checkpoint.form:
+        return ""
+    return f"; texts here {here}, those of training {checkpoint.form}"
 
 
 def as_text(result: Evaluation) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from dsv3_megatron.checkpoint.hf.directory import CONFIG
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
 from dsv3_megatron.checkpoint.layout import TRACKER, CheckpointError, check_architecture, read_manifest
+from dsv3_megatron.checkpoint.text_files import read_form
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
@@ -26,6 +27,7 @@ from dsv3_megatron.config.training import (
 )
 from dsv3_megatron.data.blend import parse_blend
 from dsv3_megatron.data.special_tokens import TOKENIZER
+from dsv3_megatron.data.text_form import TextForm, form_of_dataset
 from dsv3_megatron.data.tokenizer import has_tokenizer
 
 # Of a checkpoint that does not say what it was trained with.
@@ -45,6 +47,7 @@ class OpenedCheckpoint:
         switches: Document switches that it was trained with; None if it does not say.
         tokenizer_model: A tokenizer that is there.
         prefixes: Datasets that it was trained on, which may not be there.
+        form: How the texts began and ended that it was trained on; None if nothing says it.
     """
 
     model: ModelConfig
@@ -55,6 +58,7 @@ class OpenedCheckpoint:
     switches: tuple[str, ...] | None = None
     tokenizer_model: str | None = None
     prefixes: tuple[str, ...] = ()
+    form: TextForm | None = None
 
 
 def open_checkpoint(load: str) -> OpenedCheckpoint:
@@ -84,12 +88,13 @@ def _open_own(load: str) -> OpenedCheckpoint:
                       CheckpointConfig(), LoggingConfig())
     check_architecture(load, empty)  # a field that this version does not know
     data = manifest.run.get("data", {})
+    prefixes = parse_blend(data["data_path"]).prefixes if data.get("data_path") else ()
     tokenizer, carried = data.get("tokenizer_model"), manifest.path / f"{FILE_PREFIX}{TOKENIZER}"
     return OpenedCheckpoint(
         model, manifest.run["preset"], manifest.run["training"]["seq_length"], manifest.precision,
         switches=tuple(name for name in DOCUMENT_SWITCHES if data.get(name)),
         tokenizer_model=next((path for path in (str(carried), tokenizer) if path and has_tokenizer(path)), None),
-        prefixes=parse_blend(data["data_path"]).prefixes if data.get("data_path") else ())
+        prefixes=prefixes, form=read_form(manifest.path) or (form_of_dataset(prefixes[0]) if prefixes else None))
 
 
 def _open_hugging_face(load: str) -> OpenedCheckpoint:

@@ -22,8 +22,8 @@ from dsv3_megatron.checkpoint.layout import TRACKER, read_manifest
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.blend import parse_blend
-from dsv3_megatron.data.indexed import read_sidecar
 from dsv3_megatron.data.special_tokens import GENERATION_CONFIG, TOKENIZER, read_stop_ids
+from dsv3_megatron.data.text_form import TextForm, common_form
 from dsv3_megatron.data.tokenizer import has_tokenizer, tokenizer_file
 
 FORM = "text_form.json"
@@ -31,19 +31,6 @@ _SPECIAL_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 # Files of text by the beginnings of their names; the rest of what a Hugging Face folder carries is about its weights.
 _TEXT_NAMES = ("tokenizer", "tokenization_", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template",
                "tiktoken", "generation_config", "tekken")
-
-
-@dataclass(frozen=True)
-class TextForm:
-    """How the texts of a dataset begin and end, beside the end-of-document token.
-
-    Attributes:
-        begin_ids: Ids before every text.
-        end_ids: Ids behind every text.
-    """
-
-    begin_ids: tuple[int, ...] = ()
-    end_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,18 +82,6 @@ def read_form(folder: Path) -> TextForm | None:
         raise ValueError(f"{file} is damaged: {error}; it holds begin_ids and end_ids, two lists of ids") from error
 
 
-def form_of_dataset(prefix: str) -> TextForm | None:
-    """How the texts of a dataset begin and end, as its sidecar says; None where it says nothing.
-
-    Raises:
-        ValueError: the sidecar is damaged.
-    """
-    sidecar = read_sidecar(prefix)
-    if sidecar is None or "begin_ids" not in sidecar.options:
-        return None
-    return TextForm(tuple(sidecar.options["begin_ids"]), tuple(sidecar.options.get("end_ids", ())))
-
-
 def stop_ids_of_checkpoint(folder: Path) -> tuple[int, ...] | None:
     """The ids at which a checkpoint's model stops, where its files say it; None where they do not.
 
@@ -120,8 +95,7 @@ def stop_ids_of_checkpoint(folder: Path) -> tuple[int, ...] | None:
 def _form_of_data(run: RunConfig) -> TextForm | None:
     if not run.data.data_path:
         return None
-    forms = [form_of_dataset(prefix) for prefix in parse_blend(run.data.data_path).prefixes]
-    return next((form for form in forms if form is not None), None)
+    return common_form(parse_blend(run.data.data_path).prefixes)
 
 
 def _of_folder(path: str) -> dict[str, bytes]:

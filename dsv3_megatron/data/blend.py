@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dsv3_megatron.data.contents import read_contents
 from dsv3_megatron.data.indexed import read_sidecar
+from dsv3_megatron.data.text_form import common_form
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def check_data(prefixes: Sequence[str], *, vocab_size: int, tokenizer_fingerprin
 
     Raises:
         ValueError: a file is missing or damaged, a sidecar is of other files, an id is negative, the vocabulary is too
-            large, or the tokenizers differ.
+            large, the tokenizers differ, or the texts of one dataset have other ids around them than those of another.
     """
     for prefix in prefixes:
         needed = read_vocab_size(prefix, cache_dir=cache_dir)
@@ -120,3 +121,4 @@ def check_data(prefixes: Sequence[str], *, vocab_size: int, tokenizer_fingerprin
             f"the data was made by tokenizer {found[:12]}, the run's tokenizer_model is {tokenizer_fingerprint[:12]}: "
             "give the tokenizer that made the data, or preprocess again"
         )
+    common_form(prefixes)

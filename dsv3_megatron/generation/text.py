@@ -19,11 +19,12 @@ from typing import Any
 from dsv3_megatron.checkpoint.hf.directory import CONFIG
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
 from dsv3_megatron.checkpoint.layout import TRACKER, read_manifest
-from dsv3_megatron.checkpoint.text_files import TextForm, form_of_dataset, read_form, stop_ids_of_checkpoint
+from dsv3_megatron.checkpoint.text_files import read_form, stop_ids_of_checkpoint
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.data.blend import parse_blend, read_tokenizer_fingerprint
 from dsv3_megatron.data.indexed import dataset_paths
 from dsv3_megatron.data.special_tokens import TOKENIZER, read_special_tokens, read_stop_ids
+from dsv3_megatron.data.text_form import TextForm, form_of_dataset
 from dsv3_megatron.data.tokenizer import EOS_TOKEN, count_ids, fingerprint, load_tokenizer, tokenizer_file
 
 STDIN = "-"

@@ -59,6 +59,12 @@ class TestPlan:
         assert found.run.training.seq_length == 256 and found.run.training.precision == "bf16"
         assert len(found.rows) == 4 and len(found.rows[3]) == 1000 - 3 * 256
 
+    def test_texts_that_begin_otherwise_than_in_training(self, folder: Path) -> None:
+        assert "texts here" not in plan(folder, data_path="valid").documents
+        (folder / "run" / "iter_0000007" / "text_form.json").write_text('{"begin_ids": [0], "end_ids": []}')
+        line = plan(folder, data_path="valid").documents
+        assert line.endswith("; texts here have no ids around them, those of training begin with 0")
+
     def test_an_array(self, folder: Path) -> None:
         found = plan(folder, tokens="ids.npy", logprobs="out.npy", precision="fp32", micro_batch_size=2)
         training = found.run.training

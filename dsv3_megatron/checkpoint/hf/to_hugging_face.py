@@ -33,9 +33,12 @@ from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, Piece, Progress, Report, Workplace, ignore, memory_for
 from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.checkpoint.segments import copy_segments, write_tensor
+from dsv3_megatron.checkpoint.text_files import read_form
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.special_tokens import TOKENIZER, SpecialTokens, read_special_tokens
+from dsv3_megatron.data.text_form import TextForm
+from dsv3_megatron.data.tokenizer import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, load_tokenizer
 from dsv3_megatron.ops.block_fp8 import dequantize_weight_blocks, quantize_weight_blocks, requantize_weight_blocks
 
 logger = logging.getLogger(__name__)
@@ -123,6 +126,7 @@ def prepare_export(source: str | Path, output: str | Path, *, iteration: int | N
     is_again = kept is not None and chosen == kept.dtype and not is_average
     shards = kept.shards if kept is not None and is_again else plan_shards(weights.model, chosen, max_shard_bytes)
     files = _files_to_add(weights, tokenizer)
+    _note_other_form(files, manifest.path)
     place = Workplace(output, {
         "conversion": "megatron-to-hf", "input": str(manifest.path.resolve()), "dtype": chosen,
         "max_shard_bytes": max_shard_bytes, "version": __version__, "is_average": is_average, "files": manifest.files,
@@ -254,6 +258,18 @@ def _files_to_add(weights: MegatronWeights, tokenizer: str | Path | None) -> dic
                     if file.name != "generation_config.json" and not file.name.endswith((".py", ".md"))}
 
 
+def _note_other_form(files: Mapping[str, Path], checkpoint: Path) -> None:
+    """Say so where the tokenizer puts other ids around a text than the training texts had."""
+    form, file = read_form(checkpoint), files.get(TOKENIZER)
+    if form is None or file is None:
+        return
+    special = read_special_tokens(load_tokenizer(file), file)
+    if (special.begin_ids, special.end_ids) != (form.begin_ids, form.end_ids):
+        logger.warning("the texts of training %s, while the exported tokenizer makes texts that %s: readers of the "
+                       "export should encode with add_special_tokens=False", form,
+                       TextForm(special.begin_ids, special.end_ids))
+
+
 def special_ids(files: Mapping[str, Path]) -> SpecialTokens:
     """The special ids of the tokenizer among an export's files; none of them known where there is no tokenizer.
 
@@ -263,8 +279,6 @@ def special_ids(files: Mapping[str, Path]) -> SpecialTokens:
     Raises:
         ValueError: the tokenizer is damaged.
     """
-    from dsv3_megatron.data.tokenizer import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, load_tokenizer
-
     file = files.get(TOKENIZER)
     if file is None:
         return SpecialTokens()
