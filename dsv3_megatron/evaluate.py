@@ -288,6 +288,9 @@ def as_text(result: Evaluation) -> str:
     lines = [f"loss        {result.loss:.6f} nats/token", f"perplexity  {result.perplexity:.4f}",
              f"tokens      {result.tokens} in {result.rows} rows"]
     lines += [f"mtp_{depth} loss  {loss:.6f} nats/token" for depth, loss in enumerate(result.mtp_losses, start=1)]
+    if result.mtp_losses:
+        lines.append(f"            MTP losses are sums divided by all {result.tokens} tokens, as in training: a row's "
+                     "last positions, without a target, add nothing")
     return "\n".join(lines)
 
 

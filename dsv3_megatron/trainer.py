@@ -26,6 +26,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 
 from dsv3_megatron.checkpoint.agreement import on_first_rank
+from dsv3_megatron.checkpoint.hf.model_card import Losses
 from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.resume import plan_resumption
 from dsv3_megatron.checkpoint.store import load_checkpoint
@@ -45,7 +46,7 @@ from dsv3_megatron.guards.step import StepFacts, guarded_step
 from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
 from dsv3_megatron.metrics.instruments import Instruments
 from dsv3_megatron.metrics.progress import Progress
-from dsv3_megatron.metrics.records import StepReport
+from dsv3_megatron.metrics.records import StepReport, last_losses
 from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.model.build import build_stages, wrap_stages
 from dsv3_megatron.model.language_model import TokenLosses
@@ -229,7 +230,8 @@ class Trainer:
                     self.save()
             if run.checkpoint.export_hf and self.step_plan is None and not stopped and not self.guard.end_reason:
                 self.watchdog.slow("export")
-                self.keeper.export(self.iteration, self.precision)
+                losses = Losses(*last_losses(run.logging.tensorboard_dir, self.iteration))
+                self.keeper.export(self.iteration, self.precision, losses)
         except BaseException:
             self.claim.release()
             raise

@@ -61,7 +61,10 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--expert-tensor-parallel-size", type=int, default=1, metavar="N", help="likewise (%(default)s)")
     _add_common(add, workers)
 
-    add = commands.add_parser("megatron-to-hf", help="make a folder that transformers and vLLM load").add_argument
+    add = commands.add_parser(
+        "megatron-to-hf", help="make a folder in Hugging Face's layout", description="Make a folder in Hugging Face's "
+        "layout. Transformers loads it; which other programs do not take which models is said when it is made, and is "
+        "in docs/export/README.md.").add_argument
     add("--input", required=True, metavar="DIR", help="folder of checkpoints")
     add("--output", required=True, metavar="DIR", help="folder to make; must not exist or be empty")
     add("--iteration", type=int, metavar="N", help="which checkpoint (the newest)")
@@ -70,6 +73,10 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--ema", action="store_true", help="export the moving average of the weights that the run kept (--ema-decay)")
     add("--tokenizer-model", metavar="DIR", help="folder with the tokenizer to add (the source's or the run's)")
     add("--max-shard-gb", type=float, default=4.25, metavar="X", help="largest file in GB (%(default)s)")
+    add("--no-mtp", action="store_true", help="leave the MTP modules out: mlx-lm refuses their tensors, and "
+        "Transformers names each one as unexpected")
+    add("--license", default="unknown", metavar="ID", help="the hub's name of a licence, for the model card "
+        "(%(default)s)")
     _add_common(add, workers)
 
     add = commands.add_parser("verify", help="compare two checkpoints tensor by tensor").add_argument
@@ -117,10 +124,21 @@ def _megatron_to_hf(options: argparse.Namespace) -> None:
         options.input, options.output, iteration=options.iteration, dtype=options.dtype,
         tokenizer=options.tokenizer_model, num_workers=options.workers,
         max_shard_bytes=int(options.max_shard_gb * 1e9), is_verified=options.verify, is_average=options.ema,
+        is_without_mtp=options.no_mtp, license_id=options.license, losses=_losses(options.input, options.iteration),
         progress=ProgressBar())
     if table:
         print(table)
     print(options.output)
+
+
+def _losses(folder: str, iteration: int | None) -> Any:
+    """Last losses of the run that saved a checkpoint, where its logs are still there."""
+    from dsv3_megatron.checkpoint.hf.model_card import Losses
+    from dsv3_megatron.checkpoint.layout import read_manifest
+    from dsv3_megatron.metrics.records import last_losses
+
+    manifest = read_manifest(folder, iteration)
+    return Losses(*last_losses(manifest.run.get("logging", {}).get("tensorboard_dir"), manifest.progress.iteration))
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -62,7 +62,8 @@ def _parse_arguments(arguments: list[str] | None) -> Request:
     add = parser.add_argument_group("output").add_argument
     add("--logprobs", metavar="FILE", help="with --tokens: write the log-probability of each next token, counted "
         "or not, float32 [batch, seq - 1], in .npy format")
-    add("--json", action="store_true", help="print one JSON object")
+    add("--json", action="store_true", help="print one JSON object; as in training, mtp_losses are sums over the "
+        "positions that have a target, divided by all tokens")
     add_section(parser, "parallel")
     options = vars(parser.parse_args(arguments))
     return Request(

@@ -211,6 +211,8 @@ class CheckpointConfig:
     save_interval: int = option(500, help="steps between checkpoints; one is always written at the end")
     keep_last: int = option(3, help="checkpoints kept; 0: all of them")
     export_hf: str | None = option(None, help="folder for the trained model in Hugging Face's layout, made at the end")
+    export_without_mtp: bool = option(False, help="leave the MTP modules out of the export: some programs refuse them")
+    export_license: str = option("unknown", help="the hub's name of a licence, for the export's model card")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_megatron.checkpoint.agreement import on_first_rank
 from dsv3_megatron.checkpoint.hf.export import export_run
+from dsv3_megatron.checkpoint.hf.model_card import Losses
 from dsv3_megatron.checkpoint.layout import CheckpointError, Progress, record_guards
 from dsv3_megatron.checkpoint.store import save_checkpoint
 from dsv3_megatron.checkpoint.text_files import TextFiles
@@ -99,12 +100,13 @@ class CheckpointKeeper:
         since = "the run began" if self.schedule.saved_at is None else f"iteration {self.schedule.saved_at}"
         return f"without a checkpoint: no update was applied since {since}"
 
-    def export(self, iteration: int, precision: str) -> None:
+    def export(self, iteration: int, precision: str, losses: Losses | None = None) -> None:
         """Export the state that the run ended with to the folder of `export_hf`, from its checkpoint; if it has one.
 
         Args:
             iteration: Steps taken.
             precision: "bf16" or "fp32", of the weights as trained.
+            losses: Of the run, for the model card.
 
         Raises:
             CheckpointError: on every rank, if it cannot be written.
@@ -114,4 +116,7 @@ class CheckpointKeeper:
         if self.newest_in is None or self.schedule.saved_at != iteration:
             self._say(f"nothing is exported to {output}: the run ended {self.what_was_saved(iteration)}")
             return
-        self._say(f"exported for Hugging Face: {export_run(self.newest_in, output, iteration, precision=precision)}")
+        folder = export_run(
+            self.newest_in, output, iteration, precision=precision, losses=losses,
+            is_without_mtp=self._config.export_without_mtp, license_id=self._config.export_license)
+        self._say(f"exported for Hugging Face: {folder}")

@@ -13,6 +13,7 @@ Usage:
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from typing import Any
 
 from dsv3_megatron.config.output import finite, json_text
 from dsv3_megatron.metrics.measurements import Measurements
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
@@ -143,6 +146,30 @@ def read_records(path: str | os.PathLike[str]) -> Records:
     for _, record in _whole_lines(Path(path)):
         (steps if record["kind"] == "step" else validations).append(record)
     return Records(steps, validations)
+
+
+def last_losses(folder: str | os.PathLike[str] | None, iteration: int) -> tuple[float | None, float | None, int | None]:
+    """A run's loss in a step, and its last validation loss up to there with the step of that, in nats per token.
+
+    Args:
+        folder: With the run's metrics file; None, or a folder without one: nothing is known.
+        iteration: The step.
+
+    Returns:
+        None for what is not known: no file, no such line in it, or no finite value. A file that cannot be read is
+        told of: what is made of a run must not fail by its log.
+    """
+    file = None if folder is None else Path(folder) / METRICS_FILE
+    if file is None or not file.is_file():
+        return None, None, None
+    try:
+        records = read_records(file)
+    except (OSError, ValueError) as error:
+        logger.warning("losses are not known: %s", error)
+        return None, None, None
+    training = [loss for step, loss in records.column("lm_loss") if step == iteration]
+    validations = [(loss, step) for step, loss in records.validation_column("lm_loss") if step <= iteration]
+    return (training[-1] if training else None, *(validations[-1] if validations else (None, None)))
 
 
 def truncate_records(path: str | os.PathLike[str], last_iteration: int) -> tuple[Records, int]:

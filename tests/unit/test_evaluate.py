@@ -284,7 +284,9 @@ RESULT = Evaluation(loss=math.log(8.0), mtp_losses=(2.5, 3.5), tokens=60, rows=6
 def test_text() -> None:
     assert as_text(RESULT).splitlines() == [
         "loss        2.079442 nats/token", "perplexity  8.0000", "tokens      60 in 6 rows",
-        "mtp_1 loss  2.500000 nats/token", "mtp_2 loss  3.500000 nats/token"]
+        "mtp_1 loss  2.500000 nats/token", "mtp_2 loss  3.500000 nats/token",
+        "            MTP losses are sums divided by all 60 tokens, as in training: a row's last positions, without a "
+        "target, add nothing"]
 
 
 def test_json_says_null_where_a_number_is_none() -> None:

@@ -154,7 +154,7 @@ def ignored_settings(config: dict[str, Any]) -> list[str]:
 
 
 def model_config_to_json(model: ModelConfig, *, dtype: str, is_fp8: bool = False, bos_token_id: int | None = None,
-                         eos_token_id: int | None = None) -> dict[str, Any]:
+                         eos_token_id: int | None = None, pad_token_id: int | None = None) -> dict[str, Any]:
     """The `config.json` of a model, in the published checkpoint's spelling, which `transformers` reads too.
 
     `model_config_from_json` gives the same ModelConfig back, up to YaRN's fields where `rope_type` is "rope".
@@ -165,6 +165,7 @@ def model_config_to_json(model: ModelConfig, *, dtype: str, is_fp8: bool = False
         is_fp8: Whether the matrices are stored in block-wise FP8.
         bos_token_id: The tokenizer's, if it has one.
         eos_token_id: Likewise.
+        pad_token_id: Likewise; programs that train on do not change its embedding.
 
     Raises:
         CheckpointError: routing, norm or rotary settings that `config.json` cannot express.
@@ -174,7 +175,7 @@ def model_config_to_json(model: ModelConfig, *, dtype: str, is_fp8: bool = False
         raise CheckpointError("; ".join(refusals))
     content: dict[str, Any] = {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": MODEL_TYPE, "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id, "torch_dtype": dtype,
+        "eos_token_id": eos_token_id, "pad_token_id": pad_token_id, "torch_dtype": dtype,
         "num_key_value_heads": model.num_attention_heads, "rope_theta": model.rotary_base,
         "rope_scaling": rope_scaling(model)}
     content |= {name: getattr(model, field) for name, field in _FIELDS.items()}

@@ -5,17 +5,22 @@ The same code as `tools/convert_checkpoint.py megatron-to-hf`; what it makes is 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
 from dsv3_megatron.checkpoint.agreement import from_all_ranks, on_first_rank, wait_for_folder
+from dsv3_megatron.checkpoint.hf.model_card import UNKNOWN_LICENSE, Losses
 from dsv3_megatron.checkpoint.hf.to_hugging_face import prepare_export
 from dsv3_megatron.checkpoint.hf.workplace import ignore
 from dsv3_megatron.checkpoint.layout import CheckpointError
 
+logger = logging.getLogger(__name__)
 
-def export_run(source: str, output: str, iteration: int, *, precision: str) -> Path:
+
+def export_run(source: str, output: str, iteration: int, *, precision: str, is_without_mtp: bool = False,
+               license_id: str = UNKNOWN_LICENSE, losses: Losses | None = None) -> Path:
     """Write a run's checkpoint of `iteration` in Hugging Face's layout; called by every rank.
 
     Args:
@@ -23,6 +28,9 @@ def export_run(source: str, output: str, iteration: int, *, precision: str) -> P
         output: Folder to make.
         iteration: A checkpoint that is there.
         precision: "bf16" or "fp32", of the weights as trained: of the files too.
+        is_without_mtp: Leave the MTP modules out.
+        license_id: The hub's name of a licence, for the model card.
+        losses: Of the run, for the model card.
 
     Returns:
         The folder.
@@ -33,11 +41,15 @@ def export_run(source: str, output: str, iteration: int, *, precision: str) -> P
     """
     reasons: list[str] = []
     try:
-        export = prepare_export(source, output, iteration=iteration, dtype=precision)
+        export = prepare_export(source, output, iteration=iteration, dtype=precision,
+                                is_without_mtp=is_without_mtp, license_id=license_id, losses=losses)
     except ValueError as error:
         reasons = [str(error)]
     _raise_any(reasons, output)
     place = export.place
+    if torch.distributed.get_rank() == 0:
+        for note in export.notes:
+            logger.info("export_hf=%s: not everything reads it: %s", output, note)
     on_first_rank(lambda: place.open(export.num_bytes), f"export_hf={output}")
     wait_for_folder(place.result)
     try:

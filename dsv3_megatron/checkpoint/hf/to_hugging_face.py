@@ -10,12 +10,12 @@ quantizer, amax / 448 in each block of 128 x 128.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,28 +23,24 @@ import torch
 
 from dsv3_megatron import __version__
 from dsv3_megatron.checkpoint.hf.audit import Audit, audit
-from dsv3_megatron.checkpoint.hf.config import QUANTIZATION, model_config_to_json
-from dsv3_megatron.checkpoint.hf.directory import CONFIG, INDEX, SCALE_SUFFIX, HuggingFaceDirectory
+from dsv3_megatron.checkpoint.hf.directory import SCALE_SUFFIX, HuggingFaceDirectory
+from dsv3_megatron.checkpoint.hf.model_card import UNKNOWN_LICENSE, Losses
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, hugging_face_tensors
-from dsv3_megatron.checkpoint.hf.shards import MAX_SHARD_BYTES, Shard, ShardEntry, index_json, plan_shards
-from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX, carried_files
+from dsv3_megatron.checkpoint.hf.readers import reader_notes
+from dsv3_megatron.checkpoint.hf.shards import MAX_SHARD_BYTES, Shard, ShardEntry, plan_shards
+from dsv3_megatron.checkpoint.hf.side_files import side_files
+from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
 from dsv3_megatron.checkpoint.hf.spellings import is_frequencies
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, Piece, Progress, Report, Workplace, ignore, memory_for
 from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.checkpoint.segments import copy_segments, write_tensor
-from dsv3_megatron.checkpoint.text_files import read_form
-from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.output import json_text
-from dsv3_megatron.data.special_tokens import TOKENIZER, SpecialTokens, read_special_tokens
-from dsv3_megatron.data.text_form import TextForm
-from dsv3_megatron.data.tokenizer import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, load_tokenizer
+from dsv3_megatron.data.special_tokens import TOKENIZER
 from dsv3_megatron.ops.block_fp8 import dequantize_weight_blocks, quantize_weight_blocks, requantize_weight_blocks
 
 logger = logging.getLogger(__name__)
 
 _FP8 = torch.float8_e4m3fn
-_TORCH_NAMES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -56,12 +52,14 @@ class Export:
         pieces: The files of weights.
         finish: Writes the rest; called once, when all pieces are finished.
         is_master: The fp32 master weights are exported, where the checkpoint has them.
+        notes: Which programs do not take all of it, a line each; none where the source's files are made again.
     """
 
     place: Workplace
     pieces: list[Piece]
     finish: Callable[[], None]
     is_master: bool
+    notes: list[str]
 
     @property
     def num_bytes(self) -> int:
@@ -72,7 +70,9 @@ class Export:
 def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration: int | None = None,
                             dtype: str | None = None, tokenizer: str | Path | None = None, num_workers: int = 4,
                             max_shard_bytes: int = MAX_SHARD_BYTES, is_verified: bool = False,
-                            is_average: bool = False, progress: Progress | None = None) -> Audit | None:
+                            is_average: bool = False, is_without_mtp: bool = False,
+                            license_id: str = UNKNOWN_LICENSE, losses: Losses | None = None,
+                            progress: Progress | None = None) -> Audit | None:
     """Make a folder in Hugging Face's layout of a checkpoint of ours.
 
     Args:
@@ -86,6 +86,9 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
         max_shard_bytes: Largest file; of no effect where the source's files are made again.
         is_verified: Compare every tensor with the checkpoint before the result gets its name.
         is_average: Export the moving average of the weights.
+        is_without_mtp: Leave the MTP modules out.
+        license_id: The hub's name of a licence, for the model card.
+        losses: Of the run, for the model card.
         progress: Told what is done.
 
     Returns:
@@ -97,8 +100,11 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
         ConfigError: dtype or max_shard_bytes is wrong.
     """
     export = prepare_export(source, output, iteration=iteration, dtype=dtype, tokenizer=tokenizer,
-                            max_shard_bytes=max_shard_bytes, is_average=is_average)
+                            max_shard_bytes=max_shard_bytes, is_average=is_average, is_without_mtp=is_without_mtp,
+                            license_id=license_id, losses=losses)
     place = export.place
+    for note in export.notes:
+        logger.info("%s: not everything reads it: %s", output, note)
     place.open(export.num_bytes)
     try:
         place.run(export.pieces, num_workers=num_workers, report=progress.start("convert", export.num_bytes) if progress
@@ -118,36 +124,36 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
 
 def prepare_export(source: str | Path, output: str | Path, *, iteration: int | None = None, dtype: str | None = None,
                    tokenizer: str | Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
-                   is_average: bool = False) -> Export:
+                   is_average: bool = False, is_without_mtp: bool = False, license_id: str = UNKNOWN_LICENSE,
+                   losses: Losses | None = None) -> Export:
     """Plan a conversion without starting it; arguments and errors as of `convert_to_hugging_face`."""
     weights = MegatronWeights(source, iteration, is_average=is_average)
     manifest, kept = weights.manifest, weights.source
     chosen = dtype or (kept.dtype if kept else manifest.precision)
-    is_again = kept is not None and chosen == kept.dtype and not is_average
-    shards = kept.shards if kept is not None and is_again else plan_shards(weights.model, chosen, max_shard_bytes)
-    files = _files_to_add(weights, tokenizer)
-    _note_other_form(files, manifest.path)
+    model = dataclasses.replace(weights.model, mtp_num_layers=0) if is_without_mtp else weights.model
+    is_again = kept is not None and chosen == kept.dtype and not is_average and model == weights.model
+    shards = kept.shards if kept is not None and is_again else plan_shards(model, chosen, max_shard_bytes)
+    beside = side_files(weights, model, shards, dtype=chosen, is_again=is_again, license_id=license_id, losses=losses,
+                        tokenizer=_tokenizer_folder(weights, tokenizer))
     place = Workplace(output, {
         "conversion": "megatron-to-hf", "input": str(manifest.path.resolve()), "dtype": chosen,
         "max_shard_bytes": max_shard_bytes, "version": __version__, "is_average": is_average, "files": manifest.files,
-        "tokenizer": sorted(map(str, files.values()))})
-    tensors = {tensor.name: tensor for tensor in hugging_face_tensors(weights.model)}
+        "is_without_mtp": is_without_mtp, "tokenizer": sorted(map(str, beside.copies.values()))})
+    tensors = {tensor.name: tensor for tensor in hugging_face_tensors(model)}
     writer = _ShardWriter(weights, tensors, is_again, chosen == "fp32",
                           MemoryBudget(memory_for(entry.num_bytes for shard in shards for entry in shard.entries)))
     pieces = [Piece(shard.file, shard.num_bytes, partial(writer.write, shard)) for shard in shards]
 
     def finish() -> None:
         try:
-            _write(place.result / CONFIG, _config_text(weights, chosen, is_again, files))
-            index = kept.index if kept is not None and is_again else _index_text(shards)
-            if index is not None:
-                _write(place.result / INDEX, index)
-            for name, file in files.items():
+            for name, text in beside.texts.items():
+                _write(place.result / name, text)
+            for name, file in beside.copies.items():
                 shutil.copyfile(file, place.result / name)
         except OSError as error:
             raise CheckpointError(f"{place.result}: {error.strerror} ({error.filename})") from error
 
-    return Export(place, pieces, finish, chosen == "fp32")
+    return Export(place, pieces, finish, chosen == "fp32", [] if is_again else reader_notes(model, chosen))
 
 
 @dataclass(frozen=True)
@@ -217,79 +223,17 @@ class _ShardWriter:
             raise CheckpointError(f"checkpoint {self.weights.manifest.path}: {name}: {error}") from error
 
 
-def _index_text(shards: list[Shard]) -> str | None:
-    """The index of several files; one is complete without."""
-    return json_text(index_json(shards), indent=2) + "\n" if len(shards) > 1 else None
-
-
-def _config_text(weights: MegatronWeights, dtype: str, is_again: bool, files: Mapping[str, Path]) -> str:
-    """`config.json`: the source's own where there is one, changed in what the dtype changes."""
-    source = weights.source
-    if source is None:
-        ids = special_ids(files)
-        content = model_config_to_json(weights.model, dtype=_TORCH_NAMES[dtype], is_fp8=dtype == "fp8",
-                                       bos_token_id=ids.bos_id, eos_token_id=ids.eos_id)
-    elif is_again:
-        return source.config
-    else:
-        content = json.loads(source.config)
-        content.pop("quantization_config", None)
-        for name in ("torch_dtype", "dtype"):
-            if name in content:
-                content[name] = _TORCH_NAMES[dtype]
-        if dtype == "fp8":
-            content["quantization_config"] = dict(QUANTIZATION)
-    return json_text(content, indent=2) + "\n"
-
-
-def _files_to_add(weights: MegatronWeights, tokenizer: str | Path | None) -> dict[str, Path]:
-    """Files besides weights and configuration, by their name in the result."""
-    folder = weights.manifest.path
-    files = {file.name.removeprefix(FILE_PREFIX): file for file in sorted(folder.glob(FILE_PREFIX + "*"))}
-    given = tokenizer or (None if TOKENIZER in files else weights.manifest.run.get("data", {}).get("tokenizer_model"))
-    if given is None:
-        return files
-    if not Path(given).is_dir():
-        if tokenizer is not None:
-            raise ConfigError(f"tokenizer={given} is not a folder")
-        logger.warning("tokenizer_model=%s of the run is not here: exported without tokenizer files", given)
-        return files
-    return files | {file.name: file for file in carried_files(Path(given))
-                    if file.name != "generation_config.json" and not file.name.endswith((".py", ".md"))}
-
-
-def _note_other_form(files: Mapping[str, Path], checkpoint: Path) -> None:
-    """Say so where the tokenizer puts other ids around a text than the training texts had."""
-    form, file = read_form(checkpoint), files.get(TOKENIZER)
-    if form is None or file is None:
-        return
-    special = read_special_tokens(load_tokenizer(file), file)
-    if (special.begin_ids, special.end_ids) != (form.begin_ids, form.end_ids):
-        logger.warning("the texts of training %s, while the exported tokenizer makes texts that %s: readers of the "
-                       "export should encode with add_special_tokens=False", form,
-                       TextForm(special.begin_ids, special.end_ids))
-
-
-def special_ids(files: Mapping[str, Path]) -> SpecialTokens:
-    """The special ids of the tokenizer among an export's files; none of them known where there is no tokenizer.
-
-    Args:
-        files: The files, by their names in the result (`_files_to_add`).
-
-    Raises:
-        ValueError: the tokenizer is damaged.
-    """
-    file = files.get(TOKENIZER)
-    if file is None:
-        return SpecialTokens()
-    tokenizer = load_tokenizer(file)
-    found = read_special_tokens(tokenizer, file)
-    # A tokenizer without settings beside it may still be one of V3's.
-    def either(named: int | None, token: str) -> int | None:
-        return tokenizer.token_to_id(token) if named is None else named
-
-    return replace(found, bos_id=either(found.bos_id, BOS_TOKEN), eos_id=either(found.eos_id, EOS_TOKEN),
-                   pad_id=either(found.pad_id, PAD_TOKEN))
+def _tokenizer_folder(weights: MegatronWeights, tokenizer: str | Path | None) -> Path | None:
+    """Folder of the tokenizer to add to what the checkpoint carries."""
+    if tokenizer is not None:
+        return Path(tokenizer)
+    given = weights.manifest.run.get("data", {}).get("tokenizer_model")
+    if given is None or (weights.manifest.path / (FILE_PREFIX + TOKENIZER)).is_file():
+        return None
+    if Path(given).is_dir():
+        return Path(given)
+    logger.warning("tokenizer_model=%s of the run is not here: exported without tokenizer files", given)
+    return None
 
 
 def _write(path: Path, text: str) -> None:

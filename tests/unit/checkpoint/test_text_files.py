@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dsv3_megatron.checkpoint.hf.to_hugging_face import special_ids
+from dsv3_megatron.checkpoint.hf.side_files import special_ids
 from dsv3_megatron.checkpoint.text_files import collect_text_files, read_form, stop_ids_of_checkpoint
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.data.text_form import TextForm

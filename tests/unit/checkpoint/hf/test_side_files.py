@@ -1,0 +1,263 @@
+"""What an export has besides its weights, and who is said not to read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, DeepseekV3ForCausalLM, GenerationConfig
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+from dsv3_megatron.checkpoint.hf.config import export_refusals
+from dsv3_megatron.checkpoint.hf.model_card import Losses, count_exported
+from dsv3_megatron.checkpoint.hf.readers import LIMITS, READERS, reader_notes, readers_table
+from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
+from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
+from dsv3_megatron.checkpoint.layout import MANIFEST
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.presets import PRESETS, preset
+from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
+from dsv3_megatron.metrics.parameters import count_parameters
+from dsv3_megatron.metrics.records import last_losses
+from dsv3_megatron.ops.block_fp8 import dequantize_weight_blocks, quantize_weight_blocks
+from tests.hugging_face import config_json, published_weights, write_checkpoint
+from tests.parity.architectures import variant
+from tests.reference_weights import weight_shapes
+from tools import convert_checkpoint
+
+ROOT = Path(__file__).resolve().parents[4]
+MODEL = dataclasses.replace(variant("plain"), vocab_size=MIN_VOCAB_SIZE + 14)
+PROGRESS = {"iteration": 40, "consumed_samples": 320, "consumed_tokens": 81920, "guards": {}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(train_tokenizer(["some words, and some more words"] * 40, vocab_size=MODEL.vocab_size), folder)
+    return folder
+
+
+def trained(tmp_path: Path, model: Any = MODEL, **changes: Any) -> Path:
+    """A checkpoint as a run leaves it: nothing of Hugging Face's in it, and steps behind it."""
+    source = write_checkpoint(tmp_path / "hf", config_json(model, max_position_embeddings=256, **changes),
+                              published_weights(model))
+    convert_to_megatron(source, tmp_path / "ours")
+    folder = tmp_path / "ours" / "iter_0000000"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name in [name for name in manifest["files"] if name.startswith("hf_")]:
+        (folder / name).unlink()
+        del manifest["files"][name]
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"progress": PROGRESS}))
+    return tmp_path / "ours"
+
+
+def exported(tmp_path: Path, checkpoint: Path, **options: Any) -> Path:
+    convert_to_hugging_face(checkpoint, tmp_path / "exported", **options)
+    return tmp_path / "exported"
+
+
+def test_files_that_the_hub_and_its_readers_expect(tmp_path, tokenizer):
+    folder = exported(tmp_path, trained(tmp_path), tokenizer=tokenizer)
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json"]
+    config = json.loads((folder / "config.json").read_text())
+    assert [config[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")] == [0, 1, 2]
+    generation = GenerationConfig.from_pretrained(folder)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, 1, 2)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert loaded.model_max_length == 256 and loaded.pad_token_id == 2
+    assert loaded("some words").input_ids == AutoTokenizer.from_pretrained(tokenizer)("some words").input_ids
+
+
+@pytest.mark.parametrize(("stated", "written"), [(131072, 256), (1e30, 256), (100, 100), (None, 256)])
+def test_length_of_the_tokenizer(tmp_path, tokenizer, stated, written):
+    own = tmp_path / "tokenizer"
+    own.mkdir()
+    (own / "tokenizer.json").write_text((tokenizer / "tokenizer.json").read_text())
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    (own / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": stated, "é": "ü"}))
+    folder = exported(tmp_path, trained(tmp_path), tokenizer=own)
+    content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert content == settings | {"model_max_length": written, "é": "ü"}
+
+
+def test_without_a_token_that_pads(tmp_path, tokenizer):
+    """Whoever generates pads with the end; whoever trains on must not freeze the end's embedding for it."""
+    own = tmp_path / "tokenizer"
+    own.mkdir()
+    (own / "tokenizer.json").write_text((tokenizer / "tokenizer.json").read_text().replace("▁pad▁", "other"))
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (own / "tokenizer_config.json").write_text(json.dumps(settings))
+    folder = exported(tmp_path, trained(tmp_path), tokenizer=own)
+    assert json.loads((folder / "config.json").read_text())["pad_token_id"] is None
+    assert GenerationConfig.from_pretrained(folder).pad_token_id == 1
+
+
+def test_model_card(tmp_path, tokenizer):
+    folder = exported(tmp_path, trained(tmp_path), tokenizer=tokenizer, license_id="mit",
+                      losses=Losses(2.34567, 2.5, 30))
+    card = (folder / "README.md").read_text()
+    front, body = card.split("---\n", 2)[1:]
+    assert "license: mit\n" in front and "library_name: transformers\n" in front
+    total = sum(torch.Size(shape).numel() for name, shape in weight_shapes(MODEL).items()
+                if "layers.3." not in name and "e_score_correction_bias" not in name)
+    for text in (f"{total:,} parameters", "| Tokens | 81,920 |", "| Optimizer steps | 40 |",
+                 "| Training loss | 2.3457 nats per token |",
+                 "| Validation loss | 2.5000 nats per token after step 30 |",
+                 "| Context | 256 tokens |", "AutoTokenizer"):
+        assert text in body, text
+    assert "Licence" not in body
+    assert "mlx-lm 0.32: refuses: num_layers=3, mtp_num_layers=1" in body
+
+
+def test_model_card_of_what_is_not_known(tmp_path):
+    card = (exported(tmp_path, trained(tmp_path)) / "README.md").read_text()
+    assert "license: unknown\n" in card and "## Licence\n\nNot stated." in card
+    assert "| Training loss | not known |" in card and "AutoTokenizer" not in card
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_parameters_of_the_card(name):
+    """As metrics/parameters.py counts them, from the layers and not from the tensors of a file."""
+    model, table = preset(name).model, count_parameters(preset(name).model)
+    counts = count_exported(model)
+    assert (counts.main, counts.active, counts.mtp) == (table.main_total, table.main_active, table.mtp_total)
+
+
+def test_losses_of_a_run(tmp_path):
+    lines = [{"kind": "step", "iteration": 1, "lm_loss": 4.0}, {"kind": "step", "iteration": 2, "lm_loss": 3.0},
+             {"kind": "validation", "iteration": 1, "lm_loss": 3.5},
+             {"kind": "validation", "iteration": 3, "lm_loss": 2}]
+    assert last_losses(None, 2) == last_losses(tmp_path, 2) == (None, None, None)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert last_losses(tmp_path, 2) == (3.0, 3.5, 1)
+    assert last_losses(tmp_path, 3) == (None, 2, 3)
+    (tmp_path / "metrics.jsonl").write_text("{\n")
+    assert last_losses(tmp_path, 2) == (None, None, None)
+
+
+def test_without_mtp(tmp_path, capsys):
+    checkpoint = trained(tmp_path)
+    command = ["megatron-to-hf", "--input", str(checkpoint), "--output", str(tmp_path / "exported"), "--verify"]
+    assert convert_checkpoint.main([*command, "--no-mtp"]) == 0
+    folder = tmp_path / "exported"
+    assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    model, loading = DeepseekV3ForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert "multi-token" not in (folder / "README.md").read_text().lower()
+    del model
+    assert convert_checkpoint.main([*command[:-1], "--output", str(tmp_path / "whole"), "--verify"]) == 0
+    _model, loading = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert len(loading["unexpected_keys"]) > 10
+
+
+def test_without_mtp_of_a_converted_checkpoint(tmp_path):
+    """Not its source any more: its config.json says so, and names are those of an export."""
+    source = write_checkpoint(tmp_path / "hf", config_json(MODEL), published_weights(MODEL))
+    convert_to_megatron(source, tmp_path / "ours")
+    folder = exported(tmp_path, tmp_path / "ours", is_without_mtp=True, is_verified=True)
+    assert json.loads((folder / "config.json").read_text()) == json.loads(
+        (source / "config.json").read_text()) | {"num_nextn_predict_layers": 0}
+    assert (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").exists()
+
+
+# ---- readers ----
+
+
+def test_the_docs_have_the_table():
+    page = (ROOT / "docs" / "export" / "README.md").read_text(encoding="utf-8")
+    match = re.search(r"<!-- readers -->\n(.*)<!-- /readers -->", page, re.DOTALL)
+    assert match is not None and match[1] == readers_table()
+
+
+@pytest.mark.parametrize(("changes", "dtype", "expected"), [
+    ({}, "bf16", []),
+    ({"layernorm_epsilon": 1e-5, "latent_layernorm_epsilon": 1e-6}, "bf16",
+     ["vLLM 0.33, SGLang 0.5.23, llama.cpp (Oct 2026): other results: layernorm_epsilon=1e-05"]),
+    ({"moe_ffn_hidden_size": 96}, "bf16", []),
+    ({"moe_ffn_hidden_size": 96}, "fp8", [
+        "vLLM 0.33, SGLang 0.5.23: refuses: moe_ffn_hidden_size=96, num_shared_experts * moe_ffn_hidden_size=96"]),
+    ({"ffn_hidden_size": 10944}, "fp8", ["vLLM 0.33, SGLang 0.5.23: refuses: ffn_hidden_size=10944",
+                                         "Transformers 5.23: refuses: ffn_hidden_size=10944"]),
+    ({"ffn_hidden_size": 10944, "num_dense_layers": 0}, "fp8", []),
+    ({"q_lora_rank": 64}, "fp8", ["vLLM 0.33: refuses: q_lora_rank=64"]),
+    ({"num_shared_experts": 0}, "bf16", ["llama.cpp (Oct 2026), mlx-lm 0.32: refuses: num_shared_experts=0",
+                                         "vLLM 0.33: other results: num_shared_experts=0"]),
+    ({"rope_type": "yarn", "rotary_scaling_factor": 4.0, "mscale_all_dim": 0.0}, "bf16",
+     ["llama.cpp (Oct 2026): other results: mscale=1.0, mscale_all_dim=0.0"]),
+    ({"rope_type": "yarn", "rotary_scaling_factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7}, "bf16", []),
+    ({"mtp_num_layers": 1}, "bf16", [
+        "Transformers 5.23, Transformers 4.57, llama.cpp (Oct 2026): leaves out: mtp_num_layers=1",
+        "mlx-lm 0.32: refuses: num_layers=4, mtp_num_layers=1"]),
+    ({"mtp_num_layers": 1, "num_layers": 61}, "bf16", [
+        "Transformers 5.23, Transformers 4.57, llama.cpp (Oct 2026): leaves out: mtp_num_layers=1"]),
+    ({"mtp_num_layers": 2, "num_layers": 61}, "bf16", [
+        "Transformers 5.23, Transformers 4.57, llama.cpp (Oct 2026): leaves out: mtp_num_layers=2",
+        "mlx-lm 0.32: refuses: num_layers=61, mtp_num_layers=2", "SGLang 0.5.23: refuses: mtp_num_layers=2"]),
+    ({"moe_router_num_groups": 4, "moe_router_group_topk": 2}, "bf16",
+     ["Transformers 4.57, mlx-lm 0.32: other results: moe_router_num_groups=4, moe_router_group_topk=2"]),
+    ({"moe_router_topk": 1}, "bf16", ["mlx-lm 0.32: other results: moe_router_topk=1"]),
+    ({"q_lora_rank": None}, "bf16", ["llama.cpp (Oct 2026): refuses: q_lora_rank=None, num_layers=4"]),
+    ({"q_lora_rank": None, "num_layers": 27}, "bf16", []),
+], ids=str)
+def test_who_does_not_take_what(changes, dtype, expected):
+    # Widths of whole blocks, no MTP, no groups: what every reader takes.
+    plain = dataclasses.replace(
+        preset("tiny").model, mtp_num_layers=0, moe_router_num_groups=1, moe_router_group_topk=1, ffn_hidden_size=384,
+        moe_router_group_score_topk=None, moe_ffn_hidden_size=128, q_lora_rank=128, qk_rope_head_dim=32)
+    notes = reader_notes(dataclasses.replace(plain, **changes), dtype)
+    assert [": ".join(note.split(": ")[:3]) for note in notes] == expected
+    assert all(reader in READERS for limit in LIMITS for reader in limit.readers)
+
+
+def test_the_export_says_it(tmp_path, caplog, capsys):
+    checkpoint = trained(tmp_path)
+    with caplog.at_level("INFO", "dsv3_megatron"):
+        assert convert_checkpoint.main(["megatron-to-hf", "--input", str(checkpoint), "--dtype", "fp8", "--output",
+                                        str(tmp_path / "exported")]) == 0
+    assert "not everything reads it: vLLM 0.33, SGLang 0.5.23: refuses: ffn_hidden_size=40, " in caplog.text
+    with pytest.raises(SystemExit):
+        convert_checkpoint.main(["megatron-to-hf", "--help"])
+    assert "vLLM load" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [96, 256, 192, 200, 320, 576, 10944])
+def test_fp8_in_transformers_without_a_gpu(width):
+    """It divides a matrix into equal blocks: it refuses, or computes other weights, exactly where the table says so."""
+    model = dataclasses.replace(MODEL, hidden_size=128, ffn_hidden_size=width)
+    is_named = any("Transformers 5.23: refuses: " in note and f"ffn_hidden_size={width}" in note
+                   for note in reader_notes(model, "fp8"))
+    generator = torch.Generator().manual_seed(0)
+    values, scales = quantize_weight_blocks(torch.randn(width, 128, generator=generator) * torch.arange(width)[:, None])
+    expected = dequantize_weight_blocks(values, scales, torch.float32)
+    try:
+        theirs = Fp8Dequantize(None)._dequantize_one(values, scales, torch.float32)
+        is_taken = torch.equal(theirs, expected)
+    except ValueError:
+        is_taken = False
+    assert is_taken == (not is_named)
+
+
+# ---- what cannot be exported at all ----
+
+
+def test_refusals_need_no_weights():
+    assert export_refusals(preset("dsv3-671b").model) == []
+    model = dataclasses.replace(variant("groups"), moe_router_topk=6, layernorm_epsilon=1e-5, rope_type="yarn",
+                                rotary_scaling_factor=4.0, mscale=0.7, mscale_all_dim=0.0)
+    reasons = export_refusals(model)
+    assert [reason.partition("=")[0] for reason in reasons] == [
+        "moe_router_group_score_topk", "layernorm_epsilon", "mscale"]
+    assert all("; " in reason for reason in reasons), "each says the way out"
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="tokenizer=.*nowhere is not a folder"):
+        convert_to_hugging_face(trained(tmp_path), tmp_path / "exported", tokenizer=tmp_path / "nowhere")
