@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.metrics.parameters import weight_bytes_per_parameter
+from dsv3_megatron.metrics.parameters import count_parameters, optimizer_bytes_per_parameter, weight_bytes_per_parameter
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.parallel.placement import placement
 
@@ -234,3 +234,13 @@ def rank_states(run: RunConfig, world_size: int, *, precision: str) -> tuple[Ran
 def _ffn(name: str, hidden: int, width: int) -> Iterator[ParameterTensor]:
     yield ParameterTensor(f"{name}.linear_fc1", 2 * width * hidden)
     yield ParameterTensor(f"{name}.linear_fc2", width * hidden)
+
+
+def checkpoint_bytes(run: RunConfig) -> int:
+    """Size of one of a run's checkpoints on disk: each parameter once, whatever the layout, and its optimizer states.
+
+    A few kilobytes of names, positions and routers' biases are left out.
+    """
+    training = run.training
+    states = optimizer_bytes_per_parameter(training) + (4 if training.ema_decay else 0)
+    return count_parameters(run.model).total * (weight_bytes_per_parameter(training.precision) + states)

@@ -150,7 +150,7 @@ class Hardware:
 
     def resources(self) -> tuple[str, ...]:
         """Everything that `scaled` takes and that can be more or less."""
-        fixed = ("is_cpu", "gpus_per_node", "num_sms")
+        fixed = ("is_cpu", "gpus_per_node", "num_sms", "context_bytes", "nccl_bytes", "fragmentation_share")
         return (*(name for name in self.figures if name not in fixed),
                 *(f"movement:{kind}" for kind in self.movement),
                 *(("attention:forward", "attention:backward") if self.attention else ()))

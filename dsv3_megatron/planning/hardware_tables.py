@@ -110,6 +110,11 @@ def _hopper_figures(device: str) -> dict[str, Figure]:
         fp8_best_share=(_FP8_BEST / 1979e12, "DeepGEMM: 1358 TFLOP/s at 4096 x 7168 x 16384 of 1979"),
         memory_bandwidth=(_H100_BANDWIDTH, "NVIDIA H100 SXM"),
         memory_bytes=(84943110144, "profile: totalGlobalMem of an H800; 80 GB parts"),
+        context_bytes=(0.6e9, UNVERIFIED + "a CUDA context with kernels of torch, cuBLAS and NCCL on Hopper"),
+        # Data, expert-data, expert, pipeline and tensor groups; a channel has buffers of 4 MiB both ways.
+        nccl_bytes=(2.0e9, UNVERIFIED + "5 groups of up to 32 channels with 2 x 4 MiB (NCCL_BUFFSIZE's default), and "
+                    "peers of all-to-alls"),
+        fragmentation_share=(0.03, UNVERIFIED + "of torch's caching allocator with expandable segments"),
         num_sms=(_SMS, "report, section 3.5.1"),
         communication_sms=(20, "report, section 3.2.2"),
         gpus_per_node=(8, "report, section 3.1; HGX"),

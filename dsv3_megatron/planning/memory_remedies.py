@@ -13,6 +13,7 @@ from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.planning.flags import flags
 from dsv3_megatron.planning.memory import RankMemory, estimate_memory, kept_by_name
 
 _COMPONENTS = {
@@ -120,8 +121,7 @@ def describe(advice: Advice, *, count: int = 5) -> list[str]:
     if kept:
         lines.append("largest activations: " + ", ".join(kept))
     for remedy in advice.remedies[:count]:
-        settings = " ".join(f"{name}={value}" for name, value in remedy.changes.items() if value != [])
-        lines.append(f"{settings}: {_gigabytes(remedy.saved_bytes)} less, {_gigabytes(remedy.peak_bytes)}")
+        lines.append(f"{flags(remedy.changes)}: {_gigabytes(remedy.saved_bytes)} less, {_gigabytes(remedy.peak_bytes)}")
     return lines
 
 

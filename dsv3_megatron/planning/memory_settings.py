@@ -136,6 +136,11 @@ class PassSettings:
         return name in self.recomputed
 
 
+def is_engine(run: RunConfig) -> bool:
+    """Whether a run's modules on a GPU are Transformer Engine's, where it is installed."""
+    return not run.data.has_document_attention and run.training.transformer_impl != "local"
+
+
 def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_product: bool = False, imbalance: float = 1.0
                   ) -> PassSettings:
     """Settings of a run's passes.
@@ -149,9 +154,8 @@ def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_produc
     """
     model, parallel, training = run.model, run.parallel, run.training
     tp = parallel.tensor_model_parallel_size
-    engine = device == "cuda" and not run.data.has_document_attention and training.transformer_impl != "local"
     return PassSettings(
-        device=device, is_engine=engine, narrow=4 if precision == "fp32" else 2,
+        device=device, is_engine=device == "cuda" and is_engine(run), narrow=4 if precision == "fp32" else 2,
         is_wide_product=is_wide_product and precision != "fp32", sequences=training.micro_batch_size,
         length=training.seq_length, tp=tp, ep=parallel.expert_model_parallel_size,
         etp=parallel.expert_tensor_parallel_size, hidden=model.hidden_size, heads=model.num_attention_heads // tp,

@@ -8,14 +8,49 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.metrics.model_table import format_bytes
+from dsv3_megatron.metrics.rank_state import checkpoint_bytes
 from dsv3_megatron.planning.hardware import UNVERIFIED, Hardware
+from dsv3_megatron.planning.headroom import Headroom, lacking_memory
 from dsv3_megatron.planning.memory import RankMemory
+from dsv3_megatron.planning.memory_settings import is_engine
 from dsv3_megatron.planning.run_cost import RunCost
-from dsv3_megatron.planning.search import MEMORY, RULE, SLOWER, SearchResult, lacking_memory
+from dsv3_megatron.planning.search import MEMORY, RULE, SLOWER, SearchResult
 from dsv3_megatron.planning.step_time import StepTime
 
 _KIND_WORDS = {RULE: "break a rule", MEMORY: "need more memory", SLOWER: "are slower than the last one above"}
 _HIDDEN = "hidden_all_to_all"
+# Parts of a step, components of memory and resources, in the words of Megatron-LM's users; JSON has the plain names.
+_STEP_WORDS = {
+    "products": "GEMMs", "attention": "core attention", "element_wise": "element-wise kernels",
+    "between_kernels": "gaps between kernels", "tensor_parallel": "TP collectives",
+    "exposed_all_to_all": "exposed expert all-to-all", "exposed_p2p": "exposed pipeline P2P",
+    "bubble": "pipeline bubble", "gradient_reduction": "gradient reduce-scatter (DP)", "optimizer": "optimizer step",
+    "weight_gathering": "parameter all-gather (DP)", "hidden_all_to_all": "hidden expert all-to-all",
+}
+_MEMORY_WORDS = {
+    "parameter": "params", "gradient": "main grads", "optimizer": "optimizer", "activation": "activations",
+    "deferred": "delayed wgrad", "working": "workspace", "communication": "P2P buffers", "buffer": "buffers",
+    "fp8_weight": "FP8 params", "host": "CPU",
+}
+_RESOURCE_WORDS = {
+    "stream_busy_share": "busy share of the compute stream", "routed_rows_deviation": "deviation of tokens per expert",
+    "communication_sms": "SMs that communication takes", "memory_bandwidth": "memory bandwidth",
+    "bf16_best_share": "best share of the BF16 peak", "fp8_best_share": "best share of the FP8 peak",
+    "bf16_flops": "BF16 peak", "fp8_flops": "FP8 peak", "fp32_flops": "FP32 peak",
+    "nvlink_bandwidth": "NVLink bandwidth", "network_bandwidth": "network bandwidth",
+    "all_to_all_nvlink_bandwidth": "all-to-all bandwidth on NVLink",
+    "all_to_all_network_bandwidth": "all-to-all bandwidth on the network", "nvlink_latency": "NVLink latency",
+    "network_latency": "network latency", "context_bytes": "memory of the CUDA context",
+    "nccl_bytes": "memory of NCCL's buffers", "fragmentation_share": "share of memory lost to fragmentation",
+}
+
+
+def _resource_words(name: str) -> str:
+    kind, colon, which = name.partition(":")
+    if colon:
+        return f"bandwidth of {which.replace('_', ' ')}" if kind == "movement" else f"rate of attention {which}"
+    return _RESOURCE_WORDS.get(name, name.replace("_", " "))
 
 
 @dataclass(frozen=True)
@@ -50,7 +85,17 @@ class PlanReport:
     @property
     def fits(self) -> bool:
         """Whether the fullest rank's memory is on its device."""
-        return not lacking_memory(self.memory, self.hardware)
+        return not lacking_memory(self.memory, self.step.setting)
+
+    @property
+    def headroom(self) -> Headroom:
+        """What a device leaves to the run."""
+        return Headroom.of(self.step.setting)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the rank that needs most."""
+        return max(rank.peak_bytes for rank in self.memory)
 
     def unverified(self) -> dict[str, str]:
         """Figures of the machine that no source confirms, and what they were taken from."""
@@ -69,12 +114,15 @@ def as_json(report: PlanReport) -> dict[str, Any]:
     found: dict[str, Any] = {
         "preset": report.run.preset, "phase": report.phase, "hardware": report.hardware.name,
         "num_gpus": step.setting.num_devices, "layout": _layout_words(report.run),
+        "assumed": _assumptions(report),
         "num_microbatches": step.num_microbatches, "tokens_per_step": step.tokens,
         "gpu_hours_per_trillion_tokens": step.gpu_hours_per_trillion_tokens, "step_time_s": step.seconds,
         "tokens_per_second": step.tokens_per_second, "model_flops_per_second": step.model_flops_per_second(),
         "mfu_causal": step.mfu(), "mfu_non_causal": step.mfu(is_causal=False),
         "mfu_with_mtp": step.mfu(with_mtp=True),
         "peak_memory_bytes": [rank.peak_bytes for rank in report.memory], "fits": report.fits,
+        "memory_visible_bytes": report.headroom.visible_bytes, "memory_headroom_bytes": dict(report.headroom.parts),
+        "memory_usable_bytes": report.headroom.usable_bytes, "checkpoint_bytes": checkpoint_bytes(report.run),
         "breakdown": step.breakdown(),
         "memory": [_memory_json(rank) for rank in report.memory], "memory_remedies": list(report.remedies),
         "phases": [{
@@ -97,7 +145,8 @@ def search_json(result: SearchResult) -> dict[str, Any]:
     return {
         "num_layouts": result.num_layouts, "num_simulated": result.num_simulated, "seconds": result.seconds,
         "ranked": [{
-            "layout": found.layout.describe(), **dataclasses.asdict(found.layout), "step_time_s": found.step.seconds,
+            "layout": found.layout.describe(), "flags": found.flags, **dataclasses.asdict(found.layout),
+            "step_time_s": found.step.seconds,
             "gpu_hours_per_trillion_tokens": found.step.gpu_hours_per_trillion_tokens, "mfu_causal": found.step.mfu(),
             "peak_memory_bytes": found.peak_bytes} for found in result.ranked],
         "rejected": [dataclasses.asdict(rejected) for rejected in result.rejected],
@@ -122,24 +171,37 @@ def as_text(report: PlanReport) -> str:
     """For a terminal."""
     parts = [_head(report), _breakdown(report), _memory(report), _phases(report), _sensitivity(report)]
     if report.search is not None:
-        parts.append(search_text(report.search))
+        parts.insert(0, search_text(report.search))
     if report.unverified():
-        parts.append("not confirmed by a source: " + ", ".join(report.unverified()))
+        parts.append("not confirmed by a source: " + ", ".join(map(_resource_words, report.unverified())))
     return "\n\n".join(parts)
 
 
 def _layout_words(run: RunConfig) -> str:
     parallel = run.parallel
-    words = [f"PP{parallel.pipeline_model_parallel_size}", f"EP{parallel.expert_model_parallel_size}"]
-    if parallel.tensor_model_parallel_size > 1:
-        words.insert(1, f"TP{parallel.tensor_model_parallel_size}")
+    words = [f"TP{parallel.tensor_model_parallel_size}", f"PP{parallel.pipeline_model_parallel_size}",
+             f"EP{parallel.expert_model_parallel_size}"]
     if parallel.expert_tensor_parallel_size > 1:
         words.append(f"ETP{parallel.expert_tensor_parallel_size}")
     if parallel.pipeline_model_parallel_size > 1:
         stages = parallel.num_virtual_stages_per_pipeline_rank
         words.append(parallel.schedule + (f" V{stages}" if stages > 1 else ""))
-    return (f"{' '.join(words)}, micro-batch {run.training.micro_batch_size}, FP8 {run.fp8.fp8}, "
+    return (f"{' '.join(words)}, micro-batch size {run.training.micro_batch_size}, FP8 {run.fp8.fp8}, "
             f"recompute {run.training.recompute_granularity or 'none'}")
+
+
+def _assumptions(report: PlanReport) -> str:
+    """Which modules and which dispatch the numbers are of: the run's own flags decide about the one, the command's
+    about the other."""
+    setting, modules = report.step.setting, "local modules"
+    if not setting.hardware.is_cpu and is_engine(report.run):
+        modules = "Transformer Engine's modules (--transformer-impl local for this library's)"
+    if report.run.parallel.expert_model_parallel_size == 1:
+        return modules
+    if setting.sends_once_per_node:
+        return (f"{modules}; tokens cross the network once for each node, as DeepEP sends them (--row-per-expert: once "
+                "for each expert)")
+    return f"{modules}; a row for each expert crosses the network, as plain all-to-all sends them"
 
 
 def _head(report: PlanReport) -> str:
@@ -148,6 +210,7 @@ def _head(report: PlanReport) -> str:
         f"{report.run.preset} on {step.setting.num_devices} x {report.hardware.name}, phase {report.phase}: "
         f"{training.global_batch_size} sequences of {training.seq_length} tokens a step",
         f"  {_layout_words(report.run)}, {step.num_microbatches} micro-batches",
+        f"  assumed: {_assumptions(report)}",
         f"  step {_seconds(step.seconds)}   {_count(step.tokens_per_second)} tokens/s   "
         f"{_count(step.gpu_hours_per_trillion_tokens)} GPU-hours per 1T tokens",
         f"  {step.model_flops_per_second() / 1e12:.4g} TFLOP/s a device   MFU {step.mfu():.1%} causal, "
@@ -158,24 +221,32 @@ def _breakdown(report: PlanReport) -> str:
     lines = ["where the step goes (pipeline rank that waits least)"]
     for name, seconds in report.step.breakdown().items():
         if name != _HIDDEN:
-            lines.append(f"  {name.replace('_', ' '):22} {_seconds(seconds):>10} {seconds / report.step.seconds:6.1%}")
-    lines.append(f"  beside compute: all-to-all {_seconds(report.step.hidden_exchange)}")
+            lines.append(f"  {_STEP_WORDS[name]:32} {_seconds(seconds):>10} {seconds / report.step.seconds:6.1%}")
+    lines.append(f"  and beside compute: {_STEP_WORDS[_HIDDEN]} {_seconds(report.step.hidden_exchange)}")
     return "\n".join(lines)
 
 
 def _memory(report: PlanReport) -> str:
-    capacity = report.hardware["memory_bytes"]
-    names = list(_components(report.memory[0]))
-    lines = [f"memory by pipeline rank, GB of {capacity / 1e9:.1f}: " + ("fits" if report.fits else "DOES NOT FIT"),
+    names = [_MEMORY_WORDS[name] for name in _components(report.memory[0])]
+    imbalance = report.step.setting.memory_terms(report.run)["imbalance"]
+    lines = [f"memory by pipeline rank, GB: {_verdict(report)}",
+             f"  a device has {report.headroom.describe()}; routed rows of a rank x {imbalance:.2f}",
              "  " + "rank".rjust(4) + "".join(name.rjust(15) for name in ("peak", *names))]
     for rank in report.memory:
         sizes = (rank.peak_bytes, *_components(rank).values())
         lines.append("  " + str(rank.pipeline_rank).rjust(4) + "".join(f"{size / 1e9:15.2f}" for size in sizes))
     worst = max(report.memory, key=lambda rank: rank.peak_bytes)
     lines.append(f"  fullest: rank {worst.pipeline_rank}, {worst.peak_bytes / 1e9:.2f} GB"
-                 + ("; host is CPU memory" if worst.host_bytes else ""))
+                 + ("; CPU is host memory" if worst.host_bytes else ""))
     lines += [f"  {remedy}" for remedy in report.remedies]
+    lines.append(f"a checkpoint takes {format_bytes(checkpoint_bytes(report.run))} on disk")
     return "\n".join(lines)
+
+
+def _verdict(report: PlanReport) -> str:
+    if report.fits:
+        return "fits"
+    return f"DOES NOT FIT, {(report.peak_bytes - report.headroom.usable_bytes) / 1e9:.1f} GB too much"
 
 
 def _phases(report: PlanReport) -> str:
@@ -199,7 +270,7 @@ def _phases(report: PlanReport) -> str:
 
 def _sensitivity(report: PlanReport) -> str:
     lines = ["what 10% more of each does to the step time"]
-    lines += [f"  {name.replace('_', ' '):32} {change:+7.2%}" for name, change in report.sensitivity.items()
+    lines += [f"  {_resource_words(name):44} {change:+7.2%}" for name, change in report.sensitivity.items()
               if abs(change) >= 5e-5]
     return "\n".join(lines)
 
@@ -208,10 +279,13 @@ def search_text(result: SearchResult) -> str:
     """The ranking, and the rejected layouts by reason."""
     lines = [f"search: {result.num_layouts} layouts, {result.num_simulated} simulated, {result.seconds:.1f} s",
              f"  {'':3} {'step':>9} {'GPU-h/1T':>10} {'MFU':>6} {'GB':>6}"]
+    if result.ranked:
+        lines[0] += "; take a place's flags in place of the run's own"
     for place, found in enumerate(result.ranked, start=1):
         lines.append(f"  {place:3} {_seconds(found.step.seconds):>9} "
                      f"{_count(found.step.gpu_hours_per_trillion_tokens):>10} {found.step.mfu():6.1%} "
                      f"{found.peak_bytes / 1e9:6.1f}  {found.layout.describe()}")
+        lines.append(f"      {found.flags}")
     if not result.ranked:
         lines.append(f"  none works: {result.why_none()}")
     for kind, count in result.rejected_by_kind().items():
@@ -256,26 +330,28 @@ def plot(report: PlanReport, path: str) -> None:
                     f"{report.step.seconds:.3g} s a step, "
                     f"{report.step.gpu_hours_per_trillion_tokens / 1e3:.4g}K GPU-hours per 1T tokens\n"
                     f"{_layout_words(report.run)}")
-    parts = {name.replace("_", " "): seconds for name, seconds in report.step.breakdown().items() if seconds > 0}
+    parts = {_STEP_WORDS[name]: seconds for name, seconds in report.step.breakdown().items() if seconds > 0}
     step.barh(list(parts), list(parts.values()),
-              color=["tab:gray" if name == _HIDDEN.replace("_", " ") else "tab:blue" for name in parts])
+              color=["tab:gray" if name == _STEP_WORDS[_HIDDEN] else "tab:blue" for name in parts])
     step.invert_yaxis()
     step.set(title="a step (gray: beside compute)", xlabel="s")
     ranks = [str(rank.pipeline_rank) for rank in report.memory]
     below = [0.0] * len(ranks)
     for name in (name for name in _components(report.memory[0]) if name != "host"):
         sizes = [_components(rank)[name] / 1e9 for rank in report.memory]
-        memory.bar(ranks, sizes, bottom=below, label=name)
+        memory.bar(ranks, sizes, bottom=below, label=_MEMORY_WORDS[name])
         below = [low + size for low, size in zip(below, sizes, strict=True)]
-    memory.axhline(report.hardware["memory_bytes"] / 1e9, color="black", linestyle="--", label="device")
-    memory.set(title="memory by pipeline rank", xlabel="pipeline rank", ylabel="GB")
+    memory.axhline(report.headroom.visible_bytes / 1e9, color="black", linestyle="--", label="device")
+    memory.axhline(report.headroom.usable_bytes / 1e9, color="tab:red", linestyle="--", label="left to the run")
+    memory.set(xlabel="pipeline rank", ylabel="GB")
+    memory.set_title(f"memory by pipeline rank: {_verdict(report)}", color="black" if report.fits else "tab:red")
     memory.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     costs = [(phase.name, phase.gpu_hours) for phase in report.cost.phases if phase.gpu_hours is not None]
     phases.bar([name for name, _ in costs], [hours / 1e3 for _, hours in costs])
     phases.tick_params(axis="x", rotation=20)
     phases.set(title=f"the run: {report.cost.gpu_hours / 1e3:.4g}K GPU-hours", ylabel="1000 GPU-hours")
     changes = dict(list(report.sensitivity.items())[:12])
-    sensitivity.barh([name.replace("_", " ") for name in changes], [100 * change for change in changes.values()])
+    sensitivity.barh([_resource_words(name) for name in changes], [100 * change for change in changes.values()])
     sensitivity.invert_yaxis()
     sensitivity.set(title="10% more of it: change of the step time", xlabel="%")
     figure.savefig(path, dpi=110)

@@ -22,7 +22,8 @@ from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.parallel.placement import placement
-from dsv3_megatron.planning.hardware import Hardware
+from dsv3_megatron.planning.flags import differing_flags
+from dsv3_megatron.planning.headroom import lacking_memory
 from dsv3_megatron.planning.memory import RankMemory, estimate_memory
 from dsv3_megatron.planning.operations import Part
 from dsv3_megatron.planning.step_time import StepTime, step_seconds, step_time, update_time
@@ -68,11 +69,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Found:
-    """A layout that works."""
+    """A layout that works; `flags` give it to the run that the search was for."""
 
     layout: Layout
     step: StepTime
     memory: tuple[RankMemory, ...]
+    flags: str
 
     @property
     def peak_bytes(self) -> int:
@@ -160,8 +162,8 @@ def search(run: RunConfig, setting: Setting, *, num_best: int = 10) -> SearchRes
         if len(best) == num_best and bound >= best[-1][0]:
             rejected.append(Rejected(layout.describe(), 1, SLOWER, f"takes at least {bound:.2f} s a step"))
             continue
-        memory = estimate_memory(candidate, setting.num_devices, **setting.memory_terms)
-        lacking = lacking_memory(memory, setting.hardware)
+        memory = estimate_memory(candidate, setting.num_devices, **setting.memory_terms(candidate))
+        lacking = lacking_memory(memory, setting)
         if lacking:
             rejected.append(Rejected(layout.describe(), 1, MEMORY, f"{layout.describe()}: {lacking}"))
             continue
@@ -171,18 +173,10 @@ def search(run: RunConfig, setting: Setting, *, num_best: int = 10) -> SearchRes
         if len(best) > num_best:
             seconds, slowest, *_ = best.pop()
             rejected.append(Rejected(slowest.describe(), 1, SLOWER, f"takes {seconds:.2f} s a step"))
-    ranked = tuple(Found(layout, step_time(candidate, setting, with_transfers=False), memory)
+    ranked = tuple(Found(layout, step_time(candidate, setting, with_transfers=False), memory,
+                         differing_flags(run, candidate))
                    for _, layout, candidate, memory in best)
     return SearchResult(ranked, tuple(rejected), num_layouts, num_simulated, time.perf_counter() - started)
-
-
-def lacking_memory(memory: tuple[RankMemory, ...], hardware: Hardware) -> str:
-    """Which rank needs more than a device has, and how much; empty if all fit."""
-    fullest = max(memory, key=lambda rank: rank.peak_bytes)
-    if fullest.peak_bytes <= hardware["memory_bytes"]:
-        return ""
-    return (f"pipeline rank {fullest.pipeline_rank} needs {fullest.peak_bytes / 1e9:.1f} GB of "
-            f"{hardware['memory_bytes'] / 1e9:.1f}")
 
 
 def _problem(candidate: RunConfig, num_devices: int) -> str:

@@ -118,22 +118,26 @@ class Setting:
         sends_once_per_node: Tokens cross the network once for each node, and NVLink once for each rank, as DeepEP has
             them; else a row for each expert, as plain all-to-all does.
         imbalance: Rows of the busiest expert-parallel rank over the mean; None: see `Imbalance`.
+        headroom_bytes: Memory of each device that the run's tensors cannot have; None: see `headroom.Headroom`.
     """
 
     hardware: Hardware
     num_devices: int
     sends_once_per_node: bool = True
     imbalance: float | None = None
+    headroom_bytes: float | None = None
 
     @property
     def overlaps_pairs(self) -> bool:
         """Whether all-to-alls run beside compute: on a CPU they take its cores."""
         return not self.hardware.is_cpu
 
-    @property
-    def memory_terms(self) -> MemoryTerms:
-        """What `memory.estimate_memory` wants to know of it."""
-        return {"device": "cpu" if self.hardware.is_cpu else "cuda", "imbalance": self.imbalance or 1.0}
+    def memory_terms(self, run: RunConfig) -> MemoryTerms:
+        """What `memory.estimate_memory` wants to know of it.
+
+        Rows that a rank holds are those of many layers and micro-batches, so that the imbalance is that of a pair.
+        """
+        return {"device": "cpu" if self.hardware.is_cpu else "cuda", "imbalance": Imbalance.of(run, self).pair}
 
 
 def _work(operations: Iterable[Operation], setting: Setting, network: Network, model: ModelConfig, sm_share: float

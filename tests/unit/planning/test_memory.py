@@ -135,7 +135,7 @@ def test_advice_is_what_estimating_again_gives() -> None:
     assert {"recompute_granularity", "micro_batch_size", "precision"} <= names
     lines = describe(advice)
     assert lines[0].startswith("pipeline rank 0 is the fullest: ") and "activations" in lines[0]
-    assert any(line.startswith("recompute_granularity=full: ") for line in lines)
+    assert any(line.startswith("--recompute-granularity full --recompute-modules: ") for line in lines)
 
 
 # -- FP8, layer by layer ---------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+from dsv3_megatron.config.load import parse_command
 from tests.unit.tools.conftest import TOOLS, load_tool
 
 RUN = ("--preset", "dsv3-16b", "--hardware", "h800", "--num-gpus", "64", "--global-batch-size", "512",
@@ -46,8 +48,9 @@ def test_text_and_picture(plan, tmp_path) -> None:
     picture = tmp_path / "plan.png"
     status, out, _ = plan(*RUN, "--tokens", "1e12", "--png", picture)
     assert status == 0
-    for line in ("dsv3-16b on 64 x h800, phase training: 512 sequences of 4096 tokens a step", "PP4 EP8 1f1b",
-                 "where the step goes", "memory by pipeline rank, GB of 84.9: fits", "the run", "total",
+    for line in ("dsv3-16b on 64 x h800, phase training: 512 sequences of 4096 tokens a step", "TP1 PP4 EP8 1f1b",
+                 "assumed: Transformer Engine's modules", "where the step goes", "memory by pipeline rank, GB: fits",
+                 "84.9 GB visible less 5.1 GB headroom (CUDA context", "the run", "total", "a checkpoint takes",
                  "what 10% more of each does to the step time"):
         assert line in out
     assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -67,7 +70,7 @@ def test_search(plan) -> None:
 def test_a_run_that_does_not_fit(plan) -> None:
     status, out, _ = plan("--preset", "dsv3-16b", "--hardware", "h800", "--num-gpus", "8", "--global-batch-size",
                           "512", "--micro-batch-size", "16", "--tokens", "1e9")
-    assert status == 1 and "DOES NOT FIT" in out
+    assert status == 0 and "DOES NOT FIT" in out  # an answer
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -77,16 +80,105 @@ def test_a_run_that_does_not_fit(plan) -> None:
     (("--hardware", "h800", "--num-gpus", "0"), "--num-gpus=0 must be at least 1"),
     (("--hardware", "h800", "--num-gpus", "100", "--preset", "dsv3-671b"), "must divide world_size=100"),
     (("--hardware", "a100", "--num-gpus", "4", "--fp8", "blockwise"), "hardware=a100 has no fp8 products"),
-    (("--hardware", "h800", "--num-gpus", "8", "--imbalance", "0.5"), "--imbalance=0.5 must be at least 1"),
+    (("--hardware", "h800", "--num-gpus", "8", "--imbalance", "0.5"),
+     "--imbalance=0.5 must be at least 1, which is balance, and at most 10000"),
     (("--hardware", "h800", "--num-gpus", "8", "--top", "0"), "--top=0 must be at least 1"),
     (("--hardware", "h800", "--num-gpus", "8", "--png", "plan.jpg"), "--png=plan.jpg must end with .png"),
-    (("--hardware", "h800", "--num-gpus", "4", "--tokens", "-1"), "--tokens=-1 must be greater than 0"),
+    (("--hardware", "h800", "--num-gpus", "4", "--tokens", "-1"), "--tokens=-1 must be at least 1"),
     (("--hardware", "h800", "--num-gpus", "8", "--sched", "x"), "--sched is not a flag"),
     (("--calibrate", "nowhere"), "--calibrate=nowhere has no config.json"),
 ])
 def test_wrong_input(plan, flags, message: str) -> None:
     status, out, err = plan(*flags)
     assert status == 2 and out == "" and message in err
+
+
+@pytest.mark.parametrize("flag", ["--imbalance", "--tokens", "--price-per-gpu-hour", "--memory-headroom-gb",
+                                  "--num-gpus"])
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e308", "1e400", "-1"])
+def test_numbers_that_cannot_be(plan, flag: str, number: str) -> None:
+    given = () if flag == "--num-gpus" else ("--num-gpus", "8")
+    status, out, err = plan("--preset", "tiny", "--hardware", "h800", *given, f"{flag}={number}", "--json")
+    assert status == 2 and out == "" and (f"{flag}=" in err or f"argument {flag}: invalid" in err)
+
+
+def test_a_headroom_that_is_given_decides_what_fits(plan) -> None:
+    peak = max(json.loads(plan(*RUN, "--json")[1])["peak_memory_bytes"])
+    for spare, fits in ((0.1e9, True), (-0.1e9, False)):
+        headroom = (84943110144 - peak - spare) / 1e9
+        found = json.loads(plan(*RUN, "--json", "--memory-headroom-gb", headroom)[1])
+        assert found["fits"] is fits
+        assert found["memory_usable_bytes"] == pytest.approx(peak + spare)
+        assert found["memory_headroom_bytes"] == {"as given": pytest.approx(headroom * 1e9)}
+    # The search keeps to it too: what the memory of two devices' difference does not hold is rejected.
+    wide, narrow = (json.loads(plan("--preset", "dsv3-16b", "--hardware", "h800", "--num-gpus", "16",
+                                    "--global-batch-size", "512", "--search", "--top", "1", "--json",
+                                    "--memory-headroom-gb", headroom)[1])["search"] for headroom in (0, 50))
+    assert wide["ranked"][0]["peak_memory_bytes"] <= 84943110144
+    assert narrow["ranked"][0]["peak_memory_bytes"] <= 84943110144 - 50e9
+
+
+def test_the_default_headroom_is_the_sum_of_its_parts(plan) -> None:
+    found = json.loads(plan(*RUN, "--json")[1])
+    assert set(found["memory_headroom_bytes"]) == {"CUDA context and libraries", "NCCL buffers", "fragmentation"}
+    assert found["memory_usable_bytes"] == found["memory_visible_bytes"] - sum(found["memory_headroom_bytes"].values())
+    assert {"context_bytes", "nccl_bytes", "fragmentation_share"} <= set(found["unverified"])
+
+
+def replaced(command: tuple[str, ...], flags: str) -> list[str]:
+    """A command with flags in the place of its own of the same names, as a flag may be given once."""
+    pasted = shlex.split(flags)
+    kept: list[str] = []
+    for word in command:
+        if word.startswith("--"):
+            is_kept = word not in pasted and word.replace("--", "--no-", 1) not in pasted
+        if is_kept:
+            kept.append(word)
+    return [*kept, *pasted]
+
+
+@pytest.mark.parametrize("given", [
+    (), ("--recompute-granularity", "selective", "--recompute-modules", "layernorm", "--pipeline-model-parallel-size",
+         "4", "--pipeline-model-parallel-layout", "Et*6|t*7|t*7|t*7mL", "--micro-batch-size", "2"),
+    ("--pipeline-model-parallel-size", "4", "--num-virtual-stages-per-pipeline-rank", "2", "--pipeline-schedule",
+     "interleaved", "--overlap-moe-expert-parallel-comm")], ids=["preset", "recomputing", "interleaved"])
+def test_flags_of_the_ranking_can_be_pasted(plan, given: tuple[str, ...]) -> None:
+    """Each place's flags, in the place of the command's own, are a run that may start, in the layout it names."""
+    command = ("--preset", "dsv3-16b", "--global-batch-size", "512", *given)
+    status, out, err = plan(*command, "--hardware", "h800", "--num-gpus", "64", "--search", "--top", "12", "--json")
+    assert status == 0, err
+    ranked = json.loads(out)["search"]["ranked"]
+    assert len(ranked) == 12 and len({place["flags"] for place in ranked}) == 12
+    for place in ranked:
+        pasted = replaced(command, place["flags"])
+        run = parse_command([*pasted, "--check-only", "--world-size", "64"]).run
+        run.validate(64)
+        parallel = run.parallel
+        assert (parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size,
+                parallel.expert_model_parallel_size, run.training.micro_batch_size, run.training.recompute_granularity
+                ) == (place["pp"], place["tp"], place["ep"], place["micro_batch_size"], place["recompute"])
+        assert parallel.schedule == place["schedule"] or place["pp"] == 1
+        # Planned as pasted, it is what the ranking says.
+        again = json.loads(plan(*pasted, "--hardware", "h800", "--num-gpus", "64", "--json")[1])
+        assert again["step_time_s"] == pytest.approx(place["step_time_s"])
+        assert max(again["peak_memory_bytes"]) == place["peak_memory_bytes"] and again["fits"]
+
+
+def test_the_ranking_comes_first(plan) -> None:
+    out = plan("--preset", "dsv3-16b", "--global-batch-size", "512", "--hardware", "h800", "--num-gpus", "64",
+               "--search", "--top", "2")[1]
+    lines = out.splitlines()
+    assert lines[0].startswith("search: ") and "take a place's flags in place of the run's own" in lines[0]
+    assert lines[3].strip().startswith("--tensor-model-parallel-size ")
+
+
+def test_remedies_are_flags_that_the_run_takes(plan) -> None:
+    command = ("--preset", "dsv3-16b", "--global-batch-size", "512", "--micro-batch-size", "16")
+    found = json.loads(plan(*command, "--hardware", "h800", "--num-gpus", "8", "--tokens", "1e9", "--json")[1])
+    remedies = [line.rpartition(": ")[0] for line in found["memory_remedies"] if line.startswith("--")]
+    assert remedies
+    for flags in remedies:
+        parse_command(replaced(command, flags)).run.validate(8)
 
 
 def test_the_command_needs_no_torch() -> None:
