@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.indexed import (
     IndexHeader,
     Sidecar,
@@ -187,7 +188,7 @@ def _find(places: list[str], key: dict[str, Any]) -> Contents | None:
 
 def _keep(places: list[str], key: dict[str, Any], found: Contents) -> None:
     """Write what was found where it can be written; whole or not at all."""
-    text = json.dumps({"key": key, "contents": dataclasses.asdict(found)}, indent=2) + "\n"
+    text = json_text({"key": key, "contents": dataclasses.asdict(found)}, indent=2) + "\n"
     reasons = []
     for place in places:
         partial = f"{place}.{os.getpid()}.partial"

@@ -32,6 +32,7 @@ from dsv3_megatron.checkpoint.layout import (
     read_manifest,
     saved_iterations,
 )
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.training import CheckpointConfig
 from dsv3_megatron.guards.endings import ENDED_FILE, forget_ended
 from dsv3_megatron.guards.events import GUARDS_FILE, REPORT_FILE
@@ -352,5 +353,5 @@ def _write_identity(folder: str, run: str, save: str | None) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     content = {"run": run, "begun": datetime.now(UTC).isoformat(timespec="seconds"),
                "save": os.path.abspath(save) if save else None}
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    partial.write_text(json_text(content) + "\n", encoding="utf-8")
     os.replace(partial, file)

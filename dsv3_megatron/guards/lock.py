@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dsv3_megatron.checkpoint.layout import CheckpointError
+from dsv3_megatron.config.output import json_text
 
 BEAT_S, STALE_S = 10.0, 120.0
 # Older than this by the file system's own clock, a lock is stale without being watched.
@@ -239,13 +240,13 @@ class RunLock:
     def _put(self) -> None:
         """Write the lock, whatever was there."""
         partial = self._partial()
-        partial.write_text(json.dumps(asdict(self._me)) + "\n", encoding="utf-8")
+        partial.write_text(json_text(asdict(self._me)) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
 
     def _create(self) -> bool:
         """Write the lock if there is none; whether there was none."""
         partial = self._partial()
-        text = json.dumps(asdict(self._me)) + "\n"
+        text = json_text(asdict(self._me)) + "\n"
         try:
             partial.write_text(text, encoding="utf-8")
             try:
