@@ -7,7 +7,6 @@ and is printed once.
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +30,9 @@ from dsv3_megatron.data.document_ends import named_eod_id, resolve_eod_id
 from dsv3_megatron.data.rows import Rows, open_token_array, open_windows
 from dsv3_megatron.data.text_form import form_of_dataset
 from dsv3_megatron.data.tokenizer import fingerprint
-from dsv3_megatron.train import EXIT_CONFIG, run_rank
+from dsv3_megatron.process.ranks import Processes
+from dsv3_megatron.process.stop import StopListener
+from dsv3_megatron.train import EXIT_CONFIG, end_of, run_rank, say_error
 
 if TYPE_CHECKING:
     from dsv3_megatron.evaluator import Evaluation
@@ -98,15 +99,23 @@ def main(request: Request) -> int:
     """Run one process of an evaluation; the first one prints the result to stdout.
 
     Returns:
-        Exit code: 0 done, 2 something that was asked for is wrong; any other error ends the process.
+        Exit code: 0 done, 2 something that was asked for is wrong, 128 and the number of a signal that asked to stop;
+        any other error ends the process.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    with StopListener("nothing was written"):
+        return end_of(lambda: _main(request))
+
+
+def _main(request: Request) -> int:
+    processes = Processes()
     try:
-        plan = make_plan(request, world_size)
+        processes = Processes.from_environment()
+        processes.require_rank()
+        plan = make_plan(request, processes.world_size)
     except ValueError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+        say_error(str(error), processes)
         return EXIT_CONFIG
+    rank = processes.rank
     if rank == 0:
         print(plan.documents, file=sys.stderr)
 

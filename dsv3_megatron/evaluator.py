@@ -36,8 +36,8 @@ from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, start_process_group
 from dsv3_megatron.platform import prepare, resolve_precision
+from dsv3_megatron.process.logs import configure_logging
 from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, iterate_chunks
-from dsv3_megatron.trainer import configure_logging
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ their prompts, each as it grows once those before it are done; what it took goes
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,9 @@ from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
 from dsv3_megatron.generation.text import TextCodec, TextStream, check_text, open_codec, read_prompts
-from dsv3_megatron.train import EXIT_CONFIG, run_rank
+from dsv3_megatron.process.ranks import Processes
+from dsv3_megatron.process.stop import StopListener
+from dsv3_megatron.train import EXIT_CONFIG, end_of, run_rank, say_error
 
 if TYPE_CHECKING:
     from dsv3_megatron.generation.generator import NewTokens, Options, Statistics
@@ -76,16 +77,23 @@ def main(request: Request) -> int:
     """Generate, and print as it comes.
 
     Returns:
-        Exit code: 0 done, 2 something that was asked for is wrong; any other error ends the process.
+        Exit code: 0 done, 2 something that was asked for is wrong, 128 and the number of a signal that asked to stop;
+        any other error ends the process.
     """
+    with StopListener("the text is as far as it is printed"):
+        return end_of(lambda: _main(request))
+
+
+def _main(request: Request) -> int:
     from dsv3_megatron.platform import prepare
 
-    device = prepare()  # before anything imports Megatron-Core
+    processes = Processes()
     try:
-        plan = make_plan(request, int(os.environ.get("WORLD_SIZE", "1")))
+        processes = Processes.from_environment()
+        device = prepare()  # before anything imports Megatron-Core
+        plan = make_plan(request, processes.world_size)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        say_error(str(error), processes)
         return EXIT_CONFIG
     if not device.is_cuda:
         from dsv3_megatron.ops.host_memory import keep_freed_memory

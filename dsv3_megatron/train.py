@@ -7,6 +7,7 @@ imported. A wrong setting is printed once, not once per process.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 import traceback
@@ -17,11 +18,15 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Command, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.streams import run_command
+from dsv3_megatron.process.ranks import Processes, require_free_port
+from dsv3_megatron.process.stop import StopListener, Stopped
 
 if TYPE_CHECKING:
     from dsv3_megatron.planning.precheck import Told
 
 EXIT_CONFIG = 2
+# Set by the launcher for its check before the start, of which there is one a node: how many there are, and which.
+NODES, NODE_RANK = "DSV3_NODES", "DSV3_NODE_RANK"
 # Ranks that fail because another one did wait this long, so that the first error is printed first.
 _SECONDS_AFTER_LOST_PEER = 5.0
 
@@ -30,29 +35,104 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one process of a training run.
 
     Returns:
-        Exit code: 0 done, 2 a setting or an input is wrong, 3 a guard ended the run, 4 a rank hung; any other error
-        raises.
+        Exit code: 0 done, 2 a setting or an input is wrong, 3 a guard ended the run, 4 a rank hung, 128 and the number
+        of a signal that came before there was anything to save; any other error raises.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    with StopListener("nothing was saved"):
+        return end_of(lambda: _main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    processes: Processes | None = None
     try:
-        command = parse_command(sys.argv[1:] if arguments is None else arguments)
+        processes = Processes.from_environment()
+        command = parse_command(arguments)
         if command.print_model or command.print_schedule or command.plot_schedule:
-            _describe(command, rank)
+            _describe(command, processes.rank)
             return 0
-        world_size = command.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = command.world_size or processes.world_size
+        if not command.check_only:
+            processes.require_rank()
         command.run.validate(world_size)
-        told = _check_inputs(command, world_size, rank)
+        told = _check_inputs(command, world_size, processes.rank)
     except ValueError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG
-    for line in told if rank == 0 else ():
+        return _refuse(str(error), processes)
+    for line in told if processes.rank == 0 else ():
         if command.check_only or line.is_warning:
             print(f"warning: {line.text}" if line.is_warning else line.text,
                   file=sys.stdout if command.check_only else sys.stderr)
     if command.check_only:
+        return _meet_nodes(processes, None)
+    return _train(command, processes.rank)
+
+
+def _refuse(text: str, processes: Processes | None) -> int:
+    """Say what is wrong, to the user and to the processes that would wait for this one."""
+    if processes is None or NODES in os.environ:
+        where = f" (node {os.environ.get(NODE_RANK)}, on {socket.gethostname()})" if _num_nodes() > 1 else ""
+        print(f"error: {text}{where}", file=sys.stderr, flush=True)
+        if processes is not None:
+            _meet_nodes(processes, text)
+    else:
+        say_error(text, processes)
+    return EXIT_CONFIG
+
+
+def refuse(text: str) -> int:
+    """Say what is wrong with a command, before it has begun; returns the exit code.
+
+    Of processes that wait for each other, who meets it says it with rank and host, and tells the others.
+    """
+    try:
+        say_error(text, Processes.from_environment())
+    except ConfigError:  # of the variables: that is another error, and this one comes first
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    return EXIT_CONFIG
+
+
+def say_error(text: str, processes: Processes, *, tells: bool = True) -> None:
+    """Print an error of this process; of a run's, with rank and host, once for all ranks that meet the same."""
+    if processes.world_size == 1 or processes.address is None:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        return
+    if not processes.address:  # no others can be met; rank 0 may stand for all, to look at a layout
+        print(f"error: {text}{f' ({processes.place})' if processes.rank else ''}", file=sys.stderr, flush=True)
+        return
+    from dsv3_megatron.parallel.roll_call import say_once
+
+    say_once(text, processes, tells=tells)
+
+
+def _num_nodes() -> int:
+    return int(os.environ.get(NODES, "1"))
+
+
+def _meet_nodes(processes: Processes, error: str | None) -> int:
+    """The launcher's check of this node meets those of the others, so that all start, or none.
+
+    Returns:
+        Exit code: 2 if any node's check found something.
+    """
+    if NODES not in os.environ:
         return 0
-    return _train(command, rank)
+    try:
+        if _num_nodes() == 1:
+            if error is None and "MASTER_PORT" in os.environ:
+                require_free_port(processes.port, processes.address or "")
+            return 0
+        from dsv3_megatron.parallel.roll_call import PeerError, meet_nodes
+
+        try:
+            meet_nodes(processes, int(os.environ[NODE_RANK]), _num_nodes(), error)
+        except PeerError as peer:
+            if error is None:  # else it is said, and nobody was there to be told
+                print(f"error: {peer}", file=sys.stderr, flush=True)
+                return EXIT_CONFIG
+    except ConfigError as wrong:
+        if error is None:
+            print(f"error: {wrong}", file=sys.stderr, flush=True)
+        return EXIT_CONFIG
+    return 0
 
 
 def _describe(command: Command, rank: int) -> None:
@@ -137,21 +217,44 @@ def _train(command: Command, rank: int) -> int:
     return run_rank(rank, lambda: Trainer(command.run).train())
 
 
+def end_of(work: Callable[[], int]) -> int:
+    """The exit code of a process's work; that of a stop, with a line, where a signal ended it."""
+    try:
+        return work()
+    except Stopped as stop:
+        from dsv3_megatron.guards.endings import tell_launcher
+
+        tell_launcher(stop.exit_code)
+        sys.stdout.flush()
+        place = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        print(f"{place}{stop}", file=sys.stderr, flush=True)
+        if "torch.distributed" in sys.modules:
+            os._exit(stop.exit_code)  # threads of collectives that nobody will finish
+        return stop.exit_code
+
+
 def run_rank(rank: int, work: Callable[[], int]) -> int:
     """Do one process's work; of an error that several processes meet, show the first and end them all.
 
     Returns:
-        Exit code: what `work` returned, or 2 for a setting or an input that is wrong, printed by rank 0. The launcher
-        is told one that is not 0.
+        Exit code: what `work` returned, or 2 for a setting or an input that is wrong, printed by a rank that met it.
+        The launcher is told one that is not 0.
     """
     from dsv3_megatron.guards.endings import tell_launcher
+    from dsv3_megatron.parallel.roll_call import PeerError
 
     try:
         code = work()
         return tell_launcher(code) if code else 0
     except ConfigError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+        import torch
+
+        say_error(str(error), Processes.from_environment(), tells=not torch.distributed.is_initialized())
+        return tell_launcher(EXIT_CONFIG)
+    except PeerError as error:
+        # Whoever met it has said it; under torchrun on this host too.
+        if not Processes.from_environment().has_agent:
+            print(f"rank {rank}: ends, {error}", file=sys.stderr, flush=True)
         return tell_launcher(EXIT_CONFIG)
     except SystemExit as end:  # an output cannot be written: other ranks wait in a collective, so nothing is tidied up
         os._exit(end.code if isinstance(end.code, int) else 1)

@@ -15,8 +15,6 @@ Shapes: B micro-batch, S sequence, L layers with MTP modules, E experts.
 
 from __future__ import annotations
 
-import logging
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -58,9 +56,9 @@ from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_tokens, start_process_group
 from dsv3_megatron.platform import prepare, resolve_precision
+from dsv3_megatron.process.logs import configure_logging
+from dsv3_megatron.process.stop import signal_name, stop_calls
 from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, iterate_chunks
-
-logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -113,6 +111,7 @@ class Trainer:
             self.guard.load_state_dict(position.guards)
             self.keeper.loaded(self.start.load, self.iteration)
         self.stop_signal: int | None = None
+        self._left_off = 0  # the signal for which the last validation ended early
         self.step_plan = self._plan_step()
         self.phase = self.step_plan.phase if self.step_plan else self.recipe.phases_to_run[-1]
         self._build_data()
@@ -197,15 +196,18 @@ class Trainer:
     # -- a step ------------------------------------------------------------------------------------
 
     def train(self) -> int:
-        """Train to the end of the run, until SIGINT or SIGTERM, or until a guard ends it.
+        """Train to the end of the run, until a signal asks to stop, or until a guard ends it.
 
         The first two save what is new since the last checkpoint; after a guard's end that one stays the newest.
 
         Returns:
             The exit code: 0, or EXIT_GUARD.
         """
+        with stop_calls(self._note_signal):
+            return self._train()
+
+    def _train(self) -> int:
         run, interval = self.run, self.run.training.eval_interval
-        previous = {sig: signal.signal(sig, self._note_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
         stopped = 0
         self.watchdog.start()
         try:
@@ -224,24 +226,23 @@ class Trainer:
                     continue
                 last = self.step_plan is None
                 if interval and (last or self.iteration % interval == 0) and not stopped and not self.guard.end_reason:
-                    self._validate()
+                    stopped = self._validate()
                 if run.checkpoint.save and not self.guard.end_reason \
                         and self.keeper.schedule.wants(self.iteration, is_last=last or bool(stopped)):
                     self.save()
+                    stopped = stopped or self._agree_to_stop()  # it took long, and all of it is saved now
             if run.checkpoint.export_hf and self.step_plan is None and not stopped and not self.guard.end_reason:
                 self.watchdog.slow("export")
                 losses = Losses(*last_losses(run.logging.tensorboard_dir, self.iteration))
-                self.keeper.export(self.iteration, self.precision, losses)
+                with stop_calls(None):  # all is saved; an export can be made again
+                    self.keeper.export(self.iteration, self.precision, losses)
         except BaseException:
             self.claim.release()
             raise
         finally:
             self.watchdog.stop()
-            for sig, handler in previous.items():
-                signal.signal(sig, handler)
         if stopped:
-            name = signal.Signals(stopped).name
-            self.progress.message(f"stopped by {name} after iteration {self.iteration}, "
+            self.progress.message(f"stopped by {signal_name(stopped)} after iteration {self.iteration}, "
                                   f"{self.keeper.what_was_saved(self.iteration)}")
         self.progress.close()
         if self.writer:
@@ -347,9 +348,13 @@ class Trainer:
         )
         tokens, *sums = sum_over_ranks(collected, self.groups, self.device,
                                        num_mtp_layers=self.run.model.mtp_num_layers)
+        return StepLosses.of_sums(tokens, sums), collected, self._agree_to_stop()
+
+    def _agree_to_stop(self) -> int:
+        """The number of a signal that any rank has received, else 0; called by every rank at the same points."""
         stop_signal = torch.tensor(self.stop_signal or 0, device=self.device.torch_device)
         torch.distributed.all_reduce(stop_signal, op=torch.distributed.ReduceOp.MAX)
-        return StepLosses.of_sums(tokens, sums), collected, int(stop_signal)
+        return int(stop_signal)
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         self.watchdog.beat("micro-batch")
@@ -362,27 +367,39 @@ class Trainer:
     def evaluate(self) -> StepLosses:
         """Mean losses over the first eval_iters global batches of the validation data; no state changes.
 
-        Batches without a token that counts are left out of the mean.
+        Batches without a token that counts are left out of the mean. After a signal to stop, the mean is that of the
+        batches that are done: at least one.
         """
         for chunk in self.chunks:
             chunk.eval()
         batches = self._iterate(self.data.valid, 0)
-        losses = []
-        for _ in range(self.run.training.eval_iters):
+        losses: list[StepLosses] = []
+        stopped = 0
+        while len(losses) < self.run.training.eval_iters and not stopped:
             with torch.no_grad():
-                losses.append(self._run_microbatches(
-                    batches, self.phase.training.global_batch_size, forward_only=True)[0])
+                loss, _, stopped = self._run_microbatches(
+                    batches, self.phase.training.global_batch_size, forward_only=True)
+            losses.append(loss)
+        self._left_off = stopped
         return StepLosses.mean(losses)
 
-    def _validate(self) -> None:
+    def _validate(self) -> int:
+        """Validate and report; a signal to stop ends it after the global batch at hand, and nothing is reported.
+
+        Returns:
+            The number of the signal, else 0.
+        """
         if self.data.valid is None:
-            return
+            return 0
         self.watchdog.slow("validation")
         losses = self.evaluate()
+        if self._left_off:
+            self.progress.message(f"validation at iteration {self.iteration} left off: {signal_name(self._left_off)}")
+            return self._left_off
         if losses.main is None:
             self.progress.message(f"validation at iteration {self.iteration}: no token of the validation data counts "
                                   "in the loss (eod_mask_loss leaves out the one after each EOD)")
-            return
+            return 0
         self.progress.validation(self.iteration, losses.main, mtp_losses=losses.mtp)
         if self.writer:
             training = self.phase.training
@@ -391,10 +408,13 @@ class Trainer:
         if self.average and self.average.num_updates and self.run.training.eval_ema:
             with self.average.swapped_in():
                 loss = self.evaluate().main
+            if self._left_off:
+                return self._left_off
             assert loss is not None, "the same tokens counted a moment ago"
             self.progress.message(f"validation of the average at iteration {self.iteration}: lm loss {loss:.4f}")
             if self.writer:
                 self.writer.write_average_validation(self.iteration, loss)
+        return 0
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
@@ -424,12 +444,6 @@ class Trainer:
         self.progress.message(f"rolled back to iteration {self.iteration}; the next sample is {next_sample}")
         self.keeper.note_rollback(self.iteration, self.guard.state_dict())
 
-    def _note_signal(self, number: int, _frame: Any) -> None:
-        """Finish the step first: every rank learns of the signal with the step's losses."""
+    def _note_signal(self, number: int) -> None:
+        """Finish the step, or the batch of a validation, first: every rank learns of the signal with its losses."""
         self.stop_signal = number
-
-
-def configure_logging(rank: int) -> None:
-    """Rank 0 says what was chosen; the others only warn."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("dsv3_megatron").setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -8,26 +8,31 @@
 #   bash examples/pretrain_dsv3.sh --fresh      the same, from the start
 #   bash examples/pretrain_dsv3.sh FLAGS...     a run with these flags (listed below), under torchrun
 #
-# From the environment, for runs with flags:
+# From the environment, for runs with flags; a value that cannot be is said before anything starts (exit code 2):
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT  nodes, this node's rank, and where rank 0 listens (1, 0, -, 29500)
-#   GPUS_PER_NODE                                processes on this node with GPUs (default: as many as there are)
+#   GPUS_PER_NODE                                processes on this node with GPUs (default: as many as CUDA shows)
 #   NPROC_PER_NODE                               processes on this node in any case (default without a GPU: the fewest
 #                                                that the layout needs)
+#   OMP_NUM_THREADS                              threads of a process (default: its share of the cores)
 #   SHUTDOWN_TIMEOUT                             seconds from a dead rank to the forced end of the others (30)
 #   PYTHON                                       the Python to use; see examples/setup_environment.sh
 #
-# Ctrl-C or SIGTERM: the run saves a checkpoint and ends; a second one ends it at once.
+# Ctrl-C or a signal that asks to stop (INT, TERM, HUP, QUIT, USR1, USR2, XCPU, ALRM, PWR): the run saves a checkpoint
+# and ends; a second one ends it at once. If this script is killed, what it started ends too.
 #
 # Exit codes: 0 done or stopped with a checkpoint, 2 a setting or an input is wrong, 3 a guard ended the run (a resumed
-# one would end the same way), 4 a rank hung; others are a crash's.
+# one would end the same way), 4 a rank hung, 128 and a signal's number where it came before there was anything to save;
+# others are a crash's.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
+script_arguments=("$@")
+unset RANK LOCAL_RANK LOCAL_WORLD_SIZE TORCHELASTIC_RUN_ID TORCHELASTIC_USE_AGENT_STORE # of a process; torchrun sets them
 
 # ------------------------------------------------------------------------------------------- the quickstart's settings
 
-run_dir="${RUN_DIR:-$repo/runs/quickstart}"
+run_dir="${RUN_DIR-$repo/runs/quickstart}"
 run_dir="${run_dir#"$PWD"/}" # shorter to read where it can be
 corpus_flags=(--seed 1234)
 vocab_size=2048 # tiny's; batch, learning rate and length of the run are the preset's too
@@ -35,8 +40,6 @@ train_flags=(--preset tiny --vocab-size "$vocab_size" --log-interval 10 --save-i
 generate_flags=(--max-new-tokens 48 --temperature 0.7 --top-p 0.9 --batch-size 4 --speculative mtp)
 # Layout by number of devices: PP2 x EP2 needs four processes; without a GPU four share the cores.
 quickstart_layout() { # sets num_processes and layout_flags
-    local num_gpus
-    num_gpus=$(count_gpus)
     case "$num_gpus" in
         0) num_processes=4 layout_flags=(--pipeline-model-parallel-size 2 --expert-model-parallel-size 2) ;;
         1) num_processes=1 layout_flags=() ;;
@@ -50,17 +53,104 @@ quickstart_layout() { # sets num_processes and layout_flags
 
 say() { printf '%s\n' "$*" >&2; }
 
-count_gpus() {
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        case "$CUDA_VISIBLE_DEVICES" in
-            "" | -1*) echo 0 && return ;;
+wrong() { say "error: $*"; exit 2; }
+
+# The GPUs that CUDA shows to a process: CUDA_VISIBLE_DEVICES ends at the first index that no device has, and an index
+# or name that comes twice hides all of them.
+find_gpus() { # sets num_gpus
+    local present element seen=" "
+    present=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
+    num_gpus=$present
+    [ -n "${CUDA_VISIBLE_DEVICES+set}" ] || return 0
+    num_gpus=0
+    case "$CUDA_VISIBLE_DEVICES" in "" | none | void | NoDevFiles) return 0 ;; esac
+    while IFS= read -r element; do
+        element=$(sed 's/^ *//; s/ *$//' <<<"$element")
+        if [[ "$element" =~ ^-[0-9]+$ ]]; then
+            break
+        elif [[ ! "$element" =~ ^(0|[1-9][0-9]{0,8}|(GPU|MIG)-[A-Za-z0-9/-]+)$ ]]; then
+            wrong "CUDA_VISIBLE_DEVICES='$CUDA_VISIBLE_DEVICES': '$element' is neither a device's index (0, 1, ...) nor a" \
+                "name (GPU-..., MIG-...); give such, separated by commas, or nothing for no GPU, or unset it for all"
+        fi
+        case "$seen" in
+            *" $element "*) wrong "CUDA_VISIBLE_DEVICES='$CUDA_VISIBLE_DEVICES' names $element twice, for which CUDA" \
+                "shows no device at all; name each once" ;;
         esac
-        command -v nvidia-smi >/dev/null && tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . && return
-    fi
-    { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true
+        seen="$seen$element "
+        if [[ "$element" =~ ^[0-9] ]] && [ "$element" -ge "$present" ]; then
+            [ "$present" = 0 ] || [ "$num_gpus" != 0 ] ||
+                wrong "CUDA_VISIBLE_DEVICES='$CUDA_VISIBLE_DEVICES': this machine's devices are 0 to $((present - 1));" \
+                    "name one of them, or nothing for no GPU"
+            break
+        fi
+        num_gpus=$((num_gpus + 1))
+    done < <(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES")
+    [ "$present" != 0 ] || num_gpus=0
 }
 
-count_cores() { nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1; }
+# The cores that this process may use: those of its mask, and no more than its control group's share of time. nproc
+# alone would count OMP_NUM_THREADS.
+count_cores() {
+    local cores quota period
+    cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+    { read -r quota period </sys/fs/cgroup/cpu.max; } 2>/dev/null ||
+        { read -r quota </sys/fs/cgroup/cpu/cpu.cfs_quota_us && read -r period </sys/fs/cgroup/cpu/cpu.cfs_period_us; } 2>/dev/null ||
+        quota=max
+    if [[ "$quota" =~ ^[1-9][0-9]*$ ]] && [[ "$period" =~ ^[1-9][0-9]*$ ]] && [ $(((quota + period - 1) / period)) -lt "$cores" ]; then
+        cores=$(((quota + period - 1) / period))
+    fi
+    echo "$cores"
+}
+
+# What comes from the environment, checked before anything starts; an error names variable, value, rule and way out.
+
+check_number() { # check_number NAME LOWEST HIGHEST MEANING: fine if it is not set
+    local value=${!1-unset}
+    [ "$value" != unset ] || return 0
+    if [[ "$value" =~ ^(0|[1-9][0-9]{0,8})$ ]] && [ "$value" -ge "$2" ] && [ "$value" -le "$3" ]; then return 0; fi
+    wrong "$1='$value' must be a whole number from $2 to $3, written in digits alone ($4); set it so, or unset it"
+}
+
+check_environment() { # sets num_gpus
+    local nnodes most
+    [ -z "${TMPDIR:-}" ] || { [ -d "$TMPDIR" ] && [ -w "$TMPDIR" ]; } ||
+        wrong "TMPDIR='$TMPDIR' must be a folder that this user may write to; make it, name another, or unset it"
+    check_number NNODES 1 100000 "nodes of the run"
+    nnodes=${NNODES:-1}
+    check_number NODE_RANK 0 $((nnodes - 1)) "this node's rank among NNODES=$nnodes"
+    check_number MASTER_PORT 1 65535 "port on which node 0 listens"
+    check_number SHUTDOWN_TIMEOUT 1 86400 "seconds"
+    find_gpus
+    most=1024
+    [ "$num_gpus" = 0 ] || most=$num_gpus
+    check_number NPROC_PER_NODE 1 "$most" "processes on this node, each on a GPU of its own where CUDA shows any: $num_gpus here"
+    check_number GPUS_PER_NODE 1 "$most" "processes on this node, each on a GPU of its own where CUDA shows any: $num_gpus here"
+    [ -z "${OMP_NUM_THREADS+set}" ] || [[ "$OMP_NUM_THREADS" =~ ^[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*$ ]] ||
+        wrong "OMP_NUM_THREADS='$OMP_NUM_THREADS' must be a whole number from 1 to 9999 (threads of a process); set it so," \
+            "or unset it for each process's share of the cores"
+    if [ -n "${MASTER_ADDR+set}" ]; then
+        [[ "$MASTER_ADDR" =~ ^[][A-Za-z0-9._:%-]+$ ]] ||
+            wrong "MASTER_ADDR='$MASTER_ADDR' must be the name or address of node 0's host; set it so, or unset it on one node"
+    fi
+    if [ "$nnodes" -gt 1 ]; then
+        [ -n "${MASTER_ADDR:-}" ] || wrong "MASTER_ADDR is not set: with NNODES=$nnodes give the host of node 0"
+        [ -n "${NODE_RANK:-}" ] || wrong "NODE_RANK is not set: with NNODES=$nnodes give this node's, 0 to $((nnodes - 1))"
+    fi
+}
+
+check_run_dir() { # check_run_dir [--fresh]
+    local parent=$run_dir whole
+    [[ "$run_dir" =~ [^[:space:]] ]] || wrong "RUN_DIR='$run_dir' is blank; give the quickstart's folder, or unset it for runs/quickstart"
+    until [ -e "$parent" ] || [ -L "$parent" ]; do parent=$(dirname "$parent"); done
+    [ -d "$parent" ] || wrong "RUN_DIR='$run_dir': $parent is no folder; give another, or unset it for runs/quickstart"
+    [ -w "$parent" ] || wrong "RUN_DIR='$run_dir': this user may not write to $parent; give another, or unset it"
+    [ -d "$run_dir" ] || return 0
+    whole=$(cd "$run_dir" && pwd -P)
+    [[ "$(cd "$repo" && pwd -P)/" != "${whole%/}/"* ]] ||
+        wrong "RUN_DIR='$run_dir' holds this repository; give a folder of the quickstart's own"
+    if [ -z "${1:-}" ] || [ -d "$run_dir/.done" ] || [ -z "$(ls -A "$run_dir")" ]; then return 0; fi
+    wrong "--fresh empties RUN_DIR='$run_dir', which holds other things than a quickstart's; remove them yourself, or give another folder"
+}
 
 use_environment() { # sets python
     local answer status=0
@@ -71,29 +161,82 @@ use_environment() { # sets python
     [ "$status" = 0 ] || exit "$status"
 }
 
-num_signals=0 last_signal=""
+num_signals=0 last_signal="" first_signal_s=0 on_signal=end_guarded
 
-# guarded COMMAND...: runs it in a process group of its own and ends the whole of it on a signal. Without that a
-# SIGTERM would end this script alone and leave the command running.
+# guarded COMMAND...: runs it in a process group of its own (set -m) and lets $on_signal see to its end when a signal
+# comes: without that a SIGTERM would end this script alone and leave the command running. A watcher in a third group
+# does it should this script be killed.
 guarded() {
-    local status num_seen
+    local name status num_seen watcher_pid
+    # Commands in the background of a script ignore INT and QUIT from the start, which a shell cannot change: begin
+    # again without that.
+    case "$(trap -p INT QUIT)${DSV3_HEEDS_SIGNALS:-}" in
+        "trap -- ''"*[A-Z])
+            export DSV3_HEEDS_SIGNALS=1
+            if env --default-signal=INT,QUIT true 2>/dev/null; then
+                exec env --default-signal=INT,QUIT "$BASH" "$0" ${script_arguments[@]+"${script_arguments[@]}"}
+            elif command -v perl >/dev/null; then
+                exec perl -e '$SIG{INT} = $SIG{QUIT} = "DEFAULT"; exec @ARGV' "$BASH" "$0" ${script_arguments[@]+"${script_arguments[@]}"}
+            elif command -v python3 >/dev/null; then
+                exec python3 -c 'import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGQUIT, signal.SIG_DFL), os.execv(sys.argv[1], sys.argv[1:])' \
+                    "$BASH" "$0" ${script_arguments[@]+"${script_arguments[@]}"}
+            fi
+            ;;
+    esac
+    unset DSV3_HEEDS_SIGNALS
+    guarded_pid="" torchrun_pid="" num_seen=$num_signals
+    # One that was ignored from the start (nohup) stays so.
+    for name in INT TERM HUP QUIT USR1 USR2 XCPU ALRM PWR; do
+        # shellcheck disable=SC2064 # expands now
+        trap "\$on_signal $name" "$name" 2>/dev/null || true # no PWR on macOS
+    done
     set -m
     "$@" </dev/null &
-    guarded_pid=$!
+    guarded_pid=$! torchrun_pid=$!
+    [ "$num_seen" = "$num_signals" ] || kill -s TERM -- "-$guarded_pid" 2>/dev/null || true # nobody was there to be told
+    (
+        set +e
+        trap '' INT TERM HUP QUIT USR1 USR2 XCPU ALRM
+        is_there() { # not even as a zombie
+            local state
+            kill -0 "$1" || return
+            { read -r state <"/proc/$1/stat" && state=${state##*) }; } || state=$(ps -o stat= -p "$1")
+            [[ "$state" != [ZX]* ]]
+        }
+        while is_there $$; do sleep 1; done
+        pids=""
+        [ "$on_signal" != pass_on ] || pids=$(workers)
+        # shellcheck disable=SC2086 # several pids
+        kill -s TERM -- ${pids:-"-$guarded_pid"}
+        for ((second = 0; second < ${SHUTDOWN_TIMEOUT:-30} + 5; second++)); do
+            kill -0 -- "-$guarded_pid" || exit 0
+            sleep 1
+        done
+        # shellcheck disable=SC2086
+        kill -s KILL -- $pids "-$guarded_pid"
+    ) </dev/null >/dev/null 2>&1 &
+    watcher_pid=$!
+    disown "$watcher_pid"
     set +m
-    trap 'end_guarded INT' INT
-    trap 'end_guarded TERM' TERM HUP
     while :; do # a signal cuts wait short
         num_seen=$num_signals status=0
         wait "$guarded_pid" || status=$?
         [ "$num_seen" != "$num_signals" ] || break
     done
-    trap - INT TERM HUP
+    for name in INT TERM HUP QUIT USR1 USR2 XCPU ALRM PWR; do trap - "$name" 2>/dev/null || true; done
+    kill -s KILL -- "-$watcher_pid" 2>/dev/null || true
     return "$status"
 }
+
 end_guarded() {
     num_signals=$((num_signals + 1)) last_signal=$1
     kill -s TERM -- "-$guarded_pid" 2>/dev/null || true
+    if [ "$num_signals" = 1 ]; then
+        first_signal_s=$SECONDS
+    elif [ "$1" = INT ] || [ $((SECONDS - first_signal_s)) -ge 2 ]; then
+        kill -s KILL -- "-$guarded_pid" 2>/dev/null || true
+    fi
 }
 
 # --------------------------------------------------------------------------------------------------- starting a run
@@ -105,17 +248,23 @@ workers() { # the training processes: torchrun's children
 }
 
 # torchrun itself would give its workers half a minute and fail. Signalled directly they save and end by themselves,
-# and so does torchrun, with exit code 0.
+# and so does torchrun, with exit code 0. A closing terminal sends more than one signal: those of the first two seconds
+# are one, but for Ctrl-C.
 pass_on() {
     local pids
     num_signals=$((num_signals + 1)) last_signal=$1
     pids=$(workers)
     if [ "$num_signals" = 1 ]; then
+        first_signal_s=$SECONDS
         say ""
         say "SIG$1: the run saves a checkpoint and ends; once more ends it at once"
-        # shellcheck disable=SC2086 # several pids
-        kill -s "$1" ${pids:-$torchrun_pid} 2>/dev/null || true
-    else
+        if [ -n "$pids" ]; then
+            # shellcheck disable=SC2086 # several pids
+            kill -s "$1" $pids 2>/dev/null || true
+        else
+            kill -s TERM "$torchrun_pid" 2>/dev/null || true
+        fi
+    elif [ "$1" = INT ] || [ $((SECONDS - first_signal_s)) -ge 2 ]; then
         # shellcheck disable=SC2086
         kill -s KILL $pids "$torchrun_pid" 2>/dev/null || true
     fi
@@ -123,12 +272,10 @@ pass_on() {
 
 # launch NUM_PROCESSES FLAGS...: the run's exit code is the function's.
 launch() {
-    local num_processes=$1 nnodes="${NNODES:-1}" node_rank="${NODE_RANK:-0}" status=0 num_seen rendezvous
+    local num_processes=$1 nnodes="${NNODES:-1}" node_rank="${NODE_RANK:-0}" status=0 rendezvous threads
     shift
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_process "$num_processes")}"
+    threads=${OMP_NUM_THREADS:-$(threads_per_process "$num_processes")}
     if [ "$nnodes" -gt 1 ]; then
-        [ -n "${MASTER_ADDR:-}" ] || { say "error: MASTER_ADDR is not set: with NNODES=$nnodes give the host of node 0"; return 2; }
-        [ -n "${NODE_RANK:-}" ] || { say "error: NODE_RANK is not set: with NNODES=$nnodes give this node's, 0 to $((nnodes - 1))"; return 2; }
         rendezvous=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
     elif [ -n "${MASTER_PORT:-}" ]; then
         rendezvous=(--master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$MASTER_PORT")
@@ -137,41 +284,40 @@ launch() {
         [ ! -e /sys/class/net/lo ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
     fi
 
-    # A wrong setting is said once, here, and not under a heap of torchrun's own messages.
-    WORLD_SIZE=$((num_processes * nnodes)) RANK=$node_rank "$python" -m dsv3_megatron.train "$@" --check-only >/dev/null || return
+    # A wrong setting is said once, here, and not under a heap of torchrun's own messages. The nodes agree on it: none
+    # waits in torchrun for one that found something wrong.
+    guarded env WORLD_SIZE=$((num_processes * nnodes)) RANK=$((num_processes * node_rank)) \
+        MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" DSV3_NODES="$nnodes" DSV3_NODE_RANK="$node_rank" \
+        "$python" -m dsv3_megatron.train "$@" --check-only >/dev/null || status=$?
+    if [ -n "$last_signal" ]; then
+        return $((128 + $(kill -l "$last_signal")))
+    elif [ "$status" != 0 ]; then
+        return "$status"
+    fi
 
     # torchrun ends with 1 whatever its workers end with: the first of them with a code of its own writes it here.
     local told
     told=$(mktemp -d)
-    export DSV3_EXIT_CODE_FILE="$told/code"
-
-    # A process group of its own (set -m), so that Ctrl-C reaches the run once, through pass_on.
-    set -m
-    "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$num_processes" \
-        --shutdown-timeout "${SHUTDOWN_TIMEOUT:-30}" -m dsv3_megatron.train "$@" </dev/null &
-    torchrun_pid=$!
-    set +m
-    trap 'pass_on INT' INT
-    trap 'pass_on TERM' TERM HUP
-    while :; do # a signal cuts wait short
-        num_seen=$num_signals status=0
-        wait "$torchrun_pid" || status=$?
-        [ "$num_seen" != "$num_signals" ] || break
-    done
-    trap - INT TERM HUP
-    if [ "$status" = 1 ] && [ -s "$DSV3_EXIT_CODE_FILE" ]; then status=$(cat "$DSV3_EXIT_CODE_FILE"); fi
+    on_signal=pass_on
+    guarded env OMP_NUM_THREADS="$threads" TORCHELASTIC_SIGNALS_TO_HANDLE="$torchrun_signals" \
+        DSV3_EXIT_CODE_FILE="$told/code" "$python" -m torch.distributed.run "${rendezvous[@]}" \
+        --nproc-per-node "$num_processes" --shutdown-timeout "${SHUTDOWN_TIMEOUT:-30}" \
+        -m dsv3_megatron.train "$@" || status=$?
+    on_signal=end_guarded
+    if [ "$status" = 1 ] && [ -s "$told/code" ]; then status=$(cat "$told/code"); fi
     rm -rf "$told"
     return "$status"
 }
 
+# Signals that torchrun passes on to its workers before it ends; of others it would die and leave them alone.
+torchrun_signals=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2,SIGXCPU,SIGALRM
+
 threads_per_process() { # threads_per_process NUM_PROCESSES
     local threads=$(($(count_cores) / $1))
-    [ "$(count_gpus)" = 0 ] && [ "$threads" -gt 1 ] && echo "$threads" || echo 1
+    [ "$num_gpus" = 0 ] && [ "$threads" -gt 1 ] && echo "$threads" || echo 1
 }
 
 default_num_processes() { # default_num_processes FLAGS...
-    local num_gpus
-    num_gpus=$(count_gpus)
     if [ -n "${NPROC_PER_NODE:-}" ]; then
         echo "$NPROC_PER_NODE"
     elif [ -n "${GPUS_PER_NODE:-}" ]; then
@@ -198,6 +344,7 @@ run_with_flags() {
                 ;;
         esac
     done
+    check_environment
     use_environment
     for argument in "$@"; do
         case "$argument" in
@@ -265,7 +412,11 @@ has_checkpoint() { [ -n "$(find "$run_dir/checkpoints" -mindepth 1 -maxdepth 1 -
 quickstart() {
     local start=$SECONDS num_processes layout_flags status=0 generated=0
     done_dir="$run_dir/.done"
+    check_environment
+    check_run_dir ${1+"$1"}
     use_environment
+    [ -z "${1:-}" ] || rm -rf "$run_dir"
+    unset WORLD_SIZE # its tools are processes of their own
     mkdir -p "$done_dir" "$run_dir/data"
     stage corpus "corpus from this machine's Python sources and documentation" \
         guarded "$python" -m dsv3_megatron.data.corpus --output "$run_dir/corpus" "${corpus_flags[@]}"
@@ -282,7 +433,7 @@ quickstart() {
     say "[5/$num_stages] summary"
     guarded "$python" -m dsv3_megatron.metrics.summary "$run_dir" || status=$?
     say "[6/$num_stages] a few lines from the model, two tokens at a time where its MTP module guesses right"
-    OMP_NUM_THREADS=$(threads_per_process 1) guarded "$python" "$repo/tools/generate.py" --load "$run_dir/checkpoints" \
+    guarded env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_process 1)}" "$python" "$repo/tools/generate.py" --load "$run_dir/checkpoints" \
         --prompts "$repo/examples/prompts.jsonl" "${generate_flags[@]}" || generated=$?
     say "quickstart: $((SECONDS - start)) s in all; everything is in $run_dir"
     return "$((status ? status : generated))"
@@ -292,9 +443,6 @@ quickstart() {
 
 case "$*" in
     "") quickstart ;;
-    --fresh)
-        rm -rf "$run_dir"
-        quickstart
-        ;;
+    --fresh) quickstart --fresh ;;
     *) run_with_flags "$@" ;;
 esac

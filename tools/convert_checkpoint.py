@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -27,6 +26,8 @@ from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.config.streams import run_command
+from dsv3_megatron.process.cores import usable_cores
+from dsv3_megatron.process.stop import end_with_a_line
 
 
 class ProgressBar:
@@ -50,7 +51,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Convert between Hugging Face's checkpoints of DeepSeek-V3-style models and ours.")
     commands = parser.add_subparsers(dest="command", required=True)
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(8, usable_cores())
 
     add = commands.add_parser("hf-to-megatron", help="make a checkpoint to start a run from (--load)").add_argument
     add("--input", required=True, metavar="DIR", help="folder with config.json and safetensors")
@@ -195,4 +196,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: end_with_a_line(main, "the same command goes on from what is finished"))

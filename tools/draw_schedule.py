@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from dsv3_megatron.config.output import require_output_file
 from dsv3_megatron.config.streams import run_command
+from dsv3_megatron.process.stop import end_with_a_line
 from dsv3_megatron.schedule.draw import plot_timeline, read_trace
 
 
@@ -43,4 +44,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: end_with_a_line(main, "nothing was written"))

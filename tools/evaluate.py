@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.config.training import DOCUMENT_SWITCHES, PRECISIONS, TRANSFORMER_IMPLS, DataConfig
 from dsv3_megatron.evaluate import Request
 from dsv3_megatron.evaluate import main as evaluate
+from dsv3_megatron.train import refuse
 
 _ABOUT_DOCUMENTS = """\
 Each switch is as the run was trained, and off for Hugging Face, unless it is given here; a line on stderr says what is
@@ -79,9 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         request = _parse_arguments(arguments)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(str(error))
     return evaluate(request)
 
 

@@ -21,6 +21,7 @@ from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.data.indexed import dataset_paths, read_sidecar
 from dsv3_megatron.data.inspection import Statistics, measure, plot_lengths, read_document, verify
+from dsv3_megatron.process.stop import end_with_a_line
 
 _SHOWN_CHARACTERS = 2000
 
@@ -142,4 +143,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: end_with_a_line(main, "nothing was changed"))

@@ -19,6 +19,7 @@ from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.data.indexed import dataset_paths
 from dsv3_megatron.data.merge import find_datasets, merge_datasets
 from dsv3_megatron.data.reading.inputs import shown
+from dsv3_megatron.process.stop import end_with_a_line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,4 +55,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: end_with_a_line(main, "nothing was published"))

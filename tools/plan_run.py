@@ -38,6 +38,7 @@ from dsv3_megatron.planning.run_cost import main_phase, only_phase, require_poss
 from dsv3_megatron.planning.search import SearchResult, search
 from dsv3_megatron.planning.step_time import step_time
 from dsv3_megatron.planning.work import Setting
+from dsv3_megatron.process.stop import end_with_a_line
 
 _MOST = 1e18  # of a number of tokens, a price and the like: beyond it they are slips
 _MOST_DEVICES = 1 << 20
@@ -171,4 +172,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: end_with_a_line(main, "nothing was written"))

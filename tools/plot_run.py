@@ -19,6 +19,7 @@ from dsv3_megatron.config.output import require_output_file
 from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.metrics.event_files import read_run
 from dsv3_megatron.metrics.report_page import draw_report
+from dsv3_megatron.process.stop import end_with_a_line
 
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -48,4 +49,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: end_with_a_line(main, "nothing was written"))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -30,6 +29,8 @@ from dsv3_megatron.data.job import FOLDER_SUFFIX
 from dsv3_megatron.data.preprocess import PreprocessOptions, Totals, WorkerDied, preprocess
 from dsv3_megatron.data.reading.documents import DEFAULT_MAX_DOCUMENT_BYTES, sample_documents
 from dsv3_megatron.data.reading.inputs import FORMATS, InputFile, Shard, expand_inputs, shown, take_shard
+from dsv3_megatron.process.cores import usable_cores
+from dsv3_megatron.process.stop import end_with_a_line
 
 _PUNKT_SAMPLE_BYTES = 4_000_000
 
@@ -122,7 +123,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=usable_cores(),
         metavar="N",
         help="encoding processes (%(default)s)",
     )
@@ -274,7 +275,6 @@ def _summarize(job: PreprocessOptions, totals: Totals, seconds: float) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for what the user can correct)."""
     options = _parse_arguments(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     status = 2
     try:
         _run(options)
@@ -301,4 +301,4 @@ def _say_what_is_kept(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: end_with_a_line(main, "--resume goes on"))

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.streams import run_command
+from dsv3_megatron.process.stop import end_with_a_line
 from dsv3_megatron.schedule.compare import Outcome, compare, recommend
 from dsv3_megatron.schedule.draw import plot_timeline, write_trace
 from dsv3_megatron.schedule.formulas import published_bubble
@@ -226,4 +227,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: end_with_a_line(main, "nothing was written"))

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +32,7 @@ from dsv3_megatron.data.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
+from dsv3_megatron.process.stop import default_stops, end_with_a_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -102,19 +101,6 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-@contextmanager
-def _ending_at_once() -> Iterator[None]:
-    """Let Ctrl-C end the process while the library learns, which looks at no signal for minutes. Nothing is written
-    yet by then. A job that ignores Ctrl-C goes on ignoring it."""
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 def _check_output(folder: Path, *, is_overwrite_allowed: bool) -> None:
     """Refuse, before any work, a folder that cannot be written or whose tokenizer is to stay."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -139,7 +125,7 @@ def _learn(options: argparse.Namespace, held_out: TextSample) -> Tokenizer:
         _say(f"learning from {len(sample)} documents, {sample.num_bytes / 1e6:.1f} MB, of {reading} read")
     else:
         _say("learning from all of the input")
-    with _ending_at_once():
+    with default_stops():  # nothing is written yet
         tokenizer = train_tokenizer(
             texts,
             vocab_size=options.vocab_size,
@@ -194,4 +180,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: end_with_a_line(main, "nothing was written"))

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.streams import run_command
+from dsv3_megatron.process.stop import end_with_a_line
 
 _TEXT_SUFFIXES = frozenset({".py", ".md", ".rst", ".txt"})
 _TEXT_NAMES = frozenset({"METADATA"})  # a wheel's README lives there
@@ -230,4 +231,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: end_with_a_line(main, "the same command begins again"))

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import queue
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,8 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
+from dsv3_megatron.process.parent import end_with_parent
+from dsv3_megatron.process.stop import reset_in_child
 
 Payload = bytes | bytearray | None
 Function = Callable[[Any, Payload], tuple[Any, list[bytes]]]
@@ -61,14 +61,8 @@ def _serve(
     """A worker's life: an item in, a result out, until there is nothing left or no parent."""
     for other in inherited:  # else the end of the parent would not be seen here
         other.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    reset_in_child()  # Ctrl-C reaches the whole group: the parent decides
+    end_with_parent(parent)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             item, has_payload = connection.recv()

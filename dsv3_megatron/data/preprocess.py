@@ -23,6 +23,7 @@ from dsv3_megatron.data.pool import WorkerDied, WorkerPool
 from dsv3_megatron.data.reading.blocks import BLOCK_BYTES, Block, Position, iterate_blocks
 from dsv3_megatron.data.reading.documents import DEFAULT_MAX_DOCUMENT_BYTES, LineCounter, RecordReader, describe
 from dsv3_megatron.data.reading.inputs import STDIN, InputFile, Portion, Shard, take_shard
+from dsv3_megatron.process.cores import usable_cores
 
 REJECTS_NAME = "rejects.jsonl"
 
@@ -61,7 +62,7 @@ class PreprocessOptions:
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
-            raise ValueError(f"workers={self.num_workers} must be at least 1; try {os.cpu_count()}")
+            raise ValueError(f"workers={self.num_workers} must be at least 1; try {usable_cores()}")
         if self.max_document_bytes < 1:
             raise ValueError(f"max_document_bytes={self.max_document_bytes} must be at least 1")
         if not self.keys or len(set(self.keys)) < len(self.keys):

@@ -29,6 +29,7 @@ from dsv3_megatron.metrics.parameters import count_parameters
 from dsv3_megatron.metrics.plot import plot_run
 from dsv3_megatron.metrics.progress import compact
 from dsv3_megatron.metrics.records import CONFIG_FILE, METRICS_FILE, Records, read_records
+from dsv3_megatron.process.stop import end_with_a_line
 
 if TYPE_CHECKING:
     from dsv3_megatron.data.ngram import NgramBaselines
@@ -282,4 +283,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: end_with_a_line(main, "nothing was changed"))

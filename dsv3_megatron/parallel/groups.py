@@ -25,22 +25,35 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import FOLDED
 from dsv3_megatron.parallel.placement import placement
+from dsv3_megatron.parallel.roll_call import meet_ranks
 from dsv3_megatron.platform import Device
+from dsv3_megatron.process.ranks import Processes
 
 COLLECTIVE_TIMEOUT_S = 600
 
 
 def world_size_from_environment() -> int:
     """Processes of this run as torchrun says (WORLD_SIZE), 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return Processes.from_environment().world_size
 
 
 def start_process_group(device: Device) -> None:
-    """Join this run's processes; a process started without torchrun is a run of its own."""
+    """Join this run's processes, once all have come; a process started without torchrun is a run of its own.
+
+    Raises:
+        ConfigError: torchrun's variables cannot be, or rank 0 cannot listen.
+        PeerError: another process ended instead, or did not come.
+    """
     if torch.distributed.is_initialized():
         return
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-    if "RANK" in os.environ:
+    processes = Processes.from_environment()
+    processes.require_rank()
+    if processes.address is not None:
+        meet_ranks(processes)
+        # What it reads, where it may be left out.
+        os.environ.setdefault("MASTER_ADDR", processes.address)
+        os.environ.setdefault("MASTER_PORT", str(processes.port))
         torch.distributed.init_process_group(device.backend, timeout=timeout)
     else:
         store = torch.distributed.HashStore()

@@ -221,7 +221,11 @@ def run_ranks(arguments: list[str], num_processes: int) -> list[str]:
     processes = [subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                   text=True, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                  for rank in range(num_processes)]
-    outputs = [process.communicate() for process in processes]
+    try:
+        outputs = [process.communicate() for process in processes]
+    finally:
+        for process in processes:  # of a command that is stopped
+            process.kill()
     failed = [error for process, (_, error) in zip(processes, outputs, strict=True) if process.returncode]
     if failed:
         raise RuntimeError(failed[0].strip()[-2000:])
@@ -238,7 +242,9 @@ def _measure(folder: Path, rounds: int) -> None:
     )
     from dsv3_megatron.planning.hardware import save_hardware
     from dsv3_megatron.platform import prepare
+    from dsv3_megatron.process.parent import end_with_parent
 
+    end_with_parent()
     device = prepare()
     from dsv3_megatron.planning.micro_benchmarks import MicroBenchmarks
 

@@ -32,6 +32,7 @@ from dsv3_megatron.planning.layer_operations import stage_operations
 from dsv3_megatron.planning.narrow_pass import narrow_pass
 from dsv3_megatron.planning.operand_pools import OperandPools
 from dsv3_megatron.planning.operations import Attention, Collective, Exchange, Operation, Product, Shape
+from dsv3_megatron.process.cores import usable_cores
 
 _SOURCE = "measured on this machine"
 # Calls of an operation in a round; seconds that the timing of a transfer lasts at least.
@@ -314,7 +315,7 @@ class MicroBenchmarks:
             clock: One of CLOCKS.
         """
         medians = {case.key: statistics.median(case.seconds[clock]) for case in self.cases}
-        crowd = self.num_processes / len(os.sched_getaffinity(0))
+        crowd = self.num_processes / usable_cores()
         if clock == "wall" and crowd > 1:
             medians = {case.key: max(medians[case.key], crowd * statistics.median(case.seconds["cpu"]))
                        for case in self.cases}

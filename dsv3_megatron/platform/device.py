@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dsv3_megatron.platform.notices import drop_known_notices
+from dsv3_megatron.process.ranks import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def prepare(local_rank: int | None = None) -> Device:
     Args:
         local_rank: Rank on this node; None reads LOCAL_RANK, as set by torchrun (0 without it).
     """
-    rank = int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank
+    rank = Processes.from_environment().local_rank if local_rank is None else local_rank
     drop_known_notices()
     device = detect_device(rank)
     if device.is_cuda:

@@ -20,9 +20,9 @@ MAX_LINES = 450
 
 # Left never imports right; those on one level do not import each other. Kernels' references live in ops.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("config",), ("platform",), ("kernels",), ("ops",), ("data",), ("parallel",), ("model",), ("schedule",), ("optim",),
-    ("checkpoint", "metrics"), ("generation", "planning"), ("guards",), ("trainer",), ("evaluator", "train"),
-    ("evaluate",), ("generate",),
+    ("config",), ("process",), ("platform",), ("kernels",), ("ops",), ("data",), ("parallel",), ("model",),
+    ("schedule",), ("optim",), ("checkpoint", "metrics"), ("generation", "planning"), ("guards",), ("trainer",),
+    ("evaluator", "train"), ("evaluate",), ("generate",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # The only modules beside the packages above; they may import every stage.
@@ -92,6 +92,8 @@ def test_every_package_has_a_place_in_the_order() -> None:
     ("config/extra.py", "def f():\n    from megatron.core import parallel_state",
      "config.extra:2 imports megatron.core.parallel_state"),
     ("config/extra.py", "from dsv3_megatron import platform", "config.extra:1 imports dsv3_megatron.platform"),
+    ("process/extra.py", "from dsv3_megatron.platform import prepare",
+     "process.extra:1 imports dsv3_megatron.platform.prepare"),
     ("platform/extra.py", "from ..ops.rope import apply_rope",
      "platform.extra:1 imports dsv3_megatron.ops.rope.apply_rope"),
     ("platform/__init__.py", "from .. import ops", "platform:1 imports dsv3_megatron.ops"),

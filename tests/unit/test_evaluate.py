@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -271,11 +272,29 @@ class TestCommand:
         captured = capsys.readouterr()
         assert captured.out == "" and message in captured.err and captured.err.count("\n") == 1
 
-    def test_only_the_first_rank_says_it(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-                                         ) -> None:
+    def test_whoever_meets_it_says_it(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+                                      ) -> None:
         monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
         assert command.main(["--load", "c", "--data-path", "p"]) == 2
-        assert capsys.readouterr().err == ""
+        said = capsys.readouterr().err
+        assert said.startswith("error: load=c does not exist")
+        assert said.endswith(f" (rank 1 of 2, on {socket.gethostname()})\n")
+
+    @pytest.mark.parametrize(("variables", "message"), [
+        ({"RANK": "0"}, "RANK='0' is set without WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set without RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK='2' must be a whole number from 0 to 1 (WORLD_SIZE=2)"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x' must be a whole number from 0 to 1 (WORLD_SIZE=2)"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "1"}, "LOCAL_RANK='1' must be a whole number from 0 to 0"),
+    ])
+    def test_variables_that_cannot_be(self, variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert command.main(["--load", "c", "--data-path", "p"]) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
 
 
 RESULT = Evaluation(loss=math.log(8.0), mtp_losses=(2.5, 3.5), tokens=60, rows=6)

@@ -20,6 +20,10 @@ FAKE_PYTHON = """#!/bin/bash
 worker() {{ # saves and ends on a signal, as a training process does
     trap 'echo INT >>"{folder}/signals"; {on_signal}' INT
     trap 'echo TERM >>"{folder}/signals"; {on_signal}' TERM
+    for name in HUP QUIT USR1 USR2 XCPU ALRM; do
+        trap "echo $name >>'{folder}/signals'; {on_signal}" "$name"
+    done
+    echo $BASHPID >>"{folder}/pids"
     echo started >>"{folder}/started"
     for _ in $(seq {worker_ticks}); do sleep 0.05; done
     [ -z "{told_code}" ] || echo "{told_code}" >"$DSV3_EXIT_CODE_FILE"
@@ -40,7 +44,10 @@ case "$*" in
         exit $((a > b ? a : b))
         ;;
     *{slow_stage}*) echo $$ >"{folder}/slow"; sleep 60 ;;
-    *) echo "$*" >>"{folder}/other" ;;
+    *)
+        echo "$*" >>"{folder}/other"
+        echo "$* OMP_NUM_THREADS=${{OMP_NUM_THREADS-unset}}" >>"{folder}/threads"
+        ;;
 esac
 """
 
@@ -59,10 +66,15 @@ class Launch:
         inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         self.environment = inherited | {"PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
 
-    def start(self, *flags: str, **variables: str) -> subprocess.Popen[str]:
+    def start(self, *flags: str, ignored: tuple[int, ...] = (), **variables: str) -> subprocess.Popen[str]:
+        """The launcher in a session of its own, with signals that it is started to ignore."""
+        def ignore() -> None:
+            for number in ignored:
+                signal.signal(number, signal.SIG_IGN)
+
         return subprocess.Popen(["bash", str(LAUNCHER), *flags], env=self.environment | variables, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                                start_new_session=True)
+                                start_new_session=True, preexec_fn=ignore)
 
     def run(self, *flags: str, **variables: str) -> tuple[int, str, str]:
         process = self.start(*flags, **variables)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -91,8 +92,8 @@ def test_a_wrong_setting_ends_the_process_with_2_and_one_line() -> None:
     ["--num-layer", "3"], ["--config", "absent.yaml"], ["--lr", "abc"], ["--context-parallel-size", "2"],
     ["--pipeline-model-parallel-size", "3"], ["--expert-model-parallel-size", "8"],
 ])
-def test_a_wrong_setting_is_printed_by_the_first_rank_only(arguments: list[str], monkeypatch: pytest.MonkeyPatch,
-                                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_setting_is_printed_by_the_rank_that_meets_it(arguments: list[str], monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
     assert train.main(arguments) == 2
@@ -101,7 +102,7 @@ def test_a_wrong_setting_is_printed_by_the_first_rank_only(arguments: list[str],
     monkeypatch.setenv("RANK", "1")
     assert train.main(arguments) == 2
     other = capsys.readouterr()
-    assert (other.out, other.err) == ("", "")
+    assert other.out == "" and other.err == f"{first.err[:-1]} (rank 1 of 4, on {socket.gethostname()})\n"
 
 
 # -- the run's inputs ----------------------------------------------------------------------------------
