@@ -212,7 +212,7 @@ class Trainer:
         self.watchdog.start()
         try:
             if run.guards.on_spike == "rollback" and self.keeper.schedule.saved_at is None:
-                self.save()  # to go back to, until the first one of the schedule
+                self.save(is_needed=True)  # to go back to, until the first one of the schedule
             while self.step_plan and not stopped and not self.guard.end_reason:
                 report, stopped = self.train_step()
                 self.watchdog.beat("reporting")
@@ -220,6 +220,7 @@ class Trainer:
                     self.progress.update(report)
                     if self.writer:
                         self.writer.write_step(report)
+                    self.guard_log.flush()
                 self.keeper.schedule.note_step(self.iteration, is_applied=not report.skipped)
                 if self.guard.must_roll_back:
                     self._roll_back()
@@ -227,10 +228,12 @@ class Trainer:
                 last = self.step_plan is None
                 if interval and (last or self.iteration % interval == 0) and not stopped and not self.guard.end_reason:
                     stopped = self._validate()
-                if run.checkpoint.save and not self.guard.end_reason \
-                        and self.keeper.schedule.wants(self.iteration, is_last=last or bool(stopped)):
-                    self.save()
+                ends = last or bool(stopped)
+                if self._wants_save(is_last=ends):
+                    self.save(is_needed=ends)
                     stopped = stopped or self._agree_to_stop()  # it took long, and all of it is saved now
+            if self._wants_save(is_last=True):  # one that could not be written before the signal
+                self.save(is_needed=True)
             if run.checkpoint.export_hf and self.step_plan is None and not stopped and not self.guard.end_reason:
                 self.watchdog.slow("export")
                 losses = Losses(*last_losses(run.logging.tensorboard_dir, self.iteration))
@@ -249,6 +252,7 @@ class Trainer:
             self.writer.close()
         if self.guard.end_reason:
             self.guard_log.write_end(self.guard, run.checkpoint.save)
+        self.guard_log.close()
         self.claim.release()
         destroy_groups()
         return EXIT_GUARD if self.guard.end_reason else 0
@@ -416,12 +420,17 @@ class Trainer:
                 self.writer.write_average_validation(self.iteration, loss)
         return 0
 
-    def save(self) -> None:
-        """Write a checkpoint of this moment."""
+    def _wants_save(self, *, is_last: bool) -> bool:
+        return bool(self.run.checkpoint.save and not self.guard.end_reason
+                    and self.keeper.schedule.wants(self.iteration, is_last=is_last))
+
+    def save(self, *, is_needed: bool) -> None:
+        """Write a checkpoint of this moment; of one that cannot be written it is only said, unless it is needed."""
         self.watchdog.slow("checkpoint")
         position = Position(self.iteration, self.consumed_samples, self.consumed_tokens, self.guard.state_dict(),
                             self.resumption.schedules_at(self.iteration))
-        self.keeper.save(position, self.run.in_phase(self.recipe.phase_before(self.consumed_tokens)), self.text_files)
+        self.keeper.save(position, self.run.in_phase(self.recipe.phase_before(self.consumed_tokens)), self.text_files,
+                         is_needed=is_needed)
 
     def _roll_back(self) -> None:
         """Go back to the last checkpoint, and on with the samples after the flagged step's; noted in it at once."""

@@ -11,6 +11,7 @@ import errno
 import logging
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,31 @@ def from_all_ranks(reasons: list[str], otherwise: str) -> str:
     torch.distributed.all_gather_object(gathered, reasons)
     text = "; ".join(f"process {rank}: {mine[0]}" for rank, mine in enumerate(gathered) if mine) or otherwise
     return text + _way_out(text)
+
+
+def meet_others(error: OSError) -> OSError | None:
+    """Go where the other ranks wait for rank 0, which alone could not write a save's index or its description.
+
+    Megatron-Core's save has rank 0 write both between collectives, and lets an error of it out while the others wait
+    in the next one.
+
+    Args:
+        error: Of rank 0's save.
+
+    Returns:
+        None if the others know now that the save failed, and raise; the error if they take it for done.
+
+    Raises:
+        OSError: the same, where it is not known what the others wait for.
+    """
+    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if "save_state_dict_async_finalize" in names:
+        torch.distributed.broadcast(torch.ones(1, dtype=torch.int, device=torch.cuda.current_device()), src=0)
+        return None
+    if "metadata_finalize_fn" in names:
+        torch.distributed.barrier()
+        return error
+    raise error
 
 
 @contextlib.contextmanager

@@ -245,6 +245,11 @@ def begin_save(directory: str | Path, iteration: int) -> Path:
     return target
 
 
+def remove_partial(target: Path) -> None:
+    """Give back the space of a save that failed; what stays is cleared by the next one."""
+    shutil.rmtree(target, ignore_errors=True)
+
+
 def finish_save(directory: str | Path, progress: Progress, run: dict[str, Any], *, versions: dict[str, str],
                 world_size: int, precision: str, contents: str = TRAINING, run_id: str | None = None) -> Path:
     """Turn the folder that `begin_save` made, now filled, into the newest checkpoint.

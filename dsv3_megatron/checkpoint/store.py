@@ -43,6 +43,7 @@ from dsv3_megatron.checkpoint.agreement import (
     check_space,
     errors_logged_by,
     from_all_ranks,
+    meet_others,
     on_first_rank,
     wait_for_folder,
     why,
@@ -63,6 +64,7 @@ from dsv3_megatron.checkpoint.layout import (
     latest_iteration,
     no_average,
     remove_old,
+    remove_partial,
 )
 from dsv3_megatron.checkpoint.optimizer_state import (
     allocate_all_moments,
@@ -126,20 +128,25 @@ def save_checkpoint(
     # start one to hold its queue.
     filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
     strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), groups.dp_cp)
+    unsaved = f"save={directory}: iteration {progress.iteration} could not be saved: "
+    failed_alone: OSError | None = None
     with errors_logged_by(filesystem_async.__name__) as reasons:
         try:
             dist_checkpointing.save(state, str(target), strategy)
-        except CheckpointException as error:
-            # A rank could not write; all of them are told, without the reason.
-            raise CheckpointError(f"save={directory}: iteration {progress.iteration} could not be saved: "
-                                  f"{from_all_ranks(reasons, str(error))}; the newest checkpoint is still that of "
-                                  f"iteration {latest_iteration(directory)}") from error
-        except OSError as error:
-            # Rank 0 alone, at the index of what the others wrote: they wait for it, and end when it does.
-            raise CheckpointError(f"save={directory}: iteration {progress.iteration} could not be saved: "
-                                  f"{why(error)}") from error
+        except (CheckpointException, OSError) as error:
+            if isinstance(error, OSError):
+                failed_alone = meet_others(error)
+                reasons.append(why(error))
+            if failed_alone is None:
+                # A rank could not write; all of them are told, without the reason.
+                told = from_all_ranks(reasons, str(error))
+                remove_partial(target)
+                raise CheckpointError(f"{unsaved}{told}; the newest checkpoint is still that of iteration "
+                                      f"{latest_iteration(directory)}") from error
 
     def publish() -> Path:
+        if failed_alone is not None:
+            raise failed_alone
         if text_files is not None:
             text_files.write(target)
         path = finish_save(
@@ -147,12 +154,25 @@ def save_checkpoint(
             precision=_precision(chunks), run_id=run_id,
             versions={"dsv3_megatron": __version__, "torch": torch.__version__,
                       "megatron_core": version("megatron-core")})
-        removed = remove_old(directory, progress.iteration, keep_last)
+        removed = _remove_old(directory, progress.iteration, keep_last)
         logger.info("saved %s in %.1f s%s", path, time.monotonic() - started,
                     f"; removed iteration(s) {', '.join(map(str, removed))}" if removed else "")
         return path
 
-    return on_first_rank(publish, f"save={directory}")
+    try:
+        return on_first_rank(publish, f"save={directory}: iteration {progress.iteration} could not be saved")
+    except CheckpointError:
+        remove_partial(target)
+        raise
+
+
+def _remove_old(directory: str | Path, newest: int, keep_last: int) -> list[int]:
+    """Remove old checkpoints; that one cannot be removed costs nothing but its place, and is said."""
+    try:
+        return remove_old(directory, newest, keep_last)
+    except OSError as error:
+        logger.warning("save=%s: an old checkpoint cannot be removed: %s", directory, why(error))
+        return []
 
 
 def load_checkpoint(

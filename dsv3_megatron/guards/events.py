@@ -15,6 +15,7 @@ from pathlib import Path
 from dsv3_megatron.checkpoint.layout import TRACKER, latest_iteration, saved_iterations
 from dsv3_megatron.guards.decisions import Guard
 from dsv3_megatron.guards.endings import mark_ended
+from dsv3_megatron.metrics.kept_file import KeptFile, KeptText
 from dsv3_megatron.metrics.records import to_line
 
 GUARDS_FILE, REPORT_FILE = "guards.jsonl", "guards-report.txt"
@@ -64,6 +65,7 @@ class EventLog:
 
     def __init__(self, folder: str | None, *, enabled: bool) -> None:
         self._folder = Path(folder) if folder and enabled else None
+        self._file = KeptFile(self._folder / GUARDS_FILE, has_lines=True) if self._folder is not None else None
         self._enabled = enabled
         self.events: list[Event] = []
 
@@ -72,10 +74,19 @@ class EventLog:
         self.events.append(event)
         if self._enabled:
             logger.warning("%s", event)
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / GUARDS_FILE).open("a", encoding="utf-8") as file:
-                file.write(to_line(dataclasses.asdict(event)))
+        if self._file is not None:
+            self._file.append(to_line(dataclasses.asdict(event)).encode())
+            self._file.flush()
+
+    def flush(self) -> None:
+        """Try again what could not be written to guards.jsonl."""
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        """Write what is left and let the file go; may be called twice."""
+        if self._file is not None:
+            self._file.close()
 
     def write_end(self, guard: Guard, save: str | None) -> None:
         """Write why the run ends to stderr, beside the checkpoints, and to guards-report.txt if there is a folder.
@@ -91,7 +102,7 @@ class EventLog:
         if save is not None:
             mark_ended(save, text)
         if self._folder is not None:
-            (self._folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+            KeptText(self._folder / REPORT_FILE).write(text + "\n")
 
 
 def report(guard: Guard, events: Sequence[Event], save: str | None) -> str:

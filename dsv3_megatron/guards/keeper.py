@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +26,8 @@ from dsv3_megatron.guards.claims import RunClaim
 from dsv3_megatron.guards.saves import SaveSchedule
 from dsv3_megatron.optim.ema import WeightAverage
 
-logger = logging.getLogger(__name__)
+# A checkpoint that the run cannot do without is tried so often, so many seconds apart.
+NEEDED_ATTEMPTS, NEEDED_PAUSE_S = 5, 10.0
 
 
 class CheckpointKeeper:
@@ -60,23 +61,41 @@ class CheckpointKeeper:
         self.newest_in = directory
         self.schedule.went_back(iteration)
 
-    def save(self, progress: Progress, run: RunConfig, text_files: TextFiles | None = None) -> None:
+    def save(self, progress: Progress, run: RunConfig, text_files: TextFiles | None = None, *, is_needed: bool) -> None:
         """Write a checkpoint; older ones are removed only if the last step's update was applied.
+
+        One that cannot be written costs no earlier one and does not end the run: it is said, and due again later.
 
         Args:
             progress: How far the run has come.
             run: Its configuration as it is in the phase of its last step: what reads the checkpoint builds that model.
             text_files: What the checkpoint keeps of the run's tokenizer.
+            is_needed: The run cannot go on without it, or ends here: it is tried again at once, some times.
 
         Raises:
-            CheckpointError: on every rank, if it cannot be written, or another run has taken the folder over.
+            CheckpointError: on every rank, if one that is needed cannot be written, or another run has taken the
+                folder over.
         """
         save = self._config.save
         assert save is not None
-        on_first_rank(self._claim.check, f"save={save}")
-        save_checkpoint(save, progress, run, self._chunks, self._optimizer, self._groups, average=self._average,
-                        run_id=self._run_id, text_files=text_files,
-                        keep_last=self._config.keep_last if self.schedule.is_settled else 0)
+        for more in reversed(range(NEEDED_ATTEMPTS)):
+            on_first_rank(self._claim.check, f"save={save}")
+            try:
+                save_checkpoint(
+                    save, progress, run, self._chunks, self._optimizer, self._groups, average=self._average,
+                    run_id=self._run_id, text_files=text_files,
+                    keep_last=self._config.keep_last if self.schedule.is_settled else 0)
+                break
+            except CheckpointError as error:
+                if is_needed and not more:
+                    raise
+                failed = f"no checkpoint of iteration {progress.iteration}: {error}. "
+                if not is_needed:
+                    again = self.schedule.failed(progress.iteration)
+                    self._say(f"{failed}The run goes on, and tries again after iteration {again}")
+                    return
+                self._say(f"{failed}Tried again in {NEEDED_PAUSE_S:g} s, {more} more time(s)")
+                time.sleep(NEEDED_PAUSE_S)
         self.schedule.saved(progress.iteration)
         self.newest_in = save
         self._say(f"checkpoint saved: {os.path.join(save, f'iter_{progress.iteration:07d}')}")

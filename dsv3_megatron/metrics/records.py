@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,8 @@ def last_losses(folder: str | os.PathLike[str] | None, iteration: int) -> tuple[
 def truncate_records(path: str | os.PathLike[str], last_iteration: int) -> tuple[Records, int]:
     """Drop what lies beyond `last_iteration`: the steps a resumed run takes again.
 
-    Replaces the file in one move, so that a crash leaves either the old or the new one.
+    Shortens the file, or replaces it in one move where what is kept is not its start: a crash leaves either the old or
+    the new one, and a full disk the old one.
 
     Returns:
         The records kept, and how many lines were dropped (a line cut short by a crash included).
@@ -190,13 +191,29 @@ def truncate_records(path: str | os.PathLike[str], last_iteration: int) -> tuple
         num_lines = sum(1 for _ in file)
     steps: list[dict[str, Any]] = []
     validations: list[dict[str, Any]] = []
+    kept: list[str] = []
+    # Bytes of the file until the first line that is dropped; all that is kept, where none follows it.
+    first_bytes, has_dropped, is_start = 0, False, True
+    for line, record in _whole_lines(path):
+        if record["iteration"] > last_iteration:
+            has_dropped = True
+            continue
+        is_start = is_start and not has_dropped
+        first_bytes += 0 if has_dropped else len(line.encode())
+        kept.append(line)
+        (steps if record["kind"] == "step" else validations).append(record)
+    if is_start:
+        if first_bytes < path.stat().st_size:
+            os.truncate(path, first_bytes)
+    else:
+        _replace(path, kept)
+    return Records(steps, validations), num_lines - len(steps) - len(validations)
+
+
+def _replace(path: Path, lines: Sequence[str]) -> None:
     shortened = path.with_name(path.name + ".tmp")
     with shortened.open("w", encoding="utf-8") as file:
-        for line, record in _whole_lines(path):
-            if record["iteration"] <= last_iteration:
-                file.write(line)
-                (steps if record["kind"] == "step" else validations).append(record)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(shortened, path)
-    return Records(steps, validations), num_lines - len(steps) - len(validations)

@@ -2,6 +2,7 @@
 
 Scalars have Megatron-LM's names where it has them (`lm loss`, `mtp_1 loss`, `seq_load_balancing_loss`, `grad-norm`,
 `learning-rate`, `batch-size`, `iteration-time`, `throughput`, `lm loss validation`), so that its dashboards read them.
+What cannot be written for a while, because a disk is full, is kept and written later: logs end no run.
 All tags are in `tags.py`. TensorBoard gets the scalars of logged steps (the first and every log_interval-th), and
 histograms and heat maps of every picture_interval-th of those; `metrics.jsonl` gets every step.
 
@@ -19,15 +20,17 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.metrics.balance import max_violation
 from dsv3_megatron.metrics.flops import RunSpeed
+from dsv3_megatron.metrics.kept_file import KeptFile, KeptText
 from dsv3_megatron.metrics.records import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     METRICS_FILE,
+    Records,
     StepReport,
     is_logged,
     to_line,
@@ -98,21 +101,25 @@ class MetricsWriter:
         self._picture_interval = picture_interval
         self._num_skipped = 0
         self._events: Any = None
-        self._file: IO[str] | None = None
+        self._file: KeptFile | None = None
+        self._texts: list[KeptText] = []
         if not enabled:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / METRICS_FILE
-        kept, num_dropped = truncate_records(path, resumed_iteration)
+        try:
+            kept, num_dropped = truncate_records(path, resumed_iteration)
+        except OSError as error:
+            kept, num_dropped = Records([], []), 0
+            _LOGGER.warning("%s cannot be shortened to iteration %d: %s; the steps after it will be there twice", path,
+                            resumed_iteration, error.strerror)
         if num_dropped:
             _LOGGER.info("%s: dropped %d lines beyond iteration %d", path, num_dropped, resumed_iteration)
         self._num_skipped = sum(bool(record.get("skipped")) for record in kept.steps)
-        self._file = path.open("a", encoding="utf-8")
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one process needs it
-
+        self._file = KeptFile(path, has_lines=True)
+        from dsv3_megatron.metrics.event_writer import EventWriter  # slow to import, and only one process needs it
         from dsv3_megatron.metrics.pictures import Pictures
 
-        self._events = SummaryWriter(str(self.directory), purge_step=resumed_iteration + 1, max_queue=1000)
+        self._events = EventWriter(self.directory, purge_step=resumed_iteration + 1)
         self._pictures = Pictures(self._events, num_layers)
 
     def write_config(self, config: Mapping[str, Any], *, environment: Mapping[str, Any] | None = None) -> None:
@@ -128,8 +135,10 @@ class MetricsWriter:
         for name, file, values in (("config", CONFIG_FILE, config), ("environment", ENVIRONMENT_FILE, environment)):
             if values is not None:
                 text = json_text(values, indent=2)
-                (self.directory / file).write_text(text + "\n", encoding="utf-8")
+                self._texts.append(KeptText(self.directory / file))
+                self._texts[-1].write(text + "\n")
                 self._events.add_text(name, "```json\n" + text + "\n```", 0)
+        self._events.flush()
 
     def change_speed(self, speed: RunSpeed) -> None:
         """Turn the times of the steps from here on into rates with another sequence length."""
@@ -141,6 +150,8 @@ class MetricsWriter:
             return
         self._num_skipped += report.skipped
         self._append(step_record(report, self._speed))
+        for text in self._texts:
+            text.flush()
         if not is_logged(report.iteration, self._log_interval):
             return
         for name, value in step_scalars(report, self._speed).items():
@@ -151,6 +162,7 @@ class MetricsWriter:
         self._pictures.note(report)
         if is_logged(report.iteration, self._log_interval * self._picture_interval):
             self._pictures.write(report)
+        self._events.flush()
 
     def write_validation(self, iteration: int, lm_loss: float, *, mtp_losses: Sequence[float] = (),
                          num_sequences: int | None = None) -> None:
@@ -182,11 +194,13 @@ class MetricsWriter:
     def close(self) -> None:
         """Write what is buffered and release the files; may be called twice."""
         if self._file is not None:
+            for text in self._texts:
+                text.flush()
             self._file.close()
             self._events.close()
             self._file = None
 
     def _append(self, record: Mapping[str, Any]) -> None:
         assert self._file is not None, "write after close"
-        self._file.write(to_line(record))
+        self._file.append(to_line(record).encode())
         self._file.flush()

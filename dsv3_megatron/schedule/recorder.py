@@ -6,6 +6,8 @@ a GPU, else the process's clock. The ranks start from a barrier, which is time 0
 
 from __future__ import annotations
 
+import atexit
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +20,8 @@ from dsv3_megatron.schedule.plan import Plan
 from dsv3_megatron.schedule.timeline import Span, Timeline
 
 _MILLISECONDS = 1000.0
+
+logger = logging.getLogger(__name__)
 
 
 class StepRecorder:
@@ -97,6 +101,7 @@ class ScheduleTrace:
 
     def __init__(self, path: str) -> None:
         self.path, self.num_recorded = path, 0
+        self._unwritten: tuple[Plan, Timeline] | None = None
 
     @property
     def is_wanted(self) -> bool:
@@ -104,8 +109,23 @@ class ScheduleTrace:
         return self.num_recorded < self.NUM_STEPS
 
     def record(self, plan: Plan, group: torch.distributed.ProcessGroup, run: Callable[[StepRecorder], None]) -> None:
-        """Run a step, measured, and write what it was."""
+        """Run a step, measured, and write what it was; what cannot be written is tried again when the process ends."""
         timeline = measure_step(group, run)
         self.num_recorded += 1
         if torch.distributed.get_rank() == 0:
-            write_trace(plan, timeline, self.path)
+            self._unwritten = plan, timeline
+            self._write()
+
+    def _write(self) -> None:
+        """Write the last step, if it is not written yet; raises nothing."""
+        if self._unwritten is None:
+            return
+        atexit.unregister(self._write)
+        try:
+            write_trace(*self._unwritten, self.path)
+        except OSError as error:
+            logger.warning("trace_schedule=%s cannot be written: %s; the run goes on, and it is tried again at its end",
+                           self.path, error.strerror or error)
+            atexit.register(self._write)
+        else:
+            self._unwritten = None
