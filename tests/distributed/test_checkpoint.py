@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from dsv3_megatron.checkpoint.layout import (
     TRACKER,
@@ -251,8 +252,17 @@ def fail_to_save(directory: Path) -> dict[str, str]:
         told["writing"] = message_of(save, training, directory, 2)
     with mock.patch("dsv3_megatron.checkpoint.layout._flush", side_effect=OSError(errno.ENOSPC, "No space left")):
         told["flushing"] = message_of(save, training, directory, 3)
+    # Rank 0 alone writes the index and the description, while the others wait for it in different places.
+    with mock.patch.object(FileSystemWriterAsync, "finish", side_effect=OSError(errno.ENOSPC, "No space left")):
+        told["index"] = message_of(save, training, directory, 3)
+    with mock.patch("megatron.core.dist_checkpointing.serialization.save_config",
+                    side_effect=OSError(errno.ENOSPC, "No space left")):
+        told["description"] = message_of(save, training, directory, 3)
+    with mock.patch("dsv3_megatron.checkpoint.store.remove_old", side_effect=OSError(errno.EBUSY, "Device busy")):
+        told["removing"] = message_of(save, training, directory, 4)
+    told["left"] = str(sorted(path.name for path in directory.iterdir()))
     with mock.patch("dsv3_megatron.checkpoint.agreement.shutil.disk_usage", return_value=mock.Mock(free=1000)):
-        told["too small"] = message_of(save, training, directory, 4)
+        told["too small"] = message_of(save, training, directory, 5)
     save(training, directory, 5)
     return told
 
@@ -263,10 +273,13 @@ def test_failed_save_is_told_to_every_rank(tmp_path):
     assert "iteration 2 could not be saved: " in told[0]["writing"]
     assert "process 1: Local worker 0 encountered an error: [Errno 28] No space left on device" in told[0]["writing"]
     assert told[0]["writing"].endswith("the newest checkpoint is still that of iteration 1")
-    for moment in ("writing", "flushing"):
+    assert told[0]["removing"] == "no error" and "saving" not in told[0]["left"]
+    for moment in ("index", "description"):
+        assert "iteration 3 could not be saved: " in told[0][moment]
+    for moment in ("writing", "flushing", "index", "description"):
         assert "free some space, lower keep_last, or choose another folder" in told[0][moment]
     assert "0.00 GB are free there" in told[0]["too small"]
-    assert saved_iterations(tmp_path) == [1, 5]
+    assert saved_iterations(tmp_path) == [1, 4, 5]
     assert latest_iteration(tmp_path) == 5
 
 
