@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -203,7 +204,7 @@ class Trainer:
         Returns:
             The exit code: 0, or EXIT_GUARD.
         """
-        with stop_calls(self._note_signal):
+        with closing(self.claim), stop_calls(self._note_signal):
             return self._train()
 
     def _train(self) -> int:
@@ -229,19 +230,17 @@ class Trainer:
                 if interval and (last or self.iteration % interval == 0) and not stopped and not self.guard.end_reason:
                     stopped = self._validate()
                 ends = last or bool(stopped)
-                if self._wants_save(is_last=ends):
+                if not self.guard.end_reason and self.keeper.wants(self.iteration, is_last=ends):
                     self.save(is_needed=ends)
                     stopped = stopped or self._agree_to_stop()  # it took long, and all of it is saved now
-            if self._wants_save(is_last=True):  # one that could not be written before the signal
+            # One that could not be written before the signal.
+            if not self.guard.end_reason and self.keeper.wants(self.iteration, is_last=True):
                 self.save(is_needed=True)
             if run.checkpoint.export_hf and self.step_plan is None and not stopped and not self.guard.end_reason:
                 self.watchdog.slow("export")
                 losses = Losses(*last_losses(run.logging.tensorboard_dir, self.iteration))
                 with stop_calls(None):  # all is saved; an export can be made again
                     self.keeper.export(self.iteration, self.precision, losses)
-        except BaseException:
-            self.claim.release()
-            raise
         finally:
             self.watchdog.stop()
         if stopped:
@@ -250,10 +249,7 @@ class Trainer:
         self.progress.close()
         if self.writer:
             self.writer.close()
-        if self.guard.end_reason:
-            self.guard_log.write_end(self.guard, run.checkpoint.save)
-        self.guard_log.close()
-        self.claim.release()
+        self.guard_log.finish(self.guard, run.checkpoint.save)
         destroy_groups()
         return EXIT_GUARD if self.guard.end_reason else 0
 
@@ -419,10 +415,6 @@ class Trainer:
             if self.writer:
                 self.writer.write_average_validation(self.iteration, loss)
         return 0
-
-    def _wants_save(self, *, is_last: bool) -> bool:
-        return bool(self.run.checkpoint.save and not self.guard.end_reason
-                    and self.keeper.schedule.wants(self.iteration, is_last=is_last))
 
     def save(self, *, is_needed: bool) -> None:
         """Write a checkpoint of this moment; of one that cannot be written it is only said, unless it is needed."""

@@ -188,6 +188,8 @@ class RunClaim:
         while self._locks:
             self._locks.pop().release()
 
+    close = release
+
     # ---- parts ---------------------------------------------------------------------------------------
 
     def _folders(self) -> list[str]:

@@ -83,19 +83,17 @@ class EventLog:
         if self._file is not None:
             self._file.flush()
 
-    def close(self) -> None:
-        """Write what is left and let the file go; may be called twice."""
-        if self._file is not None:
-            self._file.close()
-
-    def write_end(self, guard: Guard, save: str | None) -> None:
-        """Write why the run ends to stderr, beside the checkpoints, and to guards-report.txt if there is a folder.
+    def finish(self, guard: Guard, save: str | None) -> None:
+        """Let guards.jsonl go. If a guard ends the run, write why to stderr, beside the checkpoints, and to
+        guards-report.txt if there is a folder.
 
         Args:
-            guard: Whose end_reason is set.
+            guard: Of the run.
             save: Folder of the run's checkpoints.
         """
-        if not self._enabled:
+        if self._file is not None:
+            self._file.close()
+        if not self._enabled or not guard.end_reason:
             return
         text = report(guard, self.events, save)
         logger.error("%s", text)

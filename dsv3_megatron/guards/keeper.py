@@ -61,6 +61,10 @@ class CheckpointKeeper:
         self.newest_in = directory
         self.schedule.went_back(iteration)
 
+    def wants(self, iteration: int, *, is_last: bool) -> bool:
+        """Whether the state after `iteration` steps is to be saved; `SaveSchedule.wants` for a run that saves."""
+        return self._config.save is not None and self.schedule.wants(iteration, is_last=is_last)
+
     def save(self, progress: Progress, run: RunConfig, text_files: TextFiles | None = None, *, is_needed: bool) -> None:
         """Write a checkpoint; older ones are removed only if the last step's update was applied.
 

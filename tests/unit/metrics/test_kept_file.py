@@ -143,6 +143,8 @@ LIMITED_RUN = """
 import dataclasses, logging, resource, sys
 from pathlib import Path
 logging.basicConfig(format="%(message)s")
+from dsv3_megatron.config.guards import GuardConfig
+from dsv3_megatron.guards.decisions import Guard
 from dsv3_megatron.guards.events import Event, EventLog
 from dsv3_megatron.metrics import kept_file
 from dsv3_megatron.config.presets import preset
@@ -167,7 +169,7 @@ for i in range(1, 41):
     log.write(Event(i, "spike", "logged", ("r",), (i, i), (), 1.0, 1.0))
     if i % 10 == 0:
         writer.write_validation(i, 2.0)
-writer.close(); log.close()
+writer.close(); log.finish(Guard(GuardConfig()), None)
 """
 
 
