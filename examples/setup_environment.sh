@@ -10,13 +10,15 @@
 # An active environment ($PYTHON, $VIRTUAL_ENV, $CONDA_PREFIX) that satisfies pyproject.toml is used as it is and
 # nothing is installed into it. Otherwise .venv is made from the first Python >= 3.12 that runs ($PYTHON wins), with
 # the versions of constraints.txt. A finished .venv carries a stamp, so the second run takes a fraction of a second and
-# no network; a .venv without a valid stamp is checked file by file and repaired.
+# no network; a .venv without a valid stamp is checked file by file and repaired. One that is a link, or that another
+# checkout's set-up made, is left alone: repaired for this checkout it would be broken for that one.
 #
-# Exit codes: 0; 1 an installation failed; 2 no suitable Python or bad usage; 130 interrupted.
+# Exit codes: 0; 1 an installation failed; 2 no suitable Python, another's .venv or bad usage; 130 interrupted.
 # Runs under bash 3.2 and later.
 set -uo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+real_repo=$(cd "$repo" && pwd -P) # a checkout reached through a link is the same checkout
 venv="$repo/.venv"
 stamp="$venv/.dsv3_ready"
 log="$repo/.setup.log"
@@ -136,7 +138,8 @@ print("Python %d.%d.%d, torch %s, megatron-core %s"
 use_active() {
     local candidate answer seen=" "
     for candidate in "${PYTHON:-}" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}"; do
-        [ -n "$candidate" ] && [ "$candidate" != "$venv/bin/python" ] || continue
+        [ -n "$candidate" ] || continue
+        is_in_venv "$candidate" && [ ! -L "$venv" ] && continue
         candidate=$(type -P "$candidate") || continue
         case "$seen" in *" $candidate "*) continue ;; esac
         seen="$seen$candidate "
@@ -156,17 +159,38 @@ use_active() {
 inputs_key() {
     local hash
     hash=$( (command -v sha256sum >/dev/null && exec sha256sum; command -v shasum >/dev/null && exec shasum -a 256; exec cksum) \
-        < <(cat "$repo/constraints.txt" "$repo/pyproject.toml" "$repo/setup.py"; printf '%s' "$repo") )
+        < <(cat "$repo/constraints.txt" "$repo/pyproject.toml" "$repo/setup.py"; printf '%s' "$real_repo") )
     printf '%s' "${hash%% *}"
 }
 venv_version() { "$venv/bin/python" -I -c 'import platform; print(platform.python_version())' 2>/dev/null </dev/null; }
+
+is_in_venv() { [ "$(dirname "$1")" -ef "$venv/bin" ]; }
+
+# Stops before a .venv is touched that another checkout uses. The stamp's second line says whose set-up made it; a
+# checkout that was moved since is no other one.
+refuse_another_checkouts() {
+    local owner target
+    owner=$(sed -n '2s/^made by the set-up of //p' "$stamp" 2>/dev/null)
+    [ "$owner" != "$real_repo" ] || return 0
+    target=$(cd "$venv" 2>/dev/null && pwd -P)
+    if [ -L "$venv" ]; then
+        say "error: $venv is a link to $(readlink "$venv")${owner:+, which the set-up of $owner made}: it is not changed for this checkout."
+    elif [ -n "$owner" ] && [ -e "$owner/examples/setup_environment.sh" ]; then
+        say "error: $venv was made by the set-up of another checkout, $owner: it is not changed for this one."
+    else
+        return 0
+    fi
+    [ ! -x "$venv/bin/python" ] || say "To use that environment as it is: PYTHON=$target/bin/python"
+    if [ -L "$venv" ]; then say "For one of this checkout's own: rm $venv"; else say "For one of this checkout's own: rm -r $venv"; fi
+    exit 2
+}
 
 is_ready() {
     local version wanted
     [ -f "$stamp" ] || return 1
     version=$(venv_version) || return 1
-    [ "$(cat "$stamp")" = "$(inputs_key) $version" ] || return 1
-    [ -z "${PYTHON:-}" ] || [ "$PYTHON" = "$venv/bin/python" ] && return 0
+    [ "$(head -n 1 "$stamp")" = "$(inputs_key) $version" ] || return 1
+    [ -z "${PYTHON:-}" ] || is_in_venv "$PYTHON" && return 0
     wanted=$(probe "$PYTHON") || return 0 # a $PYTHON that does not run is reported when one is needed
     [ "${wanted%% *}" = "$version" ]
 }
@@ -262,6 +286,7 @@ use_venv() {
     local free_kb
     python_path="$venv/bin/python"
     ! is_ready || return 0
+    refuse_another_checkouts
 
     # One set-up at a time: several nodes or terminals may share this folder.
     if command -v flock >/dev/null; then
@@ -269,7 +294,7 @@ use_venv() {
         flock -n 9 || { say "another set-up is running in $repo; waiting for it"; flock 9; }
         ! is_ready || return 0
     fi
-    trap interrupted INT TERM HUP
+    trap interrupted INT TERM HUP QUIT USR1 USR2 XCPU ALRM
     find_python || no_python
     : >"$log"
     step=1
@@ -284,7 +309,7 @@ use_venv() {
     run_step "torch, Megatron-Core and the rest of constraints.txt (5.5 GB)" install_all
     run_step "import check" check_imports
     python_path="$venv/bin/python"
-    printf '%s %s\n' "$(inputs_key)" "$(venv_version)" >"$stamp.new" && mv "$stamp.new" "$stamp"
+    printf '%s %s\nmade by the set-up of %s\n' "$(inputs_key)" "$(venv_version)" "$real_repo" >"$stamp.new" && mv "$stamp.new" "$stamp"
     say "environment: $venv"
 }
 

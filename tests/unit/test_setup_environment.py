@@ -204,6 +204,71 @@ def test_an_interrupted_installation_ends_and_is_not_trusted(sandbox: Sandbox, n
     assert is_gone(int(pid_file.read_text())), "the installer was left running"
 
 
+def test_a_linked_environment_is_left_alone(sandbox: Sandbox, tmp_path: Path) -> None:
+    sandbox.add_python("python3.12")
+    assert sandbox.run("--venv").returncode == 0
+    other = tmp_path / "other"
+    shutil.copytree(sandbox.repository, other, ignore=shutil.ignore_patterns(".venv"))
+    (other / ".venv").symlink_to(sandbox.repository / ".venv")
+    with open(other / "constraints.txt", "a") as file:
+        file.write("torch==1.0\n")
+    before = {path: path.read_bytes() for path in (sandbox.repository / ".venv").rglob("*") if path.is_file()}
+    installs = sandbox.num_installs()
+    theirs = Sandbox.__new__(Sandbox)
+    theirs.__dict__ = {**sandbox.__dict__, "repository": other}
+    result = theirs.run("--venv")
+    assert result.returncode == 2 and result.stdout == ""
+    assert f"{other}/.venv is a link to {sandbox.repository}/.venv, which the set-up of {sandbox.repository} made" in (
+        result.stderr)
+    assert f"PYTHON={sandbox.repository}/.venv/bin/python" in result.stderr and f"rm {other}/.venv" in result.stderr
+    assert sandbox.num_installs() == installs
+    assert before == {path: path.read_bytes() for path in (sandbox.repository / ".venv").rglob("*") if path.is_file()}
+    assert sandbox.run("--venv").stderr == ""
+
+
+@pytest.mark.parametrize("is_dangling", [False, True])
+def test_a_link_to_anything_else_is_left_alone(is_dangling: bool, sandbox: Sandbox, tmp_path: Path) -> None:
+    sandbox.add_python("python3.12")
+    if not is_dangling:
+        (tmp_path / "elsewhere").mkdir()
+    (sandbox.repository / ".venv").symlink_to(tmp_path / "elsewhere")
+    result = sandbox.run("--venv")
+    assert result.returncode == 2
+    assert f"{sandbox.repository}/.venv is a link to {tmp_path}/elsewhere: it is not changed" in result.stderr
+    assert sandbox.num_installs() == 0 and (sandbox.repository / ".venv").is_symlink()
+
+
+def test_an_environment_that_another_checkout_made_is_left_alone(sandbox: Sandbox, tmp_path: Path) -> None:
+    sandbox.add_python("python3.12")
+    sandbox.run("--venv")
+    other = tmp_path / "other"
+    shutil.copytree(sandbox.repository, other)
+    installs = sandbox.num_installs()
+    theirs = Sandbox.__new__(Sandbox)
+    theirs.__dict__ = {**sandbox.__dict__, "repository": other}
+    result = theirs.run("--venv")
+    assert result.returncode == 2
+    assert f"was made by the set-up of another checkout, {sandbox.repository}: it is not changed" in result.stderr
+    assert sandbox.num_installs() == installs
+    shutil.rmtree(sandbox.repository)  # as if the checkout had been moved
+    assert theirs.run("--venv").returncode == 0
+    assert sandbox.num_installs() > installs
+
+
+def test_a_checkout_reached_through_a_link_is_set_up(sandbox: Sandbox, tmp_path: Path) -> None:
+    sandbox.add_python("python3.12")
+    sandbox.run("--venv")
+    installs = sandbox.num_installs()
+    (tmp_path / "link").symlink_to(sandbox.repository)
+    linked = Sandbox.__new__(Sandbox)
+    linked.__dict__ = {**sandbox.__dict__, "repository": tmp_path / "link"}
+    for variables in ({}, {"PYTHON": sandbox.venv_python}, {"VIRTUAL_ENV": str(sandbox.repository / ".venv")}):
+        result = linked.run("--venv", **variables)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.strip() == f"{tmp_path}/link/.venv/bin/python"
+    assert sandbox.num_installs() == installs
+
+
 @pytest.mark.parametrize("variable", ["PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX"])
 def test_an_active_environment_that_satisfies_is_used_as_it_is(sandbox: Sandbox, variable: str) -> None:
     python = sandbox.add_python("active/bin/python", check='echo "Python 3.12.9, torch 2.15.0, megatron-core 0.19.2"')
