@@ -5,8 +5,8 @@
         --tokenizer-model DIR --append-eod --workers 2 --output-prefix data/train
 
 writes data/train_text_document.bin and .idx, and a sidecar .json with the tokenizer's fingerprint, counts and hashes.
-Inputs are JSON lines (.jsonl, .json, .ndjson; .gz, .zst, .xz and .bz2 too; - is standard input), Parquet, and folders
-of either or of plain text, where a file is a document.
+Inputs are JSON lines (.jsonl, .json, .ndjson; .gz, .zst, .xz and .bz2 too; from pipes as well, - is standard input),
+Parquet, and folders of either or of plain text, a document a file. Where a name says nothing, the content does.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files, globs or folders, in order; - is standard input",
+        help="files, globs, folders or pipes, in order; - is standard input",
     )
-    add("--input-format", choices=FORMATS, default="auto", help="of all inputs (%(default)s: by their names)")
+    add("--input-format", choices=FORMATS, default="auto", help="of all inputs (%(default)s: by names and contents)")
     add(
         "--json-keys",
         nargs="+",
@@ -214,9 +214,14 @@ def _make_transforms(
         # The whole job's input, not the shard's: every shard must learn the same model.
         portions = take_shard(files, Shard())
         sample = sample_documents(files, portions, options.json_keys, max_bytes=_PUNKT_SAMPLE_BYTES)
-        sentences = make_splitter(
-            (text for _, text in sample), language=options.lang, keep_newlines=options.keep_newlines
-        )
+        try:
+            sentences = make_splitter(
+                (text for _, text in sample), language=options.lang, keep_newlines=options.keep_newlines
+            )
+        except ValueError as error:
+            if not all(file.is_stream for file in files):
+                raise
+            raise ValueError(f"{error}; a pipe cannot be sampled: give a file, or install NLTK's data") from None
         print(f"sentences: {sentences.description}", file=sys.stderr)
         described |= {
             "split_sentences": True,

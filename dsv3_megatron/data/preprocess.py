@@ -67,8 +67,10 @@ class PreprocessOptions:
             raise ValueError(f"max_document_bytes={self.max_document_bytes} must be at least 1")
         if not self.keys or len(set(self.keys)) < len(self.keys):
             raise ValueError(f"json_keys={' '.join(self.keys)} must be one or more different keys")
-        if self.is_resumed and any(file.path == STDIN for file in self.files):
-            raise ValueError("--resume cannot go on with standard input: what was read is gone; use --overwrite")
+        streams = [file.path for file in self.files if file.is_stream]
+        if self.is_resumed and streams:
+            what = "standard input" if streams[0] == STDIN else f"the pipe {streams[0]}"
+            raise ValueError(f"--resume cannot go on with {what}: what was read is gone; use --overwrite")
 
     @property
     def level(self) -> str:

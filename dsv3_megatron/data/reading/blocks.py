@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_megatron.data.reading.inputs import STDIN, InputFile, Portion
+from dsv3_megatron.data.reading.inputs import InputFile, Portion
 from dsv3_megatron.data.reading.records import Reject
 from dsv3_megatron.data.reading.streams import line_blocks, open_stream
 
@@ -135,7 +135,7 @@ def _stream_blocks(
         for first, lines, end, reject, is_last in line_blocks(
             stream, start, block_bytes=block_bytes, max_line_bytes=max_line_bytes
         ):
-            on_disk = 0 if file.path == STDIN else os.lseek(stream.fileno(), 0, os.SEEK_CUR)
+            on_disk = 0 if file.is_stream else os.lseek(stream.fileno(), 0, os.SEEK_CUR)
             following = Position(index + 1) if is_last else Position(index, end)
             yield Block(index, first, end, lines, following, done + min(on_disk, file.size_bytes), reject)
 

@@ -259,24 +259,24 @@ def describe(path: str, file_format: str, reject: Reject) -> str:
     return f"{where}: {reject.detail}; {reject.way_out}"
 
 
-def read_documents(files: Sequence[InputFile], key: str) -> Iterator[str]:
-    """The text of every document, in order.
+def read_documents(files: Sequence[InputFile], *keys: str) -> Iterator[str]:
+    """The text of every document, in order; of several keys, one after the other in each document.
 
     Raises:
         ValueError: the first that cannot be taken, with file, line and byte.
     """
-    reader = RecordReader(files, [key])
+    reader = RecordReader(files, keys)
     lines = LineCounter(files)
     for block in _blocks(files, take_shard(files, Shard()), reader, BLOCK_BYTES):
         reading = Reading()
         for record in reader.read(block, reading):
-            (text,) = record.texts
-            if text.error is not None:
-                reject = replace(text.error.reject, byte=record.byte + text.error.reject.byte, line=record.line)
-                path, reject = lines.place(block, reject)
-                raise ValueError(describe(path, files[block.file].format, reject))
-            assert text.text is not None
-            yield text.text
+            for text in record.texts:
+                if text.error is not None:
+                    reject = replace(text.error.reject, byte=record.byte + text.error.reject.byte, line=record.line)
+                    path, reject = lines.place(block, reject)
+                    raise ValueError(describe(path, files[block.file].format, reject))
+                assert text.text is not None
+                yield text.text
         for reject in reading.rejects:
             path, reject = lines.place(block, reject)
             raise ValueError(describe(path, files[block.file].format, reject))
@@ -288,7 +288,7 @@ def sample_documents(
 ) -> Iterator[tuple[str, str]]:
     """(where it is from, text) of a few documents of every file, long ones cut short; faulty ones are passed over.
 
-    Files that can be cut are sampled in four places, others at their beginning; standard input cannot be sampled.
+    Files that can be cut are sampled in four places, others at their beginning; pipes cannot be sampled.
 
     Args:
         files: Of the whole job.
@@ -300,7 +300,7 @@ def sample_documents(
     share = max(2000, max_bytes // max(1, len(portions)))
     for portion in portions:
         file = files[portion.file]
-        if file.path == "-":
+        if file.is_stream:
             continue
         step = max(1, (portion.stop - portion.start) // _SAMPLES_PER_FILE)
         starts = range(portion.start, portion.stop, step) if file.is_cut else [portion.start]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
+from dsv3_megatron.data.reading.contents import MAGIC_BYTES, compression_of, decompressor, is_parquet
 from dsv3_megatron.data.reading.inputs import STDIN, InputFile
 from dsv3_megatron.data.reading.records import Reject
 
@@ -22,34 +24,56 @@ class DamagedFile(Exception):
 
 
 def open_stream(file: InputFile) -> IO[bytes]:
-    """The uncompressed bytes of a file, to be read with `read_some`."""
-    if file.path == STDIN:
-        return sys.stdin.buffer
+    """The uncompressed bytes of a file, to be read with `read_some`.
+
+    Raises:
+        ValueError: a pipe that holds Parquet.
+    """
+    if file.is_stream:
+        stream = sys.stdin.buffer if file.path == STDIN else open(file.path, "rb", buffering=0)
+        return _decompressed_stream(file.path, stream)
     if not file.compression:
         return open(file.path, "rb", buffering=0)
-    opened: IO[bytes] = _decompressor(file.compression).open(file.path, "rb")
+    opened: IO[bytes] = decompressor(file.compression).open(file.path, "rb")
     return opened
 
 
-def _decompressor(compression: str) -> Any:
-    """The module whose open() reads a compression."""
-    if compression == "gz":
-        import gzip
+def _decompressed_stream(path: str, stream: IO[bytes]) -> IO[bytes]:
+    """What comes out of a pipe, whose compression only its first bytes can say."""
+    head = b""
+    while len(head) < MAGIC_BYTES and (chunk := read_some(stream, MAGIC_BYTES - len(head))):
+        head += chunk
+    if is_parquet(head):
+        raise ValueError(f"input {path}: Parquet cannot be read from a pipe; give a file")
+    joined = io.BufferedReader(_Rejoined(head, stream), READ_BYTES)
+    compression = compression_of(head)
+    if not compression:
+        return joined
+    opened: IO[bytes] = decompressor(compression).open(joined, "rb")
+    return opened
 
-        return gzip
-    if compression == "xz":
-        import lzma
 
-        return lzma
-    if compression == "bz2":
-        import bz2
+class _Rejoined(io.RawIOBase):
+    """The first bytes of a stream, and the stream behind them, which is closed with it."""
 
-        return bz2
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-    else:
-        from backports import zstd
-    return zstd
+    def __init__(self, head: bytes, stream: IO[bytes]) -> None:
+        super().__init__()
+        self._head, self._stream = head, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data, self._head = self._head[: len(buffer)], self._head[len(buffer) :]
+        if not data:
+            data = read_some(self._stream, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
 
 
 def read_some(stream: IO[bytes], num_bytes: int = READ_BYTES) -> bytes:

@@ -171,6 +171,64 @@ def test_standard_input(tmp_path, jsonl_file, tokenizer_dir, whole):
     assert read_pair(tmp_path / "piped_text_document") == whole[:2]
 
 
+PIPED = {
+    "a substitution": "{tool} --input <(cat {file})",
+    "two, compressed": "{tool} --input <(head -n 25 {file} | gzip -c) <(tail -n +26 {file} | xz -c)",
+    "beside a file": "{tool} --input {half} <(tail -n +26 {file})",
+    "before a file": "{tool} --input <(head -n 25 {file}) {other_half}",
+    "/dev/stdin": "cat {file} | {tool} --input /dev/stdin",
+    "/dev/stdin of a file": "{tool} --input /dev/stdin < {file}",
+    "-, compressed": "gzip -c {file} | {tool} --input -",
+    "a descriptor": "{tool} --input /dev/fd/5 5< {file}",
+    "a FIFO": "mkfifo {folder}/fifo; cat {file} > {folder}/fifo & {tool} --input {folder}/fifo",
+    "a slow writer": "(head -c 3 {file}; sleep 0.3; tail -c +4 {file}) | {tool} --input -",
+}
+
+
+@pytest.mark.parametrize("how", PIPED)
+def test_what_is_piped_is_read(tmp_path, jsonl_file, tokenizer_dir, whole, how):
+    lines = jsonl_file.read_bytes().splitlines(keepends=True)
+    (tmp_path / "half.jsonl").write_bytes(b"".join(lines[:25]))
+    (tmp_path / "other.jsonl").write_bytes(b"".join(lines[25:]))
+    tool = f"{sys.executable} {TOOLS}/preprocess_data.py --tokenizer-model {tokenizer_dir} --append-eod --workers 2"
+    command = PIPED[how].format(
+        tool=f"{tool} --output-prefix {tmp_path}/piped",
+        file=jsonl_file,
+        half=tmp_path / "half.jsonl",
+        other_half=tmp_path / "other.jsonl",
+        folder=tmp_path,
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert read_pair(tmp_path / "piped_text_document") == whole[:2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shard", "1/2"], "input {pipe} (a pipe) cannot be cut into shards; give files"),
+        (["--resume"], "--resume cannot go on with the pipe {pipe}: what was read is gone; use --overwrite"),
+        (["--input-format", "parquet"], "input {pipe}: Parquet cannot be read from a pipe; give a file"),
+        (["--input-format", "text"], "input {pipe}: a text file cannot be read from a pipe; give a file, or JSON"),
+    ],
+)
+def test_what_a_pipe_cannot_do(preprocess, tmp_path, jsonl_file, options, message):
+    os.mkfifo(tmp_path / "pipe")
+    status, _, err = preprocess(jsonl_file, tmp_path / "pipe", options=options)
+    assert status == 2 and f"error: {message.format(pipe=tmp_path / 'pipe')}" in err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_parquet_in_a_pipe_is_refused(tmp_path, tokenizer_dir):
+    pq.write_table(pa.table({"text": ["one"]}), tmp_path / "x.parquet")
+    tool = [sys.executable, TOOLS / "preprocess_data.py", "--tokenizer-model", tokenizer_dir, "--input", "-"]
+    with open(tmp_path / "x.parquet", "rb") as stream:
+        done = subprocess.run(
+            [*tool, "--output-prefix", tmp_path / "out"], stdin=stream, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 2 and "error: input -: Parquet cannot be read from a pipe; give a file" in done.stderr
+
+
 def test_shards_of_texts_for_both_encoders_are_one_pass(preprocess, tmp_path, texts, write_jsonl):
     """A text that gigatoken would get wrong, in one shard only: what a shard holds must not choose its encoder."""
     texts = [*texts, "The price is \u20c1 250 a night.", "a \U00011de7b", *texts]

@@ -53,6 +53,25 @@ def run(tool, tmp_path, capsys):
     return call
 
 
+def test_what_is_piped_is_learned(tmp_path):
+    """The same tokenizer from files and from pipes, which give their bytes once, with one key and with two."""
+    rows = [{"text": text, "more": f"{text[:50]} more"} for text in make_documents(0, 400)]
+    for name, part in {"a": rows[:200], "b": rows[200:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    found = []
+    for number, inputs in enumerate((f"{a} {b}", f"{a} <(cat {b})", f"<(gzip -c {a}) /dev/stdin < {b}")):
+        for keys in ("text", "text more"):
+            output = tmp_path / f"{number} {keys}"
+            options = f"--vocab-size 400 --output '{output}' --json-keys {keys}"
+            command = f"{sys.executable} {TOOL} {options} --input {inputs}"
+            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            assert f"of {400 * len(keys.split())} documents" in done.stderr
+            found.append(fingerprint(output))
+    assert found == found[:2] * 3 and found[0] != found[1]
+
+
 def test_it_trains_and_transformers_loads(run, tmp_path):
     file = write(tmp_path / "a.jsonl", make_documents(0, 400))
     status, out, err = run("--input", file)

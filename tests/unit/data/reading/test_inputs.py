@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import os
 import sys
 
 import pyarrow as pa
@@ -142,9 +143,9 @@ def test_folders(tmp_path, capsys):
         ("b.py", "text"),
         ("sub/a", "text"),
     ]
-    (tmp_path / "texts" / "c.jsonl.gz").touch()
+    (tmp_path / "texts" / "c.jsonl.gz").write_bytes(gzip.compress(jsonl(["x"])))
     assert [file.format for file in expand_inputs([str(tmp_path / "texts")])] == ["jsonl"]
-    assert "1 JSON lines and Parquet files taken, 2 others left" in capsys.readouterr().err
+    assert "1 JSON lines files taken; left out: 2 (hidden), 2 (text)" in capsys.readouterr().err
     (tmp_path / "no").mkdir()
     with pytest.raises(ValueError, match="the folder holds no files"):
         expand_inputs([str(tmp_path / "no")])
@@ -179,6 +180,144 @@ def test_a_format_that_is_given_counts(tmp_path):
 def test_bad_inputs(patterns, keywords, message):
     with pytest.raises(ValueError, match=message):
         expand_inputs(patterns, **keywords)
+
+
+def formats_in(path, format="auto"):
+    return [(os.path.relpath(file.path, path), file.format) for file in expand_inputs([str(path)], format=format)]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (jsonl(["x", "y"]), ("jsonl", "")),
+        (b"\xef\xbb\xbf" + jsonl(["x"]), ("jsonl", "")),
+        (b"\n\n  " + jsonl(["x"]), ("jsonl", "")),
+        (jsonl(["long " * 40_000]), ("jsonl", "")),  # longer than what is looked at
+        (b"", ("jsonl", "")),
+        (b"Some prose.\n{braces}\n", ("text", "")),
+        (b"{braces} and prose\n", ("text", "")),
+        (b"{" + b"brace " * 20_000, ("text", "")),
+        (b'["a", "list"]\n', ("text", "")),
+    ],
+)
+@pytest.mark.parametrize("compression", ["", *COMPRESSORS])
+def test_content_decides_where_the_name_says_nothing(tmp_path, content, expected, compression):
+    (tmp_path / "part-0000").write_bytes(COMPRESSORS[compression](content) if compression else content)
+    (file,) = expand_inputs([str(tmp_path / "part-0000")])
+    assert (file.format, file.compression) == (expected[0], compression)
+
+
+def test_parquet_without_its_ending(tmp_path):
+    for name in ("part-0000", "wrong.jsonl"):
+        write_parquet(tmp_path / name, ["one", "two"])
+    assert texts_of(expand_inputs([str(tmp_path)]))[0] == ["one", "two"] * 2
+
+
+@pytest.mark.parametrize("kind", COMPRESSORS)
+def test_names_that_lie_about_compression(tmp_path, kind, capsys):
+    (tmp_path / "a.jsonl").write_bytes(COMPRESSORS[kind](jsonl(["one"])))
+    (tmp_path / f"b.jsonl.{kind}").write_bytes(jsonl(["two"]))
+    (tmp_path / "c.jsonl.gz").write_bytes(COMPRESSORS[kind](jsonl(["three"])))
+    assert texts_of(expand_inputs([str(tmp_path)]))[0] == ["one", "two", "three"]
+    err = capsys.readouterr().err
+    assert f"a.jsonl: compressed as {kind} by content, which counts" in err or f"2 files such as {tmp_path}/a.js" in err
+
+
+def test_folders_of_records_without_endings(tmp_path, capsys):
+    """As Spark and WikiExtractor leave them."""
+    (tmp_path / "AA").mkdir()
+    for name in ("AA/wiki_00", "AA/wiki_01", "part-00000-c000"):
+        (tmp_path / name).write_bytes(jsonl([name]))
+    (tmp_path / "part-00001-c000.gz").write_bytes(gzip.compress(jsonl(["zipped"])))
+    for name in ("_SUCCESS", "_metadata", "_started_17", ".part-00000.crc", "AA/_SUCCESS", "empty"):
+        (tmp_path / name).touch()
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "LICENSE").write_text("free")
+    assert texts_of(expand_inputs([str(tmp_path)]))[0] == ["AA/wiki_00", "AA/wiki_01", "part-00000-c000", "zipped"]
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path}: 4 JSON lines files taken; left out: 4 (a marker such as _SUCCESS), 1 (empty), 1 (hidden), "
+        "2 (text)\n"
+    )
+    assert texts_of(expand_inputs([f"{tmp_path}/part*", f"{tmp_path}/_*"]))[0] == ["part-00000-c000", "zipped"]
+    assert "left out: 3 (a marker such as _SUCCESS)" in capsys.readouterr().err
+
+
+def test_records_and_texts_that_no_name_tells_apart(tmp_path):
+    (tmp_path / "one").write_bytes(jsonl(["x"]))
+    (tmp_path / "two").write_text("prose")
+    with pytest.raises(ValueError, match="holds JSON lines, such as .*one, and text, such as .*two, and no name tells"):
+        expand_inputs([str(tmp_path)])
+    assert formats_in(tmp_path, "text") == [("one", "text"), ("two", "text")]
+    (tmp_path / "three.jsonl").write_bytes(jsonl(["y"]))  # a name that says what the folder is for
+    assert formats_in(tmp_path) == [("one", "jsonl"), ("three.jsonl", "jsonl")]
+
+
+def test_links_are_followed_once(tmp_path, capsys):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "b.jsonl").write_bytes(jsonl(["outside"]))
+    (outside / "back").symlink_to("../data")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.jsonl").write_bytes(jsonl(["inside"]))
+    (data / "link").symlink_to("../outside")
+    (data / "z").symlink_to(".")
+    assert texts_of(expand_inputs([str(data)]))[0] == ["inside", "outside"]
+    assert "left out: 2 (a folder reached twice by links)" in capsys.readouterr().err
+    # A glob meets the same files again by way of the links.
+    assert sorted(texts_of(expand_inputs([f"{data}/*"]))[0]) == ["inside", "outside"]
+    assert "(another name of a file that is read)" in capsys.readouterr().err
+    # Two names that were given are two files.
+    (data / "again.jsonl").symlink_to("a.jsonl")
+    assert texts_of(expand_inputs([f"{data}/a.jsonl", f"{data}/again.jsonl"]))[0] == ["inside"] * 2
+
+
+def test_what_is_no_file(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["x"]))
+    os.mkfifo(tmp_path / "pipe")
+    assert formats_in(tmp_path) == [("a.jsonl", "jsonl")]
+    assert "left out: 1 (a pipe or device)" in capsys.readouterr().err
+    (tmp_path / "lost.jsonl").symlink_to("/nowhere/x")
+    for path in (tmp_path, tmp_path / "lost.jsonl", f"{tmp_path}/l*"):
+        with pytest.raises(ValueError, match="lost.jsonl is a link to /nowhere/x, which is not there"):
+            expand_inputs([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", b"a,b\n1,2\n", "CSV, write JSON lines or Parquet"),
+        ("x.zip", b"PK\x03\x04...", "a zip archive, unpack it"),
+        ("x", b"PK\x03\x04...", "a zip archive, unpack it"),
+        ("x.jsonl", b"%PDF-1.7", "a PDF, extract its text"),
+        ("x.tar.gz", gzip.compress(b"a" * 257 + b"ustar\x0000"), "a tar archive, unpack it"),
+        ("x.bin", b"ARROW1\0\0", "an Arrow file, write Parquet"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(tmp_path, name, content, message, capsys):
+    (tmp_path / name).write_bytes(content)
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            expand_inputs([str(path)])
+    assert expand_inputs([str(tmp_path / name)], format="text")[0].format == "text"
+    (tmp_path / "records.jsonl").write_bytes(jsonl(["x"]))
+    assert formats_in(tmp_path) == [("records.jsonl", "jsonl")]
+    assert "left out: 1 (not read here)" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["x"]))
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):  # as for another user than root
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        expand_inputs([str(tmp_path)])
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "-1/2"])
