@@ -3,8 +3,8 @@
 A file's format follows from its name: .jsonl, .json and .ndjson hold JSON lines (as Megatron-LM's --input), .parquet
 holds Parquet, .txt, .md, .rst and .text are one document each. Where the name says nothing, the content does, and it
 always decides about compression (gz, zst, xz, bz2) and Parquet. A folder gives its JSON lines and Parquet files; one
-without any of either is a folder of plain text, a document a file. Pipes (-, /dev/stdin, <(...), FIFOs) give JSON lines,
-which may be compressed. Whatever is named is read or refused; what a folder or a glob leaves out is listed.
+without any of either is a folder of plain text, a document a file. Pipes (-, /dev/stdin, <(...), FIFOs) give JSON
+lines, which may be compressed. Whatever is named is read or refused; what a folder or a glob leaves out is listed.
 """
 
 from __future__ import annotations
