@@ -59,7 +59,7 @@ from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_
 from dsv3_megatron.platform import prepare, resolve_precision
 from dsv3_megatron.process.logs import configure_logging
 from dsv3_megatron.process.stop import signal_name, stop_calls
-from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, iterate_chunks
+from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, iterate_chunks, read_step
 
 
 class Trainer:
@@ -276,8 +276,8 @@ class Trainer:
                 batches.set_global_batch_size(plan.global_batch_size)
             samples = range(self._dataset_position, self._dataset_position + plan.global_batch_size)
             losses, collected, stopped = self._run_microbatches(
-                [clock.waiting(batches, "data") for batches in self.batches], plan.global_batch_size,
-                forward_only=False)
+                read_step([clock.waiting(batches, "data") for batches in self.batches], self.batches, self.chunks,
+                          self.groups, self.device.torch_device), plan.global_batch_size, forward_only=False)
         with clock.phase("router-bias"):
             loads_LE, balance_L = collect_expert_loads(
                 self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,

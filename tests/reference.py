@@ -222,13 +222,18 @@ def select_experts(biased_E: list[float], arch: Architecture) -> list[int]:
 
 
 def route(weights: Weights, prefix: str, arch: Architecture, x_TH: Tensor) -> Routing:
-    """Sigmoid affinities, biased selection, unbiased gates. Report eq. 12-16.
+    """Affinities, biased selection, unbiased gates. Report eq. 12-16; softmax affinities are DeepSeek-V2's.
 
     Gates are the selected affinities divided by their sum, times the scaling factor, for any K: also for K = 1,
     where Megatron-Core 0.19.2 skips the division. No gradient flows through the choice or into the bias.
     """
     logits_TE = linear(at_least_float32(x_TH), at_least_float32(weights[f"{prefix}.weight"]))
-    scores_TE = torch.sigmoid(logits_TE)
+    if arch.moe_router_score_function == "softmax":
+        weights_TE = (logits_TE - logits_TE.max(dim=-1, keepdim=True).values.detach()).exp()
+        scores_TE = weights_TE / weights_TE.sum(dim=-1, keepdim=True)
+    else:
+        assert arch.moe_router_score_function == "sigmoid"
+        scores_TE = torch.sigmoid(logits_TE)
     biased_TE = scores_TE.detach() + weights[f"{prefix}.e_score_correction_bias"].detach()
     expert_ids_TK = torch.tensor([select_experts(biased_E, arch) for biased_E in biased_TE.tolist()])
     selected_TK = torch.gather(scores_TE, 1, expert_ids_TK)

@@ -39,6 +39,7 @@ class Architecture:
     moe_router_group_topk: int = 1
     moe_router_group_score_topk: int | None = None
     moe_router_group_mask: str = "exclude"
+    moe_router_score_function: str = "sigmoid"
     moe_router_topk_scaling_factor: float = 2.5
     mtp_num_layers: int = 1
     rotary_base: float = 10000.0

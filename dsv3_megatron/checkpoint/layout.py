@@ -182,8 +182,10 @@ def check_architecture(directory: str | Path, run: RunConfig) -> Manifest:
     mine = dataclasses.asdict(run.model)
     fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _MAY_CHANGE]
     # A field that the writing version did not have yet meant what it means by default.
-    differing = [f"{name}={mine[name]!r} (checkpoint: {stored[name]!r})" for name in fields
-                 if name in stored and stored[name] != mine[name]]
+    then = {field.name: field.default for field in dataclasses.fields(ModelConfig)
+            if field.default is not dataclasses.MISSING} | stored
+    differing = [f"{name}={mine[name]!r} (checkpoint: {then[name]!r})" for name in fields
+                 if name in then and then[name] != mine[name]]
     differing += [f"{name}, which this version does not know (checkpoint: {stored[name]!r})" for name in stored
                   if name not in mine]
     if differing:

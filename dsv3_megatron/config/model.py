@@ -13,6 +13,8 @@ from dsv3_megatron.config.fields import ConfigError, divisors, option, require_f
 
 ROPE_TYPES = ("rope", "yarn")
 GROUP_MASKS = ("exclude", "zero")
+# What `ops/router_scores.py` computes.
+SCORE_FUNCTIONS = ("sigmoid", "softmax")
 
 # Everything that looks at a model looks at each of its layers.
 MAX_LAYERS = 2000
@@ -48,6 +50,9 @@ class ModelConfig:
     moe_router_group_mask: str = option(
         "exclude", choices=GROUP_MASKS, help="experts of the other groups: exclude them, or rank them with affinity 0, "
         "as Transformers did until 2026; the two differ where biases make affinities negative")
+    moe_router_score_function: str = option(
+        "sigmoid", choices=SCORE_FUNCTIONS, help="affinities of the router's logits: V3's sigmoid, or softmax over all "
+        "experts, which no Hugging Face export can express")
     moe_router_topk_scaling_factor: float = option(2.5, help="factor on the normalised gates")
     mtp_num_layers: int = option(1, most=1000, help="multi-token-prediction modules (depth D); 0: none")
     max_position_embeddings: int = option(4096, help="longest sequence the model is meant for, in tokens")
@@ -156,6 +161,9 @@ class ModelConfig:
         if self.moe_router_group_mask not in GROUP_MASKS:
             raise ConfigError(f"moe_router_group_mask={self.moe_router_group_mask!r} must be one of "
                               f"{', '.join(GROUP_MASKS)}")
+        if self.moe_router_score_function not in SCORE_FUNCTIONS:
+            raise ConfigError(f"moe_router_score_function={self.moe_router_score_function!r} must be one of "
+                              f"{', '.join(SCORE_FUNCTIONS)}")
         summed = self.moe_router_group_score_topk
         if groups == 1:
             return

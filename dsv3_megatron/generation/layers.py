@@ -137,7 +137,7 @@ class Experts:
 
     def __init__(self, module: Any) -> None:
         self._router: torch.Tensor = module.router.weight
-        self._choose = module.router.select
+        self._score, self._choose = module.router.scores, module.router.select
         self._num_experts: int = module.config.num_moe_experts
         self._fc1, self._fc2 = module.experts.linear_fc1.weight, module.experts.linear_fc2.weight
         self._each_fc1, self._each_fc2 = self._fc1.detach().unbind(0), self._fc2.detach().unbind(0)
@@ -146,7 +146,7 @@ class Experts:
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]."""
         wide = wide_dtype(x_TH.dtype)
-        gates_TK, ids_TK = self._choose(multiply_rows(x_TH.to(wide), self._router.to(wide)).sigmoid_())
+        gates_TK, ids_TK = self._choose(self._score(multiply_rows(x_TH.to(wide), self._router.to(wide))))
         output_TH = self._of_a_token(x_TH, gates_TK, ids_TK) if len(x_TH) == 1 else self._of_all(x_TH, gates_TK, ids_TK)
         return output_TH if self._shared is None else output_TH.add_(self._shared(x_TH))
 

@@ -57,7 +57,7 @@ def mcore_config(run: RunConfig, precision: str, *, transformer_impl: str = "loc
         moe_router_num_groups=model.moe_router_num_groups if model.moe_router_num_groups > 1 else None,
         moe_router_group_topk=model.moe_router_group_topk if model.moe_router_num_groups > 1 else None,
         moe_router_topk_scaling_factor=model.moe_router_topk_scaling_factor,
-        moe_router_score_function="sigmoid",
+        moe_router_score_function=model.moe_router_score_function,
         # Our router holds its own bias and balance loss (model/router.py), updated by optim/router_bias.py.
         moe_router_enable_expert_bias=False,
         moe_router_load_balancing_type="none",

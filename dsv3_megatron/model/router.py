@@ -1,4 +1,4 @@
-"""DeepSeek-V3's router: sigmoid affinities, biased choice, node-limited groups, unbiased gates.
+"""DeepSeek-V3's router: affinities (sigmoid in V3), biased choice, node-limited groups, unbiased gates.
 
 Differs from Megatron-Core's router in that expert loads are counted in integers (a rounded count can
 flip the sign of a bias update), and in that the balance loss of a sequence split over ranks is the sum
@@ -9,6 +9,7 @@ Shapes: T tokens of this rank, E experts, K top-k, G groups, B micro-batch, s lo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.model.observation import RouterObserver
 from dsv3_megatron.ops.recompute import recomputed, saving
+from dsv3_megatron.ops.router_scores import router_scores
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,19 @@ class RouterOptions:
         balance_loss_coeff: alpha of the sequence-wise balance loss.
         group_score_topk: Best experts summed to a group's score; None: top-k / groups kept.
         group_mask: "exclude" or "zero", see `choose_experts`.
+        score_function: Of the affinities, by name; see `ops/router_scores.py`.
     """
 
     balance_loss_coeff: float = 0.0
     group_score_topk: int | None = None
     group_mask: str = "exclude"
+    score_function: str = "sigmoid"
 
     @classmethod
     def of(cls, run: RunConfig) -> RouterOptions:
         """A run's."""
         return cls(run.training.moe_aux_loss_coeff, run.model.moe_router_group_score_topk,
-                   run.model.moe_router_group_mask)
+                   run.model.moe_router_group_mask, run.model.moe_router_score_function)
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -64,7 +68,7 @@ def choose_experts(
     """Choose each token's experts by their biased affinities, from its best groups.
 
     Args:
-        scores_TE: fp32 affinities in (0, 1).
+        scores_TE: fp32 affinities in 0..1.
         bias_E: fp32 balancing bias.
         top_k: Experts per token, 1..E.
         num_groups: Groups of experts; 1: no node limit.
@@ -97,7 +101,7 @@ def weigh_experts(scores_TE: torch.Tensor, expert_ids_TK: torch.Tensor, route_sc
     """Weights of the chosen experts: their affinities, without bias, divided by their sum.
 
     Args:
-        scores_TE: fp32 affinities in (0, 1).
+        scores_TE: fp32 affinities in 0..1.
         expert_ids_TK: int64, the chosen experts.
         route_scale: Dimensionless gate multiplier.
 
@@ -115,7 +119,7 @@ def select_experts(scores_TE: torch.Tensor, bias_E: torch.Tensor, *, route_scale
     """Choose each token's experts and weigh them; the bias affects the choice, not the weight.
 
     Args:
-        scores_TE: fp32 affinities in (0, 1).
+        scores_TE: fp32 affinities in 0..1.
         bias_E: fp32 balancing bias, no gradient.
         route_scale: Dimensionless gate multiplier.
         choice: Settings of `choose_experts`.
@@ -139,6 +143,10 @@ class DeepSeekRouter(MegatronModule):
         tokens_per_expert: int64 [E], tokens routed in training forwards since the last update.
         balance_loss_sum: fp32 scalar, balance loss (alpha included) of the sequences seen since then;
             under sequence parallelism this rank's term.
+        tokens_per_sequence: What a sequence's balance loss is multiplied by in backward, so that it counts as the mean
+            over sequences where gradients of a sum over tokens are divided by the number of tokens: these tokens over
+            all sequences, by `weigh_balance_losses`. None: the sequence's length, where every token
+            counts.
         observer: Looks at the training forwards while it is set; no part of the model.
     """
 
@@ -154,6 +162,7 @@ class DeepSeekRouter(MegatronModule):
         self.is_mtp_layer = is_mtp_layer
         self.options = options or RouterOptions()
         self.balance_loss_coeff = self.options.balance_loss_coeff
+        self.tokens_per_sequence: float | None = None
         self.layer_number: int | None = None
         self.observer: RouterObserver | None = None
         device, experts = torch.cuda.current_device(), config.num_moe_experts
@@ -191,8 +200,10 @@ class DeepSeekRouter(MegatronModule):
                 self.observer.observe(scores_TE, ids_TK)
             if self.balance_loss_coeff > 0:
                 loss = self._balance_loss(scores_TE.unflatten(0, (length, batch)))
-                # The run's loss is a sum over tokens; a sequence's loss counts once per token of it.
-                probs_TE = _AttachLoss.apply(probs_TE, loss * (length * self.tp_group.size()))
+                # The run's loss is a sum over tokens, which is divided by their number; this is a sum over sequences.
+                weight = self.tokens_per_sequence
+                probs_TE = _AttachLoss.apply(
+                    probs_TE, loss * (length * self.tp_group.size() if weight is None else weight))
                 self.balance_loss_sum += loss.detach()
         return probs_TE, routing_map_TE
 
@@ -200,7 +211,7 @@ class DeepSeekRouter(MegatronModule):
         """Affinities of tokens to all experts, and the choice by `choose_experts`.
 
         Returns:
-            scores_TE: fp32 (fp64 for fp64 x), in (0, 1).
+            scores_TE: fp32 (fp64 for fp64 x), in 0..1.
             gates_TK: Likewise; weights of the chosen experts.
             ids_TK: int64, the chosen experts.
         """
@@ -208,8 +219,12 @@ class DeepSeekRouter(MegatronModule):
         # The wide copy of a narrow input is made again in backward rather than kept beside it.
         wide_TH = x_TH if x_TH.dtype == wide else recomputed(partial(torch.Tensor.to, dtype=wide), x_TH)
         with saving():
-            scores_TE = torch.sigmoid(torch.nn.functional.linear(wide_TH, self.weight.to(wide)))
+            scores_TE = self.scores(torch.nn.functional.linear(wide_TH, self.weight.to(wide)))
         return scores_TE, *self.select(scores_TE)
+
+    def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """scores_TE of logits, by the model's score function."""
+        return router_scores(logits_TE, self.options.score_function)
 
     def select(self, scores_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """gates_TK and ids_TK of affinities: the choice and its weights."""
@@ -253,3 +268,20 @@ class DeepSeekRouter(MegatronModule):
             self.expert_bias = bias.to(self.expert_bias.device)
             self.balance_loss_sum = losses.to(self.expert_bias.device)
         return self
+
+
+def weigh_balance_losses(chunks: Iterable[torch.nn.Module], *, num_tokens: int, num_sequences: int) -> None:
+    """Let the balance losses of the step to come count as their mean over sequences.
+
+    A step's gradients are those of a sum over tokens, divided by the tokens that count. So a sequence's balance loss is
+    multiplied by these tokens and divided by the sequences, whatever is masked in it or in others.
+
+    Args:
+        chunks: This rank's stages.
+        num_tokens: Tokens of the step that its gradients are divided by, over all ranks; where there are none, it is 1.
+        num_sequences: Of the step, over all ranks.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, DeepSeekRouter):
+                module.tokens_per_sequence = max(num_tokens, 1) / num_sequences

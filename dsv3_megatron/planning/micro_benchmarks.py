@@ -25,6 +25,7 @@ from dsv3_megatron.ops.attention import causal_attention
 from dsv3_megatron.ops.cross_entropy import linear_cross_entropy
 from dsv3_megatron.ops.rms_norm import rms_norm
 from dsv3_megatron.ops.rope import apply_rope
+from dsv3_megatron.ops.router_scores import router_scores
 from dsv3_megatron.ops.swiglu import swiglu
 from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.planning.hardware import AttentionPoint, Figure, Hardware, ProductPoint, measured_product
@@ -254,8 +255,9 @@ class MicroBenchmarks:
 
         def route() -> torch.Tensor:
             gates, ids = select_experts(
-                logits.float().sigmoid(), bias, top_k=model.moe_router_topk, num_groups=model.moe_router_num_groups,
-                group_top_k=model.moe_router_group_topk, route_scale=model.moe_router_topk_scaling_factor)
+                router_scores(logits.float(), model.moe_router_score_function), bias, top_k=model.moe_router_topk,
+                num_groups=model.moe_router_num_groups, group_top_k=model.moe_router_group_topk,
+                route_scale=model.moe_router_topk_scaling_factor)
             chosen = torch.zeros(tokens, model.num_experts, dtype=torch.bool).scatter_(1, ids, True)
             chosen.sum(0)
             return torch.zeros_like(logits).scatter(1, ids, gates)

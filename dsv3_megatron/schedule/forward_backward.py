@@ -6,10 +6,10 @@ Without a pipeline it is Megatron-Core's own function; with one, a plan run by t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from dsv3_megatron.config.training import DataConfig, TrainingConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.model.chunk import LossFunction, ModelChunk
 from dsv3_megatron.model.documents import forward_stage
+from dsv3_megatron.model.router import weigh_balance_losses
 from dsv3_megatron.parallel.groups import replicas
 from dsv3_megatron.schedule.execute import Executor
 from dsv3_megatron.schedule.plan import PlanSizes, forward_plan, known_plan
@@ -77,6 +78,33 @@ def iterate_chunks(dataset: Any, training: TrainingConfig, parallel: ParallelCon
                           global_batch_size=training.global_batch_size, data_parallel_rank=rank,
                           data_parallel_size=size, consumed_samples=consumed_samples, eod_id=eod_id)
             for rank, size in replicas(parallel, groups)]
+
+
+def read_step(batches: Sequence[Iterator[Batch]], iterators: Sequence[BatchIterator],
+              chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection, device: torch.device
+              ) -> list[Iterator[Batch]]:
+    """Read a training step's micro-batches ahead of its first forward pass; called by every rank.
+
+    Its tokens that count, by `loss_mask_BS`, are what the routers' balance losses have to be multiplied by.
+
+    Args:
+        batches: Of each chunk of this rank.
+        iterators: Where these come from, one for each chunk.
+        chunks: This rank's stages.
+        groups: The run's process groups.
+        device: Of this process, for the sum over ranks.
+
+    Returns:
+        The micro-batches of each chunk, from the step's first.
+    """
+    read = [list(islice(part, iterator.num_micro_batches)) for part, iterator in zip(batches, iterators, strict=True)]
+    # Chunks with the same part of the data have the same tokens; those of DualPipe's two directions have not.
+    counts = {iterator.data_parallel_rank: sum(int(batch.loss_mask_BS.sum()) for batch in part)
+              for part, iterator in zip(read, iterators, strict=True)}
+    tokens = torch.tensor(sum(counts.values()), device=device)
+    torch.distributed.all_reduce(tokens, group=groups.dp)
+    weigh_balance_losses(chunks, num_tokens=int(tokens), num_sequences=iterators[0].global_batch_size)
+    return [iter(part) for part in read]
 
 
 def build_forward_backward(parallel: ParallelConfig, groups: ProcessGroupCollection, config: TransformerConfig, *,

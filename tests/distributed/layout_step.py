@@ -8,6 +8,8 @@ the distributed optimizer has left each data-parallel rank its shard of the sums
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +45,8 @@ class Layout:
         mtp_num_layers: MTP modules of the model.
         num_layers: Of the main model, the first of them dense.
         is_isolated: Documents do not see each other, positions restart, and losses at their ends do not count.
+        mask: Which tokens count: "random", or a name in MASKS.
+        balance_loss_alpha: Weight of the balance losses; None: the architectures'.
         recompute_granularity: What is computed again in backward: "selective" is all that can be by name.
         fault: Name in FAULTS of what is broken on purpose, "" for nothing.
     """
@@ -55,6 +59,8 @@ class Layout:
     is_isolated: bool = False
     recompute_granularity: str | None = None
     fault: str = ""
+    mask: str = "random"
+    balance_loss_alpha: float | None = None
 
     @property
     def num_replicas(self) -> int:
@@ -82,9 +88,11 @@ class Layout:
             global_batch_size=GLOBAL_BATCH_SIZE, train_iters=1, lr=LEARNING_RATE, min_lr=LEARNING_RATE,
             lr_warmup_iters=0, lr_decay_style="constant", weight_decay=WEIGHT_DECAY, clip_grad=CLIP_GRAD,
             adam_eps=ADAM_EPS, moe_router_bias_update_rate=1e-3, precision="fp32",
+            **({} if self.balance_loss_alpha is None else {"moe_aux_loss_coeff": self.balance_loss_alpha}),
             recompute_granularity=self.recompute_granularity, reset_attention_mask=self.is_isolated,
             reset_position_ids=self.is_isolated, eod_mask_loss=self.is_isolated,
-            tensorboard_dir="instruments look, nothing is written")
+            # So that the instruments look; the launch's own folder, in which a run leaves its lock.
+            tensorboard_dir=f"{tempfile.gettempdir()}/layouts-{os.environ.get('MASTER_PORT', 'alone')}")
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,21 @@ class RankStep:
     num_micro_batches: int
 
 
+def _one_sequence_alone() -> torch.Tensor:
+    """All tokens of the fourth sequence and none of the others."""
+    mask_BS = torch.zeros(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
+    mask_BS[3] = 1.0
+    return mask_BS
+
+
+# Masks of a step [B, S] by what they let count.
+MASKS: dict[str, Callable[[], torch.Tensor]] = {
+    "all": lambda: torch.ones(GLOBAL_BATCH_SIZE, SEQ_LENGTH),
+    "the first quarter": lambda: (torch.arange(SEQ_LENGTH) < SEQ_LENGTH // 4).float().repeat(GLOBAL_BATCH_SIZE, 1),
+    "one sequence": _one_sequence_alone,
+}
+
+
 class RandomSamples:
     """Sequences of random tokens, of which some do not count; sample i is the same in every process.
 
@@ -115,14 +138,17 @@ class RandomSamples:
         vocab_size: Of the tokens.
         is_isolated: Documents of 5 tokens on average, each sequence with its own; positions restart, and the token
             after an EOD does not count.
+        mask: See `Layout`.
     """
 
-    def __init__(self, vocab_size: int, is_isolated: bool = False) -> None:
+    def __init__(self, vocab_size: int, is_isolated: bool = False, mask: str = "random") -> None:
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(0, vocab_size, (GLOBAL_BATCH_SIZE, SEQ_LENGTH + 1), generator=generator)
         # A different number of tokens in each sequence: replicas do not have the same count.
         self.mask = (torch.rand(GLOBAL_BATCH_SIZE, SEQ_LENGTH, generator=generator)
                      > torch.rand(GLOBAL_BATCH_SIZE, 1, generator=generator) * 0.5).float()
+        if mask != "random":
+            self.mask = MASKS[mask]()
         self.positions = torch.arange(SEQ_LENGTH).repeat(GLOBAL_BATCH_SIZE, 1)
         if is_isolated:
             self.tokens[torch.rand(self.tokens.shape, generator=generator) < 0.2] = EOD
@@ -140,10 +166,14 @@ class RandomSamples:
 
 
 class OneStepTrainer(Trainer):
-    """The trainer on random samples, without reports."""
+    """The trainer on random samples, of which `mask` says what counts, without reports."""
+
+    def __init__(self, run: RunConfig, mask: str = "random") -> None:
+        self.mask = mask
+        super().__init__(run)
 
     def _build_data(self) -> None:
-        samples = RandomSamples(self.run.model.vocab_size, self.run.data.reset_attention_mask)
+        samples = RandomSamples(self.run.model.vocab_size, self.run.data.reset_attention_mask, self.mask)
         self.eod_id: int | None = EOD
         self.batches = self._iterate(samples, 0)
 
@@ -166,7 +196,7 @@ def run_step(layout: Layout) -> RankStep:
     """One step from the reference's weights, broken on purpose where the layout says so."""
     run = layout.run
     run.validate(torch.distributed.get_world_size())
-    trainer = OneStepTrainer(run)
+    trainer = OneStepTrainer(run, layout.mask)
     load_reference_weights(trainer.chunks, trainer.groups, reference_weights(run.model), run.model.num_layers)
     trainer.optimizer.reload_model_params()
     fault = FAULTS[layout.fault] if layout.fault else Fault()

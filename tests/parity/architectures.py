@@ -29,6 +29,7 @@ VARIANTS = {
     "all-dense": {"num_dense_layers": 3},
     "top-1": {"moe_router_topk": 1},
     "top-all": {"moe_router_topk": 12},
+    "softmax": {"moe_router_score_function": "softmax", **GROUPED},
     "no-shared": {"num_shared_experts": 0},
     "two-shared": {"num_shared_experts": 2, **GROUPED},
     "yarn": YARN,
@@ -37,6 +38,8 @@ VARIANTS = {
     "mtp-2": {"mtp_num_layers": 2},
     "mtp-2-groups": {"mtp_num_layers": 2, "num_shared_experts": 2, **GROUPED},
 }
+# Those that config.json can express.
+PUBLISHED = [name for name in VARIANTS if name != "softmax"]
 BALANCE_LOSS_ALPHA = 0.02  # large enough to be seen in the routers' gradients
 MTP_LAMBDA = 0.3
 

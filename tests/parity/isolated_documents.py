@@ -28,7 +28,8 @@ class DocumentStep:
         mtp: MTP losses by depth, before their weight.
         balance: Balance losses of all sequences, alpha included, by layer; MTP modules at num_layers + depth - 1.
         experts: Chosen experts [B, S, K] in ascending order, by layer.
-        total: What a step differentiates.
+        total: What a step differentiates, times the tokens that the mask counts: main loss + lambda / D * MTP losses of
+            the tokens, and the balance losses as their mean over sequences, whatever is masked (eq. 20).
     """
 
     main: torch.Tensor
@@ -58,8 +59,8 @@ def document_step(weights: Weights, model: ModelConfig, tokens_BS: torch.Tensor,
               for layer in layers}
     experts = {layer: torch.stack([torch.cat([part[layer].expert_ids_TK for part in row]) for row in routings])
                for layer in layers}
-    batch, length = tokens_BS.shape
+    batch = len(tokens_BS)
     balance = {layer: batch * sequence_balance_loss(scores_BSE, top_k=model.moe_router_topk, alpha=BALANCE_LOSS_ALPHA)
                for layer, scores_BSE in scores.items()}
-    total = main + MTP_LAMBDA / max(1, len(mtp)) * sum(mtp) + length * sum(balance.values())
+    total = main + MTP_LAMBDA / max(1, len(mtp)) * sum(mtp) + mask_BS.sum() * sum(balance.values()) / batch
     return DocumentStep(main, mtp, balance, {layer: ids.sort(-1).values for layer, ids in experts.items()}, total)

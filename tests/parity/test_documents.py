@@ -43,6 +43,7 @@ def check(build: Callable, groups: object, model_config: ModelConfig, bounds: Bo
     """Our model on packed sequences against the reference on each document; `told` are bounds that are wrong."""
     from dsv3_megatron.model.documents import PackedDocuments
     from dsv3_megatron.model.losses import sum_losses
+    from dsv3_megatron.model.router import weigh_balance_losses
     from dsv3_megatron.optim.router_bias import routers
 
     model, weights = build(model_config, dtype)
@@ -52,6 +53,7 @@ def check(build: Callable, groups: object, model_config: ModelConfig, bounds: Bo
     expected = document_step(weights, model_config, tokens_BS, labels_BS, mask_BS, bounds)
     expected.total.backward()
 
+    weigh_balance_losses([model], num_tokens=int(mask_BS.sum()), num_sequences=len(bounds))
     chosen = {}
     for layer, router in routers([model], model_config.num_layers):
         router.register_forward_hook(lambda _m, _i, out, layer=layer: chosen.update({layer: out[1]}))

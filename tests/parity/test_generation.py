@@ -21,6 +21,7 @@ from dsv3_megatron.generation import speculative
 from dsv3_megatron.generation.forward import CachedModel, Prompts
 from dsv3_megatron.generation.generator import Generator, Options
 from dsv3_megatron.generation.sampling import Sampling, distribution
+from dsv3_megatron.ops.router_scores import SCORE_FUNCTIONS
 from tests.parity.architectures import variant
 from tests.parity.compare import FLOAT64_TOLERANCE, assert_close
 from tests.reference_weights import Architecture
@@ -68,7 +69,8 @@ def full_forward(model: Any, tokens_S: list[int]) -> tuple[torch.Tensor, torch.T
 @pytest.mark.parametrize("kv_cache", CACHES)
 @pytest.mark.parametrize("name, dtype", [
     ("groups", torch.float64), ("full-rank-query", torch.float64), ("yarn-mscale", torch.float64),
-    ("two-shared", torch.float64), ("mtp-2", torch.float64), ("no-shared", torch.float64), ("groups", torch.float32)])
+    ("two-shared", torch.float64), ("mtp-2", torch.float64), ("no-shared", torch.float64), ("softmax", torch.float64),
+    ("groups", torch.float32)])
 def test_prefill_and_decoding_equal_a_full_forward(build: Any, name: str, dtype: torch.dtype, kv_cache: str) -> None:
     """Four sequences, decoded one and two tokens at a time, the MTP module along with them."""
     model, _ = build(variant(name), dtype)
@@ -106,6 +108,21 @@ def test_prefill_and_decoding_equal_a_full_forward(build: Any, name: str, dtype:
         expected_main, expected_mtp = full_forward(model, ids)
         assert_close(torch.cat(main[row]), expected_main[:-1], f"{row}: logits", tolerance)
         assert_close(torch.cat(mtp[row]), expected_mtp[:-1], f"{row}: MTP logits", tolerance)
+
+
+def test_generation_takes_the_routers_affinities(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score function changed in its one place: decoding still equals the model's own forward, and both are new."""
+    model, _ = build(variant("groups"), torch.float64)
+    (ids,) = random_prompts(1, 48, 15)
+    before, _ = full_forward(model.eval(), ids)
+    monkeypatch.setitem(SCORE_FUNCTIONS, "sigmoid", lambda logits_TE: 0.1 + 0.8 * logits_TE.softmax(-1))
+    expected, _ = full_forward(model, ids)
+    assert (expected - before).abs().max() > 1e-3
+    cached = CachedModel(model)
+    with torch.inference_mode():
+        hidden_T1H = cached.prefill(Prompts.pack([ids], cached.device),
+                                    cached.new_cache("latent", num_rows=1, capacity=len(ids), is_mtp=False))
+        assert_close(cached.logits(hidden_T1H[:, 0]), expected, "logits", FLOAT64_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["groups", "full-rank-query"])

@@ -58,7 +58,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "tie_word_embeddings": (False,),
-    "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
     "norm_topk_prob": (True,),
     "moe_layer_freq": (1,),
@@ -81,9 +80,11 @@ _FOREIGN: dict[str, tuple[tuple[Any, ...], str]] = {
     "generator": ((None,), "transformers takes settings"),
     "index_topk": ((None,), "vLLM and SGLang take the model for one with sparse attention"),
 }
-_WRITTEN_FIXED = ("hidden_act", "attention_bias", "tie_word_embeddings", "scoring_func", "topk_method",
-                  "norm_topk_prob", "moe_layer_freq", "rope_interleave")
-_WRITTEN_BESIDE = {"attention_dropout": 0.0, "use_cache": True}
+_WRITTEN_FIXED = ("hidden_act", "attention_bias", "tie_word_embeddings", "topk_method", "norm_topk_prob",
+                  "moe_layer_freq", "rope_interleave")
+# What `transformers` computes affinities with, and the only thing that DeepSeek's code reads here without an error.
+SCORING_FUNC = "sigmoid"
+_WRITTEN_BESIDE = {"scoring_func": SCORING_FUNC, "attention_dropout": 0.0, "use_cache": True}
 # Read by other programs or about training; without effect on what the weights compute.
 _IGNORED = frozenset({
     "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
@@ -114,6 +115,10 @@ def model_config_from_json(config: dict[str, Any], source: str = "config.json") 
     """
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{source}: model_type={config.get('model_type')!r}; this library reads {MODEL_TYPE!r}")
+    if config.get("scoring_func", SCORING_FUNC) != SCORING_FUNC:
+        raise CheckpointError(f"{source}: scoring_func={config['scoring_func']!r}: in a model of type {MODEL_TYPE!r} "
+                              f"transformers computes {SCORING_FUNC} affinities whatever this says, and other programs "
+                              "do what it says: which of them the weights are for is not known")
     for name, allowed in _FIXED.items():
         if name in config and config[name] not in allowed:
             raise CheckpointError(f"{source}: {name}={config[name]!r} is another model than this library's, which has "
@@ -149,7 +154,7 @@ def model_config_from_json(config: dict[str, Any], source: str = "config.json") 
 
 def ignored_settings(config: dict[str, Any]) -> list[str]:
     """Settings of a `config.json`, as NAME=VALUE, that neither `transformers` nor this library reads."""
-    known = _FIELDS.keys() | _FIXED.keys() | _FOREIGN.keys() | _IGNORED | _ELSEWHERE
+    known = _FIELDS.keys() | _FIXED.keys() | {"scoring_func"} | _FOREIGN.keys() | _IGNORED | _ELSEWHERE
     return [f"{name}={config[name]!r}" for name in sorted(config.keys() - known)]
 
 
@@ -168,7 +173,7 @@ def model_config_to_json(model: ModelConfig, *, dtype: str, is_fp8: bool = False
         pad_token_id: Likewise; programs that train on do not change its embedding.
 
     Raises:
-        CheckpointError: routing, norm or rotary settings that `config.json` cannot express.
+        CheckpointError: affinities, routing, norm or rotary settings that `config.json` cannot express.
     """
     refusals = export_refusals(model)
     if refusals:
@@ -192,6 +197,12 @@ def export_refusals(model: ModelConfig) -> list[str]:
     of an export do not take is in `readers.py`.
     """
     reasons = []
+    if not _computes_sigmoids(model.moe_router_score_function):
+        reasons.append(
+            f"moe_router_score_function={model.moe_router_score_function!r}: config.json cannot express its affinities "
+            f"for a model of type {MODEL_TYPE!r}, which transformers computes as a {SCORING_FUNC} of the logits; the "
+            "weights would be read as another model. Keep the checkpoint in this library's format (tools/generate.py "
+            f"and tools/evaluate.py read it), or train with moe_router_score_function={SCORING_FUNC!r}")
     if model.moe_router_num_groups > 1:
         summed = model.moe_router_group_score_topk or model.moe_router_topk // model.moe_router_group_topk
         if summed != _GROUP_SCORE_TOPK:
@@ -215,6 +226,16 @@ def export_refusals(model: ModelConfig) -> list[str]:
     except CheckpointError as error:
         reasons.append(str(error))
     return reasons
+
+
+def _computes_sigmoids(score_function: str) -> bool:
+    """Whether the affinities of that name are sigmoids of the logits: they are looked at, the name says little."""
+    import torch  # what asks before a run starts asks without it where there is no export
+
+    from dsv3_megatron.ops.router_scores import router_scores
+
+    logits_E = torch.linspace(-6, 6, 16, dtype=torch.float64)
+    return torch.allclose(router_scores(logits_E, score_function), 1 / (1 + (-logits_E).exp()), rtol=1e-12, atol=0)
 
 
 def check_quantization(config: dict[str, Any], source: str = "config.json") -> bool:

@@ -12,7 +12,7 @@ from dsv3_megatron.checkpoint.hf import model_config_from_json, model_config_to_
 from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.config.presets import PRESETS, preset
 from tests.hugging_face import config_json
-from tests.parity.architectures import VARIANTS, variant
+from tests.parity.architectures import PUBLISHED, variant
 
 YARN_V3 = {"rope_type": "yarn", "rotary_scaling_factor": 40.0, "original_max_position_embeddings": 4096,
            "max_position_embeddings": 163840, "init_method_std": 0.02}
@@ -35,7 +35,7 @@ def test_the_published_file():
     assert model_config_from_json(published) == V3
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_there_and_back(name):
     model = variant(name, **({"moe_router_group_score_topk": 2} if name == "groups-keep-one" else {}))
     content = json.loads(json.dumps(model_config_to_json(model, dtype="float32")))
@@ -67,6 +67,9 @@ def test_latents_are_normed_with_their_own_epsilon():
      r"DeepSeek's code score a group by its 2 best experts"),
     ({"moe_router_group_score_topk": 1}, "moe_router_group_score_topk=1: transformers"),
     ({"moe_router_group_mask": "zero"}, "moe_router_group_mask='zero': config.json has no setting for it"),
+    ({"moe_router_score_function": "softmax"}, "moe_router_score_function='softmax': config.json cannot express its "),
+    ({"moe_router_score_function": "softmax", "moe_router_num_groups": 1, "moe_router_group_topk": 1},
+     "moe_router_score_function='softmax': config.json cannot express its affinities"),
 ])
 def test_models_that_no_reader_of_the_file_computes(changes, message):
     with pytest.raises(CheckpointError, match=message):
@@ -107,7 +110,8 @@ def test_the_same_rotary_settings_in_both_spellings():
     ({"model_type": "llama"}, "model_type='llama'; this library reads 'deepseek_v3'"),
     ({"index_topk": 2048}, "index_topk=2048: not known to this library"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu' is another model"),
-    ({"scoring_func": "softmax"}, "scoring_func='softmax' is another model"),
+    ({"scoring_func": "softmax"},
+     "scoring_func='softmax': in a model of type 'deepseek_v3' transformers computes sigmoid affinities"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
     ({"rope_interleave": False}, "rope_interleave=False"),
     ({"rope_interleave": None}, "rope_interleave=None is another model"),

@@ -17,7 +17,7 @@ from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory, hugging_face_tenso
 from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.config.presets import preset
 from tests.hugging_face import config_json, dequantized, published_weights, quantized, write_checkpoint
-from tests.parity.architectures import VARIANTS, variant
+from tests.parity.architectures import PUBLISHED, variant
 from tests.parity.weights import reference_names
 from tests.reference_weights import is_router_bias, weight_shapes
 
@@ -25,7 +25,7 @@ SHARD = "model-00002-of-000003.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_names_and_shapes(name):
     """Against the tests' own list of the published checkpoint's tensors, and their own translation to ours."""
     model = variant(name)
