@@ -11,7 +11,9 @@ Usage (every process makes one; only the enabled one prints):
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any, TextIO
 
 from dsv3_megatron.metrics.balance import max_violation
@@ -30,6 +32,8 @@ def compact(value: float, digits: int = 3) -> str:
 def log_line(reports: Sequence[StepReport], speed: RunSpeed, train_iters: int) -> str:
     """One line on the steps since the last one: losses and speed averaged over them, the rest of the last.
 
+    TensorBoard's `lm loss` is that of one step; a mean is called one here.
+
     Args:
         reports: At least one, in order. Losses of skipped steps do not count.
         speed: Turns times into rates.
@@ -43,10 +47,10 @@ def log_line(reports: Sequence[StepReport], speed: RunSpeed, train_iters: int) -
     fields = [
         f"iteration {last.iteration:{width}d}/{train_iters}",
         f"consumed tokens {compact(last.consumed_tokens)}",
-        f"lm loss {sum(r.lm_loss or 0.0 for r in counted) / len(counted):.4f}" if counted else "no token counted",
+        f"mean lm loss {sum(r.lm_loss or 0.0 for r in counted) / len(counted):.4f}" if counted else "no token counted",
     ]
     for depth in range(len(counted[-1].mtp_losses) if counted else 0):
-        fields.append(f"mtp_{depth + 1} loss {sum(r.mtp_losses[depth] for r in counted) / len(counted):.4f}")
+        fields.append(f"mean mtp_{depth + 1} loss {sum(r.mtp_losses[depth] for r in counted) / len(counted):.4f}")
     fields += [
         f"grad norm {last.grad_norm:.3f}",
         f"lr {last.learning_rate:.3e}",
@@ -65,6 +69,15 @@ def log_line(reports: Sequence[StepReport], speed: RunSpeed, train_iters: int) -
     return " | ".join(fields)
 
 
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, and days if there are any: 0:01:23, 2d 03:04:05."""
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours}:{minutes:02d}:{left:02d}"
+    return f"{hours // 24}d {hours % 24:02d}:{minutes:02d}:{left:02d}"
+
+
 def _mean_violation(report: StepReport) -> float:
     return sum(max_violation(counts) for counts in report.expert_load.values()) / len(report.expert_load)
 
@@ -79,16 +92,21 @@ class Progress:
         log_interval: Steps between plain lines.
         enabled: True on exactly one process.
         stream: Where to; sys.stderr by default. A bar if it is a terminal, lines otherwise.
+        clock: Seconds since any moment.
+        now: Date and time, for the beginning of a line.
     """
 
     def __init__(self, train_iters: int, speed: RunSpeed, *, start_iteration: int = 0, log_interval: int = 10,
-                 enabled: bool = True, stream: TextIO | None = None) -> None:
+                 enabled: bool = True, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
+                 now: Callable[[], datetime] = datetime.now) -> None:
         self._train_iters = train_iters
         self._speed = speed
         self._log_interval = log_interval
         self._enabled = enabled
         self._stream = sys.stderr if stream is None else stream
         self._since_line: list[StepReport] = []
+        self._clock, self._now = clock, now
+        self._started = self._last_line = clock()
         self._num_skipped = 0
         self._bar: Any = None
         if enabled and self._stream.isatty():
@@ -116,7 +134,14 @@ class Progress:
         self._speed = speed
 
     def _print_line(self) -> None:
-        self._print(log_line(self._since_line, self._speed, self._train_iters))
+        """A line with the time of day, and what this process's steps took and the others will, at the pace of these."""
+        time_now = self._clock()
+        last = self._since_line[-1].iteration
+        pace = (time_now - self._last_line) / len(self._since_line)
+        self._last_line = time_now
+        self._print(f"[{self._now():%Y-%m-%d %H:%M:%S}] {log_line(self._since_line, self._speed, self._train_iters)} | "
+                    f"elapsed {duration(time_now - self._started)} | "
+                    f"remaining {duration(max(0, self._train_iters - last) * pace)}")
         self._since_line.clear()
 
     def _update_bar(self, report: StepReport) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
+from datetime import datetime
 
 import pytest
 
 from dsv3_megatron.metrics.flops import RunSpeed
-from dsv3_megatron.metrics.progress import Progress, compact, log_line
+from dsv3_megatron.metrics.progress import Progress, compact, duration, log_line
 from dsv3_megatron.metrics.records import StepReport
+from dsv3_megatron.metrics.tags import TAGS
 
 Make = Callable[..., StepReport]
 
@@ -27,7 +30,7 @@ def test_lines_come_each_interval_and_at_both_ends(make_report: Make, speed: Run
     progress.validation(25, 3.25, mtp_losses=(4.5,))
     progress.close()
     lines = stream.getvalue().splitlines()
-    assert [line.split(" |")[0] for line in lines] == [
+    assert [re.sub(r"^\[[-0-9]{10} [:0-9]{8}\] ", "", line.split(" |")[0]) for line in lines] == [
         "iteration  1/25", "iteration 10/25", "iteration 20/25", "iteration 25/25",
         "validation at iteration 25: lm loss 3.2500"]
     assert lines[-1].endswith("mtp_1 loss 4.5000")
@@ -51,7 +54,7 @@ def test_a_line_averages_its_interval(make_report: Make, speed: RunSpeed) -> Non
     rates = speed.rates(sum(r.batch_size for r in reports), sum(r.step_time_s for r in reports))
     assert rates.mfu is not None
     assert line == (
-        "iteration   2/300 | consumed tokens 8.19k | lm loss 6.0000 | mtp_1 loss 6.7500 | grad norm 0.250 | "
+        "iteration   2/300 | consumed tokens 8.19k | mean lm loss 6.0000 | mean mtp_1 loss 6.7500 | grad norm 0.250 | "
         f"lr 1.000e-03 | batch 16 | tokens/s 4.1k | TFLOP/s {rates.model_flops_per_second / 1e12:.3g} | "
         f"mfu {rates.mfu:.1%} | max-violation 0.25")
 
@@ -88,3 +91,33 @@ def test_only_one_process_prints(make_report: Make, speed: RunSpeed) -> None:
     (14.8e12, "14.8T")])
 def test_compact(value: float, text: str) -> None:
     assert compact(value) == text
+
+
+def test_a_line_has_the_time_of_day_and_what_was_and_will_be_needed(make_report: Make, speed: RunSpeed) -> None:
+    """Two seconds a step; a validation of a minute after step 10 counts for the steps of its line."""
+    stream, seconds = io.StringIO(), [100.0]
+    progress = Progress(40, speed, start_iteration=5, log_interval=10, stream=stream, clock=lambda: seconds[0],
+                        now=lambda: datetime(2026, 1, 2, 3, 4, 5))
+    for iteration in range(6, 41):
+        seconds[0] += 2.0
+        progress.update(make_report(iteration))
+        if iteration == 10:
+            seconds[0] += 60.0
+    lines = stream.getvalue().splitlines()
+    assert all(line.startswith("[2026-01-02 03:04:05] iteration ") for line in lines)
+    assert [line[line.index("| elapsed"):] for line in lines] == [
+        "| elapsed 0:00:10 | remaining 0:01:00", "| elapsed 0:01:30 | remaining 0:02:40",
+        "| elapsed 0:01:50 | remaining 0:00:20", "| elapsed 0:02:10 | remaining 0:00:00"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (3600, "1:00:00"),
+                                               (86399.4, "23:59:59"), (86400, "1d 00:00:00"), (360000, "4d 04:00:00")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_mean_over_steps_is_not_called_as_tensorboard_s_value_of_one_step(make_report: Make, speed: RunSpeed) -> None:
+    shown = {re.sub(r" [-+.0-9e%kMBT/]+$", "", field.strip())
+             for field in log_line([make_report(1), make_report(2)], speed, 300).split("|")}
+    means = {field for field in shown if "loss" in field}
+    assert means == {"mean lm loss", "mean mtp_1 loss"} and not means & {tag.name for tag in TAGS}
