@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -47,8 +49,28 @@ def all_divisors(number: int) -> list[int]:
     return small + [number // divisor for divisor in reversed(small) if divisor * divisor != number]
 
 
+def nearest(candidates: Iterable[int], is_accepted: Callable[[int], bool], *, near: int, count: int = 3) -> str:
+    """The candidates nearest to a value that would do in its place, for the end of a message: "4 or 8".
+
+    Args:
+        candidates: Values to suggest, if they are accepted.
+        is_accepted: Whether a run with the value would be; the value's own rules and those of what it meets.
+        near: The value that was refused.
+        count: At most so many.
+
+    Returns:
+        Words; empty if none is accepted.
+    """
+    ordered = sorted(set(candidates), key=lambda value: (abs(value - near), value))
+    return in_words(sorted(itertools.islice(filter(is_accepted, ordered), count)))
+
+
+def in_words(values: Iterable[object]) -> str:
+    """Values as a choice: "2, 4 or 8"."""
+    words = [str(value) for value in values]
+    return " or ".join([", ".join(words[:-1])] * bool(words[:-1]) + words[-1:])
+
+
 def divisors(number: int, *, near: int = 1, count: int = 3) -> str:
     """The divisors of `number` nearest to `near`, for the end of an error message: "4 or 8"."""
-    chosen = sorted(sorted(all_divisors(number), key=lambda d: (abs(d - near), d))[:count])
-    words = [str(d) for d in chosen]
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+    return nearest(all_divisors(number), lambda _: True, near=near, count=count)

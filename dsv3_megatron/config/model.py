@@ -7,9 +7,11 @@ translates them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
-from dsv3_megatron.config.fields import ConfigError, divisors, option, require_finite
+from dsv3_megatron.config.fields import ConfigError, all_divisors, nearest, option, require_finite
 
 ROPE_TYPES = ("rope", "yarn")
 GROUP_MASKS = ("exclude", "zero")
@@ -137,12 +139,22 @@ class ModelConfig:
             raise ConfigError(f"beta_fast={self.beta_fast} must not be below beta_slow={self.beta_slow}: frequencies "
                               "above the one are kept, below the other interpolated")
 
+    def _routes(self, name: str, value: int) -> bool:
+        """Whether tokens could be routed with another value of a field."""
+        try:
+            changes: dict[str, Any] = {name: value}
+            replace(self, **changes)._validate_routing()
+        except ConfigError:
+            return False
+        return True
+
     def _validate_routing(self) -> None:
         groups, kept = self.moe_router_num_groups, self.moe_router_group_topk
         if self.num_experts % groups:
+            ways = nearest(all_divisors(self.num_experts), partial(self._routes, "moe_router_num_groups"), near=groups)
             raise ConfigError(
                 f"moe_router_num_groups={groups} must divide num_experts={self.num_experts}; "
-                f"try {divisors(self.num_experts, near=groups)}"
+                + (f"try {ways}" if ways else "change num_experts, moe_router_topk or moe_router_group_topk too")
             )
         if kept > groups:
             raise ConfigError(
@@ -168,10 +180,12 @@ class ModelConfig:
         if groups == 1:
             return
         if summed is None and self.moe_router_topk % kept:
+            ways = nearest(all_divisors(self.moe_router_topk), near=kept,
+                           is_accepted=partial(self._routes, "moe_router_group_topk"))
             raise ConfigError(
                 f"moe_router_group_topk={kept} must divide moe_router_topk={self.moe_router_topk}: "
-                f"a group's score is the sum of its topk/group_topk best experts; "
-                f"try {divisors(self.moe_router_topk, near=kept)}, or set moe_router_group_score_topk"
+                "a group's score is the sum of its topk/group_topk best experts; "
+                + (f"try {ways}, or set " if ways else "set ") + "moe_router_group_score_topk"
             )
         if summed is not None and not 1 <= summed <= self.num_experts // groups:
             raise ConfigError(

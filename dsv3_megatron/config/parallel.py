@@ -6,11 +6,13 @@ is on exactly when tensor parallelism is, because MoE under tensor parallelism n
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from dsv3_megatron.config.fields import ConfigError, divisors, option
+from dsv3_megatron.config.fields import ConfigError, divisors, nearest, option
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.pipeline import PAIRED, SCHEDULES, num_model_copies, stages_per_rank
 
@@ -117,7 +119,7 @@ class ParallelConfig:
             ("seq_length", seq_length)])
         _must_divide("expert_model_parallel_size", ep, [("num_experts", model.num_experts)])
         _must_divide("expert_tensor_parallel_size", etp, [("moe_ffn_hidden_size", model.moe_ffn_hidden_size)])
-        self._validate_schedule()
+        self._validate_schedule(model)
         if self.num_stages > model.num_layers:
             raise ConfigError(
                 f"pipeline_model_parallel_size={self.pipeline_model_parallel_size} x {self.stages_per_rank_field} "
@@ -132,7 +134,16 @@ class ParallelConfig:
             return f"num_virtual_stages_per_pipeline_rank={self.num_virtual_stages_per_pipeline_rank}"
         return f"{self.stages_per_rank} (pipeline_schedule={self.pipeline_schedule})"
 
-    def _validate_schedule(self) -> None:
+    def _splits(self, model: ModelConfig, **changes: Any) -> bool:
+        """Whether a model could be split over a pipeline with other values of these fields."""
+        other = dataclasses.replace(self, **changes)
+        try:
+            other._validate_schedule(model)
+        except ConfigError:
+            return False
+        return other.num_stages <= model.num_layers
+
+    def _validate_schedule(self, model: ModelConfig) -> None:
         """The rules between the schedule and the ranks; those of its micro-batches are in TrainingConfig."""
         name, ranks = self.pipeline_schedule, self.pipeline_model_parallel_size
         chunks = self.num_virtual_stages_per_pipeline_rank
@@ -153,17 +164,38 @@ class ParallelConfig:
             raise ConfigError(f"pipeline_schedule={name} needs pipeline_model_parallel_size of at least 2; without a "
                               "pipeline leave it at auto")
         if name == "interleaved" and chunks == 1:
+            way = "try 2, or " if self._splits(model, num_virtual_stages_per_pipeline_rank=2) else "set "
             raise ConfigError("pipeline_schedule=interleaved needs num_virtual_stages_per_pipeline_rank of at least 2; "
-                              "try 2, or pipeline_schedule=1f1b, which is the same with 1")
+                              f"{way}pipeline_schedule=1f1b, which is the same with 1")
         if self.overlap_moe_expert_parallel_comm and self.schedule not in ("interleaved", *PAIRED):
             raise ConfigError("overlap_moe_expert_parallel_comm=true needs a schedule that can run a forward and a "
                               f"backward pass as a pair: interleaved, {' or '.join(PAIRED)}; this run's is "
-                              f"{self.schedule}" + ("; try num_virtual_stages_per_pipeline_rank=2" if ranks > 1 else
-                                                    ", without a pipeline; leave it off"))
+                              f"{self.schedule}" + self._way_to_pairs(model))
         if name == "dualpipe" and ranks % 2:
             raise ConfigError(f"pipeline_model_parallel_size={ranks} must be even with pipeline_schedule=dualpipe, "
-                              "whose ranks hold a stage before the middle of the model and one behind it; try "
-                              f"{ranks - 1} or {ranks + 1}, or pipeline_schedule=dualpipev")
+                              "whose ranks hold a stage before the middle of the model and one behind it; "
+                              + self._way_from_odd(model))
+
+    def _way_to_pairs(self, model: ModelConfig) -> str:
+        """What makes a run whose schedule has no pairs one whose schedule has."""
+        if self.pipeline_model_parallel_size == 1:
+            return ", without a pipeline; leave it off"
+        if self.pipeline_schedule == "auto" and self._splits(model, num_virtual_stages_per_pipeline_rank=2):
+            return "; try num_virtual_stages_per_pipeline_rank=2"
+        changes: list[dict[str, Any]] = [
+            {"pipeline_schedule": name, "num_virtual_stages_per_pipeline_rank": stages}
+            for name, stages in (("interleaved", 2), ("dualpipev", 1), ("dualpipe", 1))]
+        for change in changes:
+            if self._splits(model, **change):
+                return "; try " + " with ".join(f"{name}={value}" for name, value in change.items() if value != 1)
+        return f"; leave it off, or use fewer pipeline ranks: num_layers={model.num_layers} are too few for such stages"
+
+    def _way_from_odd(self, model: ModelConfig) -> str:
+        ranks = self.pipeline_model_parallel_size
+        ways = nearest((ranks - 1, ranks + 1), near=ranks, is_accepted=lambda other: self._splits(
+            model, pipeline_model_parallel_size=other))
+        folded = "pipeline_schedule=dualpipev" if self._splits(model, pipeline_schedule="dualpipev") else ""
+        return "try " + (", or ".join(filter(None, (ways, folded))) or "pipeline_schedule=1f1b")
 
     def validate_world_size(self, world_size: int) -> None:
         """Check that the layout fills `world_size` processes.

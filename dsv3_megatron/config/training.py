@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from dsv3_megatron.config.fields import ConfigError, divisors, option, require_finite
+from dsv3_megatron.config.fields import ConfigError, all_divisors, nearest, option, require_finite
 from dsv3_megatron.config.memory import MOMENT_DTYPES, MOMENT_ROUNDINGS, RECOMPUTE_GRANULARITIES, require_moments
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.phases import LR_DECAY_STYLES, WITHOUT_PHASES, Phase, read_phases
@@ -129,14 +129,23 @@ class TrainingConfig:
         if self.global_batch_size % (self.micro_batch_size * replicas):
             way_out = f"try a global_batch_size that is a multiple of {self.micro_batch_size * replicas}"
             if self.global_batch_size % replicas == 0:
-                smaller = divisors(self.global_batch_size // replicas, near=self.micro_batch_size)
-                way_out += f", or a micro_batch_size of {smaller}"
+                smaller = nearest(all_divisors(self.global_batch_size // replicas), near=self.micro_batch_size,
+                                  is_accepted=lambda size: self._makes_microbatches(parallel, replicas, size))
+                way_out += f", or a micro_batch_size of {smaller}" if smaller else ""
             raise ConfigError(
                 f"micro_batch_size={self.micro_batch_size} x data_parallel_size={replicas} (world_size={world_size} "
                 f"over {parallel.model_parallel_size} model-parallel ranks) must divide "
                 f"global_batch_size={self.global_batch_size}; {way_out}"
             )
         self._validate_microbatches(parallel, replicas)
+
+    def _makes_microbatches(self, parallel: ParallelConfig, replicas: int, micro_batch_size: int) -> bool:
+        """Whether the schedule could do a step in micro-batches of another size."""
+        try:
+            dataclasses.replace(self, micro_batch_size=micro_batch_size)._validate_microbatches(parallel, replicas)
+        except ConfigError:
+            return False
+        return True
 
     def _validate_microbatches(self, parallel: ParallelConfig, replicas: int) -> None:
         """The schedule's rule on the number of micro-batches."""

@@ -54,7 +54,8 @@ def plot_schedule(recipe: Recipe, path: str, *, title: str = "") -> None:
         tokens = [phase.start.tokens for phase in recipe.phases] + [recipe.phases[-1].end.tokens]
         panels[-1].set_xticks(edges, [compact(value, digits=4) if value else "0" for value in tokens])
         panels[-1].set_xlim(0, 1)
-        panels[-1].set_xlabel("consumed tokens at the phases' ends (not to scale)")
+        scale = "" if _is_to_scale(recipe, edges) else " (not to scale)"
+        panels[-1].set_xlabel(f"consumed tokens at the phases' ends{scale}")
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold", color=_INK)
         figure.savefig(path)
         plt.close(figure)
@@ -68,6 +69,12 @@ def _edges(recipe: Recipe) -> list[float]:
     for width in widths:
         edges.append(edges[-1] + width / sum(widths))
     return edges
+
+
+def _is_to_scale(recipe: Recipe, edges: list[float]) -> bool:
+    """Whether every phase is as wide as its tokens make it."""
+    end = recipe.phases[-1].end.tokens
+    return all(abs(edge - phase.start.tokens / end) < 1e-9 for phase, edge in zip(recipe.phases, edges, strict=False))
 
 
 def _points(phase: PlannedPhase, edges: list[float]) -> list[tuple[Any, ...]]:

@@ -95,6 +95,8 @@ def calibrate(folder: Path, hardware_name: str | None = None) -> Calibration:
     one = only_phase(run, main_phase(run))
     measured, num_steps = _measured(folder, one)
     hardware = _machine(hardware_name, str(environment["device"]), one, num_devices)
+    if hardware.is_cpu:  # a CPU's products are measured in fp32: what bf16 makes of them is in the fitted factors
+        one = one.override(precision="fp32")
     setting = Setting(hardware, num_devices, sends_once_per_node=not hardware.is_cpu)
     step = step_time(one, setting)
     predicted = {"step": step.seconds, _PASSES: step.pipeline, _REDUCTION: step.update.gradient_reduction,
@@ -135,7 +137,7 @@ def _machine(name: str | None, device: str, run: RunConfig, num_devices: int) ->
     if name is not None and name != "cpu":
         return find_hardware(name)
     if name == "cpu" or not re.search(r"NVIDIA|\b[AHB]\d00\b", device):
-        return measure_cpu(run, num_devices)
+        return measure_cpu(run.override(precision="fp32"), num_devices)
     known = [key for key in HARDWARE if re.search(rf"\b{key}\b", device, re.IGNORECASE)]
     if not known:
         raise ConfigError(f"the run's device {device} is none of {', '.join(HARDWARE)}; name the machine that is most "
@@ -187,8 +189,12 @@ def measure_cpu(run: RunConfig, num_processes: int, *, rounds: int = _ROUNDS) ->
         rounds: Timings of each operation.
 
     Raises:
-        ConfigError: a process failed.
+        ConfigError: a process failed, or the run has products that are not measured here.
     """
+    if run.fp8.is_enabled or run.training.precision == "bf16":
+        what = "fp8=blockwise" if run.fp8.is_enabled else "precision=bf16"
+        raise ConfigError(f"{what}: on a CPU products are measured in fp32 alone; plan with --precision fp32 and "
+                          "without --fp8, or fit a machine to a run's logs with --calibrate")
     with tempfile.TemporaryDirectory(prefix="micro-benchmarks-") as name:
         folder = Path(name)
         (folder / "run.json").write_text(json_text({"preset": run.preset} | run.as_dict()), encoding="utf-8")

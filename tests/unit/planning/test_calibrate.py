@@ -9,7 +9,9 @@ import pytest
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import preset
-from dsv3_megatron.planning.calibrate import calibrate
+from dsv3_megatron.planning.calibrate import calibrate, measure_cpu
+from dsv3_megatron.planning.hardware import Figure, Hardware
+from dsv3_megatron.planning.hardware_tables import find_hardware
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
 from dsv3_megatron.planning.step_time import step_seconds, step_time
 from dsv3_megatron.planning.work import Setting
@@ -82,3 +84,49 @@ def test_micro_benchmarks_time_every_operation_of_a_run() -> None:
         assert step.seconds > step.busy.products > 0 and step.busy.movement > 0 and step.busy.attention > 0
         with pytest.raises(ConfigError, match="hardware=cpu has no bf16 products; it has fp32: choose another"):
             step_time(run.override(precision="bf16"), Setting(hardware, 1))
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+    """As the quickstart leaves its logs on a CPU that is fast in bf16, which `auto` then takes."""
+    run = preset("tiny").override(pipeline_model_parallel_size=2, expert_model_parallel_size=2)
+    (tmp_path / "config.json").write_text(json.dumps(run.as_dict() | {"preset": "tiny"}))
+    (tmp_path / "environment.json").write_text(json.dumps(
+        {"precision": "bf16", "world_size": 4, "device": "Intel Xeon (AMX)"}))
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for iteration in range(1, 14):
+            file.write(json.dumps({"kind": "step", "iteration": iteration, "batch_size": 8, "seq_length": 256,
+                                   "step_time_s": 0.5}) + "\n")
+    return tmp_path
+
+
+def cpu_machine() -> Hardware:
+    """A made-up CPU: fp32 alone, no communication beside compute."""
+    h800 = find_hardware("h800")
+    figures = {name: figure for name, figure in h800.figures.items()
+               if not name.startswith(("bf16", "fp8", "context", "nccl", "fragmentation"))}
+    figures |= {"is_cpu": Figure(1.0, "made up"), "fp32_flops": Figure(1e11, "made up"),
+                "fp32_best_share": Figure(1.0, "made up")}
+    return dataclasses.replace(h800, name="cpu", figures=figures, products=())
+
+
+def test_a_run_in_bf16_on_a_cpu_is_calibrated(quickstart, monkeypatch) -> None:
+    asked = []
+
+    def measured(run, num_processes):
+        asked.append((run.training.precision, num_processes))
+        return cpu_machine()
+
+    monkeypatch.setattr("dsv3_megatron.planning.calibrate.measure_cpu", measured)
+    result = calibrate(quickstart)
+    assert asked == [("fp32", 4)] and result.measured == {"step": 0.5}
+    fitted = dataclasses.replace(result.step.setting, hardware=result.fitted)
+    assert step_seconds(result.step.run, fitted) == pytest.approx(0.5, rel=0.05)
+    assert "medians of 10 steps" in result.as_text()
+
+
+@pytest.mark.parametrize("settings", [{"precision": "bf16"}, {"fp8": "blockwise"}])
+def test_products_that_a_cpu_is_not_measured_in_are_refused_at_once(settings) -> None:
+    run = preset("tiny").override(**settings)
+    with pytest.raises(ConfigError, match="on a CPU products are measured in fp32 alone; plan with --precision fp32"):
+        measure_cpu(only_phase(run, main_phase(run)), 1)
