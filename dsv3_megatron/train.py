@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 EXIT_CONFIG = 2
 # Set by the launcher for its check before the start, of which there is one a node: how many there are, and which.
 NODES, NODE_RANK = "DSV3_NODES", "DSV3_NODE_RANK"
+# Set by the launcher for the processes of a run that it has checked: notes and warnings have been printed.
+ALREADY_CHECKED = "DSV3_MEGATRON_CHECKED"
 # Ranks that fail because another one did wait this long, so that the first error is printed first.
 _SECONDS_AFTER_LOST_PEER = 5.0
 
@@ -57,10 +59,8 @@ def _main(arguments: Sequence[str]) -> int:
         told = _check_inputs(command, world_size, processes.rank)
     except ValueError as error:
         return _refuse(str(error), processes)
-    for line in told if processes.rank == 0 else ():
-        if command.check_only or line.is_warning:
-            print(f"warning: {line.text}" if line.is_warning else line.text,
-                  file=sys.stdout if command.check_only else sys.stderr)
+    if processes.rank == 0:
+        _tell(command, told)
     if command.check_only:
         return _meet_nodes(processes, None)
     return _train(command, processes.rank)
@@ -133,6 +133,19 @@ def _meet_nodes(processes: Processes, error: str | None) -> int:
             print(f"error: {wrong}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
     return 0
+
+
+def _tell(command: Command, told: Sequence[Told]) -> None:
+    """Say what was checked, if that was asked for; what may go wrong, and what became of Megatron-LM's flags, once."""
+    if not os.environ.get(ALREADY_CHECKED):
+        for note in command.notes:
+            print(f"note: {note}", file=sys.stderr)
+        for line in told:
+            if line.is_warning:
+                print(f"warning: {line.text}", file=sys.stderr)
+    for line in told if command.check_only else ():
+        if not line.is_warning:
+            print(line.text)
 
 
 def _describe(command: Command, rank: int) -> None:

@@ -294,6 +294,7 @@ launch() {
     elif [ "$status" != 0 ]; then
         return "$status"
     fi
+    export DSV3_MEGATRON_CHECKED=1 # its notes and warnings are said once
 
     # torchrun ends with 1 whatever its workers end with: the first of them with a code of its own writes it here.
     local told

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.files import parse_file
+from dsv3_megatron.config.megatron_flags import BY_NAME
+from dsv3_megatron.config.megatron_values import apply_flags, require_yarn, take_flags
 from dsv3_megatron.config.phases import WITHOUT_PHASES, Phase, read_phases
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.config.run import SECTIONS, RunConfig, section_of
@@ -46,6 +48,7 @@ class Command:
         as_json: Print as JSON.
         check_only: Validate the run and its inputs and stop.
         world_size: Number of processes to plan for; None: as many as there are.
+        notes: What is to be said of Megatron-LM's own flags, a line each.
     """
 
     run: RunConfig
@@ -55,6 +58,7 @@ class Command:
     as_json: bool
     check_only: bool
     world_size: int | None
+    notes: tuple[str, ...] = ()
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="pretrain_dsv3.sh", allow_abbrev=False,
         usage="bash examples/pretrain_dsv3.sh [--preset NAME] [--config FILE] [flags]",
         description="Pretrain a DeepSeek-V3-style model. Without arguments: the quickstart.",
+        epilog="Other flags of Megatron-LM's DeepSeek-V3 recipes: docs/megatron_lm_flags.md says what becomes of each.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=130))
     start = parser.add_argument_group("run")
     start.add_argument("--preset", choices=sorted(PRESETS), help="named run to start from (default: tiny)")
@@ -131,16 +136,18 @@ def parse_command(arguments: Sequence[str]) -> Command:
         ConfigError: an unknown flag, field, preset or file, or a value of the wrong type.
         SystemExit: after --help.
     """
-    given = _given(arguments)
+    words, of_megatron = take_flags(arguments)
+    given = _given(words)
     from_file = read_config_file(given["config"]) if given["config"] is not None else {}
     name = given["preset"] or from_file.pop("preset", None) or "tiny"
     from_file.pop("preset", None)
     flags = given_fields(given)
     if flags.get("phases"):  # they take the place of what the file says without phases
         from_file = {field: value for field, value in from_file.items() if field not in WITHOUT_PHASES}
-    run = preset(name).override(**from_file | flags)
+    run, notes = apply_flags(of_megatron, preset(name).override(**from_file | flags), flags)
+    require_yarn(run, flags)
     return Command(run, given["print_model"], given["print_schedule"], given["plot_schedule"], given["as_json"],
-                   given["check_only"], given["world_size"])
+                   given["check_only"], given["world_size"], tuple(notes))
 
 
 def read_config_file(path: str) -> dict[str, Any]:
@@ -197,7 +204,7 @@ def _given(arguments: Sequence[str]) -> dict[str, Any]:
         import difflib
 
         wrong = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
-        flags = [flag for action in parser._actions for flag in action.option_strings]
+        flags = [flag for action in parser._actions for flag in action.option_strings] + list(BY_NAME)
         close = difflib.get_close_matches(wrong, flags, n=3)
         raise ConfigError(f"{wrong} is not a flag" + (f"; did you mean {' or '.join(close)}?" if close
                                                       else "; see --help"))
