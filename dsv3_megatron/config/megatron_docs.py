@@ -9,6 +9,7 @@ import dataclasses
 
 from dsv3_megatron.config.megatron_flags import (
     ALWAYS,
+    BRIDGE,
     DIFFERENCES,
     FLAGS,
     NO_EFFECT,
@@ -22,7 +23,8 @@ from dsv3_megatron.config.run import SECTIONS
 _HEAD = """# Megatron-LM's flags
 
 What becomes of the flags of Megatron-LM's and Megatron-Bridge's DeepSeek-V3 recipes. Bridge's settings (`model.NAME`,
-`optimizer.NAME`, ...) are the flags of the same names with dashes. A flag in none of these tables is an error that
+`optimizer.NAME`, ...) are the flags of the same names with dashes, except those
+of the last table. A flag in none of these tables is an error that
 names the nearest ones. What no flag says is the preset's (`--preset`, tiny if none is given), not Megatron-LM's
 default. Made by `python -m dsv3_megatron.config.megatron_docs > docs/megatron_lm_flags.md`.
 """
@@ -43,6 +45,8 @@ def text() -> str:
     for fate, title, column, intro in _SECTIONS:
         parts += [f"## {title}\n", intro + "\n", f"| flag | {column} |\n|---|---|",
                   *(_row(flag) for flag in FLAGS if flag.fate == fate), ""]
+    parts += ["## Settings of Megatron-Bridge without a flag\n", "| setting | here |\n|---|---|",
+              *(f"| {_code(names)} | {meaning} |" for names, meaning in BRIDGE)]
     return "\n".join(parts).rstrip() + "\n"
 
 

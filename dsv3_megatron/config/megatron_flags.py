@@ -208,3 +208,26 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
     ("--exp-avg-dtype, --exp-avg-sq-dtype", "fp32 or bf16"),
     ("--context-parallel-size", "1"),
 )
+
+# Settings of Megatron-Bridge's recipes that Megatron-LM has no flag of the same name for.
+BRIDGE: tuple[tuple[str, str], ...] = (
+    ("dataset.blend", "--data-path"),
+    ("model.virtual_pipeline_model_parallel_size", "--num-virtual-stages-per-pipeline-rank"),
+    ("model.num_layers_in_first_pipeline_stage, model.num_layers_in_last_pipeline_stage", _LAYOUT),
+    ("model.pipeline_dtype", "stages exchange what they compute in: --precision"),
+    ("mixed_precision.fp8_param, mixed_precision.fp4_param, mixed_precision.fp4_param_gather",
+     "not supported: weights are gathered in BF16 and quantized once a step"),
+    ("mixed_precision.num_layers_at_start_in_bf16, mixed_precision.num_layers_at_end_in_bf16",
+     "--fp8-override 'decoder.layers.0.*=bf16'"),
+    ("mixed_precision.fp8_dot_product_attention, model.fp8_output_proj", "never in FP8 (DeepSeek-V3, 3.3)"),
+    ("ddp.grad_reduce_in_fp32", "always"),
+    ("ddp.check_for_nan_in_grad", "always: a step with NaN or Inf is not applied"),
+    ("ddp.average_in_collective", "never: gradients are summed, and divided by the tokens of the step"),
+    ("ddp.keep_fp8_transpose_cache, model.gradient_accumulation_fusion, model.use_transformer_engine_op_fuser, "
+     "model.use_te_rng_tracker, model.high_priority_a2a_comm_stream, model.moe_mlp_glu_interleave_size, "
+     "dist.enable_megatron_core_experimental, train.manual_gc_eval", "no effect on results here"),
+    ("model.moe_hybridep_num_sms_preprocessing", "not supported: " + _FLEX),
+    ("model.moe_expert_rank_capacity_factor, model.moe_paged_stash, model.moe_paged_stash_buffer_size_factor_cpu, "
+     "model.moe_paged_stash_buffer_size_factor_cuda, model.moe_pad_experts_for_cuda_graph_inference",
+     "not supported: experts take as many tokens as come, without CUDA graphs"),
+)

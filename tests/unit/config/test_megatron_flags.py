@@ -19,6 +19,7 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.megatron_flags import (
     ALWAYS,
+    BRIDGE,
     BY_NAME,
     FLAGS,
     NO_EFFECT,
@@ -168,6 +169,51 @@ def test_notes_are_not_said_again_by_a_run_that_the_launcher_has_checked(capsys:
 def test_every_published_flag_is_known() -> None:
     known = megatron_docs.own_flags() | BY_NAME.keys()
     assert [flag for flag in PUBLISHED if flag not in known] == []
+
+
+# Every setting that Megatron-Bridge's recipes of the model write, of recipes/ and perf_recipes/deepseek.
+BRIDGE_SETTINGS = """
+checkpoint.async_save checkpoint.load checkpoint.save checkpoint.save_interval comm_overlap.delay_wgrad_compute
+comm_overlap.overlap_grad_reduce comm_overlap.overlap_moe_expert_parallel_comm
+comm_overlap.overlap_param_gather_with_optimizer_step dataset.blend dataset.num_workers dataset.seq_length
+ddp.average_in_collective ddp.check_for_nan_in_grad ddp.data_parallel_sharding_strategy ddp.grad_reduce_in_fp32
+ddp.keep_fp8_transpose_cache ddp.overlap_grad_reduce ddp.overlap_param_gather ddp.reuse_grad_buf_for_mxfp8_param_ag
+ddp.use_distributed_optimizer ddp.use_megatron_fsdp dist.enable_megatron_core_experimental mixed_precision.fp4_param
+mixed_precision.fp4_param_gather mixed_precision.fp8 mixed_precision.fp8_dot_product_attention
+mixed_precision.fp8_param mixed_precision.fp8_param_gather mixed_precision.fp8_recipe
+mixed_precision.num_layers_at_end_in_bf16 mixed_precision.num_layers_at_start_in_bf16
+mixed_precision.reuse_grad_buf_for_mxfp8_param_ag model.account_for_embedding_in_pipeline_split
+model.account_for_loss_in_pipeline_split model.attention_backend model.context_parallel_size
+model.cross_entropy_fusion_impl model.cross_entropy_loss_fusion model.cuda_graph_impl model.cuda_graph_scope
+model.cuda_graph_warmup_steps model.expert_model_parallel_size model.expert_tensor_parallel_size
+model.fine_grained_activation_offloading model.fp8_output_proj model.gradient_accumulation_fusion
+model.high_priority_a2a_comm_stream model.init_method_std model.init_model_with_meta_device model.kv_channels
+model.make_vocab_size_divisible_by model.moe_expert_rank_capacity_factor model.moe_flex_dispatcher_backend
+model.moe_grouped_gemm model.moe_hybridep_num_sms model.moe_hybridep_num_sms_preprocessing
+model.moe_mlp_glu_interleave_size model.moe_pad_experts_for_cuda_graph_inference model.moe_paged_stash
+model.moe_paged_stash_buffer_size_factor_cpu model.moe_paged_stash_buffer_size_factor_cuda model.moe_permute_fusion
+model.moe_router_force_load_balancing model.moe_router_fusion model.moe_router_padding_for_fp8
+model.moe_router_padding_for_quantization model.moe_shared_expert_overlap model.moe_token_dispatcher_type
+model.mtp_loss_scaling_factor model.mtp_num_layers model.num_layers_in_first_pipeline_stage
+model.num_layers_in_last_pipeline_stage model.offload_modules model.pipeline_dtype
+model.pipeline_model_parallel_layout model.pipeline_model_parallel_size model.recompute_granularity
+model.recompute_method model.recompute_modules model.recompute_num_layers model.rotary_base
+model.rotary_scaling_factor model.seq_length model.sequence_parallel model.tensor_model_parallel_size
+model.transformer_impl model.use_te_rng_tracker model.use_transformer_engine_op_fuser
+model.virtual_pipeline_model_parallel_size optimizer.exp_avg_dtype optimizer.exp_avg_sq_dtype
+optimizer.main_grads_dtype optimizer.main_params_dtype optimizer.overlap_param_gather_with_optimizer_step
+optimizer.use_precision_aware_optimizer rng.te_rng_tracker scheduler.lr_warmup_iters tokenizer.tokenizer_model
+tokenizer.tokenizer_type tokenizer.vocab_size train.exit_duration_in_mins train.global_batch_size train.manual_gc
+train.manual_gc_eval train.manual_gc_interval train.micro_batch_size train.train_iters validation.eval_interval
+""".split()
+
+
+def test_every_setting_of_bridges_recipes_is_known() -> None:
+    known = megatron_docs.own_flags() | BY_NAME.keys()
+    named = {name for names, _ in BRIDGE for name in names.split(", ")}
+    flags = {name: "--" + name.partition(".")[2].replace("_", "-") for name in BRIDGE_SETTINGS}
+    assert [name for name, flag in flags.items() if flag not in known and name not in named] == []
+    assert not [name for name in named if flags.get(name, "") in known]
 
 
 def test_the_table_has_each_flag_once_and_none_of_our_own() -> None:
