@@ -76,6 +76,7 @@ FLAGS: tuple[MegatronFlag, ...] = (
     # -- what every run has, or what only one value of means what is done here --
     *_each(ALWAYS, "0", "the model has it", "multi-latent-attention swiglu untie-embeddings-and-output-weights "
            "disable-bias-linear qk-layernorm moe-router-enable-expert-bias use-mcore-models"),
+    *_each(ALWAYS, "0", "affinities are of all experts, before any are chosen", "moe-router-pre-softmax"),
     *_each(ALWAYS, "0", "ZeRO-1: optimizer states are split over data-parallel ranks", "use-distributed-optimizer"),
     *_each(ALWAYS, "0", "on exactly where --tensor-model-parallel-size is more than 1", "sequence-parallel"),
     *_each(ALWAYS, "0", "a step's loss is divided by its tokens", "calculate-per-token-loss"),
@@ -92,7 +93,6 @@ FLAGS: tuple[MegatronFlag, ...] = (
     _only("optimizer", "adam", "AdamW"),
     _only("moe-router-load-balancing-type", "seq_aux_loss", "the sequence-wise balance loss, beside the balancing "
           "bias; without it: --moe-aux-loss-coeff 0", nargs="+"),
-    _only("moe-router-score-function", "sigmoid", "affinities are sigmoids"),
     _only("moe-router-dtype", "fp32", "the router computes in fp32"),
     _only("moe-token-dispatcher-type", "alltoall", "tokens go to their experts by all-to-all"),
     _only("main-grads-dtype", "fp32", "main gradients are fp32"),
@@ -106,7 +106,6 @@ FLAGS: tuple[MegatronFlag, ...] = (
     _only("recompute-method", "uniform", "with --recompute-granularity full each layer is computed again by itself"),
     # -- what changes no result here --
     *_each(NO_EFFECT, "1", "no part of latent attention has this width", "kv-channels"),
-    *_each(NO_EFFECT, "0", "with sigmoid affinities there is no softmax to be before", "moe-router-pre-softmax"),
     *_each(NO_EFFECT, "1", "no token is dropped", "moe-token-drop-policy"),
     *_each(NO_EFFECT, "0", "which kernels compute is chosen by --transformer-impl and the device",
            "use-flash-attn moe-grouped-gemm moe-permute-fusion moe-router-fusion cross-entropy-loss-fusion "
@@ -187,11 +186,11 @@ SAME_NAME: tuple[str, ...] = tuple((
     "--global-batch-size --hidden-size --init-method-std --kv-lora-rank --load --log-interval --lr "
     "--lr-decay-iters --lr-decay-style --lr-warmup-iters --max-position-embeddings --micro-batch-size --min-lr "
     "--moe-aux-loss-coeff --moe-ffn-hidden-size --moe-router-bias-update-rate --moe-router-group-topk "
-    "--moe-router-num-groups --moe-router-topk --moe-router-topk-scaling-factor --mscale --mscale-all-dim "
-    "--mtp-loss-scaling-factor --mtp-num-layers --norm-epsilon --num-attention-heads --num-experts --num-layers "
-    "--num-virtual-stages-per-pipeline-rank --overlap-moe-expert-parallel-comm --override-opt-param-scheduler "
-    "--pipeline-model-parallel-layout --pipeline-model-parallel-size --q-lora-rank --recompute-granularity "
-    "--recompute-modules --reset-attention-mask --reset-position-ids --rope-type --rotary-base "
+    "--moe-router-num-groups --moe-router-score-function --moe-router-topk --moe-router-topk-scaling-factor --mscale "
+    "--mscale-all-dim --mtp-loss-scaling-factor --mtp-num-layers --norm-epsilon --num-attention-heads --num-experts "
+    "--num-layers --num-virtual-stages-per-pipeline-rank --overlap-moe-expert-parallel-comm "
+    "--override-opt-param-scheduler --pipeline-model-parallel-layout --pipeline-model-parallel-size --q-lora-rank "
+    "--recompute-granularity --recompute-modules --reset-attention-mask --reset-position-ids --rope-type --rotary-base "
     "--rotary-scaling-factor --save --save-interval --seed --seq-length --split --tensor-model-parallel-size "
     "--tensorboard-dir --tokenizer-model --train-iters --transformer-impl --use-checkpoint-opt-param-scheduler "
     "--v-head-dim --valid-data-path --vocab-size --weight-decay"
