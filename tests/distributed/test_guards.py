@@ -240,13 +240,13 @@ def test_a_flipped_bit_costs_no_sound_checkpoint_and_looks_like_no_progress(data
     flip_a_bit(save)
     before = files_of(save)
     changes |= {"load": str(save), "train_iters": 40, "save_interval": 1, "keep_last": 1}
-    again = [("again", changes, []), ("and again", changes, []),
-             ("stopped", changes, [Fault("stop", [14])]),
+    again = [("stopped", changes, [Fault("stop", [14])]),
              ("at its end", {**changes, "train_iters": 14, "max_consecutive_skips": 99,
                              "export_hf": str(tmp_path / "exported")}, []),
+             ("again", changes, []), ("and again", changes, []),
              ("elsewhere", {**changes, "save": str(other)}, [])]
     for ranks in run_ranks(2, whole_runs, data, again):
-        assert [ranks[name].code for name, _, _ in again] == [EXIT_GUARD, EXIT_GUARD, 0, 0, EXIT_GUARD]
+        assert [ranks[name].code for name, _, _ in again] == [0, 0, EXIT_GUARD, EXIT_GUARD, EXIT_GUARD]
         assert all(report.skipped for name, _, _ in again for report in ranks[name].reports)
         assert len(ranks["again"].reports) == len(ranks["and again"].reports) == 6
     assert files_of(save) == before and latest_iteration(save) == 12
