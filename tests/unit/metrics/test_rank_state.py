@@ -12,7 +12,7 @@ from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.metrics.model_table import model_summary
 from dsv3_megatron.metrics.parameters import optimizer_bytes_per_parameter, rank_parameters, weight_bytes_per_parameter
-from dsv3_megatron.metrics.rank_state import padded_numel, rank_states
+from dsv3_megatron.metrics.rank_state import checkpoint_bytes, padded_numel, rank_states
 from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.planning.memory import estimate_memory
 
@@ -81,3 +81,13 @@ def test_print_model_and_the_plan_give_one_number(name: str, world_size: int, se
     assert [(rank["weight_bytes"], rank["gradient_bytes"], rank["optimizer_bytes"], rank["host_bytes"])
             for rank in printed] == [(rank.parameter_bytes, rank.gradient_bytes, rank.optimizer_bytes, rank.host_bytes)
                                      for rank in estimated]
+
+
+def test_the_size_of_a_checkpoint() -> None:
+    """Of each parameter: the weight, its fp32 copy, two moments in their dtypes, the average."""
+    count = 671_026_404_352 + 11_610_067_968
+    run = preset("dsv3-671b").override(precision="bf16")
+    assert checkpoint_bytes(run) == count * (2 + 4 + 2 + 2 + 4)
+    assert checkpoint_bytes(run.override(ema_decay=0.0, exp_avg_sq_dtype="fp32")) == count * (2 + 4 + 2 + 4)
+    # `du -sb` of such a checkpoint: 37,409,446.
+    assert checkpoint_bytes(preset("tiny").override(precision="fp32")) == (1_876_480 + 417_504) * (4 + 4 + 4 + 4)
