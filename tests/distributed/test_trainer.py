@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -227,6 +229,65 @@ def test_sigterm_saves_and_ends_cleanly(data: list[str], tmp_path: Path) -> None
     assert "stopped by SIGTERM after iteration" in rest
     last = (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text().strip()
     assert f"after iteration {last}, with a checkpoint" in rest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_in_a_validation_saves_and_ends_all(number: signal.Signals, data: list[str],
+                                                                 tmp_path: Path) -> None:
+    """The validation would last for hours; a signal ends it after the batch at hand."""
+    process = launch(*data, "--split", "90,10,0", "--train-iters", "100000", "--lr-decay-iters", "100000",
+                     "--save", str(tmp_path / "saved"), "--eval-interval", "2", "--eval-iters", "1000000")
+    try:
+        seen = wait_for(process, "iteration      2/100000")
+        time.sleep(1)
+        os.kill(workers(process)[1], number)
+        rest, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, seen + rest
+    assert f"validation at iteration 2 left off: {number.name}" in rest
+    assert f"stopped by {number.name} after iteration 2, with a checkpoint" in rest
+    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
+
+
+def test_workers_save_and_end_with_a_torchrun_that_is_killed(data: list[str], tmp_path: Path) -> None:
+    process = launch(*data, "--train-iters", "100000", "--lr-decay-iters", "100000", "--save", str(tmp_path / "saved"))
+    wait_for(process, "iteration      3/100000")
+    ranks = workers(process)
+    process.kill()
+    deadline = time.monotonic() + 40
+    try:
+        while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        left = [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+    finally:
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert left == []
+    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_ranks_started_by_hand_end_with_one_that_finds_something_wrong(data: list[str], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = [subprocess.Popen(
+        [sys.executable, "-m", "dsv3_megatron.train", *MODEL, *arguments], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
+             "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        for rank, arguments in enumerate([data, ["--data-path", str(tmp_path / "missing")]])]
+    try:
+        outputs = [process.communicate(timeout=90)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [2, 2]
+    missing = f"data file {tmp_path}/missing.idx does not exist"
+    assert f"error: {missing}" in outputs[1] and f"(rank 1 of 2, on {socket.gethostname()})" in outputs[1]
+    assert f"rank 0: ends, rank 1, on {socket.gethostname()}: {missing}" in outputs[0]
 
 
 def test_a_dead_rank_ends_the_run(data: list[str]) -> None:
