@@ -300,9 +300,10 @@ launch() {
     local told
     told=$(mktemp -d)
     on_signal=pass_on
-    guarded env OMP_NUM_THREADS="$threads" TORCHELASTIC_SIGNALS_TO_HANDLE="$torchrun_signals" \
+    guarded env OMP_NUM_THREADS="$threads" \
         DSV3_EXIT_CODE_FILE="$told/code" "$python" -m torch.distributed.run "${rendezvous[@]}" \
         --nproc-per-node "$num_processes" --shutdown-timeout "${SHUTDOWN_TIMEOUT:-30}" \
+        --signals-to-handle "$torchrun_signals" \
         -m dsv3_megatron.train "$@" || status=$?
     on_signal=end_guarded
     if [ "$status" = 1 ] && [ -s "$told/code" ]; then status=$(cat "$told/code"); fi
