@@ -30,11 +30,13 @@ from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.resume import plan_resumption
 from dsv3_megatron.checkpoint.store import load_checkpoint
 from dsv3_megatron.checkpoint.text_files import collect_text_files
+from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
 from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.datasets import build_datasets, dataset_config
+from dsv3_megatron.data.identity import data_identity
 from dsv3_megatron.guards.claims import RunClaim
 from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard
 from dsv3_megatron.guards.events import EventLog
@@ -115,7 +117,9 @@ class Trainer:
         self._left_off = 0  # the signal for which the last validation ended early
         self.step_plan = self._plan_step()
         self.phase = self.step_plan.phase if self.step_plan else self.recipe.phases_to_run[-1]
+        self.first_sample = self.resumption.start_of(self.recipe.span_of(self.phase))
         self._build_data()
+        self._check_position()
         on_first_rank(self.claim.settle, "the run's folders")
         self._build_reports()
         for note in self.resumption.notes:
@@ -139,6 +143,8 @@ class Trainer:
         """Go on with another phase's context, data and speed; weights and optimizer stay."""
         is_other_data = self.recipe.span_of(phase) != self.recipe.span_of(self.phase)
         self.phase = phase
+        if is_other_data:
+            self.first_sample = self.resumption.start_of(self.recipe.span_of(phase))
         self.watchdog.slow("another phase")
         change_context(self.chunks, phase.model)
         if is_other_data:
@@ -153,8 +159,24 @@ class Trainer:
     def _build_data(self) -> None:
         config = dataset_config(self.run, self.recipe.span_of(self.phase))
         self.eod_id = config.eod_id
+        self.data_identity = data_identity(config, self.phase.data)
         self.data = build_datasets(config)
         self._iterate_from_here()
+
+    def _check_position(self) -> None:
+        """Compare the samples before the run's place in its data with those of the checkpoint.
+
+        Raises:
+            ConfigError: they are others.
+        """
+        state = self.resumption.position
+        if state is None or self.recipe.span_of(self.phase).index != self.resumption.span:
+            return
+        try:
+            for batches in self.batches:
+                batches.load_state_dict(state)
+        except ValueError as error:
+            raise ConfigError(f"load={self.start.load}: {error}") from error
 
     @property
     def data_position(self) -> int:
@@ -164,7 +186,7 @@ class Trainer:
     @property
     def _dataset_position(self) -> int:
         """The same in the dataset of the phase, which begins where another phase's ends."""
-        return max(0, self.data_position - self.recipe.span_of(self.phase).first_sample - self.recipe.shift.samples)
+        return max(0, self.data_position - self.first_sample)
 
     def _iterate_from_here(self) -> None:
         self.batches = self._iterate(self.data.train, self._dataset_position)
@@ -420,7 +442,9 @@ class Trainer:
         """Write a checkpoint of this moment; of one that cannot be written it is only said, unless it is needed."""
         self.watchdog.slow("checkpoint")
         position = Position(self.iteration, self.consumed_samples, self.consumed_tokens, self.guard.state_dict(),
-                            self.resumption.schedules_at(self.iteration))
+                            self.resumption.schedules_at(self.iteration),
+                            {"identity": self.data_identity, "first_sample": self.first_sample,
+                             "position": self.batches[0].state_dict()})
         self.keeper.save(position, self.run.in_phase(self.recipe.phase_before(self.consumed_tokens)), self.text_files,
                          is_needed=is_needed)
 

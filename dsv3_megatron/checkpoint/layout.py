@@ -56,6 +56,7 @@ class Progress:
         consumed_tokens: Tokens trained on.
         guards: State of the guards as plain JSON values (guards/decisions.py); empty where there were none.
         schedules: What planned its steps, as plain JSON values (config/past.py); empty where it was not recorded.
+        data: Identity of the data that it reads, and where it is in them (data/identity.py); empty likewise.
     """
 
     iteration: int
@@ -63,6 +64,7 @@ class Progress:
     consumed_tokens: int
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)
     schedules: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

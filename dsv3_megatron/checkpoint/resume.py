@@ -8,12 +8,15 @@ from here on. The two flags are Megatron-LM's, which compares the settings of it
     --use-checkpoint-opt-param-scheduler  the checkpoint's learning rates, or all of its phases
 
 Either way the run ends where this command line's --train-iters says, if it has no phases.
+
+The data must be those of the checkpoint too, in the same order (data/identity.py), or --allow-data-change say that they
+need not: then other data are read from their first sample, and the run's samples are counted on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,9 +31,11 @@ from dsv3_megatron.config.past import (
     with_learning_rates,
     with_schedule,
 )
-from dsv3_megatron.config.recipe import Place, Recipe
+from dsv3_megatron.config.recipe import DataSpan, Place, Recipe
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import TrainingConfig
+from dsv3_megatron.data.datasets import dataset_config
+from dsv3_megatron.data.identity import data_identity, other_data
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,23 @@ class Resumption:
         run: The run, with the schedule that holds; its flags about other schedules are used up.
         recipe: Its recipe, placed where the run is.
         stretches: By what its steps so far, and from here on, were planned.
+        span: Index of the dataset that its last step read.
+        first_sample: Samples that the run had taken, or jumped over, when it began that dataset.
+        position: Of the batch iterator in that dataset, for its check; None where there is nothing to compare.
         notes: What there is to say about it.
     """
 
     run: RunConfig
     recipe: Recipe
     stretches: tuple[Stretch, ...]
+    span: int = 0
+    first_sample: int = 0
+    position: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+
+    def start_of(self, span: DataSpan) -> int:
+        """Samples that the run has taken, or jumped over, when it begins a dataset."""
+        return self.first_sample if span.index == self.span else span.first_sample + self.recipe.shift.samples
 
     def schedules_at(self, iteration: int) -> list[dict[str, Any]]:
         """For a checkpoint after so many steps: a schedule that no step was taken by is not part of it."""
@@ -56,16 +71,26 @@ class Resumption:
 
 
 def plan_resumption(run: RunConfig, load: str | None) -> Resumption:
-    """Place a run's recipe where its newest checkpoint is; no tensor is read.
+    """Place a run where its newest checkpoint is, in its recipe and in its data; no tensor is read.
 
     Args:
-        run: A valid run.
+        run: A valid run, whose data are there.
         load: Folder of checkpoints; None: the run begins.
 
     Raises:
         ConfigError: the steps up to the checkpoint would have been others, or none is left.
-        CheckpointError: there is no usable checkpoint, or it is of another architecture.
+        CheckpointError: there is no usable checkpoint, or it is of another architecture or of other data.
     """
+    planned, manifest = plan_schedule(run, load)
+    is_allowed = run.checkpoint.allow_data_change
+    planned = replace(planned, run=planned.run.override(allow_data_change=False))
+    if manifest is None:
+        return planned
+    return _place_in_data(planned, manifest, is_allowed)
+
+
+def plan_schedule(run: RunConfig, load: str | None) -> tuple[Resumption, Manifest | None]:
+    """The part of `plan_resumption` that looks at no data, and the checkpoint of a run that goes on."""
     overrides, keeps = run.checkpoint.override_opt_param_scheduler, run.checkpoint.use_checkpoint_opt_param_scheduler
     if overrides and keeps:
         raise ConfigError("--override-opt-param-scheduler takes this command line's schedule and "
@@ -74,7 +99,7 @@ def plan_resumption(run: RunConfig, load: str | None) -> Resumption:
     run = run.override(override_opt_param_scheduler=False, use_checkpoint_opt_param_scheduler=False)
     own = Stretch(schedule_fields(run.training))
     if manifest is None or manifest.contents != TRAINING or not manifest.progress.iteration:
-        return Resumption(run, run.recipe(), (own,))
+        return Resumption(run, run.recipe(), (own,)), None
     past, notes = _recorded(manifest, run)
     now = _place_of(manifest.progress)
     *earlier, last = past
@@ -86,7 +111,7 @@ def plan_resumption(run: RunConfig, load: str | None) -> Resumption:
     if own.fields == last.fields:
         recipe = replace(run.recipe(), shift=last.shift)
         _require_steps(recipe, now, manifest)
-        return Resumption(run, recipe, past, tuple(notes))
+        return Resumption(run, recipe, past, notes=tuple(notes)), manifest
     try:
         placed = run.recipe() if last.start == Place() else run.recipe().placed_at(last.start)
         wrong = differences(placed, planned_steps(run, last), last.start, now)
@@ -96,7 +121,8 @@ def plan_resumption(run: RunConfig, load: str | None) -> Resumption:
     if not wrong:
         _require_steps(placed, now, manifest)
         notes.append(f"{settings}: the {now.iteration} steps up to the checkpoint would have been the same")
-        return Resumption(run, placed, (*earlier, replace(own, start=last.start, shift=placed.shift)), tuple(notes))
+        stretches = (*earlier, replace(own, start=last.start, shift=placed.shift))
+        return Resumption(run, placed, stretches, notes=tuple(notes)), manifest
     if not (overrides or keeps):
         raise CheckpointError(_refusal(manifest, wrong, settings, own, last))
     try:
@@ -104,7 +130,40 @@ def plan_resumption(run: RunConfig, load: str | None) -> Resumption:
     except ConfigError as error:
         raise CheckpointError(f"load={load}: {error}") from error
     notes.append(f"another schedule from step {now.iteration + 1} on ({settings}): {'; '.join(wrong)}")
-    return Resumption(run, recipe, (*past, replace(own, start=now, shift=recipe.shift)), tuple(notes))
+    stretches = (*past, replace(own, start=now, shift=recipe.shift))
+    return Resumption(run, recipe, stretches, notes=tuple(notes)), manifest
+
+
+def _place_in_data(planned: Resumption, manifest: Manifest, is_change_allowed: bool) -> Resumption:
+    """Compare the data of the run's last step with those of the checkpoint, and find the run's place in them.
+
+    Raises:
+        CheckpointError: they differ, and may not.
+    """
+    run, recipe, progress = planned.run, planned.recipe, manifest.progress
+    phase = recipe.phase_before(progress.consumed_tokens)
+    span = recipe.span_of(phase)
+    planned = replace(planned, span=span.index)
+    if not progress.data:
+        note = ("the checkpoint is of a release that did not record its data: they are taken to be these, and the run "
+                "goes on after as many samples as it has taken")
+        return replace(planned, first_sample=span.first_sample + recipe.shift.samples, notes=(*planned.notes, note))
+    wrong = other_data(data_identity(dataset_config(run, span), phase.data), progress.data["identity"])
+    if not wrong:
+        return replace(planned, first_sample=progress.data["first_sample"], position=progress.data["position"])
+    if not is_change_allowed:
+        raise CheckpointError(
+            f"checkpoint {manifest.path} was trained on other data, or in another order: {'; '.join(wrong)}. Give the "
+            "checkpoint's, or --allow-data-change to go on with these: they are read from their first sample, so that "
+            "what was seen of them may be seen again")
+    note = f"other data, read from their first sample ({'; '.join(wrong)})"
+    return replace(planned, first_sample=progress.consumed_samples + jumped_samples(progress.guards),
+                   notes=(*planned.notes, note))
+
+
+def jumped_samples(guards: Mapping[str, Any]) -> int:
+    """Samples that rollbacks jumped over, by the state of the guards in a checkpoint."""
+    return sum(stop - first for first, stop in guards["counters"]["jumps"]) if guards else 0
 
 
 def _place_of(progress: Progress) -> Place:

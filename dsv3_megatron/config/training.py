@@ -217,6 +217,8 @@ class CheckpointConfig:
     exit_on_missing_checkpoint: bool = option(False, help="end instead where --load finds no checkpoint")
     overwrite_run: bool = option(False, help="remove what another run left in the folders of --save and "
                                  "--tensorboard-dir; without it such a folder is refused")
+    allow_data_change: bool = option(False, help="resume on other data than the checkpoint's, or in another order: "
+                                     "they are read from their first sample")
     save_interval: int = option(500, help="steps between checkpoints; one is always written at the end")
     keep_last: int = option(3, help="checkpoints kept; 0: all of them")
     export_hf: str | None = option(None, help="folder for the trained model in Hugging Face's layout, made at the end")

@@ -156,8 +156,7 @@ class BatchIterator(Iterator[Batch]):
         """
         if not 0 <= consumed_samples <= len(self.dataset):
             raise ValueError(
-                f"consumed_samples={consumed_samples} must lie in 0..{len(self.dataset)}, the samples of the dataset; "
-                "build it with at least the num_train_samples of the run that is resumed"
+                f"consumed_samples={consumed_samples} must lie in 0..{len(self.dataset)}, the samples of the dataset"
             )
         self._consumed_samples = consumed_samples
         self._micro_batch = 0
@@ -220,6 +219,6 @@ class BatchIterator(Iterator[Batch]):
         if self._hash_last_samples() != state["last_samples_sha256"]:
             raise ValueError(
                 f"the {self._consumed_samples} samples consumed before the checkpoint are not those of this dataset: "
-                "the data, its split or blend, seq_length, seed or the number of epochs that num_train_samples needs "
-                "has changed; restore them, or start from the checkpoint's weights with a new data position"
+                "the data, its split or blend, seq_length or seed has changed, or the library takes samples in another "
+                "order; restore them, or give --allow-data-change to read the data from their first sample"
             )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dsv3_megatron.checkpoint.layout import Progress, begin_save, finish_save, read_manifest
-from dsv3_megatron.checkpoint.resume import Resumption, plan_resumption
+from dsv3_megatron.checkpoint.resume import Resumption, plan_schedule
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
@@ -58,7 +58,7 @@ class Launch:
 
 def launch(run: RunConfig, folder: Path | None = None) -> Launch:
     run.validate(1)
-    start = plan_resumption(run, None if folder is None else str(folder))
+    start, _ = plan_schedule(run, None if folder is None else str(folder))
     if folder is None:
         return Launch(start)
     progress = read_manifest(folder).progress
@@ -250,4 +250,4 @@ def test_checkpoints_of_earlier_releases_are_compared_as_far_as_they_say(changes
 
 def test_both_flags_contradict_each_other(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give one of them"):
-        plan_resumption(make(**OVERRIDE, **KEEP), str(tmp_path))
+        plan_schedule(make(**OVERRIDE, **KEEP), str(tmp_path))
