@@ -82,7 +82,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace_on_any_rank(data: str) -> Non
 def test_spikes_are_left_out_or_logged(data: str) -> None:
     scaled = once("scaled", rank=-1, value=1e4)
     cases = [("skip", {"on_spike": "skip"}, scaled), ("log", {"on_spike": "log"}, scaled),
-             ("batch", {"on_spike": "skip", "spike_loss_threshold": 2.0}, Fault("corrupt", range(44, 48)))]
+             ("batch", {"on_spike": "skip", "spike_loss_threshold": 1.0}, Fault("corrupt", range(44, 48)))]
     for ranks in run_ranks(2, bad_steps, data, cases):
         for name in ("skip", "batch"):
             assert ranks[name].report.skipped and ranks[name].report.is_spike and ranks[name].changed == []
@@ -102,7 +102,7 @@ def test_an_applied_step_is_megatrons_own_bit_for_bit(data: str) -> None:
 # Then sample 84 is the 18th step's first: back to 16, which stands at sample 80, on with sample 88.
 CORRUPTED = [Fault("corrupt", range(44, 48)), Fault("corrupt", range(84, 88))]
 ROLLBACK = {"on_spike": "rollback", "save_interval": 8, "keep_last": 0, "train_iters": 19, "spike_min_steps": 6,
-            "spike_loss_threshold": 2.0}
+            "spike_loss_threshold": 1.0}
 JUMPS = [[32, 48], [80, 88]]
 
 
