@@ -30,13 +30,11 @@ from dsv3_megatron.checkpoint.layout import Progress as Position
 from dsv3_megatron.checkpoint.resume import plan_resumption
 from dsv3_megatron.checkpoint.store import load_checkpoint
 from dsv3_megatron.checkpoint.text_files import collect_text_files
-from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
 from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
-from dsv3_megatron.data.datasets import build_datasets, dataset_config
-from dsv3_megatron.data.identity import data_identity
+from dsv3_megatron.data.current import open_current_data
 from dsv3_megatron.guards.claims import RunClaim
 from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard
 from dsv3_megatron.guards.events import EventLog
@@ -117,9 +115,9 @@ class Trainer:
         self._left_off = 0  # the signal for which the last validation ended early
         self.step_plan = self._plan_step()
         self.phase = self.step_plan.phase if self.step_plan else self.recipe.phases_to_run[-1]
-        self.first_sample = self.resumption.start_of(self.recipe.span_of(self.phase))
-        self._build_data()
-        self._check_position()
+        self._open_data()
+        if self.resumption.position and self.recipe.span_of(self.phase).index == self.resumption.span:
+            self.data.check(self.resumption.position, load)
         on_first_rank(self.claim.settle, "the run's folders")
         self._build_reports()
         for note in self.resumption.notes:
@@ -143,12 +141,10 @@ class Trainer:
         """Go on with another phase's context, data and speed; weights and optimizer stay."""
         is_other_data = self.recipe.span_of(phase) != self.recipe.span_of(self.phase)
         self.phase = phase
-        if is_other_data:
-            self.first_sample = self.resumption.start_of(self.recipe.span_of(phase))
         self.watchdog.slow("another phase")
         change_context(self.chunks, phase.model)
         if is_other_data:
-            self._build_data()
+            self._open_data()
         self._iterate_from_here()
         self.speed = self._speed()
         self.progress.change_speed(self.speed)
@@ -156,46 +152,24 @@ class Trainer:
             self.writer.change_speed(self.speed)
         self.progress.message(f"phase {phase.name} from iteration {self.iteration + 1}: {phase.summary}")
 
-    def _build_data(self) -> None:
-        config = dataset_config(self.run, self.recipe.span_of(self.phase))
-        self.eod_id = config.eod_id
-        self.data_identity = data_identity(config, self.phase.data)
-        self.data = build_datasets(config)
+    def _open_data(self) -> None:
+        first_sample = self.resumption.start_of(self.recipe.span_of(self.phase))
+        self.data = open_current_data(self.run, self.phase, first_sample)
         self._iterate_from_here()
-
-    def _check_position(self) -> None:
-        """Compare the samples before the run's place in its data with those of the checkpoint.
-
-        Raises:
-            ConfigError: they are others.
-        """
-        state = self.resumption.position
-        if state is None or self.recipe.span_of(self.phase).index != self.resumption.span:
-            return
-        try:
-            for batches in self.batches:
-                batches.load_state_dict(state)
-        except ValueError as error:
-            raise ConfigError(f"load={self.start.load}: {error}") from error
 
     @property
     def data_position(self) -> int:
         """The sample that the next step begins with, of all the run's datasets: rollbacks may have jumped over some."""
         return self.consumed_samples + self.guard.jumped_samples
 
-    @property
-    def _dataset_position(self) -> int:
-        """The same in the dataset of the phase, which begins where another phase's ends."""
-        return max(0, self.data_position - self.first_sample)
-
     def _iterate_from_here(self) -> None:
-        self.batches = self._iterate(self.data.train, self._dataset_position)
+        self.batches = self._iterate(self.data.train, self.data.position(self.data_position))
 
     def _iterate(self, dataset: Any, consumed_samples: int) -> list[BatchIterator]:
         """An iterator for each chunk."""
         return iterate_chunks(dataset, self.phase.training, self.run.parallel, self.groups,
                               consumed_samples=consumed_samples,
-                              eod_id=self.eod_id if self.run.data.reset_attention_mask else None)
+                              eod_id=self.data.eod_id if self.run.data.reset_attention_mask else None)
 
     def _speed(self) -> RunSpeed:
         seq_length = self.phase.training.seq_length
@@ -296,7 +270,8 @@ class Trainer:
             set_learning_rate(self.optimizer, plan.learning_rate)
             for batches in self.batches:
                 batches.set_global_batch_size(plan.global_batch_size)
-            samples = range(self._dataset_position, self._dataset_position + plan.global_batch_size)
+            first = self.data.position(self.data_position)
+            samples = range(first, first + plan.global_batch_size)
             losses, collected, stopped = self._run_microbatches(
                 read_step([clock.waiting(batches, "data") for batches in self.batches], self.batches, self.chunks,
                           self.groups, self.device.torch_device), plan.global_batch_size, forward_only=False)
@@ -443,8 +418,7 @@ class Trainer:
         self.watchdog.slow("checkpoint")
         position = Position(self.iteration, self.consumed_samples, self.consumed_tokens, self.guard.state_dict(),
                             self.resumption.schedules_at(self.iteration),
-                            {"identity": self.data_identity, "first_sample": self.first_sample,
-                             "position": self.batches[0].state_dict()})
+                            self.data.state_dict(self.data_position))
         self.keeper.save(position, self.run.in_phase(self.recipe.phase_before(self.consumed_tokens)), self.text_files,
                          is_needed=is_needed)
 

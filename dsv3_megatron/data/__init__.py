@@ -15,5 +15,6 @@ On disk:  indexed.py    the .bin/.idx format, sidecars   indexed_writer.py write
 Training: blend.py      --data-path, checks before a run datasets.py       which files, cut how, for which split
           order.py      which sample is n-th, computed   samples.py        .bin/.idx -> samples by number
           batches.py    samples -> Batch, with a position    document_ends.py  where packed documents end
+          identity.py   what an order of samples follows from  current.py  the data that a run reads, and its place
           ngram.py      unigram and bigram baselines
 """
