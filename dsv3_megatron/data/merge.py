@@ -10,6 +10,7 @@ from typing import Any
 from dsv3_megatron.data.indexed import Sidecar, dataset_paths, read_header, read_sidecar
 from dsv3_megatron.data.indexed_writer import DatasetWriter, refuse_existing
 from dsv3_megatron.data.reading.inputs import match_paths
+from dsv3_megatron.data.text_form import common_form
 
 
 def find_datasets(patterns: Sequence[str]) -> list[str]:
@@ -67,7 +68,7 @@ def merge_datasets(
 
     Raises:
         ValueError: a dataset is missing or damaged, or holds ids that its sidecar does not know; they differ in dtype
-            or tokenizer; shards of a job are missing; or the output exists or is one of the inputs.
+            or tokenizer or in the ids around texts; shards are missing; or the output exists or is one of the inputs.
     """
     if os.path.realpath(output_prefix) in map(os.path.realpath, prefixes):
         raise ValueError(f"output {output_prefix} is one of the inputs: give another --output-prefix")
@@ -85,6 +86,7 @@ def merge_datasets(
     if len(fingerprints) > 1:
         parts = ", ".join(f"{name} by {identity}" for identity, name in fingerprints.items())
         raise ValueError(f"the datasets were made by different tokenizers ({parts}): preprocess all with one tokenizer")
+    common_form(prefixes)
     known = [sidecar for sidecar in sidecars.values() if sidecar is not None]
     ordered = _order_shards({prefix: sidecar for prefix, sidecar in sidecars.items() if sidecar})
     with DatasetWriter(

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dsv3_megatron.data import tokenizer_proof
+from dsv3_megatron.data.block_encoder import _not_encoded
 from dsv3_megatron.data.character_classes import byte_symbols, classify, find_atoms
 from dsv3_megatron.data.encoder import EncodingError, GigatokenEncoder, HuggingFaceEncoder, choose_encoder
+from dsv3_megatron.data.reading.records import Reject
 from dsv3_megatron.data.tokenizer import EOS_TOKEN, PRE_TOKENIZER_PATTERNS, load_tokenizer
 from dsv3_megatron.data.tokenizer_proof import Parting, PartingScan
 
@@ -264,6 +266,7 @@ def test_a_text_that_tokenizers_refuses_is_said(make):
     reference._tokenizer = type("Panicking", (), {"encode_batch_fast": panic})()
     with pytest.raises(EncodingError, match="tokenizers gives it no ids .*retry-limit"):
         reference.encode("x")
+    assert _not_encoded(EncodingError("no ids")).reject == Reject("not encoded", "no ids", "is it text? leave it out")
 
 
 # -------------------------------------------------------------------------------------------------------- any text
@@ -303,6 +306,11 @@ def test_scan():
     assert [scan(text) for text in ("", "go", "a stop", "\u0100", "\u0102\u00ff", "x\U0010ffff", "\U0010fffe")] == [
         False, False, True, True, False, True, False,
     ]  # fmt: skip
+    for ranges in (((0x300, 0x310), (0xA000, 0xA001)), ((0x4E00, 0x4E00),), ((0x9000, 0x9000),), ((0x4DFF, 0x4DFF),)):
+        scan = PartingScan(Parting(ranges, ()))
+        expected = [any(first <= code <= last for first, last in ranges) for code in range(0x80, 0xD800)]
+        assert [scan(chr(code)) for code in range(0x80, 0xD800)] == expected
+        assert scan("\u4e01\u0301\u0080" + chr(ranges[0][0])) and not scan("\u4e01\u0080" * 9)
     many = PartingScan(Parting((), tuple(f"<{number}.>" for number in range(20))))
     assert many("x<17.>") and not many("x<17a>") and not many("\u0100")
     assert PartingScan(Parting(((0x100, 0x100),), ()))("a" * (1 << 20) + "\u0101" * 9 + "\u0100")

@@ -98,6 +98,10 @@ def shard(index, count, **options):
             "are shards of different jobs: give those",
         ),
         ({"a": {"options": shard(1, 2)}, "b": {"options": shard(1, 2)}}, "are both shard 1/2: give each once"),
+        (
+            {"a": {"options": {"begin_ids": [7]}}, "b": {"options": {"begin_ids": []}}},
+            "begin and end in different ways: those of .*a begin with 7; those of .*b have no ids around them",
+        ),
     ],
 )
 def test_what_cannot_be_merged(tmp_path, datasets, message):
