@@ -57,14 +57,25 @@ def steps(folder: Path) -> dict[int, dict]:
     return {record["iteration"]: record for record in records if record["kind"] == "step"}
 
 
+def with_model(*arguments: str) -> list[str]:
+    """MODEL's flags and a test's, of which a later value takes an earlier one's place: a run refuses a flag twice."""
+    flags: dict[str, list[str]] = {}
+    for word in (*MODEL, *arguments):
+        if word.startswith("--"):
+            flags[word] = values = []
+        else:
+            values.append(word)
+    return [word for flag, values in flags.items() for word in (flag, *values)]
+
+
 def train(num_ranks: int, *arguments: str) -> None:
-    run_ranks(num_ranks, "dsv3_megatron.train", *MODEL, *arguments, timeout_s=180)
+    run_ranks(num_ranks, "dsv3_megatron.train", *with_model(*arguments), timeout_s=180)
 
 
 def train_noted(num_ranks: int, folder: Path, given: Path | None, *arguments: str) -> None:
     """Train with logs, and notes of the routing, in `folder`; with the choices of experts that are noted in `given`."""
-    run_ranks(num_ranks, "tests.routing", str(folder / "routing"), str(given / "routing") if given else "-", *MODEL,
-              *arguments, "--tensorboard-dir", str(folder / "logs"), timeout_s=180)
+    run_ranks(num_ranks, "tests.routing", str(folder / "routing"), str(given / "routing") if given else "-",
+              *with_model(*arguments), "--tensorboard-dir", str(folder / "logs"), timeout_s=180)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +205,7 @@ def launch(*arguments: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "dsv3_megatron.train", *MODEL, *arguments],
+         "-m", "dsv3_megatron.train", *with_model(*arguments)],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
@@ -274,7 +285,7 @@ def test_ranks_started_by_hand_end_with_one_that_finds_something_wrong(data: lis
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     processes = [subprocess.Popen(
-        [sys.executable, "-m", "dsv3_megatron.train", *MODEL, *arguments], cwd=ROOT, text=True,
+        [sys.executable, "-m", "dsv3_megatron.train", *with_model(*arguments)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
              "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
