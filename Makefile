@@ -1,20 +1,24 @@
 # make setup      .venv with everything pinned in constraints.txt
 # make test       environment, linter, type checker, every test that needs no GPU
 # make test-gpu   every test that needs a GPU, and the quickstart on it; report in runs/gpu-report
-# make lint       linter and type checker
+# make lint       linter, type checker and the documents' links
+# make docs       the documents as a site, in build/site
 # make clean      caches and build folders; not .venv, not runs/
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu lint clean
+.PHONY: help setup test test-gpu lint docs clean
 
 # Processes of the tests that are one process each; those that start several run one after the other.
 PYTEST_WORKERS ?= 2
 FIND_PYTHON := python=$$(bash examples/setup_environment.sh --extras test)
 # Several processes share the cores, and equal thread counts make equal sums.
 TEST_ENV := env -u RANK -u WORLD_SIZE -u LOCAL_RANK OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONPATH="$$PWD"
+
+# A warning, such as a link to nowhere, is an error.
+MKDOCS := NO_MKDOCS_2_WARNING=1 "$$python" -m mkdocs build --quiet --strict
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
@@ -28,6 +32,13 @@ lint:
 	"$$python" -m ruff check .
 	echo "== mypy"
 	"$$python" -m mypy
+	echo "== mkdocs"
+	$(MKDOCS)
+
+docs:
+	@$(FIND_PYTHON)
+	$(MKDOCS)
+	echo "the site is in build/site/index.html"
 
 test: lint
 	@$(FIND_PYTHON)
