@@ -94,12 +94,23 @@ class PartingScan:
             return False
         for start in range(0, len(text), _SCAN_CHARACTERS):
             part = text if len(text) <= _SCAN_CHARACTERS else text[start : start + _SCAN_CHARACTERS]
-            codes = np.frombuffer(part.encode("utf-32-le"), np.uint32)
-            # Unsigned: what lies before the gap wraps around to beyond it.
-            asked = codes[(codes >= self._lowest) & (codes - self._gap_start >= self._gap_size)]
-            if asked.size and self._table[asked].any():
+            # UTF-16 is a quarter of UTF-32's time; where it has surrogates, UTF-32 has the code points.
+            codes = self._asked_for(np.frombuffer(part.encode("utf-16-le"), np.uint16))
+            if codes.size and ((codes & 0xF800) == 0xD800).any():
+                codes = self._asked_for(np.frombuffer(part.encode("utf-32-le"), np.uint32))
+            if codes.size and self._table[codes].any():
                 return True
         return False
+
+    def _asked_for(self, codes: np.ndarray) -> np.ndarray:
+        """Those of the codes that must be looked up. A surrogate is always among them where it can matter."""
+        if codes.dtype == np.uint16:  # the first in question may lie beyond what UTF-16 has in one unit
+            lowest, start = np.uint16(min(self._lowest, 0xD800)), np.uint16(self._gap_start)
+            size = np.uint16(min(int(self._gap_start) + int(self._gap_size), 0xD800) - int(self._gap_start))
+        else:
+            lowest, start, size = np.uint32(self._lowest), self._gap_start, self._gap_size
+        # Unsigned: what lies before the gap wraps around to beyond it.
+        return codes[(codes >= lowest) & (codes - start >= size)]
 
 
 def find_parting(content: dict[str, Any], identity: str, encode: Encode, encode_fast: Encode) -> Parting:

@@ -316,6 +316,17 @@ def test_scan():
     assert PartingScan(Parting(((0x100, 0x100),), ()))("a" * (1 << 20) + "\u0101" * 9 + "\u0100")
 
 
+CODE_POINTS = st.integers(0x80, 0xD7FF) | st.integers(0xE000, 0x10FFFF) | st.integers(0x4DF0, 0x4E10)
+
+
+@settings(max_examples=300)
+@given(st.lists(CODE_POINTS, min_size=1, max_size=5), st.lists(CODE_POINTS, max_size=4))
+def test_scan_of_any_text(parting, others):
+    scan = PartingScan(Parting(tuple((code, code) for code in parting), ()))
+    assert scan("".join(map(chr, [0x61, *others]))) == bool(set(parting) & set(others))
+    assert scan("".join(map(chr, [*others, parting[-1], 0x61])))
+
+
 def test_the_cache(make, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tokenizer_proof, "_parting_of_patterns", lambda *_: ((0x20C1, 0x20C1),))
