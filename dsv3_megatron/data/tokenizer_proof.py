@@ -88,7 +88,10 @@ class PartingScan:
             self._search = re.compile("|".join(map(re.escape, parting.contents))).search
 
     def __call__(self, text: str) -> bool:
-        if any(content in text for content in self._few) or (self._search is not None and self._search(text)):
+        # One character is looked for much faster than several where they are not ASCII.
+        if any(content[-1] in text and content in text for content in self._few):
+            return True
+        if self._search is not None and self._search(text):
             return True
         if self._lowest == NUM_CODE_POINTS or text.isascii():
             return False
@@ -104,12 +107,12 @@ class PartingScan:
 
     def _asked_for(self, codes: np.ndarray) -> np.ndarray:
         """Those of the codes that must be looked up. A surrogate is always among them where it can matter."""
-        if codes.dtype == np.uint16:  # the first in question may lie beyond what UTF-16 has in one unit
-            lowest, start = np.uint16(min(self._lowest, 0xD800)), np.uint16(self._gap_start)
-            size = np.uint16(min(int(self._gap_start) + int(self._gap_size), 0xD800) - int(self._gap_start))
-        else:
-            lowest, start, size = np.uint32(self._lowest), self._gap_start, self._gap_size
         # Unsigned: what lies before the gap wraps around to beyond it.
+        if codes.dtype == np.uint32:
+            return codes[(codes >= self._lowest) & (codes - self._gap_start >= self._gap_size)]
+        # The first in question and the gap's end may lie beyond what UTF-16 has in one unit.
+        lowest, start = np.uint16(min(self._lowest, 0xD800)), np.uint16(self._gap_start)
+        size = np.uint16(min(int(self._gap_start) + int(self._gap_size), 0xD800) - int(self._gap_start))
         return codes[(codes >= lowest) & (codes - start >= size)]
 
 
