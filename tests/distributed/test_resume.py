@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +98,34 @@ def test_the_printed_command_goes_on_without_a_jump(data: str, tmp_path: Path) -
     assert {record["learning_rate"] for record in after.values()} == {1e-4}
     assert after[7]["learning_rate"] <= before[6]["learning_rate"]
     assert max(record["lm_loss"] for record in after.values()) < before[6]["lm_loss"] + 0.2
+
+
+def test_another_batch_length_or_data_must_be_meant(data: str, tmp_path: Path) -> None:
+    saved, other = tmp_path / "saved", write(tmp_path / "other", 1)
+    train("--data-path", data, "--save", str(saved), "--save-interval", "5", "--keep-last", "0")
+    shutil.rmtree(saved / "iter_0000010")
+    (saved / "latest_checkpointed_iteration.txt").write_text("5")
+    for path in saved.iterdir():  # what tells whose folder it is
+        assert path.name.startswith(("iter_", "latest", "run", ".")), path
+    cases = [(data, ["--global-batch-size", "4"], "global batch size of step 5 was 8, here 4"),
+             (data, ["--global-batch-size", "16"], "global batch size of step 5 was 8, here 16"),
+             (data, ["--seq-length", "32", "--max-position-embeddings", "32"], "seq_length of step 5 was 16, here 32"),
+             (data, ["--train-iters", "20"], "learning rate of step 5 was"),
+             (data, ["--train-iters", "3"], "the run would have ended after 3 steps"),
+             (data, ["--seed", "5"], "seed=5 (checkpoint: 1234)"),
+             (other, [], "the data are other of 22 sequences")]
+    for path, changes, message in cases:
+        result = run(*arguments("--data-path", path, *changes, "--load", str(saved), "--check-only"))
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+        assert result.stderr.count("error:") == 1
+    wanted = [5e-3 * (step / 2 if step <= 2 else 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * (step - 3) / 8)))
+              for step in range(6, 11)]
+    for path, changes in ((data, ["--global-batch-size", "16"]), (other, ["--allow-data-change"]),
+                          (data, ["--seq-length", "32", "--max-position-embeddings", "32", "--allow-data-change"])):
+        logs = tmp_path / str(len(list(tmp_path.iterdir())))
+        said = train("--data-path", path, *changes, "--load", str(saved), "--tensorboard-dir",
+                     str(logs), "--override-opt-param-scheduler")
+        taken = steps(logs)
+        assert sorted(taken) == list(range(6, 11)) and "iteration 10/10" in said
+        assert [record["learning_rate"] for record in taken.values()] == pytest.approx(wanted)
+        assert ("read from their first sample" in said) == ("--allow-data-change" in changes)
