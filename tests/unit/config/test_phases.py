@@ -230,9 +230,11 @@ def test_no_rule_goes_untested() -> None:
     runs = [lambda phases=phases: with_phases(*phases) for phases, _ in BROKEN]
     runs += [lambda fields=fields: with_phases({**A, "seq_length": 128}, **fields)
              for fields in ({"train_iters": 1}, {"seq_length": 64}, {"stop_after_phase": "b"})]
-    for make in runs:
+    checks = [lambda make=make: make().validate(1) for make in runs]
+    checks.append(lambda: with_phases(A).recipe().placed_at(recipe_module.Place(10**9, 10**15, 10**12)))
+    for check in checks:
         with pytest.raises(ConfigError) as error:
-            make().validate(1)
+            check()
         cause: BaseException | None = error.value
         while cause is not None:
             traceback = cause.__traceback__
