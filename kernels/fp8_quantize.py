@@ -6,7 +6,7 @@ return the [M, K / 128] view. References: `ops/fp8_quantize.py`, `ops/swiglu.py`
 
 Run under Triton's interpreter in tests. On a GPU: not run.
 
-Shapes: M rows, K channels, F expert hidden, e experts, O x I a weight.
+Shapes: M rows, K channels, F expert hidden, e experts, O outputs, I inputs of a weight.
 """
 
 from __future__ import annotations

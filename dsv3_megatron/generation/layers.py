@@ -9,7 +9,7 @@ the modules later is seen here.
 Everything is inference: gradients are off.
 
 Shapes: T tokens (rows), H hidden, N heads, D query width, E its part without rotation, P rotated pairs, K latent width,
-W = K + 2P a position's entry, V value width; for experts, K experts per token, R = T K routed rows, F expert hidden.
+W = K + 2P a position's entry, V value width; K experts per token, R = T K routed rows, F expert hidden.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Drawn with Pillow, in milliseconds, because a run draws them as it trains; matplotlib takes a fifth of a second.
 
-Shapes: R rows, C columns; images are uint8 [height, width, 3].
+Shapes: R rows, C columns. Images are uint8 [height, width, 3].
 """
 
 from __future__ import annotations
