@@ -18,6 +18,7 @@ import torch
 
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.data.current import CurrentData
 from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.model.parameters import WholeParameter, whole_parameters
 from dsv3_megatron.model.router import DeepSeekRouter
@@ -172,10 +173,10 @@ class OneStepTrainer(Trainer):
         self.mask = mask
         super().__init__(run)
 
-    def _build_data(self) -> None:
+    def _open_data(self) -> None:
         samples = RandomSamples(self.run.model.vocab_size, self.run.data.reset_attention_mask, self.mask)
-        self.eod_id: int | None = EOD
-        self.batches = self._iterate(samples, 0)
+        self.data = CurrentData(samples, None, EOD, {}, 0)
+        self._iterate_from_here()
 
     def _build_reports(self) -> None:
         pass

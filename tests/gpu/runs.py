@@ -37,6 +37,7 @@ from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint  # n
 from dsv3_megatron.config.parallel import ParallelConfig  # noqa: E402
 from dsv3_megatron.config.presets import preset  # noqa: E402
 from dsv3_megatron.config.run import RunConfig  # noqa: E402
+from dsv3_megatron.data.current import CurrentData  # noqa: E402
 from dsv3_megatron.model.build import build_stages  # noqa: E402
 from dsv3_megatron.model.init import parameter_seed  # noqa: E402
 from dsv3_megatron.model.parameters import WholeParameter, whole_parameters  # noqa: E402
@@ -175,9 +176,10 @@ class RandomSamples:
 class RandomTrainer(Trainer):
     """The trainer on random samples, without reports."""
 
-    def _build_data(self) -> None:
+    def _open_data(self) -> None:
         samples = RandomSamples(self.run.model.vocab_size, self.run.training.seq_length)
-        self.batches = self._iterate(samples, self.consumed_samples)
+        self.data = CurrentData(samples, None, None, {}, 0)
+        self._iterate_from_here()
 
     def _build_reports(self) -> None:
         pass
@@ -196,7 +198,7 @@ class RandomTrainer(Trainer):
         """Go on from the newest checkpoint of a folder."""
         progress = load_checkpoint(directory, self.run, self.chunks, self.optimizer, self.groups)
         self.iteration, self.consumed_samples = progress.iteration, progress.consumed_samples
-        self._build_data()
+        self._iterate_from_here()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Weights, fp32 weights, moments and router biases by global name, on the CPU."""
