@@ -71,7 +71,7 @@ def meet_others(error: OSError) -> OSError | None:
     in the next one.
 
     Args:
-        error: Of rank 0's save.
+        error: What rank 0's save raised.
 
     Returns:
         None if the others know now that the save failed, and raise; the error if they take it for done.

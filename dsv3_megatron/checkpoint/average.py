@@ -54,7 +54,7 @@ def has_average(directory: str | Path, manifest: Manifest) -> bool:
     """Whether a checkpoint has an average of the weights.
 
     Raises:
-        CheckpointError: its index cannot be read.
+        CheckpointError: the checkpoint's index cannot be read.
     """
     try:
         return any(key.startswith(AVERAGE_PREFIX) for key in saved_tensors(manifest))

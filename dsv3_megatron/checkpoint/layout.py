@@ -72,10 +72,10 @@ class Manifest:
     """What a checkpoint says of itself.
 
     Attributes:
-        path: Its folder.
+        path: Folder of the checkpoint.
         progress: Progress of the run that wrote it.
-        run: That run's configuration, nested plain values.
-        versions: Of the library, torch and Megatron-Core that wrote it.
+        run: Configuration of that run, nested plain values.
+        versions: Versions of the library, torch and Megatron-Core that wrote the checkpoint.
         world_size: Processes that wrote it.
         precision: "bf16" or "fp32", of the weights as trained.
         files: Size in bytes of each of its other files, by name.
@@ -202,7 +202,7 @@ def check_save_directory(directory: str | Path) -> None:
     """Create `directory` if need be, and find out now rather than at the first save whether it can be written to.
 
     Raises:
-        CheckpointError: it cannot.
+        CheckpointError: the folder cannot be made or written to.
     """
     folder = Path(directory)
     probe = folder / f".writable.{os.uname().nodename}.{os.getpid()}"
@@ -219,7 +219,7 @@ def check_empty(output: str | Path) -> None:
     """Refuse a folder to make that has something in it already.
 
     Raises:
-        CheckpointError: it exists and is not an empty folder.
+        CheckpointError: the path exists and is not an empty folder.
     """
     path = Path(output)
     if path.is_dir():
@@ -291,12 +291,12 @@ def record_guards(directory: str | Path, iteration: int, guards: dict[str, Any])
 
     Args:
         directory: Folder of the run's checkpoints.
-        iteration: Of a complete one.
-        guards: As in `Progress`.
+        iteration: Optimizer steps of a complete checkpoint.
+        guards: State of the guards, as `Progress` has it.
 
     Raises:
-        OSError: it cannot be written; the manifest is as it was.
-        CheckpointError: it cannot be read.
+        OSError: the manifest cannot be written; it is as it was.
+        CheckpointError: the manifest cannot be read.
     """
     path = read_manifest(directory, iteration).path
     content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))

@@ -39,10 +39,10 @@ class OpenedCheckpoint:
     """What a checkpoint says of its model.
 
     Attributes:
-        model: Its architecture.
+        model: Architecture that the checkpoint is of.
         preset: Name of the run that saved it, "evaluation" if it does not say.
         seq_length: Tokens of a sequence in training, 4096 if it does not say.
-        precision: As it was trained, "auto" if it does not say.
+        precision: Precision of the training, "auto" if the checkpoint does not say.
         load: Puts its tensors into stages, given these and their groups; None: `checkpoint.store.load_weights` does.
         switches: Document switches that it was trained with; None if it does not say.
         tokenizer_model: A tokenizer that is there.

@@ -44,11 +44,11 @@ class Resumption:
 
     Attributes:
         run: The run, with the schedule that holds; its flags about other schedules are used up.
-        recipe: Its recipe, placed where the run is.
-        stretches: By what its steps so far, and from here on, were planned.
+        recipe: The run's recipe, placed where the run is.
+        stretches: Schedules by which the steps so far, and from here on, were planned.
         span: Index of the dataset that its last step read.
         first_sample: Samples that the run had taken, or jumped over, when it began that dataset.
-        position: Of the batch iterator in that dataset, for its check; None where there is nothing to compare.
+        position: The batch iterator's position in that dataset, for its check; None where there is nothing to compare.
         notes: What there is to say about it.
     """
 
@@ -65,7 +65,7 @@ class Resumption:
         return self.first_sample if span.index == self.span else span.first_sample + self.recipe.shift.samples
 
     def schedules_at(self, iteration: int) -> list[dict[str, Any]]:
-        """For a checkpoint after so many steps: a schedule that no step was taken by is not part of it."""
+        """The schedules for a checkpoint after so many steps: one that no step was taken by is not part of it."""
         known = [stretch for stretch in self.stretches if stretch.start.iteration < iteration]
         return [stretch.as_dict() for stretch in known or self.stretches[:1]]
 

@@ -35,9 +35,9 @@ def read_segments(segments: Sequence[Segment], raw: torch.Tensor, name: str) -> 
     """Fill a tensor of bytes with segments, one after the other.
 
     Args:
-        segments: As many bytes as `raw` has.
+        segments: Places of the bytes, together as many as `raw` has.
         raw: uint8, contiguous.
-        name: Of the tensor, for messages.
+        name: Name of the tensor, for messages.
 
     Raises:
         CheckpointError: a file cannot be read or ends before.
@@ -68,10 +68,10 @@ def copy_segments(segments: Sequence[Segment], target: int, offset: int, name: s
     """Write segments one after the other into an open file.
 
     Args:
-        segments: Where the bytes come from.
+        segments: Places that the bytes come from.
         target: Descriptor of the file to write.
-        offset: Where in it.
-        name: Of the tensor, for messages.
+        offset: First byte to write in that file.
+        name: Name of the tensor, for messages.
         report: Told the number of bytes after each step; may raise to stop.
 
     Raises:

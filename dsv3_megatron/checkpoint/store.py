@@ -99,7 +99,7 @@ def save_checkpoint(
     Args:
         directory: Folder of the run's checkpoints, on a file system that all ranks share.
         progress: How far the run has come.
-        run: Its configuration.
+        run: Configuration of the run.
         chunks: This rank's stages.
         optimizer: The distributed optimizer over them.
         groups: The run's process groups.

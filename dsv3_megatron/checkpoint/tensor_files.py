@@ -42,7 +42,7 @@ class Chunk:
     Attributes:
         key: The tensor's name in the checkpoint.
         shape: Shape of the whole tensor.
-        offsets: Where the part begins in it.
+        offsets: Index of the part's first element in the tensor, by axis.
         sizes: The part's shape.
         dtype: "bfloat16" or "float32".
         file: Name of the file.
@@ -73,13 +73,13 @@ def lay_out_file(path: Path, chunks: Sequence[Chunk]) -> tuple[list[Chunk], list
 
     Args:
         path: File to make.
-        chunks: In the order in which they will be in it.
+        chunks: Parts in the order in which they will be in the file.
 
     Returns:
         The chunks with their place in the file, and the position of each one's values.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     placed = []
     with open(path, "wb") as stream:
@@ -96,7 +96,7 @@ def write_index(folder: Path, chunks: Iterable[Chunk], common: dict[str, Any]) -
     """Complete a folder of chunk files to a checkpoint that megatron.core.dist_checkpointing loads.
 
     Args:
-        folder: Where the files are.
+        folder: Folder of the chunk files.
         chunks: All of them, with their places.
         common: What the checkpoint holds besides tensors.
     """
@@ -129,7 +129,7 @@ class TensorFiles:
         folder: One checkpoint, e.g. DIR/iter_0000100.
 
     Raises:
-        CheckpointError: its index cannot be read.
+        CheckpointError: the checkpoint's index cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -154,7 +154,7 @@ class TensorFiles:
                      place.offset, place.length)
 
     def keys(self) -> set[str]:
-        """Every tensor's key."""
+        """The keys of all tensors of the checkpoint."""
         return set(self._chunks)
 
     def shape(self, key: str) -> tuple[int, ...]:

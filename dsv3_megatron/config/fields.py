@@ -18,7 +18,7 @@ def option(default: Any = dataclasses.MISSING, *, help: str, choices: tuple[str,
     """Declare a dataclass field that is also a command-line flag.
 
     Args:
-        default: Its default; a list default is copied for each instance.
+        default: The field's default value; a list is copied for each instance.
         help: One line for `--help`, with the unit.
         choices: Allowed values, if there are few.
         nargs: argparse's nargs, for lists.
@@ -56,7 +56,7 @@ def nearest(candidates: Iterable[int], is_accepted: Callable[[int], bool], *, ne
         candidates: Values to suggest, if they are accepted.
         is_accepted: Whether a run with the value would be; the value's own rules and those of what it meets.
         near: The value that was refused.
-        count: At most so many.
+        count: Most values that the words name.
 
     Returns:
         Words; empty if none is accepted.

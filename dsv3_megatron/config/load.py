@@ -1,4 +1,4 @@
-"""From the command line and a file to one validated RunConfig.
+"""Reads the command line and the file it names into one validated RunConfig.
 
 A run starts from a preset; a TOML, YAML or JSON file changes fields of it; the command line changes them
 again. The flags are made from the fields, so `--help` cannot disagree with what is read.
@@ -86,6 +86,7 @@ class Parser(argparse.ArgumentParser):
             given[action.dest] = text
 
     def error(self, message: str) -> NoReturn:
+        """Raise a ConfigError with argparse's message, instead of printing it and ending the process."""
         raise ConfigError(f"{message}; see --help")
 
 
@@ -134,7 +135,7 @@ def parse_command(arguments: Sequence[str]) -> Command:
 
     Raises:
         ConfigError: an unknown flag, field, preset or file, or a value of the wrong type.
-        SystemExit: after --help.
+        SystemExit: `--help` was asked for and has been printed.
     """
     words, of_megatron = take_flags(arguments)
     given = _given(words)

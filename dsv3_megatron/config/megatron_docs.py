@@ -38,7 +38,7 @@ _SECTIONS = (
 
 
 def text() -> str:
-    """The page."""
+    """Make the Markdown text of docs/megatron_lm_flags.md."""
     parts = [_HEAD, "## The same in both\n", _wrapped(SAME_NAME),
              "Where more than the name has to be known:\n", "| flag | here |\n|---|---|",
              *(f"| {_code(name)} | {meaning} |" for name, meaning in DIFFERENCES), ""]

@@ -22,12 +22,13 @@ class MegatronFlag:
     """What becomes of one flag.
 
     Attributes:
-        name: As it is written.
+        name: The flag as it is written, "--" included.
         fate: TRANSLATED into fields of a run; ALWAYS: what it asks for holds in every run; NO_EFFECT: it changes no
             result here; REFUSED.
         text: What is done instead, or why, or what to use instead.
         nargs: Words it takes: "0", "1" or "+".
-        values: Those taken, if not all: a value that means something else is refused. Numbers are compared as numbers.
+        values: Values that are taken, if not all: one that means something else is refused. Numbers are compared as
+            numbers.
     """
 
     name: str

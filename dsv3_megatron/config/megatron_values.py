@@ -53,7 +53,7 @@ def apply_flags(given: Mapping[str, list[str]], run: RunConfig, own: Mapping[str
     """A run with what Megatron-LM's flags say, and what is to be said about them, a line each.
 
     Args:
-        given: From `take_flags`.
+        given: Words of each flag that was given, as `take_flags` returns them.
         run: The run without them.
         own: Fields that this library's own flags gave, which no other flag may contradict.
 

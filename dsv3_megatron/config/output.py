@@ -24,7 +24,7 @@ def json_text(value: Any, **options: Any) -> str:
 
     Args:
         value: Plain values.
-        options: As of `json.dumps`.
+        options: Keyword arguments handed on to `json.dumps`.
     """
     try:
         return json.dumps(value, allow_nan=False, **options)
@@ -58,9 +58,9 @@ def require_output_file(flag: str, path: str | os.PathLike[str] | None, *, endin
     """Check, before the work whose result goes there, that a file can be written. Nothing is left behind.
 
     Args:
-        flag: That named it, for the message.
+        flag: The flag that named the file, for the message.
         path: The file; None or "": nothing to check.
-        ending: That its name must have.
+        ending: Suffix that the file's name must have; "": any.
 
     Raises:
         ConfigError: another ending; no such folder, or no right to write into it; a folder is in the file's place.

@@ -129,7 +129,7 @@ class ParallelConfig:
 
     @property
     def stages_per_rank_field(self) -> str:
-        """For messages: the setting that says how many stages a rank holds."""
+        """The setting that says how many stages a rank holds, with its value, for messages."""
         if self.pipeline_schedule in ("auto", "interleaved", "1f1b"):
             return f"num_virtual_stages_per_pipeline_rank={self.num_virtual_stages_per_pipeline_rank}"
         return f"{self.stages_per_rank} (pipeline_schedule={self.pipeline_schedule})"

@@ -33,8 +33,8 @@ class Stretch:
 
     Attributes:
         fields: SCHEDULE_FIELDS of the run that planned them, plain values.
-        start: Where they begin.
-        shift: Of that run's recipe.
+        start: Steps, tokens and samples of the run at which the stretch begins.
+        shift: The planning run's `Recipe.shift` in the stretch.
     """
 
     fields: Mapping[str, Any]
@@ -48,7 +48,7 @@ class Stretch:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Stretch:
-        """What `as_dict` gave."""
+        """Make a stretch from the plain values that `as_dict` gave."""
         return cls(values["fields"], Place(**values["start"]), Place(**values["shift"]))
 
 
@@ -91,8 +91,8 @@ def differences(own: Recipe, past: Recipe, start: Place, now: Place) -> list[str
     Args:
         own: The recipe that is asked, placed at the start of the stretch.
         past: The recipe that planned the stretch.
-        start: Where the stretch begins.
-        now: Where it ends.
+        start: Place of the run at which the stretch begins.
+        now: Place of the run at which the stretch ends.
     """
     found: dict[str, str] = {}
     for iteration in _compared(start.iteration, now.iteration, (own, past)):

@@ -52,10 +52,10 @@ class Phase:
     """One phase as written; None: not said. Fields that a run has too have its names and meanings.
 
     Attributes:
-        name: Of the phase, for tables, logs and errors; no other phase's.
-        train_tokens: Its length. It ends with the step that reaches them, and the next phase that is given in tokens
-            counts from where it should have ended, so that roundings do not add up. Or else
-        train_iters: Its length in optimizer steps.
+        name: The phase's own name, for tables, logs and errors; no other phase has it.
+        train_tokens: Length in tokens. The phase ends with the step that reaches them, and the next phase that is given
+            in tokens counts from where this one should have ended, so that roundings do not add up. Or else
+        train_iters: Length in optimizer steps.
         lr: Learning rate at its end.
         lr_decay_style: The way there from the learning rate before it, up or down; constant: at once.
         lr_warmup_iters: Steps of linear warm-up from 0, at its start, to the learning rate that it starts from.
@@ -65,15 +65,15 @@ class Phase:
             sequences at a time; None: at once.
         micro_batch_size: Sequences in one forward pass.
         seq_length: Tokens in a sequence.
-        mtp_loss_scaling_factor: lambda.
-        moe_router_bias_update_rate: gamma.
+        mtp_loss_scaling_factor: Weight of the MTP losses, lambda.
+        moe_router_bias_update_rate: Step of the routers' biases, gamma.
         rope_type: "rope" or "yarn".
         rotary_scaling_factor: YaRN's s.
         original_max_position_embeddings: YaRN: context length before the extension.
-        beta_fast: YaRN.
-        beta_slow: YaRN.
-        mscale: YaRN.
-        mscale_all_dim: YaRN.
+        beta_fast: YaRN's rotations over the original context beyond which a frequency is kept.
+        beta_slow: YaRN's rotations over the original context below which a frequency is divided by s.
+        mscale: YaRN: numerator of the multiplier of cosines and sines.
+        mscale_all_dim: YaRN: denominator of that multiplier, and base of the softmax scale's exponent.
         max_position_embeddings: Longest sequence the model is meant for; not said by a phase that changes YaRN's
             fields: original length times scaling factor.
         data_path: Training data, as of a run.
@@ -110,7 +110,7 @@ class Phase:
                            if getattr(self, field.name) != field.default])
 
     def given(self, names: Sequence[str]) -> dict[str, Any]:
-        """Those of the named fields that it gives a value, as a run has it."""
+        """The fields among `names` that the phase gives a value, with the values as a run has them."""
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -166,7 +166,7 @@ def check_fields_outside(values: Mapping[str, Any], phases: Sequence[Phase]) -> 
 
     Args:
         values: The given fields by name.
-        phases: Of the run they are given to.
+        phases: Phases of the run that the fields are given to.
 
     Raises:
         ConfigError: one is for runs without phases, or the first phase has another value from its first step on.
@@ -219,7 +219,8 @@ def read_phases(value: Any) -> tuple[Phase, ...]:
     """Phases out of what a file holds under `phases`: a list of tables; phases that are made already stay.
 
     Raises:
-        ConfigError: it is no such list, or a table has a field that phases have not, or a value of the wrong type.
+        ConfigError: the value is no such list, or a table has a field that phases have not, or a value of the wrong
+            type.
     """
     if not isinstance(value, list | tuple) or not all(isinstance(item, dict | Phase) for item in value):
         raise ConfigError(f"phases={value!r} must be a list of tables, one a phase ([[phases]] in TOML)")

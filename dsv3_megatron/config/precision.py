@@ -36,8 +36,8 @@ class LinearPrecision:
         wgrad: dW = dy^T x.
         cached_input: x as it is kept for Wgrad: "e4m3", "e5m6" or "bf16". Of the experts' second weight what is kept
             is the input of SwiGLU; its output is computed again.
-        input_scales: Of x: "arbitrary" or "power_of_2".
-        scales: Of W and dy.
+        input_scales: Scales of x: "arbitrary" or "power_of_2".
+        scales: Scales of W and dy, likewise "arbitrary" or "power_of_2".
         grad_grouping: dy in Dgrad: "tile" is 1x128; "block", 128x128, is the report's negative control.
         accumulation: Model of the products' accumulation; only the reference has others than "fp32".
     """

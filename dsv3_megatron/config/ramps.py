@@ -15,13 +15,13 @@ class LearningRate:
     """A linear warm-up by steps, then the way from one learning rate to another by tokens.
 
     Attributes:
-        start: After the warm-up.
-        end: At `last_token`, and kept from there on.
-        style: Of the way: "constant" (`end` from the first step on), "linear" or "cosine".
+        start: Learning rate at the end of the warm-up.
+        end: Learning rate at `last_token`, and from there on.
+        style: Shape of the way: "constant" (`end` from the first step on), "linear" or "cosine".
         warmup_iters: Steps of the warm-up from 0.
         first_iteration: Step at which the warm-up begins.
-        first_token: Where the way begins: the end of the warm-up.
-        last_token: Where it ends.
+        first_token: Tokens taken when the way begins, which is the end of the warm-up.
+        last_token: Tokens taken when the way ends.
 
     Source: DeepSeek-V3 report, section 4.2.
     """
@@ -35,7 +35,7 @@ class LearningRate:
     last_token: int
 
     def at(self, iteration: int, tokens: int) -> float:
-        """Of the step before which so many steps and tokens were taken."""
+        """Learning rate of the step before which so many steps and tokens were taken."""
         done = max(0, iteration - self.first_iteration)
         if done < self.warmup_iters:
             return (self.end if self.style == "constant" else self.start) * (done + 1) / self.warmup_iters
@@ -54,7 +54,7 @@ class Plateau:
         iteration: Steps before it.
         tokens: Tokens before it.
         samples: Sequences before it.
-        num_steps: Its length.
+        num_steps: Length in optimizer steps.
         global_batch_size: Sequences in each step.
     """
 
@@ -80,8 +80,8 @@ class BatchSize:
         start: Sequences at `first_token`.
         end: Sequences from `last_token` on.
         increment: Divides the difference; None: `end` from the first step on.
-        first_token: Where the line begins.
-        last_token: Where it ends.
+        first_token: Tokens taken where the line begins.
+        last_token: Tokens taken where the line ends.
     """
 
     start: int
@@ -96,7 +96,7 @@ class BatchSize:
         return abs(self.end - self.start) // self.increment if self.increment else 0
 
     def at(self, tokens: int) -> int:
-        """Of the step before which so many tokens were taken."""
+        """Sequences in the step before which so many tokens were taken."""
         if not self.increment or tokens >= self.last_token:
             return self.end
         passed = self.num_increments * max(0, tokens - self.first_token) // (self.last_token - self.first_token)
@@ -114,10 +114,10 @@ class BatchSize:
         """The steps from a place on, by batch size: so many of them, or up to the one that reaches a token.
 
         Args:
-            first: Where they begin; its batch size and length do not matter.
+            first: Place where the steps begin; its batch size and length do not matter.
             seq_length: Tokens in a sequence.
             num_steps: How many; or else
-            stop_token: At least so many tokens are taken when they end.
+            stop_token: Tokens, so many of which at least are taken when the steps end.
         """
         iteration, tokens, samples, left = first.iteration, first.tokens, first.samples, num_steps
         while (left is None or left > 0) and (stop_token is None or tokens < stop_token):

@@ -32,15 +32,17 @@ class PlannedPhase:
     """A phase in its run.
 
     Attributes:
-        index: From 0.
-        name: As written.
+        index: Position among the run's phases, from 0.
+        name: Name as the phase was written.
         model: The architecture in it.
-        training: As of a run that is this phase alone: batch size and learning rate are those at its end.
-        data: Likewise.
-        plateaus: Its steps by batch size; at least one.
-        learning_rate: Of its steps.
-        batch_size: Of its steps.
-        planned_end_token: Where it would end if a step could be cut; in a phase given in steps, where it ends.
+        training: Training configuration of a run that is this phase alone: batch size and learning rate are those at
+            its end.
+        data: Data configuration of a run that is this phase alone.
+        plateaus: The phase's steps by batch size; at least one stretch.
+        learning_rate: Learning rate at each step of the phase.
+        batch_size: Batch size at each step of the phase.
+        planned_end_token: Token at which the phase would end if a step could be cut; in a phase given in steps, where
+            it ends.
         is_in_steps: Whether its length was given in steps, not in tokens.
     """
 
@@ -57,17 +59,17 @@ class PlannedPhase:
 
     @property
     def start(self) -> Plateau:
-        """Where it begins."""
+        """The plateau with which the phase begins."""
         return self.plateaus[0]
 
     @property
     def end(self) -> Plateau:
-        """Where it ends: a stretch of no steps."""
+        """The place where the phase ends: a plateau of no steps."""
         return _end_of(self.plateaus[-1], self.training.seq_length)
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps."""
+        """Optimizer steps in the phase."""
         return self.end.iteration - self.start.iteration
 
     def step(self, iteration: int, tokens: int) -> StepPlan:
@@ -85,7 +87,7 @@ class PlannedPhase:
 
     @property
     def summary(self) -> str:
-        """Its steps, batch and context in a few words."""
+        """Steps, batch and context of the phase in a few words."""
         sizes = self.batch_size.sizes()
         batch = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
         model = self.model
@@ -121,7 +123,7 @@ class DataSpan:
     Each span's dataset is read from its beginning and shuffled anew: by the run's seed plus the span's number.
 
     Attributes:
-        index: From 0.
+        index: Position among the run's spans, from 0.
         first_phase: Index of the first of them.
         last_phase: Index of the last of them.
         first_sample: Sequences that the run has taken before it.
@@ -141,10 +143,10 @@ class StepPlan:
 
     Attributes:
         phase: The phase it belongs to.
-        learning_rate: Of the optimizer.
-        global_batch_size: Sequences.
-        mtp_weight: lambda.
-        bias_update_rate: gamma.
+        learning_rate: Learning rate that the optimizer takes.
+        global_batch_size: Sequences in the step, over all ranks.
+        mtp_weight: Weight of the MTP losses, lambda.
+        bias_update_rate: Step of the routers' biases, gamma.
     """
 
     phase: PlannedPhase
@@ -161,7 +163,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run's phases in order, and the datasets they read.
+    """The phases of a run in order, and the datasets they read.
 
     Attributes:
         phases: All of them.
@@ -191,7 +193,7 @@ class Recipe:
         return self.phases_to_run[-1].end.iteration + self.shift.iteration
 
     def place_at(self, iteration: int) -> Place | None:
-        """Where the run is after so many steps; None where its phases end before."""
+        """The place of the run after so many steps; None where its phases end before."""
         wanted = iteration - self.shift.iteration
         for phase in self.phases:
             for plateau in phase.plateaus:
@@ -258,8 +260,9 @@ def plan_recipe(model: ModelConfig, training: TrainingConfig, data: DataConfig) 
 
     Args:
         model: The run's, before the first phase.
-        training: Likewise, with its phases. Each phase alone, or a run without any, must be valid.
-        data: Likewise.
+        training: The run's training configuration, with its phases. Each phase alone, or a run without any, must be
+            valid.
+        data: The run's data configuration, before the first phase.
 
     Raises:
         ConfigError: a phase does not fit what comes before it; names the phase.

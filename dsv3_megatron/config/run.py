@@ -168,7 +168,7 @@ def require_engine_epsilon(model: ModelConfig) -> None:
     """Check that Transformer Engine's modules, whose fused norms have one epsilon, can compute the model.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: the model's latent norms have an epsilon of their own.
     """
     if model.latent_epsilon != model.layernorm_epsilon:
         raise ConfigError(
@@ -180,7 +180,7 @@ def require_document_attention(data: DataConfig, transformer_impl: str) -> None:
     """Check that the modules a run asks for can keep documents apart where it asks for that.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: Transformer Engine's attention is to keep documents apart.
     """
     if data.has_document_attention and transformer_impl == "transformer_engine":
         flags = " and ".join(f"{flag}=True" for flag in data.document_flags if flag.startswith("reset"))

@@ -175,7 +175,8 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the tokens are, and how documents share a sequence. A data path is a prefix: PREFIX.bin and PREFIX.idx.
+    """The data that a run reads, and how documents share a sequence. A data path is a prefix: PREFIX.bin and
+    PREFIX.idx.
 
     Documents are packed, and by default nothing keeps those of one sequence apart. Source: DeepSeek-V3 report, section
     4.1. The three switches are Megatron-LM's. The routers do not know of them: balance losses stay per sequence and

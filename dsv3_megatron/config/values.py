@@ -41,7 +41,7 @@ def read_value(name: str, value: Any, annotation: str) -> Any:
     """A value as written in a file, as a field's type.
 
     Raises:
-        ConfigError: it is of another type; names the field, the value and what it must be.
+        ConfigError: the value is of another type; the message names the field, the value and what it must be.
     """
     kind = kind_of(annotation)
     if is_optional(annotation) and (value is None or (isinstance(value, str) and value.lower() == "none")):

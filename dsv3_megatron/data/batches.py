@@ -53,7 +53,7 @@ class Batch:
     document_bounds: tuple[tuple[int, ...], ...] | None = None
 
     def to(self, device: torch.device | str, *, is_non_blocking: bool = False) -> Batch:
-        """The same batch on a device."""
+        """Copy the batch to a device; the document bounds stay plain numbers."""
         tensors = {item.name: getattr(self, item.name) for item in fields(self)}
         bounds = tensors.pop("document_bounds")
         return Batch(**{name: tensor.to(device, non_blocking=is_non_blocking) for name, tensor in tensors.items()},
@@ -84,7 +84,7 @@ class BatchIterator(Iterator[Batch]):
         global_batch_size: Samples per step over all ranks and micro-batches.
         data_parallel_rank: 0..data_parallel_size - 1.
         data_parallel_size: Ranks that share a step's samples.
-        consumed_samples: Where to start.
+        consumed_samples: Samples taken before the first step, over all ranks.
         eod_id: Give each batch the bounds of its documents, which end with this token; None: no bounds.
 
     Raises:
@@ -135,7 +135,7 @@ class BatchIterator(Iterator[Batch]):
         """Change the step's size from the next step on (batch-size ramps).
 
         Raises:
-            ValueError: it is not a multiple of micro_batch_size x data_parallel_size, or a step is under way.
+            ValueError: the size is not a multiple of micro_batch_size x data_parallel_size, or a step is under way.
         """
         self._require_step_boundary("change the global batch size")
         unit = self.micro_batch_size * self.data_parallel_size

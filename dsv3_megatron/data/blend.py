@@ -64,8 +64,9 @@ def read_vocab_size(prefix: str, *, cache_dir: str | None = None) -> int:
     """Ids a model needs for a dataset: the tokenizer's from the sidecar, and no fewer than the highest id + 1.
 
     Args:
-        prefix: Of the dataset.
-        cache_dir: As of `contents.read_contents`, which reads a dataset without a sidecar once.
+        prefix: Path of the dataset, without suffix.
+        cache_dir: Folder of what `contents.read_contents` finds, which reads a dataset without a sidecar once; None:
+            beside the data.
 
     Raises:
         ValueError: a file is missing or damaged, the sidecar is of other files, or an id is negative.
@@ -101,8 +102,8 @@ def check_data(prefixes: Sequence[str], *, vocab_size: int, tokenizer_fingerprin
     Args:
         prefixes: Datasets of the run.
         vocab_size: Rows of the model's embedding.
-        tokenizer_fingerprint: Of the run's tokenizer (`tokenizer.fingerprint`); None leaves it unchecked.
-        cache_dir: As of `contents.read_contents`.
+        tokenizer_fingerprint: Fingerprint of the run's tokenizer (`tokenizer.fingerprint`); None leaves it unchecked.
+        cache_dir: Folder of what `contents.read_contents` finds; None: beside the data.
 
     Raises:
         ValueError: a file is missing or damaged, a sidecar is of other files, an id is negative, the vocabulary is too

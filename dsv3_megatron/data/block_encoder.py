@@ -64,12 +64,12 @@ class BlockEncoder:
     """Encodes blocks; made once, before the workers are forked.
 
     Args:
-        reader: Of the blocks.
+        reader: Reader of the blocks.
         encoder: The tokenizer.
         eod_id: Ends every document that has tokens; None adds nothing.
         is_wrapped: Put the tokenizer's own begin and end ids around every sequence, as Megatron-LM's tool does.
         is_stopping: Stop a block at its first reject.
-        transforms: See there.
+        transforms: What is done to documents beside encoding them; None: nothing.
     """
 
     def __init__(

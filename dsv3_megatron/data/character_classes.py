@@ -46,7 +46,7 @@ def find_atoms(pattern: str) -> list[str]:
     r"""The one-character parts of a regular expression, each a regular expression.
 
     Args:
-        pattern: In Oniguruma's syntax, as a `Split` has it.
+        pattern: Regular expression in Oniguruma's syntax, as a `Split` has it.
 
     Returns:
         Sets, properties, escapes and literals, each once; `(?i:...)` around those that ignore case.
@@ -115,7 +115,7 @@ def classify(patterns: Sequence[str]) -> np.ndarray:
     Code points of one class are the same to `tokenizers`, wherever they stand.
 
     Raises:
-        ValueError: as `find_atoms`.
+        ValueError: a pattern has something that looks at more than one character.
     """
     from tokenizers import NormalizedString, Regex
 
@@ -149,8 +149,8 @@ def find_parting_code_points(pre_tokenizer: dict[str, Any], patterns: Sequence[s
     """The code points at which the two libraries may split differently, bool [0x110000].
 
     Args:
-        pre_tokenizer: As in tokenizer.json.
-        patterns: Its regular expressions.
+        pre_tokenizer: Pre-tokenizer as tokenizer.json describes it.
+        patterns: Regular expressions of that pre-tokenizer.
 
     Raises:
         ValueError: the libraries part on characters that nearly every text has, or a pattern cannot be analysed.

@@ -48,8 +48,8 @@ class Contents:
     """What a dataset's files hold.
 
     Attributes:
-        idx_sha256: Of the whole index.
-        bin_sha256: Of all the tokens.
+        idx_sha256: Hash of the whole index file, in hexadecimal.
+        bin_sha256: Hash of all the tokens' bytes, in hexadecimal.
         bin_bytes: Size of the tokens.
         lowest_id: Lowest token id if it is negative, else 0.
         highest_id: Highest token id; -1 for a dataset without tokens.
@@ -68,7 +68,7 @@ def read_contents(prefix: str, *, cache_dir: str | None = None) -> Contents:
     """What a dataset's files hold, from its sidecar, from what was found before, or by reading them.
 
     Args:
-        prefix: Of PREFIX.bin and PREFIX.idx.
+        prefix: Path of PREFIX.bin and PREFIX.idx, without suffix.
         cache_dir: Folder for what is found; None: beside the data.
 
     Raises:

@@ -51,11 +51,11 @@ class CurrentData:
         """Compare the samples before a checkpoint's place with those that were there when it was made.
 
         Args:
-            position: Of a checkpoint's `state_dict`.
+            position: Position in the data that a checkpoint's `state_dict` says.
             load: Folder of the checkpoint, for the message.
 
         Raises:
-            ConfigError: they are others.
+            ConfigError: the samples are others than those.
         """
         try:
             self._iterator(0).load_state_dict(position)

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Where training and validation samples come from.
+    """Sources of training and validation samples, and how they are cut.
 
     Args:
         seq_length: Tokens per sample that the model sees.
-        seed: Of the shuffles.
+        seed: Seed of the shuffles.
         num_train_samples: Samples to offer for training; None: without end. It says nothing of their order.
         num_valid_samples: Samples to validate on; None for one pass over the validation data (not with weights).
         blend: Data for all splits, cut by `split`. Excludes train_blend and valid_blend.

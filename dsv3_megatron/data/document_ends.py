@@ -1,4 +1,4 @@
-"""Where documents end in packed sequences: the token that ends one, and the bounds it draws in a batch.
+"""Ends of documents in packed sequences: the token that ends one, and the bounds it draws in a batch.
 
 The end-of-document token (EOD) is the one rule for Megatron-LM's --reset-attention-mask, --reset-position-ids and
 --eod-mask-loss: what follows an EOD is another document, also where a text holds the token in its midst. So they need
@@ -30,7 +30,7 @@ def resolve_eod_id(prefixes: Sequence[str], *, tokenizer_model: str | None, flag
 
     Args:
         prefixes: All datasets of the run.
-        tokenizer_model: Of the run, if it names one.
+        tokenizer_model: Folder or file of the run's tokenizer, if it names one.
         flags: Settings that need the EOD, for the messages; at least one.
 
     Raises:
@@ -66,7 +66,7 @@ def named_eod_id(prefixes: Sequence[str], tokenizer_model: str | None) -> int | 
     Unlike `resolve_eod_id` it takes their word: the datasets need not be there any more, and no token is read.
 
     Args:
-        prefixes: Of datasets; one without a sidecar says nothing.
+        prefixes: Paths of datasets, without suffix; one without a sidecar says nothing.
         tokenizer_model: Folder or file of a tokenizer that is there.
 
     Raises:
@@ -99,7 +99,7 @@ def _check_ends(prefix: str, eod_id: int, because: str, way_out: str) -> None:
 
 
 def document_bounds(tokens_BS: np.ndarray, eod_id: int) -> tuple[tuple[int, ...], ...]:
-    """Where the documents of each sequence begin, from 0, and at the end its length.
+    """The bounds of each sequence's documents: their first positions, from 0, and at the end the sequence's length.
 
     A document runs to its EOD inclusive. The first one of a sequence may have begun in the sequence before it, and the
     last one may go on in the next: each part is a document here, as for Megatron-LM.
@@ -116,6 +116,6 @@ def restarted_positions(bounds: Sequence[int]) -> np.ndarray:
     """Positions that count from 0 in each document of a sequence, int64 [S], as Megatron-Core's datasets restart them.
 
     Args:
-        bounds: Of one sequence, from `document_bounds`.
+        bounds: Bounds of one sequence, as `document_bounds` gives them.
     """
     return np.concatenate([np.arange(end - start) for start, end in itertools.pairwise(bounds)])

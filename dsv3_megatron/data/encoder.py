@@ -111,6 +111,7 @@ class HuggingFaceEncoder:
         self.fingerprint = fingerprint(path)
 
     def encode(self, text: str) -> np.ndarray:
+        """Give the ids of a text, uint32 [T]; raises EncodingError where the library cannot."""
         try:
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         except BaseException as error:
@@ -121,10 +122,11 @@ class HuggingFaceEncoder:
         return np.array(encoding.ids, dtype=np.uint32)
 
     def encode_pieces(self, text: str | bytearray) -> Iterator[np.ndarray]:
+        """Yield the ids of a text, uint32 [T], in one piece."""
         yield self.encode(text if isinstance(text, str) else text.decode("utf-8"))
 
     def limit_memory(self) -> None:
-        pass
+        """Do nothing: the library keeps no cache that grows."""
 
 
 class GigatokenEncoder:
@@ -132,7 +134,7 @@ class GigatokenEncoder:
 
     Args:
         path: Folder with a tokenizer.json, or the file.
-        reference: The same tokenizer through `tokenizers`.
+        reference: Encoder of the same tokenizer through `tokenizers`.
         max_cache_bytes: Growth of this process's memory after which the cache is dropped.
 
     Raises:
@@ -162,10 +164,12 @@ class GigatokenEncoder:
         self._memory_at_start = _resident_bytes()
 
     def encode(self, text: str) -> np.ndarray:
+        """Give the ids of a text [T]."""
         ids_T: np.ndarray = self._tokenizer.encode(text)
         return ids_T
 
     def encode_pieces(self, text: str | bytearray) -> Iterator[np.ndarray]:
+        """Yield the ids of a text in pieces [T]; a long one is cut where that leaves the ids as they are."""
         if len(text) <= PIECE_BYTES or not self.is_cut_safe:
             yield self._tokenizer.encode(text if isinstance(text, str) else bytes(text))
             return
@@ -174,6 +178,7 @@ class GigatokenEncoder:
             self.limit_memory()
 
     def limit_memory(self) -> None:
+        """Drop the cache if the process has grown by more than `max_cache_bytes` since it was loaded."""
         if _resident_bytes() - self._memory_at_start > self._max_cache_bytes:
             self._load()
 
@@ -201,9 +206,9 @@ class RoutedEncoder:
     Which of the two encodes a text depends on that text alone.
 
     Args:
-        fast: gigatoken.
-        reference: The same tokenizer through `tokenizers`.
-        parting: Where they can part.
+        fast: Encoder that uses gigatoken.
+        reference: Encoder of the same tokenizer through `tokenizers`.
+        parting: Texts for which the two can give different ids.
     """
 
     name = "gigatoken"
@@ -215,9 +220,13 @@ class RoutedEncoder:
         self.begin_ids, self.end_ids = reference.begin_ids, reference.end_ids
 
     def encode(self, text: str) -> np.ndarray:
+        """Give the ids of a text [T], by the encoder that the text is for."""
         return self._reference.encode(text) if self._is_for_reference(text) else self._fast.encode(text)
 
     def encode_pieces(self, text: str | bytearray) -> Iterator[np.ndarray]:
+        """Yield the ids of a text in pieces [T]; a long one is cut where that leaves the ids as they are, and each
+        piece goes to the encoder that it is for.
+        """
         if len(text) <= PIECE_BYTES or not self._fast.is_cut_safe:
             yield self.encode(text if isinstance(text, str) else text.decode("utf-8"))
             return
@@ -226,6 +235,7 @@ class RoutedEncoder:
             self.limit_memory()
 
     def limit_memory(self) -> None:
+        """Drop gigatoken's cache if it has grown too large."""
         self._fast.limit_memory()
 
 

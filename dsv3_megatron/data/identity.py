@@ -25,7 +25,7 @@ def data_identity(config: DatasetConfig, data: DataConfig) -> dict[str, Any]:
     """What a run's training samples, and what counts of them, follow from; plain values.
 
     Args:
-        config: Of the dataset that the run reads at the time.
+        config: Configuration of the dataset that the run reads at the time.
         data: The run's data settings at the time.
 
     Raises:

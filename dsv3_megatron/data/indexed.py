@@ -50,7 +50,7 @@ def choose_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """Content of PREFIX.json.
+    """Content of a dataset's PREFIX.json.
 
     `max_token_id` is -1 for a dataset without tokens; hashes are of the whole files. `options` say how the data was
     made, `counts` what became of the input (documents read, empty, rejected and why, bytes of text).
@@ -71,7 +71,7 @@ class Sidecar:
 
 
 def dataset_paths(prefix: str | os.PathLike[str]) -> tuple[str, str, str]:
-    """(PREFIX.bin, PREFIX.idx, PREFIX.json)."""
+    """The paths of a dataset's files: (PREFIX.bin, PREFIX.idx, PREFIX.json)."""
     prefix = os.fspath(prefix)
     return f"{prefix}.bin", f"{prefix}.idx", f"{prefix}.json"
 
@@ -165,10 +165,10 @@ class IndexArrays:
 
 
 def map_index(prefix: str | os.PathLike[str]) -> IndexArrays:
-    """Map a dataset's index.
+    """Map a dataset's index into memory.
 
     Raises:
-        ValueError: as `read_header`.
+        ValueError: the index is missing or damaged, as for `read_header`.
     """
     header = read_header(prefix)
     raw = np.memmap(dataset_paths(prefix)[1], dtype=np.uint8, mode="r")

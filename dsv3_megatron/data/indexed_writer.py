@@ -65,11 +65,11 @@ class DatasetWriter:
     Args:
         prefix: Path of the dataset without suffix; its folder is created if missing.
         vocab_size: Largest id + 1; bounds the ids.
-        dtype: Of the ids; None takes Megatron-Core's choice for the vocabulary.
-        tokenizer_fingerprint: From `tokenizer.fingerprint`.
+        dtype: Dtype of the ids; None takes Megatron-Core's choice for the vocabulary.
+        tokenizer_fingerprint: Fingerprint of the tokenizer (`tokenizer.fingerprint`), for the sidecar.
         options: How the data was made (JSON values), for the sidecar.
         is_overwrite_allowed: Replace a dataset of that name.
-        folder: Where the dataset grows; on the prefix's file system. None: PREFIX.unfinished.
+        folder: Folder in which the dataset grows, on the prefix's file system. None: PREFIX.unfinished.
         state: Go on from here; the files beyond it are cut off.
 
     Raises:
@@ -121,12 +121,12 @@ class DatasetWriter:
 
     @property
     def num_documents(self) -> int:
-        """Documents so far."""
+        """Number of documents written so far."""
         return self._state.num_documents
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far."""
+        """Number of tokens written so far."""
         return self._state.num_tokens
 
     def state(self) -> WriterState:
@@ -164,7 +164,7 @@ class DatasetWriter:
         """Append documents whose ids are checked and in the dataset's dtype already.
 
         Args:
-            ids: Their bytes, in pieces.
+            ids: Bytes of the documents' ids, in pieces.
             lengths_Q: int32, tokens of each sequence.
             sequences_D: int32, sequences of each document, sum Q.
             max_token_id: Largest of the ids, -1 without any.
@@ -191,7 +191,8 @@ class DatasetWriter:
         """Append another dataset of the same dtype, file to file; the vocabulary grows with the ids found in it.
 
         Raises:
-            ValueError: it is damaged, of another dtype, or holds an id beyond the vocabulary in its sidecar.
+            ValueError: the other dataset is damaged, of another dtype, or holds an id beyond the vocabulary in its
+                sidecar.
         """
         header, index, sidecar = read_header(prefix), map_index(prefix), read_sidecar(prefix)
         if header.dtype != self.dtype:

@@ -61,7 +61,7 @@ def read_document(prefix: str, number: int) -> np.ndarray:
 
 
 def measure(prefix: str) -> Statistics:
-    """Count a dataset.
+    """Count a dataset's documents, sequences and tokens, and measure its documents' lengths.
 
     Raises:
         ValueError: a file is missing or damaged.

@@ -62,7 +62,7 @@ def merge_datasets(
 
     Args:
         prefixes: The datasets.
-        output_prefix: Of the result.
+        output_prefix: Path of the result, without suffix.
         is_overwrite_allowed: Replace a dataset of that name.
         report: Called with each prefix when it has been appended.
 

@@ -116,9 +116,9 @@ def measure_ngram_baselines(
 
     Args:
         train_QS1: Integer ids [sequences, seq_length + 1], the tokens a run consumed (`batches.read_token_sequences`).
-        valid_QS1: The same for validation; scored are all tokens but the first of each sequence.
+        valid_QS1: Validation ids, in as many axes; scored are all tokens but the first of each sequence.
         vocab_size: Ids lie in 0..vocab_size - 1, and the models give each of them probability.
-        eod_id: Of a run that masks the loss after an EOD: validation tokens that follow this one are not scored either.
+        eod_id: The EOD of a run that masks the loss after one: validation tokens that follow it are not scored either.
 
     Returns:
         Cross-entropies in nats per token, and the settings chosen on the last 5% of the training sequences (with one

@@ -39,8 +39,8 @@ class Permutation:
     few more than `size`; a place that leaves the range is permuted again until it is back in it.
 
     Args:
-        size: At least 1.
-        keys: Of `derive_keys`, eight of them.
+        size: Number of places, at least 1.
+        keys: Eight keys that `derive_keys` gave.
 
     Source: Black and Rogaway, Ciphers with arbitrary finite domains (CT-RSA 2002), section 4 and "cycle walking".
     """

@@ -83,7 +83,7 @@ class WorkerPool:
 
     Args:
         function: Run in the workers: (item, payload) -> (result, buffers).
-        num_workers: Processes.
+        num_workers: Number of processes to start.
     """
 
     def __init__(self, function: Function, num_workers: int) -> None:

@@ -1,4 +1,4 @@
-"""From text to .bin/.idx: inputs cut into blocks, encoded by worker processes, written in order by this one.
+"""Makes .bin/.idx of text: inputs cut into blocks, encoded by worker processes, written in order by this one.
 
 The coordinator holds no document: it hands out blocks, appends what comes back to the datasets, and notes the position
 after each, so that a run which is stopped anywhere goes on from the last block. Nothing appears under the final names
@@ -30,11 +30,11 @@ REJECTS_NAME = "rejects.jsonl"
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """A job.
+    """The settings of a preprocessing job.
 
     Args:
         files: Inputs in order (`inputs.expand_inputs`).
-        keys: Of the texts in each record; one dataset each.
+        keys: Names of the texts in each record; one dataset each.
         output_prefix: Datasets are called {output_prefix}_{key}_document (or _sentence), as Megatron-LM's.
         is_eod_appended: End every document that has tokens with the tokenizer's end-of-document id.
         is_wrapped: Put around every sequence what the tokenizer itself puts around a text, such as a begin token.
@@ -83,7 +83,7 @@ class PreprocessOptions:
 
     @property
     def rejects_path(self) -> str:
-        """Where documents that were left out are listed, if there are any."""
+        """The file that lists documents that were left out, if there are any."""
         return f"{self.output_prefix}{self.shard.suffix}.{REJECTS_NAME}"
 
 
@@ -103,18 +103,18 @@ class Totals:
 
     @property
     def num_rejected(self) -> int:
-        """Inputs left out."""
+        """Number of inputs that were left out."""
         return sum(self.rejected.values())
 
     def as_counts(self) -> dict[str, Any]:
-        """As JSON values for the sidecar and the state, in a fixed order."""
+        """Give the totals as JSON values for the sidecar and the state, in a fixed order."""
         names = [item.name for item in fields(self) if item.name != "input_bytes"]
         counts = {name: getattr(self, name) for name in names}
         return counts | {name: dict(sorted(counts[name].items())) for name in ("rejected", "notes")}
 
     @classmethod
     def from_counts(cls, counts: dict[str, Any]) -> Totals:
-        """Undo `as_counts`."""
+        """Make totals of the values that `as_counts` gave."""
         return cls(**counts | {name: Counter(counts[name]) for name in ("rejected", "notes")})
 
 
@@ -133,7 +133,7 @@ def preprocess(
 
     Args:
         options: The job.
-        encoder: Its tokenizer (`encoder.choose_encoder`).
+        encoder: The job's tokenizer (`encoder.choose_encoder`).
         transforms: What happens to documents beside encoding; must be what options.transform_options say.
         report: Receives the totals after every block.
 

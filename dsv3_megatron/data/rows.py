@@ -50,13 +50,13 @@ class Windows:
 
 
 def open_windows(prefix: str, *, length: int, vocab_size: int, tokenizer_fingerprint: str | None = None) -> Windows:
-    """The rows of a dataset.
+    """Map the rows of a dataset into memory.
 
     Args:
-        prefix: Of PREFIX.bin and PREFIX.idx; a suffix is dropped.
+        prefix: Path of PREFIX.bin and PREFIX.idx; a suffix is dropped.
         length: Tokens that a row predicts.
-        vocab_size: Of the model.
-        tokenizer_fingerprint: Of the tokenizer that made the data; None leaves it unchecked.
+        vocab_size: Rows of the model's embedding.
+        tokenizer_fingerprint: Fingerprint of the tokenizer that made the data; None leaves it unchecked.
 
     Raises:
         ValueError: a file is missing or damaged, the vocabulary is larger than the model's, another tokenizer made it,
@@ -75,8 +75,8 @@ def open_token_array(file: str | os.PathLike[str], *, vocab_size: int, max_lengt
     """An array [B, S] of token ids, memory-mapped.
 
     Args:
-        file: In numpy's .npy format; pickled objects are refused.
-        vocab_size: Of the model: ids lie in 0..vocab_size - 1.
+        file: File in numpy's .npy format; pickled objects are refused.
+        vocab_size: Rows of the model's embedding: ids lie in 0..vocab_size - 1.
         max_length: Largest S.
 
     Raises:

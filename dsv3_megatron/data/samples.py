@@ -36,21 +36,23 @@ ENDLESS = 1 << 62
 class TokenSource(Protocol):
     """Rows of ids by sample number: int64 [S + 1]."""
 
-    def read(self, index: int) -> np.ndarray: ...
+    def read(self, index: int) -> np.ndarray:
+        """Ids of the sample at an index, int64 [S + 1]: its tokens and the one after them."""
+        ...
 
 
 class ShuffledTokens:
     """The samples of one dataset as tokens, epoch after epoch without end.
 
     Args:
-        prefix: Of PREFIX.bin and PREFIX.idx.
+        prefix: Path of PREFIX.bin and PREFIX.idx, without suffix.
         share: [first, stop) of the file's sequences that are read.
         seq_length: Tokens of a sample, without the one after it.
-        seed: Of the shuffles.
-        number: Of the dataset in its blend: datasets of one blend are shuffled differently.
+        seed: Seed of the shuffles.
+        number: Position of the dataset in its blend: datasets of one blend are shuffled differently.
 
     Attributes:
-        num_tokens: Of the share.
+        num_tokens: Tokens in the share.
         samples_per_epoch: Whole samples of an epoch; 0 where the share is too small for one.
     """
 
@@ -136,7 +138,7 @@ class BlendedTokens:
 
     Args:
         parts: The datasets.
-        weights: Their shares of the samples, on any scale.
+        weights: Shares of the samples that the datasets have, on any scale.
     """
 
     def __init__(self, parts: Sequence[ShuffledTokens], weights: Sequence[float]) -> None:
@@ -152,7 +154,7 @@ class Samples:
     """What the batch iterator reads: tokens, labels, loss mask and positions of each sample.
 
     Args:
-        source: Of the ids.
+        source: Token ids of each sample.
         num_samples: How many there are to be read; ENDLESS: as many as are asked for.
         eod_id: Token that ends a document; None where nothing depends on it.
         reset_position_ids: Position ids restart after an EOD.

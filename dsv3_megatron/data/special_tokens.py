@@ -99,7 +99,7 @@ def read_beside(file: str | os.PathLike[str], name: str) -> dict[str, Any]:
     """Content of the file called `name` that goes with a tokenizer.json; empty where there is none.
 
     Raises:
-        ValueError: it is not a JSON object in UTF-8.
+        ValueError: the file is not a JSON object in UTF-8.
     """
     file = Path(file)
     beside = file.with_name(file.name.removesuffix(TOKENIZER) + name if file.name.endswith(TOKENIZER) else name)

@@ -19,7 +19,7 @@ class TextSample:
     Args:
         max_bytes: Bound on the sample.
         seed: Chooses the sample.
-        purpose: See `DocumentRandom`.
+        purpose: What the numbers are drawn for, as for `DocumentRandom`: other purposes have other numbers.
 
     Raises:
         ValueError: max_bytes below 1, or a seed out of range.

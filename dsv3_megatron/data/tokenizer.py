@@ -92,7 +92,7 @@ def train_tokenizer(
         A Hugging Face `tokenizers.Tokenizer` that adds no special tokens by itself.
 
     Raises:
-        ValueError: see `check_training`.
+        ValueError: vocab_size or min_frequency is out of range, as for `check_training`.
 
     Source: DeepSeek-V3 report, section 4.1; the patterns are those of the published tokenizer.json.
     """

@@ -1,4 +1,5 @@
-"""Where gigatoken can give other ids than `tokenizers`, for one tokenizer: nowhere, in known texts, or anywhere.
+"""Finds in which texts gigatoken can give other ids than `tokenizers`, for one tokenizer: in none, in known ones, or in
+any.
 
 gigatoken is trusted with what it is known to do and what was tried exhaustively, nothing else:
 
@@ -117,16 +118,16 @@ class PartingScan:
 
 
 def find_parting(content: dict[str, Any], identity: str, encode: Encode, encode_fast: Encode) -> Parting:
-    """Where the two libraries can part for a tokenizer, from the cache if it was found before.
+    """Find in which texts the two libraries can part for a tokenizer, or read from the cache what was found before.
 
     Args:
-        content: Of tokenizer.json.
-        identity: Its fingerprint.
+        content: Content of tokenizer.json.
+        identity: Fingerprint of the tokenizer.
         encode: Ids of a text from `tokenizers`.
-        encode_fast: Likewise from gigatoken.
+        encode_fast: Ids of a text from gigatoken.
 
     Raises:
-        ValueError: anywhere: gigatoken must not be used; says why.
+        ValueError: the libraries can part in any text: gigatoken must not be used; says why.
     """
 
     def find() -> dict[str, Any]:

@@ -35,10 +35,10 @@ class NarrowMomentAdamW(torch.optim.AdamW):
     Args:
         groups: Parameter groups of the optimizer that this one replaces; used, not copied.
         shards: Which elements of which parameters their tensors are: the identity that decides the rounding.
-        exp_avg_dtype: Of the first moment, fp32 or bf16.
-        exp_avg_sq_dtype: Of the second moment.
+        exp_avg_dtype: Dtype of the first moment, fp32 or bf16.
+        exp_avg_sq_dtype: Dtype of the second moment, fp32 or bf16.
         is_stochastic: Round bf16 moments stochastically instead of to nearest.
-        seed: Of stochastic rounding.
+        seed: Seed of the stochastic rounding.
     """
 
     def __init__(self, groups: list[dict[str, Any]], shards: Iterable[Shard], *, exp_avg_dtype: torch.dtype,
@@ -58,7 +58,7 @@ class NarrowMomentAdamW(torch.optim.AdamW):
                 self._state_of(weight)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of every optimizer; torch gives moments the dtype of their weights, here they get their own back."""
+        """Load an optimizer's state; torch gives moments the dtype of their weights, here they get their own back."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             for moment in MOMENTS:

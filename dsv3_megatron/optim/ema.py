@@ -42,9 +42,9 @@ class WeightAverage:
         decay: d, in (0, 1): 0.999 averages over about the last 1,000 steps.
 
     Attributes:
-        shards: Whose average each entry of `averages` is.
+        shards: Shards of master weights; entry i of `averages` is the average of shard i.
         averages: fp32, in CPU memory; of no meaning before the first update.
-        num_updates: k.
+        num_updates: Updates so far, the k of the correction.
     """
 
     def __init__(self, optimizer: MegatronOptimizer, chunks: list[torch.nn.Module], groups: ProcessGroupCollection, *,

@@ -54,7 +54,7 @@ def update_router_biases(
     Args:
         chunks: This rank's stages.
         loads_LE: int64, from `collect_expert_loads`.
-        num_layers: Of the main model.
+        num_layers: Transformer layers of the main model, without MTP modules.
         update_rate: gamma; at 0 the biases keep every bit.
     """
     if update_rate == 0:

@@ -41,7 +41,7 @@ class Shard:
         master: fp32, one axis: the master weight of elements start .. end of the flattened parameter. In a model
             trained in fp32 it is a view of the parameter, in bf16 a tensor of its own.
         start: First element.
-        end: Behind the last element.
+        end: Index behind the last element.
         part: The distributed optimizer that owns it.
         names: What is in it, in order.
     """

@@ -44,7 +44,7 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
     """Clip the gradients by their norm and update the parameters; all ranks call.
 
     Args:
-        optimizer: After `gradient_norm`.
+        optimizer: The optimizer, after `gradient_norm` was called for it.
         norm: What that returned.
     """
     for part in _parts(optimizer):

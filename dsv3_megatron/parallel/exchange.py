@@ -32,11 +32,11 @@ class Splits:
 
     @classmethod
     def of(cls, sent: Sequence[int], received: Sequence[int], group: torch.distributed.ProcessGroup) -> Splits:
-        """From any numbers: lists, arrays, tensors on the host."""
+        """Make splits from any numbers: lists, arrays, tensors on the host."""
         return cls(tuple(map(int, sent)), tuple(map(int, received)), group)
 
     def reversed(self) -> Splits:
-        """The way back."""
+        """The splits of the way back: what was received is sent."""
         return Splits(self.received, self.sent, self.group)
 
 

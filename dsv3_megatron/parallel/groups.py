@@ -144,11 +144,11 @@ class PipelinePosition:
         self._rank, self._size = rank, size
 
     def rank(self) -> int:
-        """As of a process group."""
+        """Give the pipeline rank that this object stands for, as a process group does."""
         return self._rank
 
     def size(self) -> int:
-        """As of a process group."""
+        """Give the number of pipeline ranks, as a process group does."""
         return self._size
 
 

@@ -23,10 +23,10 @@ class StageLayout:
     Attributes:
         stage: Position in the pipeline, from 0.
         layer_ids: Global 0-based ids of its transformer layers, in order.
-        has_embedding: It turns token ids into hidden states.
+        has_embedding: The stage turns token ids into hidden states.
         mtp_layer_ids: 0-based depths of its MTP modules; they bring their own copy of the embedding
             where has_embedding is False.
-        has_loss: It holds the final norm, the output head and the losses.
+        has_loss: The stage holds the final norm, the output head and the losses.
     """
 
     stage: int
@@ -65,7 +65,7 @@ def stage_layouts(model: ModelConfig, parallel: ParallelConfig) -> list[StageLay
 
 
 def layout_string(layouts: list[StageLayout]) -> str:
-    """The same layout in Megatron-Core's notation, e.g. `Ett|tt|ttmL`."""
+    """Write a layout in Megatron-Core's notation, e.g. `Ett|tt|ttmL`."""
     return "|".join(
         "E" * layout.has_embedding + "t" * len(layout.layer_ids) + "m" * len(layout.mtp_layer_ids)
         + "L" * layout.has_loss

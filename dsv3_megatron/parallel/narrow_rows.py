@@ -30,7 +30,8 @@ class Narrow:
     Attributes:
         direction: "forward": rows travel in FP8 and their gradients as they are; "backward": the other way round.
         backend: Packs and unpacks.
-        records: With "forward", the rows as `permuted_records` made them; None: they are packed when they are sent.
+        records: Records of the rows as `permuted_records` made them, with "forward"; None: the rows are packed when
+            they are sent.
     """
 
     direction: str
@@ -47,9 +48,9 @@ def permuted_records(x_TH: torch.Tensor, token_of_row_R: torch.Tensor, backend: 
     """A record for each row, and what stands for the rows in autograd.
 
     Args:
-        x_TH: Tokens.
+        x_TH: Tokens' hidden states, before they are put in the order of rows.
         token_of_row_R: int64, the token of each row, every token in equally many.
-        backend: Packs.
+        backend: Implementation that packs rows into records.
 
     Returns:
         [R, H] in x's dtype without values (all NaN, no memory), to be exchanged together with the records: its
@@ -69,7 +70,7 @@ def exchange_rows(rows_RH: torch.Tensor, splits: Splits | None, narrow: Narrow) 
     """A differentiable all-to-all of rows, in FP8 in one direction.
 
     Args:
-        rows_RH: By receiving rank.
+        rows_RH: Rows to send, in the order of the receiving ranks.
         splits: How many rows go where; None with one rank.
         narrow: Which direction.
 

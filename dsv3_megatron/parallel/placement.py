@@ -24,12 +24,12 @@ Placement = tuple[tuple[Place, ...], ...]  # by rank, by chunk
 
 
 def place_stages(schedule: str, num_ranks: int, stages_per_rank: int) -> Placement:
-    """Where the stages are.
+    """Put the stages of a model on pipeline ranks.
 
     Args:
         schedule: One of SCHEDULES.
         num_ranks: P; even for dualpipe.
-        stages_per_rank: Of one copy of the model.
+        stages_per_rank: Stages that a rank holds of one copy of the model.
     """
     ranks = range(num_ranks)
     if schedule == "dualpipe":
@@ -43,5 +43,5 @@ def place_stages(schedule: str, num_ranks: int, stages_per_rank: int) -> Placeme
 
 
 def placement(parallel: ParallelConfig) -> Placement:
-    """Where a run's stages are."""
+    """Put the stages of a run's model on its pipeline ranks."""
     return place_stages(parallel.schedule, parallel.pipeline_model_parallel_size, parallel.stages_per_rank)

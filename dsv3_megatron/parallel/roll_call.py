@@ -47,9 +47,9 @@ class RollCall:
     """A meeting of `size` processes in the store of rank 0's host.
 
     Args:
-        name: Of the meeting; its processes give the same.
+        name: Name of the meeting; its processes give the same.
         address: Host of rank 0.
-        port: Where the store listens, on that host.
+        port: Port on that host at which the store listens.
         rank: This process's, 0 to size - 1.
         size: Processes that meet.
         has_server: The store is served by somebody else (torchrun); otherwise rank 0 serves it.
@@ -142,7 +142,7 @@ def meet_ranks(processes: Processes) -> None:
     """Meet the other ranks of a run before torch.distributed starts.
 
     Raises:
-        ConfigError, PeerError: as of RollCall.
+        ConfigError, PeerError: rank 0 cannot listen, or another rank did not come or has an error, as `RollCall` says.
     """
     if processes.world_size > 1:
         _open(processes, _MEET_S).meet()
@@ -181,13 +181,13 @@ def meet_nodes(processes: Processes, node_rank: int, num_nodes: int, error: str 
     """Meet the launcher's checks of the other nodes, or tell them what is wrong here.
 
     Args:
-        processes: Where the run's rank 0 will be.
+        processes: The node's processes, which name the host and port of the run's rank 0.
         node_rank: This node's.
         num_nodes: Nodes that meet.
         error: What is wrong here; None: nothing.
 
     Raises:
-        ConfigError, PeerError: as of RollCall.
+        ConfigError, PeerError: rank 0 cannot listen, or another node did not come or has an error, as `RollCall` says.
     """
     call = RollCall("nodes", processes.require_address(), processes.port, node_rank, num_nodes, unit="node",
                     patience_s=_MEET_S if error is None else _EXCUSE_S)

@@ -28,11 +28,11 @@ class AuditRow:
     Attributes:
         theirs: Dtype in Hugging Face's checkpoint, as its files name it.
         ours: Dtype in our checkpoint.
-        num_tensors: How many.
-        their_bytes: In Hugging Face's checkpoint, block scales included.
-        our_bytes: In ours.
-        num_identical: Of these tensors, those that are equal bit for bit, FP8 dequantized to our dtype.
-        largest_difference: Between any two elements; infinite where only one of them is a number.
+        num_tensors: How many tensors have these two dtypes.
+        their_bytes: Bytes in Hugging Face's checkpoint, block scales included.
+        our_bytes: Bytes in our checkpoint.
+        num_identical: Tensors among them that are equal bit for bit, FP8 dequantized to our dtype.
+        largest_difference: Largest difference between two elements; infinite where only one of them is a number.
         where: Hugging Face's name of the tensor with that difference.
     """
 

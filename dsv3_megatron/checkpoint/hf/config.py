@@ -102,7 +102,7 @@ def model_config_from_json(config: dict[str, Any], source: str = "config.json") 
     """The architecture that a `config.json` describes.
 
     Args:
-        config: Its content.
+        config: Content of the file.
         source: What to call it in messages.
 
     Returns:
@@ -169,8 +169,8 @@ def model_config_to_json(model: ModelConfig, *, dtype: str, is_fp8: bool = False
         dtype: "bfloat16" or "float32", of the weights that are not FP8.
         is_fp8: Whether the matrices are stored in block-wise FP8.
         bos_token_id: The tokenizer's, if it has one.
-        eos_token_id: Likewise.
-        pad_token_id: Likewise; programs that train on do not change its embedding.
+        eos_token_id: The tokenizer's end-of-sequence token, if it has one.
+        pad_token_id: The tokenizer's padding token, if it has one; programs that train on do not change its embedding.
 
     Raises:
         CheckpointError: affinities, routing, norm or rotary settings that `config.json` cannot express.
@@ -242,7 +242,7 @@ def check_quantization(config: dict[str, Any], source: str = "config.json") -> b
     """Whether the file says that matrices are block-wise FP8.
 
     Raises:
-        CheckpointError: they are quantized in another way.
+        CheckpointError: the matrices are quantized in another way.
     """
     stated = config.get("quantization_config")
     if stated is None:

@@ -45,8 +45,8 @@ class HuggingFaceDirectory:
         model: The architecture; without MTP modules where the folder has none of their tensors, as `transformers`
             writes it whatever its `config.json` says.
         tensors: The model's tensors by name, those of left-out copies not.
-        stored: Where every tensor's bytes are, block scales included; by their published names, also where the file
-            has the experts of a layer in one tensor.
+        stored: Places of every tensor's bytes, block scales included; by their published names, also where the file has
+            the experts of a layer in one tensor.
         beside: Tensors that the model does not need: stored frequencies of the rotary embedding.
         is_fp8: Whether any matrix is stored in FP8.
 
@@ -86,7 +86,7 @@ class HuggingFaceDirectory:
 
         Args:
             name: Hugging Face's name.
-            dtype: To convert to; None keeps the stored one, BF16 for FP8. FP8 times scale is computed in FP32.
+            dtype: Dtype to convert to; None keeps the stored one, BF16 for FP8. FP8 times scale is computed in FP32.
 
         Raises:
             CheckpointError: a scale is not a positive finite number, or the file cannot be read.

@@ -30,7 +30,7 @@ def export_run(source: str, output: str, iteration: int, *, precision: str, is_w
         precision: "bf16" or "fp32", of the weights as trained: of the files too.
         is_without_mtp: Leave the MTP modules out.
         license_id: The hub's name of a licence, for the model card.
-        losses: Of the run, for the model card.
+        losses: Last losses of the run, for the model card.
 
     Returns:
         The folder.

@@ -27,7 +27,8 @@ class Losses:
 
     Attributes:
         training: Next-token cross-entropy of the exported step; None if it is not known.
-        validation: The same on validation data, of the last validation up to that step.
+        validation: Next-token cross-entropy on validation data, of the last validation up to that step; None if it is
+            not known.
         validation_iteration: Which step that was.
     """
 
@@ -41,9 +42,9 @@ class Counts:
     """Parameters of a model.
 
     Attributes:
-        main: Without MTP modules; router biases, which no gradient trains, not counted.
-        active: Of these, those that a token passes through.
-        mtp: Of the MTP modules, without their copies of embedding and head.
+        main: Parameters without MTP modules; router biases, which no gradient trains, not counted.
+        active: Parameters among `main` that a token passes through.
+        mtp: Parameters of the MTP modules, without their copies of embedding and head.
     """
 
     main: int
@@ -73,11 +74,11 @@ def model_card(model: ModelConfig, manifest: Manifest, shards: Sequence[Shard], 
 
     Args:
         model: The architecture as exported.
-        manifest: Of the checkpoint.
+        manifest: What the exported checkpoint says of itself.
         shards: The files of weights.
-        dtype: Of the export.
+        dtype: Dtype of the export: "bf16", "fp8" or "fp32".
         license_id: The hub's name of a licence.
-        losses: Of the run, where they are known.
+        losses: Last losses of the run, where they are known.
         has_tokenizer: A tokenizer is among the files.
         is_average: The weights are the moving average of the run's.
     """

@@ -32,12 +32,12 @@ class HuggingFaceTensor:
     """One tensor of a Hugging Face checkpoint.
 
     Attributes:
-        name: Its name there.
-        shape: Its shape; linear weights are [out, in].
+        name: Name in the Hugging Face checkpoint.
+        shape: Lengths of the axes; linear weights are [out, in].
         storage: How the published checkpoint stores it.
         parameter: Global name of our parameter that it is a part of, or of a router's bias.
-        first_row: Where its rows begin in that parameter.
-        is_copy: It is an MTP module's stored copy of the main model's embedding or head, which may be left out.
+        first_row: Row of that parameter at which the tensor begins.
+        is_copy: The tensor is an MTP module's stored copy of the main model's embedding or head, which may be left out.
     """
 
     name: str
@@ -49,6 +49,7 @@ class HuggingFaceTensor:
 
     @property
     def num_elements(self) -> int:
+        """Number of elements in the tensor."""
         return math.prod(self.shape)
 
     @property
@@ -90,7 +91,7 @@ def hugging_face_tensors(model: ModelConfig) -> list[HuggingFaceTensor]:
 
 
 def tensors_by_parameter(model: ModelConfig) -> dict[str, tuple[HuggingFaceTensor, ...]]:
-    """For each of our parameters, and each router's bias, the tensors that are it, from its first row on.
+    """The tensors that make up each of our parameters and each router's bias, from its first row on.
 
     Copies in MTP modules and tensors without elements are not listed.
     """
@@ -108,7 +109,7 @@ def layer_of(name: str) -> int | None:
 
 
 def checkpoint_place(parameter: str) -> tuple[str, int | None]:
-    """Where a checkpoint of ours holds a parameter: the tensor's key, and the index in its first dimension.
+    """Place of a parameter in a checkpoint of ours: the tensor's key, and the index in its first dimension.
 
     Routed experts of a layer are stacked in one tensor; the index is the expert's. For all else it is None.
     """

@@ -92,12 +92,12 @@ def check_stored_frequencies(model: ModelConfig, name: str, stored: torch.Tensor
 
     Args:
         model: The architecture of the `config.json`.
-        name: Of the tensor, with its file, for the message.
+        name: Name of the tensor, with its file, for the message.
         stored: Radians per token of each pair, [qk_rope_head_dim / 2]. Under YaRN those before the extension are as
             good: some programs store these.
 
     Raises:
-        CheckpointError: they are others: the weights were trained with another rotary embedding.
+        CheckpointError: the frequencies are others: the weights were trained with another rotary embedding.
     """
     tolerance = _FREQUENCY_TOLERANCE[stored.dtype]
     expected = [plain_frequencies(model.qk_rope_head_dim, model.rotary_base)]

@@ -29,15 +29,15 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes are.
+    """Place of a tensor's bytes in a safetensors file, with its dtype and shape.
 
     Attributes:
-        name: Its name.
+        name: Name of the tensor in the file.
         dtype: One of `DTYPES`.
-        shape: Its shape.
+        shape: Lengths of the tensor's axes.
         file: The file.
         offset: First byte in the file.
-        num_bytes: Length.
+        num_bytes: Bytes that the values take.
     """
 
     name: str
@@ -95,8 +95,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a file, by name; the file must be as long as they say.
 
     Raises:
-        CheckpointError: it is missing, truncated, or no safetensors file, or a tensor has a dtype that this library
-            does not read.
+        CheckpointError: the file is missing, truncated, or no safetensors file, or a tensor has a dtype that this
+            library does not read.
     """
     text = read_header_text(file)
     start = 8 + len(text.encode("utf-8"))

@@ -38,6 +38,7 @@ class ShardEntry:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes that the tensor's values take."""
         return self.dtype.itemsize * math.prod(self.shape)
 
 
@@ -107,7 +108,7 @@ def shard_from_header(file: str, header: str) -> Shard:
     The experts of a layer that are one tensor in the file are an entry each: these are the names of the weights.
 
     Args:
-        file: Its name.
+        file: Name of the file.
         header: The header's text, padding included.
     """
     prefix = len(header.encode()).to_bytes(8, "little") + header.encode()
@@ -126,7 +127,7 @@ def shard_from_header(file: str, header: str) -> Shard:
 
 
 def index_json(shards: Sequence[Shard]) -> dict[str, Any]:
-    """Content of `model.safetensors.index.json`."""
+    """Make the content of `model.safetensors.index.json`: the bytes of all tensors, and the file of each."""
     return {"metadata": {"total_size": sum(entry.num_bytes for shard in shards for entry in shard.entries)},
             "weight_map": {entry.name: shard.file for shard in shards for entry in shard.entries}}
 

@@ -66,11 +66,11 @@ def side_files(weights: MegatronWeights, model: ModelConfig, shards: Sequence[Sh
         weights: The checkpoint.
         model: The architecture as exported: without MTP modules where these are left out.
         shards: The files of weights.
-        dtype: Of the export.
-        is_again: It becomes its source again, byte for byte.
+        dtype: Dtype of the export: "bf16", "fp8" or "fp32".
+        is_again: The checkpoint becomes its source again, byte for byte.
         tokenizer: Folder of the tokenizer; None: what the checkpoint carries, which may be nothing.
         license_id: The hub's name of a licence, for the model card.
-        losses: Of the run, where they are known.
+        losses: Last losses of the run, where they are known.
 
     Raises:
         CheckpointError: a file of the tokenizer cannot be read, or the architecture cannot be exported.

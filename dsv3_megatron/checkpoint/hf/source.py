@@ -40,7 +40,7 @@ class Source:
         config: Text of its `config.json`.
         index: Text of its index; None where it was one file without.
         headers: Text of each file's header, by the file's name.
-        scales: Its block scales by name, and stored tables that are no weights.
+        scales: Block scales by name, and stored tables that are no weights.
     """
 
     config: str
@@ -50,7 +50,7 @@ class Source:
 
     @property
     def shards(self) -> list[Shard]:
-        """Its files, to be written again byte for byte."""
+        """The source's files of weights, to be written again byte for byte."""
         return [shard_from_header(file, header) for file, header in self.headers.items()]
 
     @property
@@ -90,7 +90,7 @@ def read_source(folder: Path) -> Source | None:
     """What a checkpoint of ours keeps of the one it was converted from; None for a training run's.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: what the checkpoint keeps of its source cannot be read.
     """
     file = folder / DESCRIPTION
     if not file.is_file():

@@ -29,9 +29,9 @@ class Part:
     """One expert's tensor inside a fused one.
 
     Attributes:
-        name: Its published name.
-        shape: Its shape.
-        offset_bytes: Where it begins in the fused tensor.
+        name: Published name of the expert's tensor.
+        shape: Lengths of the axes of the expert's tensor.
+        offset_bytes: First byte within the fused tensor.
     """
 
     name: str
@@ -53,12 +53,12 @@ def parts_of_fused(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ite
     """The experts' tensors in a fused one, in the order of their bytes.
 
     Args:
-        name: For which `is_fused` holds.
-        shape: Of the fused tensor.
-        dtype: Likewise.
+        name: Name of the fused tensor, for which `is_fused` holds.
+        shape: Lengths of the axes of the fused tensor.
+        dtype: Dtype of the fused tensor.
 
     Raises:
-        ValueError: it has not three dimensions, or rows that do not divide into gate and up.
+        ValueError: the tensor has not three dimensions, or rows that do not divide into gate and up.
     """
     match = _FUSED.fullmatch(name)
     assert match is not None

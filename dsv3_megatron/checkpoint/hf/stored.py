@@ -33,12 +33,12 @@ class MegatronWeights:
 
     Attributes:
         manifest: What it says of itself.
-        model: Its architecture.
+        model: Architecture that the checkpoint is of.
         source: The Hugging Face checkpoint it was converted from, if it was.
 
     Raises:
-        CheckpointError: it is missing, truncated, corrupt, of a model that this library does not know,
-            or has no average.
+        CheckpointError: the checkpoint is missing, truncated, corrupt, of a model that this library does not know, or
+            has no average.
     """
 
     def __init__(self, directory: str | Path, iteration: int | None = None, *, is_average: bool = False) -> None:

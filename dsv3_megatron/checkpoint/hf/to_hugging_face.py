@@ -48,7 +48,7 @@ class Export:
     """A conversion that is ready to run, by one process or by several that each write a part of the files.
 
     Attributes:
-        place: Where it is made.
+        place: Folder in which the files are made, and what is finished of them.
         pieces: The files of weights.
         finish: Writes the rest; called once, when all pieces are finished.
         is_master: The fp32 master weights are exported, where the checkpoint has them.
@@ -63,7 +63,7 @@ class Export:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files of weights."""
+        """Bytes of all files of weights together."""
         return sum(piece.num_bytes for piece in self.pieces)
 
 
@@ -88,7 +88,7 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
         is_average: Export the moving average of the weights.
         is_without_mtp: Leave the MTP modules out.
         license_id: The hub's name of a licence, for the model card.
-        losses: Of the run, for the model card.
+        losses: Last losses of the run, for the model card.
         progress: Told what is done.
 
     Returns:

@@ -11,13 +11,13 @@ def typed_number(name: str, value: Any, is_float: bool, source: str) -> Any:
     """The value as a float or as a whole number.
 
     Args:
-        name: Of the setting, for the message.
-        value: As the file has it.
+        name: Name of the setting, for the message.
+        value: The setting's value as the file has it.
         is_float: Which of the two.
         source: What to call the file in messages.
 
     Raises:
-        CheckpointError: it is neither, a whole number is asked for and it has a fraction, or it is not finite.
+        CheckpointError: the value is no number, a whole number is asked for and it has a fraction, or it is not finite.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and is_float:

@@ -40,7 +40,7 @@ class Piece:
     """One file of the result.
 
     Attributes:
-        name: Its path below the result.
+        name: Path of the file below the result.
         num_bytes: About how long it will be.
         write: Writes it to the given path, telling the bytes it has written; returns what to remember of it, plain
             values. Runs in a thread of its own.
@@ -110,7 +110,7 @@ class Workplace:
         """Start or go on with the conversion.
 
         Args:
-            num_bytes: Of the whole result, to compare with the free disk space.
+            num_bytes: Bytes of the whole result, to compare with the free disk space.
 
         Raises:
             CheckpointError: the output is not empty, another conversion is or was under way, or the disk is too small.
@@ -134,7 +134,7 @@ class Workplace:
 
         Args:
             pieces: Files of the result; several processes may each run a part of them.
-            num_workers: Threads.
+            num_workers: Threads that write, each a file at a time.
             report: Told the bytes written, from any thread; and at once those of pieces that were finished before.
 
         Raises:

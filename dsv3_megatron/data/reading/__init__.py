@@ -1,4 +1,4 @@
-"""From files to texts: which files, their bytes, their lines and rows, the blocks in which a job takes them.
+"""Makes texts of files: which files, their bytes, their lines and rows, the blocks in which a job takes them.
 
     inputs.py     patterns -> files with a format; shards of a job     streams.py    bytes: decompression, whole lines
     folders.py    what lies in a folder, links followed                contents.py   what a file holds, by its beginning

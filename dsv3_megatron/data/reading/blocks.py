@@ -24,7 +24,7 @@ _MAX_ROWS = 65_536
 
 @dataclass(frozen=True)
 class Position:
-    """Where the next block begins: in which file, at which byte (uncompressed), or row of Parquet."""
+    """The place at which the next block begins: in which file, at which byte (uncompressed), or row of Parquet."""
 
     file: int = 0
     offset: int = 0
@@ -46,9 +46,9 @@ class Block:
     Attributes:
         file: Index of the file; of text files, of the first.
         start: First byte (lines) or row (Parquet); 0 for text files.
-        stop: Behind the last; for text files, how many of them.
+        stop: Byte or row behind the last; for text files, how many of them.
         data: Lines, or a Column for each key; None for what lies on disk.
-        next: Where the next block begins.
+        next: Place at which the next block begins.
         input_bytes: Bytes on disk of this shard's input that are done with this block.
         reject: A fault of the input behind this block's data.
     """
@@ -68,7 +68,7 @@ class Block:
         return replace(self, data=None), self.data
 
     def attach_lines(self, lines: bytes | bytearray | None) -> Block:
-        """Undo `detach_lines`."""
+        """Put back the lines that `detach_lines` took out of the block."""
         return self if lines is None else replace(self, data=lines)
 
 
@@ -84,10 +84,10 @@ def iterate_blocks(
     """Yield the blocks of a shard from a position on.
 
     Args:
-        files: Of the whole job.
+        files: Inputs of the whole job.
         portions: What belongs to this shard, in order.
         keys: Columns of Parquet.
-        position: From an earlier block's `next`, or Position() for the beginning.
+        position: Position to begin at: an earlier block's `next`, or Position() for the beginning.
         max_line_bytes: A longer line is left out with a Reject.
         block_bytes: Size to aim at.
     """

@@ -38,7 +38,7 @@ _FOREIGN_SUFFIXES = {
 
 @dataclass(frozen=True)
 class Content:
-    """What `look_into` found.
+    """The kind of a file's content, as `look_into` found it.
 
     Attributes:
         format: "jsonl", "parquet", "text", or "" for an empty file and what is not read here.
@@ -83,14 +83,15 @@ def is_parquet(head: bytes) -> bool:
 
 
 def look_into(path: str, suffix: str) -> Content:
-    """What a file on disk holds.
+    """Find out what a file on disk holds.
 
     Args:
-        path: Of the file.
-        suffix: Of its name, lower case, behind which a compression's may have stood; decides about CSV and archives.
+        path: Path of the file.
+        suffix: Ending of the file's name, lower case, behind which a compression's may have stood; decides about CSV
+            and archives.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as stream:
         head = stream.read(_HEAD_BYTES)

@@ -89,11 +89,11 @@ class Record:
 
 
 class RecordReader:
-    """Reads blocks.
+    """Reads the documents of blocks.
 
     Args:
-        files: Of the whole job; blocks point at them.
-        keys: Of the texts in each record.
+        files: Inputs of the whole job; blocks point at them.
+        keys: Names of the texts in each record.
         max_document_bytes: Longer texts need not be read.
         is_long_split: Give the texts of long lines in pieces.
     """
@@ -291,10 +291,10 @@ def sample_documents(
     Files that can be cut are sampled in four places, others at their beginning; pipes cannot be sampled.
 
     Args:
-        files: Of the whole job.
-        portions: Those to sample.
-        keys: Of the texts.
-        max_bytes: Of text in all, shared by the files.
+        files: Inputs of the whole job.
+        portions: Portions of the files that are sampled.
+        keys: Names of the texts in each record.
+        max_bytes: Bytes of text in all, shared by the files.
     """
     reader = RecordReader(files, keys)
     share = max(2000, max_bytes // max(1, len(portions)))

@@ -68,7 +68,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read I/N.
+        """Read a shard that is written as I/N.
 
         Raises:
             ValueError: not two whole numbers with 1 <= I <= N.
@@ -110,7 +110,7 @@ def expand_inputs(patterns: Sequence[str], *, format: str = "auto") -> list[Inpu
 
     Args:
         patterns: Paths, globs, folders, pipes, or "-" for standard input.
-        format: Of all of them; "auto" goes by names and contents.
+        format: Format of all the files; "auto" goes by names and contents.
 
     Raises:
         ValueError: a pattern matches no file, or one is of a kind that cannot be read, or not as this format.

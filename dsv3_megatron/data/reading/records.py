@@ -42,7 +42,7 @@ class Reject:
 
 
 class RecordError(ValueError):
-    """Carries a Reject."""
+    """Error that carries a Reject."""
 
     def __init__(self, reason: str, detail: str, way_out: str, byte: int = 0) -> None:
         super().__init__(f"{detail}; {way_out}")
@@ -53,7 +53,7 @@ class LineParser:
     """Takes the texts out of JSON lines.
 
     Args:
-        keys: Of the texts, in the order wanted.
+        keys: Names of the texts, in the order wanted.
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
@@ -77,10 +77,10 @@ class LineParser:
         return [getattr(record, name) for name in self._fields]
 
     def parse_long(self, line: memoryview) -> list[Iterator[str]]:
-        """As `parse`, for a line of any length: each text in pieces.
+        """Take the texts out of a line of any length, each in pieces.
 
         Raises:
-            RecordError: likewise; for an error inside a text's string, when its piece is asked for.
+            RecordError: the line is rejected; for an error inside a text's string, when its piece is asked for.
         """
         try:
             record = self._decode_raw(line)

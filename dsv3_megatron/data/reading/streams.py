@@ -108,7 +108,7 @@ def line_blocks(
     """Whole lines of a stream, in blocks.
 
     Args:
-        stream: At its beginning.
+        stream: Open stream, at its beginning.
         start: Byte at which the first wanted line begins.
         block_bytes: Size to aim at.
         max_line_bytes: A longer line is read but left out.

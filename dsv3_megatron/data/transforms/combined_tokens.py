@@ -115,7 +115,7 @@ class CombinedTokenSplitter:
     """Replaces occurrences of combined tokens by their pieces; a pure function of a document. Picklable.
 
     Args:
-        tokens: From `find_combined_tokens`.
+        tokens: Combined tokens that `find_combined_tokens` found.
         rate: Probability of each occurrence. With 0 the arrays come back as they are.
         seed: Chooses the occurrences, together with the document's text.
 

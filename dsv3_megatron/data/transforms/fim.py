@@ -100,7 +100,7 @@ class FimTransform:
 
     Args:
         options: Rates and seed.
-        sentinels: From `find_fim_sentinels`.
+        sentinels: Ids of the three marks, as `find_fim_sentinels` found them.
     """
 
     options: FimOptions
@@ -138,7 +138,7 @@ def invert_fim(ids: Sequence[int], sentinels: FimSentinels) -> tuple[list[int], 
 
     Args:
         ids: One document. It need not have been cut.
-        sentinels: Those it was cut with.
+        sentinels: Ids of the marks that the document was cut with.
 
     Returns:
         The ids of prefix, suffix and middle. The document's text is prefix + middle + suffix, each decoded on its own

@@ -55,6 +55,6 @@ class DocumentRandom:
         return hashlib.shake_256(digest).digest(count * _NUMBER_BYTES)
 
     def draw(self, document: str | bytes, count: int) -> list[int]:
-        """The same numbers as integers in 0 .. NUMBER_RANGE - 1."""
+        """Draw `count` of a document's numbers, integers in 0 .. NUMBER_RANGE - 1."""
         data = self.draw_bytes(document, count)
         return [int.from_bytes(data[i : i + _NUMBER_BYTES], "little") for i in range(0, len(data), _NUMBER_BYTES)]

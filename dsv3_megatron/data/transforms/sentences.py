@@ -100,7 +100,7 @@ def load_installed_model(language: str = "english") -> PunktModel | None:
     """The Punkt model of a language from NLTK's local data; None if it is not installed.
 
     Args:
-        language: As NLTK names its models; Megatron-LM's --lang.
+        language: Name of the language as NLTK names its models; Megatron-LM's --lang.
 
     Raises:
         ValueError: a name that no model can have, or installed data that is damaged or that NLTK refuses to read.
@@ -197,7 +197,7 @@ class SentenceSplitter:
     """Splits documents into sentences. Picklable: a worker makes its tokenizer when it first splits.
 
     Args:
-        model: From `load_installed_model` or `train_model`.
+        model: Punkt model that `load_installed_model` or `train_model` gave.
         keep_newlines: Give each sentence the white space behind it, so that the sentences joined are the document.
             Otherwise white space between sentences and at the end is dropped, as in Megatron-LM.
     """
@@ -250,13 +250,14 @@ def make_splitter(
     """A splitter with the installed model of a language, or else with one learned from the sample.
 
     Args:
-        sample_texts: See `train_model`; not touched where a model is installed.
+        sample_texts: Texts to learn a model from; not touched where a model is installed.
         language: Megatron-LM's --lang.
-        keep_newlines: See `SentenceSplitter`.
-        max_sample_characters: See `train_model`.
+        keep_newlines: Give each sentence the white space behind it, so that the sentences joined are the document.
+        max_sample_characters: Characters of the sample that are learned from at most.
 
     Raises:
-        ValueError: see `load_installed_model` and `train_model`.
+        ValueError: the name can be no model's, installed data is damaged or refused by NLTK, or nothing can be learned
+            from the texts.
     """
     model = load_installed_model(language)
     if model is None:
