@@ -77,14 +77,14 @@ def _gemm_kernel(a_desc, b_desc, c_ptr, a_scales_ptr, b_scales_ptr, table_ptr, M
 
 def gemm(a_MK: torch.Tensor, a_scales: torch.Tensor, b_NK: torch.Tensor, b_scales: torch.Tensor, *,
          dtype: torch.dtype, add_to: torch.Tensor | None = None, config: GemmConfig | None = None) -> torch.Tensor:
-    """A B^T with scales per row or per 128 rows, for every 128 of K.
+    """Multiply A B^T with scales per row or per 128 rows, for every 128 of K.
 
     Args:
-        a_MK: E4M3, rows starting at multiples of 16 bytes.
+        a_MK: E4M3 matrix, rows starting at multiples of 16 bytes.
         a_scales: fp32 [M or ceil(M/128), ceil(K/128)], any strides.
-        b_NK: Likewise.
-        b_scales: Likewise.
-        dtype: Of the result: bf16 or fp32.
+        b_NK: E4M3 matrix, rows starting at multiples of 16 bytes.
+        b_scales: fp32 [N or ceil(N/128), ceil(K/128)], any strides.
+        dtype: Dtype of the result: bf16 or fp32.
         add_to: fp32 [M, N] to add to instead.
         config: Tile sizes; None looks them up.
 
@@ -108,22 +108,22 @@ def gemm(a_MK: torch.Tensor, a_scales: torch.Tensor, b_NK: torch.Tensor, b_scale
 
 def grouped_gemm(a_RK: torch.Tensor, a_scales: torch.Tensor, b_eNK: torch.Tensor, b_scales: torch.Tensor,
                  counts: Sequence[int], *, dtype: torch.dtype, config: GemmConfig | None = None) -> torch.Tensor:
-    """Each row of A, sorted by expert, times its expert's matrix.
+    """Multiply each row of A, sorted by expert, by its expert's matrix.
 
     Args:
-        a_RK: E4M3.
+        a_RK: E4M3 matrix, rows starting at multiples of 16 bytes.
         a_scales: fp32 [R, ceil(K/128)].
         b_eNK: E4M3, contiguous.
         b_scales: fp32 [e, ceil(N/128), ceil(K/128)].
         counts: Rows of each expert, zero allowed; known on the host.
-        dtype: Of the result.
+        dtype: Dtype of the result: bf16 or fp32.
         config: Tile sizes; None looks them up.
 
     Returns:
         [R, N].
 
     Raises:
-        ValueError: As for `gemm`.
+        ValueError: Rows that TMA cannot address, or widths or scales that do not fit.
     """
     experts, columns, depth = b_eNK.shape
     flat = b_eNK.reshape(experts * columns, depth)

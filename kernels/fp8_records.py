@@ -78,7 +78,7 @@ def unpack_records(records: torch.Tensor, width: int, dtype: torch.dtype) -> tor
     """Undo `pack_records`: [R, width] in `dtype`, which holds E4M3 times a power of two exactly.
 
     Raises:
-        ValueError: As for `pack_records`.
+        ValueError: A width that the records cannot have, as in `pack_records`.
     """
     _check_width("unpack_records", width)
     rows = records.shape[0]

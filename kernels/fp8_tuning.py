@@ -89,7 +89,7 @@ def _next_power_of_2(size: int) -> int:
 
 
 def tuning_file() -> Path:
-    """Where measured configurations are kept."""
+    """The file in which measured configurations are kept."""
     named = os.environ.get("DSV3_FP8_TUNING")
     if named:
         return Path(named)
@@ -101,8 +101,8 @@ def write_tuning(results: dict[str, Tuned], device: str) -> Path:
     """Add measurements of a device to the file; others' stay.
 
     Args:
-        results: By `shape_key`.
-        device: Its name, as `torch.cuda.get_device_name` gives it.
+        results: Fastest implementations by `shape_key`.
+        device: Name of the device, as `torch.cuda.get_device_name` gives it.
     """
     path = tuning_file()
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -116,7 +116,7 @@ def write_tuning(results: dict[str, Tuned], device: str) -> Path:
 
 
 def read_tuning(device: str) -> dict[str, Tuned]:
-    """A device's measurements.
+    """Read what was measured on a device, by `shape_key`.
 
     Raises:
         ValueError: the file cannot be read as what `write_tuning` writes.

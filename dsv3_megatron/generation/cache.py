@@ -27,11 +27,11 @@ KV_CACHES = ("latent", "full")
 
 @dataclass(frozen=True)
 class Places:
-    """Where tokens go, and what new ones may see.
+    """The places that tokens take in a cache, and what new ones may see.
 
     Attributes:
         rows_T: int64, the cache's row of each token.
-        positions_T: int64, its position in that row.
+        positions_T: int64, the position of each token in that row.
         limit: Positions up to here are looked at: the largest position + 1.
         hidden_BQC: True where position c < limit comes after token q's own; None where none does.
     """
@@ -69,12 +69,12 @@ class LatentCache:
     """Latents and rotated shared keys, beside each other; decoding is absorbed.
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
         num_layers: Layers that keep something here.
-        num_rows: Sequences.
+        num_rows: Sequences that the cache holds.
         capacity: Positions of each.
-        dtype: Of the entries.
-        device: Where.
+        dtype: Dtype of the entries.
+        device: Device of the entries.
 
     Source: DeepSeek-V3 report, section 2.1.1: only the boxed vectors of eq. 1 and 3 need to be cached. c_kv is kept
     after its norm, as in the published code.
@@ -89,10 +89,12 @@ class LatentCache:
 
     def fill(self, layer: int, places: Places, entry_TW: torch.Tensor, key_TND: torch.Tensor, value_TNV: torch.Tensor
              ) -> None:
+        """Keep the entries of tokens, latent and shared key beside each other; keys and values are not kept."""
         self.entries_LBCW[layer][places.rows_T, places.positions_T] = entry_TW
 
     def attend(self, layer: int, places: Places, attention: Attention, query_TND: torch.Tensor, entry_TW: torch.Tensor
                ) -> torch.Tensor:
+        """Keep the entries of new tokens, and give the attention of their queries to the cache, [T, N, V]."""
         entries_BCW = self.entries_LBCW[layer]
         entries_BCW[places.rows_T, places.positions_T] = entry_TW
         return absorbed_attention(
@@ -100,10 +102,12 @@ class LatentCache:
             attention.up_NVK, softmax_scale=attention.softmax_scale, hidden_BQC=places.hidden_BQC)
 
     def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, which then count from 0 in this order."""
         self.entries_LBCW = self.entries_LBCW[:, list(rows)]
 
     @property
     def bytes_per_token(self) -> int:
+        """Bytes that one position takes, over all layers."""
         return _bytes_per_position(self.entries_LBCW)
 
 
@@ -120,11 +124,13 @@ class FullCache:
 
     def fill(self, layer: int, places: Places, entry_TW: torch.Tensor, key_TND: torch.Tensor, value_TNV: torch.Tensor
              ) -> None:
+        """Keep the whole keys and values of tokens; entries are not kept."""
         self.keys_LBNCD[layer].transpose(1, 2)[places.rows_T, places.positions_T] = key_TND
         self.values_LBNCV[layer].transpose(1, 2)[places.rows_T, places.positions_T] = value_TNV
 
     def attend(self, layer: int, places: Places, attention: Attention, query_TND: torch.Tensor, entry_TW: torch.Tensor
                ) -> torch.Tensor:
+        """Keep the keys and values of new tokens, and give the attention of their queries to the cache, [T, N, V]."""
         self.fill(layer, places, entry_TW, *attention.expand(entry_TW))
         keys_BNCD, values_BNCV = self.keys_LBNCD[layer], self.values_LBNCV[layer]
         return full_attention(
@@ -132,10 +138,12 @@ class FullCache:
             softmax_scale=attention.softmax_scale, hidden_BQC=places.hidden_BQC)
 
     def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, which then count from 0 in this order."""
         self.keys_LBNCD, self.values_LBNCV = self.keys_LBNCD[:, list(rows)], self.values_LBNCV[:, list(rows)]
 
     @property
     def bytes_per_token(self) -> int:
+        """Bytes that one position takes, over all layers."""
         return _bytes_per_position(self.keys_LBNCD.transpose(2, 3)) + _bytes_per_position(
             self.values_LBNCV.transpose(2, 3))
 

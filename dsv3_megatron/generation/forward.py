@@ -34,8 +34,8 @@ class Prompts:
     """Sequences of ids packed into one row.
 
     Attributes:
-        lengths: Tokens of each.
-        tokens_T: Their ids, one sequence after the other.
+        lengths: Tokens of each sequence.
+        tokens_T: Ids of all sequences, one sequence after the other.
     """
 
     lengths: tuple[int, ...]
@@ -49,7 +49,7 @@ class Prompts:
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """Where each begins, and the end."""
+        """The first position of each sequence, and the end of the last one."""
         return (0, *itertools.accumulate(self.lengths))
 
     def last_B(self) -> torch.Tensor:
@@ -57,7 +57,7 @@ class Prompts:
         return torch.tensor(self.bounds[1:], device=self.tokens_T.device) - 1
 
     def shifted(self, next_B: torch.Tensor) -> torch.Tensor:
-        """At each position the token after it; after a sequence's last one, `next_B`."""
+        """Give the token after each position; after a sequence's last one, `next_B`."""
         tokens_T = self.tokens_T.roll(-1)
         tokens_T[self.last_B()] = next_B
         return tokens_T
@@ -84,7 +84,7 @@ class CachedModel:
         stage: The only stage of a run of one process, from local modules, in eval mode.
 
     Raises:
-        ConfigError: its attention is not this library's own.
+        ConfigError: the stage's attention is not this library's own.
     """
 
     def __init__(self, stage: Any) -> None:
@@ -123,9 +123,9 @@ class CachedModel:
         """Run new tokens of every row of the cache.
 
         Args:
-            tokens_BQ: int64.
-            positions: Of each row's first new token: as many of its tokens came before.
-            cache: Holds those; gets these.
+            tokens_BQ: int64 ids of the new tokens, Q for each row.
+            positions: Position of each row's first new token: as many of its tokens came before.
+            cache: Cache that holds those, and gets these.
 
         Returns:
             [Q, B, H] after the final norm.
@@ -149,7 +149,7 @@ class CachedModel:
         """Run the MTP module over prompts: position i reads the main model's output there and token i + 1.
 
         Args:
-            prompts: As of `prefill`.
+            prompts: The sequences that `prefill` was given.
             next_B: The token after each of them.
             hidden_T1H: What `prefill` returned.
             cache: The module's own.

@@ -25,10 +25,10 @@ END_OF_TEXT, MAX_NEW_TOKENS, CONTEXT = "end-of-text", "max-new-tokens", "context
 
 @dataclass(frozen=True)
 class Options:
-    """How to generate.
+    """The settings of a generation.
 
     Attributes:
-        max_new_tokens: Of each prompt, at most.
+        max_new_tokens: Most new tokens of each prompt.
         max_length: Positions of a sequence, prompt included: the model's context.
         sampling: How tokens are chosen.
         kv_cache: "latent" or "full".
@@ -65,15 +65,15 @@ class Options:
         self.sampling.validate()
 
     def check_prompt(self, ids: Sequence[int], vocab_size: int, where: str) -> None:
-        """Check one prompt.
+        """Check that a prompt can be continued.
 
         Args:
-            ids: Its tokens.
+            ids: Tokens of the prompt.
             vocab_size: Rows of the model's embedding.
             where: What to call it in messages.
 
         Raises:
-            ConfigError: it is empty, leaves no room for a token, or has an id that the model does not have.
+            ConfigError: the prompt is empty, leaves no room for a token, or has an id that the model does not have.
         """
         if not ids:
             raise ConfigError(f"{where} is empty; a model goes on from at least one token")
@@ -110,11 +110,12 @@ class Statistics:
 
     @property
     def num_tokens(self) -> int:
+        """Number of new tokens in all."""
         return self.num_first_tokens + self.num_decoded_tokens
 
     @property
     def decoded_tokens_per_s(self) -> float:
-        """Of the steps after the prefill; 0 before the first."""
+        """Tokens per second of the steps after the prefill; 0 before the first."""
         return self.num_decoded_tokens / self.decode_s if self.decode_s else 0.0
 
     @property
@@ -140,7 +141,7 @@ class Generator:
         options: How; validated.
 
     Attributes:
-        statistics: Of everything generated so far.
+        statistics: Counts and times of everything generated so far.
     """
 
     def __init__(self, model: CachedModel, options: Options) -> None:
@@ -152,7 +153,7 @@ class Generator:
         """Continue each prompt, batch after batch.
 
         Args:
-            prompts: Ids.
+            prompts: Ids of each prompt.
 
         Yields:
             New tokens of a prompt, whichever has some; the last of each says why it ended.

@@ -1,4 +1,4 @@
-"""From logits to a distribution, and from a distribution to a token.
+"""Makes a distribution of logits, and draws a token from a distribution.
 
 Every draw takes one uniform number and inverts the cumulative distribution, so that a sequence's tokens depend on the
 seed, its number among the prompts and its own logits: not on which other sequences share its batch.
@@ -20,12 +20,12 @@ from dsv3_megatron.model.init import parameter_seed
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen.
+    """The rule by which a token is chosen.
 
     Attributes:
         temperature: Divides the logits; 0 takes the likeliest token.
-        top_p: Of the likeliest tokens as few as have this much probability together; 1 keeps all.
-        seed: Of the draws.
+        top_p: Probability that the likeliest tokens, as few as can be, must have together to be kept; 1 keeps all.
+        seed: Seed of the draws.
     """
 
     temperature: float = 0.0
@@ -34,10 +34,11 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken, without a draw."""
         return self.temperature == 0
 
     def validate(self) -> None:
-        """Check the three.
+        """Check that the three settings can be.
 
         Raises:
             ConfigError: the first that is out of range, with the way out.
@@ -57,7 +58,7 @@ def distribution(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """What tokens are drawn from: softmax(logits / temperature), cut to its nucleus; all of it on one token if greedy.
 
     Args:
-        logits_BV: Of any floating dtype.
+        logits_BV: Logits of any floating dtype.
         sampling: Temperature and top_p.
 
     Returns:
@@ -102,7 +103,7 @@ class UniformStreams:
     """Uniform numbers of each sequence, on the CPU whatever the device, so that a seed means the same everywhere.
 
     Args:
-        seed: Of all.
+        seed: Seed of all the streams.
         numbers: Each sequence's number among the prompts.
     """
 

@@ -130,7 +130,7 @@ class SpeculativeDecoder(PlainDecoder):
 
     Attributes:
         num_drafts: Drafts verified so far.
-        num_accepted: Those that stood.
+        num_accepted: Drafts that stood, so far.
 
     Source: DeepSeek-V3 report, section 5.4.3.
     """
@@ -145,12 +145,14 @@ class SpeculativeDecoder(PlainDecoder):
         self.num_drafts = self.num_accepted = 0
 
     def start(self) -> list[list[int]]:
+        """Run the prompts, choose the first token of each, and draft a second; returns the new ids of each row."""
         hidden_T1H = self._prefill()
         drafting_T1H = self.model.mtp_prefill(self.prompts, self.newest_B, hidden_T1H, self.mtp_cache)
         self._draft(drafting_T1H[self.prompts.last_B(), 0])
         return self.newest_B.unsqueeze(-1).tolist()
 
     def step(self) -> list[list[int]]:
+        """Verify the drafts, add one or two tokens to each row, and draft again; returns the new ids of each row."""
         tokens_B2 = torch.stack([self.newest_B, self.draft_B], dim=-1)
         hidden_2BH = self.model.decode(tokens_B2, self.positions, self.cache)
         target_BV, after_BV = distribution(self._logits(hidden_2BH).flatten(0, 1), self.sampling).chunk(2)
@@ -167,12 +169,14 @@ class SpeculativeDecoder(PlainDecoder):
         return new
 
     def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these from both caches and from the drafts."""
         super().keep(rows)
         self.mtp_cache.keep(rows)
         self.drafted_BV, self.draft_B = self.drafted_BV[list(rows)], self.draft_B[list(rows)]
 
     @property
     def cache_bytes_per_token(self) -> int:
+        """Bytes that one position takes in the main model's cache and the MTP module's."""
         return super().cache_bytes_per_token + self.mtp_cache.bytes_per_token
 
     def _draft_after(self, is_accepted_B: torch.Tensor, token_B: torch.Tensor, hidden_QBH: torch.Tensor) -> None:

@@ -36,8 +36,8 @@ class KnownTokenizer:
     """What a checkpoint says of its tokenizer.
 
     Attributes:
-        path: Where it is or was; None if the checkpoint does not say.
-        fingerprint: Its fingerprint, if anything that is still there has it.
+        path: Folder or file at which the tokenizer is or was; None if the checkpoint does not say.
+        fingerprint: The tokenizer's fingerprint, if anything that is still there has it.
         source: What says so, for messages.
         form: How the texts began and ended that the model was trained on; None if nothing says it.
         stop_ids: Ids at which a text of the model ends, as the checkpoint's files say; None if they do not.
@@ -155,7 +155,7 @@ def open_codec(load: str, tokenizer_model: str | None, *, vocab_size: int) -> Te
     """The tokenizer to use with a checkpoint.
 
     Args:
-        load: Its folder.
+        load: Folder of the checkpoint.
         tokenizer_model: A tokenizer to use instead of the one that the checkpoint knows of.
         vocab_size: Rows of the model's embedding.
 
@@ -190,10 +190,10 @@ def read_prompts(file: str | os.PathLike[str]) -> list[str]:
     """The prompts of a JSON-lines file, {"prompt": "..."} in each line; a byte-order mark before them is passed over.
 
     Args:
-        file: Its path; "-" reads standard input.
+        file: Path of the file; "-" reads standard input.
 
     Raises:
-        ConfigError: it cannot be read or a line is something else; gives file and line.
+        ConfigError: the file cannot be read or a line is something else; gives file and line.
     """
     prompts = []
     try:

@@ -98,8 +98,8 @@ class LocalMLASelfAttention(MegatronModule):
         Args:
             hidden_states: normed input [s, B, H].
             attention_mask: Ignored, the mask is causal; Megatron-Core's layer passes one.
-            packed_seq_params: Where attention stops and positions restart, under the name by which Megatron-Core's
-                layers pass it on. None: nowhere, as in the report.
+            packed_seq_params: Places where attention stops and positions restart, under the name by which
+                Megatron-Core's layers pass it on. None: nowhere, as in the report.
 
         Returns:
             [s, B, H], and no bias.
@@ -136,7 +136,7 @@ class LocalMLASelfAttention(MegatronModule):
         Args:
             x_sBH: Normed input.
             cos_SP: Cosines of the whole sequence's positions, as of `RotaryTables`.
-            sin_SP: Sines.
+            sin_SP: Sines of the same positions.
 
         Returns:
             query_SBND: [S, B, N, nope + rope], rotated.

@@ -1,4 +1,4 @@
-"""From a run's configuration to this rank's modules, wrapped for data parallelism."""
+"""Builds this rank's modules from a run's configuration, and wraps them for data parallelism."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build_stages(
 
     Args:
         run: A validated run.
-        groups: Its process groups.
+        groups: Process groups of the run.
         precision: "bf16" or "fp32".
         delays_engine_weights: A `ModelChunk` will run these stages and may split their backward passes. Local modules
             need not know; see `delay_engine_weight_gradients`.

@@ -35,8 +35,8 @@ class ModelChunk:
     Args:
         stage: DeepSeekV3Model, wrapped or not.
         batch_of: A micro-batch by its number, on the stage's device; called once for each forward pass.
-        data: Of the run: whether documents are kept apart.
-        loss_function: Of the last stage.
+        data: Data configuration of the run: whether documents are kept apart.
+        loss_function: Loss of a batch and its token losses; called on the last stage.
         post: Starts an all-to-all.
     """
 
@@ -92,7 +92,7 @@ class ModelChunk:
         """A micro-batch's backward pass.
 
         Args:
-            microbatch: Whose forward pass is done.
+            microbatch: Number of a micro-batch whose forward pass is done.
             grad_SBH: The gradient of the stage's output; None on the last stage, whose loss has 1.
             defer_weights: All weight gradients wait for `backward_weight`. Otherwise they are computed here behind the
                 transfers, and those of the first segment wait, which has no transfer before it.

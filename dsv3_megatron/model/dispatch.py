@@ -31,7 +31,7 @@ class FrugalMoELayer(MoELayer):
     """Megatron-Core's, of which nothing of a micro-batch is left when its forward pass is done."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As Megatron-Core's."""
+        """Compute what Megatron-Core's layer does, and let go of what its dispatcher would keep to no use."""
         output = super().forward(hidden_states, *args, **kwargs)
         dispatcher = self.token_dispatcher
         dispatcher.probs = dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None

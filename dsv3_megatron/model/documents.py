@@ -23,7 +23,7 @@ from dsv3_megatron.ops.attention import DocumentBounds
 
 @dataclass(frozen=True)
 class PackedDocuments:
-    """Where attention stops and where rotary positions restart.
+    """The places where attention stops and where rotary positions restart.
 
     Attributes:
         bounds: Documents of each sequence that do not see each other (as of `causal_attention`); None: attention
@@ -53,11 +53,11 @@ class PackedDocuments:
 
 
 def packed_documents(batch: Batch, data: DataConfig) -> PackedDocuments | None:
-    """Where a micro-batch's documents end, if a run's settings keep them apart.
+    """Bounds and positions of a micro-batch's documents, if a run's settings keep them apart; None otherwise.
 
     Args:
-        batch: With `document_bounds` where documents are isolated.
-        data: Of the run.
+        batch: A micro-batch, with `document_bounds` where documents are isolated.
+        data: Data configuration of the run.
     """
     if not data.has_document_attention:
         return None
@@ -69,8 +69,8 @@ def forward_stage(stage: torch.nn.Module, batch: Batch, data: DataConfig) -> Any
 
     Args:
         stage: A DeepSeekV3Model, wrapped or not; what the stage before it gave has been set as its input.
-        batch: On the stage's device; with `document_bounds` where documents are isolated.
-        data: Of the run.
+        batch: A micro-batch on the stage's device, with `document_bounds` where documents are isolated.
+        data: Data configuration of the run.
 
     Returns:
         TokenLosses of the last stage, hidden states of the others.

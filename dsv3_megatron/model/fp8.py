@@ -54,9 +54,9 @@ def apply_precision(stages: list[torch.nn.Module], run: RunConfig, groups: Proce
     """Make the stages compute as the run's precision map says.
 
     Args:
-        stages: Not wrapped.
-        run: With fp8 in force.
-        groups: Its process groups.
+        stages: This rank's stages, not wrapped.
+        run: A run with FP8 in force.
+        groups: Process groups of the run.
         transformer_impl: What the stages are built from, resolved.
 
     Raises:

@@ -22,7 +22,7 @@ def initialize_weights(chunks: list[torch.nn.Module], groups: ProcessGroupCollec
         chunks: This rank's stages.
         groups: The run's process groups.
         std: Standard deviation, of all learnable matrices alike.
-        seed: Of the model.
+        seed: Seed of the model's weights.
 
     Source: DeepSeek-V3 report, section 4.2 (std 0.006, all learnable parameters).
     """

@@ -143,7 +143,9 @@ class DeepSeekV3Model(GPTModel):
         return {key: entry for key, entry in state.items() if "_extra_state" not in key}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As of every module, with empty `_extra_state` where a module expects one that `state_dict` has not."""
+        """Load a state as every module does, with empty `_extra_state` where a module expects one that `state_dict` has
+        not.
+        """
         empty = {f"{path}._extra_state": None for path, module in self.named_modules()
                  if type(module).set_extra_state is not torch.nn.Module.set_extra_state}
         return super().load_state_dict({**empty, **state_dict}, *args, **kwargs)

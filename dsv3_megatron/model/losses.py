@@ -20,8 +20,9 @@ def sum_losses(loss_mask_BS: torch.Tensor, losses: TokenLosses, *, mtp_weight: f
 
     Args:
         loss_mask_BS: 1 where the next token counts; 0 at an EOD with eod_mask_loss.
-        losses: Of each position. An MTP loss is 0 already where the sequence, or an isolated document, ends first.
-        mtp_weight: lambda.
+        losses: Losses of each position. An MTP loss is 0 already where the sequence, or an isolated document, ends
+            first.
+        mtp_weight: Weight of the MTP losses, lambda.
         sample_ids_B: Reported with the sums, to say where a loss that is not finite came from.
 
     Returns:
@@ -52,7 +53,7 @@ def sum_over_ranks(collected: list[dict[str, Any]], groups: ProcessGroupCollecti
     Args:
         collected: This rank's reports; none but on the last pipeline stage.
         groups: The run's process groups; tensor-parallel ranks report the same numbers.
-        device: Of this process.
+        device: Device of this process.
         num_mtp_layers: MTP losses in a report.
     """
     sums = torch.zeros(2 + num_mtp_layers, dtype=torch.float64, device=device.torch_device)

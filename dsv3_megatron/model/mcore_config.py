@@ -26,7 +26,8 @@ def mcore_config(run: RunConfig, precision: str, *, transformer_impl: str = "loc
     Args:
         run: A validated run.
         precision: "bf16" or "fp32", resolved (not "auto").
-        transformer_impl: Of the modules, resolved. Local ones are told what to recompute by `recompute.py`.
+        transformer_impl: Kind of modules, resolved: "local" or "transformer_engine". Local ones are told what to
+            recompute by `recompute.py`.
     """
     model, parallel, training = run.model, run.parallel, run.training
     dtype = DTYPES[precision]

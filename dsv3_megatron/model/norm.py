@@ -32,7 +32,7 @@ class RMSNorm(torch.nn.Module):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
-        """Normalise [..., hidden_size]."""
+        """Normalise [..., hidden_size] over its last axis, and multiply by the weight."""
         if self.is_recomputed:
             return recomputed(partial(rms_norm, eps=self.eps), x_SBH, self.weight)
         return rms_norm(x_SBH, self.weight, self.eps)

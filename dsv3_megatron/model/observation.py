@@ -20,9 +20,9 @@ class RouterObserver:
     """Affinities and destinations of the tokens that one router sends.
 
     Args:
-        num_experts: E.
+        num_experts: E, the routed experts of a layer.
         num_groups: G; group g holds experts g E / G to (g + 1) E / G - 1, which are on one node.
-        device: Of the router.
+        device: Device of the router.
 
     Attributes:
         score_counts_N: fp64, affinities in NUM_SCORE_BINS equal parts of 0..1; of every token to every expert.
@@ -64,8 +64,8 @@ class HeadAgreement:
     Args:
         num_depths: MTP modules.
         tp_group: Ranks that share the vocabulary's rows, and the sequence under sequence parallelism.
-        device: Of the heads.
-        num_samples: Positions.
+        device: Device of the heads.
+        num_samples: Most positions that are sampled in a step.
 
     Attributes:
         counts: fp64 [num_depths, 2], positions that agree and positions sampled.
@@ -84,10 +84,10 @@ class HeadAgreement:
         """Sample a micro-batch, if it is the depth's first of the step. Every tensor-parallel rank calls.
 
         Args:
-            depth: Of the MTP module, from 1.
+            depth: Depth of the MTP module, from 1.
             weight_vH: Rows of the output head.
             main_SBH: Hidden states of the main head; this rank's part of the sequence under sequence parallelism.
-            mtp_SBH: Those of the MTP module, likewise.
+            mtp_SBH: Hidden states of the MTP module; this rank's part of the sequence under sequence parallelism.
             has_target: bool [S] or [B, S]: whether the module's target is in the sequence, and in the same document
                 where those are isolated.
         """

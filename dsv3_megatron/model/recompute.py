@@ -32,7 +32,7 @@ def set_recomputed(stages: Iterable[torch.nn.Module], names: Iterable[str]) -> N
 
     Args:
         stages: Local modules, bare or wrapped.
-        names: Of `config.memory.RECOMPUTE_MODULES`.
+        names: Names out of `config.memory.RECOMPUTE_MODULES`.
     """
     chosen = tuple(kind for name in names for kind in _MODULES[name])
     known = tuple(kind for kinds in _MODULES.values() for kind in kinds)

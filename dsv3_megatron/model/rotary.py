@@ -62,7 +62,7 @@ def change_context(chunks: Iterable[torch.nn.Module], model: ModelConfig) -> Non
 
     Args:
         chunks: Stages, wrapped or not, of local or of Transformer Engine's modules.
-        model: The same architecture but for its rotary embedding.
+        model: An architecture that differs from the stages' in its rotary embedding at most.
     """
     fields = rotary_fields(model)
     for chunk in chunks:

@@ -33,7 +33,7 @@ class RouterOptions:
         balance_loss_coeff: alpha of the sequence-wise balance loss.
         group_score_topk: Best experts summed to a group's score; None: top-k / groups kept.
         group_mask: "exclude" or "zero", see `choose_experts`.
-        score_function: Of the affinities, by name; see `ops/router_scores.py`.
+        score_function: Name of the function that makes affinities of logits; see `ops/router_scores.py`.
     """
 
     balance_loss_coeff: float = 0.0
@@ -43,7 +43,7 @@ class RouterOptions:
 
     @classmethod
     def of(cls, run: RunConfig) -> RouterOptions:
-        """A run's."""
+        """The options that a run's configuration asks for."""
         return cls(run.training.moe_aux_loss_coeff, run.model.moe_router_group_score_topk,
                    run.model.moe_router_group_mask, run.model.moe_router_score_function)
 
@@ -181,7 +181,7 @@ class DeepSeekRouter(MegatronModule):
 
     def forward(self, x_sBH: torch.Tensor, padding_mask: torch.Tensor | None = None
                 ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route each token.
+        """Choose the experts and the gates of each token.
 
         Returns:
             probs_TE: gates at the chosen experts, 0 elsewhere; fp32.
@@ -279,7 +279,7 @@ def weigh_balance_losses(chunks: Iterable[torch.nn.Module], *, num_tokens: int, 
     Args:
         chunks: This rank's stages.
         num_tokens: Tokens of the step that its gradients are divided by, over all ranks; where there are none, it is 1.
-        num_sequences: Of the step, over all ranks.
+        num_sequences: Sequences of the step, over all ranks.
     """
     for chunk in chunks:
         for module in chunk.modules():

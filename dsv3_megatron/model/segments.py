@@ -62,10 +62,10 @@ class SegmentedStage:
         """Run the stage; yields with each exchange under way.
 
         Args:
-            tape: Of this micro-batch.
+            tape: Tape of this micro-batch.
             hidden_SBH: What the previous stage gave; None on the first.
-            batch: On the stage's device.
-            documents: As `forward_stage` passes them to the module.
+            batch: The micro-batch, on the stage's device.
+            documents: Document bounds and positions, as `forward_stage` passes them to the module.
             loss_of: Called on the last stage.
 
         Returns:
@@ -123,7 +123,7 @@ class SegmentedLayer:
     """A transformer layer, run on a tape.
 
     Args:
-        layer: Megatron-Core's.
+        layer: Megatron-Core's transformer layer.
     """
 
     def __init__(self, layer: Any) -> None:

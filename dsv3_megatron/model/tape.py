@@ -27,7 +27,7 @@ Pause = Generator[None, None, None]
 
 
 class GradientSlot:
-    """Where the users of a value leave its gradient."""
+    """A place in which the users of a value leave its gradient."""
 
     __slots__ = ("grad",)
 
@@ -48,8 +48,8 @@ class Value(NamedTuple):
     """A tensor between segments, without history.
 
     Attributes:
-        tensor: Of any dtype.
-        slot: For its gradient; None for what has none.
+        tensor: The tensor, of any dtype.
+        slot: Place for the tensor's gradient; None for what has none.
     """
 
     tensor: torch.Tensor
@@ -124,10 +124,10 @@ class Tape:
         return Value(tensor.detach(), GradientSlot() if self.is_recording else None)
 
     def run(self, function: Callable[..., Any], *inputs: Value, delaying: Sequence[Any] = ()) -> tuple[Value, ...]:
-        """Run a segment.
+        """Run a segment, and note it for the backward pass.
 
         Args:
-            function: Of the inputs' tensors; returns a tensor or a tuple of them.
+            function: The segment: takes the inputs' tensors and returns a tensor or a tuple of them.
             inputs: None have a gradient: all that the segment's backward pass computes is weight gradients (as of an
                 embedding), and waits where they do.
             delaying: Modules of the segment as of `delaying_modules`.
@@ -154,7 +154,7 @@ class Tape:
         Args:
             inputs: Rows, by receiving rank.
             splits: How many go where.
-            narrow: In which pass the first value's rows (or gradients) travel in FP8; None: in neither.
+            narrow: How the first value's rows (or gradients) travel in FP8, and in which pass; None: in neither.
         """
         forward, backward = ((narrow, None) if narrow and narrow.direction == "forward" else (None, narrow))
         posted = [self._start(value.tensor, splits, forward if index == 0 else None)

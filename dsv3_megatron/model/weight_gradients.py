@@ -53,7 +53,7 @@ class WeightGradients:
         """Modules called in here hand their weight gradients to this object; in backward, also recomputed modules.
 
         Args:
-            is_deferring: Those of a backward pass in here wait for `compute`.
+            is_deferring: Weight gradients of a backward pass in here wait for `compute`.
         """
         token, before = _BOUND.set(self), self._is_deferring
         self._is_deferring = is_deferring

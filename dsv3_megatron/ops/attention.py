@@ -50,7 +50,7 @@ def causal_attention(
 
     Args:
         q_SBND: Queries, bf16, fp32 or fp64; [S, N, D] is one sequence.
-        k_SBND: Keys.
+        k_SBND: Keys, of the queries' shape and dtype.
         v_SBNV: Values, of any width.
         softmax_scale: Multiplies the scores.
         document_bounds: One row for each of the B sequences, 0 = b_0 <= b_1 <= ... <= b_n = S: positions b_i to

@@ -25,8 +25,8 @@ def choose_product_backend(backend: str, device: torch.device, dtype: torch.dtyp
 
     Args:
         backend: "auto", "native" or "via_fp32".
-        device: Where the operands are.
-        dtype: Their dtype; only bf16 and fp16 are ever converted.
+        device: Device of the operands.
+        dtype: Dtype of the operands; only bf16 and fp16 are ever converted.
 
     Raises:
         ValueError: `backend` is not one of the three.

@@ -84,7 +84,7 @@ def dequantize_weight_blocks(values: torch.Tensor, scales: torch.Tensor, dtype: 
     Args:
         values: float8_e4m3fn [out, in].
         scales: fp32 [ceil(out/128), ceil(in/128)], to multiply with although checkpoints call them `scale_inv`.
-        dtype: Of the result.
+        dtype: Dtype of the result.
 
     Returns:
         [out, in].

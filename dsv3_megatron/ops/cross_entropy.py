@@ -54,10 +54,11 @@ def linear_cross_entropy(
         targets: int64 [...], 0..V-1. Mask a token by its loss's weight: a zero gradient costs nothing else.
         keep_probabilities: Keep T V numbers of hidden's dtype for backward; None keeps up to 1 GiB.
         chunk_tokens: Tokens at a time; a chunk's fp32 logits should stay in the last-level cache.
-        product_backend: See `backend.choose_product_backend`.
-        accumulate_into_main_grad: As for `linear.linear`.
-        defer_weight_grad: As for `linear.linear`. What forward kept is held until then, and the gradients of the logits
-            are computed a second time, from kept probabilities without a product.
+        product_backend: "auto", "native" or "via_fp32", as `backend.choose_product_backend` takes it.
+        accumulate_into_main_grad: Add the weight gradient to `weight_VH.main_grad`, as in `linear.linear`.
+        defer_weight_grad: Gets the function that computes the weight gradient, as in `linear.linear`. What forward kept
+            is held until then, and the gradients of the logits are computed a second time, from kept probabilities
+            without a product.
 
     Returns:
         fp32 [...] (fp64 from fp64).

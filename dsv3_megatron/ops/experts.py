@@ -60,11 +60,13 @@ def swiglu_experts(
         fc2_eHF: [e, H, F].
         gates_R: Router's weight of each row, usually fp32; multiplies the activation, as in Megatron-Core. None is 1.
         backend: "looped", "grouped_mm" or "reference"; "auto" is grouped_mm for bf16 on CUDA, looped elsewhere.
-        product_backend: Of the looped products, see `backend.choose_product_backend`.
-        accumulate_into_main_grad: As for `linear.linear`; "looped" only.
+        product_backend: "auto", "native" or "via_fp32" for the looped products, as `backend.choose_product_backend`
+            takes it.
+        accumulate_into_main_grad: Add the weight gradients to `main_grad`, as in `linear.linear`; "looped" only.
         is_activation_recomputed: Keep the activation's input alone for backward, as "looped" always does.
-        defer_weight_grad: As for `linear.linear`, "looped" and "grouped_mm" only. The activation and the gradient of
-            fc1's output wait with the input and the gradient of the output.
+        defer_weight_grad: Gets the functions that compute the weight gradients, as in `linear.linear`; "looped" and
+            "grouped_mm" only. The activation and the gradient of fc1's output wait with the input and the gradient of
+            the output.
 
     Returns:
         [R, H] in x's dtype.
@@ -112,7 +114,7 @@ def reference_experts(
     fc2_eHF: torch.Tensor,
     gates_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same row by row, each with a copy of its expert's weights, in fp32 or fp64."""
+    """Compute `swiglu_experts` row by row, each with a copy of its expert's weights, in fp32 or fp64."""
     wide = wide_dtype(x_RH.dtype)
     expert_R = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(x_RH.device)
     gate, up = torch.einsum("rh,rfh->rf", x_RH.to(wide), fc1_eFH[expert_R].to(wide)).chunk(2, dim=-1)
@@ -194,12 +196,12 @@ def few_rows_experts(
     """`swiglu_experts` without gradients, with one activation for all rows: of a few it costs less than calls do.
 
     Args:
-        x_RH: At least one row; those of an expert behind each other.
+        x_RH: Rows, at least one; those of an expert behind each other.
         runs: Expert and number of rows, none 0, in the order of the rows; sums to R.
         fc1_eFH: [e, 2F, H], or each expert's [2F, H]; gate rows first, then up rows.
         fc2_eHF: [e, H, F], or each expert's.
         gates_R: Router's weight of each row; None is 1.
-        product_backend: See `backend.choose_product_backend`.
+        product_backend: "auto", "native" or "via_fp32", as `backend.choose_product_backend` takes it.
 
     Returns:
         [R, H] in x's dtype.

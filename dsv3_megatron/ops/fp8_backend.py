@@ -30,11 +30,11 @@ class ReferenceBackend:
 
     def quantize(self, x: torch.Tensor, group: Group = TILE, *, format: str = "e4m3", power_of_2: bool = False
                  ) -> Quantized:
-        """As `fp8_quantize.quantize`."""
+        """Quantize a matrix, or a stack of them, by `fp8_quantize.quantize`."""
         return quantize(x, group, format=format, power_of_2=power_of_2)
 
     def quantize_columns(self, x: torch.Tensor | Quantized, *, power_of_2: bool = False) -> Quantized:
-        """As `fp8_quantize.quantize_columns`."""
+        """Quantize a matrix along its columns by `fp8_quantize.quantize_columns`."""
         return quantize_columns(x, power_of_2=power_of_2)
 
     def quantize_swiglu(self, hidden_RF: torch.Tensor, gates_R: torch.Tensor | None, *, power_of_2: bool
@@ -53,11 +53,11 @@ class ReferenceBackend:
         return self.quantize(active, power_of_2=power_of_2), self.quantize(hidden_RF, power_of_2=power_of_2)
 
     def pack_rows(self, x_TH: torch.Tensor, token_of_row_R: torch.Tensor | None = None) -> torch.Tensor:
-        """As `fp8_records.pack_rows`."""
+        """Quantize rows into records by `fp8_records.pack_rows`."""
         return pack_rows(x_TH, token_of_row_R)
 
     def unpack_rows(self, records: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """As `fp8_records.unpack_rows`."""
+        """Undo `pack_rows` by `fp8_records.unpack_rows`."""
         return unpack_rows(records, width, dtype)
 
     def gemm(self, a_MK: Quantized, b_NK: Quantized, *, dtype: torch.dtype, accumulation: str = "fp32",

@@ -23,7 +23,7 @@ def resolve_fp8_backend(requested: str, *, transformer_impl: str, accumulation: 
     Args:
         requested: "auto", "transformer_engine", "triton" or "reference".
         transformer_impl: The modules that the model is built from, resolved: "local" or "transformer_engine".
-        accumulation: Of the run; a model of it, other than "fp32", is the reference's alone.
+        accumulation: How the run's products are summed; a model of it, other than "fp32", is the reference's alone.
 
     Returns:
         "transformer_engine", "triton" or "reference".

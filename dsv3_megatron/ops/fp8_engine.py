@@ -29,9 +29,9 @@ def block_scaling_recipe(precisions: Iterable[LinearPrecision], *, engine: Any, 
     """A `Float8BlockScaling` for the modules that are in FP8.
 
     Args:
-        precisions: Of these modules.
+        precisions: Precisions of these modules.
         engine: The package `transformer_engine`, for its version.
-        recipes: Its module `common.recipe`.
+        recipes: The engine's module `common.recipe`.
         capability: Compute capability of the device.
         cuda: Version of CUDA that torch was built with.
 

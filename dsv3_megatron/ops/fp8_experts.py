@@ -36,7 +36,7 @@ def fp8_swiglu_experts(
     accumulate_into_main_grad: bool = False,
     defer_weight_grad: WeightGradDeferral | None = None,
 ) -> torch.Tensor:
-    """As `experts.swiglu_experts`, in the precisions of the map.
+    """Apply to each row its expert, as `experts.swiglu_experts` does, in the precisions of the map.
 
     Args:
         x_RH: Rows sorted by expert, bf16 or fp32.
@@ -44,9 +44,9 @@ def fp8_swiglu_experts(
         fc1_eFH: [e, 2F, H], gate rows first, then up rows.
         fc2_eHF: [e, H, F].
         gates_R: Router's weight of each row; multiplies the activation. None is 1.
-        precisions: Of fc1 and fc2; fc2's `cached_input` is the form in which SwiGLU's input is kept.
+        precisions: Precisions of fc1 and fc2; fc2's `cached_input` is the form in which SwiGLU's input is kept.
         backend: What computes FP8.
-        accumulate_into_main_grad: As for `linear.linear`.
+        accumulate_into_main_grad: Add the weight gradients to `main_grad`, as in `linear.linear`.
         defer_weight_grad: Gets one function for each of the two weights.
 
     Returns:

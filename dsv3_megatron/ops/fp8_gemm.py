@@ -41,9 +41,9 @@ def block_gemm(
     """a b^T of two E4M3 matrices.
 
     Args:
-        a_MK: In tiles of 1x128, or in blocks of 128x128.
-        b_NK: Likewise.
-        dtype: Of the result, rounded once from fp32.
+        a_MK: Left matrix, in tiles of 1x128 or in blocks of 128x128.
+        b_NK: Right matrix, in tiles of 1x128 or in blocks of 128x128.
+        dtype: Dtype of the result, which is rounded once from fp32.
         accumulation: "fp32", "fp22" or "fp22_aligned", see above.
         promotion: Values of K between two promotions, a multiple of 32 that divides 128; None: never, which needs
             matrices whose scales do not change along K. For "fp32" it changes nothing.

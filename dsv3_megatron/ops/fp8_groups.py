@@ -25,7 +25,7 @@ def split_into_groups(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def join_groups(groups: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Undo `split_into_groups`."""
+    """Undo `split_into_groups`: a matrix of `shape`, or a stack of them, without the padding."""
     *stack, down, rows, right, columns = groups.shape
     return groups.reshape(*stack, down * rows, right * columns)[..., : shape[-2], : shape[-1]]
 

@@ -43,10 +43,11 @@ def fp8_linear(
     Args:
         x: [..., in], bf16 or fp32.
         weight: [out, in], same dtype.
-        precision: Of each of the three products, and of what is kept.
+        precision: Precision of each of the three products, and of what is kept.
         backend: What computes FP8.
-        accumulate_into_main_grad: As for `linear.linear`.
-        defer_weight_grad: As for `linear.linear`; what waits is the narrow input and the output gradient.
+        accumulate_into_main_grad: Add the weight gradient to `weight.main_grad`, as in `linear.linear`.
+        defer_weight_grad: Gets the function that computes the weight gradient, as in `linear.linear`; what waits is the
+            narrow input and the output gradient.
 
     Returns:
         [..., out] in x's dtype.

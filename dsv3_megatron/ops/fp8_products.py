@@ -36,7 +36,7 @@ class Products:
     """Products of one weight.
 
     Args:
-        precision: Its line of the precision map.
+        precision: The weight's line of the precision map.
         backend: What computes FP8.
     """
 
@@ -105,7 +105,7 @@ class Products:
 
     def add_weight_grads(self, grad: torch.Tensor, cached: torch.Tensor | Quantized, total: torch.Tensor,
                          counts: Sequence[int]) -> None:
-        """The same for a stack of weights: total[e] += dy[rows of e]^T x[rows of e]."""
+        """Add the gradients of a stack of weights: total[e] += dy[rows of e]^T x[rows of e]."""
         for expert, rows in enumerate(row_ranges(counts)):
             if rows.stop > rows.start:
                 part = cached.rows(rows) if isinstance(cached, Quantized) else cached[rows]

@@ -41,7 +41,7 @@ class Quantized:
         group: Rows and columns of a group.
         format: "e4m3" or "e5m6".
         shape: [..., M, K].
-        turned: Of a weight, where a backend needs them: the values again, [..., K, M] contiguous.
+        turned: Values of a weight once more, [..., K, M] contiguous, where a backend needs them.
     """
 
     values: torch.Tensor

@@ -21,7 +21,7 @@ def pack_rows(x_TH: torch.Tensor, token_of_row_R: torch.Tensor | None = None) ->
     """Quantize rows in 1x128 tiles with power-of-two scales.
 
     Args:
-        x_TH: Tokens.
+        x_TH: Tokens' values, one token a row.
         token_of_row_R: int64, whose record each row is, every token in equally many of them; None: each its own. A
             token is quantized once, however many rows it has.
 

@@ -30,6 +30,9 @@ class TritonBackend(ReferenceBackend):
 
     def quantize(self, x: torch.Tensor, group: Group = TILE, *, format: str = "e4m3", power_of_2: bool = False
                  ) -> Quantized:
+        """Quantize a matrix, or a stack of them; the reference does what no kernel does: E5M6 but in 1x128 tiles of
+        rows of even length, E4M3 in other groups than 1x128 and 128x128. Blocks come with their values turned.
+        """
         from dsv3_megatron.kernels import fp8_quantize as kernels
 
         if format == "e5m6" and group == TILE and x.dim() == 2 and x.shape[1] % 2 == 0:
@@ -44,6 +47,7 @@ class TritonBackend(ReferenceBackend):
         return Quantized(values, scales, SQUARE, "e4m3", tuple(x.shape), turned)
 
     def quantize_columns(self, x: torch.Tensor | Quantized, *, power_of_2: bool = False) -> Quantized:
+        """Quantize a matrix, wide or narrow already, in groups of 128 along its columns: E4M3, turned."""
         from dsv3_megatron.kernels import fp8_quantize as kernels
 
         if isinstance(x, Quantized):
@@ -55,6 +59,9 @@ class TritonBackend(ReferenceBackend):
 
     def quantize_swiglu(self, hidden_RF: torch.Tensor, gates_R: torch.Tensor | None, *, power_of_2: bool
                         ) -> tuple[Quantized, Quantized]:
+        """Compute SwiGLU of [R, 2F] times the rows' gates, and quantize in tiles its result and its input, which is
+        kept.
+        """
         from dsv3_megatron.kernels import fp8_quantize as kernels
 
         rows, width = hidden_RF.shape[0], hidden_RF.shape[1] // 2
@@ -70,6 +77,9 @@ class TritonBackend(ReferenceBackend):
         return active, Quantized(kept[0], kept[1], TILE, "e4m3", tuple(hidden.shape))
 
     def pack_rows(self, x_TH: torch.Tensor, token_of_row_R: torch.Tensor | None = None) -> torch.Tensor:
+        """Quantize rows into records of E4M3 and scales, uint8 [R, bytes]; by the reference where H is no multiple of
+        4.
+        """
         from dsv3_megatron.kernels import fp8_records as kernels
 
         tokens, width = x_TH.shape
@@ -82,12 +92,16 @@ class TritonBackend(ReferenceBackend):
         return kernels.pack_records(x_TH.contiguous(), rows_TC.int())
 
     def unpack_rows(self, records: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Undo `pack_rows`: [R, width] in `dtype`; by the reference where the width is no multiple of 4."""
         from dsv3_megatron.kernels import fp8_records as kernels
 
         return unpack_rows(records, width, dtype) if width % 4 else kernels.unpack_records(records, width, dtype)
 
     def gemm(self, a_MK: Quantized, b_NK: Quantized, *, dtype: torch.dtype, accumulation: str = "fp32",
              add_to: torch.Tensor | None = None) -> torch.Tensor:
+        """Multiply a b^T, [M, N] in `dtype` or added to `add_to`: by the Triton kernel, or by another implementation
+        where that was measured to be faster.
+        """
         from dsv3_megatron.kernels import fp8_gemm as kernels
         from dsv3_megatron.kernels.fp8_tuning import tuned_for
 
@@ -100,6 +114,9 @@ class TritonBackend(ReferenceBackend):
 
     def grouped_gemm(self, a_RK: Quantized, b_eNK: Quantized, counts: Sequence[int], *, dtype: torch.dtype,
                      accumulation: str = "fp32") -> torch.Tensor:
+        """Multiply each row, sorted by expert, by its expert's matrix, [R, N] in `dtype`: by the Triton kernel, or by
+        another implementation where that was measured to be faster.
+        """
         from dsv3_megatron.kernels import fp8_gemm as kernels
         from dsv3_megatron.kernels.fp8_tuning import tuned_for
 

@@ -27,12 +27,12 @@ WeightGradDeferral = Callable[[Callable[[], None]], None]
 
 
 def linear_forward(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
-    """y = x W^T.
+    """Multiply by a weight: y = x W^T.
 
     Args:
         x: [..., in], bf16, fp32 or fp64.
         weight: [out, in], same dtype.
-        backend: See `backend.choose_product_backend`.
+        backend: "auto", "native" or "via_fp32", as `backend.choose_product_backend` takes it.
 
     Returns:
         [..., out] in x's dtype; products are summed in fp32 or better.
@@ -68,13 +68,13 @@ def multiply_rows(rows_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tenso
 def linear_input_grad(
     grad_y: torch.Tensor, weight: torch.Tensor, *, dtype: torch.dtype | None = None, backend: str = "auto"
 ) -> torch.Tensor:
-    """dx = dy W.
+    """Compute the gradient of a linear's input: dx = dy W.
 
     Args:
         grad_y: [..., out]; may already be fp32 where the weight is bf16 ("via_fp32" only).
         weight: [out, in].
-        dtype: Of the result; the weight's by default.
-        backend: See `backend.choose_product_backend`.
+        dtype: Dtype of the result; the weight's by default.
+        backend: "auto", "native" or "via_fp32", as `backend.choose_product_backend` takes it.
 
     Returns:
         [..., in].
@@ -96,7 +96,7 @@ def linear_weight_grad(
         grad_y: [..., out]; may already be fp32 where x is bf16 ("via_fp32" only).
         x: [..., in].
         main_grad: [out, in], usually fp32; when given the gradient is added to it.
-        backend: See `backend.choose_product_backend`.
+        backend: "auto", "native" or "via_fp32", as `backend.choose_product_backend` takes it.
 
     Returns:
         [out, in], or None when `main_grad` took it.
@@ -121,7 +121,7 @@ def linear(
     Args:
         x: [..., in].
         weight: [out, in], same dtype.
-        backend: See `backend.choose_product_backend`.
+        backend: "auto", "native" or "via_fp32", as `backend.choose_product_backend` takes it.
         accumulate_into_main_grad: Add the weight gradient to `weight.main_grad` where there is one, and set
             `weight.grad_added_to_main_grad`, which tells Megatron-Core's hooks that nothing is left to add. Autograd
             then gets no gradient. (Megatron-Core's fused path makes a dummy of the weight's size, for hooks that start

@@ -18,11 +18,11 @@ BACKENDS = ("auto", "fused", "native", "reference")
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, backend: str = "auto") -> torch.Tensor:
-    """Normalise the last dimension.
+    """Normalise the last dimension by its root mean square, and multiply by a weight.
 
     Args:
         x: [..., H].
-        weight: [H].
+        weight: Factor of each element, [H].
         eps: Added to the mean square.
         backend: "fused" (ours), "native" (torch's kernel) or "reference"; "auto" is fused on CPU, native elsewhere.
 

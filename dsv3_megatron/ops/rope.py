@@ -46,7 +46,7 @@ def apply_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> t
 
 
 def reference_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> torch.Tensor:
-    """The same by even and odd elements."""
+    """Rotate as `apply_rope` does, by even and odd elements."""
     wide = x.to(wide_dtype(x.dtype))
     cos, sin = _beside(cos_SP, x), _beside(sin_SP, x)
     start = x.shape[-1] - 2 * cos_SP.shape[-1]

@@ -25,11 +25,11 @@ def yarn_frequencies(dim: int, base: float, *, factor: float, original_length: i
 
     Args:
         dim: Rotary width, even.
-        base: Theta.
-        factor: Of the extension, at least 1.
+        base: Theta, the base of the frequencies.
+        factor: Factor of the extension, at least 1.
         original_length: Context before it, in tokens.
-        beta_fast: Rotations.
-        beta_slow: Rotations.
+        beta_fast: Rotations beyond which a frequency is kept.
+        beta_slow: Rotations below which a frequency is divided.
 
     Source: YaRN, arXiv 2309.00071, section 3.2; DeepSeek-V3 report, section 4.3. The ends of the ramp are those of the
     published code, also where they come out in the wrong order because a context is so short that no pair turns

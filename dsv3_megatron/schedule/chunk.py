@@ -26,7 +26,7 @@ class ChunkRunner(Protocol):
         """A micro-batch's forward pass.
 
         Args:
-            microbatch: Of this chunk's direction, from 0.
+            microbatch: Number of the micro-batch among those of this chunk's direction, from 0.
             input_SBH: The previous stage's output; None on the first stage.
 
         Returns:
@@ -38,7 +38,7 @@ class ChunkRunner(Protocol):
         """A micro-batch's backward pass.
 
         Args:
-            microbatch: As in `forward_steps`.
+            microbatch: Number of the micro-batch, as in `forward_steps`.
             grad_SBH: The gradient of the stage's output; None on the last stage.
             defer_weights: All weight gradients wait for `backward_weight`. Otherwise only those do that no transfer is
                 left to hide: the caller hands on the gradient and then calls `backward_weight`, at once.

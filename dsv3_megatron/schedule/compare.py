@@ -47,9 +47,9 @@ class Outcome:
     """What a candidate costs; of the ranks the worst, in units of a P-th of the model.
 
     Attributes:
-        candidate: Whose.
+        candidate: The schedule that was simulated.
         num_stages: Stages of the model; it needs at least as many layers.
-        step_time: In the unit of the costs.
+        step_time: Time of a step, in the unit of the costs.
         bubble: The longest wait of a rank.
         activations: The most a rank holds at once.
         parameters: The most a rank holds.
@@ -107,10 +107,11 @@ def compare(costs_of_chunk: Costs, *, num_stages: int, num_ranks: int, num_micro
     """Simulate every schedule on the same ranks, micro-batches and model.
 
     Args:
-        costs_of_chunk: With one stage, its `overlapped` a number: what a chunk costs if the model has `num_stages`.
-        num_stages: To which the costs belong.
-        num_ranks: P.
-        num_microbatches: Of a step.
+        costs_of_chunk: Costs of one stage, their `overlapped` a number: what a chunk costs if the model has
+            `num_stages`.
+        num_stages: Stages of the model that the costs belong to.
+        num_ranks: Pipeline ranks, P.
+        num_microbatches: Micro-batches of a step.
         max_virtual_stages: Most chunks per rank of the interleaved schedule: P times as many layers must be there.
 
     Returns:

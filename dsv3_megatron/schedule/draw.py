@@ -45,9 +45,9 @@ def plot_timeline(plan: Plan, timeline: Timeline, path: str | Path, *, title: st
     """Write a PNG Gantt chart: what each rank runs when, with the micro-batch in each block and the waiting in grey.
 
     Args:
-        plan: Whose timeline it is.
-        timeline: From `simulate`, or measured; any unit of time.
-        path: Where to; its folder must exist.
+        plan: The plan that was run.
+        timeline: Spans from `simulate`, or measured; any unit of time.
+        path: File to write; its folder must exist.
         title: Heading; by default the schedule and its sizes.
 
     Raises:
@@ -80,7 +80,7 @@ def write_trace(plan: Plan, timeline: Timeline, path: str | Path) -> None:
     One thread a rank; a counter a rank has the chunks whose activations it holds. One unit of time is shown as 1 ms.
 
     Raises:
-        ValueError: as `plot_timeline`.
+        ValueError: the timeline has no action, or not the plan's ranks.
     """
     _check(plan, timeline)
     sizes = {"schedule": plan.schedule, "num_ranks": plan.num_ranks, "num_microbatches": plan.num_microbatches,

@@ -41,7 +41,7 @@ class Recorder(Protocol):
         ...
 
     def end(self, action: Action) -> None:
-        """It is complete; its outputs are on their way already."""
+        """Note that the action is complete; its outputs are on their way already."""
         ...
 
 
@@ -50,8 +50,8 @@ class Executor:
 
     Args:
         plan: A sound plan.
-        rank: Whose part.
-        transport: To the other ranks.
+        rank: Pipeline rank whose part is run.
+        transport: Messages to and from the other ranks.
     """
 
     def __init__(self, plan: Plan, rank: int, transport: Transport) -> None:
@@ -72,7 +72,7 @@ class Executor:
 
         Args:
             runners: This rank's chunks.
-            recorder: Is told of each action.
+            recorder: Recorder that is told of each action; None: nobody is.
 
         Raises:
             Exception: what a runner or the transport raised, with a note of the action.

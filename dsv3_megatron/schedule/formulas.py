@@ -44,9 +44,9 @@ def published_bubble(plan: Plan, *, forward: Time, backward: Time, weight: Time,
     Args:
         plan: Says the schedule, the ranks and the micro-batches.
         forward: F of one chunk; the others likewise.
-        backward: B.
+        backward: B of one chunk, all of its backward pass.
         weight: W, part of B.
-        overlapped: F&B.
+        overlapped: F&B of a pair of chunks.
 
     Returns:
         The bubble, or None where the formula does not hold: outside the conditions above, and for interleaved 1F1B

@@ -38,8 +38,8 @@ class ForwardStep:
 
     Attributes:
         read: Takes the next batch of a chunk, to the stage's device.
-        data: Of the run: whether documents are kept apart.
-        loss: Of a batch and its token losses: the sum to differentiate, the number of tokens, what to report.
+        data: Data configuration of the run: whether documents are kept apart.
+        loss: Makes of a batch and its token losses the sum to differentiate, the number of tokens, what to report.
     """
 
     read: Callable[[Iterator[Batch]], Batch]
@@ -68,10 +68,10 @@ def iterate_chunks(dataset: Any, training: TrainingConfig, parallel: ParallelCon
 
     Args:
         dataset: Samples, in the order in which the run takes them.
-        training: Its batch sizes.
+        training: The run's training configuration, for its batch sizes.
         parallel: The run's layout.
-        groups: Its process groups.
-        consumed_samples: Of the whole run, where to begin.
+        groups: Process groups of the run.
+        consumed_samples: Samples that the whole run has taken, where the iterators begin.
         eod_id: Token at which documents end, where they are kept apart.
     """
     return [BatchIterator(dataset, micro_batch_size=training.micro_batch_size,
@@ -88,11 +88,11 @@ def read_step(batches: Sequence[Iterator[Batch]], iterators: Sequence[BatchItera
     Its tokens that count, by `loss_mask_BS`, are what the routers' balance losses have to be multiplied by.
 
     Args:
-        batches: Of each chunk of this rank.
-        iterators: Where these come from, one for each chunk.
+        batches: Micro-batches of each chunk of this rank, without end.
+        iterators: The iterators that `batches` come from, one for each chunk.
         chunks: This rank's stages.
         groups: The run's process groups.
-        device: Of this process, for the sum over ranks.
+        device: Device of this process, for the sum over ranks.
 
     Returns:
         The micro-batches of each chunk, from the step's first.
@@ -114,8 +114,8 @@ def build_forward_backward(parallel: ParallelConfig, groups: ProcessGroupCollect
     Args:
         parallel: The run's; its schedule.
         groups: The run's process groups.
-        config: Of the stages; its `finalize_model_grads_func` is called at the end of a step, with the tokens that
-            the gradients are to be divided by: those of one whole pipeline, the same on each of its ranks.
+        config: Configuration of the stages; its `finalize_model_grads_func` is called at the end of a step, with the
+            tokens that the gradients are to be divided by: those of one whole pipeline, the same on each of its ranks.
         trace: File for what each rank did when in a training step; see `recorder`. Needs a pipeline.
 
     Returns:

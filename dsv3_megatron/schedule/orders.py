@@ -168,7 +168,7 @@ def dualpipe(distance: int, num_levels: int, microbatches_per_chunk: int) -> tup
     Args:
         distance: Ranks between this one and the near end, 0..num_levels - 1 (h of the report's notation).
         num_levels: Ranks from an end to where the pipeline folds: P / 2 of DualPipe, P of DualPipeV (H).
-        microbatches_per_chunk: At least 2 * num_levels.
+        microbatches_per_chunk: Micro-batches of each direction; at least 2 * num_levels.
 
     The released code runs the first pair of step 4 one after the other on the ranks at the fold; here it is a pair, as
     in the description of the steps. With that the published bubble is exact (see `formulas`), and the step is shorter

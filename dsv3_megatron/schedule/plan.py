@@ -58,9 +58,9 @@ class Plan:
 
     Attributes:
         schedule: One of SCHEDULES.
-        num_microbatches: Of the whole step, both directions together.
-        placement: By rank, by chunk: the stage that it is.
-        actions: By rank: what it runs, in order.
+        num_microbatches: Micro-batches of the whole step, both directions together.
+        placement: The stage that each chunk is, by rank and by chunk.
+        actions: What each rank runs, in order, by rank.
         is_overlapped: Interleaved 1F1B with forward & backward pairs; DualPipe has them always.
     """
 
@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def num_ranks(self) -> int:
-        """P."""
+        """Number of pipeline ranks, P."""
         return len(self.placement)
 
     @property
@@ -87,7 +87,7 @@ class Plan:
 
     @cached_property
     def num_stages(self) -> int:
-        """Of the model."""
+        """Number of stages of the model."""
         return 1 + max(place.stage for place in self.holders)
 
     @cached_property
@@ -137,7 +137,7 @@ def build_plan(schedule: str, *, num_ranks: int, num_microbatches: int, virtual_
     Args:
         schedule: One of SCHEDULES.
         num_ranks: P, pipeline_model_parallel_size.
-        num_microbatches: Of the step, on each data-parallel rank.
+        num_microbatches: Micro-batches of the step, on each data-parallel rank.
         virtual_stages: Chunks per rank of the interleaved schedule, 2 if not given; the others have their own number.
         is_overlapped: Interleaved only: run forwards and backwards of the steady state as pairs.
 
@@ -169,7 +169,7 @@ class PlanSizes(NamedTuple):
 
     @classmethod
     def of_run(cls, parallel: ParallelConfig, num_microbatches: int) -> PlanSizes:
-        """Of a training step of a run, with so many micro-batches on each data-parallel rank."""
+        """The sizes of a training step of a run, with so many micro-batches on each data-parallel rank."""
         is_interleaved = parallel.schedule == "interleaved"
         return cls(parallel.schedule, parallel.pipeline_model_parallel_size, num_microbatches,
                    parallel.stages_per_rank if is_interleaved else None, is_interleaved and parallel.has_pairs)
@@ -190,8 +190,8 @@ def forward_plan(schedule: str, *, num_ranks: int, num_microbatches: int, virtua
     Args:
         schedule: One of SCHEDULES, whose placement is used.
         num_ranks: P; even for dualpipe.
-        num_microbatches: Of the step; even for dualpipe.
-        virtual_stages: As of `build_plan`.
+        num_microbatches: Micro-batches of the step; even for dualpipe.
+        virtual_stages: Chunks per rank of the interleaved schedule, as in `build_plan`.
     """
     assert num_microbatches % num_model_copies(schedule) == 0, "each copy of the model has as many micro-batches"
     placement = place_stages(schedule, num_ranks, stages_per_rank(schedule, virtual_stages))

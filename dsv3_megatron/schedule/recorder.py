@@ -49,7 +49,7 @@ class StepRecorder:
         self._begun = self._mark()
 
     def end(self, action: Action) -> None:
-        """It is complete."""
+        """Note when the action was complete."""
         self._marks.append((action, self._begun, self._mark()))
 
     def spans(self) -> tuple[Span, ...]:

@@ -35,7 +35,7 @@ class StageCosts:
             executor does so with the weights in front of the first all-to-all; published formulas have none.
         all_to_all_forward: The part of F that is all-to-all, which an overlapped pair hides.
         all_to_all_backward: The part of B - W that is.
-        optimizer: Its share of the optimizer step, once a step.
+        optimizer: Time of this stage's share of the optimizer step, once a step.
         activation: Size of what it keeps of a micro-batch until the backward is done, in any unit.
         parameters: Size of what it holds always, in any unit.
     """
@@ -51,7 +51,7 @@ class StageCosts:
     parameters: Time = 1
 
     def validate(self, name: str = "") -> None:
-        """Check the costs.
+        """Check that the costs can be.
 
         Args:
             name: Put before the fields in messages, to say which stage's.
@@ -78,11 +78,11 @@ class Costs:
     """What everything costs that a plan does.
 
     Attributes:
-        stages: By stage of the model; both directions of DualPipe have the same.
+        stages: Costs of each stage of the model; both directions of DualPipe have the same.
         overlapped: F&B of a pair: one number, or by (stage of the forward, stage of the backward). None: the longer of
             the two chunks' compute and of their all-to-all, one after the other each, which is perfect hiding.
-        p2p: From the hand-over of an output to its use on another rank; none on the same rank. Transfers run
-            beside the compute.
+        p2p: Time that passes between the hand-over of an output and its use on another rank; none on the same rank.
+            Transfers run beside the compute.
     """
 
     stages: tuple[StageCosts, ...]
@@ -92,7 +92,7 @@ class Costs:
     @classmethod
     def uniform(cls, num_stages: int, *, forward: Time, backward: Time, weight: Time, overlapped: Time | None = None,
                 p2p: Time = 0) -> Costs:
-        """The same costs on every stage; `overlapped` is F + B if not given: nothing is hidden."""
+        """Make costs that are the same on every stage; `overlapped` is F + B if not given: nothing is hidden."""
         pair = forward + backward if overlapped is None else overlapped
         return cls((StageCosts(forward, backward, weight),) * num_stages, pair, p2p)
 
@@ -157,13 +157,13 @@ class Simulation:
 
     Attributes:
         plan: What was simulated.
-        timeline: When each action runs.
-        step_time: From the first action's start to the end of the last rank's optimizer step.
+        timeline: Spans of each rank's actions.
+        step_time: Time that passes between the first action's start and the end of the last rank's optimizer step.
         ideal_time: What the step would take if no rank ever waited: the longest time that a rank works.
-        bubble: By rank, how long it stands still: the step time less the time that it works.
-        activations: By rank, the (time, size held from then on) at each change.
-        peak_activations: By rank, the most it holds at once, in the unit of the stages' activations.
-        parameters: By rank, the size it holds always, in the unit of the stages' parameters.
+        bubble: Time that each rank stands still: the step time less the time that it works.
+        activations: The (time, size held from then on) of each rank at each change.
+        peak_activations: The most that each rank holds at once, in the unit of the stages' activations.
+        parameters: The size that each rank holds always, in the unit of the stages' parameters.
     """
 
     plan: Plan
@@ -185,7 +185,7 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
 
     Args:
         plan: A sound plan.
-        costs: With as many stages as the plan.
+        costs: Costs of as many stages as the plan has.
 
     Raises:
         ConfigError: the costs are wrong.
@@ -222,10 +222,10 @@ def _activations(plan: Plan, rank: int, timeline: Timeline, costs: Costs) -> tup
 
 
 def require_cost(name: str, value: Time, *, is_zero_allowed: bool = False) -> None:
-    """Check one cost.
+    """Check that a cost is finite and positive.
 
     Raises:
-        ConfigError: it is not finite, or not positive (negative, if zero is allowed).
+        ConfigError: the cost is not finite, or not positive (negative, if zero is allowed).
     """
     if not math.isfinite(value):
         raise ConfigError(f"{name}={_shown(value)} must be a finite number")
@@ -238,7 +238,7 @@ def require_part(name: str, part: Time, whole_name: str, whole: Time) -> None:
     """Check that a cost is less than the one it is a part of.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the cost is not less than the whole.
     """
     if part >= whole:
         raise ConfigError(f"{name}={_shown(part)} must be less than {whole_name}={_shown(whole)}, of which it is a "
@@ -249,7 +249,7 @@ def require_pair(name: str, pair: Time, forward: Time, backward: Time) -> None:
     """Check the cost of an overlapped pair, which contains both of its chunks.
 
     Raises:
-        ConfigError: it is not a positive number, or less than the longer of the two.
+        ConfigError: the cost is not a positive number, or less than the longer of the two.
     """
     require_cost(name, pair)
     longer = max(forward, backward)

@@ -1,4 +1,5 @@
-"""When each action runs, if every rank keeps to its order and starts each action as soon as its inputs are there.
+"""Start and end of each action, if every rank keeps to its order and starts each action as soon as its inputs are
+there.
 
 Times are whatever number the caller uses: int and Fraction give exact results, float the usual ones.
 """
@@ -38,7 +39,8 @@ def run_in_order(plan: Plan, duration: Callable[[int, Action], Time], delay: Tim
     Args:
         plan: Any plan; it need not be sound.
         duration: Rank and action -> how long it takes.
-        delay: From the hand-over of an output until it can be used on another rank. It keeps no rank from computing.
+        delay: Time that passes between the hand-over of an output and its use on another rank. It keeps no rank from
+            computing.
         tail: Rank and action -> how long the action goes on after it has handed over its outputs.
 
     Raises:

@@ -1,4 +1,4 @@
-"""In which order ranks send and receive, so that no rank ever blocks for good.
+"""The order in which ranks send and receive, so that no rank ever blocks for good.
 
 The strictest point-to-point semantics: a rank hands a batch of sends and receives to its transport and computes no
 further until all of it is done, and a send is done only when the other side has posted its receive (rendezvous). An

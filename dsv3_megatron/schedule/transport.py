@@ -51,9 +51,9 @@ class GroupTransport:
     Args:
         ascending: The pipeline's group, for sends to higher ranks.
         descending: Another group of the same ranks, for sends to lower ranks.
-        shape: Of every tensor.
-        dtype: Likewise.
-        device: Likewise.
+        shape: Shape of every tensor that is sent.
+        dtype: Dtype of every tensor that is sent.
+        device: Device of every tensor that is sent.
     """
 
     def __init__(self, ascending: torch.distributed.ProcessGroup, descending: torch.distributed.ProcessGroup, *,
@@ -67,7 +67,7 @@ class GroupTransport:
         """Begin to send; the tensor is kept until it is sent.
 
         Raises:
-            ValueError: it has not the shape and dtype that the other side expects.
+            ValueError: the tensor has not the shape and dtype that the other side expects.
         """
         if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
             raise ValueError(f"a stage's output is {tensor.dtype} {tuple(tensor.shape)}; between stages go "
@@ -113,5 +113,5 @@ class PipelineChannels:
         self.descending = pipeline_twin(groups)
 
     def transport(self, *, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> GroupTransport:
-        """For tensors of one kind; those of several kinds must not be under way at once."""
+        """Make the transport for tensors of one kind; those of several kinds must not be under way at once."""
         return GroupTransport(self.ascending, self.descending, shape=shape, dtype=dtype, device=device)
