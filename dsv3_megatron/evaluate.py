@@ -54,7 +54,7 @@ class Request:
             does not say.
         micro_batch_size: Rows of one forward pass.
         precision: "auto", "bf16", "fp32"; None: as the checkpoint was trained, "auto" if it does not say.
-        transformer_impl: As of a run.
+        transformer_impl: Kind of modules, as a run's field says it: "auto", "local" or "transformer_engine".
         parallel: The layout: fields of ParallelConfig.
         switches: Document switches (fields of DataConfig) by name; those left out are as in training, and off for a
             checkpoint that does not say.

@@ -44,12 +44,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of some rows.
+    """The losses of a model on some rows.
 
     Attributes:
         loss: Mean -log p of the next token, nats.
-        mtp_losses: Of each MTP depth: the sum over the positions that have a target, divided by all tokens, as a run's
-            validation reports it (DeepSeek-V3 report, eq. 24).
+        mtp_losses: Loss of each MTP depth, nats: the sum over the positions that have a target, divided by all tokens,
+            as a run's validation reports it (DeepSeek-V3 report, eq. 24).
         tokens: Tokens predicted, without those that `eod_mask_loss` leaves out.
         rows: Rows they were in.
     """

@@ -36,8 +36,8 @@ class Request:
         prompts: JSON-lines file of such, {"prompt": "..."} in each line; "-" is standard input.
         max_new_tokens: Tokens of each text, at most.
         temperature: Divides the logits; 0 takes the likeliest token.
-        top_p: Of the likeliest tokens as few as have this much probability together.
-        seed: Of the draws.
+        top_p: Probability that the likeliest tokens, as few as can be, must have together to be kept; 1 keeps all.
+        seed: Seed of the draws.
         speculative: "mtp", or None.
         kv_cache: "latent" or "full".
         batch_size: Prompts that are decoded together.
@@ -176,8 +176,8 @@ class Printer:
     Args:
         codec: Makes text of ids.
         prompts: Texts of the prompts.
-        ids: Their ids.
-        out: Where to print.
+        ids: Ids of the prompts.
+        out: Stream to print to.
         as_json: One JSON object a line for each text, when it has ended.
     """
 

@@ -1,4 +1,4 @@
-"""A run's folders: whose they are, and what a start may do in them. No torch.
+"""Folders of a run: whose they are, and what a start may do in them. No torch.
 
     SAVE/run.json, LOGS/run.json     identity of the run whose checkpoints or logs are there
     SAVE/run.lock, LOGS/run.lock     the process that writes them now (lock.py)
@@ -75,7 +75,7 @@ def plan_start(config: CheckpointConfig, logs: str | None, new: str) -> Start:
     """Decide what a run starts from, and that its folders are its own; reads, and changes nothing.
 
     Args:
-        config: Where checkpoints are loaded from and saved to.
+        config: The run's checkpoint configuration: where checkpoints are loaded from and saved to.
         logs: Folder for logs; None: there are none.
         new: Identity of the run if it is a new one.
 
@@ -104,7 +104,7 @@ class RunClaim:
     """The folders of a run, held by the process that writes them: its rank 0 takes them, the others ask it.
 
     Args:
-        config: Where checkpoints are saved, loaded and exported to.
+        config: The run's checkpoint configuration: where checkpoints are saved, loaded and exported to.
         logs: Folder for logs; None: there are none.
         stale_s: Seconds without a sign of life after which another machine's lock is stale.
     """
@@ -119,7 +119,7 @@ class RunClaim:
         """What the run would start from; changes nothing.
 
         Raises:
-            CheckpointError: it may not start, or a process on this machine holds one of its folders.
+            CheckpointError: the run may not start, or a process on this machine holds one of its folders.
         """
         start = plan_start(self._config, self._logs, self._new)
         for lock in self._wanted(start.run):
@@ -133,7 +133,7 @@ class RunClaim:
             What the run starts from, decided while nobody else could change it.
 
         Raises:
-            CheckpointError: it may not start, or another process holds one of its folders.
+            CheckpointError: the run may not start, or another process holds one of its folders.
         """
         self.look()
         atexit.register(self.release)

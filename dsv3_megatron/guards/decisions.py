@@ -85,7 +85,7 @@ class Guard:
 
         Args:
             losses: All losses of the step by name, LOSS among them; reduced over ranks.
-            grad_norm: Before clipping.
+            grad_norm: Norm of the gradient before clipping.
         """
         wrong = [f"{name} is {value}" for name, value in {**losses, GRAD_NORM: grad_norm}.items()
                  if not math.isfinite(value)]
@@ -135,7 +135,7 @@ class Guard:
         Args:
             saved: The checkpoint's state of the guard; empty if it was written without guards.
             first_sample: Position in the dataset that the checkpoint would go on from.
-            next_sample: Where the run goes on instead.
+            next_sample: Position that the run goes on from instead.
         """
         self.detector = SpikeDetector(self.config)
         self.counters.consecutive_skips = 0

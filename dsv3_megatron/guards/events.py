@@ -30,14 +30,15 @@ class Event:
     """One step that a guard fired at.
 
     Attributes:
-        iteration: Of the step, counted from 1.
+        iteration: Number of the step, counted from 1.
         kind: "nonfinite", "spike" or "uncounted".
         action: "logged", "skipped", "rolled back" or "ended the run".
         reasons: What was found, with values.
         samples: First and last of the dataset's samples in the step, over all data-parallel ranks.
-        sources: Where it came from, as far as ranks know: micro-batches by their samples, gradients by name.
-        lm_loss: Of the step; None where no token of it counts.
-        grad_norm: Of the step, before clipping.
+        sources: Places that the fault came from, as far as ranks know: micro-batches by their samples, gradients by
+            name.
+        lm_loss: Next-token loss of the step; None where no token of it counts.
+        grad_norm: Norm of the step's gradient, before clipping.
     """
 
     iteration: int
@@ -59,7 +60,7 @@ class EventLog:
     """Events of a run. Where not enabled, nothing is written.
 
     Args:
-        folder: For guards.jsonl and the report; None: log lines only.
+        folder: Folder for guards.jsonl and the report; None: log lines only.
         enabled: True on exactly one process.
     """
 
@@ -88,7 +89,7 @@ class EventLog:
         guards-report.txt if there is a folder.
 
         Args:
-            guard: Of the run.
+            guard: Guard of the run.
             save: Folder of the run's checkpoints.
         """
         if self._file is not None:

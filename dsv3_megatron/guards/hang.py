@@ -57,11 +57,11 @@ class Beat:
     """A sign of life: what the training thread began, and when.
 
     Attributes:
-        step: Counted from 1; 0 before the first.
-        part: Of the step, in words.
+        step: Number of the step, counted from 1; 0 before the first.
+        part: Part of the step, in words.
         number: How often this part began in this step.
-        is_slow: It may take SLOW_FACTOR times as long.
-        time_s: time.monotonic().
+        is_slow: The part may take SLOW_FACTOR times as long.
+        time_s: Time of the sign, as time.monotonic() has it.
     """
 
     step: int
@@ -76,7 +76,7 @@ class Watchdog:
 
     Args:
         timeout_s: Seconds without a sign inside a step that are a hang; 0: the watchdog does nothing.
-        folder: For a file of stacks per rank; None: they go to stderr.
+        folder: Folder for a file of stacks per rank; None: they go to stderr.
     """
 
     def __init__(self, timeout_s: float, *, folder: str | None) -> None:
@@ -259,7 +259,7 @@ def all_stacks() -> str:
 
 
 def describe(state: Mapping[str, Any]) -> str:
-    """Where a rank was."""
+    """Say at which step and part a rank was, and for how long it has been silent."""
     number = f" {state['number']}" if state["number"] > 1 else ""
     return f"step {state['step']}, {state['part']}{number}, silent for {state['silence_s']:g} s"
 
@@ -270,7 +270,7 @@ def summary(alarm: str, states: Mapping[int, Mapping[str, Any]], silent: Mapping
 
     Args:
         alarm: What raised it.
-        states: Of the ranks that answered.
+        states: State of each rank that answered.
         silent: The last known of the ranks that did not.
         world_size: Ranks of the run.
     """

@@ -34,7 +34,8 @@ class CheckpointKeeper:
     """Writes a run's checkpoints and knows where the newest one is.
 
     Args:
-        config: Where checkpoints are saved, loaded and exported to, how often, and how many are kept.
+        config: The run's checkpoint configuration: where checkpoints are saved, loaded and exported to, how often, and
+            how many are kept.
         chunks: This rank's stages.
         optimizer: The distributed optimizer over them.
         groups: The run's process groups.
@@ -72,7 +73,8 @@ class CheckpointKeeper:
 
         Args:
             progress: How far the run has come.
-            run: Its configuration as it is in the phase of its last step: what reads the checkpoint builds that model.
+            run: Configuration as it is in the phase of the run's last step: what reads the checkpoint builds that
+                model.
             text_files: What the checkpoint keeps of the run's tokenizer.
             is_needed: The run cannot go on without it, or ends here: it is tried again at once, some times.
 
@@ -129,7 +131,7 @@ class CheckpointKeeper:
         Args:
             iteration: Steps taken.
             precision: "bf16" or "fp32", of the weights as trained.
-            losses: Of the run, for the model card.
+            losses: Last losses of the run, for the model card.
 
         Raises:
             CheckpointError: on every rank, if it cannot be written.

@@ -34,16 +34,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock.
+    """The process that holds a lock.
 
     Attributes:
         run: Identity of the run.
         host: Name of the machine.
         processes: Which table of processes `pid` is of: the machine since its start, and the container.
         pid: Process id.
-        began: When that process began, as the kernel counts it; None where the kernel does not say.
-        since: When the lock was taken, as text.
-        token: Of this lock alone.
+        began: Start of that process, as the kernel counts it; None where the kernel does not say.
+        since: Time at which the lock was taken, as text.
+        token: Random mark of this lock alone.
     """
 
     run: str
@@ -69,7 +69,7 @@ def process_table() -> str:
 
 
 def process_began(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks since the machine's start; None if it is gone or cannot be asked."""
+    """Start of a process, in the kernel's ticks since the machine's start; None if it is gone or cannot be asked."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -93,7 +93,7 @@ def is_running(pid: int, began: str | None) -> bool:
 
 
 class RunLock:
-    """One lock file.
+    """A lock file in a folder of a run.
 
     Args:
         path: The file; its folder exists when it is taken.

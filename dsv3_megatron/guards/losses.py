@@ -14,7 +14,7 @@ class StepLosses:
 
     Attributes:
         main: Next-token loss; None where no token counts.
-        mtp: By depth; empty where no token counts.
+        mtp: Losses of the MTP modules, by depth; empty where no token counts.
     """
 
     main: float | None
@@ -26,7 +26,7 @@ class StepLosses:
 
         Args:
             num_tokens: How many count.
-            sums: Of the main loss, and of each MTP loss.
+            sums: Sum of the main loss over tokens, and of each MTP loss.
         """
         if not num_tokens:
             return cls(None, ())
@@ -40,7 +40,7 @@ class StepLosses:
         return cls.of_sums(len(counted), [sum(column) for column in zip(*counted, strict=True)])
 
     def by_name(self, balance_loss: float | None) -> dict[str, float]:
-        """With the balance loss, all losses of a step by the names they are logged under."""
+        """All losses of a step, the balance loss among them, by the names they are logged under."""
         named = {} if self.main is None else {LOSS: self.main}
         named |= {f"mtp_{depth} loss": loss for depth, loss in enumerate(self.mtp, start=1)}
         return named if balance_loss is None else named | {"balance loss": balance_loss}

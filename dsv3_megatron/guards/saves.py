@@ -1,4 +1,4 @@
-"""When a run's state is worth a checkpoint, and when older ones may go. Pure Python.
+"""Decides when a run's state is worth a checkpoint, and when older ones may go. Pure Python.
 
 A checkpoint replaces an older one in the end, so it is written only of a state that is at least as good: one that has
 taken in an update since the run began, was loaded or went back, and whose last step's update was applied. A save that

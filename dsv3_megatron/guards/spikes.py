@@ -1,4 +1,4 @@
-"""Is this step's loss or gradient norm out of line with the steps before it? Pure Python.
+"""Decides whether a step's loss or gradient norm is out of line with the steps before it. Pure Python.
 
 A value is a spike if it exceeds
 
@@ -37,7 +37,7 @@ class Spike:
         name: LOSS or GRAD_NORM.
         value: What it is.
         limit: What it should not have exceeded.
-        median: Of the window.
+        median: Median of the window.
         num_steps: Steps in the window.
     """
 
@@ -56,8 +56,8 @@ def upper_limit(values: Sequence[float], *, threshold: float, floor: float) -> t
     """The largest value that is no spike after `values`, and their median.
 
     Args:
-        values: At least one; of past good steps.
-        threshold: In robust standard deviations.
+        values: Values of past good steps, at least one.
+        threshold: Distance of the limit from the median, in robust standard deviations.
         floor: Smallest distance of the limit from the median.
     """
     center = median(values)

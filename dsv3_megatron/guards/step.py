@@ -45,8 +45,8 @@ class StepFacts:
     """What is known of a step before its update.
 
     Attributes:
-        iteration: Counted from 1.
-        losses: By name, reduced over all ranks; "lm loss" is among them unless no token of the step counts.
+        iteration: Number of the step, counted from 1.
+        losses: Losses by name, reduced over all ranks; "lm loss" is among them unless no token of the step counts.
         samples: The dataset's samples in the global batch.
         micro_batches: This rank's reports, each with "sums" and "sample_ids"; none but on the last pipeline stage.
     """
@@ -64,10 +64,10 @@ def guarded_step(guard: Guard, log: EventLog, optimizer: MegatronOptimizer, chun
     Args:
         guard: Judges, and remembers.
         log: Told of what is found.
-        optimizer: Its gradients are complete.
+        optimizer: Optimizer whose gradients are complete.
         chunks: This rank's stages.
         groups: The run's process groups.
-        facts: Of this step.
+        facts: What is known of this step.
     """
     norm = gradient_norm(optimizer)
     if LOSS not in facts.losses:  # what gradients there are, of balance losses, are of no token that is to be learned

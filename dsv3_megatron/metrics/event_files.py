@@ -26,12 +26,12 @@ class RunLog:
     """What a run wrote about itself.
 
     Attributes:
-        directory: Where.
-        scalars: By tag, (step, value) in order.
-        images: The last one of each tag: its step and the PNG's bytes.
-        records: metrics.jsonl; None if it is not there.
-        config: config.json; None if it is not there.
-        environment: environment.json; None if it is not there.
+        directory: Folder that was read.
+        scalars: Points (step, value) of each tag, in order.
+        images: The last image of each tag: its step and the PNG's bytes.
+        records: Content of metrics.jsonl; None if it is not there.
+        config: Content of config.json; None if it is not there.
+        environment: Content of environment.json; None if it is not there.
         cut_short: Event files whose last record is not complete.
     """
 

@@ -30,7 +30,7 @@ class EventWriter:
     """One event file of a run.
 
     Args:
-        directory: Its folder.
+        directory: Folder of the event file.
         purge_step: What earlier event files of the folder have of this step and later ones is taken again.
     """
 
@@ -42,7 +42,7 @@ class EventWriter:
         self._file = KeptFile(directory / name, header=b"".join(map(_record, begin)))
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
-        """One number."""
+        """Write one number of a tag at a step."""
         self._add(summary.scalar(tag, value), step)
 
     def add_text(self, tag: str, text: str, step: int) -> None:
@@ -58,13 +58,13 @@ class EventWriter:
         """A histogram of values that were counted elsewhere.
 
         Args:
-            tag: Its name.
+            tag: Name of the histogram.
             step: Steps taken.
-            minimum: Of the values.
-            maximum: Likewise.
-            num: How many there are.
-            total: Their sum.
-            sum_squares: Of their squares.
+            minimum: Smallest of the values.
+            maximum: Largest of the values.
+            num: Number of values.
+            total: Sum of the values.
+            sum_squares: Sum of the values' squares.
             bucket_limits: Upper end of each bucket.
             bucket_counts: Values in each.
         """

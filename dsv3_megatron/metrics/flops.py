@@ -65,7 +65,7 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> FlopsPerToken:
     forward, twice that backward: 3 * (qk_head_dim + v_head_dim) * heads * S per layer.
 
     Args:
-        model: Architecture.
+        model: Architecture of the model.
         seq_length: S, tokens in a sequence.
 
     Raises:
@@ -114,7 +114,7 @@ def device_peak_flops(device_name: str, precision: str = "bf16") -> float | None
     """Peak FLOP/s of a device for dense products, or None if it is not known.
 
     Args:
-        device_name: As `torch.cuda.get_device_name()` gives it.
+        device_name: Name as `torch.cuda.get_device_name()` gives it.
         precision: "bf16" or "fp8". Others, fp32 included, have no entry.
 
     Returns:
@@ -145,7 +145,7 @@ class RunSpeed:
 
     Args:
         seq_length: Tokens in a sequence.
-        flops: From `flops_per_token`.
+        flops: FLOPs of a token, as `flops_per_token` counts them.
         num_devices: Devices (on CPU: processes) that share the work.
         peak_flops_per_device: FLOP/s; None: no MFU.
     """

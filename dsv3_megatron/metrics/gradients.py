@@ -61,7 +61,7 @@ class GradientNorms:
 
     Args:
         chunks: This rank's stages, wrapped.
-        optimizer: Over the same stages.
+        optimizer: Distributed optimizer over the same stages.
         groups: The run's process groups.
     """
 

@@ -42,7 +42,7 @@ def draw_heat_map(loads_RC: np.ndarray, title: str, rows: Axis, columns: Axis) -
     """An image of relative loads, 0 to 2 and more; what is not known is grey.
 
     Args:
-        loads_RC: From `relative_loads`.
+        loads_RC: Loads as `relative_loads` gives them; NaN where not known.
         title: One line above.
         rows: The axis from top to bottom.
         columns: The axis from left to right.
@@ -111,7 +111,7 @@ class LoadHistory:
     It begins with the process: a resumed run begins anew.
 
     Args:
-        max_columns: Even.
+        max_columns: Largest number of columns, even.
     """
 
     def __init__(self, max_columns: int = 256) -> None:

@@ -45,12 +45,12 @@ class Instruments:
     Args:
         run: The run; `logging` says whether and when.
         chunks: This rank's stages, wrapped.
-        optimizer: Over the same stages.
+        optimizer: Distributed optimizer over the same stages.
         groups: The run's process groups.
-        device: Of this process.
+        device: Device of this process.
 
     Attributes:
-        clock: Of PHASES; the trainer marks them.
+        clock: Clock of PHASES; the trainer marks them.
     """
 
     def __init__(self, run: RunConfig, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer,

@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 class KeptFile:
-    """A file of records.
+    """A file of records that a run appends to.
 
     Args:
         path: The file; made, with its folder, when the first record is written, and again if it is removed.
         header: Bytes that a new file begins with.
         has_lines: Records are lines; what follows the last whole one, of a crash, is cut off when the file is opened.
-        limit_bytes: Of the records that are kept.
+        limit_bytes: Bytes of the records that are kept.
     """
 
     def __init__(self, path: Path, *, header: bytes = b"", has_lines: bool = False, limit_bytes: int = LIMIT_BYTES

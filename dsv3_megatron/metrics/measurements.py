@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RouterMeasurements:
-    """Of one router.
+    """Measurements of one router in a step.
 
     Attributes:
         score_counts: Affinities of this step's tokens to every expert, counted in equal parts of 0..1.
@@ -40,15 +40,15 @@ class RouterMeasurements:
 
 @dataclass(frozen=True)
 class Measurements:
-    """Of a step and of the time since the logged step before it.
+    """Measurements of a step and of the time since the logged step before it.
 
     Attributes:
-        routers: By layer.
+        routers: Measurements of each router, by layer.
         grad_norms: L2 norm of each component's gradient before clipping; their squares add to the global norm's.
-        head_agreement: By MTP depth: share of sampled positions where its most likely token is the main head's; None
-            where no position was sampled.
+        head_agreement: Share, for each MTP depth, of sampled positions where its most likely token is the main head's;
+            None where no position was sampled.
         phase_seconds: Mean over ranks and over the steps since the last logged one, by phase; phases do not overlap.
-        slowest_phase_seconds: The same of the rank that took longest in a phase.
+        slowest_phase_seconds: Seconds by phase of the rank that took longest in it, as a mean over the same steps.
         memory_bytes: Largest over ranks, by kind.
     """
 

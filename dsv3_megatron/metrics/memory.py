@@ -14,7 +14,7 @@ def memory_bytes(device: Device) -> dict[str, int]:
     """Bytes by kind; peaks are since the process began.
 
     Args:
-        device: Of this process; GPU kinds are there on a GPU only.
+        device: Device of this process; GPU kinds are there on a GPU only.
     """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {"host-peak-resident": peak if sys.platform == "darwin" else peak * 1024}

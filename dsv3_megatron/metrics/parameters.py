@@ -73,7 +73,9 @@ class ParameterTable:
 
     @property
     def main_active_without_embedding(self) -> int:
-        """The same without the embedding table, a look-up: what the FLOP count multiplies by 6."""
+        """Parameters of the main model that one token activates, without the embedding table, a look-up: what the FLOP
+        count multiplies by 6.
+        """
         return sum(c.active for c in self.main if c.part != "embedding")
 
     @property
@@ -83,7 +85,7 @@ class ParameterTable:
 
     @property
     def mtp_active(self) -> int:
-        """Those of them that one token activates."""
+        """Parameters of the MTP modules that one token activates."""
         return _active(self.mtp)
 
     @property

@@ -1,4 +1,4 @@
-"""Where a step's time goes: a clock for named phases that may lie within one another.
+"""Measures where a step's time goes: a clock for named phases that may lie within one another.
 
 A phase's time is its own: what a phase within it takes is not counted twice, so that the phases of a step add up to
 its time. Times add up until they are taken, so that a step nobody looks at costs two readings of a clock a phase.
@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 
 
 class PhaseClock:
-    """Seconds by phase.
+    """A clock that sums seconds by phase.
 
     Args:
-        phases: Their names; each is in what `take` returns.
+        phases: Names of the phases; each is in what `take` returns.
         synchronize: Waits until the device has done what it was given, so that work counts where it was started;
             None for a CPU. Called at the start and the end of a phase.
         now: The clock, in seconds.
@@ -62,7 +62,7 @@ class PhaseClock:
         self._since = now
 
     def waiting[T](self, items: Iterator[T], name: str) -> Iterator[T]:
-        """The same items; the time until each is there is `name`'s."""
+        """Pass items on; the time until each is there is `name`'s."""
         while True:
             with self.phase(name, waits_for_device=False):
                 try:

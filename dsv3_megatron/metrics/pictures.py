@@ -21,7 +21,7 @@ class Pictures:
 
     Args:
         events: Writes the event file.
-        num_layers: Of the main model; a layer from there on is an MTP module.
+        num_layers: Transformer layers of the main model; a layer from there on is an MTP module.
     """
 
     def __init__(self, events: EventWriter, num_layers: int) -> None:

@@ -40,8 +40,8 @@ def plot_run(records: Records, path: str | Path, *, title: str = "", baselines: 
 
     Args:
         records: What the run measured; at least one step with a finite loss.
-        path: Where to; its folder must exist.
-        title: Heading.
+        path: File to write; its folder must exist.
+        title: Heading of the picture.
         baselines: Name -> loss in nats per token on the validation data, drawn as dashed lines.
 
     Raises:

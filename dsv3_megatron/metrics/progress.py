@@ -35,7 +35,7 @@ def log_line(reports: Sequence[StepReport], speed: RunSpeed, train_iters: int) -
     TensorBoard's `lm loss` is that of one step; a mean is called one here.
 
     Args:
-        reports: At least one, in order. Losses of skipped steps do not count.
+        reports: Steps since the last line, at least one, in order. Losses of skipped steps do not count.
         speed: Turns times into rates.
         train_iters: Steps of the whole run.
     """
@@ -91,7 +91,7 @@ class Progress:
         start_iteration: Steps already taken when the run resumes.
         log_interval: Steps between plain lines.
         enabled: True on exactly one process.
-        stream: Where to; sys.stderr by default. A bar if it is a terminal, lines otherwise.
+        stream: Stream to write to; sys.stderr by default. A bar if it is a terminal, lines otherwise.
         clock: Seconds since any moment.
         now: Date and time, for the beginning of a line.
     """

@@ -34,7 +34,7 @@ class ParameterTensor:
     """One parameter as a rank holds it.
 
     Attributes:
-        name: Its place in the layer, or of the embedding, head or final norm.
+        name: Place of the tensor in the layer, or "embedding" and the like outside of layers.
         numel: Elements on this rank.
         is_expert: A routed expert's, reduced over the expert-data-parallel ranks where those differ.
     """
@@ -114,7 +114,7 @@ def stage_tensors(model: ModelConfig, parallel: ParallelConfig, stage: StageLayo
 
     Args:
         model: The model.
-        parallel: Its split.
+        parallel: How the model is split.
         stage: What the stage holds.
         shares_embedding: The stage's MTP modules use the embedding of another stage on the same rank.
     """
@@ -211,7 +211,7 @@ def rank_states(run: RunConfig, world_size: int, *, precision: str) -> tuple[Ran
 
     Args:
         run: A valid run.
-        world_size: Processes.
+        world_size: Processes of the run.
         precision: "bf16" or "fp32", of the weights; "auto" counts as bf16, what it is on a GPU.
     """
     training = run.training

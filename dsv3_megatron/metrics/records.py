@@ -37,14 +37,14 @@ class StepReport:
     Attributes:
         iteration: Optimizer steps taken so far, this one included: the first is 1.
         consumed_samples: Sequences trained on so far, this step's included.
-        consumed_tokens: The same in tokens.
+        consumed_tokens: Tokens trained on so far, this step's included.
         lm_loss: Next-token cross-entropy in nats per token, mean over the step's tokens that count; None where none
             does.
         mtp_losses: One per MTP depth, in nats per token, not scaled by lambda; empty without MTP.
         balance_loss: Sequence-wise balance loss before alpha, mean over the MoE layers (as Megatron-LM logs it),
             or None.
         grad_norm: Global L2 norm of the gradient before clipping.
-        learning_rate: Used in this step.
+        learning_rate: Learning rate that this step was taken with.
         batch_size: Sequences of this step.
         step_time_s: Wall-clock seconds of this step.
         expert_load: Layer id (0-based over the main model, MTP depth k is num_layers + k) -> tokens
@@ -54,8 +54,8 @@ class StepReport:
         num_spikes: Spikes of the whole run so far.
         num_rollbacks: Returns to a checkpoint of the whole run so far.
         seq_length: Tokens in a sequence of this step.
-        mtp_weight: lambda of this step; None without MTP.
-        bias_update_rate: gamma of this step; None without routed experts.
+        mtp_weight: Weight of the MTP losses in this step, lambda; None without MTP.
+        bias_update_rate: Step of the routers' biases, gamma; None without routed experts.
         phase: Name of the phase it belongs to; None in a run without phases.
         measurements: What the instruments saw; None on a step that is not logged.
     """
@@ -149,10 +149,10 @@ def read_records(path: str | os.PathLike[str]) -> Records:
 
 
 def last_losses(folder: str | os.PathLike[str] | None, iteration: int) -> tuple[float | None, float | None, int | None]:
-    """A run's loss in a step, and its last validation loss up to there with the step of that, in nats per token.
+    """Loss of a run in a step, and its last validation loss up to there with the step of that, in nats per token.
 
     Args:
-        folder: With the run's metrics file; None, or a folder without one: nothing is known.
+        folder: Folder with the run's metrics file; None, or a folder without one: nothing is known.
         iteration: The step.
 
     Returns:

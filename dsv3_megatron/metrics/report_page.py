@@ -30,8 +30,8 @@ def draw_report(log: RunLog, path: str | Path) -> None:
     """Write the page as a PNG.
 
     Args:
-        log: Of a run with at least one loss.
-        path: Where to; its folder must exist.
+        log: Log of a run with at least one loss.
+        path: File to write; its folder must exist.
 
     Raises:
         ValueError: there is no finite loss to draw.

@@ -20,9 +20,9 @@ def plot_schedule(recipe: Recipe, path: str, *, title: str = "") -> None:
     """Write a PNG of all phases.
 
     Args:
-        recipe: Of a validated run.
-        path: Where to; its folder must exist.
-        title: Heading.
+        recipe: Recipe of a validated run.
+        path: File to write; its folder must exist.
+        title: Heading of the picture.
     """
     import matplotlib
 

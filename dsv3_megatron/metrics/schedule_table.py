@@ -1,4 +1,5 @@
-"""A run's recipe as a table: where steps, tokens, learning rate, batch, loss weights and context change. No torch.
+"""Lists a run's recipe as a table: where steps, tokens, learning rate, batch, loss weights and context change. No
+torch.
 
 What `python -m dsv3_megatron.train --preset NAME --print-schedule [--json]` prints. Nothing is trained or stepped
 through: the boundaries are laid out in closed form (config/recipe.py).
@@ -25,14 +26,14 @@ class Boundary:
     """A place of a run at which something changes; the values are those of the step that begins there.
 
     Attributes:
-        phase: Name.
+        phase: Name of the phase.
         event: What happens.
         iteration: Steps before it.
         tokens: Tokens before it.
-        learning_rate: Of the optimizer.
-        global_batch_size: Sequences.
-        mtp_weight: lambda.
-        bias_update_rate: gamma.
+        learning_rate: Learning rate that the optimizer takes.
+        global_batch_size: Sequences in the step.
+        mtp_weight: Weight of the MTP losses, lambda.
+        bias_update_rate: Step of the routers' biases, gamma.
         seq_length: Tokens in a sequence.
         rope_type: "rope" or "yarn".
         rotary_scaling_factor: YaRN's s; 1 under plain rotary embedding.

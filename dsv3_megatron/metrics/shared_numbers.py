@@ -16,11 +16,12 @@ import torch
 
 
 class SharedNumbers:
-    """Zeros to begin with. After `reduce`, on the host, the same on every rank.
+    """Numbers that ranks combine in one collective: zeros to begin with, and after `reduce`, on the host, the same on
+    every rank.
 
     Args:
-        shapes: Of each part, the same on every rank.
-        device: Where the ranks exchange them.
+        shapes: Shape of each part, the same on every rank.
+        device: Device by which the ranks exchange them.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:

@@ -89,8 +89,8 @@ def measure_baselines(run: RunConfig, num_train_sequences: int, num_valid_sequen
     Args:
         run: The run.
         num_train_sequences: Sequences to count on, of the run's first dataset.
-        num_valid_sequences: Sequences to score on,
-        phase: of the dataset that the phase of this name reads; None: the first.
+        num_valid_sequences: Sequences to score on.
+        phase: Name of the phase whose dataset is read; None: the first.
 
     Raises:
         ValueError: the data cannot be read, or there is no validation data.

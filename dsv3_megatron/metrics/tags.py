@@ -34,10 +34,10 @@ class Tag:
     """One tag, or one for each layer, MTP depth, group, component, phase.
 
     Attributes:
-        name: With placeholders in braces.
+        name: Name of the tag, with placeholders in braces.
         kind: "scalar", "histogram", "image" or "text".
-        unit: "" where it has none.
-        meaning: In a sentence.
+        unit: Unit of the values, "" where there is none.
+        meaning: What the tag says, in a sentence.
         when: A key of CONDITIONS.
     """
 

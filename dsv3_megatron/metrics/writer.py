@@ -80,7 +80,7 @@ class MetricsWriter:
     Args:
         directory: Folder for event files, metrics.jsonl and config.json; created.
         speed: Turns step times into rates.
-        num_layers: Of the main model; layers beyond are MTP modules.
+        num_layers: Transformer layers of the main model; layers beyond are MTP modules.
         log_interval: Steps between TensorBoard points.
         picture_interval: Such points between heat maps and histograms.
         resumed_iteration: Last step of the checkpoint the run starts from, 0 for a new run. What an earlier

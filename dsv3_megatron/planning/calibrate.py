@@ -41,11 +41,11 @@ class Calibration:
     """A run beside its prediction.
 
     Attributes:
-        step: Predicted before fitting.
-        measured: Median seconds: of the step, and of its parts as far as the run has logged them.
-        predicted: Of the same parts.
+        step: Predicted step, before fitting.
+        measured: Median seconds of the step, and of its parts as far as the run has logged them.
+        predicted: Predicted seconds of the same parts.
         fitted: The machine with which prediction and measurement agree.
-        num_steps: That the medians are of.
+        num_steps: Steps that the medians are of.
     """
 
     step: StepTime
@@ -55,7 +55,7 @@ class Calibration:
     num_steps: int
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Give the calibration as plain values, ready for JSON; times in seconds."""
         return {"step_time_s": {"measured": self.measured["step"], "predicted": self.predicted["step"]},
                 "measured": self.measured, "predicted": self.predicted, "num_steps": self.num_steps,
                 "ratio": {name: self.measured[name] / seconds for name, seconds in self.predicted.items()
@@ -63,7 +63,7 @@ class Calibration:
                 "hardware": self.step.setting.hardware.name}
 
     def as_text(self) -> str:
-        """For a terminal."""
+        """Write the calibration as lines for a terminal."""
         lines = [f"{self.step.run.preset}, {self.step.setting.num_devices} x {self.step.setting.hardware.name}, "
                  f"medians of {self.num_steps} steps",
                  f"  {'':20} {'measured':>10} {'predicted':>10} {'ratio':>7}"]
@@ -184,8 +184,8 @@ def measure_cpu(run: RunConfig, num_processes: int, *, rounds: int = _ROUNDS) ->
     """This machine by micro-benchmarks, on as many processes at once as the run has.
 
     Args:
-        run: Of one phase; valid on so many processes.
-        num_processes: At least 1; each on one thread.
+        run: A run of one phase, valid on so many processes.
+        num_processes: Processes at once, at least 1; each on one thread.
         rounds: Timings of each operation.
 
     Raises:
@@ -209,8 +209,8 @@ def run_ranks(arguments: list[str], num_processes: int) -> list[str]:
     """Run a Python command in processes with torchrun's environment, each on one thread.
 
     Args:
-        arguments: Of the interpreter: a script, or "-m" and a module.
-        num_processes: On this machine.
+        arguments: Arguments of the interpreter: a script, or "-m" and a module.
+        num_processes: Processes to start on this machine.
 
     Returns:
         What each printed to stdout, by rank.

@@ -44,7 +44,7 @@ def differing_flags(given: RunConfig, found: RunConfig) -> str:
 
     Args:
         given: The run as it was asked for.
-        found: The same run in another layout.
+        found: The run in another layout.
     """
     changes: dict[str, Any] = {}
     for before, after in ((given.parallel, found.parallel), (given.training, found.training)):

@@ -42,10 +42,10 @@ class ProductPoint:
     Attributes:
         kind: "fp8", "bf16" or "fp32".
         purpose: "fprop", "dgrad" or "wgrad"; the latter sums over tokens, adds to fp32, and `inner` are the tokens.
-        groups: 1, or experts.
-        rows: Of each group's result.
-        columns: Likewise.
-        inner: What is summed over.
+        groups: Number of groups: 1, or experts.
+        rows: Rows of each group's result.
+        columns: Columns of each group's result.
+        inner: Length of the axis that is summed over.
         ratio: Measured time over `additive_seconds`.
     """
 
@@ -76,11 +76,11 @@ class Hardware:
 
     Attributes:
         name: Short name.
-        figures: By name; FIGURES says which and their units.
+        figures: Values by name; FIGURES says which and their units.
         products: Measured products, from which others are judged by shape.
         attention: Measured attention.
         movement: Kind of element-wise kernel -> share of the memory's bandwidth; of "dispatch" and others see FIGURES.
-        tables_source: Of products, attention and movement.
+        tables_source: Source of products, attention and movement.
     """
 
     name: str
@@ -163,11 +163,11 @@ class Hardware:
 
         Args:
             kind: "fp8", "bf16" or "fp32".
-            purpose: As of `ProductPoint`.
+            purpose: "fprop", "dgrad" or "wgrad", as in `ProductPoint`.
             groups: Products of equal shape in one kernel.
-            rows: Of each result.
-            columns: Of each result.
-            inner: Summed over.
+            rows: Rows of each result.
+            columns: Columns of each result.
+            inner: Length of the axis that is summed over.
             sm_share: Part of the multiprocessors that it may use.
         """
         self.peak(kind)

@@ -44,7 +44,7 @@ class Headroom:
 
     @property
     def total_bytes(self) -> float:
-        """All of it."""
+        """Bytes of all parts of the headroom together."""
         return sum(self.parts.values())
 
     @property
@@ -53,7 +53,7 @@ class Headroom:
         return max(0.0, self.visible_bytes - self.total_bytes)
 
     def describe(self) -> str:
-        """In a line."""
+        """Say the headroom and its parts in a line."""
         if not self.total_bytes:
             return f"{self.visible_bytes / 1e9:.1f} GB, no headroom"
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in self.parts.items())

@@ -37,9 +37,9 @@ class RankMemory:
     Attributes:
         pipeline_rank: Which one.
         stages: The stages that it holds, by chunk.
-        layer_ids: Their layers.
+        layer_ids: Global ids of those stages' transformer layers.
         num_parameters: Elements of its weights.
-        parameter_bytes: Weights.
+        parameter_bytes: Weights in the run's precision.
         gradient_bytes: fp32 main gradients.
         optimizer_bytes: Master weights and moments, with the scratch that narrow moments need.
         activation_bytes: What forward passes have kept for backward, of all micro-batches under way.
@@ -52,7 +52,7 @@ class RankMemory:
         peak_action: What runs at the peak, such as "F0" or "F1 & B0": forward, backward, its input and weight parts
             (I, W), and the chunk; "step" is the optimizer's.
         num_kept: Micro-batches that each chunk keeps when that begins.
-        kept_by_chunk: Of one micro-batch, by chunk: what is kept, by name.
+        kept_by_chunk: What is kept of one micro-batch, in bytes by name, for each chunk.
     """
 
     pipeline_rank: int
@@ -93,7 +93,7 @@ def estimate_memory(run: RunConfig, world_size: int | None = None, *, device: st
         run: A valid run; of one with phases, `run.in_phase(phase)` for another phase than the first.
         world_size: Processes; None: the fewest that the layout runs on.
         device: "cuda" or "cpu": which operations the modules choose.
-        is_wide_product: Of a CPU without bf16 matrix units: products of bf16 operands are computed on fp32 copies.
+        is_wide_product: The CPU has no bf16 matrix units: products of bf16 operands are computed on fp32 copies.
         imbalance: Rows that a rank's experts get, as a multiple of the mean over ranks; 1 is balance.
 
     Raises:

@@ -14,7 +14,7 @@ from dsv3_megatron.planning.memory_stage import StageContent
 
 
 def buffer_bytes(s: PassSettings, contents: Sequence[StageContent]) -> int:
-    """Of a rank with these stages: rotary tables; routers' biases, loads and balance losses."""
+    """Bytes of small buffers on a rank with these stages: rotary tables; routers' biases, loads and balance losses."""
     total = 0
     for content in contents:
         layers = (*content.layers, *content.mtp)

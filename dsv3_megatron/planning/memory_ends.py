@@ -41,14 +41,14 @@ class Embedding:
             self.added()
 
     def added(self) -> None:
-        """To the main gradient."""
+        """Add the gradient of the table to the main gradient."""
         ledger, s = self.ops.ledger, self.ops.s
         ledger.pulse(0 if s.narrow == WIDE else s.vocabulary * s.hidden * WIDE)
         ledger.drop(self.table)
 
 
 def table_bytes(s: PassSettings) -> int:
-    """Of the embedding, or of the head, in the weights' dtype."""
+    """Bytes of the embedding, or of the head, in the weights' dtype."""
     return s.vocabulary * s.hidden * s.narrow
 
 
@@ -84,7 +84,7 @@ class TokenLosses:
         return (s.tokens + s.vocabulary) * s.hidden * WIDE if s.is_wide_product else 0
 
     def backward(self) -> Tensor:
-        """To the gradient of the hidden states."""
+        """Go back to the gradient of the hidden states."""
         ledger, s = self.ops.ledger, self.ops.s
         numel = s.tokens * s.vocabulary
         ledger.need(self.rows)
@@ -160,7 +160,7 @@ class MTPInput:
             ledger.drop(embedded)
 
     def backward(self, grad: Tensor) -> Tensor:
-        """To the gradient of the hidden states; `grad` is used up."""
+        """Go back to the gradient of the hidden states; `grad` is used up."""
         ops, ledger, s = self.ops, self.ops.ledger, self.ops.s
         if s.tp > 1:
             whole = ledger.make("gradient of MTP hidden states", s.tokens * s.hidden * s.narrow)

@@ -52,7 +52,7 @@ class Experts:
         return new
 
     def backward(self, grad: Tensor) -> Tensor:
-        """To the gradient of the rows as they came; `grad` is used up."""
+        """Go back to the gradient of the rows as they came; `grad` is used up."""
         s = self.ops.s
         num = s.expert_rows
         if s.etp > 1:
@@ -88,7 +88,7 @@ class LoopedExperts:
         self.output = product
 
     def backward(self, grad: Tensor) -> Tensor:
-        """To the gradient of the rows; `grad` is used up."""
+        """Go back to the gradient of the rows; `grad` is used up."""
         ledger, s = self.ops.ledger, self.ops.s
         num, wide, width = s.expert_rows, s.products_bytes, s.expert_ffn
         per_expert = -(-num // s.local_experts)
@@ -143,7 +143,7 @@ class GroupedExperts:
         ledger.drop(self.hidden, self.activation.output)
 
     def backward(self, grad: Tensor) -> Tensor:
-        """To the gradient of the rows; `grad` is used up."""
+        """Go back to the gradient of the rows; `grad` is used up."""
         ledger, s = self.ops.ledger, self.ops.s
         num, width = s.expert_rows, s.expert_ffn
         active = self.activation.output
@@ -211,7 +211,7 @@ class Fp8Experts:
         return ledger.make(f"{name} in FP8", size)
 
     def backward(self, grad: Tensor) -> Tensor:
-        """To the gradient of the rows; `grad` is used up."""
+        """Go back to the gradient of the rows; `grad` is used up."""
         ledger, s, num, width = self.ops.ledger, self.ops.s, self.num, self.width
         ledger.pulse(quantization_work(s, num, s.hidden))
         grad_active = ledger.make("gradient of experts active", num * width * WIDE)

@@ -92,7 +92,7 @@ class Attention:
             self.ops.ledger.pulse(rows * s.query * s.narrow + rows * s.rope * 2 * WIDE)
 
     def backward(self, grad: Tensor) -> Tensor:
-        """To the gradient of the input."""
+        """Go back to the gradient of the input."""
         ops, s, ledger = self.ops, self.ops.s, self.ops.ledger
         heads = s.tokens * s.heads
         gathered = ops.gather(grad, s.hidden)
@@ -163,7 +163,7 @@ class FeedForward:
         self.output = ops.scatter(self.down.output, s.hidden)
 
     def backward(self, grad: Tensor) -> Tensor:
-        """To the gradient of the input; `grad` stays."""
+        """Go back to the gradient of the input; `grad` stays."""
         ops, ledger = self.ops, self.ops.ledger
         gathered = ops.gather(grad, ops.s.hidden)
         grad_active = self.down.backward(gathered)
@@ -190,7 +190,7 @@ class DenseLayer:
         ledger.drop(self.ffn.output, self.norm.output, self.attention.output)
 
     def backward(self, grad: Tensor) -> Tensor:
-        """To the gradient of the input."""
+        """Go back to the gradient of the input."""
         ledger = self.ops.ledger
         grad_normed = self.ffn.backward(grad)
         branch = self.norm.backward(grad_normed)
@@ -225,7 +225,7 @@ class Routing:
         ledger.drop(gates)
 
     def backward(self, grad_rows: Tensor) -> Tensor:
-        """To the gradient of x, from those of rows and gates; `grad_rows` is used up."""
+        """Go back to the gradient of x, given those of rows and gates; `grad_rows` is used up."""
         ops, ledger, s = self.ops, self.ops.ledger, self.ops.s
         grad_x = ledger.make("gradient of router input", s.hidden_bytes)
         ledger.drop(grad_rows)

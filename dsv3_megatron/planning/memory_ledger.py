@@ -24,13 +24,13 @@ class Turn(NamedTuple):
 
 
 class Tensor:
-    """One on a ledger.
+    """A tensor that a ledger counts.
 
     Attributes:
-        name: For a reader.
-        size: Bytes.
-        references: It is alive while there are any.
-        recipe: Makes it again.
+        name: What the tensor is, for a reader.
+        size: Length in bytes.
+        references: Number of users; the tensor is alive while there are any.
+        recipe: Recipe that makes the tensor again; None: it is kept.
     """
 
     __slots__ = ("name", "recipe", "references", "size")
@@ -44,7 +44,7 @@ class Recipe:
     """Tensors that are made again in backward, all at once, instead of being kept.
 
     Attributes:
-        tensors: Those.
+        tensors: Tensors that the recipe makes.
         users: How many would have kept each.
         work: What is alive while they are made, beside them.
     """
@@ -62,7 +62,8 @@ class Ledger:
         level: Bytes of what is alive.
         peak: The largest level since the start, or since the last `pause`.
         waiting: Weight gradients to be computed, in their order.
-        defers_all: They wait for a call of their own; otherwise a transfer that starts is a time to compute them.
+        defers_all: Weight gradients wait for a call of their own; otherwise a transfer that starts is a time to compute
+            them.
     """
 
     def __init__(self) -> None:

@@ -102,7 +102,7 @@ class MoELayer:
         return arriving
 
     def backward(self, grad: Tensor) -> Tensor:
-        """To the gradient of the input; `grad`, of the output, is used up."""
+        """Go back to the gradient of the input; `grad`, that of the output, is used up."""
         if self.is_in_pieces:
             return self._backward_in_pieces(grad)
         ledger, s = self.ops.ledger, self.ops.s

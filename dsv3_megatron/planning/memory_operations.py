@@ -26,9 +26,9 @@ class Operations:
     """Operations of a run's passes on one ledger.
 
     Attributes:
-        ledger: The ledger.
-        s: Sizes.
-        precisions: Of the layer whose operations they are.
+        ledger: Ledger that the operations' tensors are on.
+        s: Sizes of the run's passes.
+        precisions: Precisions of the layer whose operations they are.
     """
 
     ledger: Ledger
@@ -86,7 +86,7 @@ class NormPass:
             ledger.make_again(self.output, work=work)
 
     def backward(self, grad: Tensor) -> Tensor:
-        """To the gradient of x."""
+        """Go back to the gradient of x."""
         ledger, s = self.operations.ledger, self.operations.s
         wide, narrow = self.rows * self.width * WIDE, self.rows * self.width * s.narrow
         ledger.need(self.x)
@@ -238,7 +238,7 @@ class AttentionPass:
         return [self.operations.ledger.make(f"wide {name}", numel * WIDE) for name, numel in self.numels.items()]
 
     def backward(self, grad: Tensor) -> dict[str, Tensor]:
-        """Of queries, keys and values, by name. `grad` is used up."""
+        """Go back to the gradients of queries, keys and values, by name; `grad` is used up."""
         ledger, s = self.operations.ledger, self.operations.s
         if self.is_recomputed:
             ledger.need(self.inputs[0])
@@ -285,7 +285,7 @@ class FusedAttentionPass:
             self.output = ledger.make("context", rows * s.value * s.narrow)
 
     def backward(self, grad: Tensor) -> dict[str, Tensor]:
-        """Of queries, keys and values, by name. `grad` is used up."""
+        """Go back to the gradients of queries, keys and values, by name; `grad` is used up."""
         ledger, s = self.operations.ledger, self.operations.s
         for tensor in (*self.inputs, self.value):
             ledger.need(tensor)
@@ -308,7 +308,7 @@ def probability_bytes(s: PassSettings) -> tuple[int, bool]:
 
 
 def tile_bytes(s: PassSettings) -> tuple[int, int]:
-    """Of the largest tile of scores, and of the one before."""
+    """Bytes of the largest tile of scores, and of the tile before it."""
     rows = s.sequences * s.heads
     fit = max(1, min(rows, (1 << 20) // (4 * _QUERY_BLOCK * s.length)))
     queries = s.length % _QUERY_BLOCK or min(_QUERY_BLOCK, s.length)

@@ -30,8 +30,8 @@ class Remedy:
 
     Attributes:
         changes: Fields of the run and their values.
-        peak_bytes: Of the rank that is then the fullest.
-        saved_bytes: What that is less than before.
+        peak_bytes: Peak of the rank that is then the fullest.
+        saved_bytes: Bytes by which the peak is lower than before.
     """
 
     changes: Mapping[str, Any]
@@ -41,13 +41,13 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Advice:
-    """Of a run.
+    """The fullest rank of a run, and what would lower its peak.
 
     Attributes:
         worst: The fullest pipeline rank.
-        components: Its components by name, largest first.
-        activations: What makes up its activations, largest first.
-        remedies: What would lower it, the largest saving first.
+        components: Components of that rank by name, in bytes, largest first.
+        activations: Activations of that rank by name, in bytes, largest first.
+        remedies: Changes that would lower its peak, the largest saving first.
     """
 
     worst: RankMemory
@@ -62,8 +62,8 @@ def advise(run: RunConfig, world_size: int | None = None, *, device: str = "cuda
     Args:
         run: A valid run.
         world_size: Processes; None: the fewest that the layout runs on. No remedy changes it.
-        device: As of `estimate_memory`.
-        imbalance: Likewise.
+        device: "cuda" or "cpu": which operations the modules choose.
+        imbalance: Rows that a rank's experts get, as a multiple of the mean over ranks; 1 is balance.
     """
     size = run.parallel.minimum_world_size if world_size is None else world_size
     worst = _worst(run, size, device, imbalance)
@@ -112,7 +112,7 @@ def _candidates(run: RunConfig) -> Iterator[dict[str, Any]]:
 
 
 def describe(advice: Advice, *, count: int = 5) -> list[str]:
-    """For a reader: lines on the fullest rank, its largest components and the best remedies."""
+    """Describe the fullest rank, its largest components and the best remedies in lines for a reader."""
     worst = advice.worst
     shares = [f"{name} {_gigabytes(size)}" for name, size in list(advice.components.items())[:3] if size]
     lines = [f"pipeline rank {worst.pipeline_rank} is the fullest: {_gigabytes(worst.peak_bytes)}, of which "

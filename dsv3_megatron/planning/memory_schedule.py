@@ -43,11 +43,11 @@ class Peak(NamedTuple):
     """The moment at which a rank holds most, in bytes.
 
     Attributes:
-        moment: When.
-        kept: Of forward passes.
-        deferred: Of weight gradients.
-        on_the_way: Between stages.
-        working: Of the pass itself, beyond what was there when it began.
+        moment: The moment of the step.
+        kept: Bytes that forward passes have kept.
+        deferred: Bytes that weight gradients wait with.
+        on_the_way: Bytes of tensors between stages.
+        working: Bytes of the pass itself, beyond what was there when it began.
     """
 
     moment: Moment
@@ -58,7 +58,7 @@ class Peak(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all four parts together."""
         return self.kept + self.deferred + self.on_the_way + self.working
 
 
@@ -72,8 +72,8 @@ def rank_moments(sizes: PlanSizes, rank: int, max_unfinished: int) -> tuple[Mome
     """The different moments of a rank in a step, none that another one has more of everything than.
 
     Args:
-        sizes: Of the schedule, on at least 2 ranks; see `steady_microbatches`.
-        rank: Whose.
+        sizes: Sizes of the schedule, on at least 2 ranks; see `steady_microbatches`.
+        rank: Pipeline rank whose moments are wanted.
         max_unfinished: Sent tensors to a rank that may still be held.
     """
     program = _programs(sizes)[rank]
@@ -158,8 +158,8 @@ def peak_of(moments: tuple[Moment, ...], costs: tuple[StageCost, ...]) -> Peak:
     """The moment at which a rank holds most.
 
     Args:
-        moments: As of `rank_moments`.
-        costs: Of its chunks.
+        moments: Moments of the rank, as `rank_moments` gives them.
+        costs: Costs of the rank's chunks.
     """
     kept = [cost.kept_bytes for cost in costs]
     deferred = [cost.deferred_bytes for cost in costs]

@@ -29,30 +29,30 @@ class PassSettings:
         is_engine: Modules are Transformer Engine's.
         narrow: Bytes of a weight or an activation.
         is_wide_product: Products of narrow operands are computed on fp32 copies: a CPU without bf16 matrix units.
-        sequences: B.
-        length: S, of the whole sequence.
+        sequences: Sequences in a micro-batch, B.
+        length: Positions of the whole sequence, S.
         tp: Tensor-parallel ranks; sequences are split over them outside of attention and FFN.
         ep: Expert-parallel ranks.
         etp: Expert-tensor-parallel ranks.
-        hidden: H.
-        heads: On this rank.
-        query: Width of a query or key head.
-        nope: Of it without rotary embedding.
-        rope: With.
+        hidden: Width of the hidden states, H.
+        heads: Attention heads on this rank.
+        query: Width of a query or key head, in elements.
+        nope: Width of its part without rotary embedding.
+        rope: Rotary width of a query or key head.
         value: Width of a value head.
-        query_latent: None: full-rank queries.
-        latent: Of keys and values.
+        query_latent: Width of the queries' latent; None: full-rank queries.
+        latent: Width of the latent of keys and values.
         ffn: Intermediate width of a dense layer on this rank.
-        experts: Of a layer, on all ranks.
+        experts: Routed experts of a layer, on all ranks.
         top_k: Experts a token goes to.
-        groups: Of experts.
+        groups: Groups that a layer's routed experts are in.
         expert_ffn: Intermediate width of an expert on this rank.
-        shared_ffn: Of the shared experts together; 0: none.
+        shared_ffn: Intermediate width of the shared experts together, on this rank; 0: none.
         vocabulary: Rows of the embedding on this rank.
         recomputed: Names of modules whose outputs are computed again.
         recomputes_layers: Whole layers are.
         is_piped: Passes run on a tape, in pieces, and weight gradients may wait.
-        has_balance_loss: The routers have one.
+        has_balance_loss: The routers have a balance loss.
         imbalance: Rows of this rank's experts, as a multiple of the mean over ranks.
     """
 
@@ -88,7 +88,7 @@ class PassSettings:
 
     @property
     def tokens(self) -> int:
-        """Of the whole micro-batch: rows in attention and FFN."""
+        """Tokens of the whole micro-batch, which are the rows in attention and FFN."""
         return self.sequences * self.length
 
     @property
@@ -118,12 +118,12 @@ class PassSettings:
 
     @property
     def hidden_bytes(self) -> int:
-        """Of the hidden states between layers."""
+        """Bytes of the hidden states between layers."""
         return self.local_tokens * self.hidden * self.narrow
 
     @property
     def products_bytes(self) -> int:
-        """Of a number in the experts' products."""
+        """Bytes of a number in the experts' products."""
         return WIDE if self.is_wide_product else self.narrow
 
     @property
@@ -149,8 +149,8 @@ def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_produc
         run: A valid run.
         device: "cpu" or "cuda".
         precision: "bf16" or "fp32".
-        is_wide_product: See PassSettings.
-        imbalance: See PassSettings.
+        is_wide_product: The CPU has no bf16 matrix units: products of bf16 operands are computed on fp32 copies.
+        imbalance: Rows of this rank's experts, as a multiple of the mean over ranks.
     """
     model, parallel, training = run.model, run.parallel, run.training
     tp = parallel.tensor_model_parallel_size

@@ -25,8 +25,8 @@ class LayerContent(NamedTuple):
     """What decides about one layer, or about the layer of an MTP module.
 
     Attributes:
-        is_moe: It has experts.
-        precisions: What of it is in FP8.
+        is_moe: The layer has experts.
+        precisions: Which of the layer's products are in FP8.
     """
 
     is_moe: bool
@@ -38,11 +38,11 @@ class StageContent:
     """What a stage is made of, in its order.
 
     Attributes:
-        has_embedding: It begins with token ids.
+        has_embedding: The stage begins with token ids.
         layers: Transformer layers.
-        has_final_norm: After its layers.
+        has_final_norm: A norm follows the layers.
         mtp: MTP modules.
-        has_loss: It ends with the losses.
+        has_loss: The stage ends with the losses.
     """
 
     has_embedding: bool
@@ -66,12 +66,12 @@ class StageCost:
 
     Attributes:
         forward: Turns of the forward pass.
-        backward: Of the whole backward pass, up to where the gradient of its input is there.
+        backward: Turns of the whole backward pass, up to where the gradient of its input is there.
         completion: The rest of it: weight gradients behind the last transfer, while that gradient is sent.
-        backward_input: Of its part for inputs, where weight gradients wait.
-        weight: Of the part for weights.
-        kept: Between forward and backward, by name.
-        deferred: Between the two parts of the backward pass, by name.
+        backward_input: Turns of the backward pass's part for inputs, where weight gradients wait.
+        weight: Turn of the part for weights.
+        kept: Bytes that are kept between forward and backward, by name.
+        deferred: Bytes that are kept between the two parts of the backward pass, by name.
         boundary: Bytes of what goes between stages.
     """
 
@@ -86,12 +86,12 @@ class StageCost:
 
     @property
     def kept_bytes(self) -> int:
-        """Of what is kept between forward and backward."""
+        """Bytes of what is kept between forward and backward."""
         return sum(self.kept.values())
 
     @property
     def deferred_bytes(self) -> int:
-        """Of what waits for the weight part."""
+        """Bytes of what waits for the weight part."""
         return sum(self.deferred.values())
 
 

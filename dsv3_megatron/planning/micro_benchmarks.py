@@ -50,15 +50,15 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 @dataclass
 class Case:
-    """One operation.
+    """One operation that is timed.
 
     Attributes:
         key: Names it in the results.
-        call: Does it once.
-        is_transfer: All processes do it at once.
+        call: Function that does the operation once.
+        is_transfer: All processes do the operation at once.
         repeats: Times that a transfer is done for one timing.
-        seconds: Of one call, by clock a value a round: the mean over the processes; "wall", of a process as slow as the
-            round's slowest.
+        seconds: Seconds of one call, by clock a value a round: the mean over the processes; "wall", of a process as
+            slow as the round's slowest.
     """
 
     key: tuple[object, ...]
@@ -72,9 +72,9 @@ class MicroBenchmarks:
     """All operations of a run, ready to be timed; every process of the run has one.
 
     Args:
-        run: Of one phase, valid on `num_processes`; precision fp32.
-        num_processes: That take part; more than 1 needs a process group.
-        groups: Of the run; None: what modules take beside their operations counts as nothing.
+        run: A run of one phase, valid on `num_processes`; precision fp32.
+        num_processes: Processes that take part; more than 1 needs a process group.
+        groups: Process groups of the run; None: what modules take beside their operations counts as nothing.
     """
 
     def __init__(self, run: RunConfig, num_processes: int = 1, *, groups: ProcessGroupCollection | None = None) -> None:

@@ -37,8 +37,8 @@ def narrow_pass(run: RunConfig, groups: ProcessGroupCollection) -> Callable[[], 
     """Builds this rank's stages and returns one micro-batch's forward and backward over them; called by all ranks.
 
     Args:
-        run: Of one phase; precision fp32.
-        groups: Of its layout.
+        run: A run of one phase; precision fp32.
+        groups: Process groups of its layout.
     """
     run = narrowed(run)
     stages, config = build_stages(run, groups, precision="fp32")

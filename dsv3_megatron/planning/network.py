@@ -30,8 +30,8 @@ class Network:
     Attributes:
         parallel: The layout.
         hardware: The machine.
-        num_devices: All of them.
-        sends_once_per_node: See `step_time.Setting`.
+        num_devices: Devices of the whole run.
+        sends_once_per_node: Rows travel once per node and rank, not once per expert, as in `step_time.Setting`.
     """
 
     parallel: ParallelConfig
@@ -80,7 +80,7 @@ class Network:
         return self._ring(num_bytes, self.parallel.tensor_model_parallel_size, stride=1)
 
     def p2p_seconds(self, num_bytes: float) -> float:
-        """From one pipeline rank to the next."""
+        """Seconds that a message takes between one pipeline rank and the next."""
         stride = self.num_devices // self.parallel.pipeline_model_parallel_size
         if stride >= self.node:
             return self.hardware["network_latency"] + num_bytes / self.hardware["network_bandwidth"]
@@ -118,7 +118,7 @@ class Network:
 
 @lru_cache(maxsize=1024)
 def expected_destinations(model: ModelConfig, num_parts: int) -> float:
-    """To how many of `num_parts` equal parts of the experts a token goes on average, its own part's among them.
+    """Number of the `num_parts` equal parts of the experts that a token goes to on average, its own part among them.
 
     Experts are chosen evenly among those of the groups that are kept, and groups evenly. Parts are nodes, or ranks.
 

@@ -14,7 +14,7 @@ class OperandPools:
     """Three flat tensors, of which each call of a product takes the next part.
 
     Args:
-        numel: Of the largest operand.
+        numel: Elements of the largest operand.
     """
 
     def __init__(self, numel: int) -> None:

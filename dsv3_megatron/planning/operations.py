@@ -29,7 +29,7 @@ _E5M6_BYTES = 1.5
 
 
 class Part(StrEnum):
-    """Of a micro-batch's work on a stage."""
+    """The three parts of a micro-batch's work on a stage: forward, backward for inputs, backward for weights."""
 
     FORWARD = "F"
     INPUT = "I"
@@ -52,7 +52,7 @@ class Product:
 
     @property
     def flops(self) -> float:
-        """Operations."""
+        """Floating-point operations of the product, two for each multiply-add."""
         return 2 * self.groups * self.rows * self.columns * self.inner
 
 
@@ -61,10 +61,10 @@ class Attention:
     """Core attention over the causal half of the scores.
 
     Attributes:
-        part: When.
-        name: What.
-        flops: Those of `metrics.flops`, twice the forward's in backward.
-        computed_flops: Those that a kernel without a score matrix in memory computes.
+        part: Part of the micro-batch's work in which it is done.
+        name: Name of the operation.
+        flops: FLOPs as `metrics.flops` counts them, twice the forward's in backward.
+        computed_flops: FLOPs that a kernel without a score matrix in memory computes.
     """
 
     part: Part
@@ -117,15 +117,15 @@ class Shape:
     """All that decides about the operations of a layer beside the model and its linears' precisions.
 
     Attributes:
-        micro_batch_size: Sequences.
+        micro_batch_size: Sequences in a micro-batch.
         seq_length: Tokens of each.
         tp: Tensor-parallel ranks.
-        etp: Of each expert.
+        etp: Expert-tensor-parallel ranks, over which each expert is split.
         ep: Expert-parallel ranks.
-        value_bytes: Of an activation, 2 or 4.
-        plain_kind: Of a product that is not in FP8: "bf16" or "fp32".
+        value_bytes: Bytes of an activation, 2 or 4.
+        plain_kind: Kind of a product that is not in FP8: "bf16" or "fp32".
         dispatches_fp8: Whether tokens travel in FP8.
-        recomputed: Names as of `config.memory.RECOMPUTE_MODULES`, or "full".
+        recomputed: Names out of `config.memory.RECOMPUTE_MODULES`, or "full".
         splits_backward: Whether the schedule has weight gradients wait.
         imbalance: Rows of the busiest rank over the mean.
     """
@@ -144,7 +144,7 @@ class Shape:
 
     @classmethod
     def of(cls, run: RunConfig, *, is_cpu: bool = False, imbalance: float = 1.0) -> Shape:
-        """Of a run, with what `auto` precision is on the device."""
+        """Make the shape of a run, with what `auto` precision is on the device."""
         training, parallel = run.training, run.parallel
         is_wide = training.precision == "fp32" or (is_cpu and training.precision == "auto")
         recomputed = {"full"} if training.recompute_granularity == "full" else recomputed_modules(training)
@@ -155,12 +155,12 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Tokens of a micro-batch, T."""
         return self.micro_batch_size * self.seq_length
 
     @property
     def local_tokens(self) -> float:
-        """t."""
+        """Tokens of a micro-batch on one tensor-parallel rank, t."""
         return self.tokens / self.tp
 
 
@@ -179,7 +179,7 @@ class Linears:
         return dict(self.shapes).get(name)
 
     def precision(self, name: str) -> LinearPrecision:
-        """Of one linear."""
+        """The precision of one linear, by its name."""
         return dict(self.precisions).get(name, _PLAIN)
 
 
@@ -236,11 +236,11 @@ def linear_operations(name: str, linears: Linears, rows: float, shape: Shape, *,
     """Forward, dgrad and wgrad of a linear on `rows` rows in all, with the casts to FP8 around them.
 
     Args:
-        name: Of the linear.
-        linears: Of its layer.
-        rows: Over all groups.
+        name: Name of the linear.
+        linears: Shapes and precisions of its layer's linears.
+        rows: Rows over all groups.
         shape: The setting.
-        groups: Experts.
+        groups: Experts that the rows are divided among; 1: a linear without experts.
         casts: Whether the input is still to be brought into FP8; the dispatch has done so with the experts'.
         is_again: The forward alone, in backward.
     """

@@ -131,8 +131,8 @@ def check_memory(run: RunConfig, world_size: int, *, is_planned: bool = False) -
 
     Args:
         run: A valid run.
-        world_size: Processes.
-        is_planned: It is for another machine than this one, unless there are GPUs here.
+        world_size: Processes of the run.
+        is_planned: The run is for another machine than this one, unless there are GPUs here.
 
     Raises:
         ConfigError: weights, gradients and optimizer states, which are counted exactly, are more than a GPU has.
@@ -181,7 +181,7 @@ def check_export(run: RunConfig) -> list[Told]:
     """Whether the trained model can be exported where and as the run says.
 
     Raises:
-        ConfigError: its settings have no expression in config.json, or the folder holds something already.
+        ConfigError: the model's settings have no expression in config.json, or the folder holds something already.
     """
     output, save = run.checkpoint.export_hf, run.checkpoint.save
     if not output or not save:
@@ -210,7 +210,7 @@ def require_writable(field: str, place: str, *, is_file: bool = False) -> None:
         is_file: Whether it is a file.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the folder or file cannot be made or written to.
     """
     path = Path(os.path.abspath(place))
     if is_file and path.is_dir():

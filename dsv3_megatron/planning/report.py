@@ -59,13 +59,13 @@ class PlanReport:
 
     Attributes:
         run: The run of one phase that the step is of.
-        phase: That phase's name.
-        step: Its step.
-        memory: By pipeline rank.
+        phase: Name of that phase.
+        step: Predicted time of a step in that phase.
+        memory: Estimated memory of each pipeline rank.
         remedies: What would lower the worst rank's memory; empty if it fits.
-        cost: Of the whole run.
+        cost: Cost of the whole run.
         sensitivity: Change of the step time with 10% more of a resource.
-        search: If it was asked for.
+        search: What a search of layouts found, if one was asked for.
     """
 
     run: RunConfig
@@ -79,7 +79,7 @@ class PlanReport:
 
     @property
     def hardware(self) -> Hardware:
-        """The machine."""
+        """The machine that the step is on."""
         return self.step.setting.hardware
 
     @property
@@ -94,7 +94,7 @@ class PlanReport:
 
     @property
     def peak_bytes(self) -> int:
-        """Of the rank that needs most."""
+        """Peak memory, in bytes, of the rank that needs most."""
         return max(rank.peak_bytes for rank in self.memory)
 
     def unverified(self) -> dict[str, str]:
@@ -168,7 +168,7 @@ def _memory_json(rank: RankMemory) -> dict[str, Any]:
 
 
 def as_text(report: PlanReport) -> str:
-    """For a terminal."""
+    """Write a report as text for a terminal."""
     parts = [_head(report), _breakdown(report), _memory(report), _phases(report), _sensitivity(report)]
     if report.search is not None:
         parts.insert(0, search_text(report.search))
@@ -319,7 +319,7 @@ def _price(value: float | None) -> str:
 
 
 def plot(report: PlanReport, path: str) -> None:
-    """Where a step goes, memory by rank, the run's phases and what more of each resource buys, on one page."""
+    """Draw a report as a PNG page: parts of a step, memory by rank, phases, and what more of each resource buys."""
     import matplotlib
 
     matplotlib.use("Agg")

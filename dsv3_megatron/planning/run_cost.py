@@ -30,12 +30,12 @@ class PhaseCost:
     """A phase on a machine.
 
     Attributes:
-        name: As written.
+        name: Name as the phase was written.
         num_steps: Optimizer steps; cut where `--tokens` ends the run.
-        num_tokens: Tokens of them.
-        seconds: All of them; None where no layout can do the phase.
-        num_devices: That it keeps.
-        last_step: Of its last batch size; None likewise.
+        num_tokens: Tokens of those steps.
+        seconds: Seconds of all those steps; None where no layout can do the phase.
+        num_devices: Devices that the phase keeps.
+        last_step: Predicted step of the phase's last batch size; None where no layout can do the phase.
         note: What is not as the run has it; empty if all is.
     """
 
@@ -49,12 +49,12 @@ class PhaseCost:
 
     @property
     def gpu_hours(self) -> float | None:
-        """Device-hours."""
+        """Hours of the phase times its devices; None where no layout can do it."""
         return None if self.seconds is None else self.seconds / _HOURS * self.num_devices
 
     @property
     def days(self) -> float | None:
-        """Days."""
+        """Days that the phase takes; None where no layout can do it."""
         return None if self.seconds is None else self.seconds / _HOURS / 24
 
 
@@ -67,12 +67,12 @@ class RunCost:
 
     @property
     def gpu_hours(self) -> float:
-        """Device-hours."""
+        """Hours times devices, summed over the phases."""
         return sum(phase.gpu_hours or 0.0 for phase in self.phases)
 
     @property
     def days(self) -> float:
-        """Days."""
+        """Days that all phases take together."""
         return sum(phase.days or 0.0 for phase in self.phases)
 
     @property
@@ -125,9 +125,10 @@ def run_cost(run: RunConfig, setting: Setting, *, tokens: float | None = None, p
     Args:
         run: Valid but for the number of devices.
         setting: The machine.
-        tokens: Where the run ends: the recipe is cut there, or its last phase goes on; None: all of the recipe.
-        price_per_gpu_hour: In any currency.
-        find_layout: For phases that the run's layout cannot do; None: they are left without a cost.
+        tokens: Tokens at which the run ends: the recipe is cut there, or its last phase goes on; None: all of the
+            recipe.
+        price_per_gpu_hour: Price of a device for an hour, in any currency.
+        find_layout: Finds a layout for phases that the run's own cannot do; None: they are left without a cost.
 
     Raises:
         ConfigError: tokens or price are not positive.

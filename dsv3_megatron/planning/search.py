@@ -48,7 +48,7 @@ class Layout:
     recompute: str | None
 
     def describe(self) -> str:
-        """In a few words."""
+        """Describe the layout in a few words."""
         stages = f" V{self.virtual_stages}" if self.virtual_stages > 1 else ""
         tensor = f" TP{self.tp}" if self.tp > 1 else ""
         return (f"PP{self.pp}{tensor} EP{self.ep} {self.schedule}{stages} micro-batch {self.micro_batch_size} "
@@ -78,7 +78,7 @@ class Found:
 
     @property
     def peak_bytes(self) -> int:
-        """Of the rank that needs most."""
+        """Peak memory, in bytes, of the rank that needs most."""
         return max(rank.peak_bytes for rank in self.memory)
 
 
@@ -87,7 +87,7 @@ class Rejected:
     """A layout that does not, or all layouts that share what is named.
 
     Attributes:
-        layout: In words.
+        layout: The layout in words.
         count: How many layouts that are.
         kind: RULE, MEMORY or SLOWER.
         reason: The rule that is broken, the rank that lacks memory, or the bound.
@@ -104,11 +104,11 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        ranked: The best, the fastest first.
-        rejected: All others.
-        num_layouts: All that were looked at.
-        num_simulated: Those whose schedule was simulated.
-        seconds: That it took.
+        ranked: The best layouts, the fastest first.
+        rejected: All other layouts, each with its reason.
+        num_layouts: All layouts that were looked at.
+        num_simulated: Layouts whose schedule was simulated.
+        seconds: Time that the search took.
     """
 
     ranked: tuple[Found, ...]
@@ -125,7 +125,7 @@ class SearchResult:
         return dict(counts)
 
     def why_none(self) -> str:
-        """If nothing was found: the reason that comes nearest to a way out."""
+        """The reason, if nothing was found, that comes nearest to a way out."""
         lacking = [r for r in self.rejected if r.kind == MEMORY]
         if lacking:
             return (f"all {sum(r.count for r in lacking)} layouts that the rules allow need more memory; "
@@ -138,7 +138,8 @@ def search(run: RunConfig, setting: Setting, *, num_best: int = 10) -> SearchRes
     """Rank the layouts of a run of one phase.
 
     Args:
-        run: As of `run_cost.only_phase`; its own layout, micro-batch and recomputation are not looked at.
+        run: A run of one phase, as `run_cost.only_phase` makes it; its own layout, micro-batch and recomputation are
+            not looked at.
         setting: The machine; memory is that of its devices.
         num_best: Places of the ranking.
     """

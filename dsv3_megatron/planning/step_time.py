@@ -50,7 +50,7 @@ class UpdateTime:
 
     @property
     def total(self) -> float:
-        """All of it: nothing of it is overlapped in this library."""
+        """Seconds of all parts together: nothing of them is overlapped in this library."""
         return self.gradient_reduction + self.optimizer + self.weight_gathering
 
 
@@ -59,16 +59,16 @@ class StepTime:
     """A training step, in seconds.
 
     Attributes:
-        run: Of what; one phase of it.
-        setting: On what.
-        num_microbatches: Of one pipeline.
-        pipeline: From the first forward to the last backward.
-        bubble: Of that, what the busiest rank stands still.
-        busy: Its work of all micro-batches; the exchange in it is what is waited for.
+        run: The run of one phase that the step is of.
+        setting: The machine that the step is on.
+        num_microbatches: Micro-batches of one pipeline.
+        pipeline: Time between the start of the first forward and the end of the last backward.
+        bubble: Time within it that the busiest rank stands still.
+        busy: The busiest rank's work of all micro-batches; the exchange in it is what is waited for.
         hidden_exchange: All-to-all beside compute, on the busiest rank.
-        exposed_transfer: Of the bubble, what transfers between pipeline ranks make of it.
-        update: After the pipeline.
-        simulation: Of the schedule; None without a pipeline.
+        exposed_transfer: Part of the bubble that transfers between pipeline ranks make.
+        update: Time that follows the pipeline.
+        simulation: Simulation of the schedule; None without a pipeline.
     """
 
     run: RunConfig
@@ -84,7 +84,7 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """The step."""
+        """Seconds that the whole step takes."""
         return self.pipeline + self.update.total
 
     @property
@@ -94,7 +94,7 @@ class StepTime:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all devices."""
+        """Tokens per second, over all devices."""
         return self.tokens / self.seconds
 
     @property
@@ -111,7 +111,7 @@ class StepTime:
         return per_token * self.tokens_per_second / self.setting.num_devices
 
     def mfu(self, *, is_causal: bool = True, with_mtp: bool = False) -> float:
-        """That over the device's bf16 (on a CPU fp32) peak."""
+        """Model FLOP/s of each device over its bf16 (on a CPU fp32) peak."""
         peak = self.setting.hardware.peak("fp32" if self.setting.hardware.is_cpu else "bf16")
         return self.model_flops_per_second(is_causal=is_causal, with_mtp=with_mtp) / peak
 
@@ -193,9 +193,9 @@ def step_time(run: RunConfig, setting: Setting, *, with_transfers: bool = True) 
     """Predict a step of a run without phases, or of one phase of a run.
 
     Args:
-        run: As of `run_cost.only_phase`; valid on as many devices.
+        run: A run of one phase, as `run_cost.only_phase` makes it; valid on as many devices.
         setting: The machine.
-        with_transfers: Also find what transfers between pipeline ranks cost, which takes a second simulation.
+        with_transfers: Find too what transfers between pipeline ranks cost, which takes a second simulation.
     """
     parallel = run.parallel
     table = WorkTable(run, setting)
@@ -217,7 +217,7 @@ def step_time(run: RunConfig, setting: Setting, *, with_transfers: bool = True) 
 
 
 def step_seconds(run: RunConfig, setting: Setting) -> float:
-    """The same as `step_time(...).seconds` and nothing else, in less time."""
+    """Compute `step_time(...).seconds` and nothing else, in less time."""
     table = WorkTable(run, setting)
     works = table.stages()
     microbatches = run.training.num_microbatches(run.parallel.data_parallel_size(setting.num_devices))
@@ -235,7 +235,7 @@ def _plan_and_costs(run: RunConfig, setting: Setting, table: WorkTable, works: l
 
 
 def pipeline_seconds(plan: Plan, costs: Costs) -> float:
-    """When the last rank is done, by the simulator's own clock."""
+    """Time at which the last rank is done, by the simulator's own clock."""
     known: dict[tuple[object, ...], Time] = {}
 
     def duration(rank: int, action: Action) -> Time:

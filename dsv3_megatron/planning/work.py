@@ -40,7 +40,7 @@ class Work:
         products: Matrix products.
         attention: Core attention.
         movement: Element-wise kernels.
-        idle: Between kernels.
+        idle: Time between kernels.
         tensor_parallel: All-gathers and reduce-scatters that compute waits for.
         exchange: All-to-all, if nothing else ran.
     """
@@ -58,7 +58,7 @@ class Work:
                     self.exchange + other.exchange)
 
     def times(self, factor: float) -> Work:
-        """So many times as much."""
+        """Multiply all of the work by a factor."""
         return Work(*(value * factor for value in dataclasses.astuple(self)))
 
     @property
@@ -68,7 +68,7 @@ class Work:
 
     @property
     def alone(self) -> float:
-        """With the all-to-all waited for."""
+        """Seconds of all of the work, with the all-to-all waited for."""
         return self.compute + self.exchange
 
 
@@ -84,7 +84,7 @@ class StageWork:
                          {part: self.shared[part] + other.shared[part] for part in Part})
 
     def times(self, factor: float) -> StageWork:
-        """So many times as much."""
+        """Multiply all of the stage's work by a factor."""
         return StageWork({part: work.times(factor) for part, work in self.alone.items()},
                          {part: work.times(factor) for part, work in self.shared.items()})
 
@@ -189,8 +189,8 @@ class Imbalance:
     """Routed rows of the busiest expert-parallel rank over the mean.
 
     Attributes:
-        layer: In one layer: a single pass waits for that rank at every all-to-all.
-        pair: Over all layers of a pair, whose compute goes on meanwhile: it waits at the end.
+        layer: Imbalance in one layer: a single pass waits for that rank at every all-to-all.
+        pair: Imbalance over all layers of a pair, whose compute goes on meanwhile: it waits at the end.
     """
 
     layer: float
@@ -237,7 +237,7 @@ class WorkTable:
         self._layers: dict[int, StageWork] = {}
 
     def layer(self, index: int) -> StageWork:
-        """Of one transformer layer."""
+        """The work of one transformer layer, by its global id."""
         linears = self.linears[index]
         if id(linears) not in self._layers:
             self._layers[id(linears)] = _layer_work(self.run.model, linears, self.shape, self.shared_shape,
@@ -245,12 +245,12 @@ class WorkTable:
         return self._layers[id(linears)]
 
     def end(self, stage: StageLayout) -> StageWork:
-        """Of what a stage has beside its transformer layers."""
+        """The work of what a stage has beside its transformer layers."""
         alone, shared = (end_operations(self.run, stage, shape) for shape in (self.shape, self.shared_shape))
         return _stage_work(alone, shared, self.setting, self._layer_network, self.run.model)
 
     def stage(self, stage: StageLayout) -> StageWork:
-        """Of a pipeline stage."""
+        """The work of a pipeline stage."""
         work = self.end(stage)
         first = {id(self.linears[index]): index for index in stage.layer_ids}
         for linears, count in Counter(id(self.linears[index]) for index in stage.layer_ids).items():
@@ -258,7 +258,7 @@ class WorkTable:
         return work
 
     def stages(self) -> list[StageWork]:
-        """Of all stages; equal ones are one object."""
+        """The work of all stages; equal ones are one object."""
         found: dict[object, StageWork] = {}
         works = []
         for stage in stage_layouts(self.run.model, self.run.parallel):

@@ -29,16 +29,16 @@ class CpuStream:
         self.cuda_stream = 0
 
     def wait_stream(self, stream: Any) -> None:
-        """Nothing to wait for."""
+        """Do nothing: no other stream has work that could be waited for."""
 
     def wait_event(self, event: Any) -> None:
-        """Nothing to wait for."""
+        """Do nothing: an event's work is done when it is recorded."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: all work is done when its call returns."""
 
     def query(self) -> bool:
-        """All work is done."""
+        """Say that all work is done."""
         return True
 
     def record_event(self, event: CpuEvent | None = None) -> CpuEvent:
@@ -53,16 +53,16 @@ class CpuEvent:
         pass
 
     def record(self, stream: Any = None) -> None:
-        """Nothing to mark."""
+        """Do nothing: no stream has work to mark."""
 
     def wait(self, stream: Any = None) -> None:
-        """Nothing to wait for."""
+        """Do nothing: the event's work is done."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: the event's work is done."""
 
     def query(self) -> bool:
-        """It has happened."""
+        """Say that the event's work is done."""
         return True
 
 
@@ -201,7 +201,7 @@ class StandIn:
     Attributes:
         owner: The object that has the attribute, or the name of its module, imported when installed.
         name: The attribute.
-        replacement: Its stand-in, or a function of the original where `wraps` is set.
+        replacement: Value to put in the attribute's place, or a function of the original where `wraps` is set.
         needed_by: Calls of Megatron-Core 0.19 that need it: "module below megatron.core:class or function".
             A test looks each of them up and finds the attribute in it.
         reason: What the call does that a machine without CUDA cannot.

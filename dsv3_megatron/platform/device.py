@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Device:
-    """Where one process computes.
+    """The device that one process computes on.
 
     Attributes:
         torch_device: "cpu", or "cuda:i" with the process's local rank.
@@ -31,6 +31,7 @@ class Device:
 
     @property
     def is_cuda(self) -> bool:
+        """Whether the process computes on a GPU."""
         return self.torch_device.type == "cuda"
 
 

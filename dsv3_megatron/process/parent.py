@@ -19,7 +19,7 @@ def end_with_parent(parent: int | None = None) -> None:
     """Have this process killed when its parent is gone: by the kernel on Linux, elsewhere by a thread that looks.
 
     Args:
-        parent: Its process id, for a parent that may have ended already; None: whoever it is now.
+        parent: Process id of the parent, which may have ended already; None: whoever it is now.
     """
     parent = os.getppid() if parent is None else parent
     if sys.platform == "linux":

@@ -24,14 +24,14 @@ _AGENT_STORE, _RUN_ID, _RESTARTS = "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC
 
 @dataclass(frozen=True)
 class Processes:
-    """Where a process stands among those it was started with.
+    """A process's place among those it was started with.
 
     Attributes:
-        rank: Among all, 0 to world_size - 1.
+        rank: Number among all processes, 0 to world_size - 1.
         world_size: Processes of the run.
-        local_rank: Among those of this host.
+        local_rank: Number among the processes of this host.
         address: Host of rank 0, empty if nobody said; None: the process was started alone, without RANK.
-        port: Where rank 0, or torchrun on its host, listens.
+        port: Port at which rank 0, or torchrun on its host, listens.
         has_agent: torchrun started it, and serves the store.
         attempt: Which of torchrun's attempts at the run this is; names of keys in its store begin with it.
     """
@@ -83,7 +83,7 @@ class Processes:
                               "unset WORLD_SIZE for one process; torchrun sets both")
 
     def require_address(self) -> str:
-        """Where rank 0 is.
+        """Give the host of rank 0, which must be known.
 
         Raises:
             ConfigError: MASTER_ADDR is not set.

@@ -241,7 +241,7 @@ def shutdown_timeout_s() -> int:
     """Seconds that a rank has to end, from SHUTDOWN_TIMEOUT as torchrun has them from the launcher.
 
     Raises:
-        ConfigError: it is not a whole number from 1 to 86400.
+        ConfigError: SHUTDOWN_TIMEOUT is not a whole number from 1 to 86400.
     """
     value = os.environ.get("SHUTDOWN_TIMEOUT", str(_SHUTDOWN_S))
     if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= 86400:
