@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +18,33 @@ from dsv3_megatron.optim.adamw import NarrowMomentAdamW, allocate_moments
 from dsv3_megatron.optim.shards import distributed_parts
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def with_padding_between_buckets(part: Any) -> Iterator[None]:
+    """Let Megatron-Core gather one distributed optimizer's state to where it then looks for each parameter.
+
+    Megatron-Core 0.19 leaves the padding between a buffer's buckets out of what it gathers, yet takes each parameter
+    from its place in the buffer, where the padding is. A parameter in a later bucket (an embedding that another stage
+    has a copy of has a bucket of its own) would be saved shifted by the padding before it, with zeros at its end.
+
+    Args:
+        part: A distributed optimizer; within, all but the last bucket of each of its buffers count their padding.
+    """
+    buckets = [bucket for buffer in part.buffers for bucket in buffer.buckets[:-1]]
+    own_buckets = [bucket.numel_unpadded for bucket in buckets]
+    own_buffers = [buffer.numel_unpadded for buffer in part.buffers]
+    try:
+        for bucket in buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        for buffer in part.buffers:
+            buffer.numel_unpadded = sum(bucket.numel_unpadded for bucket in buffer.buckets)
+        yield
+    finally:
+        for bucket, numel in zip(buckets, own_buckets, strict=True):
+            bucket.numel_unpadded = numel
+        for buffer, numel in zip(part.buffers, own_buffers, strict=True):
+            buffer.numel_unpadded = numel
 
 
 def as_stored(entry: Any, kind: str, inner: torch.optim.Optimizer) -> Any:

@@ -72,6 +72,7 @@ from dsv3_megatron.checkpoint.optimizer_state import (
     optimizer_step,
     report_change_of_moments,
     restore_moments,
+    with_padding_between_buckets,
 )
 from dsv3_megatron.checkpoint.reading import READ_ERRORS, saved_tensors
 from dsv3_megatron.checkpoint.text_files import TextFiles
@@ -273,7 +274,8 @@ def _state(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer | None, g
     state: dict[Any, Any] = {
         ("model", index, key): entry for index, entries in models.items() for key, entry in entries.items()}
     for index, part in enumerate(distributed_parts(optimizer) if optimizer is not None else []):
-        shards = part.sharded_state_dict(models, is_loading, metadata=metadata)["param_state"]
+        with with_padding_between_buckets(part):
+            shards = part.sharded_state_dict(models, is_loading, metadata=metadata)["param_state"]
         state |= {("optimizer", index, number, key): entry if is_loading else as_stored(entry, key, part.optimizer)
                   for number, tensors in shards.items() for key, entry in tensors.items()}
     if average is not None:

@@ -40,7 +40,8 @@ def stage_layouts(model: ModelConfig, parallel: ParallelConfig) -> list[StageLay
     """Cut the model into `parallel.num_stages` stages, as asked for or balanced by compute.
 
     Without an explicit layout the largest stage's forward FLOPs are made as small as possible, the
-    head and the MTP modules of the last stage counted; every stage gets at least one layer.
+    head and the MTP modules of the last stage counted; every stage gets at least one layer. In an explicit one the last
+    stage may hold the MTP modules and the loss alone.
 
     Raises:
         ConfigError: the explicit layout cannot be read, or does not hold exactly the model.
@@ -154,9 +155,10 @@ def _parse_layout(text: str, model: ModelConfig, parallel: ParallelConfig) -> tu
     layers = unrolled.count("t")
     if layers != model.num_layers:
         raise ConfigError(f"{name} holds {layers} transformer layers (t); num_layers={model.num_layers}")
-    for stage, content in enumerate(stages):
+    for stage, content in enumerate(stages[:-1]):
         if "t" not in content:
-            raise ConfigError(f"{name} leaves stage {stage} without a transformer layer (t); give it at least one")
+            raise ConfigError(f"{name} leaves stage {stage} without a transformer layer (t); give it at least one: "
+                              "only the last stage may do without")
     expected_tail = "m" * model.mtp_num_layers + "L"
     if not unrolled.startswith("E") or unrolled.count("E") != 1:
         raise ConfigError(f"{name} must begin with the embedding (E) and have it once")
@@ -164,6 +166,6 @@ def _parse_layout(text: str, model: ModelConfig, parallel: ParallelConfig) -> tu
             or unrolled.count("L") != 1:
         raise ConfigError(
             f"{name} must end with {expected_tail!r}: all mtp_num_layers={model.mtp_num_layers} MTP modules (m) and "
-            "the loss (L) on the last stage, which holds the output head they share"
+            "the loss (L) on the last stage, which holds the output head they share, with transformer layers or without"
         )
     return tuple(content.count("t") for content in stages)
