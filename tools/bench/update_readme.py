@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DOCUMENTS = tuple(REPOSITORY / name for name in ("README.md", "docs/schedules/README.md", "docs/planning/memory.md"))
+DOCUMENTS = tuple(REPOSITORY / name for name in (
+    "README.md", "docs/results.md", "docs/schedules/README.md", "docs/planning/memory.md"))
 RESULTS = REPOSITORY / "tools" / "bench" / "results"
 OURS = "dsv3_megatron"
 

@@ -1,0 +1,270 @@
+"""Commands and paths in the README and in docs/: each script exists, its parser takes the flags, each path is there.
+
+A command is read by the parser of its script and no further. The fields of a run are checked among themselves too, as
+before every run, in the smallest number of processes that its layout takes or the number that the command names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from dsv3_megatron.config.load import parse_command
+from tests.unit.tools.conftest import load_tool
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*(path for path in ROOT.glob("*.md")), *(ROOT / "docs").rglob("*.md")])
+SOURCES = ("tools/", "examples/", "tests/", "dsv3_megatron/", "kernels/", ".ci/")
+# What a page in a fence of another language holds is output, a drawing or a file.
+COMMAND_FENCES = ("", "bash", "sh", "shell", "console")
+# A path as text names one: folders and a file with an ending, or a folder; not a pattern, a flag or an address.
+PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*\.(?:py|sh|sbatch|md|toml|jsonl|csv|png)|(?:[\w.-]+/)+")
+
+
+@dataclass(frozen=True)
+class Fence:
+    """A fenced block: the language after its backticks, and its lines."""
+
+    language: str
+    text: str
+
+
+def fences(text: str) -> list[Fence]:
+    """The fenced blocks of a page, in order."""
+    return [Fence(match[2].strip(), match[3]) for match in
+            re.finditer(r"^( *)```([^`\n]*)\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL)]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of every command in a page's blocks, without the variables before it; a block's own variables are put
+    in."""
+    for fence in fences(text):
+        if fence.language not in COMMAND_FENCES:
+            continue
+        variables: dict[str, str] = {}
+        for line in re.sub(r"\\\n", " ", fence.text).splitlines():
+            with contextlib.suppress(ValueError):  # output with an apostrophe in it: no command
+                for name, value in variables.items():
+                    line = line.replace(f"${name}", value)
+                words = shlex.split(line, comments=True)
+                assigned = re.compile(r"(\w+)=(.*)", re.DOTALL)
+                if len(words) == 1 and (match := assigned.fullmatch(words[0])):
+                    variables[match[1]] = match[2]
+                while words and assigned.fullmatch(words[0]):
+                    words.pop(0)
+                end = next((index for index, word in enumerate(words) if word in (">", "|", "&&", ";")), None)
+                if words[:end]:
+                    yield words[:end]
+
+
+class Parsed(BaseException):
+    """Raised in the place of what a script does with its options."""
+
+
+@contextlib.contextmanager
+def parsing_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Scripts end where their parser has read the command; an elided one (`...`) has to name known flags only."""
+    def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> NoReturn:
+        if "..." in args:
+            require_flags(self, args)
+        else:
+            parsed, unknown = self.parse_known_args(args, namespace)
+            assert not unknown, f"{self.prog} does not know {unknown}"
+        raise Parsed
+
+    with monkeypatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        yield
+
+
+def require_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Fail on a flag that a parser, or the one of the subcommand, does not know."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and words[0] in action.choices:
+            return require_flags(action.choices[words[0]], words[1:])
+    flags = [word for word in words if word.startswith("--")]
+    unknown = [flag for flag in flags if flag.partition("=")[0] not in parser._option_string_actions]
+    assert not unknown, f"{parser.prog} does not know {unknown}"
+    return None
+
+
+def check_run(words: list[str]) -> None:
+    """Read the flags of a run, and check its fields. A file that it names stands for one that changes nothing."""
+    if words in ([], ["--fresh"]) or "--help" in words:
+        return
+    is_whole = "..." not in words
+    words = [word for word in words if word != "..."]
+    for index, word in enumerate(words[:-1]):
+        if word == "--config":
+            stand_in = Path(words[index + 1]).name
+            Path(stand_in).write_text("{}" if stand_in.endswith(".json") else "")
+            words[index + 1] = stand_in
+    command = parse_command(words)
+    if is_whole:
+        command.run.validate(command.world_size or command.run.parallel.minimum_world_size)
+
+
+def check_script(path: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read the words after a script by its parser."""
+    assert (ROOT / path).is_file(), f"{path} does not exist"
+    if path == "tools/plan_run.py":  # its flags are a run's too
+        options, _ = load_tool("plan_run")._parse_arguments([word for word in words if word != "..."])
+        assert options.calibrate or options.num_gpus
+    elif "--help" not in words:
+        folder, name = os.path.split(path)
+        module = load_tool(name.removesuffix(".py")) if folder == "tools" else importlib.import_module(
+            path.removesuffix(".py").replace("/", "."))
+        with parsing_only(monkeypatch):
+            module.main(words)
+
+
+def check_module(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read the words after `python -m`: of ours by its parser, of others only that there is such a module."""
+    assert importlib.util.find_spec(name), f"python -m {name}: no such module"
+    if name == "dsv3_megatron.train":
+        check_run(words)
+    elif name.startswith("dsv3_megatron.") and "--help" not in words:
+        with parsing_only(monkeypatch):
+            importlib.import_module(name).main(words)
+
+
+def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Check one command; whether it is of a kind that is checked.
+
+    Raises:
+        AssertionError, ValueError, SystemExit: something in it is not there.
+    """
+    program = os.path.basename(words[0])
+    if program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        options = get_args_parser().parse_args(words[1:])
+        words = ["python", *(["-m"] if options.module else []), options.training_script, *options.training_script_args]
+        program = "python"
+    if program == "bash" and len(words) > 1 and words[1] == "examples/pretrain_dsv3.sh":
+        check_run(words[2:])
+    elif program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert {word for word in words[1:] if "=" not in word and not word.startswith("-")} <= set(targets)
+    elif program in ("python", "python3") and len(words) > 2 and words[1] == "-m":
+        check_module(words[2], words[3:], monkeypatch)
+    elif program in ("python", "python3") and len(words) > 1 and words[1].endswith(".py"):
+        check_script(words[1], words[2:], monkeypatch)
+    else:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_are_taken(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command shown names a script that is there and flags that its parser takes."""
+    monkeypatch.chdir(tmp_path)
+    for words in commands(document.read_text(encoding="utf-8")):
+        try:
+            check(list(words), monkeypatch)
+        except (AssertionError, ValueError, SystemExit) as error:
+            pytest.fail(f"{document.relative_to(ROOT)}: {shlex.join(words)}: {error}", pytrace=False)
+
+
+def test_most_commands_are_of_a_kind_that_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's pages have commands, and none of them goes unread because of how it is written."""
+    monkeypatch.chdir(tmp_path)
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")]
+    others: set[str] = set()
+    num_checked = 0
+    for page in pages:
+        for words in commands(page.read_text(encoding="utf-8")):
+            if check(list(words), monkeypatch):
+                num_checked += 1
+            else:
+                others.add(words[0])
+    assert num_checked > 40
+    assert others <= {"error:", "tensorboard", "source", "sbatch"}, others
+
+
+def named_paths(text: str) -> Iterator[str]:
+    """Paths in a page's code spans, and those of this repository's sources in its commands."""
+    prose = re.sub(r"^( *)```.*?^\1```", "", text, flags=re.MULTILINE | re.DOTALL)
+    for span in re.findall(r"`([^`\n]+)`", prose):
+        for word in span.split():
+            if PATH.fullmatch(word):
+                yield word
+    for words in commands(text):
+        yield from (word for word in words if word.startswith(SOURCES) and PATH.fullmatch(word))
+
+
+# Files that a command of the pages makes, or that a user has: not of this repository.
+OF_A_USER = re.compile(
+    r"(runs|checkpoints|logs|data|corpus|tokenizer|tensorboard|exported|converted|pages|DeepSeek-V3|build|iter_\w+|\.venv)/.*"
+    r"|(run|model|config|checkpoint|generation_config|environment|logprobs|lengths|report|schedule|plan|trace|corpus|ids)"
+    r"\.\w+|(guards|metrics|train|valid|more|PREFIX\.rejects)\.jsonl|(FILE|PREFIX)\.\w+")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_exist(document: Path) -> None:
+    """Every file and folder named is in the repository, in the package or beside the page."""
+    missing = []
+    for path in named_paths(document.read_text(encoding="utf-8")):
+        beside = (ROOT, ROOT / "dsv3_megatron", ROOT / "tests", document.parent)
+        if any((folder / path).exists() for folder in beside):
+            continue
+        if "/" not in path and any(next(ROOT.glob(f"{top}**/{path}"), None) for top in (*SOURCES, "docs/")):
+            continue
+        if not OF_A_USER.fullmatch(path):
+            missing.append(path)
+    assert not missing
+
+
+@pytest.mark.parametrize(("line", "why"), [
+    ("python tools/no_such_tool.py --input a", "does not exist"),
+    ("python tools/merge_datasets.py --inputs a --output-prefix b", "--input"),
+    ("python tools/merge_datasets.py --inputz ...", "--inputz"),
+    ("python tools/convert_checkpoint.py megatron-to-hf --input a --output b --no-mpt", "--no-mpt"),
+    ("python tools/plan_run.py --hardware h100 --num-gpus 8 --fp9 blockwise", "--fp9"),
+    ("torchrun --nproc-per-node 4 tools/evaluate.py --load a --data b", "--data"),
+    ("torchrun --nproc-per-nodes 4 tools/evaluate.py --load a", "--nproc-per-nodes"),
+    ("bash examples/pretrain_dsv3.sh --preset tiny --train-iter 3", "--train-iter"),
+    ("bash examples/pretrain_dsv3.sh --preset laptop --expert-model-parallel-size 3", "must divide"),
+    ("python -m dsv3_megatron.metrics.sumary runs", "no such module"),
+    ("make tests", "tests"),
+])
+def test_a_wrong_command_is_found(line: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
+    """The check fails on what it is there to find."""
+    monkeypatch.chdir(tmp_path)
+    (words,) = commands(f"```\n{line}\n```\n")
+    with pytest.raises((AssertionError, ValueError, SystemExit)) as error:
+        check(words, monkeypatch)
+    assert why in str(error.value) + capsys.readouterr().err
+
+
+def test_wrong_paths_are_found() -> None:
+    """A path in prose and in a command is read as one."""
+    page = "See `tools/none.py` and `docs/nowhere/`.\n\n```\npython tools/a.py \\\n  --prompts examples/b.jsonl\n```\n"
+    assert list(named_paths(page)) == ["tools/none.py", "docs/nowhere/", "tools/a.py", "examples/b.jsonl"]
+
+
+def test_results_are_those_measured() -> None:
+    """The tables of the documents are made from the newest measurements."""
+    tool = importlib.import_module("tools.bench.update_readme")
+    assert tool.main(["--check"]) == 0
+    marked = [path for path in DOCUMENTS if "<!-- bench:" in path.read_text(encoding="utf-8")]
+    assert set(marked) == set(tool.DOCUMENTS)
+
+
+def test_pages_are_in_the_site() -> None:
+    """A page of docs/ that the site's navigation leaves out would be found by nobody."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert pages == set(re.findall(r"[\w/.-]+\.md", text.partition("\nnav:")[2]))
