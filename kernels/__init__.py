@@ -1,1 +1,11 @@
-"""Triton kernels, installed as `dsv3_megatron.kernels`; the reference of each one lives in `dsv3_megatron.ops`."""
+"""Triton kernels, installed as `dsv3_megatron.kernels`; the reference of each one lives in `dsv3_megatron.ops`.
+
+In reading order:
+
+    launch.py         on a Hopper GPU, or under Triton's interpreter on a CPU
+    fp8_rounding.py   scales and rounding, which all kernels share
+    fp8_quantize.py   activations, SwiGLU, weights -> narrow values and scales
+    fp8_records.py    rows -> bytes for a transfer, and back
+    fp8_gemm.py       products, single and grouped
+    fp8_tuning.py     their tile sizes, as measured on this machine
+"""

@@ -77,10 +77,11 @@ def meet_others(error: OSError) -> OSError | None:
         None if the others know now that the save failed, and raise; the error if they take it for done.
 
     Raises:
-        OSError: the same, where it is not known what the others wait for.
+        OSError: rank 0's own error, where it is not known what the others wait for.
     """
     names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     if "save_state_dict_async_finalize" in names:
+        # The current device is where collectives take their tensors: the CPU in a run without CUDA (platform/cpu.py).
         torch.distributed.broadcast(torch.ones(1, dtype=torch.int, device=torch.cuda.current_device()), src=0)
         return None
     if "metadata_finalize_fn" in names:
@@ -113,6 +114,7 @@ def check_space(directory: str | Path, my_bytes: int) -> None:
         directory: Folder that all ranks write to; need not exist.
         my_bytes: What this rank adds.
     """
+    # Where collectives take their tensors: the CPU in a run without CUDA (platform/cpu.py).
     total = torch.tensor([my_bytes], dtype=torch.int64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(total)
     needed = int(total.item() * _OVERHEAD)
@@ -134,6 +136,7 @@ def wait_for_folder(target: Path) -> None:
     deadline = time.monotonic() + _FOLDER_VISIBLE_S
     while not target.is_dir() and time.monotonic() < deadline:
         time.sleep(0.1)
+    # Where collectives take their tensors: the CPU in a run without CUDA (platform/cpu.py).
     blind = torch.tensor([0 if target.is_dir() else 1], device=torch.cuda.current_device())
     torch.distributed.all_reduce(blind)
     if blind.item():

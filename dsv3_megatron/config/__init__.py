@@ -1,1 +1,26 @@
-"""config"""
+"""What a run is asked to be: dataclasses whose fields are its flags, and every rule that a setting must keep. No torch.
+
+In reading order; a wrong setting raises `fields.ConfigError` before anything is allocated:
+
+    fields.py        how a field is declared; ConfigError      values.py        a given value -> a field's value
+    model.py         architecture                              precision.py     FP8, product by product
+    training.py      batch, optimizer, data, checkpoints, logs memory.py        what trades memory for arithmetic
+    pipeline.py      names and sizes of schedules              parallel.py      how a run is split, and whether it fits
+    guards.py        what is done about bad steps              run.py           RunConfig: all of these together
+    presets.py       named runs                                files.py         TOML, YAML, JSON -> plain values
+    load.py          command line and file -> RunConfig
+
+A run whose settings change under way:
+
+    phases.py        phases as they are written                ramps.py         learning rate and batch at a position
+    recipe.py        every step of a run, laid out             past.py          steps that another recipe planned
+
+Megatron-LM's flags:
+
+    megatron_flags.py    the table of them                     megatron_values.py   flags -> fields
+    megatron_docs.py     the table as a page
+
+What all commands share:
+
+    output.py        JSON and output files                     streams.py       stdout and stderr that may be gone
+"""

@@ -16,5 +16,6 @@ Training: blend.py      --data-path, checks before a run datasets.py       which
           order.py      which sample is n-th, computed   samples.py        .bin/.idx -> samples by number
           batches.py    samples -> Batch, with a position    document_ends.py  where packed documents end
           identity.py   what an order of samples follows from  current.py  the data that a run reads, and its place
-          ngram.py      unigram and bigram baselines
+          ngram.py      unigram and bigram baselines     rows.py           rows to be scored, of data or an array
+Texts:    text_form.py  how a dataset's begin and end    special_tokens.py what a tokenizer puts around them
 """

@@ -8,4 +8,7 @@ saves.py      is this state worth a checkpoint, and may older ones go? pure Pyth
 keeper.py     writes, exports and goes back to the run's checkpoints
 endings.py    how a run ended, for what started it
 hang.py       a watchdog thread in each rank
+losses.py     mean losses of a step, of which there may be none; pure Python
+claims.py     whose a run's folders are, and what a start may do in them
+lock.py       the file that says which process uses a folder
 """

@@ -91,6 +91,7 @@ def guarded_step(guard: Guard, log: EventLog, optimizer: MegatronOptimizer, chun
 
 def _worst(finding: Finding) -> Finding:
     """The largest finding of any rank."""
+    # Where collectives take their tensors: the CPU in a run without CUDA (platform/cpu.py).
     worst = torch.tensor(int(finding), device=torch.cuda.current_device())
     torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
     return Finding(int(worst))

@@ -17,4 +17,8 @@ Nothing is imported here: the parts that answer `--print-model` need no torch.
     scalars.py      TensorBoard's scalars                     pictures.py      its histograms and heat maps
     heat_map.py     images                                    tags.py          the table of tags
     event_files.py  a run's folder read back                  report_page.py   tools/plot_run.py's page
+    event_writer.py event files through a full disk           kept_file.py     the same for any file of records
+    live_bytes.py   bytes that a block of code allocates on a CPU
+
+    A run's recipe (--print-schedule): schedule_table.py as a table, schedule_plot.py as a picture.
 """

@@ -1,1 +1,26 @@
-"""model"""
+"""The model: one pipeline stage's modules, out of this library's own and Megatron-Core's, and what runs them.
+
+In reading order. From a configuration to modules:
+
+    build.py            a run -> this rank's stages, wrapped       mcore_config.py     settings, for Megatron-Core
+    specs.py            the tree of modules                        language_model.py   a stage, and its losses if last
+
+The parts of a layer:
+
+    attention.py        multi-head latent attention                rotary.py           positions
+    router.py           which experts, with which gates            experts.py          routed, shared and dense FFN
+    dispatch.py         tokens to their experts and back           mtp.py              multi-token prediction
+    linear.py           linears, split and whole                   norm.py             RMSNorm
+    documents.py        packed documents kept apart                losses.py           token losses -> a step's sums
+
+What all of it is set to:
+
+    parameters.py       global names of parameters                 init.py             initial weights
+    fp8.py              the precision map put into modules         recompute.py        what is computed again
+    observation.py      what routers and heads note when logged
+
+A stage in pieces, for schedules that hide transfers or let weight gradients wait:
+
+    chunk.py            what an executor runs                      segments.py         a stage between its exchanges
+    tape.py             backward from segment to segment           weight_gradients.py those that wait
+"""

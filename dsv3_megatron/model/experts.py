@@ -35,6 +35,7 @@ class ExpertWeight(torch.nn.Module):
     def __init__(self, shape: tuple[int, int, int], dim: int, config: TransformerConfig, is_expert_parallel: bool
                  ) -> None:
         super().__init__()
+        # The CPU in a run without CUDA (platform/cpu.py), and meta inside platform.meta_device().
         self.weight = torch.nn.Parameter(
             torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device()))
         # Megatron-Core reduces gradients with allreduce=False over the expert-data-parallel group.
@@ -88,6 +89,8 @@ class GroupedExperts(MegatronModule):
             return fp8_swiglu_experts(
                 x_RH, counts, self.linear_fc1.weight, self.linear_fc2.weight, gates_R, (first, second),
                 backend=backend, accumulate_into_main_grad=True, defer_weight_grad=weight_grad_deferral()), None
+        # The products that a CPU takes expert by expert can add to main_grad as they go. The grouped ones of a GPU give
+        # one gradient of all experts, which Megatron-Core's hook adds; asking for more would rule them out.
         return swiglu_experts(x_RH, counts, self.linear_fc1.weight, self.linear_fc2.weight, gates_R,
                               accumulate_into_main_grad=not x_RH.is_cuda,
                               is_activation_recomputed=self.is_recomputed,

@@ -77,6 +77,7 @@ def apply_precision(stages: list[torch.nn.Module], run: RunConfig, groups: Proce
                 continue
             lines = [precisions[placed.name]]
             if isinstance(placed.module, GroupedExperts):
+                # The module holds both weights of its experts and is found by the name of the first.
                 lines.append(precisions[placed.name.replace("linear_fc1", "linear_fc2")])
             if any(line.is_fp8 for line in lines):
                 setattr(placed.module, "fp8", (tuple(lines), backend))

@@ -100,6 +100,7 @@ class ReplicatedLinear(torch.nn.Module):
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig) -> None:
         super().__init__()
+        # The CPU in a run without CUDA (platform/cpu.py), and meta inside platform.meta_device().
         self.weight = torch.nn.Parameter(
             torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)

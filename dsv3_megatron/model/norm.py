@@ -27,6 +27,7 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
+        # The CPU in a run without CUDA (platform/cpu.py), and meta inside platform.meta_device().
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)

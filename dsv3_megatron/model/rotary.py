@@ -103,6 +103,8 @@ class RotaryTables:
 
     def __init__(self, config: MLATransformerConfig) -> None:
         self.config = config
+        # No positions yet: the first call sees that it needs more, and knows the device. Named, since a model may be
+        # built on the meta device, where a table could not be filled.
         self._cos_SP = self._sin_SP = torch.empty(0, 0, device="cpu")
 
     def __call__(self, length: int, like: torch.Tensor, position_ids_BS: torch.Tensor | None = None

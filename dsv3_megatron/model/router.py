@@ -165,6 +165,7 @@ class DeepSeekRouter(MegatronModule):
         self.tokens_per_sequence: float | None = None
         self.layer_number: int | None = None
         self.observer: RouterObserver | None = None
+        # The CPU in a run without CUDA (platform/cpu.py), and meta inside platform.meta_device().
         device, experts = torch.cuda.current_device(), config.num_moe_experts
         self.weight = torch.nn.Parameter(
             torch.empty(experts, config.hidden_size, dtype=config.params_dtype, device=device))

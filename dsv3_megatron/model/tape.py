@@ -214,6 +214,8 @@ class Tape:
 def _enter(value: Value) -> torch.Tensor:
     if value.slot is None:
         return value.tensor
+    # The value has no history, and autograd calls a function's backward only if one of its inputs requires a gradient:
+    # this empty tensor is that input. It is on the CPU whatever the value is on, so that it costs nothing there.
     return _Entry.apply(torch.empty(0, device="cpu", requires_grad=True), value.tensor, value.slot)
 
 

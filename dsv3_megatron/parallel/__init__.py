@@ -1,1 +1,11 @@
-"""parallel"""
+"""How a run is spread over processes: which rank holds what, who talks to whom, and rows that go between them.
+
+In reading order:
+
+    layout.py        layers -> pipeline stages; no torch
+    placement.py     stages -> pipeline ranks; no torch
+    roll_call.py     processes meet before torch.distributed starts
+    groups.py        the process groups of a run
+    exchange.py      rows between ranks while something else is computed
+    narrow_rows.py   rows that travel in FP8
+"""

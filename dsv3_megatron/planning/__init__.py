@@ -9,6 +9,7 @@ Nothing is imported here. Time and cost:
     search.py           all layouts, ranked or rejected       report.py           text, JSON, picture
     calibrate.py        a machine fitted to a run's logs      micro_benchmarks.py a CPU measured; needs torch
     narrow_pass.py      what modules take beside it           operand_pools.py    what products are measured on
+    precheck.py         will a run find what it needs?        flags.py            settings as flags to paste
 
 Memory of each pipeline rank:
 
@@ -18,7 +19,7 @@ Memory of each pipeline rank:
     memory_operations.py  norms, products, attention          memory_layers.py     attention, dense layers, routing
     memory_moe.py         layers with experts                 memory_experts.py    the experts
     memory_ends.py        embedding, MTP, head and losses     memory_stage.py      a stage's passes
-    memory_schedule.py    passes in a schedule's order
+    memory_schedule.py    passes in a schedule's order        headroom.py          what a device leaves to a run
 
 What a rank holds between steps is metrics/rank_state.py, which --print-model reads too.
 """

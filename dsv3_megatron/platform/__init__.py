@@ -1,7 +1,12 @@
 """Which device this process computes on, and what Megatron-Core needs to run on one without CUDA.
 
 `prepare()` is called once by an entry point, before anything of Megatron-Core is imported; importing
-this package changes nothing. Where CUDA is available it changes nothing at all.
+this package changes nothing. Where CUDA is available it changes nothing at all. In reading order:
+
+    device.py    the device, its precision and its collective backend
+    cpu.py       stand-ins for CUDA, each with the call of Megatron-Core that needs it
+    meta.py      models without memory, to be counted
+    notices.py   other packages' notices that are left out
 """
 
 from dsv3_megatron.platform.device import (

@@ -94,6 +94,7 @@ def _type_as_if_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
     def type_name(self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
         if dtype is not None:
             return original(self, dtype, non_blocking, **kwargs)
+        # "torch.FloatTensor" -> "torch.cuda.FloatTensor", by which Megatron-Core tells fp32 parameters from bf16 ones.
         return original(self).replace("torch.", "torch.cuda.", 1)
 
     return type_name

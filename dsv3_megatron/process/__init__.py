@@ -1,5 +1,8 @@
 """What a process is told by whoever started it: signals, its place among other processes, the cores it may use.
 
-`stop` has the signals that ask to end, `ranks` reads torchrun's variables, `cores` counts. No torch: all of it is
-needed before torch is imported.
+No torch: all of it is needed before torch is imported. In reading order:
+
+    ranks.py    torchrun's variables                          stop.py     signals that ask to end
+    parent.py   a worker that ends with who started it        cores.py    cores that may be used
+    logs.py     what is logged
 """

@@ -113,6 +113,7 @@ def checkpoint_place(parameter: str) -> tuple[str, int | None]:
 
     Routed experts of a layer are stacked in one tensor; the index is the expert's. For all else it is None.
     """
+    # Megatron-Core saves an MTP module's layer under the name that it had before it was called mtp_model_layer.
     key = re.sub(r"^(mtp\.layers\.\d+)\.mtp_model_layer\.", r"\1.transformer_layer.", parameter)
     expert = _EXPERT.fullmatch(key)
     if expert is None:
