@@ -44,7 +44,7 @@ def defined(path: Path) -> set[str]:
 
 
 def missing(page: str) -> list[str]:
-    """What a page names that is not there. Names with capital words, braces or stars stand for something else."""
+    """What a page names that is not there. Names with braces or stars stand for something else."""
     found = []
     for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page):
         match = PATH.fullmatch(code)
