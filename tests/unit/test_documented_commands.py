@@ -180,7 +180,7 @@ def test_commands_are_taken(document: Path, tmp_path: Path, monkeypatch: pytest.
 def test_most_commands_are_of_a_kind_that_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's pages have commands, and none of them goes unread because of how it is written."""
     monkeypatch.chdir(tmp_path)
-    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")]
     others: set[str] = set()
     num_checked = 0
     for page in pages:
@@ -261,6 +261,32 @@ def test_results_are_those_measured() -> None:
     assert tool.main(["--check"]) == 0
     marked = [path for path in DOCUMENTS if "<!-- bench:" in path.read_text(encoding="utf-8")]
     assert set(marked) == set(tool.DOCUMENTS)
+
+
+def test_the_readmes_table_says_what_the_page_of_results_says() -> None:
+    """Each row's ratio, by the row of the page that has the same measurement."""
+    summary = re.findall(r"([\d.]+)x as fast", (ROOT / "README.md").read_text(encoding="utf-8"))
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    schedules = (ROOT / "docs" / "schedules" / "README.md").read_text(encoding="utf-8")
+
+    def number(pattern: str, page: str) -> float:
+        found = re.search(rf"^\| {pattern}", page, re.MULTILINE)
+        assert found, pattern
+        return float(found[1].replace(",", ""))
+
+    def ratio(row: str, values: str = ".*") -> float:
+        return number(rf"{re.escape(row)} \|{values} ([\d.]+)x", results)
+
+    def step(name: str) -> float:
+        return number(rf"{name} \| ([\d,]+) ms", schedules)
+
+    expected = [ratio("100 MB JSON lines | Megatron-LM"), ratio("laptop fp32 seq=512 batch=4 threads=2 | transformers"),
+                ratio("laptop fp32 decode batch=1 prompt=64 new=33 threads=2 | transformers", r" \S+ \|"),
+                step("megatron-core combined") / step("dualpipe"),
+                step("megatron-core 1f1b") / step("1f1b"),
+                ratio("V3 widths bf16 layers=2 experts=8 6.04GB workers=2 | hf-to-megatron"),
+                ratio("V3 widths fp8 layers=2 experts=8 4.87GB workers=2 | megatron-to-hf")]
+    assert [float(shown) for shown in summary] == pytest.approx(expected, rel=0.02, abs=0.005)
 
 
 def test_pages_are_in_the_site() -> None:

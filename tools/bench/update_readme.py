@@ -141,7 +141,45 @@ def memory_table(name: str) -> str:
     return "\n".join([*lines, *(line for _, line in worst.values())])
 
 
+# Of the README: what was done, the results file, the metric, the configuration, whom ours is beside.
+_SUMMARY = (
+    ("preprocess 100 MB of JSON lines", "preprocess", "time_median", "100 MB JSON lines", OURS, "Megatron-LM"),
+    ("train the preset laptop in fp32", "training_throughput", "throughput", "laptop fp32 seq=512 batch=4 threads=2",
+     OURS, "transformers"),
+    ("generate with laptop, one text", "generate", "throughput",
+     "laptop fp32 decode batch=1 prompt=64 new=33 threads=2", OURS, "transformers"),
+    ("a step of DualPipe on stages of known times", "schedules", "step_time",
+     "P=4 micro-batches=16 parts=8 unit=20ms", "dualpipe", "megatron-core combined"),
+    ("a step of 1F1B on the same stages", "schedules", "step_time", "P=4 micro-batches=16 parts=8 unit=20ms", "1f1b",
+     "megatron-core 1f1b"),
+    ("convert 6 GB of bf16 from Hugging Face", "convert", "seconds",
+     "V3 widths bf16 layers=2 experts=8 6.04GB workers=2", "hf-to-megatron", "copy before hf-to-megatron"),
+    ("convert 4.9 GB of FP8 to Hugging Face", "convert", "seconds",
+     "V3 widths fp8 layers=2 experts=8 4.87GB workers=2", "megatron-to-hf", "copy before megatron-to-hf"),
+)
+_PEERS = {"transformers": "Transformers", "megatron-core combined": "Megatron-Core's combined plan",
+          "megatron-core 1f1b": "Megatron-Core's 1F1B", "copy before hf-to-megatron": "a plain copy of the files",
+          "copy before megatron-to-hf": "a plain copy of the files"}
+
+
+def summary_table(name: str) -> str:
+    """Draw one table of the README: a row of each kind of measurement, ours beside another program."""
+    lines = ["| What | dsv3_megatron | beside | its | ours is | device |", "| --- | ---: | --- | ---: | ---: | --- |"]
+    for what, file, metric, config, own, peer in _SUMMARY:
+        measured = newest(file)
+        ours, theirs = (measured[config, contender][metric] for contender in (own, peer))
+        values = [float(row["value"]) for row in (ours, theirs)]
+        is_rate = ours["unit"] == "token/s"
+        ratio = values[0] / values[1] if is_rate else values[1] / values[0]
+        unit = "tokens/s" if is_rate else ours["unit"]
+        shown = [f"{value:,.0f} ms" if unit == "ms" else f"{value:,.1f} {unit}" for value in values]
+        lines.append(f"| {what} | {shown[0]} | {_PEERS.get(peer, peer)} | {shown[1]} | {ratio:.2f}x as fast | "
+                     f"{ours['device']} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "summary": summary_table,
     "memory": memory_table,
     "schedules": schedule_table,
     "overlap": overlap_table,

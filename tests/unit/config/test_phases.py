@@ -249,8 +249,8 @@ def test_no_rule_goes_untested() -> None:
                 assert lines & reached, f"no test reaches {module.__file__}:{node.lineno}"
 
 
-def test_the_readmes_example(tmp_path: Path) -> None:
-    text = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
+def test_the_guides_example(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs/guides/run.md").read_text(encoding="utf-8")
     (example,) = [block.partition("```")[0] for block in text.split("```toml\n")[1:]]
     run = parse_command(["--config", write(tmp_path / "run.toml", example)]).run
     run.validate(2)
