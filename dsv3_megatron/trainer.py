@@ -63,7 +63,7 @@ from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_b
 
 
 class Trainer:
-    """One process's share of a training run.
+    """The share of a training run that one process has.
 
     Args:
         run: A run validated against the number of processes (torchrun's WORLD_SIZE, 1 without it).

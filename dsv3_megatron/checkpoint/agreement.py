@@ -112,7 +112,7 @@ def check_space(directory: str | Path, my_bytes: int) -> None:
 
     Args:
         directory: Folder that all ranks write to; need not exist.
-        my_bytes: What this rank adds.
+        my_bytes: Bytes that this rank adds.
     """
     # Where collectives take their tensors: the CPU in a run without CUDA (platform/cpu.py).
     total = torch.tensor([my_bytes], dtype=torch.int64, device=torch.cuda.current_device())

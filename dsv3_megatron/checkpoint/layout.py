@@ -69,7 +69,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """The description that a checkpoint gives of itself.
 
     Attributes:
         path: Folder of the checkpoint.

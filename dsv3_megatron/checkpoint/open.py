@@ -36,7 +36,7 @@ _DEFAULT_SEQ_LENGTH = 4096
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """What a checkpoint says of its model.
+    """The description that a checkpoint gives of its model.
 
     Attributes:
         model: Architecture that the checkpoint is of.

@@ -36,7 +36,7 @@ def read_segments(segments: Sequence[Segment], raw: torch.Tensor, name: str) -> 
 
     Args:
         segments: Places of the bytes, together as many as `raw` has.
-        raw: uint8, contiguous.
+        raw: Tensor to fill, uint8, contiguous.
         name: Name of the tensor, for messages.
 
     Raises:

@@ -188,7 +188,7 @@ class TensorFiles:
         return found
 
     def read(self, key: str, index: int | None, first_row: int, num_rows: int) -> torch.Tensor:
-        """Some rows of a tensor, in memory of their own; arguments as of `segments`.
+        """Read some rows of a tensor, in memory of their own; arguments are those of `segments`.
 
         Raises:
             CheckpointError: a file cannot be read or has been cut.

@@ -38,7 +38,7 @@ _GROUP_TITLES = {
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line asks for.
+    """The run that the command line asks for, and what to do with it.
 
     Attributes:
         run: The resolved run, not yet validated against the number of processes.

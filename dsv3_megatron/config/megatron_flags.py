@@ -19,7 +19,7 @@ TRANSLATED, ALWAYS, NO_EFFECT, REFUSED = "translated", "always on", "no effect",
 
 @dataclass(frozen=True)
 class MegatronFlag:
-    """What becomes of one flag.
+    """A flag of Megatron-LM, and what becomes of it here.
 
     Attributes:
         name: The flag as it is written, "--" included.

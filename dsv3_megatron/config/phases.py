@@ -76,8 +76,8 @@ class Phase:
         mscale_all_dim: YaRN: denominator of that multiplier, and base of the softmax scale's exponent.
         max_position_embeddings: Longest sequence the model is meant for; not said by a phase that changes YaRN's
             fields: original length times scaling factor.
-        data_path: Training data, as of a run.
-        valid_data_path: Validation data, as of a run.
+        data_path: Training data, in the form of the run's field of this name.
+        valid_data_path: Validation data, in the form of the run's field of this name.
     """
 
     name: str = ""
@@ -105,7 +105,7 @@ class Phase:
     valid_data_path: tuple[str, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """What it says, as plain values that `read_phases` reads."""
+        """Give the fields that the phase sets, as plain values that `read_phases` reads."""
         return self.given([field.name for field in dataclasses.fields(self)
                            if getattr(self, field.name) != field.default])
 

@@ -30,7 +30,7 @@ def stages_per_rank(schedule: str, virtual_stages: int | None = None) -> int:
     """Stages of one copy of the model that a rank holds.
 
     Args:
-        schedule: One of SCHEDULES.
+        schedule: Name of a schedule, one of SCHEDULES.
         virtual_stages: V of the interleaved one, 2 if not given.
     """
     if schedule == "interleaved":

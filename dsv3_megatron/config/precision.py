@@ -37,7 +37,7 @@ class LinearPrecision:
         cached_input: x as it is kept for Wgrad: "e4m3", "e5m6" or "bf16". Of the experts' second weight what is kept
             is the input of SwiGLU; its output is computed again.
         input_scales: Scales of x: "arbitrary" or "power_of_2".
-        scales: Scales of W and dy, likewise "arbitrary" or "power_of_2".
+        scales: Scales of W and dy: "arbitrary" or "power_of_2".
         grad_grouping: dy in Dgrad: "tile" is 1x128; "block", 128x128, is the report's negative control.
         accumulation: Model of the products' accumulation; only the reference has others than "fp32".
     """
@@ -53,7 +53,7 @@ class LinearPrecision:
 
     @property
     def is_fp8(self) -> bool:
-        """Whether any of it is in FP8."""
+        """Whether any of the layer's products, or its kept input, is in FP8."""
         return "fp8" in (self.fprop, self.dgrad, self.wgrad) or self.cached_input != "bf16"
 
 

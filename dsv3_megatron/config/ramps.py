@@ -116,7 +116,7 @@ class BatchSize:
         Args:
             first: Place where the steps begin; its batch size and length do not matter.
             seq_length: Tokens in a sequence.
-            num_steps: How many; or else
+            num_steps: Steps to list; or else
             stop_token: Tokens, so many of which at least are taken when the steps end.
         """
         iteration, tokens, samples, left = first.iteration, first.tokens, first.samples, num_steps

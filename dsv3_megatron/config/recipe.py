@@ -43,7 +43,7 @@ class PlannedPhase:
         batch_size: Batch size at each step of the phase.
         planned_end_token: Token at which the phase would end if a step could be cut; in a phase given in steps, where
             it ends.
-        is_in_steps: Whether its length was given in steps, not in tokens.
+        is_in_steps: Whether the phase's length was given in steps, not in tokens.
     """
 
     index: int
@@ -73,12 +73,12 @@ class PlannedPhase:
         return self.end.iteration - self.start.iteration
 
     def step(self, iteration: int, tokens: int) -> StepPlan:
-        """What the step at a position in it is taken with."""
+        """The plan of the step at a position in the phase."""
         return StepPlan(self, self.learning_rate.at(iteration, tokens), self.batch_size.at(tokens),
                         self.training.mtp_loss_scaling_factor, self.training.moe_router_bias_update_rate)
 
     def place_of(self, tokens: int) -> tuple[int, int]:
-        """Steps and tokens before the first step of it that begins at or beyond a token."""
+        """Steps and tokens before the phase's first step that begins at or beyond a token."""
         plateau = max((plateau for plateau in self.plateaus if plateau.tokens <= tokens), default=self.start,
                       key=lambda plateau: plateau.tokens)
         size = plateau.global_batch_size * self.training.seq_length
@@ -139,7 +139,7 @@ class DataSpan:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one optimizer step is taken with.
+    """The settings that one optimizer step is taken with.
 
     Attributes:
         phase: The phase it belongs to.
@@ -166,8 +166,8 @@ class Recipe:
     """The phases of a run in order, and the datasets they read.
 
     Attributes:
-        phases: All of them.
-        spans: All of them.
+        phases: Phases of the run, in order.
+        spans: Spans of data that the phases read, in order.
         num_phases: Phases that are run before the run stops, for good or to go on under another layout.
         shift: What a run has done more, or less, than the recipe lays out up to the same step of it: not nothing where
             a run went over to another recipe under way (`placed_at`). The places of phases are without it.

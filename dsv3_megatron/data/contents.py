@@ -45,7 +45,7 @@ _SAID_FROM_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Contents:
-    """What a dataset's files hold.
+    """The hashes, ids and counts of a dataset's files.
 
     Attributes:
         idx_sha256: Hash of the whole index file, in hexadecimal.

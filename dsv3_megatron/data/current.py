@@ -71,7 +71,7 @@ def open_current_data(run: RunConfig, phase: PlannedPhase, first_sample: int) ->
 
     Args:
         run: The run.
-        phase: One of its recipe's.
+        phase: The phase of the run's recipe whose data are wanted.
         first_sample: Samples that the run has taken, or jumped over, when it begins to read them.
 
     Raises:

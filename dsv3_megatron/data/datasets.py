@@ -187,7 +187,7 @@ def build_datasets(config: DatasetConfig) -> TrainingData:
     """Open the datasets for training and validation; reads a few bytes of each file, and writes nothing.
 
     Args:
-        config: What to open.
+        config: Configuration of the datasets to open.
 
     Raises:
         ValueError: a file is missing or damaged, or there is less data than one sample needs.

@@ -38,7 +38,7 @@ class PreprocessOptions:
         output_prefix: Datasets are called {output_prefix}_{key}_document (or _sentence), as Megatron-LM's.
         is_eod_appended: End every document that has tokens with the tokenizer's end-of-document id.
         is_wrapped: Put around every sequence what the tokenizer itself puts around a text, such as a begin token.
-        shard: Which part of the job.
+        shard: Part of the job that is done here.
         is_skipping: Leave bad documents out, list them, and go on; else the first one ends the run.
         max_document_bytes: UTF-8 bytes of the longest text.
         is_overwrite_allowed: Replace existing datasets and drop unfinished work.

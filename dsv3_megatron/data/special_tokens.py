@@ -115,7 +115,7 @@ def read_stop_ids(folder: str | os.PathLike[str], *, prefix: str = "") -> tuple[
 
     Args:
         folder: Folder with the files.
-        prefix: What their names begin with.
+        prefix: Beginning of the files' names.
 
     Returns:
         The ids; none where there is a generation_config.json and neither file names one, as for Transformers; None

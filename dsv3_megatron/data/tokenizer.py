@@ -161,7 +161,7 @@ def tokenizer_file(path: str | os.PathLike[str]) -> Path:
 
 
 def has_tokenizer(path: str | os.PathLike[str]) -> bool:
-    """Whether `tokenizer_file` finds one."""
+    """Whether a folder holds a tokenizer.json, or the path itself is a file."""
     return _file_in(path).is_file()
 
 

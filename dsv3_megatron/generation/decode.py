@@ -52,7 +52,7 @@ def full_attention(
     query_TND: torch.Tensor, keys_BNCD: torch.Tensor, values_BNCV: torch.Tensor, *, softmax_scale: float,
     hidden_BQC: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """softmax(scale q k^T) v over cached keys and values; arguments and result as of `absorbed_attention`.
+    """Compute softmax(scale q k^T) v over cached keys and values; arguments and result are as in `absorbed_attention`.
 
     Source: DeepSeek-V3 report, eq. 10.
     """

@@ -151,7 +151,7 @@ class CachedModel:
         Args:
             prompts: The sequences that `prefill` was given.
             next_B: The token after each of them.
-            hidden_T1H: What `prefill` returned.
+            hidden_T1H: Hidden states that `prefill` returned.
             cache: The module's own.
 
         Returns:

@@ -30,7 +30,7 @@ class Options:
     Attributes:
         max_new_tokens: Most new tokens of each prompt.
         max_length: Positions of a sequence, prompt included: the model's context.
-        sampling: How tokens are chosen.
+        sampling: Rule by which tokens are chosen.
         kv_cache: "latent" or "full".
         speculative: "mtp", or None for one token a step.
         batch_size: Prompts that are decoded together.
@@ -46,7 +46,7 @@ class Options:
     stop_ids: tuple[int, ...] = ()
 
     def validate(self, num_mtp_layers: int) -> None:
-        """Check them against each other and the model.
+        """Check the settings against each other and the model.
 
         Raises:
             ConfigError: the first that is wrong, with the way out.
@@ -138,7 +138,7 @@ class Generator:
 
     Args:
         model: The model.
-        options: How; validated.
+        options: Settings of the generation, validated.
 
     Attributes:
         statistics: Counts and times of everything generated so far.

@@ -56,7 +56,7 @@ class PlainDecoder:
     Args:
         model: The model.
         sequences: Prompts' ids, none empty.
-        sampling: How tokens are chosen.
+        sampling: Rule by which tokens are chosen.
         streams: Uniform numbers of each sequence.
         kv_cache: "latent" or "full".
         max_new_tokens: Tokens after the longest prompt that there is room for.

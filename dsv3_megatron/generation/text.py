@@ -38,7 +38,7 @@ class KnownTokenizer:
     Attributes:
         path: Folder or file at which the tokenizer is or was; None if the checkpoint does not say.
         fingerprint: The tokenizer's fingerprint, if anything that is still there has it.
-        source: What says so, for messages.
+        source: Name of what says so, for messages.
         form: How the texts began and ended that the model was trained on; None if nothing says it.
         stop_ids: Ids at which a text of the model ends, as the checkpoint's files say; None if they do not.
     """

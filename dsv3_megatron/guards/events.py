@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Event:
-    """One step that a guard fired at.
+    """A step that a guard fired at.
 
     Attributes:
         iteration: Number of the step, counted from 1.

@@ -269,7 +269,7 @@ def summary(alarm: str, states: Mapping[int, Mapping[str, Any]], silent: Mapping
     """Which rank was where, those that did not answer first, then those furthest behind.
 
     Args:
-        alarm: What raised it.
+        alarm: Description of what raised the alarm.
         states: State of each rank that answered.
         silent: The last known of the ranks that did not.
         world_size: Ranks of the run.

@@ -167,7 +167,7 @@ class RunLock:
                               "which it does where it finds no sign of life; nothing more is written there")
 
     def release(self) -> None:
-        """Let another process have it; a lock that is not this process's stays."""
+        """Let another process have the file; a lock that is not this process's stays."""
         try:
             if self._is_mine(self._read()):
                 self.path.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ class StepLosses:
         """Means over tokens that count.
 
         Args:
-            num_tokens: How many count.
+            num_tokens: Number of tokens that count.
             sums: Sum of the main loss over tokens, and of each MTP loss.
         """
         if not num_tokens:

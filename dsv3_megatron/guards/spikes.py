@@ -31,12 +31,12 @@ LOSS, GRAD_NORM = "lm loss", "grad norm"
 
 @dataclass(frozen=True)
 class Spike:
-    """One value that is out of line.
+    """A value that is out of line with the window.
 
     Attributes:
         name: LOSS or GRAD_NORM.
-        value: What it is.
-        limit: What it should not have exceeded.
+        value: The value itself.
+        limit: Largest value that would have been no spike.
         median: Median of the window.
         num_steps: Steps in the window.
     """

@@ -31,7 +31,7 @@ class StepOutcome:
 
     Attributes:
         is_applied: Whether parameters were updated.
-        is_spike: Whether it was flagged as a spike, applied or not.
+        is_spike: Whether the step was flagged as a spike, applied or not.
         grad_norm: Global L2 norm before clipping.
     """
 

@@ -27,7 +27,7 @@ _numbers = itertools.count()
 
 
 class EventWriter:
-    """One event file of a run.
+    """An event file of a run.
 
     Args:
         directory: Folder of the event file.

@@ -40,7 +40,7 @@ def component_of(name: str) -> str:
     Everything of an MTP module counts as "mtp", its norms and router too; the latents' norms count as "norms".
 
     Args:
-        name: Global, as of `model.parameters.whole_parameters`.
+        name: Global name of a parameter, as `model.parameters.whole_parameters` gives it.
     """
     found = next((component for component, pattern in _PATTERNS if re.search(pattern, name)), None)
     assert found is not None, f"parameter {name} belongs to no component; give it one in {__name__}"

@@ -43,7 +43,7 @@ def draw_heat_map(loads_RC: np.ndarray, title: str, rows: Axis, columns: Axis) -
 
     Args:
         loads_RC: Loads as `relative_loads` gives them; NaN where not known.
-        title: One line above.
+        title: Line of text above the picture.
         rows: The axis from top to bottom.
         columns: The axis from left to right.
 

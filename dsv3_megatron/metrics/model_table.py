@@ -36,7 +36,7 @@ def model_table(run: RunConfig, world_size: int | None, stages: Sequence[StageLa
     Args:
         run: A validated run.
         world_size: Number of processes; None: the fewest the layout runs on.
-        stages: `parallel.layout.stage_layouts(run.model, run.parallel)`.
+        stages: Layout of the stages, as `parallel.layout.stage_layouts(run.model, run.parallel)` gives it.
         as_json: One JSON object with stable keys (see `model_summary`) instead of text.
 
     Returns:

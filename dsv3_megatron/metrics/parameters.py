@@ -249,7 +249,7 @@ def rank_parameters(run: RunConfig, stages: Sequence[StageLayout]) -> list[RankP
 
     Args:
         run: Model and degrees of parallelism.
-        stages: `parallel.layout.stage_layouts(model, parallel)`.
+        stages: Layout of the stages, as `parallel.layout.stage_layouts(model, parallel)` gives it.
 
     Returns:
         One entry per pipeline rank; all its tensor-, expert- and data-parallel ranks hold as many.

@@ -41,7 +41,7 @@ class PhaseClock:
         """Count the time of the block as `name`'s, and not as that of the phase around it.
 
         Args:
-            name: One of the phases.
+            name: Name of the phase, one of `phases`.
             waits_for_device: False where the host works while the device goes on.
         """
         self._switch(waits_for_device)

@@ -31,7 +31,7 @@ _NARROW_BLOCK = 1 << 17
 
 @dataclass(frozen=True)
 class ParameterTensor:
-    """One parameter as a rank holds it.
+    """A parameter as a rank holds it.
 
     Attributes:
         name: Place of the tensor in the layer, or "embedding" and the like outside of layers.
@@ -50,7 +50,7 @@ class RankState:
 
     Attributes:
         parameter_bytes: Weights with their buffers' padding.
-        gradient_bytes: fp32 main gradients, likewise.
+        gradient_bytes: fp32 main gradients with their buffers' padding.
         master_bytes: fp32 master weights of the owned part, beside bf16 weights.
         moment_bytes: Both moments of the owned part.
         scratch_bytes: Buffers of the optimizer that work on narrow moments needs.
@@ -115,7 +115,7 @@ def stage_tensors(model: ModelConfig, parallel: ParallelConfig, stage: StageLayo
     Args:
         model: The model.
         parallel: How the model is split.
-        stage: What the stage holds.
+        stage: Layers and ends of the stage.
         shares_embedding: The stage's MTP modules use the embedding of another stage on the same rank.
     """
     hidden, tp = model.hidden_size, parallel.tensor_model_parallel_size

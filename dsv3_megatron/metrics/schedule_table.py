@@ -27,7 +27,7 @@ class Boundary:
 
     Attributes:
         phase: Name of the phase.
-        event: What happens.
+        event: What changes there, in words.
         iteration: Steps before it.
         tokens: Tokens before it.
         learning_rate: Learning rate that the optimizer takes.

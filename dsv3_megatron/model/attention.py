@@ -135,7 +135,7 @@ class LocalMLASelfAttention(MegatronModule):
 
         Args:
             x_sBH: Normed input.
-            cos_SP: Cosines of the whole sequence's positions, as of `RotaryTables`.
+            cos_SP: Cosines of the whole sequence's positions, as `RotaryTables` gives them.
             sin_SP: Sines of the same positions.
 
         Returns:

@@ -57,7 +57,7 @@ class ModelChunk:
         """A micro-batch's forward pass; without gradients (`torch.no_grad`) nothing is kept but its report.
 
         Args:
-            microbatch: Not yet under way here.
+            microbatch: Number of a micro-batch that is not yet under way here.
             input_SBH: The previous stage's output; None on the first stage. Must not change before backward is done.
 
         Returns:

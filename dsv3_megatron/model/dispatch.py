@@ -42,7 +42,7 @@ class NarrowDispatcher(MoEAlltoAllTokenDispatcher):
     """All-to-all dispatcher whose rows are quantized before they are sent.
 
     Attributes:
-        backend: What quantizes.
+        backend: Implementation that quantizes rows.
     """
 
     tokens_per_expert: torch.Tensor

@@ -104,7 +104,7 @@ class _Exchange(NamedTuple):
 
 
 class Tape:
-    """One micro-batch's pass through one stage.
+    """The pass of one micro-batch through one stage.
 
     Args:
         is_recording: Whether a backward pass will follow. Without, segments run without autograd and nothing is kept.
@@ -130,7 +130,7 @@ class Tape:
             function: The segment: takes the inputs' tensors and returns a tensor or a tuple of them.
             inputs: None have a gradient: all that the segment's backward pass computes is weight gradients (as of an
                 embedding), and waits where they do.
-            delaying: Modules of the segment as of `delaying_modules`.
+            delaying: Modules of the segment, as `delaying_modules` finds them.
 
         Returns:
             One value for each tensor, always a tuple.
@@ -153,7 +153,7 @@ class Tape:
 
         Args:
             inputs: Rows, by receiving rank.
-            splits: How many go where.
+            splits: Numbers of rows that go to and come from each rank.
             narrow: How the first value's rows (or gradients) travel in FP8, and in which pass; None: in neither.
         """
         forward, backward = ((narrow, None) if narrow and narrow.direction == "forward" else (None, narrow))

@@ -89,7 +89,7 @@ def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
 
     Args:
         logits: [..., V], any float dtype.
-        targets: int64 [...].
+        targets: Id of the right token at each place, int64 [...].
     """
     return _TokenCrossEntropy.apply(logits, targets)
 

@@ -45,7 +45,7 @@ def fp8_swiglu_experts(
         fc2_eHF: [e, H, F].
         gates_R: Router's weight of each row; multiplies the activation. None is 1.
         precisions: Precisions of fc1 and fc2; fc2's `cached_input` is the form in which SwiGLU's input is kept.
-        backend: What computes FP8.
+        backend: Implementation of quantization and products.
         accumulate_into_main_grad: Add the weight gradients to `main_grad`, as in `linear.linear`.
         defer_weight_grad: Gets one function for each of the two weights.
 

@@ -44,7 +44,7 @@ def fp8_linear(
         x: [..., in], bf16 or fp32.
         weight: [out, in], same dtype.
         precision: Precision of each of the three products, and of what is kept.
-        backend: What computes FP8.
+        backend: Implementation of quantization and products.
         accumulate_into_main_grad: Add the weight gradient to `weight.main_grad`, as in `linear.linear`.
         defer_weight_grad: Gets the function that computes the weight gradient, as in `linear.linear`; what waits is the
             narrow input and the output gradient.
@@ -106,8 +106,8 @@ def settle_weight_grad(weight: torch.Tensor, products: Products, grad_y: torch.T
 
     Args:
         weight: [O, I], or a stack with `counts`.
-        products: How it multiplies.
-        grad_y: [R, O].
+        products: The products of the weight.
+        grad_y: Gradient of the output, [R, O].
         kept: The input [R, I] as it was kept, or what computes it.
         accumulate: Add to `weight.main_grad` where there is one.
         counts: Rows of each expert.

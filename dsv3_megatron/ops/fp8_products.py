@@ -37,7 +37,7 @@ class Products:
 
     Args:
         precision: The weight's line of the precision map.
-        backend: What computes FP8.
+        backend: Implementation of quantization and products.
     """
 
     precision: LinearPrecision

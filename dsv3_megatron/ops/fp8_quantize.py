@@ -75,7 +75,7 @@ class Quantized:
         return Quantized(values, self.scales[rows], self.group, "e4m3", tuple(values.shape))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """What it stands for: value * scale in fp32, rounded on to `dtype`."""
+        """Compute the matrix that is meant: value * scale in fp32, rounded on to `dtype`."""
         if self.format == "e4m3":
             wide = decode_e4m3(self.values)
         else:

@@ -72,7 +72,7 @@ def linear_input_grad(
 
     Args:
         grad_y: [..., out]; may already be fp32 where the weight is bf16 ("via_fp32" only).
-        weight: [out, in].
+        weight: Weight of the linear, [out, in].
         dtype: Dtype of the result; the weight's by default.
         backend: "auto", "native" or "via_fp32", as `backend.choose_product_backend` takes it.
 
@@ -94,7 +94,7 @@ def linear_weight_grad(
 
     Args:
         grad_y: [..., out]; may already be fp32 where x is bf16 ("via_fp32" only).
-        x: [..., in].
+        x: Input of the linear, [..., in].
         main_grad: [out, in], usually fp32; when given the gradient is added to it.
         backend: "auto", "native" or "via_fp32", as `backend.choose_product_backend` takes it.
 
@@ -119,7 +119,7 @@ def linear(
     """Differentiable y = x W^T.
 
     Args:
-        x: [..., in].
+        x: Input of the linear, [..., in].
         weight: [out, in], same dtype.
         backend: "auto", "native" or "via_fp32", as `backend.choose_product_backend` takes it.
         accumulate_into_main_grad: Add the weight gradient to `weight.main_grad` where there is one, and set

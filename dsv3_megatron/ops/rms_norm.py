@@ -21,7 +21,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, backen
     """Normalise the last dimension by its root mean square, and multiply by a weight.
 
     Args:
-        x: [..., H].
+        x: Values to normalise, [..., H].
         weight: Factor of each element, [H].
         eps: Added to the mean square.
         backend: "fused" (ours), "native" (torch's kernel) or "reference"; "auto" is fused on CPU, native elsewhere.

@@ -26,7 +26,7 @@ def apply_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> t
         x: [S, ..., D] with D >= 2P, bf16, fp32 or fp64.
         cos_SP: cosines of position and pair, fp32 (fp64 for fp64 x), times a magnitude if there is one; [S, B, P] for
             x of [S, B, ..., D] whose sequences have positions of their own.
-        sin_SP: sines, likewise.
+        sin_SP: sines of the same angles.
 
     Returns:
         [S, ..., D] in x's dtype, computed in fp32 and rounded once.

@@ -45,7 +45,7 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
 
     Args:
         optimizer: The optimizer, after `gradient_norm` was called for it.
-        norm: What that returned.
+        norm: Norm that `gradient_norm` returned.
     """
     for part in _parts(optimizer):
         parameters = part.get_parameters()

@@ -44,7 +44,7 @@ class Posted(Protocol):
     """A transfer under way."""
 
     def wait(self) -> torch.Tensor:
-        """What was received; once."""
+        """Wait for the transfer and give what was received; once."""
         ...
 
 
@@ -76,6 +76,6 @@ def post_all_to_all(rows: torch.Tensor, splits: Splits) -> Posted:
 
     Args:
         rows: [sum(sent), ...], by receiving rank; without gradients. Must not change before `wait` has returned.
-        splits: How many rows go where.
+        splits: Numbers of rows that go to and come from each rank.
     """
     return _AllToAll(rows, splits)

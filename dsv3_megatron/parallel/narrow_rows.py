@@ -72,7 +72,7 @@ def exchange_rows(rows_RH: torch.Tensor, splits: Splits | None, narrow: Narrow) 
     Args:
         rows_RH: Rows to send, in the order of the receiving ranks.
         splits: How many rows go where; None with one rank.
-        narrow: Which direction.
+        narrow: Direction of the pass in which rows are narrow, and how they are packed.
 
     Returns:
         The rows that came.

@@ -27,7 +27,7 @@ def place_stages(schedule: str, num_ranks: int, stages_per_rank: int) -> Placeme
     """Put the stages of a model on pipeline ranks.
 
     Args:
-        schedule: One of SCHEDULES.
+        schedule: Name of a schedule, one of SCHEDULES.
         num_ranks: P; even for dualpipe.
         stages_per_rank: Stages that a rank holds of one copy of the model.
     """

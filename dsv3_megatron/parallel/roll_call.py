@@ -182,7 +182,7 @@ def meet_nodes(processes: Processes, node_rank: int, num_nodes: int, error: str 
 
     Args:
         processes: The node's processes, which name the host and port of the run's rank 0.
-        node_rank: This node's.
+        node_rank: Number of this node, 0 to num_nodes - 1.
         num_nodes: Nodes that meet.
         error: What is wrong here; None: nothing.
 

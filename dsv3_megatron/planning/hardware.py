@@ -101,12 +101,12 @@ class Hardware:
         return self is other
 
     def has(self, name: str) -> bool:
-        """Whether it has a figure."""
+        """Whether the machine has a figure of this name."""
         return name in self.figures
 
     @property
     def is_cpu(self) -> bool:
-        """Whether its devices are processes on CPU cores."""
+        """Whether the machine's devices are processes on CPU cores."""
         return "is_cpu" in self.figures
 
     def peak(self, kind: str) -> float:
@@ -204,7 +204,7 @@ class Hardware:
 
         Args:
             flops: Operations it does; of the backward all five products.
-            is_backward: Which pass.
+            is_backward: The backward pass is meant, not the forward.
             seq_length: Tokens that see one another.
             sm_share: Part of the multiprocessors that it may use.
         """

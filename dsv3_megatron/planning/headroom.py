@@ -49,7 +49,7 @@ class Headroom:
 
     @property
     def usable_bytes(self) -> float:
-        """What is left to the run."""
+        """Bytes that are left to the run's tensors."""
         return max(0.0, self.visible_bytes - self.total_bytes)
 
     def describe(self) -> str:

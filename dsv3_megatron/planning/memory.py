@@ -35,7 +35,7 @@ class RankMemory:
     All its tensor-, expert- and data-parallel ranks hold as much, if every expert gets as many tokens.
 
     Attributes:
-        pipeline_rank: Which one.
+        pipeline_rank: Number of the pipeline rank.
         stages: The stages that it holds, by chunk.
         layer_ids: Global ids of those stages' transformer layers.
         num_parameters: Elements of its weights.
@@ -75,7 +75,7 @@ class RankMemory:
 
     @property
     def state_bytes(self) -> int:
-        """What is held between steps."""
+        """Bytes that are held between steps."""
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.buffer_bytes
 
     @property

@@ -93,7 +93,7 @@ class PassSettings:
 
     @property
     def local_tokens(self) -> int:
-        """Rows between them, on this rank."""
+        """Rows of the hidden states between attention and FFN, on this rank."""
         return self.tokens // self.tp
 
     @property
@@ -113,7 +113,7 @@ class PassSettings:
 
     @property
     def expert_rows(self) -> int:
-        """Rows that its experts compute: under expert-tensor parallelism those of all its ranks."""
+        """Rows that this rank's experts compute: under expert-tensor parallelism those of all its ranks."""
         return self.received_rows * self.etp
 
     @property

@@ -314,7 +314,7 @@ class MicroBenchmarks:
         leaves its core to another, which a single operation's wall clock does not show.
 
         Args:
-            clock: One of CLOCKS.
+            clock: Name of the clock to take times of, one of CLOCKS.
         """
         medians = {case.key: statistics.median(case.seconds[clock]) for case in self.cases}
         crowd = self.num_processes / usable_cores()

@@ -38,7 +38,7 @@ class Part(StrEnum):
 
 @dataclass(frozen=True)
 class Product:
-    """Matrix products of equal shape in one kernel, as of `hardware.ProductPoint`."""
+    """Matrix products of equal shape in one kernel, as in `hardware.ProductPoint`."""
 
     part: Part
     name: str

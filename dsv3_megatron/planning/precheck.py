@@ -38,10 +38,10 @@ _GPU_QUERY = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,n
 
 @dataclass(frozen=True)
 class Told:
-    """What one check says.
+    """The answer of one check.
 
     Attributes:
-        text: One line.
+        text: Answer in one line.
         is_warning: Whether the run may not end well.
     """
 
@@ -207,7 +207,7 @@ def require_writable(field: str, place: str, *, is_file: bool = False) -> None:
     Args:
         field: The setting, for the message.
         place: Path of the folder or file; what is missing of the folder would be made.
-        is_file: Whether it is a file.
+        is_file: The place is a file's, not a folder's.
 
     Raises:
         ConfigError: the folder or file cannot be made or written to.

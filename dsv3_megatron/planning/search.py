@@ -88,7 +88,7 @@ class Rejected:
 
     Attributes:
         layout: The layout in words.
-        count: How many layouts that are.
+        count: Number of layouts that are meant.
         kind: RULE, MEMORY or SLOWER.
         reason: The rule that is broken, the rank that lacks memory, or the bound.
     """
@@ -118,7 +118,7 @@ class SearchResult:
     seconds: float
 
     def rejected_by_kind(self) -> dict[str, int]:
-        """Layouts by why they were rejected."""
+        """Numbers of layouts by why they were rejected."""
         counts: Counter[str] = Counter()
         for rejected in self.rejected:
             counts[rejected.kind] += rejected.count

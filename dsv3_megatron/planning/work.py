@@ -63,7 +63,7 @@ class Work:
 
     @property
     def compute(self) -> float:
-        """Everything that keeps the compute stream."""
+        """Seconds that the compute stream is busy or idle between kernels, without the all-to-all."""
         return self.products + self.attention + self.movement + self.idle + self.tensor_parallel
 
     @property

@@ -197,7 +197,7 @@ def _set_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
 
 @dataclass(frozen=True)
 class StandIn:
-    """One attribute replaced on machines without CUDA.
+    """An attribute that is replaced on machines without CUDA.
 
     Attributes:
         owner: The object that has the attribute, or the name of its module, imported when installed.

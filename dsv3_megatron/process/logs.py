@@ -1,4 +1,4 @@
-"""What a process of a run logs."""
+"""Sets up the log lines of a process of a run."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Action:
 
     @property
     def is_overlapped(self) -> bool:
-        """Whether it is a forward & backward pair."""
+        """Whether the action is a forward & backward pair."""
         return len(self.operations) == 2
 
     def __str__(self) -> str:

@@ -27,7 +27,7 @@ class Candidate:
     """A schedule as one could ask for it.
 
     Attributes:
-        schedule: One of SCHEDULES.
+        schedule: Name of a schedule, one of SCHEDULES.
         virtual_stages: Chunks per rank of the interleaved schedule; None of the others.
         is_overlapped: Interleaved with overlapped pairs.
     """
@@ -53,7 +53,7 @@ class Outcome:
         bubble: The longest wait of a rank.
         activations: The most a rank holds at once.
         parameters: The most a rank holds.
-        problem: Why it cannot be had; then the numbers are 0.
+        problem: Why the schedule cannot be had with these sizes; then the numbers are 0. None: it can.
     """
 
     candidate: Candidate

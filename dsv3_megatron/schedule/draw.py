@@ -90,7 +90,7 @@ def write_trace(plan: Plan, timeline: Timeline, path: str | Path) -> None:
 
 
 def read_trace(path: str | Path) -> tuple[Plan, Timeline]:
-    """What `write_trace` wrote, simulated or measured.
+    """Read what `write_trace` wrote, simulated or measured.
 
     Raises:
         ValueError: the file is none of these.

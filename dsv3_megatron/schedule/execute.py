@@ -37,7 +37,7 @@ class Recorder(Protocol):
     """Notes when actions begin and end."""
 
     def begin(self, action: Action) -> None:
-        """The action's inputs are there."""
+        """Note that the action's inputs are there."""
         ...
 
     def end(self, action: Action) -> None:

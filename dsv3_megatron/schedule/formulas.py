@@ -43,7 +43,7 @@ def published_bubble(plan: Plan, *, forward: Time, backward: Time, weight: Time,
 
     Args:
         plan: Says the schedule, the ranks and the micro-batches.
-        forward: F of one chunk; the others likewise.
+        forward: F of one chunk, in any unit of time.
         backward: B of one chunk, all of its backward pass.
         weight: W, part of B.
         overlapped: F&B of a pair of chunks.

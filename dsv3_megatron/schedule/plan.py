@@ -54,10 +54,10 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """One step of a pipeline.
+    """The work of every rank in one step of a pipeline.
 
     Attributes:
-        schedule: One of SCHEDULES.
+        schedule: Name of a schedule, one of SCHEDULES.
         num_microbatches: Micro-batches of the whole step, both directions together.
         placement: The stage that each chunk is, by rank and by chunk.
         actions: What each rank runs, in order, by rank.
@@ -135,7 +135,7 @@ def build_plan(schedule: str, *, num_ranks: int, num_microbatches: int, virtual_
     """Write down what every rank of a pipeline does in one step.
 
     Args:
-        schedule: One of SCHEDULES.
+        schedule: Name of a schedule, one of SCHEDULES.
         num_ranks: P, pipeline_model_parallel_size.
         num_microbatches: Micro-batches of the step, on each data-parallel rank.
         virtual_stages: Chunks per rank of the interleaved schedule, 2 if not given; the others have their own number.

@@ -45,7 +45,7 @@ class StepRecorder:
         self._zero = self._mark()
 
     def begin(self, action: Action) -> None:
-        """The action's inputs are there."""
+        """Note when the action's inputs were there."""
         self._begun = self._mark()
 
     def end(self, action: Action) -> None:

@@ -29,7 +29,7 @@ class StageCosts:
 
     Attributes:
         forward: F, its all-to-all included.
-        backward: B, the full backward, likewise.
+        backward: B, the full backward, its all-to-all included.
         weight: W, the part of B that makes the weights' gradients; it has no all-to-all.
         weight_tail: The part of W that a full backward leaves until it has handed on the gradient of its input. The
             executor does so with the weights in front of the first all-to-all; published formulas have none.
@@ -156,7 +156,7 @@ class Simulation:
     """What a step of a plan costs.
 
     Attributes:
-        plan: What was simulated.
+        plan: Plan that was simulated.
         timeline: Spans of each rank's actions.
         step_time: Time that passes between the first action's start and the end of the last rank's optimizer step.
         ideal_time: What the step would take if no rank ever waited: the longest time that a rank works.

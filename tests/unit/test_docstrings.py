@@ -23,6 +23,7 @@ LEANING = {"as", "likewise", "see", "those", "these", "that", "it", "its", "they
 DANGLING = LEANING | {"of", "where", "when", "with", "without", "if", "while", "until", "from", "for", "in", "at", "by",
                       "on", "over", "to", "between", "behind", "before", "after", "under", "is", "does", "has"}
 DANGLING_PHRASES = ("the same", "a run's", "all of it", "so many")
+REFERENTLESS = re.compile(r"(what|whether|how|which|why) (it|its|they|their|them|those|these)\b")
 MIN_SUMMARY_WORDS = 4
 MIN_ITEM_WORDS = 2
 SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):")
@@ -59,7 +60,8 @@ def items(docstring: str) -> Iterator[tuple[str, str, str]]:
 
 def leans(text: str, words: set[str]) -> bool:
     first = re.match(r"[\w']+", text)
-    return bool(first and first[0].lower() in words) or text.lower().startswith(DANGLING_PHRASES)
+    return (bool(first and first[0].lower() in words) or text.lower().startswith(DANGLING_PHRASES)
+            or bool(REFERENTLESS.match(text.lower())))
 
 
 def faults(docstring: str | None) -> list[str]:
@@ -128,6 +130,7 @@ def test_as_many_items_are_read_as_help_shows() -> None:
     ("Its steps and batch in a few words.", "begins in the middle"),
     ("The same by even and odd elements.", "begins in the middle"),
     ("A run's own settings.", "begins in the middle"),
+    ("Whether it is standard input.", "begins in the middle"),
     ("Undo `as_counts`.", "says too little"),
     ("", "no docstring"),
     ("Sizes of a pass on one rank.\n\nAttributes:\n    rope: With.", "rope says too little"),

@@ -29,7 +29,7 @@ class Losses:
         training: Next-token cross-entropy of the exported step; None if it is not known.
         validation: Next-token cross-entropy on validation data, of the last validation up to that step; None if it is
             not known.
-        validation_iteration: Which step that was.
+        validation_iteration: Step of that validation.
     """
 
     training: float | None = None

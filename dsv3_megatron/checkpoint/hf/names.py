@@ -29,7 +29,7 @@ class Storage(Enum):
 
 @dataclass(frozen=True)
 class HuggingFaceTensor:
-    """One tensor of a Hugging Face checkpoint.
+    """A tensor of a Hugging Face checkpoint, and the parameter of ours that it belongs to.
 
     Attributes:
         name: Name in the Hugging Face checkpoint.
@@ -54,7 +54,7 @@ class HuggingFaceTensor:
 
     @property
     def scale_name(self) -> str:
-        """Name of its block scales, where it is stored in FP8."""
+        """Name of the tensor's block scales, where the published checkpoint stores it in FP8."""
         return self.name + "_scale_inv"
 
 

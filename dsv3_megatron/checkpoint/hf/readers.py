@@ -26,8 +26,8 @@ class Limit:
     """Something of an export that some readers do not take.
 
     Attributes:
-        subject: What it is.
-        readers: Who does not take it.
+        subject: The thing that is not taken, in words.
+        readers: Programs that do not take it.
         effect: REFUSES, DIFFERS or LEAVES_OUT.
         reason: Why, in a clause.
         found_in: The values of an export that have it, as text; "" if it has it not. Given the architecture (without
@@ -46,7 +46,7 @@ def reader_notes(model: ModelConfig, dtype: str) -> list[str]:
 
     Args:
         model: The architecture as exported: without MTP modules where these are left out.
-        dtype: "bf16", "fp8" or "fp32", as of the export.
+        dtype: Dtype of the export: "bf16", "fp8" or "fp32".
     """
     notes = []
     for limit in LIMITS:

@@ -33,7 +33,7 @@ class StoredTensor:
 
     Attributes:
         name: Name of the tensor in the file.
-        dtype: One of `DTYPES`.
+        dtype: Dtype of the values, one of `DTYPES`.
         shape: Lengths of the tensor's axes.
         file: The file.
         offset: First byte in the file.

@@ -26,7 +26,7 @@ _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One expert's tensor inside a fused one.
+    """The tensor of one expert inside a fused one.
 
     Attributes:
         name: Published name of the expert's tensor.

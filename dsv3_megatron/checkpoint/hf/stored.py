@@ -28,11 +28,11 @@ class MegatronWeights:
 
     Args:
         directory: Folder of checkpoints.
-        iteration: Which one; None: the newest.
+        iteration: Step of the checkpoint to read; None: the newest.
         is_average: The moving average of its weights instead of the weights; the router biases are as they are.
 
     Attributes:
-        manifest: What it says of itself.
+        manifest: What the checkpoint says of itself.
         model: Architecture that the checkpoint is of.
         source: The Hugging Face checkpoint it was converted from, if it was.
 
@@ -69,7 +69,7 @@ class MegatronWeights:
         return self._files.dtype(self._key(tensor, is_master)[0])
 
     def segments(self, tensor: HuggingFaceTensor, is_master: bool = False) -> list[Segment] | None:
-        """A tensor's bytes, where they lie in whole rows; else None. Arguments as of `read`."""
+        """Find a tensor's bytes, where they lie in whole rows; else None. Arguments are those of `read`."""
         if not tensor.num_elements:
             return []
         key, index = self._key(tensor, is_master)
@@ -80,7 +80,7 @@ class MegatronWeights:
         """A tensor, or some of its rows, in memory of its own.
 
         Args:
-            tensor: One of `hugging_face_tensors(self.model)`.
+            tensor: Tensor out of `hugging_face_tensors(self.model)`.
             is_master: Read the optimizer's fp32 weight where the checkpoint has one.
             first_row: First row to read.
             num_rows: How many; None: all from there on.

@@ -78,7 +78,7 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
     Args:
         source: Folder of checkpoints.
         output: Folder to make; must not exist or be empty. An unfinished one goes on from OUTPUT.partial.
-        iteration: Which checkpoint; None: the newest.
+        iteration: Step of the checkpoint to convert; None: the newest.
         dtype: "bf16", "fp8" or "fp32"; None: as its source was, or as the weights were trained. "fp32" takes the
             optimizer's master weights where the checkpoint has them.
         tokenizer: Folder whose tokenizer files to add; None: those of the checkpoint's source, or of the run's data.
@@ -126,7 +126,7 @@ def prepare_export(source: str | Path, output: str | Path, *, iteration: int | N
                    tokenizer: str | Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
                    is_average: bool = False, is_without_mtp: bool = False, license_id: str = UNKNOWN_LICENSE,
                    losses: Losses | None = None) -> Export:
-    """Plan a conversion without starting it; arguments and errors as of `convert_to_hugging_face`."""
+    """Plan a conversion without starting it; arguments and errors are those of `convert_to_hugging_face`."""
     weights = MegatronWeights(source, iteration, is_average=is_average)
     manifest, kept = weights.manifest, weights.source
     chosen = dtype or (kept.dtype if kept else manifest.precision)

@@ -13,7 +13,7 @@ def typed_number(name: str, value: Any, is_float: bool, source: str) -> Any:
     Args:
         name: Name of the setting, for the message.
         value: The setting's value as the file has it.
-        is_float: Which of the two.
+        is_float: A float is wanted, not a whole number.
         source: What to call the file in messages.
 
     Raises:

@@ -37,7 +37,7 @@ _LEAST_MEMORY = 256_000_000
 
 @dataclass(frozen=True)
 class Piece:
-    """One file of the result.
+    """A file of the result, and how to write it.
 
     Attributes:
         name: Path of the file below the result.
@@ -169,11 +169,11 @@ class Workplace:
         assert not errors, "stopped without an error"
 
     def told(self, piece: Piece) -> Any:
-        """What a finished piece's writer returned."""
+        """Read what a finished piece's writer returned."""
         return json.loads(self._record(piece).read_text(encoding="utf-8"))
 
     def is_finished(self, pieces: Sequence[Piece]) -> bool:
-        """Whether all of these pieces are complete."""
+        """Whether all of the given pieces are complete."""
         return all(self._record(piece).is_file() for piece in pieces)
 
     def publish(self) -> Path:

@@ -62,7 +62,7 @@ class Block:
     reject: Reject | None = None
 
     def detach_lines(self) -> tuple[Block, bytes | bytearray | None]:
-        """The block without its lines, and these; for sending them apart."""
+        """Take the lines out of the block, for sending them apart: the block without them, and the lines."""
         if self.data is None or isinstance(self.data, list):
             return self, None
         return replace(self, data=None), self.data

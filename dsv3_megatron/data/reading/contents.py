@@ -43,7 +43,7 @@ class Content:
     Attributes:
         format: "jsonl", "parquet", "text", or "" for an empty file and what is not read here.
         compression: "gz", "zst", "xz", "bz2" or "".
-        foreign: What it is and what to do, for what is not read here.
+        foreign: Kind of a content that is not read here, and what to do; "" for all else.
     """
 
     format: str

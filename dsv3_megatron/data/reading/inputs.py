@@ -41,12 +41,12 @@ class InputFile:
 
     @property
     def is_stream(self) -> bool:
-        """Whether it is standard input, a pipe or a device: read once, from its beginning."""
+        """Whether the file is standard input, a pipe or a device: read once, from its beginning."""
         return self.path == STDIN or self.mtime_ns < 0
 
     @property
     def is_cut(self) -> bool:
-        """Whether it can be read from any byte: lines, on disk, not compressed."""
+        """Whether the file can be read from any byte: lines, on disk, not compressed."""
         return self.format == "jsonl" and not self.compression and not self.is_stream
 
 

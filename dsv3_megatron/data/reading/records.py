@@ -28,8 +28,8 @@ class Reject:
 
     Attributes:
         reason: Short and the same for all of its kind, for counting.
-        detail: What was found.
-        way_out: What to do about it.
+        detail: Description of what was found.
+        way_out: Advice on what to do about it.
         byte: Offset in the record, later in the file (uncompressed).
         line: Number in the file, from 1; 0 where the file has no lines.
     """
