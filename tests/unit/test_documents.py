@@ -61,6 +61,14 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert missing(page.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.is_relative_to(ROOT / "docs")],
+                         ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_of_pages_outside_the_site(page: Path) -> None:
+    """Those inside it are checked when it is built."""
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
 @pytest.mark.parametrize(("page", "reported"), [
     ("`config/run.py::RunConfig` and `tests/routing.py`, `model/`, `Makefile`", []),
     ("`schedule/plan.py::Plan.num_ranks` in `docs/`", []),
