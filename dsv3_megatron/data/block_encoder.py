@@ -216,7 +216,7 @@ class _Output:
         return ids_T.astype(self._dtype)
 
     def add(self, sequences: list[list[np.ndarray]]) -> None:
-        """Take a document."""
+        """Take a document's sequences, each in pieces of ids."""
         self._sequences.append(len(sequences))
         for arrays in sequences:
             length = sum(ids_T.size for ids_T in arrays)
@@ -237,7 +237,7 @@ class _Output:
         self._num_waiting = 0
 
     def result(self) -> EncodedKey:
-        """What was taken."""
+        """Describe the documents that were taken; their bytes are in `pieces`."""
         lengths_Q = np.array(self._lengths, dtype=np.int32)
         return EncodedKey(lengths_Q, np.array(self._sequences, dtype=np.int32), len(self.pieces), self._max_token_id)
 

@@ -343,7 +343,7 @@ class _Run:
             os.replace(rejects, options.rejects_path)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files that are open."""
         for writer in self._writers:
             writer.close()
         self._rejects.close()

@@ -169,7 +169,7 @@ class _LogitGradients:
 
         Args:
             rows: Hidden states in the products' dtype.
-            wide_weight: Likewise.
+            wide_weight: Weight in the products' dtype, [V, H].
         """
         num_tokens, vocab = self.hidden.shape[0], self.weight.shape[0]
         grad_losses = self.grad_losses.to(self.logsumexps.dtype).unsqueeze(1)

@@ -341,7 +341,7 @@ class _Machine:
         return ((key, seconds) for key, seconds in self.medians.items() if key[: len(kind)] == kind)
 
     def hardware(self) -> Hardware:
-        """As a machine."""
+        """Make a machine of the measurements."""
         size = self.num_processes
 
         def seconds(*kind: object) -> float:

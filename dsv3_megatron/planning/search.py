@@ -255,7 +255,7 @@ class _Seconds:
                         self.forward + other.forward)
 
     def times(self, factor: float) -> _Seconds:
-        """So many times as much."""
+        """Multiply all of the times by a factor."""
         return _Seconds(self.alone * factor, self.compute * factor, self.shared * factor, self.forward * factor)
 
 
@@ -283,7 +283,7 @@ class _Bounds:
         self._stage_contents: dict[int, list[_Contents]] = {}
 
     def of(self, run: RunConfig, layout: Layout) -> float:
-        """Of one run.
+        """The lower bound of one run's step time, in seconds.
 
         Of DualPipe's and DualPipeV's passes at most 3H - 1 forwards, and as many backwards, are not in pairs, H being
         the ranks before the fold; those are counted as if without any all-to-all.

@@ -177,7 +177,7 @@ class _Step:
         self.made[output] = result
 
     def describe(self, action: Action) -> str:
-        """For a reader: what the action is, and where its inputs come from."""
+        """Say for a reader what the action is, and where its inputs come from."""
         parts = []
         for operation in action.operations:
             direction, stage = self.plan.placement[self.rank][operation.chunk]

@@ -83,11 +83,17 @@ def faults(docstring: str | None) -> list[str]:
 
 
 def wrong_docstrings(root: Path) -> list[str]:
-    """Every fault of a public docstring, as "file:name: fault"."""
-    return [f"{path.relative_to(root)}:{name}: {fault}"
-            for room in ROOMS for path in sorted((root / room).rglob("*.py"))
-            for name, node in public_nodes(ast.parse(path.read_text(encoding="utf-8")))
-            for fault in faults(ast.get_docstring(node))]  # type: ignore[arg-type]
+    """Every fault of a docstring under a public name, as "file:name: fault"."""
+    found = []
+    for path in sorted(path for room in ROOMS for path in (root / room).rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = {node: name for name, node in public_nodes(tree)}
+        # A method of a private class, or a function in a function, need not have one.
+        nodes |= {node: node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+                  and node not in nodes and not node.name.startswith("_") and ast.get_docstring(node)}
+        found += [f"{path.relative_to(root)}:{name}: {fault}" for node, name in nodes.items()
+                  for fault in faults(ast.get_docstring(node))]  # type: ignore[arg-type]
+    return found
 
 
 def missing_from_indexes(root: Path) -> list[str]:
@@ -150,6 +156,9 @@ def test_a_planted_docstring_is_found(docstring: str, reported: str, tmp_path: P
         assert reported in fault
     planted.write_text(f'"""A module that is only planted."""\ndef _f():\n    """{docstring}"""\n')
     assert wrong_docstrings(tmp_path) == []
+    body = textwrap.indent(f'"""{docstring}"""\n', " " * 8)
+    planted.write_text(f'"""A module that is only planted."""\nclass _C:\n    def f(self):\n{body}')
+    assert len(wrong_docstrings(tmp_path)) == bool(docstring)
 
 
 def test_a_docstring_that_stands_alone_is_not_found() -> None:

@@ -167,7 +167,7 @@ class _ShardWriter:
     budget: MemoryBudget
 
     def write(self, shard: Shard, path: Path, report: Report) -> None:
-        """One file."""
+        """Write one file of weights, header first, to a path."""
         path.write_bytes(shard.header)
         places = {entry.name: entry for entry in shard.entries}
         target = os.open(path, os.O_RDWR)
