@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,16 +39,16 @@ def random_token_trainer(run: RunConfig) -> Trainer:
     from dsv3_megatron.platform import prepare
 
     prepare()  # before anything imports Megatron-Core
+    from dsv3_megatron.data.current import CurrentData
     from dsv3_megatron.parallel.groups import world_size_from_environment
     from dsv3_megatron.trainer import Trainer
 
     keep_freed_memory()
 
     class RandomTokenTrainer(Trainer):
-        def _build_data(self) -> None:
-            tokens = RandomTokens(run.model.vocab_size, run.training.seq_length)
-            self.data = SimpleNamespace(train=tokens, valid=None)  # type: ignore[assignment]
-            self.batches = self._iterate(self.data.train, 0)
+        def _open_data(self) -> None:
+            self.data = CurrentData(RandomTokens(run.model.vocab_size, run.training.seq_length), None, None, {}, 0)
+            self._iterate_from_here()
 
     run.validate(world_size_from_environment())
     return RandomTokenTrainer(run)
