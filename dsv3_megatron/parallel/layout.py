@@ -40,8 +40,8 @@ def stage_layouts(model: ModelConfig, parallel: ParallelConfig) -> list[StageLay
     """Cut the model into `parallel.num_stages` stages, as asked for or balanced by compute.
 
     Without an explicit layout the largest stage's forward FLOPs are made as small as possible, the
-    head and the MTP modules of the last stage counted; every stage gets at least one layer. In an explicit one the last
-    stage may hold the MTP modules and the loss alone.
+    head and the MTP modules of the last stage counted; every stage gets at least one layer. In an explicit one the
+    first stage may hold the embedding alone, the last one the MTP modules and the loss.
 
     Raises:
         ConfigError: the explicit layout cannot be read, or does not hold exactly the model.
@@ -156,9 +156,14 @@ def _parse_layout(text: str, model: ModelConfig, parallel: ParallelConfig) -> tu
     if layers != model.num_layers:
         raise ConfigError(f"{name} holds {layers} transformer layers (t); num_layers={model.num_layers}")
     for stage, content in enumerate(stages[:-1]):
-        if "t" not in content:
+        if "m" in content:
+            both = "m" * model.mtp_num_layers + "L"
+            raise ConfigError(f"{name} has MTP modules (m) in stage {stage}, without the loss (L): they share the "
+                              "output head with it, and between stages go the main model's hidden states alone; end "
+                              f"with '|{both}', one stage for both, or with transformer layers in it")
+        if "t" not in content and content != "E":
             raise ConfigError(f"{name} leaves stage {stage} without a transformer layer (t); give it at least one: "
-                              "only the last stage may do without")
+                              "only the first stage, with the embedding (E), and the last may do without")
     expected_tail = "m" * model.mtp_num_layers + "L"
     if not unrolled.startswith("E") or unrolled.count("E") != 1:
         raise ConfigError(f"{name} must begin with the embedding (E) and have it once")

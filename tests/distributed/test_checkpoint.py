@@ -49,14 +49,14 @@ CHAIN: list[tuple[str, int, dict[str, Any]]] = [
     ("PP2xTP2", 4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     ("PP2xEP2", 4, PP2_EP2),
 ]
-# Layouts with the MTP module and the loss in a stage of their own.
+# Layouts with the MTP module and the loss in a stage of their own, or the embedding.
 ALONE: list[tuple[str, int, dict[str, Any]]] = [
     (name, ranks, {"pipeline_model_parallel_size": 2, **changes} if ranks > 1 else changes)
     for name, ranks, changes in (
         ("PP2", 2, {"pipeline_model_parallel_layout": "Etttt|mL"}),
         ("one process", 1, {}),
         ("interleaved PP2", 2, {"num_virtual_stages_per_pipeline_rank": 2,
-                                "pipeline_model_parallel_layout": "Et|tt|t|mL"}),
+                                "pipeline_model_parallel_layout": "E|tt|tt|mL"}),
         ("DualPipe PP2", 2, {"pipeline_schedule": "dualpipe", "pipeline_model_parallel_layout": "Etttt|mL"}),
         ("PP2xTP2", 4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_layout": "Etttt|mL"}),
         ("usual PP2", 2, {}),

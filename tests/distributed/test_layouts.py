@@ -6,8 +6,8 @@ and copies (of replicas, of the embedding on the last stage) with each other.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -39,6 +39,8 @@ GRADIENT_TOLERANCE = 2e-5  # 3e-6, under TP2
 # Parameters are compared by what the step changed, relative to the largest change: AdamW's g / (|g| + eps) divides
 # rounding in the small gradients of a tensor by themselves. Largest seen 2e-5.
 UPDATE_TOLERANCE = 1e-4
+# Layouts that take their step in one launch: a minute on two busy cores.
+LAUNCH_SIZE = 16
 
 
 def split(**degrees: Any) -> ParallelConfig:
@@ -108,6 +110,13 @@ LAYOUTS = [
     Layout("dualpipe-pp2-ep2-mtp-alone", 4, split(pp=2, ep=2, schedule="dualpipe", layers="Etttt|mL")),
     Layout("dualpipev-pp2-ep2-mtp-alone", 4, split(pp=2, ep=2, schedule="dualpipev", layers="Et|tt|t|mL")),
     Layout("tp2-pp2-mtp-alone", 4, split(tp=2, pp=2, layers="Etttt|mL")),
+    # The embedding in a stage of its own.
+    Layout("pp2-embedding-alone", 2, split(pp=2, layers="E|ttttmL")),
+    Layout("pp2-interleaved-both-ends-alone", 2, split(pp=2, vpp=2, layers="E|tt|tt|mL")),
+    Layout("zb1p-pp2-embedding-alone", 2, split(pp=2, schedule="zb1p", layers="E|ttttmL")),
+    Layout("dualpipe-pp2-embedding-alone", 2, split(pp=2, schedule="dualpipe", layers="E|ttttmL")),
+    Layout("zbv-pp2-both-ends-alone", 2, split(pp=2, schedule="zbv", layers="E|tt|tt|mL")),
+    Layout("dualpipev-pp2-both-ends-alone", 2, split(pp=2, schedule="dualpipev", layers="E|tt|tt|mL")),
     # Recomputation: with collectives in it, in segments, of whole layers.
     Layout("recompute-tp2", 2, split(tp=2), recompute_granularity="selective"),
     Layout("recompute-layers-pp2-interleaved", 2, split(pp=2, vpp=2), recompute_granularity="full"),
@@ -145,19 +154,25 @@ def one_process_name(depth: int, is_isolated: bool, num_layers: int = 4) -> str:
     return f"one-process-{depth}-mtp-{num_layers}" + "-isolated" * is_isolated
 
 
+class Steps(dict[str, list[RankStep]]):
+    """Results by layout and rank; layouts of a number of processes share launches, started when one is asked for."""
+
+    def __missing__(self, name: str) -> list[RankStep]:
+        single = [Layout(one_process_name(depth, is_isolated), 1, mtp_num_layers=depth, is_isolated=is_isolated)
+                  for depth, is_isolated in ONE_PROCESS]
+        single.append(Layout(one_process_name(1, False, 9), 1, num_layers=9))
+        wanted = single + LAYOUTS + [layout for layout, _ in PLANTED]
+        (num_ranks,) = {layout.num_ranks for layout in wanted if layout.name == name}
+        for layouts in itertools.batched((layout for layout in wanted if layout.num_ranks == num_ranks), LAUNCH_SIZE):
+            if any(layout.name == name for layout in layouts):
+                results = run_ranks(num_ranks, run_layouts, list(layouts), timeout_s=240)
+                self |= {layout.name: [result[layout.name] for result in results] for layout in layouts}
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def steps() -> Iterator[dict[str, list[RankStep]]]:
-    """Results by layout and rank; one launch for all layouts of a number of processes."""
-    found: dict[str, list[RankStep]] = {}
-    single = [Layout(one_process_name(depth, is_isolated), 1, mtp_num_layers=depth, is_isolated=is_isolated)
-              for depth, is_isolated in ONE_PROCESS]
-    single.append(Layout(one_process_name(1, False, 9), 1, num_layers=9))
-    wanted = single + LAYOUTS + [layout for layout, _ in PLANTED]
-    for num_ranks in (1, 2, 4):
-        layouts = [layout for layout in wanted if layout.num_ranks == num_ranks]
-        results = run_ranks(num_ranks, run_layouts, layouts, timeout_s=240)
-        found |= {layout.name: [result[layout.name] for result in results] for layout in layouts}
-    yield found
+def steps() -> Steps:
+    return Steps()
 
 
 def one_process(steps: dict[str, list[RankStep]], layout: Layout) -> RankStep:

@@ -21,6 +21,8 @@ RUNS: list[tuple[str, int, dict[str, Any]]] = [
     ("tiny", 1, {"precision": "fp32"}),
     ("tiny", 4, {PP: 2, EP: 2, "precision": "bf16", "ema_decay": 0.9}),
     ("tiny", 8, {TP: 2, PP: 2, "expert_tensor_parallel_size": 2, "precision": "bf16"}),
+    ("tiny", 2, {PP: 2, "pipeline_model_parallel_layout": "Etttt|mL", "precision": "bf16"}),
+    ("tiny", 2, {PP: 2, "pipeline_model_parallel_layout": "E|ttttmL", "precision": "bf16"}),
     ("laptop", 4, {PP: 2, "pipeline_schedule": "dualpipe", "global_batch_size": 32, "precision": "bf16"}),
     ("laptop", 8, {PP: 2, EP: 4, "pipeline_schedule": "zbv", "precision": "bf16"}),
     ("dsv3-16b", 64, {PP: 4, "precision": "bf16", "mtp_num_layers": 2}),

@@ -26,12 +26,12 @@ def split(pipeline: int, chunks: int = 1, layout: str | None = None) -> Parallel
                           pipeline_model_parallel_layout=layout)
 
 
-def check_complete(layouts: list[StageLayout], model: ModelConfig, num_stages: int, *, is_last_bare: bool = False
+def check_complete(layouts: list[StageLayout], model: ModelConfig, num_stages: int, *, bare: tuple[int, ...] = ()
                    ) -> None:
-    """Every layer once and in order, at least one a stage but for a last one without; ends where they belong."""
+    """Every layer once and in order, at least one a stage but for those without; ends where they belong."""
     assert [layout.stage for layout in layouts] == list(range(num_stages))
     assert [i for layout in layouts for i in layout.layer_ids] == list(range(model.num_layers))
-    assert [bool(layout.layer_ids) for layout in layouts] == [True] * (num_stages - 1) + [not is_last_bare]
+    assert [layout.stage for layout in layouts if not layout.layer_ids] == list(bare)
     assert [layout.has_embedding for layout in layouts] == [True] + [False] * (num_stages - 1)
     assert [layout.has_loss for layout in layouts] == [False] * (num_stages - 1) + [True]
     assert layouts[-1].mtp_layer_ids == tuple(range(model.mtp_num_layers))
@@ -158,10 +158,11 @@ def test_strings_round_trip(name: str) -> None:
 @pytest.mark.parametrize(("text", "counts"), [
     ("Ett|ttmL", (2, 2)), ("Et|tttmL", (1, 3)), ("E,t*3 | t,mL", (3, 1)), ("Ettt|(t)*1mL", (3, 1)),
     ("E(t)*2|(tt)*1m*1L", (2, 2)), ("Etttt|mL", (4, 0)),
+    ("E|ttttmL", (0, 4)), ("E|t*4mL", (0, 4)),
 ])
 def test_explicit_layouts(text: str, counts: tuple[int, ...]) -> None:
     layouts = stage_layouts(TINY, split(2, layout=text))
-    check_complete(layouts, TINY, 2, is_last_bare=counts[-1] == 0)
+    check_complete(layouts, TINY, 2, bare=tuple(stage for stage, count in enumerate(counts) if not count))
     assert tuple(len(layout.layer_ids) for layout in layouts) == counts
 
 
@@ -169,12 +170,17 @@ def test_as_many_stages_as_layers_and_one_for_the_mtp_modules() -> None:
     """Megatron-LM's layout of DeepSeek-V3 in 32 stages, and one more stage than there are layers."""
     v3 = preset("dsv3-671b").model
     layouts = stage_layouts(v3, split(8, 4, "Et|(tt|)*30mL"))
-    check_complete(layouts, v3, 32, is_last_bare=True)
-    parallel = split(5, layout="Et|(t|)*3mL")
-    parallel.validate(TINY, seq_length=64)
-    assert layout_string(stage_layouts(TINY, parallel)) == "Et|t|t|t|mL"
+    check_complete(layouts, v3, 32, bare=(31,))
+    for text, written in (("Et|(t|)*3mL", "Et|t|t|t|mL"), ("E|(t|)*4mL", "E|t|t|t|t|mL")):
+        parallel = split(written.count("|") + 1, layout=text)
+        parallel.validate(TINY, seq_length=64)
+        layouts = stage_layouts(TINY, parallel)
+        assert layout_string(layouts) == written
+        check_complete(layouts, TINY, len(layouts), bare=(0, 5) if len(layouts) == 6 else (4,))
     with pytest.raises(ConfigError, match="makes 5 stages, more than num_layers=4; use at most 4 stages"):
         split(5).validate(TINY, seq_length=64)
+    with pytest.raises(ConfigError, match="use at most 6 stages with embedding and loss in stages of their own"):
+        split(7, layout="E|(t|)*4|mL").validate(TINY, seq_length=64)
 
 
 def test_repetitions_of_whole_stages() -> None:
@@ -228,14 +234,17 @@ NAME = "pipeline_model_parallel_layout="
     ("Ett|ttmL", 2, 2, "'Ett|ttmL' has 2 stages; pipeline_model_parallel_size=2 x "
                        "num_virtual_stages_per_pipeline_rank=2 needs 4"),
     ("Ett|tmL", 2, 1, "'Ett|tmL' holds 3 transformer layers (t); num_layers=4"),
-    ("E|ttttmL", 2, 1, "'E|ttttmL' leaves stage 0 without a transformer layer (t); give it at least one: only the last "
-                       "stage may do without"),
-    ("Ettt|t|m|L", 4, 1, "'Ettt|t|m|L' leaves stage 2 without a transformer layer (t)"),
+    ("Ett||ttmL", 3, 1, "'Ett||ttmL' leaves stage 1 without a transformer layer (t); give it at least one: only the "
+                        "first stage, with the embedding (E), and the last may do without"),
+    ("|ttttmL", 2, 1, "'|ttttmL' leaves stage 0 without a transformer layer (t)"),
+    ("Ettt|t|m|L", 4, 1, "'Ettt|t|m|L' has MTP modules (m) in stage 2, without the loss (L): they share the output "
+                         "head with it, and between stages go the main model's hidden states alone; end with '|mL', "
+                         "one stage for both, or with transformer layers in it"),
     ("tt|ttmL", 2, 1, "'tt|ttmL' must begin with the embedding (E) and have it once"),
     ("Ett|EttmL", 2, 1, "'Ett|EttmL' must begin with the embedding (E) and have it once"),
     ("Ett|ttL", 2, 1, "'Ett|ttL' must end with 'mL': all mtp_num_layers=1 MTP modules (m) and the loss (L) on the last "
                       "stage, which holds the output head they share, with transformer layers or without"),
-    ("Ettm|ttL", 2, 1, "'Ettm|ttL' must end with 'mL': "),
+    ("Ettm|ttL", 2, 1, "'Ettm|ttL' has MTP modules (m) in stage 0, without the loss (L): "),
     ("EttL|ttmL", 2, 1, "'EttL|ttmL' must end with 'mL': "),
     ("Ett|ttm", 2, 1, "'Ett|ttm' must end with 'mL': "),
     ("Ett|tmtL", 2, 1, "'Ett|tmtL' must end with 'mL': "),
