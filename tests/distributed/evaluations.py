@@ -22,6 +22,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2-interleaved": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
     "pp2-dualpipe": {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipe"},
     "pp2-dualpipev": {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev"},
+    "pp2-mtp-alone": {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Etttt|mL"},
     "ep2": {"expert_model_parallel_size": 2},
     "tp2": {"tensor_model_parallel_size": 2},
     "tp2-ep2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},

@@ -92,16 +92,26 @@ def test_loss_is_the_mean_of_the_log_probabilities(in_one_process: tuple[Evaluat
     assert (found.tokens, found.rows) == (77, 7)
 
 
+def with_next_token(notes: Notes) -> Notes:
+    """What routers saw of tokens that count: an MTP module reads the token after, which a row's last one has not.
+
+    There it reads whatever the row is padded with, and nothing is made of the result.
+    """
+    return {key: dataclasses.replace(choices, **{
+        name: {place: value for place, value in getattr(choices, name).items() if "MTP" not in key[1] or place[1] < 10}
+        for name in ("scores", "ids")}) for key, choices in notes.items()}
+
+
 def test_every_layout_gives_the_same(trained: Path, in_one_process: tuple[Evaluation, np.ndarray, Notes]) -> None:
     """Rows of 11 are padded under TP2, and seven rows do not fill a step of two replicas."""
     requests = [request_for(name, trained, "run", micro_batch_size=size)
-                for name, size in zip(LAYOUTS, (1, 2, 1, 1, 1, 3, 2, 1), strict=True)]
+                for name, size in zip(LAYOUTS, (1, 2, 1, 1, 1, 2, 3, 2, 1), strict=True)]
     expected, logprobs, notes = in_one_process
     ranks = [dict(zip(LAYOUTS, rank, strict=True)) for rank in run_ranks(2, evaluate_noted, requests, notes)]
     for name in LAYOUTS:
         found = ranks[0][name][0]
         assert found == ranks[1][name][0], "every rank has the result"
-        compare_routing(notes, merge_notes([rank[name][1] for rank in ranks]), rounding=SCORE_ROUNDING)
+        compare_routing(with_next_token(notes), merge_notes([rank[name][1] for rank in ranks]), rounding=SCORE_ROUNDING)
         actual = np.load(trained / f"run-{name}.npy")
         assert relative_error(torch.from_numpy(actual), torch.from_numpy(logprobs)) <= TOLERANCE, name
         assert found.loss == pytest.approx(expected.loss, rel=1e-6), name
