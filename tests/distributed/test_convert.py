@@ -142,5 +142,7 @@ def test_a_run_exports_itself(tmp_path: Path, data: list[str], capsys: pytest.Ca
     assert (model.config.bos_token_id, model.config.eos_token_id) == (0, 1)
     assert AutoTokenizer.from_pretrained(exported).decode([1]) == "<｜end▁of▁sentence｜>"
 
-    assert train.main([*arguments, "--check-only", "--world-size", "2"]) == 2
+    # A run of its own, into the finished export of another.
+    again = [*RUN, *data, "--save", str(tmp_path / "other"), "--export-hf", str(exported)]
+    assert train.main([*again, "--check-only", "--world-size", "2"]) == 2
     assert f"error: {exported} is not empty; choose another output" in capsys.readouterr().err
