@@ -202,7 +202,7 @@ def test_keep_last_tracker_and_manifest(tmp_path):
     content = json.loads((tmp_path / "iter_0000004" / "checkpoint.json").read_text())
     assert content["run"]["model"]["hidden_size"] == 32
     assert content["progress"] == {"iteration": 4, "consumed_samples": 16, "consumed_tokens": 256,
-                                   "guards": {}}
+                                   "guards": {}, "schedules": [], "data": {}}
     assert set(content["versions"]) == {"dsv3_megatron", "torch", "megatron_core"}
 
 
