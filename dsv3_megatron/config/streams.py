@@ -8,17 +8,20 @@ Usage, at the end of a script:
 from __future__ import annotations
 
 import codecs
+import contextlib
 import errno
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
 # 128 + SIGPIPE: what a shell says of a program whose reader has gone.
 EXIT_READER_GONE = 141
 EXIT_OUTPUT = 2
 _ESCAPE = "dsv3-megatron-escape"
+# What is called instead of ending the process when an output's reader has gone; the last one counts.
+_when_reader_gone: list[Callable[[], None]] = []
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -42,6 +45,19 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             except SystemExit as end:
                 status = end.code
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def reader_gone_calls(function: Callable[[], None]) -> Iterator[None]:
+    """Have `function` called, once for each output, when its reader has gone, in place of the end of the process.
+
+    For work that has to save something first, or that other processes wait for. What is written afterwards is dropped.
+    """
+    _when_reader_gone.append(function)
+    try:
+        yield
+    finally:
+        _when_reader_gone.remove(function)
 
 
 def prepare_streams() -> None:
@@ -106,6 +122,9 @@ class _Guarded(io.RawIOBase):
             return 0 if not len(content) else self.write(content)
         except OSError as error:
             self._has_failed = True
+            if error.errno == errno.EPIPE and _when_reader_gone:
+                _when_reader_gone[-1]()
+                return len(content)
             if error.errno == errno.EPIPE:
                 raise SystemExit(EXIT_READER_GONE) from None
             if not self._is_result:

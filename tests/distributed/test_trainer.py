@@ -242,6 +242,20 @@ def test_sigterm_saves_and_ends_cleanly(data: list[str], tmp_path: Path) -> None
     assert f"after iteration {last}, with a checkpoint" in rest
 
 
+def test_a_log_that_nobody_reads_any_more_costs_no_step(data: list[str], tmp_path: Path) -> None:
+    """As with `| head` or a `tee` that has died: the run saves and ends."""
+    process = launch(*data, "--train-iters", "100000", "--lr-decay-iters", "100000", "--save", str(tmp_path / "saved"))
+    try:
+        wait_for(process, "iteration      3/100000")
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(timeout=60) == 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert int((tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text()) >= 3
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_in_a_validation_saves_and_ends_all(number: signal.Signals, data: list[str],
                                                                  tmp_path: Path) -> None:

@@ -147,6 +147,18 @@ def test_a_lost_reader_is_no_lost_rank() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def test_work_that_has_something_to_save_goes_on_without_a_reader() -> None:
+    """It is told once; what it writes afterwards is dropped."""
+    code = ("import os, sys; from dsv3_megatron.config.streams import reader_gone_calls, run_command\n"
+            "def main():\n"
+            "    seen = []\n"
+            "    with reader_gone_calls(lambda: seen.append(1)):\n"
+            "        for number in range(3): print('x' * 100_000, file=sys.stderr, flush=True)\n"
+            "    return 40 + len(seen)\n"
+            "run_command(main)")
+    assert run(["-c", code], subprocess.PIPE, closed_pipe()).returncode == 41
+
+
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
