@@ -48,7 +48,7 @@ def documents_alone() -> list[tuple[int, slice, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five steps with every switch, validated at the end on `valid`, of which every window is a sample; `ids.npy`.
+    """Ten steps with every switch, validated at the end on `valid`, of which every window is a sample; `ids.npy`.
 
     Its only document holds EODs, each of which ends one; a step is all windows, since a validation is the mean of its
     steps' means and not every step has as many tokens that count.
@@ -62,8 +62,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ids[generator.random(len(ids)) < 0.15] = EOD
             writer.add_documents(ids, np.array(lengths))
     run_ranks(1, "dsv3_megatron.train", *arguments_of(small_run()), *(
-        f"--seq-length 16 --micro-batch-size 4 --global-batch-size {NUM_WINDOWS} --train-iters 5 --lr 1e-2 "
-        "--min-lr 1e-3 --lr-warmup-iters 0 --precision bf16 --eval-interval 5 --eval-iters 1 --log-interval 1 "
+        f"--seq-length 16 --micro-batch-size 4 --global-batch-size {NUM_WINDOWS} --train-iters 10 --lr 1e-2 "
+        "--min-lr 1e-3 --lr-warmup-iters 0 --precision bf16 --eval-interval 10 --eval-iters 1 --log-interval 1 "
         "--reset-attention-mask --reset-position-ids --eod-mask-loss "
         f"--data-path {folder}/train --valid-data-path {folder}/valid --save {folder}/run "
         f"--tensorboard-dir {folder}/logs").split())
