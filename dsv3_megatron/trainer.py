@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from signal import SIGPIPE
 from typing import Any
 
 import torch
@@ -34,7 +33,6 @@ from dsv3_megatron.checkpoint.text_files import collect_text_files
 from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
 from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.streams import reader_gone_calls
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.current import open_current_data
 from dsv3_megatron.guards.claims import RunClaim
@@ -197,13 +195,12 @@ class Trainer:
     def train(self) -> int:
         """Train to the end of the run, until a signal asks to stop, or until a guard ends it.
 
-        The first two save what is new since the last checkpoint; after a guard's end that one stays the newest. That
-        nobody reads the log any more counts as a signal, SIGPIPE.
+        The first two save what is new since the last checkpoint; after a guard's end that one stays the newest.
 
         Returns:
             The exit code: 0, or EXIT_GUARD.
         """
-        with closing(self.claim), stop_calls(self._note_signal), reader_gone_calls(partial(self._note_signal, SIGPIPE)):
+        with closing(self.claim), stop_calls(self._note_signal):
             return self._train()
 
     def _train(self) -> int:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.streams import reader_gone_calls
 
 __all__ = ["STOP_SIGNALS", "StopListener", "Stopped", "default_stops", "end_with_a_line",
            "reset_in_child", "shutdown_timeout_s", "signal_name", "stop_calls"]
@@ -227,14 +228,16 @@ class StopListener:
 def stop_calls(function: Handler | None, where: str = "") -> Iterator[None]:
     """Have stop signals call `function` with their number, from any thread and maybe twice; None: they end the process.
 
-    Without a listener around it there is one for this time.
+    That nobody reads an output any more (`| head`, a `tee` that has died) counts as SIGPIPE. Without a listener around
+    it there is one for this time.
     """
-    with StopListener(where) as listener:
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(StopListener(where))
         listener._calls.append(function)
-        try:
-            yield
-        finally:
-            listener._calls.pop()
+        stack.callback(listener._calls.pop)
+        if function is not None:
+            stack.enter_context(reader_gone_calls(lambda: function(signal.SIGPIPE)))
+        yield
 
 
 def shutdown_timeout_s() -> int:
