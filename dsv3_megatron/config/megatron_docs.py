@@ -19,6 +19,7 @@ from dsv3_megatron.config.megatron_flags import (
     MegatronFlag,
 )
 from dsv3_megatron.config.run import SECTIONS
+from dsv3_megatron.config.streams import run_command
 
 _HEAD = """# Megatron-LM's flags
 
@@ -74,5 +75,11 @@ def _wrapped(names: tuple[str, ...]) -> str:
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Print the page."""
     print(text(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -187,7 +187,9 @@ def test_every_rank_of_every_layout_stops_with_one_message(
             else:
                 parallel = [f"--{layout}-model-parallel-size", "2"]
             assert main([*flags, *parallel, *arguments]) == 2
-            assert (message in capsys.readouterr().err) == (rank == 0)
+            (line,) = capsys.readouterr().err.splitlines()
+            assert message in line and line.startswith("error: ")
+            assert ("(rank 1 of 2, on " in line) == (rank == 1), "who is not the first says who it is"
 
 
 def test_evaluation_looks_too(tmp_path: Path) -> None:
