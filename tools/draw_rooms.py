@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import html
 
+from dsv3_megatron.config.streams import run_command
+
 # A row's packages do not import each other; each imports those above it. Name, what it is for.
 ROWS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("config", "settings of a run, and their rules"),),
@@ -56,5 +58,11 @@ def draw() -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Print the drawing."""
     print(draw(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, checkpoint_place, tensors_by_parameter
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.presets import preset
+from dsv3_megatron.config.streams import run_command
 
 # Headings, and which of the weights that are left stand below them. The kinds of layers come once each.
 _PARTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
@@ -74,6 +75,15 @@ def renew(page: str) -> str:
     return f"{before}{begin}\n\n{tables(preset('dsv3-671b').model)}\n{end}{rest.split(end)[1]}"
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Write the page that is named anew."""
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
+        print("error: give the page to write anew, docs/understanding/names.md", file=sys.stderr)
+        return 2
     path = Path(sys.argv[1])
     path.write_text(renew(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
