@@ -60,7 +60,7 @@ def test_every_command_ends_by_run_command() -> None:
              if 'if __name__ == "__main__":' in path.read_text()}
     assert {"train.py", "plan_run.py", "evaluate.py", "generate.py", "plot_run.py"} <= set(mains)
     assert {name for name, text in mains.items() if not text.startswith("run_command(")} == {
-        "calibrate.py", "streams.py"}  # a helper process, and the usage in a docstring
+        "calibrate.py"}  # a helper process
 
 
 # -- streams ---------------------------------------------------------------------------------------------------------
