@@ -76,7 +76,7 @@ def _wrapped(names: tuple[str, ...]) -> str:
 
 
 def main() -> int:
-    """Print the page."""
+    """Print the page on Megatron-LM's flags to standard output."""
     print(text(), end="")
     return 0
 
