@@ -6,11 +6,14 @@ Without a GPU, Triton's kernels run under its interpreter, which has to be chose
 Megatron-Core does.
 
 Property tests have no deadline for an example: how long it takes is the machine's affair.
+
+A shell has its jobs in the background ignore SIGINT, and so would everything that a test starts and then interrupts.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 
 import hypothesis
 import torch
@@ -21,6 +24,9 @@ if not torch.cuda.is_available():
 from dsv3_megatron.platform import prepare
 
 prepare()
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # On what is there already: where CI is set, Hypothesis takes the same examples each time.
 hypothesis.settings.register_profile("untimed", hypothesis.settings(), deadline=None)

@@ -20,8 +20,11 @@ from tests.routing import compare_routing, in_steps, read_notes
 
 pytestmark = pytest.mark.distributed
 
-PP2 = ["--pipeline-model-parallel-size", "2", "--num-layers", "4", "--eval-interval", "5", "--eval-iters", "1"]
-# fp32 sums in another order, grown over the steps, with equal choices of experts; largest seen 1e-6.
+# AdamW moves an element by lr times gradient over root of second moment. At a rare token's first step that is lr times
+# the gradient's sign, also where the gradient is nothing but rounding, unless epsilon is well above rounding.
+PP2 = ["--pipeline-model-parallel-size", "2", "--num-layers", "4", "--eval-interval", "5", "--eval-iters", "1",
+       "--adam-eps", "1e-5"]
+# fp32 sums in another order, grown over the steps, with equal choices of experts; largest seen 3e-6.
 TOLERANCE = 2e-5
 
 
