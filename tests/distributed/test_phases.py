@@ -84,7 +84,7 @@ def _train(run: RunConfig, save_at: list[int]) -> tuple[dict[str, Any], dict[int
             "tokens": read.hexdigest(), "state": _state_hash(trainer)}
         if report.iteration in save_at:
             valid[report.iteration] = trainer.evaluate().main
-            trainer.save()
+            trainer.save(is_needed=True)
     return steps, valid
 
 
@@ -177,7 +177,7 @@ def in_phases(prefix: str, folder: Path) -> dict[str, Any]:
         trainer.train_step()
         looks[trainer.iteration] = look()
         if trainer.iteration in (10, 11):
-            trainer.save()
+            trainer.save(is_needed=True)
     return looks
 
 
