@@ -152,10 +152,17 @@ check_run_dir() { # check_run_dir [--fresh]
     wrong "--fresh empties RUN_DIR='$run_dir', which holds other things than a quickstart's; remove them yourself, or give another folder"
 }
 
+output_to() { # output_to FILE COMMAND...
+    local file=$1
+    shift
+    "$@" >"$file"
+}
+
 use_environment() { # sets python
     local answer status=0
     answer=$(mktemp)
-    guarded bash "$repo/examples/setup_environment.sh" >"$answer" || status=$?
+    # Not `guarded ... >FILE`: guarded may begin this script again, whose output would then go there.
+    guarded output_to "$answer" bash "$repo/examples/setup_environment.sh" || status=$?
     python=$(cat "$answer")
     rm -f "$answer"
     [ "$status" = 0 ] || exit "$status"

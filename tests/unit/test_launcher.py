@@ -46,6 +46,7 @@ case "$*" in
     *{slow_stage}*) echo $$ >"{folder}/slow"; sleep 60 ;;
     *)
         echo "$*" >>"{folder}/other"
+        echo "printed by $*"
         echo "$* OMP_NUM_THREADS=${{OMP_NUM_THREADS-unset}}" >>"{folder}/threads"
         ;;
 esac

@@ -36,6 +36,15 @@ def test_a_launcher_in_the_background_of_a_script_can_be_interrupted(number: sig
     assert launch.read("signals") == f"{number.name[3:]}\n" * 2
 
 
+@pytest.mark.parametrize("ignored", [(), (signal.SIGINT, signal.SIGQUIT)], ids=["foreground", "background"])
+def test_what_commands_print_is_the_launchers_output(ignored: tuple[int, ...], tmp_path: Path) -> None:
+    """Also where the launcher had to begin again, which it does while it looks for its environment."""
+    process = Quickstart(tmp_path).start(ignored=ignored)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    assert "printed by -m dsv3_megatron.metrics.summary" in stdout
+
+
 def test_nohup_is_heeded(tmp_path: Path) -> None:
     launch = Launch(tmp_path, worker_ticks=20)
     process = launch.start("--preset", "tiny", ignored=(signal.SIGHUP,))
