@@ -14,7 +14,7 @@ from typing import Any
 from dsv3_megatron.checkpoint.hf.directory import CONFIG
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
 from dsv3_megatron.checkpoint.layout import TRACKER, CheckpointError, check_architecture, read_manifest
-from dsv3_megatron.checkpoint.text_files import read_form
+from dsv3_megatron.checkpoint.text_files import form_of_checkpoint
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
@@ -27,7 +27,7 @@ from dsv3_megatron.config.training import (
 )
 from dsv3_megatron.data.blend import parse_blend
 from dsv3_megatron.data.special_tokens import TOKENIZER
-from dsv3_megatron.data.text_form import TextForm, form_of_dataset
+from dsv3_megatron.data.text_form import TextForm
 from dsv3_megatron.data.tokenizer import has_tokenizer
 
 # Of a checkpoint that does not say what it was trained with.
@@ -94,7 +94,7 @@ def _open_own(load: str) -> OpenedCheckpoint:
         model, manifest.run["preset"], manifest.run["training"]["seq_length"], manifest.precision,
         switches=tuple(name for name in DOCUMENT_SWITCHES if data.get(name)),
         tokenizer_model=next((path for path in (str(carried), tokenizer) if path and has_tokenizer(path)), None),
-        prefixes=prefixes, form=read_form(manifest.path) or (form_of_dataset(prefixes[0]) if prefixes else None))
+        prefixes=prefixes, form=form_of_checkpoint(manifest.path, prefixes))
 
 
 def _open_hugging_face(load: str) -> OpenedCheckpoint:

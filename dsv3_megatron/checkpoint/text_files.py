@@ -12,7 +12,7 @@ with. The files are read once, when a run starts, so that nothing depends on the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.blend import parse_blend
 from dsv3_megatron.data.special_tokens import GENERATION_CONFIG, TOKENIZER, read_stop_ids
-from dsv3_megatron.data.text_form import TextForm, common_form
+from dsv3_megatron.data.text_form import TextForm, common_form, form_of_dataset
 from dsv3_megatron.data.tokenizer import has_tokenizer, tokenizer_file
 
 FORM = "text_form.json"
@@ -80,6 +80,23 @@ def read_form(folder: Path) -> TextForm | None:
         return TextForm(tuple(content["begin_ids"]), tuple(content["end_ids"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}; it holds begin_ids and end_ids, two lists of ids") from error
+
+
+def form_of_checkpoint(folder: Path, prefixes: Sequence[str]) -> TextForm | None:
+    """How the texts began and ended that a checkpoint was trained on: by its own file, else by its datasets' sidecars.
+
+    Args:
+        folder: The checkpoint's folder.
+        prefixes: Datasets of its run, which may not be there any more.
+
+    Returns:
+        The form; None where nothing says it.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    known = (form_of_dataset(prefix) for prefix in prefixes)
+    return read_form(folder) or next((form for form in known if form is not None), None)
 
 
 def stop_ids_of_checkpoint(folder: Path) -> tuple[int, ...] | None:

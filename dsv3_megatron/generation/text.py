@@ -19,12 +19,12 @@ from typing import Any
 from dsv3_megatron.checkpoint.hf.directory import CONFIG
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
 from dsv3_megatron.checkpoint.layout import TRACKER, read_manifest
-from dsv3_megatron.checkpoint.text_files import read_form, stop_ids_of_checkpoint
+from dsv3_megatron.checkpoint.text_files import form_of_checkpoint, stop_ids_of_checkpoint
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.data.blend import parse_blend, read_tokenizer_fingerprint
 from dsv3_megatron.data.indexed import dataset_paths
 from dsv3_megatron.data.special_tokens import TOKENIZER, read_special_tokens, read_stop_ids
-from dsv3_megatron.data.text_form import TextForm, form_of_dataset
+from dsv3_megatron.data.text_form import TextForm
 from dsv3_megatron.data.tokenizer import EOS_TOKEN, count_ids, fingerprint, load_tokenizer, tokenizer_file
 
 STDIN = "-"
@@ -66,7 +66,7 @@ def known_tokenizer(load: str) -> KnownTokenizer:
     data: dict[str, Any] = manifest.run.get("data", {})
     prefixes = parse_blend(data["data_path"]).prefixes if data.get("data_path") else ()
     there = [prefix for prefix in prefixes if os.path.isfile(dataset_paths(prefix)[2])]
-    form = read_form(manifest.path) or (form_of_dataset(there[0]) if there else None)
+    form = form_of_checkpoint(manifest.path, prefixes)
     stop_ids = stop_ids_of_checkpoint(manifest.path)
 
     def known(path: str | Path | None, identity: str | None = None, source: str = "") -> KnownTokenizer:
