@@ -5,6 +5,7 @@ In reading order. A plan:
     actions.py           its words                              plan.py        who holds which stage, and does what
     orders.py            the order of a rank, by schedule       transfers.py   sends and receives without deadlock
     timeline.py          when each action runs                  validate.py    proof that it is sound
+    delivery.py          the same by the rules of a GPU's communicators
 
 What it costs:
 

@@ -4,12 +4,13 @@ Usage:
     executor = Executor(plan, rank, transport)
     executor.run(runners)              # one step; runners[c] is this rank's chunk c
 
-A rank runs its actions in the plan's order. Around them go the transfers that `with_transfers` put there. A receive is
-posted before its place, while the actions before it run; it is waited for only by the action that uses it. A send is
-posted at its place, right behind the action that made the tensor, and not waited for; of a full backward even before
-its last weight gradients, which no rank waits for. So every transfer is posted no
-later, and waited for no earlier, than in the strict order that `validate` proves free of deadlock; and the messages
-between two ranks keep that order, on both sides.
+A rank runs its actions in the plan's order. Around them go the transfers that `with_transfers` put there, in the order
+of `issue_order`. A receive is posted before its place, while the actions before it run; it is waited for only by the
+action that uses it. A send is posted at its place, right behind the action that made the tensor, and not waited for; of
+a full backward even before its last weight gradients, which no rank waits for. So every transfer is posted no later,
+and waited for no earlier, than in the strict order that `validate` proves free of deadlock; and the messages between
+two ranks keep that order, on both sides. That this order runs to its end where messages wait for one another, as on a
+GPU's communicators, `delivery` proves.
 
 What one stage hands to another on the same rank (DualPipeV and ZB-V at the fold) is handed over as it is.
 
@@ -29,7 +30,7 @@ import torch
 from dsv3_megatron.schedule.actions import Action, Kind, Operation
 from dsv3_megatron.schedule.chunk import ChunkRunner, Steps
 from dsv3_megatron.schedule.plan import Output, Place, Plan
-from dsv3_megatron.schedule.transfers import RECEIVE_AHEAD, Exchange, Transfer, with_transfers
+from dsv3_megatron.schedule.transfers import Receive, Send, Transfer, issue_order, with_transfers
 from dsv3_megatron.schedule.transport import Arrival, Transport
 
 
@@ -56,16 +57,7 @@ class Executor:
 
     def __init__(self, plan: Plan, rank: int, transport: Transport) -> None:
         self.plan, self.rank, self.transport = plan, rank, transport
-        self._program = with_transfers(plan)[rank]
-        # The receives, each with the number of actions before its place, in the order that both sides have.
-        self._receives: list[tuple[int, Transfer]] = []
-        num_actions = 0
-        for step in self._program:
-            if isinstance(step, Exchange):
-                self._receives += [(num_actions, transfer) for transfer in step.transfers
-                                   if transfer.destination == rank]
-            else:
-                num_actions += 1
+        self._issued = issue_order(with_transfers(plan)[rank], rank)
 
     def run(self, runners: Sequence[ChunkRunner], recorder: Recorder | None = None) -> None:
         """Run one step; called by every rank of the pipeline.
@@ -78,18 +70,16 @@ class Executor:
             Exception: what a runner or the transport raised, with a note of the action.
         """
         assert len(runners) == self.plan.num_chunks, "a runner for each chunk"
-        step = _Step(self.plan, self.rank, self.transport, runners, deque(self._receives))
-        num_actions = 0
-        for item in self._program:
-            if isinstance(item, Exchange):
-                for transfer in item.transfers:
-                    if transfer.source == self.rank:
-                        step.send(transfer)
+        step = _Step(self.plan, self.rank, self.transport, runners)
+        for item in self._issued:
+            if isinstance(item, Send):
+                step.send(item.transfer)
                 continue
             step.complete(recorder)
-            step.post_receives(num_actions + RECEIVE_AHEAD)
-            num_actions += 1
-            step.run(item, num_actions, recorder)
+            if isinstance(item, Receive):
+                step.receive(item.transfer)
+            else:
+                step.run(item, recorder)
         step.complete(recorder)
         step.finish()
 
@@ -97,26 +87,23 @@ class Executor:
 class _Step:
     """What a rank holds between the actions of one step."""
 
-    def __init__(self, plan: Plan, rank: int, transport: Transport, runners: Sequence[ChunkRunner],
-                 receives: deque[tuple[int, Transfer]]) -> None:
+    def __init__(self, plan: Plan, rank: int, transport: Transport, runners: Sequence[ChunkRunner]) -> None:
         self.plan, self.rank, self.transport, self.runners = plan, rank, transport, runners
-        self.receives = receives
         self.arrivals: dict[Output, Arrival] = {}
         self.made: dict[Output, torch.Tensor] = {}
-        self.current: tuple[Action, int] | None = None   # the action that is not complete, and its number
+        self.current: Action | None = None   # the action that is not complete
+        self.num_begun = 0
 
-    def post_receives(self, num_actions: int) -> None:
-        """Post the receives whose place is behind at most this many actions."""
-        while self.receives and self.receives[0][0] <= num_actions:
-            _, transfer = self.receives.popleft()
-            self.arrivals[transfer.output] = self.transport.receive(transfer.source)
+    def receive(self, transfer: Transfer) -> None:
+        self.arrivals[transfer.output] = self.transport.receive(transfer.source)
 
     def send(self, transfer: Transfer) -> None:
         self.transport.send(self.made.pop(transfer.output), transfer.destination)
 
-    def run(self, action: Action, number: int, recorder: Recorder | None) -> None:
+    def run(self, action: Action, recorder: Recorder | None) -> None:
         """An action up to where its outputs are made."""
-        self.current = action, number
+        self.current = action
+        self.num_begun += 1
         with self._noting_errors():
             operands = [self._take(operation) for operation in action.operations]
             if recorder is not None:
@@ -139,11 +126,11 @@ class _Step:
         if self.current is None:
             return
         with self._noting_errors():
-            for operation in self.current[0].operations:
+            for operation in self.current.operations:
                 if operation.kind is Kind.BACKWARD:
                     self.runners[operation.chunk].backward_weight(operation.microbatch)
         if recorder is not None:
-            recorder.end(self.current[0])
+            recorder.end(self.current)
         self.current = None
 
     @contextmanager
@@ -152,9 +139,8 @@ class _Step:
             yield
         except Exception as error:
             assert self.current is not None
-            action, number = self.current
-            error.add_note(f"pipeline rank {self.rank} was at {action}, action {number} of "
-                           f"{len(self.plan.actions[self.rank])}: {self.describe(action)}")
+            error.add_note(f"pipeline rank {self.rank} was at {self.current}, action {self.num_begun} of "
+                           f"{len(self.plan.actions[self.rank])}: {self.describe(self.current)}")
             raise
 
     def _take(self, operation: Operation) -> torch.Tensor | None:
@@ -189,7 +175,7 @@ class _Step:
         return f"{self.plan.schedule}, " + " and ".join(parts)
 
     def finish(self) -> None:
-        assert not self.receives and not self.arrivals and not self.made, "every tensor of a plan is used"
+        assert not self.arrivals and not self.made, "every tensor of a plan is used"
         self.transport.flush()
 
 

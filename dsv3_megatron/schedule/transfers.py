@@ -12,14 +12,19 @@ earlier ticks to later ones only and cannot go round. The argument needs no prop
 plan with each rank's order of actions and batches; durations no longer matter.
 
 An executor is free to post a batch and wait for it later, as long as it keeps each rank's order: whatever it waits for
-is then done no later than here. `validate` runs the strict form.
+is then done no later than here. `validate` runs the strict form. What the executor makes of that freedom is
+`issue_order`, which `delivery` runs by the rules of the backends that carry the messages.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
+from dsv3_megatron.parallel.placement import Placement
 from dsv3_megatron.schedule.actions import Action
 from dsv3_megatron.schedule.plan import Output, Plan
 from dsv3_megatron.schedule.timeline import run_in_order
@@ -37,6 +42,9 @@ class Transfer(NamedTuple):
     source: int
     destination: int
     output: Output
+
+    def __str__(self) -> str:
+        return f"{self.output}, from rank {self.source} to rank {self.destination}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +94,86 @@ def _program(ticks: dict[int, _Tick]) -> Program:
         if tick.action is not None:
             steps.append(tick.action)
     return tuple(steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Begin to send what was made; nobody waits for its end here."""
+
+    transfer: Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Be ready for what another rank sends; the action that uses it waits for it."""
+
+    transfer: Transfer
+
+
+Issued = Action | Send | Receive
+
+
+def issue_order(program: Program, rank: int, receive_ahead: int = RECEIVE_AHEAD) -> tuple[Issued, ...]:
+    """Everything that a rank hands to its device and its transport in one step, in the order in which it does so.
+
+    Args:
+        program: Actions and exchanges of the rank, from `with_transfers`.
+        rank: Pipeline rank whose program it is.
+        receive_ahead: Actions by which a receive goes before its place.
+    """
+    places = deque(_places_of_receives(program, rank))
+    issued: list[Issued] = []
+    num_actions = 0
+    for step in program:
+        if isinstance(step, Exchange):
+            issued += [Send(transfer) for transfer in step.transfers if transfer.source == rank]
+            continue
+        while places and places[0][0] <= num_actions + receive_ahead:
+            issued.append(Receive(places.popleft()[1]))
+        issued.append(step)
+        num_actions += 1
+    assert not places, "an action follows every receive"
+    return tuple(issued)
+
+
+def _places_of_receives(program: Program, rank: int) -> Iterator[tuple[int, Transfer]]:
+    """The receives of a rank in order, each with the number of actions before its place."""
+    num_actions = 0
+    for step in program:
+        if isinstance(step, Action):
+            num_actions += 1
+        else:
+            yield from ((num_actions, transfer) for transfer in step.transfers if transfer.destination == rank)
+
+
+Edge = tuple[int, int]  # pipeline ranks: where a message comes from, where it goes
+
+
+def edges_of(placement: Placement) -> tuple[Edge, ...]:
+    """The pairs of ranks between which outputs go, a pair for each way, in ascending order.
+
+    Args:
+        placement: Stages of every rank. Outputs go from a stage to the next, gradients back.
+    """
+    holders = {place: rank for rank, places in enumerate(placement) for place in places}
+    steps = [(holders[a], holders[b]) for a, b in pairwise(sorted(holders)) if a.direction == b.direction]
+    return tuple(sorted({edge for low, high in steps if low != high for edge in ((low, high), (high, low))}))
+
+
+def rounds_of_meetings(edges: Iterable[Edge]) -> tuple[tuple[Edge, ...], ...]:
+    """Arrange edges in rounds, in each of which a rank is at one edge at most.
+
+    Ranks that go through the rounds in order, and in each wait for the one they meet, all come to the end: who is in
+    the earliest round that is not over has its partner there, or coming from a round that is over. So edges are made,
+    and used for the first time, in this order.
+
+    Returns:
+        The rounds, the same for every rank that gives the same edges.
+    """
+    rounds: list[list[Edge]] = []
+    for edge in sorted(edges):
+        free = next((own for own in rounds if not {*edge} & {rank for other in own for rank in other}), None)
+        if free is None:
+            rounds.append(free := [])
+        free.append(edge)
+    return tuple(map(tuple, rounds))

@@ -1,6 +1,7 @@
 """Proof that a plan does the work of a step, runs to its end and holds no more activations than promised.
 
-It knows nothing of how a plan was made.
+It runs to its end on two transports: one without buffers, here, where a rank waits for all that it exchanges; and one
+with the rules of a GPU's communicators, in `delivery`. It knows nothing of how a plan was made.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from dsv3_megatron.schedule.actions import Action, Kind
+from dsv3_megatron.schedule.delivery import check_delivery
 from dsv3_megatron.schedule.formulas import activation_bound
 from dsv3_megatron.schedule.plan import Output, Plan
 from dsv3_megatron.schedule.timeline import PlanError
@@ -22,7 +24,9 @@ def validate_plan(plan: Plan) -> None:
         PlanError: the first thing that is wrong, with the rank and the action.
     """
     check_work(plan)
-    check_rendezvous(plan, with_transfers(plan))
+    programs = with_transfers(plan)
+    check_rendezvous(plan, programs)
+    check_delivery(plan, programs)
     for rank, (peak, bound) in enumerate(zip(peak_activations(plan), activation_bound(plan), strict=True)):
         if peak > bound:
             raise PlanError(f"rank {rank} holds the activations of {peak} chunks at once; {plan.schedule} with "
