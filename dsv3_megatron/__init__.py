@@ -8,12 +8,12 @@ The packages in the order in which they build on each other; each may use those 
     data/         text -> tokens on disk -> batches             parallel/    groups, layouts, exchanges of rows
     model/        modules of one pipeline stage                 schedule/    what a pipeline rank computes when
     optim/        AdamW, master weights, routers' biases
-    checkpoint/   saving, loading, Hugging Face's layout        metrics/     counts, logs, pictures
-    generation/   text from a model                             planning/    time and memory before a run
-    guards/       bad steps, hangs, folders of a run
+    checkpoint/   saving, loading, Hugging Face's layout        metrics/     counts and measurements
+    generation/   text from a model                             reports/     tables, pictures and pages of a run
+    planning/     time and memory before a run                  guards/      bad steps, hangs, folders of a run
+    runs/         the training loop, where all rooms meet       commands/    one module a command of `dsv3`
 
-The modules that bring them together: trainer.py (the training loop), train.py (the entry point of a training process),
-evaluator.py and evaluate.py (losses of a checkpoint), generate.py (text from one). Begin to read at trainer.py.
+`__main__.py` is the command `dsv3` for `python -m` and torchrun. Begin to read at runs/trainer.py.
 """
 
 __version__ = "0.1.0"

@@ -295,7 +295,7 @@ launch() {
     # waits in torchrun for one that found something wrong.
     guarded env WORLD_SIZE=$((num_processes * nnodes)) RANK=$((num_processes * node_rank)) \
         MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" DSV3_NODES="$nnodes" DSV3_NODE_RANK="$node_rank" \
-        "$python" -m dsv3_megatron.train "$@" --check-only >/dev/null || status=$?
+        "$python" -m dsv3_megatron train "$@" --check-only >/dev/null || status=$?
     if [ -n "$last_signal" ]; then
         return $((128 + $(kill -l "$last_signal")))
     elif [ "$status" != 0 ]; then
@@ -311,7 +311,7 @@ launch() {
         DSV3_EXIT_CODE_FILE="$told/code" "$python" -m torch.distributed.run "${rendezvous[@]}" \
         --nproc-per-node "$num_processes" --shutdown-timeout "${SHUTDOWN_TIMEOUT:-30}" \
         --signals-to-handle "$torchrun_signals" \
-        -m dsv3_megatron.train "$@" || status=$?
+        -m dsv3_megatron train "$@" || status=$?
     on_signal=end_guarded
     if [ "$status" = 1 ] && [ -s "$told/code" ]; then status=$(cat "$told/code"); fi
     rm -rf "$told"
@@ -349,7 +349,7 @@ run_with_flags() {
                 sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | grep '^#' | sed 's/^# \{0,1\}//'
                 echo
                 python=$(bash "$repo/examples/setup_environment.sh" --find)
-                exec "$python" -m dsv3_megatron.train --help
+                exec "$python" -m dsv3_megatron train --help
                 ;;
         esac
     done
@@ -357,7 +357,7 @@ run_with_flags() {
     use_environment
     for argument in "$@"; do
         case "$argument" in
-            --print-model | --print-schedule | --plot-schedule | --plot-schedule=* | --check-only) exec "$python" -m dsv3_megatron.train "$@" ;;
+            --print-model | --print-schedule | --plot-schedule | --plot-schedule=* | --check-only) exec "$python" -m dsv3_megatron train "$@" ;;
         esac
     done
     launch "$(default_num_processes "$@")" "$@"
@@ -440,7 +440,7 @@ quickstart() {
         --data-path "$run_dir/data/train_text_document" --valid-data-path "$run_dir/data/valid_text_document" \
         --tokenizer-model "$run_dir/tokenizer" --save "$run_dir/checkpoints" --tensorboard-dir "$run_dir/tensorboard"
     say "[5/$num_stages] summary"
-    guarded "$python" -m dsv3_megatron.metrics.summary "$run_dir" || status=$?
+    guarded "$python" -m dsv3_megatron.reports.summary "$run_dir" || status=$?
     say "[6/$num_stages] a few lines from the model, two tokens at a time where its MTP module guesses right"
     guarded env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_process 1)}" "$python" "$repo/tools/generate.py" --load "$run_dir/checkpoints" \
         --prompts "$repo/examples/prompts.jsonl" "${generate_flags[@]}" || generated=$?

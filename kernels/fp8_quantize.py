@@ -2,7 +2,7 @@
 
 Each reads its input once and writes narrow values and scales; their bound is memory bandwidth. Scales of activations
 are stored groups-major, [K / 128, M], so that a GEMM's threads read neighbouring rows' scales together; functions
-return the [M, K / 128] view. References: `ops/fp8_quantize.py`, `ops/swiglu.py`.
+return the [M, K / 128] view. References: `ops/fp8/quantize.py`, `ops/swiglu.py`.
 
 Run under Triton's interpreter in tests. On a GPU: not run.
 

@@ -1,7 +1,7 @@
 """Rows as the records in which they travel to their experts: quantized, and put in the order of experts, in one pass.
 
 A record is a row's H bytes of E4M3 and its power-of-two scales, 4 bytes for each 128 of them. The reference is
-`ops/fp8_records.py`. Run under Triton's interpreter in tests. On a GPU: not run.
+`ops/fp8/packed_rows.py`. Run under Triton's interpreter in tests. On a GPU: not run.
 
 Shapes: T tokens, R rows, C choices of a token, H hidden.
 """

@@ -14,8 +14,8 @@ holds one against the other:
 What else a test compares stays comparable within rounding to the last step, and nothing there has to be loosened. The
 experts that tokens go to and those that the balance loss counts are treated alike.
 
-    python -m tests.routing NOTES GIVEN ARGUMENTS     dsv3_megatron.train, noted in the folder NOTES, with the choices
-                                                      in the folder GIVEN ("-": its own)
+    python -m tests.routing NOTES GIVEN ARGUMENTS     training, noted in the folder NOTES, with the choices in the
+                                                      folder GIVEN ("-": its own)
 
 Shapes: s positions of a call, B micro-batch, E experts, K experts a token, N tokens.
 """
@@ -295,11 +295,11 @@ def read_notes(folder: Path) -> Notes:
 
 def train(notes: Path, given: Path | None, arguments: list[str]) -> int:
     """One process of a training run, noted; passes are named "step N" and "validation K after step N"."""
-    from dsv3_megatron import train as command
+    from dsv3_megatron.commands import train as command
     from dsv3_megatron.platform import prepare
 
     prepare()  # before anything imports Megatron-Core
-    from dsv3_megatron.trainer import Trainer
+    from dsv3_megatron.runs.trainer import Trainer
 
     routing = Routing(read_notes(given) if given else None)
     own_step, own_evaluate = Trainer.train_step, Trainer.evaluate

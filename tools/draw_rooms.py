@@ -22,12 +22,11 @@ ROWS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("schedule", "what a pipeline rank runs when"),),
     (("optim", "AdamW, moving average, router bias"),),
     (("checkpoint", "save, load, Hugging Face"), ("metrics", "what a run measures about itself")),
-    (("generation", "text from a model"), ("planning", "time and memory, before a run")),
+    (("generation", "text from a model"), ("reports", "what is drawn or told of a run")),
+    (("planning", "time and memory, before a run"),),
     (("guards", "what watches over a run"),),
-    (("trainer", "the training loop"),),
-    (("evaluator", "scores rows of tokens"), ("train", "entry point of a training process")),
-    (("evaluate", "entry point of an evaluation"),),
-    (("generate", "entry point of generation"),),
+    (("runs", "the training loop; where all rooms meet"),),
+    (("commands", "one module a command of dsv3"),),
 )
 WIDTH, BOX, GAP, MARGIN = 760, 34, 10, 16
 

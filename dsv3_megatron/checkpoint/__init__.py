@@ -2,7 +2,7 @@
 
 In reading order:
 
-    layout.py            files, manifest, and whether a checkpoint fits a run; no torch
+    folder.py            files, manifest, and whether a checkpoint fits a run; no torch
     store.py             save and load a run
     optimizer_state.py   AdamW's part of it                    average.py      the moving average's part
     text_files.py        tokenizer and form of the texts       agreement.py    what ranks must agree on meanwhile
@@ -11,6 +11,6 @@ In reading order:
 Checkpoints without a model in memory:
 
     open.py              what a folder says of its model       reading.py      its index, and errors of damaged ones
-    tensor_files.py      a tensor at a time                    segments.py     bytes from file to file
+    tensor_files.py      a tensor at a time                    byte_ranges.py  bytes from file to file
     hf/                  Hugging Face's layout
 """

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.checkpoint.layout import CheckpointError
+from dsv3_megatron.checkpoint.folder import CheckpointError
 
 # Seconds a folder made by one node may take to be seen by another (attribute caches of network file systems).
 _FOLDER_VISIBLE_S = 60.0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dsv3_megatron.checkpoint.agreement import from_all_ranks
-from dsv3_megatron.checkpoint.layout import CheckpointError
+from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.model.parameters import whole_parameters
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.checkpoint.folder import TRACKER, CheckpointError, check_architecture, read_manifest
 from dsv3_megatron.checkpoint.hf.directory import CONFIG
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
-from dsv3_megatron.checkpoint.layout import TRACKER, CheckpointError, check_architecture, read_manifest
 from dsv3_megatron.checkpoint.text_files import form_of_checkpoint
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig

@@ -12,7 +12,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from dsv3_megatron.checkpoint.layout import Manifest
+from dsv3_megatron.checkpoint.folder import Manifest
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.optim.adamw import NarrowMomentAdamW, allocate_moments
 from dsv3_megatron.optim.shards import distributed_parts

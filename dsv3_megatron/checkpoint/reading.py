@@ -7,7 +7,7 @@ import pickle
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
-from dsv3_megatron.checkpoint.layout import Manifest
+from dsv3_megatron.checkpoint.folder import Manifest
 
 # What reading a damaged file raises: whichever layer meets the damage first.
 READ_ERRORS = (CheckpointException, CheckpointingException, OSError, RuntimeError, EOFError, ValueError, KeyError,

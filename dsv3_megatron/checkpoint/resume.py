@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsv3_megatron.checkpoint.layout import TRAINING, CheckpointError, Manifest, Progress, check_architecture
+from dsv3_megatron.checkpoint.folder import TRAINING, CheckpointError, Manifest, Progress, check_architecture
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.past import (
     Stretch,

@@ -2,7 +2,7 @@
 
 The tensors go through megatron.core.dist_checkpointing: each is known by its global name and its place
 in the whole tensor, so that what PP2 x EP2 wrote loads into EP4 or one process, the optimizer's moments
-and fp32 weights included. `layout.py` makes a checkpoint appear all at once.
+and fp32 weights included. `folder.py` makes a checkpoint appear all at once.
 
 What is saved: weights, the routers' balancing biases, AdamW's state and step, the weights' moving average, the states
 of the random number generators, progress, the configuration. What is not: learning rate, weight decay and the like,
@@ -49,7 +49,7 @@ from dsv3_megatron.checkpoint.agreement import (
     why,
 )
 from dsv3_megatron.checkpoint.average import average_entries, has_average, restorable_average, restore_average
-from dsv3_megatron.checkpoint.layout import (
+from dsv3_megatron.checkpoint.folder import (
     AVERAGE_PREFIX,
     MASTER_PREFIX,
     TRAINING,

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dsv3_megatron.checkpoint.layout import CheckpointError
-from dsv3_megatron.checkpoint.segments import Segment, read_segments
+from dsv3_megatron.checkpoint.byte_ranges import Segment, read_segments
+from dsv3_megatron.checkpoint.folder import CheckpointError
 
 _COMMON_FILE = "__0_common.distcp"
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.checkpoint.folder import TRACKER, read_manifest
 from dsv3_megatron.checkpoint.hf.source import DESCRIPTION, FILE_PREFIX, carried_files
-from dsv3_megatron.checkpoint.layout import TRACKER, read_manifest
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.blend import parse_blend

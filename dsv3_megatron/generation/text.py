@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.checkpoint.folder import TRACKER, read_manifest
 from dsv3_megatron.checkpoint.hf.directory import CONFIG
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
-from dsv3_megatron.checkpoint.layout import TRACKER, read_manifest
 from dsv3_megatron.checkpoint.text_files import form_of_checkpoint, stop_ids_of_checkpoint
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.data.blend import parse_blend, read_tokenizer_fingerprint

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.checkpoint.layout import (
+from dsv3_megatron.checkpoint.folder import (
     TRACKER,
     WEIGHTS,
     CheckpointError,

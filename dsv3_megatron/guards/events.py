@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv3_megatron.checkpoint.layout import TRACKER, latest_iteration, saved_iterations
+from dsv3_megatron.checkpoint.folder import TRACKER, latest_iteration, saved_iterations
 from dsv3_megatron.guards.decisions import Guard
 from dsv3_megatron.guards.endings import mark_ended
 from dsv3_megatron.metrics.kept_file import KeptFile, KeptText

@@ -15,9 +15,9 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_megatron.checkpoint.agreement import on_first_rank
+from dsv3_megatron.checkpoint.folder import CheckpointError, Progress, record_guards
 from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.hf.model_card import Losses
-from dsv3_megatron.checkpoint.layout import CheckpointError, Progress, record_guards
 from dsv3_megatron.checkpoint.store import save_checkpoint
 from dsv3_megatron.checkpoint.text_files import TextFiles
 from dsv3_megatron.config.run import RunConfig

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dsv3_megatron.checkpoint.layout import CheckpointError
+from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.config.output import json_text
 
 BEAT_S, STALE_S = 10.0, 120.0

@@ -16,11 +16,8 @@ The parts of a layer:
 What all of it is set to:
 
     parameters.py       global names of parameters                 init.py             initial weights
-    fp8.py              the precision map put into modules         recompute.py        what is computed again
+    fp8.py              the precision map put into modules         recomputed_modules.py  what is computed again
     observation.py      what routers and heads note when logged
 
-A stage in pieces, for schedules that hide transfers or let weight gradients wait:
-
-    chunk.py            what an executor runs                      segments.py         a stage between its exchanges
-    tape.py             backward from segment to segment           weight_gradients.py those that wait
+A stage in pieces, for schedules that hide transfers or let weight gradients wait, is in stage/.
 """

@@ -14,10 +14,10 @@ from dsv3_megatron.model.fp8 import apply_precision, use_engine_fp8
 from dsv3_megatron.model.init import initialize_weights
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.mcore_config import mcore_config
-from dsv3_megatron.model.recompute import set_recomputed
+from dsv3_megatron.model.recomputed_modules import set_recomputed
 from dsv3_megatron.model.router import RouterOptions
 from dsv3_megatron.model.specs import block_specs, resolve_transformer_impl
-from dsv3_megatron.model.weight_gradients import delay_engine_weight_gradients
+from dsv3_megatron.model.stage.weight_gradients import delay_engine_weight_gradients
 from dsv3_megatron.parallel.groups import as_pipeline_rank, at_pipeline_rank
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.parallel.placement import placement

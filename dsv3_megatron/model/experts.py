@@ -22,9 +22,9 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dsv3_megatron.model.linear import Fp8
-from dsv3_megatron.model.weight_gradients import weight_grad_deferral
+from dsv3_megatron.model.stage.weight_gradients import weight_grad_deferral
 from dsv3_megatron.ops.experts import swiglu_experts
-from dsv3_megatron.ops.fp8_experts import fp8_swiglu_experts
+from dsv3_megatron.ops.fp8.experts import fp8_swiglu_experts
 from dsv3_megatron.ops.recompute import recomputed
 from dsv3_megatron.ops.swiglu import swiglu
 

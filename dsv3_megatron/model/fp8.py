@@ -23,9 +23,9 @@ from dsv3_megatron.model.dispatch import use_narrow_dispatch
 from dsv3_megatron.model.experts import GroupedExperts
 from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear, ReplicatedLinear
 from dsv3_megatron.model.parameters import global_name
-from dsv3_megatron.ops.fp8_backend import ReferenceBackend
-from dsv3_megatron.ops.fp8_choice import local_backend, resolve_fp8_backend
-from dsv3_megatron.ops.fp8_engine import autocast, installed_recipe
+from dsv3_megatron.ops.fp8.backend import ReferenceBackend
+from dsv3_megatron.ops.fp8.choice import local_backend, resolve_fp8_backend
+from dsv3_megatron.ops.fp8.engine import autocast, installed_recipe
 
 logger = logging.getLogger(__name__)
 

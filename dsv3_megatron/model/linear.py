@@ -1,8 +1,8 @@
 """Linear layers of the local implementation: column-parallel, row-parallel, and replicated.
 
-The products are those of `ops/linear.py` and, in FP8, `ops/fp8_linear.py`; what is split over which ranks, and the
+The products are those of `ops/linear.py` and, in FP8, `ops/fp8/linear.py`; what is split over which ranks, and the
 checkpoint format, are Megatron-Core's. Weight gradients are added straight to the fp32 main gradient where data
-parallelism has made one; inside a pipeline's segment they can wait (`model/weight_gradients.py`).
+parallelism has made one; inside a pipeline's segment they can wait (`model/stage/weight_gradients.py`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dsv3_megatron.config.precision import LinearPrecision
-from dsv3_megatron.model.weight_gradients import weight_grad_deferral
-from dsv3_megatron.ops.fp8_backend import ReferenceBackend
-from dsv3_megatron.ops.fp8_linear import fp8_linear
+from dsv3_megatron.model.stage.weight_gradients import weight_grad_deferral
+from dsv3_megatron.ops.fp8.backend import ReferenceBackend
+from dsv3_megatron.ops.fp8.linear import fp8_linear
 from dsv3_megatron.ops.linear import linear
 
 # Lines of the precision map, one for each weight of a module, and what computes them.

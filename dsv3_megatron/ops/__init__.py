@@ -13,13 +13,5 @@ In reading order:
     cross_entropy.py    token losses                           recompute.py      tensors made again in backward
     host_memory.py      freed memory stays in the process
 
-FP8:
-
-    fp8_groups.py       values that share a scale              fp8_quantize.py   values -> narrow ones and scales
-    fp8_gemm.py         products of narrow matrices            fp8_products.py   a linear's three, by the precision map
-    fp8_linear.py       a differentiable linear                fp8_experts.py    experts
-    fp8_weights.py      weights, quantized once a step         fp8_records.py    rows as bytes, for a transfer
-    fp8_backend.py      the interface, and the reference       fp8_triton.py     this library's kernels behind it
-    fp8_engine.py       Transformer Engine's recipe            fp8_choice.py     which of these a run gets
-    block_fp8.py        weights as published checkpoints store them
+    fp8/                the same in FP8
 """

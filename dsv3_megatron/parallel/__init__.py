@@ -8,4 +8,5 @@ In reading order:
     groups.py        the process groups of a run
     exchange.py      rows between ranks while something else is computed
     narrow_rows.py   rows that travel in FP8
+    runner.py        what a pipeline asks of a stage, whose steps take turns
 """

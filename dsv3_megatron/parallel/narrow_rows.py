@@ -1,8 +1,8 @@
 """Rows that travel in FP8: half the bytes of a dispatch to experts, and of the gradients that go the same way.
 
-What travels are records (`ops/fp8_records.py`): 7,392 bytes a row at H = 7168, where BF16 takes 14,336. What comes back
-is in the run's precision: the sum over a token's experts, forward, and over their gradients, backward. With one rank
-nothing travels, but rows are rounded all the same: the layout is not part of the experiment.
+What travels are records (`ops/fp8/packed_rows.py`): 7,392 bytes a row at H = 7168, where BF16 takes 14,336. What comes
+back is in the run's precision: the sum over a token's experts, forward, and over their gradients, backward. With one
+rank nothing travels, but rows are rounded all the same: the layout is not part of the experiment.
 
 A token goes to several experts, and is quantized once: `permuted_records` puts records, not rows, in the order of
 experts, and the rows themselves are never made.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.ops.fp8_backend import REFERENCE, ReferenceBackend
+from dsv3_megatron.ops.fp8.backend import REFERENCE, ReferenceBackend
 from dsv3_megatron.parallel.exchange import PostAllToAll, Posted, Splits, post_all_to_all
 
 

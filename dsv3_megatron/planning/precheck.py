@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv3_megatron.checkpoint.folder import check_empty, iteration_path
 from dsv3_megatron.checkpoint.hf.config import model_config_to_json
-from dsv3_megatron.checkpoint.layout import check_empty, iteration_path
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.blend import Blend
@@ -29,7 +29,7 @@ from dsv3_megatron.data.datasets import DatasetConfig, check_sizes, dataset_conf
 from dsv3_megatron.data.indexed import dataset_paths, map_index, read_header, read_sidecar
 from dsv3_megatron.data.tokenizer import count_ids, load_tokenizer
 from dsv3_megatron.parallel.layout import stage_layouts
-from dsv3_megatron.planning.memory import RankMemory, estimate_memory
+from dsv3_megatron.planning.memory.estimate import RankMemory, estimate_memory
 
 # Ids of one read when a dataset is searched for a token that counts.
 _IDS_READ = 1 << 22

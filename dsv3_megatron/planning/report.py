@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.metrics.model_table import format_bytes
 from dsv3_megatron.metrics.rank_state import checkpoint_bytes
-from dsv3_megatron.planning.hardware import UNVERIFIED, Hardware
-from dsv3_megatron.planning.headroom import Headroom, lacking_memory
-from dsv3_megatron.planning.memory import RankMemory
-from dsv3_megatron.planning.memory_settings import is_engine
+from dsv3_megatron.planning.machine.hardware import UNVERIFIED, Hardware
+from dsv3_megatron.planning.memory.estimate import RankMemory
+from dsv3_megatron.planning.memory.headroom import Headroom, lacking_memory
+from dsv3_megatron.planning.memory.settings import is_engine
 from dsv3_megatron.planning.run_cost import RunCost
 from dsv3_megatron.planning.search import MEMORY, RULE, SLOWER, SearchResult
-from dsv3_megatron.planning.step_time import StepTime
+from dsv3_megatron.planning.time.step_time import StepTime
+from dsv3_megatron.reports.model_table import format_bytes
 
 _KIND_WORDS = {RULE: "break a rule", MEMORY: "need more memory", SLOWER: "are slower than the last one above"}
 _HIDDEN = "hidden_all_to_all"

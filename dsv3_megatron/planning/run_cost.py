@@ -14,8 +14,8 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.pipeline import microbatch_rule
 from dsv3_megatron.config.recipe import PlannedPhase
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.planning.step_time import StepTime, step_seconds, step_time
-from dsv3_megatron.planning.work import Setting
+from dsv3_megatron.planning.time.step_time import StepTime, step_seconds, step_time
+from dsv3_megatron.planning.time.work import Setting
 
 _HOURS = 3600.0
 # Schedules that can do any number of micro-batches, the better first, for batches that the run's own cannot do.

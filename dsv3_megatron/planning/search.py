@@ -23,11 +23,11 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.parallel.placement import placement
 from dsv3_megatron.planning.flags import differing_flags
-from dsv3_megatron.planning.headroom import lacking_memory
-from dsv3_megatron.planning.memory import RankMemory, estimate_memory
-from dsv3_megatron.planning.operations import Part
-from dsv3_megatron.planning.step_time import StepTime, step_seconds, step_time, update_time
-from dsv3_megatron.planning.work import Imbalance, Setting, StageWork, WorkTable, end_key
+from dsv3_megatron.planning.memory.estimate import RankMemory, estimate_memory
+from dsv3_megatron.planning.memory.headroom import lacking_memory
+from dsv3_megatron.planning.time.operations import Part
+from dsv3_megatron.planning.time.step_time import StepTime, step_seconds, step_time, update_time
+from dsv3_megatron.planning.time.work import Imbalance, Setting, StageWork, WorkTable, end_key
 from dsv3_megatron.schedule.plan import SCHEDULES
 
 RULE, MEMORY, SLOWER = "rule", "memory", "slower"

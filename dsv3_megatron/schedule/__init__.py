@@ -14,7 +14,7 @@ What it costs:
 
 Running it:
 
-    chunk.py             a stage as the executor sees it        transport.py   tensors between ranks
-    execute.py           a plan on real stages                  recorder.py    what was done when
+    execute.py           a plan on real stages                  transport.py   tensors between ranks
+    recorder.py          what was done when
     forward_backward.py  a training step behind Megatron-Core's interface
 """

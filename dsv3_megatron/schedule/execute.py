@@ -27,8 +27,8 @@ from typing import Protocol
 
 import torch
 
+from dsv3_megatron.parallel.runner import ChunkRunner, Steps
 from dsv3_megatron.schedule.actions import Action, Kind, Operation
-from dsv3_megatron.schedule.chunk import ChunkRunner, Steps
 from dsv3_megatron.schedule.plan import Output, Place, Plan
 from dsv3_megatron.schedule.transfers import Receive, Send, Transfer, issue_order, with_transfers
 from dsv3_megatron.schedule.transport import Arrival, Transport

@@ -1,7 +1,7 @@
 """A step's forward and backward passes over a pipeline, behind the interface of Megatron-Core's schedules.
 
 Without a pipeline it is Megatron-Core's own function; with one, a plan run by the executor on stages in pieces
-(`model/chunk.py`). What goes between stages is [S / TP, B, H] in the pipeline's dtype.
+(`model/stage/runner.py`). What goes between stages is [S / TP, B, H] in the pipeline's dtype.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.training import DataConfig, TrainingConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
-from dsv3_megatron.model.chunk import LossFunction, ModelChunk
 from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.router import weigh_balance_losses
+from dsv3_megatron.model.stage.runner import LossFunction, ModelChunk
 from dsv3_megatron.parallel.groups import replicas
 from dsv3_megatron.schedule.execute import Executor
 from dsv3_megatron.schedule.plan import PlanSizes, forward_plan, known_plan

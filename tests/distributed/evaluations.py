@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from dsv3_megatron.commands.evaluate import Request, make_plan
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.evaluate import Request, make_plan
-from dsv3_megatron.evaluator import Evaluation, Evaluator
+from dsv3_megatron.runs.evaluator import Evaluation, Evaluator
 from tests.routing import Notes, Routing
 
 # fp32 on both sides: sums in another order.

@@ -1,6 +1,6 @@
 """Training runs in which something goes wrong on purpose: a corrupted batch, gradients, activations, a rank that stops.
 
-`python -m tests.distributed.faulty_run FAULTS FLAGS...` is `python -m dsv3_megatron.train FLAGS...` with faults, a JSON
+`python -m tests.distributed.faulty_run FAULTS FLAGS...` is `python -m dsv3_megatron train FLAGS...` with faults, a JSON
 list of objects with the fields of `Fault`.
 """
 
@@ -23,13 +23,13 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.platform import prepare
-from dsv3_megatron.train import run_rank
+from dsv3_megatron.runs.rank import run_rank
 
 prepare()
 
 from dsv3_megatron.guards.losses import StepLosses  # noqa: E402
 from dsv3_megatron.optim.router_bias import routers  # noqa: E402
-from dsv3_megatron.trainer import Trainer  # noqa: E402
+from dsv3_megatron.runs.trainer import Trainer  # noqa: E402
 
 SLEEP_S = 600
 

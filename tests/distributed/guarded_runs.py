@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from megatron.core import parallel_state
 
-from dsv3_megatron.checkpoint.layout import latest_iteration
+from dsv3_megatron.checkpoint.folder import latest_iteration
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.metrics.records import StepReport
 from tests.distributed.faulty_run import Fault, FaultyTrainer
@@ -146,7 +146,7 @@ def whole_runs(data: str, runs: list[tuple[str, dict[str, Any], list[Fault]]]) -
         run = guarded_run(data, **changes)
         with faulty(run, faults) as trainer:
             # The process group stays for the next run.
-            with mock.patch("dsv3_megatron.trainer.destroy_groups"):
+            with mock.patch("dsv3_megatron.runs.trainer.destroy_groups"):
                 code = trainer.train()
             save = run.checkpoint.save
             latest = latest_iteration(save) if save and Path(save).is_dir() else None

@@ -23,7 +23,7 @@ from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.model.parameters import WholeParameter, whole_parameters
 from dsv3_megatron.model.router import DeepSeekRouter
 from dsv3_megatron.optim.router_bias import routers
-from dsv3_megatron.trainer import Trainer
+from dsv3_megatron.runs.trainer import Trainer
 from tests.parity.architectures import GROUPED, reference_weights, run_of, variant
 from tests.parity.weights import load_reference_weights
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
-from dsv3_megatron import train
+from dsv3_megatron.checkpoint.folder import latest_iteration
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
-from dsv3_megatron.checkpoint.layout import latest_iteration
 from dsv3_megatron.checkpoint.store import Progress, load_checkpoint, save_checkpoint
+from dsv3_megatron.commands import train
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
 from tests.distributed.launch import run_ranks
@@ -129,7 +129,7 @@ def test_a_run_exports_itself(tmp_path: Path, data: list[str], capsys: pytest.Ca
     """The folder loads in transformers, and is what the command makes of the run's last checkpoint."""
     saved, exported = tmp_path / "saved", tmp_path / "hf"
     arguments = [*RUN, *data, "--save", str(saved), "--export-hf", str(exported)]
-    run_ranks(2, "dsv3_megatron.train", *arguments)
+    run_ranks(2, "dsv3_megatron", "train", *arguments)
     assert latest_iteration(saved) == 2
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "saved"]
     convert_to_hugging_face(saved, tmp_path / "again", dtype="fp32")

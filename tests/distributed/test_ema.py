@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from dsv3_megatron.checkpoint.folder import CheckpointError, Progress
 from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
-from dsv3_megatron.checkpoint.layout import CheckpointError, Progress
 from dsv3_megatron.checkpoint.store import load_weights, save_checkpoint
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_run import differences, merge, small_run, start

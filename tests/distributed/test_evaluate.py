@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
+from dsv3_megatron.commands.evaluate import Request
 from dsv3_megatron.data.indexed_writer import DatasetWriter
-from dsv3_megatron.evaluate import Request
-from dsv3_megatron.evaluator import Evaluation
+from dsv3_megatron.runs.evaluator import Evaluation
 from tests.distributed.evaluations import (
     LAYOUTS,
     TOLERANCE,
@@ -52,7 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, lengths in (("train", [300] * 4), ("valid", [NUM_WINDOWS * SEQ_LENGTH + 1])):
         with DatasetWriter(str(folder / name), vocab_size=128) as writer:
             writer.add_documents((generator.zipf(1.3, size=sum(lengths)) % 128).astype(np.int64), np.array(lengths))
-    run_ranks(2, "dsv3_megatron.train", *arguments_of(small_run()), *(
+    run_ranks(2, "dsv3_megatron", "train", *arguments_of(small_run()), *(
         "--seq-length 16 --micro-batch-size 1 --global-batch-size 4 --train-iters 5 --lr 1e-2 --min-lr 1e-3 "
         "--lr-warmup-iters 0 --precision bf16 --eval-interval 5 --eval-iters 3 --log-interval 1 "
         f"--expert-model-parallel-size 2 --data-path {folder}/train --valid-data-path {folder}/valid "
@@ -121,8 +121,8 @@ def test_every_layout_gives_the_same(trained: Path, in_one_process: tuple[Evalua
 
 def test_the_command_under_torchrun(trained: Path, in_one_process: tuple[Evaluation, np.ndarray, Notes]) -> None:
     """The result on the first rank's stdout and nothing else, on none of the others'."""
-    first, second = run_ranks(2, "tools.evaluate", "--load", trained / "run", "--tokens", trained / "ids.npy", "--json",
-                              "--precision", "fp32", "--pipeline-model-parallel-size", 2)
+    first, second = run_ranks(2, "dsv3_megatron", "evaluate", "--load", trained / "run", "--tokens",
+                              trained / "ids.npy", "--json", "--precision", "fp32", "--pipeline-model-parallel-size", 2)
     assert second == ""
     assert json.loads(first)["loss"] == pytest.approx(in_one_process[0].loss, rel=1e-6)
 
@@ -142,7 +142,7 @@ def test_damaged_tensors_are_named(trained: Path, tmp_path: Path) -> None:
 
 def unwritable(folder: Path) -> str:
     """The disk is full after some rows; what the first rank meets, every rank raises."""
-    from dsv3_megatron.checkpoint.layout import CheckpointError
+    from dsv3_megatron.checkpoint.folder import CheckpointError
 
     class FullDisk:
         def __init__(self, stream: Any) -> None:
@@ -154,7 +154,7 @@ def unwritable(folder: Path) -> str:
         def __getattr__(self, name: str) -> Any:
             return getattr(self.stream, name)
 
-    from dsv3_megatron import evaluator
+    from dsv3_megatron.runs import evaluator
 
     opened = evaluator.LogProbsWriter._open
 

@@ -16,12 +16,12 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from dsv3_megatron.commands.evaluate import Request
 from dsv3_megatron.config.training import DOCUMENT_SWITCHES
 from dsv3_megatron.data.document_ends import document_bounds
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.tokenizer import EOS_TOKEN, save_tokenizer
-from dsv3_megatron.evaluate import Request
-from dsv3_megatron.evaluator import Evaluation
+from dsv3_megatron.runs.evaluator import Evaluation
 from tests.distributed.evaluations import TOLERANCE, arguments_of, evaluate, request_for, validation
 from tests.distributed.launch import RankError, run_ranks
 from tests.distributed.small_run import SEQ_LENGTH, small_run
@@ -61,7 +61,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ids[np.cumsum(lengths) - 1] = EOD
             ids[generator.random(len(ids)) < 0.15] = EOD
             writer.add_documents(ids, np.array(lengths))
-    run_ranks(1, "dsv3_megatron.train", *arguments_of(small_run()), *(
+    run_ranks(1, "dsv3_megatron", "train", *arguments_of(small_run()), *(
         f"--seq-length 16 --micro-batch-size 4 --global-batch-size {NUM_WINDOWS} --train-iters 10 --lr 1e-2 "
         "--min-lr 1e-3 --lr-warmup-iters 0 --precision bf16 --eval-interval 10 --eval-iters 1 --log-interval 1 "
         "--reset-attention-mask --reset-position-ids --eod-mask-loss "
@@ -132,8 +132,9 @@ def test_transformers_on_each_document(tmp_path: Path) -> None:
             logprobs = logits_BSV.log_softmax(-1).gather(-1, torch.from_numpy(ids[None, 1:, None]))
             expected[row, positions] = logprobs[0, :, 0]
     save_tokenizer(Tokenizer(WordLevel({"word": 0, EOS_TOKEN: EOD}, unk_token="word")), tmp_path / "hf")
-    (printed,) = run_ranks(1, "tools.evaluate", "--load", tmp_path / "hf", "--tokens", tmp_path / "ids.npy", "--json",
-                           "--precision", "fp32", "--logprobs", tmp_path / "out.npy", "--reset-attention-mask")
+    (printed,) = run_ranks(1, "dsv3_megatron", "evaluate", "--load", tmp_path / "hf", "--tokens",
+                           tmp_path / "ids.npy", "--json", "--precision", "fp32", "--logprobs", tmp_path / "out.npy",
+                           "--reset-attention-mask")
     fields = {name: value for name, value in json.loads(printed).items() if name != "perplexity"}
     fields["mtp_losses"] = tuple(fields["mtp_losses"])
     check_rows(Evaluation(**fields), np.load(tmp_path / "out.npy"), expected, is_eod_counted=True)

@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.add_documents(np.concatenate(ids), np.array(list(map(len, ids))))
     # Groups are scored by two experts, as the programs that read Hugging Face's files do.
     run = small_run(vocab_size=VOCAB_SIZE, max_position_embeddings=64, moe_router_group_score_topk=2)
-    run_ranks(4, "dsv3_megatron.train", *architecture_arguments(run), *(
+    run_ranks(4, "dsv3_megatron", "train", *architecture_arguments(run), *(
         "--seq-length 16 --micro-batch-size 1 --global-batch-size 4 --train-iters 4 --lr 1e-2 --min-lr 1e-3 "
         "--lr-warmup-iters 0 --precision fp32 --eval-interval 0 --pipeline-model-parallel-size 2 "
         f"--expert-model-parallel-size 2 --data-path {folder}/train --tokenizer-model {folder}/tokenizer "
@@ -50,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generate(*arguments: Any) -> str:
-    (printed,) = run_ranks(1, "tools.generate", "--max-new-tokens", NEW_TOKENS, *arguments)
+    (printed,) = run_ranks(1, "dsv3_megatron", "generate", "--max-new-tokens", NEW_TOKENS, *arguments)
     return printed
 
 
@@ -92,9 +92,9 @@ def test_checkpoint_and_export_have_the_tokenizer(trained: Path, tmp_path: Path)
     assert texts["run"] == texts["hf"] and len(texts["run"].splitlines()) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("command", [("tools.generate", "--prompt", "fox", "--temperature", 0.7),
-                                     ("tools.generate", "--prompt", "fox", "--speculative", "mtp"),
-                                     ("tools.evaluate", "--json", "--data-path")])
+@pytest.mark.parametrize("command", [("dsv3_megatron", "generate", "--prompt", "fox", "--temperature", 0.7),
+                                     ("dsv3_megatron", "generate", "--prompt", "fox", "--speculative", "mtp"),
+                                     ("dsv3_megatron", "evaluate", "--json", "--data-path")])
 def test_weights_that_are_not_finite_are_named(command: tuple[Any, ...], trained: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -103,7 +103,7 @@ def test_weights_that_are_not_finite_are_named(command: tuple[Any, ...], trained
     weights = load_file(file)
     weights["model.layers.1.self_attn.o_proj.weight"][0, 0] = float("nan")
     save_file(weights, file, metadata={"format": "pt"})
-    data = (trained / "train",) if command[0] == "tools.evaluate" else ()
+    data = (trained / "train",) if command[1] == "evaluate" else ()
     with pytest.raises(RankError, match=r"(?s)exit code 2.*the weights are not finite: process 0: "
                                         r"decoder\.layers\.1\.self_attention\.linear_proj\.weight \(1 of "):
-        run_ranks(1, command[0], "--load", tmp_path / "hf", *command[1:], *data)
+        run_ranks(1, *command[:2], "--load", tmp_path / "hf", *command[2:], *data)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from dsv3_megatron.checkpoint.layout import latest_iteration, read_manifest, saved_iterations
+from dsv3_megatron.checkpoint.folder import latest_iteration, read_manifest, saved_iterations
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.guards.decisions import EXIT_GUARD
 from tests.distributed.faulty_run import Fault

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.load import load_hugging_face
-from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.model.build import build_stages
 from dsv3_megatron.model.parameters import whole_parameters
 from dsv3_megatron.optim.router_bias import routers

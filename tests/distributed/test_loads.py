@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsv3_megatron.config.memory import RECOMPUTE_MODULES
-from dsv3_megatron.model.recompute import set_recomputed
+from dsv3_megatron.model.recomputed_modules import set_recomputed
 from dsv3_megatron.model.router import DeepSeekRouter
 from dsv3_megatron.optim.router_bias import routers
 from tests.distributed import small_run as harness

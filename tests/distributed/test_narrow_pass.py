@@ -7,8 +7,8 @@ import torch
 
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.parallel.groups import create_groups
-from dsv3_megatron.planning.micro_benchmarks import MicroBenchmarks
-from dsv3_megatron.planning.narrow_pass import narrowed
+from dsv3_megatron.planning.machine.micro_benchmarks import MicroBenchmarks
+from dsv3_megatron.planning.machine.narrow_pass import narrowed
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
 from tests.distributed.launch import run_ranks
 

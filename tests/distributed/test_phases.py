@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3_megatron.checkpoint.layout import read_manifest
+from dsv3_megatron.checkpoint.folder import read_manifest
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from tests.distributed.launch import run_ranks
@@ -71,7 +71,7 @@ def take_steps(run: RunConfig, folder: Path, starts: list[int]) -> dict[str, Any
 
 
 def _train(run: RunConfig, save_at: list[int]) -> tuple[dict[str, Any], dict[int, float]]:
-    from dsv3_megatron.trainer import Trainer
+    from dsv3_megatron.runs.trainer import Trainer
 
     run.validate(torch.distributed.get_world_size())
     trainer = Trainer(run)
@@ -157,7 +157,7 @@ def in_phases(prefix: str, folder: Path) -> dict[str, Any]:
     """What is in the modules before and after each boundary, and in the checkpoints there."""
     from dsv3_megatron.model.rotary import RotaryTables
     from dsv3_megatron.optim.router_bias import routers
-    from dsv3_megatron.trainer import Trainer
+    from dsv3_megatron.runs.trainer import Trainer
 
     run = phased_run(prefix, save=str(folder))
     trainer = Trainer(run)

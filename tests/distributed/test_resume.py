@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dsv3_megatron.data.indexed_writer import DatasetWriter
-from dsv3_megatron.metrics.summary import read_run_config, resume_command
+from dsv3_megatron.reports.summary import read_run_config, resume_command
 from tests.distributed.launch import ROOT
 
 pytestmark = pytest.mark.distributed
@@ -53,7 +53,7 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
     """One process of training, as a launcher starts it."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.run(
-        [sys.executable, "-m", "dsv3_megatron.train", *flags], capture_output=True, text=True, timeout=240, cwd=ROOT,
+        [sys.executable, "-m", "dsv3_megatron", "train", *flags], capture_output=True, text=True, timeout=240, cwd=ROOT,
         env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, check=False)
 
 

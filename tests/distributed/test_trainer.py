@@ -69,7 +69,7 @@ def with_model(*arguments: str) -> list[str]:
 
 
 def train(num_ranks: int, *arguments: str) -> None:
-    run_ranks(num_ranks, "dsv3_megatron.train", *with_model(*arguments), timeout_s=180)
+    run_ranks(num_ranks, "dsv3_megatron", "train", *with_model(*arguments), timeout_s=180)
 
 
 def train_noted(num_ranks: int, folder: Path, given: Path | None, *arguments: str) -> None:
@@ -205,7 +205,7 @@ def launch(*arguments: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "dsv3_megatron.train", *with_model(*arguments)],
+         "-m", "dsv3_megatron", "train", *with_model(*arguments)],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
@@ -223,7 +223,7 @@ def wait_for(process: subprocess.Popen, sign: str) -> str:
 def workers(process: subprocess.Popen) -> list[int]:
     """Process ids of the ranks."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if "dsv3_megatron.train" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return [int(pid) for pid in children if "dsv3_megatron\0train" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def test_sigterm_saves_and_ends_cleanly(data: list[str], tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_ranks_started_by_hand_end_with_one_that_finds_something_wrong(data: lis
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     processes = [subprocess.Popen(
-        [sys.executable, "-m", "dsv3_megatron.train", *with_model(*arguments)], cwd=ROOT, text=True,
+        [sys.executable, "-m", "dsv3_megatron", "train", *with_model(*arguments)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
              "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})

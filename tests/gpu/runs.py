@@ -32,7 +32,7 @@ prepare()  # before Megatron-Core is imported
 
 from megatron.core import parallel_state  # noqa: E402
 
-from dsv3_megatron.checkpoint.layout import Progress  # noqa: E402
+from dsv3_megatron.checkpoint.folder import Progress  # noqa: E402
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint  # noqa: E402
 from dsv3_megatron.config.parallel import ParallelConfig  # noqa: E402
 from dsv3_megatron.config.presets import preset  # noqa: E402
@@ -44,7 +44,7 @@ from dsv3_megatron.model.parameters import WholeParameter, whole_parameters  # n
 from dsv3_megatron.model.router import DeepSeekRouter  # noqa: E402
 from dsv3_megatron.optim.router_bias import routers  # noqa: E402
 from dsv3_megatron.parallel.groups import create_groups, start_process_group  # noqa: E402
-from dsv3_megatron.trainer import Trainer  # noqa: E402
+from dsv3_megatron.runs.trainer import Trainer  # noqa: E402
 
 BATCH, SEQ_LENGTH = 4, 128
 # Checkpoints are moved between devices after this many steps.

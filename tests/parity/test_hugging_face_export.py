@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
 
+from dsv3_megatron.checkpoint.folder import MANIFEST
 from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.load import load_hugging_face
 from dsv3_megatron.checkpoint.hf.source import DESCRIPTION
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
-from dsv3_megatron.checkpoint.layout import MANIFEST
 from dsv3_megatron.model.build import build_stages
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.architectures import run_of, variant

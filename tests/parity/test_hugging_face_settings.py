@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.config import ignored_settings
 from dsv3_megatron.checkpoint.hf.load import load_hugging_face
-from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.model.build import build_stages
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.architectures import run_of, variant

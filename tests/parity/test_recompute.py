@@ -11,7 +11,7 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.memory import RECOMPUTE_MODULES
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.metrics.live_bytes import count_live_bytes
-from dsv3_megatron.model.recompute import set_recomputed
+from dsv3_megatron.model.recomputed_modules import set_recomputed
 from dsv3_megatron.optim.router_bias import routers
 from tests.parity.architectures import variant
 

@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 from transformers import DeepseekV3ForCausalLM
 
+from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
-from dsv3_megatron.checkpoint.layout import CheckpointError
+from dsv3_megatron.commands import evaluate, generate
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.architectures import variant
-from tools import evaluate, generate
 
 
 def exported(tmp_path: Path, max_shard_bytes: int) -> Path:

@@ -118,7 +118,7 @@ def test_the_index_of_a_room_names_each_of_its_modules() -> None:
 
 def test_as_many_items_are_read_as_help_shows() -> None:
     from dsv3_megatron.config.phases import Phase
-    from dsv3_megatron.planning.memory_settings import PassSettings
+    from dsv3_megatron.planning.memory.settings import PassSettings
 
     for documented in (Phase, PassSettings):
         names = [name for section, name, _ in items(inspect.getdoc(documented) or "") if section == "Attributes"]

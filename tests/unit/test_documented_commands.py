@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 
 import pytest
 
+from dsv3_megatron.commands.dispatch import COMMANDS
 from dsv3_megatron.config.load import parse_command
-from tests.unit.tools.conftest import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*(path for path in ROOT.glob("*.md")), *(ROOT / "docs").rglob("*.md")])
@@ -115,16 +115,27 @@ def check_run(words: list[str]) -> None:
         command.run.validate(command.world_size or command.run.parallel.minimum_world_size)
 
 
-def check_script(path: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read the words after a script by its parser."""
-    assert (ROOT / path).is_file(), f"{path} does not exist"
-    if path == "tools/plan_run.py":  # its flags are a run's too
-        options, _ = load_tool("plan_run")._parse_arguments([word for word in words if word != "..."])
+def check_command(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read the words after `dsv3 NAME` by the command's parser."""
+    assert name in {command.name for command in COMMANDS}, f"dsv3 has no command {name}"
+    module = importlib.import_module(f"dsv3_megatron.commands.{name.replace('-', '_')}")
+    if name == "train":
+        check_run(words)
+    elif name == "plan":  # its flags are a run's too
+        options, _ = module._parse_arguments([word for word in words if word != "..."])
         assert options.calibrate or options.num_gpus
     elif "--help" not in words:
-        folder, name = os.path.split(path)
-        module = load_tool(name.removesuffix(".py")) if folder == "tools" else importlib.import_module(
-            path.removesuffix(".py").replace("/", "."))
+        with parsing_only(monkeypatch):
+            module.main(words)
+
+
+def check_script(path: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read the words after a script by its parser, or by that of the command whose script it is."""
+    assert (ROOT / path).is_file(), f"{path} does not exist"
+    if named := re.search(r'run_named\("(.+)"\)', (ROOT / path).read_text(encoding="utf-8")):
+        check_command(named[1], words, monkeypatch)
+    elif "--help" not in words:
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
         with parsing_only(monkeypatch):
             module.main(words)
 
@@ -132,8 +143,8 @@ def check_script(path: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -
 def check_module(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Read the words after `python -m`: of ours by its parser, of others only that there is such a module."""
     assert importlib.util.find_spec(name), f"python -m {name}: no such module"
-    if name == "dsv3_megatron.train":
-        check_run(words)
+    if name == "dsv3_megatron":
+        check_command(words[0], words[1:], monkeypatch)
     elif name.startswith("dsv3_megatron.") and "--help" not in words:
         with parsing_only(monkeypatch):
             importlib.import_module(name).main(words)
@@ -154,6 +165,9 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
         program = "python"
     if program == "bash" and len(words) > 1 and words[1] == "examples/pretrain_dsv3.sh":
         check_run(words[2:])
+    elif program == "dsv3":
+        if words[1:] not in (["--help"], ["--version"]):
+            check_command(words[1], words[2:], monkeypatch)
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert {word for word in words[1:] if "=" not in word and not word.startswith("-")} <= set(targets)
@@ -232,6 +246,9 @@ def test_paths_exist(document: Path) -> None:
     ("python tools/merge_datasets.py --inputz ...", "--inputz"),
     ("python tools/convert_checkpoint.py megatron-to-hf --input a --output b --no-mpt", "--no-mpt"),
     ("python tools/plan_run.py --hardware h100 --num-gpus 8 --fp9 blockwise", "--fp9"),
+    ("dsv3 planning --hardware h100", "no command planning"),
+    ("dsv3 merge --inputz ...", "--inputz"),
+    ("torchrun --nproc-per-node 2 -m dsv3_megatron evaluate --load a --data b", "--data"),
     ("torchrun --nproc-per-node 4 tools/evaluate.py --load a --data b", "--data"),
     ("torchrun --nproc-per-nodes 4 tools/evaluate.py --load a", "--nproc-per-nodes"),
     ("bash examples/pretrain_dsv3.sh --preset tiny --train-iter 3", "--train-iter"),

@@ -99,7 +99,7 @@ def test_without_a_gpu_the_layout_decides_the_number_of_processes(tmp_path: Path
     assert code == 0, stderr
     assert "--standalone" in launch.read("torchrun")
     assert "--nproc-per-node 4" in launch.read("torchrun")
-    assert "-m dsv3_megatron.train --preset tiny --pipeline-model-parallel-size 2\n" in launch.read("torchrun")
+    assert "-m dsv3_megatron train --preset tiny --pipeline-model-parallel-size 2\n" in launch.read("torchrun")
     assert launch.read("world_size") == "4\n"
 
 
@@ -179,7 +179,7 @@ def test_what_prints_starts_no_torchrun(arguments: str, tmp_path: Path) -> None:
     launch = Launch(tmp_path)
     code, stdout, _ = launch.run("--preset", "laptop", *arguments.split())
     assert code == 0
-    assert launch.read("other") == f"-m dsv3_megatron.train --preset laptop {arguments}\n"
+    assert launch.read("other") == f"-m dsv3_megatron train --preset laptop {arguments}\n"
     assert launch.read("torchrun") == ""
 
 
@@ -199,7 +199,7 @@ def test_the_quickstart_runs_every_stage_and_skips_what_is_done(tmp_path: Path) 
     modules = [line.split()[1] if line.startswith("-m") else line.split()[0].rsplit("/", 1)[-1]
                for line in quickstart.read("other").splitlines()]
     assert modules == ["dsv3_megatron.data.corpus", "train_tokenizer.py", "preprocess_data.py",
-                       "preprocess_data.py", "dsv3_megatron.metrics.summary", "generate.py"]
+                       "preprocess_data.py", "dsv3_megatron.reports.summary", "generate.py"]
     assert "--nproc-per-node 4" in quickstart.read("torchrun")
     (tmp_path / "other").unlink()
     (tmp_path / "torchrun").unlink()
@@ -207,7 +207,7 @@ def test_the_quickstart_runs_every_stage_and_skips_what_is_done(tmp_path: Path) 
     assert code == 0
     assert stderr.count("done before") == 4
     summary, generate = quickstart.read("other").splitlines()
-    assert summary == f"-m dsv3_megatron.metrics.summary {quickstart.run_dir}"
+    assert summary == f"-m dsv3_megatron.reports.summary {quickstart.run_dir}"
     assert f"tools/generate.py --load {quickstart.run_dir}/checkpoints --prompts" in generate
     assert quickstart.read("torchrun") == ""
     assert quickstart.run("--fresh")[0] == 0

@@ -42,7 +42,7 @@ def test_what_commands_print_is_the_launchers_output(ignored: tuple[int, ...], t
     process = Quickstart(tmp_path).start(ignored=ignored)
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 0, stderr
-    assert "printed by -m dsv3_megatron.metrics.summary" in stdout
+    assert "printed by -m dsv3_megatron.reports.summary" in stdout
 
 
 def test_nohup_is_heeded(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The tests of each module are where one looks: under its own name, or where tests/README.md says, with a reason.
 
 Imports are followed from a test, through its conftest.py, other tests, tools and the library, and so are commands that
-a test names as text ("tools/plan_run.py", "dsv3_megatron.train").
+a test names as text ("tools/plan_run.py", or "dsv3_megatron" and "train").
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.unit.test_architecture import modules_of
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "tests/README.md").read_text(encoding="utf-8")
-LAUNCHERS = {"pretrain_dsv3.sh": "dsv3_megatron/train.py"}
+LAUNCHERS = {"pretrain_dsv3.sh": "dsv3_megatron/commands/train.py"}
 
 
 def modules(root: Path) -> list[str]:
@@ -53,7 +53,10 @@ def files_named(path: Path) -> frozenset[Path]:
     for package, inside in re.findall(r"^\s*from ((?:dsv3_megatron|tests|tools)[\w.]*) import \(?([\w\s,]+)", text,
                                       re.MULTILINE):
         names += [f"{package}.{name}" for name in re.findall(r"\w+", inside)]
-    found = {ROOT / file for launcher, file in LAUNCHERS.items() if launcher in text}
+    names += [f"dsv3_megatron.commands.{name.replace('-', '_')}" for name in
+              re.findall(r'"dsv3_megatron", "([a-z-]+)"|run_named\("([a-z-]+)"\)', text) for name in name if name]
+    found = {ROOT / "dsv3_megatron/__main__.py"} if '"dsv3_megatron", ' in text else set()
+    found |= {ROOT / file for launcher, file in LAUNCHERS.items() if launcher in text}
     found |= {ROOT / file for file in re.findall(r"tools/\w+\.py", text)} | {path.parent / "conftest.py"}
     for name in names:
         file = re.sub(r"^dsv3_megatron/kernels", "kernels", name.replace(".", "/"))

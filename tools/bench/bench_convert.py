@@ -11,7 +11,7 @@ it what fits is read from memory.
 The result of the way back is compared with the source byte for byte.
 
 Usage:
-    python tools/bench/bench_convert.py --folder /tmp/bench-convert --layers 4 --experts 24 --workers 2
+    python -m tools.bench.bench_convert --folder /tmp/bench-convert --layers 4 --experts 24 --workers 2
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-
 from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
 
 NAME = "convert"

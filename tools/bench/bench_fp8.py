@@ -17,9 +17,9 @@ Without a GPU: `--check-on-cpu` runs the comparisons on small shapes under Trito
 compiles the kernels for Hopper and prints registers, spills and shared memory. Speed: not run, not measured.
 
 Usage:
-    python tools/bench/bench_fp8.py --tune
-    python tools/bench/bench_fp8.py --tokens 4096 8192
-    python tools/bench/bench_fp8.py --check-on-cpu
+    python -m tools.bench.bench_fp8 --tune
+    python -m tools.bench.bench_fp8 --tokens 4096 8192
+    python -m tools.bench.bench_fp8 --check-on-cpu
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-
 from tools.bench.fp8_products import (  # noqa: E402
     BF16,
     Product,
@@ -62,9 +60,9 @@ def check_quantization(device: str, rows: int, width: int) -> None:
     """
     import torch
 
-    from dsv3_megatron.ops.fp8_backend import REFERENCE
-    from dsv3_megatron.ops.fp8_groups import SQUARE
-    from dsv3_megatron.ops.fp8_triton import TritonBackend
+    from dsv3_megatron.ops.fp8.backend import REFERENCE
+    from dsv3_megatron.ops.fp8.groups import SQUARE
+    from dsv3_megatron.ops.fp8.triton_backend import TritonBackend
 
     x, backend = torch.randn(rows, width, device=device), TritonBackend()
     token_of_row = torch.randperm(rows * 8, device=device) % rows
@@ -185,8 +183,8 @@ def bench_quantization(tokens: int) -> list[Measurement]:
     """Bandwidth of each quantization, beside a plain copy's."""
     import torch
 
-    from dsv3_megatron.ops.fp8_groups import SQUARE
-    from dsv3_megatron.ops.fp8_triton import TritonBackend
+    from dsv3_megatron.ops.fp8.groups import SQUARE
+    from dsv3_megatron.ops.fp8.triton_backend import TritonBackend
 
     backend = TritonBackend()
     x = torch.randn(tokens, 7168, device="cuda").bfloat16()

@@ -15,8 +15,8 @@ results/fp8_slice.csv. The target is an FP8 step of 1.3 times the BF16 step's sp
 measured yet: not run on a GPU. On a CPU `--smoke` runs the same on narrow widths and shows that it works, not how fast.
 
 Usage:
-    python tools/bench/bench_fp8_slice.py --layers 3 --micro-batch-size 4
-    python tools/bench/bench_fp8_slice.py --device cpu --smoke --no-csv
+    python -m tools.bench.bench_fp8_slice --layers 3 --micro-batch-size 4
+    python -m tools.bench.bench_fp8_slice --device cpu --smoke --no-csv
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-
 from tools.bench.records import Measurement, append_rows  # noqa: E402
 
 if TYPE_CHECKING:
@@ -131,7 +129,7 @@ def measure_here(options: argparse.Namespace, contender: str, num_experts: int) 
     trainer = random_token_trainer(run)
     backend = ""
     if run.fp8.is_enabled:
-        from dsv3_megatron.ops.fp8_choice import resolve_fp8_backend
+        from dsv3_megatron.ops.fp8.choice import resolve_fp8_backend
 
         backend = resolve_fp8_backend("auto", transformer_impl=run.training.transformer_impl)
     seconds, loss = [], 0.0

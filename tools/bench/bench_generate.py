@@ -7,7 +7,7 @@ are the tokens after each prompt's first, without the prefill. Contenders are pr
 it to the results.
 
 Usage:
-    python tools/bench/bench_generate.py --batch-sizes 1 8 --prompt-lengths 64 416 --steps 5 --threads 2
+    python -m tools.bench.bench_generate --batch-sizes 1 8 --prompt-lengths 64 416 --steps 5 --threads 2
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-
 from tools.bench.contenders import Contender, Step, add_arguments, run_benchmark, serve  # noqa: E402
 from tools.bench.records import Measurement, append_rows  # noqa: E402
 

@@ -14,7 +14,7 @@ the instruments' and the writer's own functions is added up, with that of as man
 what they do to caches and to the waiting of other ranks.
 
 Usage:
-    python tools/bench/bench_instruments.py --presets tiny laptop --rounds 20 --threads 2
+    python -m tools.bench.bench_instruments --presets tiny laptop --rounds 20 --threads 2
 """
 
 from __future__ import annotations
@@ -33,15 +33,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-
 from tools.bench.random_run import random_token_trainer  # noqa: E402
 from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
 
 if TYPE_CHECKING:
     from dsv3_megatron.config.run import RunConfig
     from dsv3_megatron.metrics.writer import MetricsWriter
-    from dsv3_megatron.trainer import Trainer
+    from dsv3_megatron.runs.trainer import Trainer
 
 NEVER = 1_000_000_000
 KINDS = ("not-logged", "logged", "pictures")

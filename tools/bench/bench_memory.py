@@ -6,7 +6,7 @@ second step. Routing is the untrained routers' own: the estimate is told how man
 to the mean of its group, and nothing else that only a run can know.
 
 Usage:
-    python tools/bench/bench_memory.py [--presets tiny laptop] [--cases pp2 ep2 ...] [--explain]
+    python -m tools.bench.bench_memory [--presets tiny laptop] [--cases pp2 ep2 ...] [--explain]
 appends to tools/bench/results/memory.csv and prints a table. On a GPU the processes count what the caching allocator
 has allocated; that has not been run.
 """
@@ -27,11 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-
 from dsv3_megatron.config.presets import preset  # noqa: E402
 from dsv3_megatron.config.run import RunConfig  # noqa: E402
-from dsv3_megatron.planning.memory import RankMemory, estimate_memory, kept_by_name  # noqa: E402
+from dsv3_megatron.planning.memory.estimate import RankMemory, estimate_memory, kept_by_name  # noqa: E402
 from tools.bench.records import Measurement, append_rows  # noqa: E402
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ communication: at share 1, half the time of one after the other.
 `laptop` preset, whose time also depends on what else the machine does: every round measures all three.
 
 Usage:
-    torchrun --standalone --nproc-per-node 2 tools/bench/bench_overlap.py
+    torchrun --standalone --nproc-per-node 2 -m tools.bench.bench_overlap
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-
 from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
 
 COMPUTE, ALONE, TURNS = "compute", "one_after_the_other", "in_turns"
@@ -81,8 +79,8 @@ def real(num_layers: int, seq_length: int) -> Subject:
     from dsv3_megatron.config.presets import laptop
     from dsv3_megatron.data.batches import Batch
     from dsv3_megatron.model.build import build_stages, wrap_stages
-    from dsv3_megatron.model.chunk import ModelChunk
     from dsv3_megatron.model.losses import sum_losses
+    from dsv3_megatron.model.stage.runner import ModelChunk
     from dsv3_megatron.parallel.exchange import post_all_to_all
     from dsv3_megatron.parallel.groups import create_groups
     from tools.bench.timed_segments import Channel, WallClock

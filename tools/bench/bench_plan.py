@@ -1,8 +1,9 @@
 """Predicted against measured time of a training step on a CPU, the machine known by micro-benchmarks alone.
 
 A setting is a layout of `laptop` on some processes. Its processes are the trainer's own, on random tokens; they take
-rounds of micro-benchmarks (`planning/micro_benchmarks.py`, all processes at once) and training steps in turns, so that
-a disturbance of the machine meets both. The prediction reads the micro-benchmarks' medians and no training step.
+rounds of micro-benchmarks (`planning/machine/micro_benchmarks.py`, all processes at once) and training steps in turns,
+so that a disturbance of the machine meets both. The prediction reads the micro-benchmarks' medians and no training
+step.
 
 The slowest process of a round sets the pace of all.
 
@@ -13,8 +14,8 @@ the machine changes less. With several processes that wait for one another only 
 is the search's own time.
 
 Usage:
-    python tools/bench/bench_plan.py --settings one ep4 --rounds 5 --steps 2
-    python tools/bench/bench_plan.py --v3
+    python -m tools.bench.bench_plan --settings one ep4 --rounds 5 --steps 2
+    python -m tools.bench.bench_plan --v3
 appends to tools/bench/results/plan.csv and prints a table.
 """
 
@@ -30,8 +31,6 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-
 from dsv3_megatron.config.presets import laptop  # noqa: E402
 from dsv3_megatron.config.run import RunConfig  # noqa: E402
 from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
@@ -64,10 +63,10 @@ def serve(setting: str, options: argparse.Namespace) -> None:
 
     trainer = random_token_trainer(run_of(setting, options.seq_length, options.micro_batch_size))
     from dsv3_megatron.parallel.groups import world_size_from_environment
-    from dsv3_megatron.planning.micro_benchmarks import CLOCKS, MicroBenchmarks
+    from dsv3_megatron.planning.machine.micro_benchmarks import CLOCKS, MicroBenchmarks
     from dsv3_megatron.planning.run_cost import main_phase, only_phase
-    from dsv3_megatron.planning.step_time import step_time
-    from dsv3_megatron.planning.work import Setting
+    from dsv3_megatron.planning.time.step_time import step_time
+    from dsv3_megatron.planning.time.work import Setting
 
     size = world_size_from_environment()
     run = only_phase(trainer.run, main_phase(trainer.run))
@@ -98,7 +97,7 @@ def measure(setting: str, options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         RuntimeError: a process failed.
     """
-    from dsv3_megatron.planning.calibrate import run_ranks
+    from dsv3_megatron.planning.machine.calibrate import run_ranks
 
     first, *_ = run_ranks([__file__, "--serve", setting, *options.forwarded], SETTINGS[setting][0])
     line = next(line for line in first.splitlines() if line.startswith("RESULT "))
@@ -108,11 +107,11 @@ def measure(setting: str, options: argparse.Namespace) -> dict[str, Any]:
 def predict_v3() -> list[Measurement]:
     """DeepSeek-V3 as published on 2048 H800, beside what was published, and the time of a search over all layouts."""
     from dsv3_megatron.config.presets import preset
-    from dsv3_megatron.planning.hardware_tables import find_hardware
+    from dsv3_megatron.planning.machine.hardware_tables import find_hardware
     from dsv3_megatron.planning.run_cost import main_phase, only_phase
     from dsv3_megatron.planning.search import search
-    from dsv3_megatron.planning.step_time import step_time
-    from dsv3_megatron.planning.work import Setting
+    from dsv3_megatron.planning.time.step_time import step_time
+    from dsv3_megatron.planning.time.work import Setting
 
     run = preset("dsv3-671b").override(pipeline_schedule="dualpipe", fp8="blockwise",
                                        recompute_granularity="selective")

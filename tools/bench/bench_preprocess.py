@@ -8,7 +8,7 @@ tree: the largest sum of resident sizes seen, shared pages counted in every proc
 The input is made here: text that the machine has (data/corpus.py), about 100 MB, and a tokenizer of 32,768 ids trained
 on it; also compressed, 2 GB of it, and one document of 200 MB.
 
-    python tools/bench/bench_preprocess.py --work-dir /tmp/bench --runs 5 --megatron-lm CHECKOUT
+    python -m tools.bench.bench_preprocess --work-dir /tmp/bench --runs 5 --megatron-lm CHECKOUT
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-
 from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
 
 OURS, HUGGING_FACE, MEGATRON = "dsv3_megatron", "dsv3_megatron, tokenizers", "Megatron-LM"

@@ -4,20 +4,17 @@ Forward and backward of the preset's model with its MTP modules, on random token
 is what is allocated beyond weights and gradients, at the moment when it is most (`metrics/live_bytes.py`).
 
 Usage:
-    python tools/bench/bench_recompute.py --presets tiny laptop --precisions fp32 bf16
+    python -m tools.bench.bench_recompute --presets tiny laptop --precisions fp32 bf16
 writes tools/bench/results/recompute.csv and prints a table.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-
 from dsv3_megatron.config.memory import RECOMPUTE_MODULES  # noqa: E402
 from dsv3_megatron.config.presets import PRESETS, preset  # noqa: E402
 from tools.bench.records import Measurement, append_rows  # noqa: E402
@@ -46,7 +43,7 @@ def peak_bytes(stage: Any, *, vocab_size: int, micro_batch_size: int, seq_length
 def measure(name: str, precision: str, groups: Any) -> dict[str, int]:
     """Peak bytes by what is recomputed."""
     from dsv3_megatron.model.build import build_stages
-    from dsv3_megatron.model.recompute import set_recomputed
+    from dsv3_megatron.model.recomputed_modules import set_recomputed
 
     run = preset(name).override(transformer_impl="local", recompute_granularity=None, recompute_modules=[])
     shape = {"vocab_size": run.model.vocab_size, "micro_batch_size": run.training.micro_batch_size,

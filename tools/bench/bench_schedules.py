@@ -10,7 +10,7 @@ The bubble is the time that a rank stands still in the step: the step time less 
 rank that waits longest. Each step is repeated and the fastest counts: what disturbs a machine only adds.
 
 Usage:
-    python tools/bench/bench_schedules.py --unit-ms 20 --repeats 3 [--charts docs]
+    python -m tools.bench.bench_schedules --unit-ms 20 --repeats 3 [--charts docs]
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-
 from dsv3_megatron.schedule.draw import plot_timeline  # noqa: E402
 from dsv3_megatron.schedule.plan import Plan, build_plan  # noqa: E402
 from dsv3_megatron.schedule.simulate import simulate  # noqa: E402

@@ -11,7 +11,7 @@ of the peer takes minutes. A step above `--step-limit-s` is given up and reporte
 rests on is in the results.
 
 Usage:
-    python tools/bench/bench_training_throughput.py --precisions fp32 bf16 --steps 5 --threads 2
+    python -m tools.bench.bench_training_throughput --precisions fp32 bf16 --steps 5 --threads 2
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-
 from tools.bench.contenders import Contender, Step, add_arguments, run_benchmark, serve  # noqa: E402
 from tools.bench.records import Measurement  # noqa: E402
 

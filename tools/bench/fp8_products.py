@@ -97,8 +97,8 @@ def operands(product: Product, device: str) -> Operands:
     """Random ones, the same whenever they are made."""
     import torch
 
-    from dsv3_megatron.ops.fp8_groups import SQUARE
-    from dsv3_megatron.ops.fp8_triton import TritonBackend
+    from dsv3_megatron.ops.fp8.groups import SQUARE
+    from dsv3_megatron.ops.fp8.triton_backend import TritonBackend
 
     stream = torch.Generator(device=device).manual_seed(0)
     backend = TritonBackend()
@@ -141,7 +141,7 @@ def check_product(product: Product, result: Any, given: Operands, name: str) -> 
     """
     import torch
 
-    from dsv3_megatron.ops.fp8_backend import REFERENCE
+    from dsv3_megatron.ops.fp8.backend import REFERENCE
 
     torch.backends.cuda.matmul.allow_tf32 = False
     if product.kind == "grouped":
@@ -160,7 +160,7 @@ def contenders(product: Product, given: Operands) -> dict[str, Callable[[], Any]
     """Implementations of a product by name, cuBLAS' in BF16 first."""
     import torch
 
-    from dsv3_megatron.ops import fp8_triton
+    from dsv3_megatron.ops.fp8 import triton_backend as fp8_triton
 
     if product.kind == "wgrad":
         total = torch.zeros(product.outputs, product.inputs, device=given.wide_a.device)

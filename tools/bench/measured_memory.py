@@ -23,7 +23,7 @@ from unittest import mock
 
 if TYPE_CHECKING:
     from dsv3_megatron.config.run import RunConfig
-    from dsv3_megatron.trainer import Trainer
+    from dsv3_megatron.runs.trainer import Trainer
 
 _NUM_ENTRIES = 30
 # Transfers of less are not waited for: there are many, and they do not show.

@@ -9,7 +9,7 @@ import torch
 from dsv3_megatron.config.run import RunConfig
 
 if TYPE_CHECKING:
-    from dsv3_megatron.trainer import Trainer
+    from dsv3_megatron.runs.trainer import Trainer
 
 
 class RandomTokens:
@@ -41,7 +41,7 @@ def random_token_trainer(run: RunConfig) -> Trainer:
     prepare()  # before anything imports Megatron-Core
     from dsv3_megatron.data.current import CurrentData
     from dsv3_megatron.parallel.groups import world_size_from_environment
-    from dsv3_megatron.trainer import Trainer
+    from dsv3_megatron.runs.trainer import Trainer
 
     keep_freed_memory()
 

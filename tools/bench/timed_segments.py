@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from dsv3_megatron.model.tape import Tape, Value
-from dsv3_megatron.model.weight_gradients import weight_grad_deferral
+from dsv3_megatron.model.stage.tape import Tape, Value
+from dsv3_megatron.model.stage.weight_gradients import weight_grad_deferral
 from dsv3_megatron.parallel.exchange import PostAllToAll, Posted, Splits
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv3_megatron.schedule.chunk import Steps
+from dsv3_megatron.parallel.runner import Steps
 from dsv3_megatron.schedule.execute import Executor
 from dsv3_megatron.schedule.plan import Plan
 from dsv3_megatron.schedule.recorder import measure_step

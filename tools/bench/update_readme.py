@@ -1,6 +1,6 @@
 """Writes the documents' numbers from the results: a table between `<!-- bench:NAME -->` and `<!-- /bench -->`.
 
-    python tools/bench/update_readme.py [--check]
+    python -m tools.bench.update_readme [--check]
 
 Each row is the newest measurement of one contender and configuration in tools/bench/results/NAME.csv.
 """

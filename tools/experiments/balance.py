@@ -5,7 +5,7 @@ balance without costing loss? Measured are the max-violation of each step, max o
 mean over the MoE layers, and the validation loss.
 
 Usage:
-    python tools/experiments/balance.py --preset tiny --data-path PREFIX --valid-data-path PREFIX --work DIR \\
+    python -m tools.experiments.balance --preset tiny --data-path PREFIX --valid-data-path PREFIX --work DIR \\
         --seeds 1 2 3 --output docs/experiments/balance_tiny -- --train-iters 200
 writes docs/experiments/balance_tiny.csv and .png, and prints the table of the last steps.
 """
@@ -13,11 +13,7 @@ writes docs/experiments/balance_tiny.csv and .png, and prints the table of the l
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.experiments.variants import (
     Curve,

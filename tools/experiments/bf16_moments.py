@@ -4,7 +4,7 @@ The question is whether 4 bytes of moments a parameter instead of 8 cost loss; D
 observable performance degradation" (report, section 3.3.1). What to compare a difference with is the range over seeds.
 
 Usage:
-    python tools/experiments/bf16_moments.py --preset tiny --data-path PREFIX --valid-data-path PREFIX --work DIR \\
+    python -m tools.experiments.bf16_moments --preset tiny --data-path PREFIX --valid-data-path PREFIX --work DIR \\
         --seeds 1 2 3 --output docs/experiments/bf16_moments -- --train-iters 200
 writes docs/experiments/bf16_moments.csv and .png, and prints a table of the last losses.
 """
@@ -12,11 +12,7 @@ writes docs/experiments/bf16_moments.csv and .png, and prints a table of the las
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.experiments.variants import (
     Curve,

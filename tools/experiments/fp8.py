@@ -11,7 +11,7 @@ The number of the report is the relative error of the loss against the run witho
 the last half of the steps of each seed. Everything runs on the reference backend.
 
 Usage:
-    python tools/experiments/fp8.py --preset tiny --data-path PREFIX --valid-data-path PREFIX --work DIR \\
+    python -m tools.experiments.fp8 --preset tiny --data-path PREFIX --valid-data-path PREFIX --work DIR \\
         --seeds 1 2 3 --output docs/experiments/fp8_tiny -- --precision bf16 --train-iters 150
 writes docs/experiments/fp8_tiny.csv and .png and prints the table.
 """
@@ -22,8 +22,6 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.experiments.variants import (
     Curve,

@@ -10,7 +10,7 @@ passed forward once as always and backward three times, with Dgrad exact (fp32),
 Forward passes are equal, routing too, so that all that differs is Dgrad.
 
 Usage:
-    python tools/experiments/fp8_gradients.py --preset tiny --data-path PREFIX --valid-data-path PREFIX --work DIR \\
+    python -m tools.experiments.fp8_gradients --preset tiny --data-path PREFIX --valid-data-path PREFIX --work DIR \\
         --seeds 1 2 3 --output docs/experiments/fp8_gradients_tiny -- --precision fp32 --train-iters 40
 writes docs/experiments/fp8_gradients_tiny.csv and .png and prints the table.
 
@@ -30,8 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.experiments.variants import common_flags, experiment_parser
 
@@ -92,8 +90,8 @@ def measure(arguments: Sequence[str], seed: int) -> list[Row]:
     prepare()
     from megatron.core import parallel_state
 
-    from dsv3_megatron.ops.fp8_products import Products
-    from dsv3_megatron.trainer import Trainer
+    from dsv3_megatron.ops.fp8.products import Products
+    from dsv3_megatron.runs.trainer import Trainer
 
     run = parse_command([*arguments, *_FP8, "--seed", str(seed)]).run
     run.validate(1)

@@ -68,7 +68,7 @@ def train_variants(variants: Mapping[str, Sequence[str]], *, common: Sequence[st
     """Train every variant with every seed, seed by seed; the curves in that order.
 
     Args:
-        variants: Name -> flags of `dsv3_megatron.train` that make it what it is.
+        variants: Name -> flags of `dsv3_megatron.commands.train` that make it what it is.
         common: Flags of all of them.
         seeds: Of weights and data order.
         work: Folder for logs; one below it for each run.
@@ -94,7 +94,7 @@ def _train(command: list[str], folder: Path) -> None:
     log = folder / "log.txt"
     with log.open("w", encoding="utf-8") as output:
         # The folder is the experiment's own: what an unfinished run left in it goes.
-        result = subprocess.run([sys.executable, "-m", "dsv3_megatron.train", *command, "--overwrite-run"],
+        result = subprocess.run([sys.executable, "-m", "dsv3_megatron", "train", *command, "--overwrite-run"],
                                 stdout=output, stderr=subprocess.STDOUT, check=False)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with code {result.returncode}; see {log}")

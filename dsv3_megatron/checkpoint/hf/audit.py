@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.directory import SCALE_SUFFIX, HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, tensors_by_parameter
 from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, Progress, ignore, memory_for
-from dsv3_megatron.checkpoint.layout import CheckpointError
 
 # Elements that are compared at a time, where a tensor is not dequantized as a whole.
 _STRIP = 8_000_000

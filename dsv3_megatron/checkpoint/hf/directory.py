@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
+from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.config import check_quantization, ignored_settings, model_config_from_json
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, hugging_face_tensors, layer_of
 from dsv3_megatron.checkpoint.hf.rope import check_stored_frequencies
 from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, SINGLE, SUFFIX, WEIGHT_DTYPES, StoredTensor, read_header
 from dsv3_megatron.checkpoint.hf.spellings import is_frequencies, is_fused, parts_of_fused
-from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.config.model import ModelConfig
-from dsv3_megatron.ops.block_fp8 import dequantize_weight_blocks, scale_shape
+from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, scale_shape
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from dsv3_megatron.checkpoint.agreement import from_all_ranks, on_first_rank, wait_for_folder
+from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.model_card import UNKNOWN_LICENSE, Losses
 from dsv3_megatron.checkpoint.hf.to_hugging_face import prepare_export
 from dsv3_megatron.checkpoint.hf.workplace import ignore
-from dsv3_megatron.checkpoint.layout import CheckpointError
 
 logger = logging.getLogger(__name__)
 

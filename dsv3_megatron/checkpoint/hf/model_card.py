@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsv3_megatron.checkpoint.folder import Manifest
 from dsv3_megatron.checkpoint.hf.names import Storage, hugging_face_tensors, layer_of
 from dsv3_megatron.checkpoint.hf.readers import reader_notes
 from dsv3_megatron.checkpoint.hf.shards import Shard
-from dsv3_megatron.checkpoint.layout import Manifest
 from dsv3_megatron.config.model import ModelConfig
 
 # The hub's word for a licence that nobody has stated.

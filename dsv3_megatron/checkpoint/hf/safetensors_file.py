@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from dsv3_megatron.checkpoint.layout import CheckpointError
-from dsv3_megatron.checkpoint.segments import Segment, read_segments
+from dsv3_megatron.checkpoint.byte_ranges import Segment, read_segments
+from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.config.output import json_text
 
 SUFFIX, SINGLE = ".safetensors", "model.safetensors"

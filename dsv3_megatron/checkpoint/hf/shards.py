@@ -19,7 +19,7 @@ from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, SINGLE, header_b
 from dsv3_megatron.checkpoint.hf.spellings import is_fused, parts_of_fused
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
-from dsv3_megatron.ops.block_fp8 import scale_shape
+from dsv3_megatron.ops.fp8.published import scale_shape
 
 # DeepSeek-V3 in FP8 comes out in 163 files, as published.
 MAX_SHARD_BYTES = 4_250_000_000

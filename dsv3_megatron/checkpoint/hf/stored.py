@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, checkpoint_place, tensors_by_parameter
-from dsv3_megatron.checkpoint.hf.source import Source, read_source
-from dsv3_megatron.checkpoint.layout import (
+from dsv3_megatron.checkpoint.byte_ranges import Segment
+from dsv3_megatron.checkpoint.folder import (
     AVERAGE_PREFIX,
     MASTER_PREFIX,
     CheckpointError,
@@ -18,7 +17,8 @@ from dsv3_megatron.checkpoint.layout import (
     no_average,
     read_manifest,
 )
-from dsv3_megatron.checkpoint.segments import Segment
+from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, checkpoint_place, tensors_by_parameter
+from dsv3_megatron.checkpoint.hf.source import Source, read_source
 from dsv3_megatron.checkpoint.tensor_files import TensorFiles
 from dsv3_megatron.config.model import ModelConfig
 

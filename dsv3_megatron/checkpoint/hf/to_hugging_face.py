@@ -3,7 +3,7 @@ was converted from Hugging Face.
 
 A converted one, asked for in its source's own dtype, becomes its source again: the same files, byte for byte. That
 holds for FP8 because the source's scales were kept: dividing by them and rounding gives back the original values
-(`ops/block_fp8.py` says why), and each tensor is checked for it. Everything else is written in the published form:
+(`ops/fp8/published.py` says why), and each tensor is checked for it. Everything else is written in the published form:
 4.25 GB files, MTP modules with their copies of embedding and head, router biases in FP32, and FP8 by the reference
 quantizer, amax / 448 in each block of 128 x 128.
 """
@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 
 from dsv3_megatron import __version__
+from dsv3_megatron.checkpoint.byte_ranges import copy_segments, write_tensor
+from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.audit import Audit, audit
 from dsv3_megatron.checkpoint.hf.directory import SCALE_SUFFIX, HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.model_card import UNKNOWN_LICENSE, Losses
@@ -33,10 +35,8 @@ from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
 from dsv3_megatron.checkpoint.hf.spellings import is_frequencies
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, Piece, Progress, Report, Workplace, ignore, memory_for
-from dsv3_megatron.checkpoint.layout import CheckpointError
-from dsv3_megatron.checkpoint.segments import copy_segments, write_tensor
 from dsv3_megatron.data.special_tokens import TOKENIZER
-from dsv3_megatron.ops.block_fp8 import dequantize_weight_blocks, quantize_weight_blocks, requantize_weight_blocks
+from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, quantize_weight_blocks, requantize_weight_blocks
 
 logger = logging.getLogger(__name__)
 

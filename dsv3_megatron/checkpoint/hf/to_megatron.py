@@ -19,6 +19,9 @@ from typing import Any
 import torch
 
 from dsv3_megatron import __version__
+from dsv3_megatron.checkpoint.byte_ranges import copy_segments, write_tensor
+from dsv3_megatron.checkpoint.folder import WEIGHTS, CheckpointError, finish_save, iteration_path, saving_path
+from dsv3_megatron.checkpoint.folder import Progress as Position
 from dsv3_megatron.checkpoint.hf.audit import Audit, audit
 from dsv3_megatron.checkpoint.hf.directory import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, checkpoint_place, tensors_by_parameter
@@ -33,16 +36,13 @@ from dsv3_megatron.checkpoint.hf.source import (
 )
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, Piece, Progress, Report, Workplace, ignore, memory_for
-from dsv3_megatron.checkpoint.layout import WEIGHTS, CheckpointError, finish_save, iteration_path, saving_path
-from dsv3_megatron.checkpoint.layout import Progress as Position
-from dsv3_megatron.checkpoint.segments import copy_segments, write_tensor
 from dsv3_megatron.checkpoint.tensor_files import Chunk, lay_out_file, write_index
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.ops.block_fp8 import LARGEST_SCALE, SMALLEST_SCALE
+from dsv3_megatron.ops.fp8.published import LARGEST_SCALE, SMALLEST_SCALE
 from dsv3_megatron.parallel.layout import stage_layouts
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsv3_megatron.checkpoint.layout import CheckpointError
+from dsv3_megatron.checkpoint.folder import CheckpointError
 
 
 def typed_number(name: str, value: Any, is_float: bool, source: str) -> Any:

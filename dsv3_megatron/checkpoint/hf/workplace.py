@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from dsv3_megatron.checkpoint.layout import CheckpointError, check_empty
+from dsv3_megatron.checkpoint.folder import CheckpointError, check_empty
 from dsv3_megatron.config.output import json_text
 
 # Told a number of bytes that have been written or read; called from any thread.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dsv3_megatron.checkpoint.layout import Progress, begin_save, finish_save, read_manifest
+from dsv3_megatron.checkpoint.folder import Progress, begin_save, finish_save, read_manifest
 from dsv3_megatron.checkpoint.resume import Resumption, plan_schedule
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import preset

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv3_megatron.checkpoint.layout import Progress, begin_save, finish_save
+from dsv3_megatron.checkpoint.folder import Progress, begin_save, finish_save
 from dsv3_megatron.checkpoint.resume import plan_resumption
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import preset

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv3_megatron import train
+from dsv3_megatron.commands import train
 from dsv3_megatron.config.load import build_parser
 from dsv3_megatron.config.presets import PRESETS
 from dsv3_megatron.data.indexed_writer import DatasetWriter
@@ -29,7 +29,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def test_help_answers_in_under_a_second_without_torch() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = _run("-X", "importtime", "-m", "dsv3_megatron.train", "--help")
+    done = _run("-X", "importtime", "-m", "dsv3_megatron", "train", "--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
@@ -43,7 +43,7 @@ def test_help_answers_in_under_a_second_without_torch() -> None:
 
 PRINT_EVERY_PRESET = """
 import contextlib, io, json, sys
-from dsv3_megatron import train
+from dsv3_megatron.commands import train
 tables = {}
 for name in sys.argv[1:]:
     for extra in ([], ["--json"]):
@@ -81,7 +81,7 @@ def test_print_model_takes_the_layout_given(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_wrong_setting_ends_the_process_with_2_and_one_line() -> None:
-    done = _run("-m", "dsv3_megatron.train", "--preset", "dsv3-671b", "--expert-model-parallel-size", "6",
+    done = _run("-m", "dsv3_megatron", "train", "--preset", "dsv3-671b", "--expert-model-parallel-size", "6",
                 WORLD_SIZE="1024", RANK="0")
     assert done.returncode == train.EXIT_CONFIG == 2
     assert done.stdout == ""

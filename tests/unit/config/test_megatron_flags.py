@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_megatron import train
+from dsv3_megatron.commands import train
 from dsv3_megatron.config import megatron_docs
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import parse_command

@@ -129,7 +129,7 @@ def test_what_an_encoding_does_not_have_is_escaped_as_json_does(environment: dic
 
 
 @pytest.mark.parametrize("arguments", [
-    ["-m", "dsv3_megatron.train", "--preset", "tiny", "--print-model"], ["-m", "dsv3_megatron.train", "--help"],
+    ["-m", "dsv3_megatron", "train", "--preset", "tiny", "--print-model"], ["-m", "dsv3_megatron", "train", "--help"],
     ["tools/plan_run.py", "--help"], ["tools/evaluate.py", "--help"], ["tools/generate.py", "--help"],
     ["tools/simulate_pipeline.py", "--schedule", "1f1b", "--pipeline-model-parallel-size", "2", "--num-microbatches",
      "4", "--json"],
@@ -141,7 +141,7 @@ def test_commands_end_quietly_when_nobody_reads(arguments: list[str]) -> None:
 
 def test_a_lost_reader_is_no_lost_rank() -> None:
     code = ("import sys, time; from dsv3_megatron.config.streams import run_command\n"
-            "from dsv3_megatron.train import run_rank\n"
+            "from dsv3_megatron.runs.rank import run_rank\n"
             "run_command(lambda: run_rank(0, lambda: print('x' * 100_000) or 0))")
     done = run(["-c", code], closed_pipe())
     assert (done.returncode, done.stderr) == (141, b"")

@@ -18,7 +18,7 @@ from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.phases import Phase, read_phases
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.metrics.summary import read_run_config
+from dsv3_megatron.reports.summary import read_run_config
 
 TOML = """
 preset = "tiny"

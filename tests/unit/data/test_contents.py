@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsv3_megatron.commands.train import main
 from dsv3_megatron.data import contents
 from dsv3_megatron.data.blend import check_data, read_vocab_size
 from dsv3_megatron.data.contents import read_contents
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.rows import open_token_array, open_windows
-from dsv3_megatron.train import main
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv3_megatron.checkpoint.layout import Progress, begin_save, finish_save
+from dsv3_megatron.checkpoint.folder import Progress, begin_save, finish_save
 from dsv3_megatron.checkpoint.text_files import collect_text_files
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.data.indexed_writer import DatasetWriter

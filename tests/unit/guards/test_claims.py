@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_megatron.checkpoint.layout import (
+from dsv3_megatron.checkpoint.folder import (
     TRACKER,
     WEIGHTS,
     CheckpointError,

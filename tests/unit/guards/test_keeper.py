@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dsv3_megatron.checkpoint.layout import CheckpointError, Progress
+from dsv3_megatron.checkpoint.folder import CheckpointError, Progress
 from dsv3_megatron.config.training import CheckpointConfig
 from dsv3_megatron.guards import keeper as module
 from dsv3_megatron.guards.keeper import NEEDED_ATTEMPTS, CheckpointKeeper

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_megatron.checkpoint.layout import CheckpointError
+from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.guards.lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -10,10 +10,10 @@ import math
 import pytest
 import torch
 
-from dsv3_megatron.ops.fp8_backend import REFERENCE
-from dsv3_megatron.ops.fp8_groups import SQUARE, TILE
-from dsv3_megatron.ops.fp8_quantize import Quantized, quantize, quantize_columns
-from dsv3_megatron.ops.fp8_records import pack_rows, unpack_rows
+from dsv3_megatron.ops.fp8.backend import REFERENCE
+from dsv3_megatron.ops.fp8.groups import SQUARE, TILE
+from dsv3_megatron.ops.fp8.packed_rows import pack_rows, unpack_rows
+from dsv3_megatron.ops.fp8.quantize import Quantized, quantize, quantize_columns
 from dsv3_megatron.ops.swiglu import swiglu_forward
 from dsv3_megatron.parallel.narrow_rows import Narrow, exchange_rows, permuted_records
 from tests.slow_fp8 import E5M6_VALUES
@@ -28,7 +28,7 @@ def random(*shape, seed=0, dtype=torch.bfloat16):
 
 @pytest.fixture
 def backend():
-    from dsv3_megatron.ops.fp8_triton import TritonBackend
+    from dsv3_megatron.ops.fp8.triton_backend import TritonBackend
 
     return TritonBackend()
 
@@ -231,8 +231,8 @@ def test_grouped_gemm(backend, counts):
 def test_a_layer_and_experts_on_this_backend(backend):
     """Forward and backward through the same autograd functions as the reference's."""
     from dsv3_megatron.config.precision import LinearPrecision
-    from dsv3_megatron.ops.fp8_experts import fp8_swiglu_experts
-    from dsv3_megatron.ops.fp8_linear import fp8_linear
+    from dsv3_megatron.ops.fp8.experts import fp8_swiglu_experts
+    from dsv3_megatron.ops.fp8.linear import fp8_linear
 
     precision, counts = LinearPrecision(input_scales="power_of_2"), [20, 0, 17]
     x, weight = random(37, 80, dtype=torch.float32), random(48, 80, seed=1, dtype=torch.float32)

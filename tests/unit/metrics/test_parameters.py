@@ -208,7 +208,7 @@ def test_every_preset_counts(name: str) -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = ("import sys, dsv3_megatron.metrics.model_table, dsv3_megatron.metrics.progress, "
-            "dsv3_megatron.metrics.writer, dsv3_megatron.metrics.plot; "
+    code = ("import sys, dsv3_megatron.reports.model_table, dsv3_megatron.metrics.progress, "
+            "dsv3_megatron.metrics.writer, dsv3_megatron.reports.plot; "
             "assert not {'torch', 'megatron', 'matplotlib', 'numpy'} & set(sys.modules), 'heavy import'")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.metrics.model_table import model_summary
 from dsv3_megatron.metrics.parameters import optimizer_bytes_per_parameter, rank_parameters, weight_bytes_per_parameter
 from dsv3_megatron.metrics.rank_state import checkpoint_bytes, padded_numel, rank_states
 from dsv3_megatron.parallel.layout import stage_layouts
-from dsv3_megatron.planning.memory import estimate_memory
+from dsv3_megatron.planning.memory.estimate import estimate_memory
+from dsv3_megatron.reports.model_table import model_summary
 
 TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
 RUNS: list[tuple[str, int, dict[str, Any]]] = [

@@ -15,7 +15,7 @@ from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.planning import precheck
-from dsv3_megatron.planning.memory import estimate_memory
+from dsv3_megatron.planning.memory.estimate import estimate_memory
 
 EOD = 1
 

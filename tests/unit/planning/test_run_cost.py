@@ -9,9 +9,9 @@ import pytest
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.phases import Phase
 from dsv3_megatron.config.presets import preset
-from dsv3_megatron.planning.hardware_tables import find_hardware
+from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.run_cost import main_phase, only_phase, run_cost
-from dsv3_megatron.planning.work import Setting
+from dsv3_megatron.planning.time.work import Setting
 
 SETTING = Setting(find_hardware("h800"), 64)
 

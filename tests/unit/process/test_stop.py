@@ -32,7 +32,7 @@ sys.exit(end_with_a_line(work, "nothing was written"))
 STUCK = """
 import ctypes, sys
 from dsv3_megatron.process.stop import StopListener
-from dsv3_megatron.train import end_of
+from dsv3_megatron.runs.rank import end_of
 mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
 def work():
     library.pthread_mutex_lock(mutex)

@@ -8,8 +8,8 @@ import json
 import pytest
 from transformers import DeepseekV3Config
 
+from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf import model_config_from_json, model_config_to_json
-from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.config.presets import PRESETS, preset
 from tests.hugging_face import config_json
 from tests.parity.architectures import PUBLISHED, variant

@@ -21,20 +21,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsv3_megatron.checkpoint.folder import CheckpointError, read_manifest
 from dsv3_megatron.checkpoint.hf.directory import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
 from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget
-from dsv3_megatron.checkpoint.layout import CheckpointError, read_manifest
+from dsv3_megatron.commands import convert as convert_checkpoint
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.ops.block_fp8 import quantize_weight_blocks
+from dsv3_megatron.ops.fp8.published import quantize_weight_blocks
 from tests.hugging_face import QUANTIZED, config_json, dequantized, published_weights, quantized, write_checkpoint
 from tests.parity.architectures import variant
 from tests.reference_weights import is_router_bias
-from tools import convert_checkpoint
 
 ROOT = Path(__file__).resolve().parents[4]
 # Wider than one block, and no multiple of it.
@@ -268,7 +268,7 @@ def copy(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 os.copy_file_range = copy
-from tools.convert_checkpoint import main
+from dsv3_megatron.commands.convert import main
 sys.exit(main(sys.argv[2:]))
 """
 

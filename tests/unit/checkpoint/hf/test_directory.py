@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory, hugging_face_tensors, tensors_by_parameter
-from dsv3_megatron.checkpoint.layout import CheckpointError
 from dsv3_megatron.config.presets import preset
 from tests.hugging_face import config_json, dequantized, published_weights, quantized, write_checkpoint
 from tests.parity.architectures import PUBLISHED, variant

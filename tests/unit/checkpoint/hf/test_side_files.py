@@ -13,22 +13,22 @@ import torch
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM, GenerationConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
+from dsv3_megatron.checkpoint.folder import MANIFEST
 from dsv3_megatron.checkpoint.hf.config import export_refusals
 from dsv3_megatron.checkpoint.hf.model_card import Losses, count_exported
 from dsv3_megatron.checkpoint.hf.readers import LIMITS, READERS, reader_notes, readers_table
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
-from dsv3_megatron.checkpoint.layout import MANIFEST
+from dsv3_megatron.commands import convert as convert_checkpoint
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
 from dsv3_megatron.metrics.parameters import count_parameters
 from dsv3_megatron.metrics.records import last_losses
-from dsv3_megatron.ops.block_fp8 import dequantize_weight_blocks, quantize_weight_blocks
+from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, quantize_weight_blocks
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.architectures import variant
 from tests.reference_weights import weight_shapes
-from tools import convert_checkpoint
 
 ROOT = Path(__file__).resolve().parents[4]
 MODEL = dataclasses.replace(variant("plain"), vocab_size=MIN_VOCAB_SIZE + 14)

@@ -1,0 +1,131 @@
+"""Runs of bytes in files, and moving them from one file into another without holding them.
+
+A tensor that keeps its dtype is moved by the kernel from file to file; only what has to be computed with comes into
+memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsv3_megatron.checkpoint.folder import CheckpointError
+
+# Bytes moved between two looks at whether the conversion was stopped, and read at a time where the kernel cannot.
+_STEP_BYTES = 64_000_000
+_BUFFER_BYTES = 8_000_000
+_NOT_BY_KERNEL = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY})
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`num_bytes` of a file from `offset` on."""
+
+    file: Path
+    offset: int
+    num_bytes: int
+
+
+def read_segments(segments: Sequence[Segment], raw: torch.Tensor, name: str) -> None:
+    """Fill a tensor of bytes with segments, one after the other.
+
+    Args:
+        segments: Places of the bytes, together as many as `raw` has.
+        raw: Tensor to fill, uint8, contiguous.
+        name: Name of the tensor, for messages.
+
+    Raises:
+        CheckpointError: a file cannot be read or ends before.
+    """
+    view = memoryview(raw.numpy())
+    position = 0
+    for segment in segments:
+        part = view[position: position + segment.num_bytes]
+        position += segment.num_bytes
+        try:
+            descriptor = os.open(segment.file, os.O_RDONLY)
+            try:
+                done = 0
+                while done < len(part):
+                    count = os.preadv(descriptor, [part[done:]], segment.offset + done)
+                    if not count:
+                        raise _cut(segment, name)
+                    done += count
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise _unreadable(segment, name, error) from error
+    assert position == len(view), (name, position, len(view))
+
+
+def copy_segments(segments: Sequence[Segment], target: int, offset: int, name: str,
+                  report: Callable[[int], None]) -> None:
+    """Write segments one after the other into an open file.
+
+    Args:
+        segments: Places that the bytes come from.
+        target: Descriptor of the file to write.
+        offset: First byte to write in that file.
+        name: Name of the tensor, for messages.
+        report: Told the number of bytes after each step; may raise to stop.
+
+    Raises:
+        CheckpointError: a file cannot be read or ends before.
+        OSError: the target cannot be written.
+    """
+    for segment in segments:
+        try:
+            source = os.open(segment.file, os.O_RDONLY)
+        except OSError as error:
+            raise _unreadable(segment, name, error) from error
+        try:
+            done = 0
+            while done < segment.num_bytes:
+                step = min(_STEP_BYTES, segment.num_bytes - done)
+                count = _copy(source, segment.offset + done, target, offset + done, step)
+                if not count:
+                    raise _cut(segment, name)
+                done += count
+                report(count)
+        finally:
+            os.close(source)
+        offset += segment.num_bytes
+
+
+def write_tensor(target: int, offset: int, tensor: torch.Tensor) -> None:
+    """Write a contiguous tensor's bytes at a position of an open file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    view = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    done = 0
+    while done < len(view):
+        done += os.pwrite(target, view[done: done + _STEP_BYTES], offset + done)
+
+
+def _copy(source: int, start: int, target: int, offset: int, num_bytes: int) -> int:
+    """Move some bytes, by the kernel where it can; how many, 0 at the source's end."""
+    try:
+        return os.copy_file_range(source, target, num_bytes, start, offset)
+    except OSError as error:
+        if error.errno not in _NOT_BY_KERNEL:
+            raise
+    data = os.pread(source, min(num_bytes, _BUFFER_BYTES), start)
+    done = 0
+    while done < len(data):
+        done += os.pwrite(target, data[done:], offset + done)
+    return len(data)
+
+
+def _cut(segment: Segment, name: str) -> CheckpointError:
+    return CheckpointError(f"{segment.file} ends within tensor {name}: it is truncated; get it again")
+
+
+def _unreadable(segment: Segment, name: str, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{segment.file}: tensor {name} cannot be read: {error.strerror}")

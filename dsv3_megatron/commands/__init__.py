@@ -1,0 +1,15 @@
+"""What a user types: one module a command. Each reads arguments, calls the other rooms and prints what comes back.
+
+Every module has `main(arguments)`, which returns the exit code. Nothing is imported here.
+
+    dispatch.py     `dsv3 COMMAND`: the table of commands
+
+    train.py        one process of a run                   evaluate.py     loss and perplexity of a checkpoint
+    generate.py     text from a checkpoint                 convert.py      to Hugging Face's format and back
+
+    preprocess.py   text to tokens on disk                 train_tokenizer.py   a tokenizer learned from text
+    merge.py        datasets joined end to end             inspect.py      a dataset looked at, or verified
+
+    plan.py         time, memory and cost of a run         simulate.py     a schedule on paper
+    draw_schedule.py  what ranks did when                  plot.py         a run's measurements as one page
+"""

@@ -1,0 +1,195 @@
+"""One process of a training run: `torchrun -m dsv3_megatron train FLAGS`, or alone `dsv3 train FLAGS`.
+
+What can be answered without torch (--help, --print-model, --print-schedule, a wrong setting) is answered before it is
+imported. A wrong setting is printed once, not once per process.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.load import Command, parse_command
+from dsv3_megatron.config.output import json_text, require_output_file
+from dsv3_megatron.process.ranks import Processes, require_free_port
+from dsv3_megatron.process.stop import StopListener
+from dsv3_megatron.runs.rank import EXIT_CONFIG, end_of, prepare_rank, run_rank, say_error
+
+if TYPE_CHECKING:
+    from dsv3_megatron.planning.precheck import Told
+
+# Set by the launcher for its check before the start, of which there is one a node: how many there are, and which.
+NODES, NODE_RANK = "DSV3_NODES", "DSV3_NODE_RANK"
+# Set by the launcher for the processes of a run that it has checked: notes and warnings have been printed.
+ALREADY_CHECKED = "DSV3_MEGATRON_CHECKED"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one process of a training run.
+
+    Returns:
+        Exit code: 0 done, 2 a setting or an input is wrong, 3 a guard ended the run, 4 a rank hung, 128 and the number
+        of a signal that came before there was anything to save; any other error raises.
+    """
+    with StopListener("nothing was saved"):
+        return end_of(lambda: _main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    processes: Processes | None = None
+    try:
+        processes = Processes.from_environment()
+        command = parse_command(arguments)
+        if command.print_model or command.print_schedule or command.plot_schedule:
+            _describe(command, processes.rank)
+            return 0
+        world_size = command.world_size or processes.world_size
+        if not command.check_only:
+            processes.require_rank()
+        command.run.validate(world_size)
+        told = _check_inputs(command, world_size, processes.rank)
+    except ValueError as error:
+        return _refuse(str(error), processes)
+    if processes.rank == 0:
+        _tell(command, told)
+    if command.check_only:
+        return _meet_nodes(processes, None)
+    return _train(command, processes.rank)
+
+
+def _refuse(text: str, processes: Processes | None) -> int:
+    """Say what is wrong, to the user and to the processes that would wait for this one."""
+    if processes is None or NODES in os.environ:
+        where = f" (node {os.environ.get(NODE_RANK)}, on {socket.gethostname()})" if _num_nodes() > 1 else ""
+        print(f"error: {text}{where}", file=sys.stderr, flush=True)
+        if processes is not None:
+            _meet_nodes(processes, text)
+    else:
+        say_error(text, processes)
+    return EXIT_CONFIG
+
+
+def _num_nodes() -> int:
+    return int(os.environ.get(NODES, "1"))
+
+
+def _meet_nodes(processes: Processes, error: str | None) -> int:
+    """The launcher's check of this node meets those of the others, so that all start, or none.
+
+    Returns:
+        Exit code: 2 if any node's check found something.
+    """
+    if NODES not in os.environ:
+        return 0
+    try:
+        if _num_nodes() == 1:
+            if error is None and "MASTER_PORT" in os.environ:
+                require_free_port(processes.port, processes.address or "")
+            return 0
+        from dsv3_megatron.parallel.roll_call import PeerError, meet_nodes
+
+        try:
+            meet_nodes(processes, int(os.environ[NODE_RANK]), _num_nodes(), error)
+        except PeerError as peer:
+            if error is None:  # else it is said, and nobody was there to be told
+                print(f"error: {peer}", file=sys.stderr, flush=True)
+                return EXIT_CONFIG
+    except ConfigError as wrong:
+        if error is None:
+            print(f"error: {wrong}", file=sys.stderr, flush=True)
+        return EXIT_CONFIG
+    return 0
+
+
+def _tell(command: Command, told: Sequence[Told]) -> None:
+    """Say what was checked, if that was asked for; what may go wrong, and what became of Megatron-LM's flags, once."""
+    if not os.environ.get(ALREADY_CHECKED):
+        for note in command.notes:
+            print(f"note: {note}", file=sys.stderr)
+        for line in told:
+            if line.is_warning:
+                print(f"warning: {line.text}", file=sys.stderr)
+    for line in told if command.check_only else ():
+        if not line.is_warning:
+            print(line.text)
+
+
+def _describe(command: Command, rank: int) -> None:
+    """Print or draw what was asked for about the run, once."""
+    run = command.run
+    run.validate(command.world_size)
+    require_output_file("--plot-schedule", command.plot_schedule, ending=".png")
+    parts: dict[str, Any] = {}
+    if command.print_model:
+        from dsv3_megatron.reports.model_table import describe_model
+
+        parts["model"] = describe_model(run, command.world_size, as_json=command.as_json)
+    if command.print_schedule:
+        from dsv3_megatron.reports.schedule_table import schedule_summary, schedule_table
+
+        parts["schedule"] = schedule_summary(run) if command.as_json else schedule_table(run)
+    if rank != 0:
+        return
+    if parts and command.as_json:
+        # Of one thing its own object, of two one that holds both.
+        print(json_text(parts if len(parts) > 1 else next(iter(parts.values())), indent=2))
+    elif parts:
+        print("\n\n".join(parts.values()))
+    if command.plot_schedule:
+        from dsv3_megatron.reports.schedule_plot import plot_schedule
+
+        plot_schedule(run.recipe(), command.plot_schedule, title=run.preset)
+
+
+def _check_inputs(command: Command, world_size: int, rank: int) -> list[Told]:
+    """Data, tokenizer, layout, memory and folders fit the run; nothing is allocated for the answer.
+
+    What the first rank alone writes or would find, it alone looks at.
+    """
+    from dsv3_megatron.checkpoint.folder import check_save_directory
+    from dsv3_megatron.checkpoint.resume import plan_resumption
+    from dsv3_megatron.data.blend import check_data, parse_blend
+    from dsv3_megatron.data.datasets import parse_split
+    from dsv3_megatron.data.document_ends import resolve_eod_id
+    from dsv3_megatron.data.tokenizer import fingerprint
+    from dsv3_megatron.guards.claims import RunClaim
+    from dsv3_megatron.planning import precheck
+
+    run = command.run
+    told = precheck.check_layout(run, world_size)
+    # Each phase to run may have data of its own.
+    data = [phase.data for phase in run.recipe().phases_to_run]
+    if not run.data.data_path:
+        raise ConfigError("data_path is not set: give the training data's PREFIX (of PREFIX.bin and PREFIX.idx, made "
+                          "by tools/preprocess_data.py), as in --data-path PREFIX")
+    prefixes = list(dict.fromkeys(
+        prefix for section in data for field in ("data_path", "valid_data_path") if getattr(section, field)
+        for prefix in parse_blend(getattr(section, field), field).prefixes))
+    if not all(section.valid_data_path for section in data):
+        parse_split(run.data.split)
+    tokenizer = fingerprint(run.data.tokenizer_model) if run.data.tokenizer_model else None
+    check_data(prefixes, vocab_size=run.model.vocab_size, tokenizer_fingerprint=tokenizer,
+               cache_dir=run.data.data_cache_path)
+    if run.data.document_flags:
+        resolve_eod_id(prefixes, tokenizer_model=run.data.tokenizer_model, flags=run.data.document_flags)
+    plan_resumption(run, RunClaim(run.checkpoint, run.logging.tensorboard_dir).look().load)
+    if run.checkpoint.save:
+        check_save_directory(run.checkpoint.save)
+    told += precheck.check_run_data(run)
+    if rank == 0:
+        told += precheck.check_vocabulary(run, prefixes)
+        told += precheck.check_export(run)
+        told += precheck.check_folders(run)
+        told += precheck.check_memory(run, world_size, is_planned=command.world_size is not None)
+    return told
+
+
+def _train(command: Command, rank: int) -> int:
+    prepare_rank()
+    from dsv3_megatron.runs.trainer import Trainer
+
+    return run_rank(rank, lambda: Trainer(command.run).train())

@@ -1,0 +1,213 @@
+"""One pipeline stage as a sequence of segments between exchanges of tokens with other ranks.
+
+    embedding | dense layer | ... | MoE layer: attention, router -> dispatch -> experts -> combine -> residual | ...
+    | final norm | MTP module: embedding, projection, MoE layer, norm, its losses | ... | head, losses, loss
+
+`->` is an all-to-all among the expert-parallel ranks, posted early and waited for when the pass is resumed. The shared
+experts are computed with the routed ones, where they are between two transfers. A dense layer is one segment; so is
+every layer without expert parallelism, since nothing is to be waited for in it. The collectives of tensor and sequence
+parallelism, and the exchange of token counts before a dispatch, stay inside the segments and block. Where whole layers
+are recomputed in backward (`recompute_granularity=full`) a layer is one segment too, and its transfers block, forward
+and both times backward.
+
+The pieces are Megatron-Core's layer, MoE layer and token dispatcher. What they note on themselves in a forward pass is
+noted on a copy for each micro-batch, so that micro-batches do not meet there.
+
+Not here: dropout's random states and FP8's contexts, of which this model's layers need none.
+
+Shapes: S sequence, B micro-batch, H hidden, R routed rows, T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.random import checkpoint
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+from dsv3_megatron.data.batches import Batch
+from dsv3_megatron.model.dispatch import NarrowDispatcher
+from dsv3_megatron.model.documents import PackedDocuments
+from dsv3_megatron.model.language_model import DeepSeekV3Model, TokenLosses
+from dsv3_megatron.model.stage.tape import Tape, Value
+from dsv3_megatron.model.stage.weight_gradients import delaying_modules
+from dsv3_megatron.parallel.exchange import Splits
+from dsv3_megatron.parallel.narrow_rows import Narrow
+
+ValueSteps = Generator[None, None, Value]
+# Of a micro-batch's token losses: the sum to differentiate, which alone is a `Value` afterwards.
+LossOf = Callable[[TokenLosses], torch.Tensor]
+
+
+class SegmentedStage:
+    """A stage's module, run on a tape.
+
+    Args:
+        module: The stage, not wrapped.
+    """
+
+    def __init__(self, module: DeepSeekV3Model) -> None:
+        self.module = module
+        self.layers = [SegmentedLayer(layer) for layer in module.decoder.layers]
+        self.mtp_layers = list(module.mtp.layers) if module.mtp_process else []
+        self.mtp_inner = [SegmentedLayer(layer.mtp_model_layer) for layer in self.mtp_layers]
+        self.delaying_mtp = [delaying_modules(layer.eh_proj) for layer in self.mtp_layers]
+
+    def forward(self, tape: Tape, hidden_SBH: Value | None, batch: Batch, documents: PackedDocuments | None,
+                loss_of: LossOf) -> ValueSteps:
+        """Run the stage; yields with each exchange under way.
+
+        Args:
+            tape: Tape of this micro-batch.
+            hidden_SBH: What the previous stage gave; None on the first.
+            batch: The micro-batch, on the stage's device.
+            documents: Document bounds and positions, as `forward_stage` passes them to the module.
+            loss_of: Called on the last stage.
+
+        Returns:
+            The stage's output; the loss on the last stage.
+        """
+        module = self.module
+        if hidden_SBH is None:
+            assert module.pre_process, "only the first stage has no input"
+            (hidden_SBH,) = tape.run(lambda: module.embedding(input_ids=batch.tokens_BS,
+                                                              position_ids=batch.position_ids_BS))
+        for layer in self.layers:
+            hidden_SBH = yield from layer.forward(tape, hidden_SBH, documents)
+        if module.decoder.final_layernorm is not None:
+            (hidden_SBH,) = tape.run(module.decoder.final_layernorm, hidden_SBH)
+        if not module.post_process:
+            return hidden_SBH
+        losses = yield from self._token_losses(tape, hidden_SBH, batch, documents)
+        (loss,) = tape.run(lambda main_BS, *mtp_BS: loss_of(TokenLosses(main_BS, mtp_BS)), *losses)
+        return loss
+
+    def _token_losses(self, tape: Tape, hidden_SBH: Value, batch: Batch, documents: PackedDocuments | None
+                      ) -> Generator[None, None, tuple[Value, ...]]:
+        """Main losses, then those of each MTP module; in the order of the module's own forward pass."""
+        module = self.module
+        losses: list[Value] = []
+        tokens, positions, hidden_k = Value(batch.tokens_BS), Value(batch.position_ids_BS), hidden_SBH
+        targets = module.mtp_targets(batch.labels_BS, documents) if self.mtp_layers else []
+        modules = zip(self.mtp_layers, self.mtp_inner, self.delaying_mtp, targets, strict=True)
+        for depth, (layer, inner, delaying, targets_k) in enumerate(modules, start=1):
+            tokens, positions, embedded = self._next_tokens(tape, layer, tokens, positions, documents)
+            (hidden_k,) = tape.run(layer._concat_embeddings, hidden_k, embedded, delaying=delaying)
+            hidden_k = yield from inner.forward(tape, hidden_k, documents)
+            (hidden_k,) = tape.run(layer._postprocess, hidden_k)
+            module.observe_heads(depth, hidden_SBH.tensor, hidden_k.tensor, targets_k)
+            losses += tape.run(lambda h_SBH, targets_k=targets_k: module.mtp_losses(h_SBH, targets_k), hidden_k)
+        main = tape.run(lambda h_SBH: module.token_losses(h_SBH, batch.labels_BS), hidden_SBH)
+        return (*main, *losses)
+
+    def _next_tokens(self, tape: Tape, layer: Any, tokens: Value, positions: Value,
+                     documents: PackedDocuments | None) -> tuple[Value, ...]:
+        """Tokens and positions one further on, and the embeddings of those tokens."""
+
+        def shift_and_embed(tokens_BS: torch.Tensor, positions_BS: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            # The layer passes hidden states through here and looks at nothing in them.
+            unused = torch.empty(0, device=tokens_BS.device)
+            tokens_BS, positions_BS, _padding, embedded_SBH, _ = layer._get_embeddings(
+                input_ids=tokens_BS, position_ids=positions_BS, embedding=self.module.embedding,
+                hidden_states=unused, packed_seq_params=documents)
+            return tokens_BS, positions_BS, embedded_SBH
+
+        return tape.run(shift_and_embed, tokens, positions)
+
+
+class SegmentedLayer:
+    """A transformer layer, run on a tape.
+
+    Args:
+        layer: Megatron-Core's transformer layer.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.has_remote_experts = isinstance(layer.mlp, MoELayer) and layer.mlp.ep_group.size() > 1
+        self.delaying = delaying_modules(layer)
+        if self.has_remote_experts:
+            self.delaying_attention = delaying_modules(layer.self_attention)
+            self.delaying_experts = delaying_modules(layer.mlp.experts, layer.mlp.shared_experts)
+
+    def forward(self, tape: Tape, hidden_SBH: Value, documents: PackedDocuments | None) -> ValueSteps:
+        """Run the layer; yields with each exchange under way."""
+        layer = self.layer
+        is_recomputed = layer.config.recompute_granularity == "full" and layer.training
+        if self.has_remote_experts and not is_recomputed:
+            return (yield from _MoEPass(self).forward(tape, hidden_SBH, documents))
+
+        def whole_layer(h_SBH: torch.Tensor) -> torch.Tensor:
+            return layer(hidden_states=h_SBH, attention_mask=None, packed_seq_params=documents)[0]
+
+        (hidden_SBH,) = tape.run(partial(checkpoint, whole_layer, False) if is_recomputed else whole_layer,
+                                 hidden_SBH, delaying=self.delaying)
+        return hidden_SBH
+
+
+class _MoEPass:
+    """One micro-batch's pass through an MoE layer whose experts are on several ranks."""
+
+    def __init__(self, segmented: SegmentedLayer) -> None:
+        self.segmented = segmented
+        self.layer = copy.copy(segmented.layer)
+        self.moe = self.layer.mlp
+        self.dispatcher = copy.copy(self.moe.token_dispatcher)
+
+    def forward(self, tape: Tape, hidden_SBH: Value, documents: PackedDocuments | None) -> ValueSteps:
+        residual_SBH, normed_SBH, rows_RH, gates_R = tape.run(
+            lambda h_SBH: self.attend_and_route(h_SBH, documents), hidden_SBH,
+            delaying=self.segmented.delaying_attention)
+        splits = self.splits()
+        outward, homeward = self.narrow()
+        rows_RH, gates_R = yield from tape.exchange(rows_RH, gates_R, splits=splits, narrow=outward)
+        del outward  # and its records
+        rows_RH, *shared_SBH = tape.run(self.apply_experts, rows_RH, gates_R, normed_SBH,
+                                        delaying=self.segmented.delaying_experts)
+        del gates_R, normed_SBH
+        (rows_RH,) = yield from tape.exchange(rows_RH, splits=splits.reversed(), narrow=homeward)
+        (output_SBH,) = tape.run(self.add, rows_RH, residual_SBH, *shared_SBH)
+        return output_SBH
+
+    def attend_and_route(self, hidden_SBH: torch.Tensor, documents: PackedDocuments | None
+                         ) -> tuple[torch.Tensor, ...]:
+        """Attention with its residual; that, its norm, and a row for each token and expert with its gate."""
+        hidden_SBH, _context = self.layer._forward_attention(
+            hidden_states=hidden_SBH, attention_mask=None, packed_seq_params=documents)
+        normed_SBH = self.layer._forward_pre_mlp_layernorm(hidden_SBH)
+        probs_TE, routing_map_TE = self.moe.route(normed_SBH)
+        rows_RH, gates_R = self.dispatcher.dispatch_preprocess(normed_SBH, routing_map_TE, probs_TE)
+        return hidden_SBH, normed_SBH, rows_RH, gates_R
+
+    def splits(self) -> Splits:
+        """How many rows go where, known on the host from here on."""
+        dispatcher = self.dispatcher
+        dispatcher.tokens_per_expert = dispatcher._maybe_dtoh_and_synchronize(
+            "before_ep_alltoall", dispatcher.tokens_per_expert)
+        return Splits.of(dispatcher.input_splits, dispatcher.output_splits, dispatcher.ep_group)
+
+    def narrow(self) -> tuple[Narrow | None, Narrow | None]:
+        """How rows travel to their experts and back, where that is in FP8."""
+        dispatcher = self.dispatcher
+        if not isinstance(dispatcher, NarrowDispatcher):
+            return None, None
+        return dispatcher.outward(), dispatcher.homeward()
+
+    def apply_experts(self, rows_RH: torch.Tensor, gates_R: torch.Tensor, normed_SBH: torch.Tensor
+                      ) -> tuple[torch.Tensor, ...]:
+        """Routed experts on the rows that came, in the order in which they go back; shared experts, if any, on ours."""
+        rows_RH, counts_e, gates_R = self.dispatcher.dispatch_postprocess(rows_RH, gates_R)
+        outputs_RH, bias = self.moe.experts(rows_RH, counts_e, gates_R)
+        assert bias is None
+        outputs_RH = self.dispatcher.combine_preprocess(outputs_RH)
+        shared_SBH = self.moe.shared_experts_compute(normed_SBH)
+        return (outputs_RH,) if shared_SBH is None else (outputs_RH, shared_SBH)
+
+    def add(self, rows_RH: torch.Tensor, residual_SBH: torch.Tensor, *shared_SBH: torch.Tensor) -> torch.Tensor:
+        """Sum of each token's experts, shared ones and the residual."""
+        output_SBH = sum(shared_SBH, self.dispatcher.combine_postprocess(rows_RH))
+        return self.layer._forward_post_mlp((output_SBH, None), residual_SBH)

@@ -1,0 +1,171 @@
+"""A mixture-of-experts layer's passes on a ledger: in one piece, or in three with the exchanges of tokens between.
+
+In pieces (`model/stage/segments.py`) what travels is in nobody's graph: a transfer holds what it sends and what it
+receives, and others may run meanwhile (`Ledger.pause`). In one piece Megatron-Core's layer runs, whose frames
+hold the rows until it is done. Conventions as in `layers.py`.
+"""
+
+from __future__ import annotations
+
+from dsv3_megatron.planning.memory.experts import Experts
+from dsv3_megatron.planning.memory.layers import (
+    Attention,
+    FeedForward,
+    Routing,
+    add_gradients,
+    add_residual,
+)
+from dsv3_megatron.planning.memory.ledger import Tensor
+from dsv3_megatron.planning.memory.operations import Operations
+from dsv3_megatron.planning.memory.settings import WIDE
+
+
+class MoELayer:
+    """A layer with experts; `output` is the caller's."""
+
+    def __init__(self, ops: Operations, x: Tensor) -> None:
+        s = ops.s
+        self.ops = ops
+        self.is_in_pieces = s.is_piped and s.has_remote_experts and not s.recomputes_layers
+        self.attention = Attention(ops, x)
+        self.norm = ops.norm(self.attention.output, "FFN input", s.local_tokens, s.hidden)
+        self.shared: FeedForward | None = None
+        (self._forward_in_pieces if self.is_in_pieces else self._forward_whole)()
+
+    def _shared(self) -> None:
+        s = self.ops.s
+        if s.shared_ffn:
+            self.shared = FeedForward(self.ops, self.norm.output, "shared experts", s.shared_ffn,
+                                      "mlp.shared_experts", is_recomputed=s.is_recomputed("moe_act"))
+
+    def _sum(self) -> None:
+        """Tokens' sums over their experts, shared experts and residual; drops what they are made of."""
+        ledger, s = self.ops.ledger, self.ops.s
+        combined = ledger.make("combined rows", s.hidden_bytes)
+        if self.shared is not None:
+            total = ledger.make("sum of experts", s.hidden_bytes)
+            ledger.drop(combined, self.shared.output)
+            combined = total
+        self._combined = combined
+
+    def _forward_whole(self) -> None:
+        ledger, s = self.ops.ledger, self.ops.s
+        self._shared()
+        self.routing = Routing(self.ops, self.norm.output)
+        rows, gates = self.routing.rows, self.routing.gates
+        if s.has_remote_experts:
+            received = self._exchanged("received rows", s.received_rows)
+            arrived = ledger.make("gates", s.received_rows * WIDE)
+            ledger.drop(gates)
+        else:
+            received, arrived = rows, gates
+        self.experts = Experts(self.ops, received, arrived)
+        back = self.experts.output
+        if s.has_remote_experts:
+            back = self._exchanged("rows that came back", s.sent_rows)
+            ledger.drop(self.experts.output, received)
+        self._sum()
+        ledger.drop(back, rows, arrived, self.norm.output)
+        self.output = ledger.make("hidden states", s.hidden_bytes)
+        ledger.drop(self._combined, self.attention.output)
+
+    def _forward_in_pieces(self) -> None:
+        ledger, s = self.ops.ledger, self.ops.s
+        self.routing = Routing(self.ops, self.norm.output)
+        received = self._transfer("received rows", s.received_rows, is_narrow=self.ops.precisions.sends_fp8)
+        arrived = ledger.make("gates", s.received_rows * WIDE)
+        ledger.drop(self.routing.rows, self.routing.gates)
+        self.experts = Experts(self.ops, received, arrived)
+        self._shared()
+        ledger.drop(received, arrived, self.norm.output)
+        back = self._transfer("rows that came back", s.sent_rows)
+        ledger.drop(self.experts.output)
+        self._sum()
+        self.output = ledger.make("hidden states", s.hidden_bytes)
+        ledger.drop(self._combined, back, self.attention.output)
+
+    def _exchanged(self, name: str, rows: int) -> Tensor:
+        return self.ops.ledger.make(name, rows * self.ops.s.hidden * self.ops.s.narrow)
+
+    def _transfer(self, name: str, rows: int, *, is_narrow: bool = False) -> Tensor:
+        """Under way while others run; in FP8 narrow copies travel, and are widened when they are there."""
+        ledger, s = self.ops.ledger, self.ops.s
+        if not is_narrow:
+            arriving = self._exchanged(name, rows)
+            ledger.pause()
+            return arriving
+        sent, coming = (ledger.make("FP8 rows on their way", num * (s.hidden + -(-s.hidden // 128) * WIDE))
+                        for num in (s.sent_rows + s.received_rows - rows, rows))
+        ledger.pause()
+        arriving = self._exchanged(name, rows)
+        ledger.drop(sent, coming)
+        return arriving
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """Go back to the gradient of the input; `grad`, that of the output, is used up."""
+        if self.is_in_pieces:
+            return self._backward_in_pieces(grad)
+        ledger, s = self.ops.ledger, self.ops.s
+        rows = self._exchanged("gradient of rows", s.sent_rows)
+        if s.has_remote_experts:
+            sent, rows = rows, self._exchanged("gradient of rows", s.received_rows)
+            ledger.drop(sent)
+        rows = self.experts.backward(rows)
+        if s.has_remote_experts:
+            sent, rows = rows, self._exchanged("gradient of rows", s.sent_rows)
+            ledger.drop(sent)
+        routed = self.routing.backward(rows)
+        return self._backward_attention(grad, self._backward_shared(grad, routed))
+
+    def _backward_shared(self, grad: Tensor, routed: Tensor) -> Tensor:
+        if self.shared is None:
+            return routed
+        own = self.shared.backward(grad)
+        self.ops.ledger.drop(own)  # added in place
+        return routed
+
+    def _backward_attention(self, grad: Tensor, grad_normed: Tensor) -> Tensor:
+        branch = self.norm.backward(grad_normed)
+        self.ops.ledger.drop(grad_normed)
+        return self.attention.backward(add_residual(self.ops, grad, branch))
+
+    def _backward_in_pieces(self, grad: Tensor) -> Tensor:
+        ledger, s = self.ops.ledger, self.ops.s
+        rows = self._exchanged("gradient of rows", s.sent_rows)
+        arrived = self._transfer_gradients(rows, s.received_rows, is_narrow=self.ops.precisions.sends_fp8)
+        # Autograd's call holds the gradients that a piece begins with until it returns.
+        arrived.references += 1
+        shared = self.shared.backward(grad) if self.shared is not None else None
+        rows = self.experts.backward(arrived)
+        ledger.drop(arrived)
+        gates = ledger.make("gradient of gates", s.received_rows * WIDE)
+        back = self._transfer_gradients(rows, s.sent_rows)
+        ledger.drop(gates)
+        given = [tensor for tensor in (back, shared, grad) if tensor is not None]
+        for tensor in given:
+            tensor.references += 1
+        routed = self.routing.backward(back)
+        if shared is not None:
+            routed = add_gradients(self.ops, routed, shared)
+        result = self._backward_attention(grad, routed)
+        ledger.drop(*given)
+        return result
+
+    def _transfer_gradients(self, rows: Tensor, num: int, *, is_narrow: bool = False) -> Tensor:
+        """Weight gradients that need not wait any longer are computed behind the transfer that starts here."""
+        ledger, s = self.ops.ledger, self.ops.s
+        if is_narrow:
+            other = s.sent_rows + s.received_rows - num
+            way = [ledger.make("FP8 rows on their way", count * (s.hidden + -(-s.hidden // 128) * WIDE))
+                   for count in (other, num)]
+            ledger.drop(rows)
+        else:
+            way = [rows]
+            arriving = self._exchanged("gradient of rows", num)
+        if not ledger.defers_all:
+            ledger.compute_waiting()
+        ledger.pause()
+        if is_narrow:
+            arriving = self._exchanged("gradient of rows", num)
+        ledger.drop(*way)
+        return arriving

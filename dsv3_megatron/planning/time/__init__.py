@@ -1,0 +1,8 @@
+"""The time of a step: operations of a layer, seconds on a machine, and the pipeline's schedule around them.
+
+Nothing is imported here. In reading order:
+
+    operations.py       what a linear, a norm does            layer_operations.py what layers and stages do
+    network.py          bytes on the wire                     work.py             operations as seconds on a machine
+    step_time.py        a step, through schedule/simulate
+"""

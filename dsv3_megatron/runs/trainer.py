@@ -1,0 +1,448 @@
+"""The training loop, and the one place where every stage of a run meets.
+
+A step is: micro-batches through the pipeline by its schedule, gradients reduced and divided by the
+number of tokens, one optimizer step, one update of the routers' biases. Batch size, learning rate, lambda, gamma and
+sequence length of a step follow from the steps and tokens before it (config/recipe.py). The loss of a step is the mean
+over its tokens: main loss + lambda / D * sum of the MTP losses (each summed over the positions that have
+a target and divided by all positions, as in the report) + the balance losses, mean over sequences.
+
+Every pipeline stage reads the batch itself, so each knows where its documents end, if they are isolated: attention and
+the MTP modules treat a document as a sequence. Balance losses stay per sequence and expert loads per step: the router
+sees tokens, not documents.
+
+Shapes: B micro-batch, S sequence, L layers with MTP modules, E experts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+
+from dsv3_megatron.checkpoint.agreement import on_first_rank
+from dsv3_megatron.checkpoint.hf.model_card import Losses
+from dsv3_megatron.checkpoint.folder import Progress as Position
+from dsv3_megatron.checkpoint.resume import plan_resumption
+from dsv3_megatron.checkpoint.store import load_checkpoint
+from dsv3_megatron.checkpoint.text_files import collect_text_files
+from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
+from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
+from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.data.batches import Batch, BatchIterator
+from dsv3_megatron.data.current import open_current_data
+from dsv3_megatron.guards.claims import RunClaim
+from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard
+from dsv3_megatron.guards.events import EventLog
+from dsv3_megatron.guards.hang import Watchdog
+from dsv3_megatron.guards.keeper import CheckpointKeeper
+from dsv3_megatron.guards.losses import StepLosses
+from dsv3_megatron.guards.step import StepFacts, guarded_step
+from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
+from dsv3_megatron.metrics.instruments import Instruments
+from dsv3_megatron.metrics.progress import Progress
+from dsv3_megatron.metrics.records import StepReport, last_losses
+from dsv3_megatron.metrics.writer import MetricsWriter
+from dsv3_megatron.model.build import build_stages, wrap_stages
+from dsv3_megatron.model.language_model import TokenLosses
+from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
+from dsv3_megatron.model.rotary import change_context
+from dsv3_megatron.ops.fp8.held_weights import constant_weights
+from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
+from dsv3_megatron.optim.ema import WeightAverage
+from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
+from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_tokens, start_process_group
+from dsv3_megatron.platform import prepare, resolve_precision
+from dsv3_megatron.process.logs import configure_logging
+from dsv3_megatron.process.stop import signal_name, stop_calls
+from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, iterate_chunks, read_step
+
+
+class Trainer:
+    """The share of a training run that one process has.
+
+    Args:
+        run: A run validated against the number of processes (torchrun's WORLD_SIZE, 1 without it).
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self.device = prepare()
+        start_process_group(self.device)
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        configure_logging(self.rank)
+        self.claim = RunClaim(run.checkpoint, run.logging.tensorboard_dir)
+        self.start = on_first_rank(self.claim.take, "the run's folders")
+        # Asked for this start alone: a start from the run's config.json does not ask for it again.
+        run = run.override(overwrite_run=False)
+        load = self.start.load
+        self.resumption = on_first_rank(partial(plan_resumption, run, load), f"load={load}")
+        self.run = run = self.resumption.run
+        self.recipe = self.resumption.recipe
+        self.precision = resolve_precision(run.training.precision, self.device)
+        self.groups = create_groups(run.parallel, run.training.seed)
+        stages, self.mcore_config = build_stages(
+            run, self.groups, precision=self.precision,
+            delays_engine_weights=run.parallel.has_pairs or run.parallel.schedule in SPLIT_BACKWARD)
+        self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
+        self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
+        self.average = WeightAverage(self.optimizer, list(self.chunks), self.groups, decay=run.training.ema_decay
+                                     ) if run.training.ema_decay else None
+        self.instruments = Instruments(run, self.chunks, self.optimizer, self.groups, self.device)
+        self.mcore_config.finalize_model_grads_func = self.instruments.around_reduction(
+            partial(finalize_model_grads, pg_collection=groups_of_tokens(self.groups)))
+        # No weight changes within a global batch: in FP8 each is quantized once for all its micro-batches.
+        self.forward_backward = constant_weights()(build_forward_backward(
+            run.parallel, self.groups, self.mcore_config, trace=run.logging.trace_schedule))
+        self.guard = Guard(run.guards)
+        self.guard_log = EventLog(run.logging.tensorboard_dir, enabled=self.rank == 0)
+        self.watchdog = Watchdog(run.guards.hang_timeout_s, folder=run.logging.tensorboard_dir)
+        self.text_files = collect_text_files(run) if self.rank == 0 else None
+        self.iteration = self.consumed_samples = self.consumed_tokens = 0
+        self.keeper = CheckpointKeeper(run.checkpoint, list(self.chunks), self.optimizer, self.groups,
+                                       average=self.average, claim=self.claim, run_id=self.start.run,
+                                       say=lambda text: self.progress.message(text))
+        if self.start.load:
+            position = load_checkpoint(self.start.load, run, self.chunks, self.optimizer, self.groups,
+                                       average=self.average)
+            self._go_to(position)
+            self.guard.load_state_dict(position.guards)
+            self.keeper.loaded(self.start.load, self.iteration)
+        self.stop_signal: int | None = None
+        self._left_off = 0  # the signal for which the last validation ended early
+        self.step_plan = self._plan_step()
+        self.phase = self.step_plan.phase if self.step_plan else self.recipe.phases_to_run[-1]
+        self._open_data()
+        if self.resumption.position and self.recipe.span_of(self.phase).index == self.resumption.span:
+            self.data.check(self.resumption.position, load)
+        on_first_rank(self.claim.settle, "the run's folders")
+        self._build_reports()
+        for note in self.resumption.notes:
+            self.progress.message(f"resumed at iteration {self.iteration}: {note}")
+        if self.step_plan is None:
+            self.progress.message(f"the run is complete: {self.iteration} of {self.recipe.num_steps} steps")
+        if self.phase.index:
+            change_context(self.chunks, self.phase.model)
+
+    # -- phases ------------------------------------------------------------------------------------
+
+    def _plan_step(self) -> StepPlan | None:
+        """What the next step is taken with; None where the run stops."""
+        return self.recipe.step(self.iteration, self.consumed_tokens)
+
+    def _go_to(self, position: Position) -> None:
+        self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
+        self.consumed_tokens = position.consumed_tokens
+
+    def _enter_phase(self, phase: PlannedPhase) -> None:
+        """Go on with another phase's context, data and speed; weights and optimizer stay."""
+        is_other_data = self.recipe.span_of(phase) != self.recipe.span_of(self.phase)
+        self.phase = phase
+        self.watchdog.slow("another phase")
+        change_context(self.chunks, phase.model)
+        if is_other_data:
+            self._open_data()
+        self._iterate_from_here()
+        self.speed = self._speed()
+        self.progress.change_speed(self.speed)
+        if self.writer:
+            self.writer.change_speed(self.speed)
+        self.progress.message(f"phase {phase.name} from iteration {self.iteration + 1}: {phase.summary}")
+
+    def _open_data(self) -> None:
+        first_sample = self.resumption.start_of(self.recipe.span_of(self.phase))
+        self.data = open_current_data(self.run, self.phase, first_sample)
+        self._iterate_from_here()
+
+    @property
+    def data_position(self) -> int:
+        """The sample that the next step begins with, of all the run's datasets: rollbacks may have jumped over some."""
+        return self.consumed_samples + self.guard.jumped_samples
+
+    def _iterate_from_here(self) -> None:
+        self.batches = self._iterate(self.data.train, self.data.position(self.data_position))
+
+    def _iterate(self, dataset: Any, consumed_samples: int) -> list[BatchIterator]:
+        """An iterator for each chunk."""
+        return iterate_chunks(dataset, self.phase.training, self.run.parallel, self.groups,
+                              consumed_samples=consumed_samples,
+                              eod_id=self.data.eod_id if self.run.data.reset_attention_mask else None)
+
+    def _speed(self) -> RunSpeed:
+        seq_length = self.phase.training.seq_length
+        return RunSpeed(seq_length, flops_per_token(self.run.model, seq_length), self.world_size,
+                        device_peak_flops(self.device.name, self.precision))
+
+    def _build_reports(self) -> None:
+        log = self.run.logging
+        self.speed = self._speed()
+        is_reporter = self.rank == 0
+        self.progress = Progress(self.recipe.num_steps, self.speed, start_iteration=self.iteration,
+                                 log_interval=log.log_interval, enabled=is_reporter)
+        self.writer = None
+        if log.tensorboard_dir:
+            self.writer = MetricsWriter(
+                log.tensorboard_dir, self.speed, num_layers=self.run.model.num_layers, log_interval=log.log_interval,
+                picture_interval=log.picture_interval, resumed_iteration=self.iteration, enabled=is_reporter)
+            self.writer.write_config(self.run.as_dict(), environment={
+                "precision": self.precision, "world_size": self.world_size, "device": self.device.name})
+
+    # -- a step ------------------------------------------------------------------------------------
+
+    def train(self) -> int:
+        """Train to the end of the run, until a signal asks to stop, or until a guard ends it.
+
+        The first two save what is new since the last checkpoint; after a guard's end that one stays the newest.
+
+        Returns:
+            The exit code: 0, or EXIT_GUARD.
+        """
+        with closing(self.claim), stop_calls(self._note_signal):
+            return self._train()
+
+    def _train(self) -> int:
+        run, interval = self.run, self.run.training.eval_interval
+        stopped = 0
+        self.watchdog.start()
+        try:
+            if run.guards.on_spike == "rollback" and self.keeper.schedule.saved_at is None:
+                self.save(is_needed=True)  # to go back to, until the first one of the schedule
+            while self.step_plan and not stopped and not self.guard.end_reason:
+                report, stopped = self.train_step()
+                self.watchdog.beat("reporting")
+                with self.instruments.clock.phase("logging"):
+                    self.progress.update(report)
+                    if self.writer:
+                        self.writer.write_step(report)
+                    self.guard_log.flush()
+                self.keeper.schedule.note_step(self.iteration, is_applied=not report.skipped)
+                if self.guard.must_roll_back:
+                    self._roll_back()
+                    continue
+                last = self.step_plan is None
+                if interval and (last or self.iteration % interval == 0) and not stopped and not self.guard.end_reason:
+                    stopped = self._validate()
+                ends = last or bool(stopped)
+                if not self.guard.end_reason and self.keeper.wants(self.iteration, is_last=ends):
+                    self.save(is_needed=ends)
+                    stopped = stopped or self._agree_to_stop()  # it took long, and all of it is saved now
+            # One that could not be written before the signal.
+            if not self.guard.end_reason and self.keeper.wants(self.iteration, is_last=True):
+                self.save(is_needed=True)
+            if run.checkpoint.export_hf and self.step_plan is None and not stopped and not self.guard.end_reason:
+                self.watchdog.slow("export")
+                losses = Losses(*last_losses(run.logging.tensorboard_dir, self.iteration))
+                with stop_calls(None):  # all is saved; an export can be made again
+                    self.keeper.export(self.iteration, self.precision, losses)
+        finally:
+            self.watchdog.stop()
+        if stopped:
+            self.progress.message(f"stopped by {signal_name(stopped)} after iteration {self.iteration}, "
+                                  f"{self.keeper.what_was_saved(self.iteration)}")
+        self.progress.close()
+        if self.writer:
+            self.writer.close()
+        self.guard_log.finish(self.guard, run.checkpoint.save)
+        destroy_groups()
+        return EXIT_GUARD if self.guard.end_reason else 0
+
+    def train_step(self) -> tuple[StepReport, int]:
+        """One optimizer step; there must be one left.
+
+        Returns:
+            What it did, and the number of a signal that any rank has received, else 0.
+        """
+        run, plan = self.run, self.step_plan
+        assert plan is not None, "the run has stopped"
+        if plan.phase is not self.phase:
+            self._enter_phase(plan.phase)
+        started, clock = time.perf_counter(), self.instruments.clock
+        self.watchdog.begin_step(self.iteration + 1)
+        self.instruments.begin_step(self.iteration + 1)
+        with clock.phase("forward-backward"):
+            for chunk in self.chunks:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            set_learning_rate(self.optimizer, plan.learning_rate)
+            for batches in self.batches:
+                batches.set_global_batch_size(plan.global_batch_size)
+            first = self.data.position(self.data_position)
+            samples = range(first, first + plan.global_batch_size)
+            losses, collected, stopped = self._run_microbatches(
+                read_step([clock.waiting(batches, "data") for batches in self.batches], self.batches, self.chunks,
+                          self.groups, self.device.torch_device), plan.global_batch_size, forward_only=False)
+        with clock.phase("router-bias"):
+            loads_LE, balance_L = collect_expert_loads(
+                self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
+                num_experts=run.model.num_experts, device=self.device.torch_device)
+        self.watchdog.beat("optimizer")
+        with clock.phase("optimizer"):
+            balance_loss = self._mean_balance_loss(balance_L, plan.global_batch_size)
+            if self.average:
+                self.average.wait()
+            outcome = guarded_step(
+                self.guard, self.guard_log, self.optimizer, self.chunks, self.groups,
+                StepFacts(self.iteration + 1, losses.by_name(balance_loss), samples, collected))
+            if self.average and outcome.is_applied:
+                self.average.update()
+        with clock.phase("router-bias"):
+            if outcome.is_applied:
+                update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
+                                     update_rate=plan.bias_update_rate)
+        with clock.phase("logging"):
+            measurements = self.instruments.end_step()
+        self.iteration += 1
+        self.consumed_samples += plan.global_batch_size
+        self.consumed_tokens += plan.num_tokens
+        self.step_plan = self._plan_step()
+        return StepReport(
+            iteration=self.iteration,
+            consumed_samples=self.consumed_samples,
+            consumed_tokens=self.consumed_tokens,
+            lm_loss=losses.main,
+            mtp_losses=losses.mtp,
+            balance_loss=balance_loss,
+            grad_norm=outcome.grad_norm,
+            learning_rate=plan.learning_rate,
+            batch_size=plan.global_batch_size,
+            step_time_s=time.perf_counter() - started,
+            expert_load={row: counts for row, counts in enumerate(loads_LE.tolist()) if sum(counts)},
+            skipped=not outcome.is_applied,
+            is_spike=outcome.is_spike,
+            num_spikes=self.guard.counters.spikes,
+            num_rollbacks=self.guard.counters.rollbacks,
+            seq_length=plan.phase.training.seq_length,
+            mtp_weight=plan.mtp_weight if run.model.mtp_num_layers else None,
+            bias_update_rate=plan.bias_update_rate,
+            phase=plan.phase.name if run.training.phases else None,
+            measurements=measurements,
+        ), stopped
+
+    def _mean_balance_loss(self, balance_L: torch.Tensor, num_sequences: int) -> float | None:
+        """Balance loss before alpha, mean over sequences and over the MoE layers, MTP modules included."""
+        training, model = self.run.training, self.run.model
+        layers = model.num_moe_layers + model.mtp_num_layers
+        if not training.moe_aux_loss_coeff or not layers:
+            return None
+        return float(balance_L.sum()) / (training.moe_aux_loss_coeff * num_sequences * layers)
+
+    def _run_microbatches(self, batches: Sequence[Iterator[Batch]], num_sequences: int, *, forward_only: bool
+                          ) -> tuple[StepLosses, list[dict[str, Any]], int]:
+        """One global batch through the pipeline; mean losses, this rank's reports of it and any rank's signal."""
+        training = self.phase.training
+        collected = self.forward_backward(
+            forward_step_func=ForwardStep(self._next_batch, self.run.data, self._loss),
+            data_iterator=list(batches) if len(batches) > 1 else batches[0],
+            model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=num_sequences // (training.micro_batch_size * self.groups.dp.size()),
+            seq_length=training.seq_length,
+            micro_batch_size=training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        tokens, *sums = sum_over_ranks(collected, self.groups, self.device,
+                                       num_mtp_layers=self.run.model.mtp_num_layers)
+        return StepLosses.of_sums(tokens, sums), collected, self._agree_to_stop()
+
+    def _agree_to_stop(self) -> int:
+        """The number of a signal that any rank has received, else 0; called by every rank at the same points."""
+        stop_signal = torch.tensor(self.stop_signal or 0, device=self.device.torch_device)
+        torch.distributed.all_reduce(stop_signal, op=torch.distributed.ReduceOp.MAX)
+        return int(stop_signal)
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
+        self.watchdog.beat("micro-batch")
+        return next(batches).to(self.device.torch_device, is_non_blocking=True)
+
+    def _loss(self, batch: Batch, losses: TokenLosses) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        return sum_losses(batch.loss_mask_BS, losses, mtp_weight=self.phase.training.mtp_loss_scaling_factor,
+                          sample_ids_B=batch.sample_ids_B)
+
+    def evaluate(self) -> StepLosses:
+        """Mean losses over the first eval_iters global batches of the validation data; no state changes.
+
+        Batches without a token that counts are left out of the mean. After a signal to stop, the mean is that of the
+        batches that are done: at least one.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        batches = self._iterate(self.data.valid, 0)
+        losses: list[StepLosses] = []
+        stopped = 0
+        while len(losses) < self.run.training.eval_iters and not stopped:
+            with torch.no_grad():
+                loss, _, stopped = self._run_microbatches(
+                    batches, self.phase.training.global_batch_size, forward_only=True)
+            losses.append(loss)
+        self._left_off = stopped
+        return StepLosses.mean(losses)
+
+    def _validate(self) -> int:
+        """Validate and report; a signal to stop ends it after the global batch at hand, and nothing is reported.
+
+        Returns:
+            The number of the signal, else 0.
+        """
+        if self.data.valid is None:
+            return 0
+        self.watchdog.slow("validation")
+        losses = self.evaluate()
+        if self._left_off:
+            self.progress.message(f"validation at iteration {self.iteration} left off: {signal_name(self._left_off)}")
+            return self._left_off
+        if losses.main is None:
+            self.progress.message(f"validation at iteration {self.iteration}: no token of the validation data counts "
+                                  "in the loss (eod_mask_loss leaves out the one after each EOD)")
+            return 0
+        self.progress.validation(self.iteration, losses.main, mtp_losses=losses.mtp)
+        if self.writer:
+            training = self.phase.training
+            self.writer.write_validation(self.iteration, losses.main, mtp_losses=losses.mtp,
+                                         num_sequences=training.eval_iters * training.global_batch_size)
+        if self.average and self.average.num_updates and self.run.training.eval_ema:
+            with self.average.swapped_in():
+                loss = self.evaluate().main
+            if self._left_off:
+                return self._left_off
+            assert loss is not None, "the same tokens counted a moment ago"
+            self.progress.message(f"validation of the average at iteration {self.iteration}: lm loss {loss:.4f}")
+            if self.writer:
+                self.writer.write_average_validation(self.iteration, loss)
+        return 0
+
+    def save(self, *, is_needed: bool) -> None:
+        """Write a checkpoint of this moment; of one that cannot be written it is only said, unless it is needed."""
+        self.watchdog.slow("checkpoint")
+        position = Position(self.iteration, self.consumed_samples, self.consumed_tokens, self.guard.state_dict(),
+                            self.resumption.schedules_at(self.iteration),
+                            self.data.state_dict(self.data_position))
+        self.keeper.save(position, self.run.in_phase(self.recipe.phase_before(self.consumed_tokens)), self.text_files,
+                         is_needed=is_needed)
+
+    def _roll_back(self) -> None:
+        """Go back to the last checkpoint, and on with the samples after the flagged step's; noted in it at once."""
+        source, next_sample = self.keeper.newest_in, self.data_position
+        assert source is not None
+        self.watchdog.slow("rollback")
+        position = load_checkpoint(source, self.run, self.chunks, self.optimizer, self.groups, average=self.average)
+        self._go_to(position)
+        self.keeper.loaded(source, self.iteration)
+        self.guard.rolled_back(position.guards, first_sample=self.data_position, next_sample=next_sample)
+        self.step_plan = self._plan_step()
+        assert self.step_plan is not None, "a step was taken from here"
+        if self.step_plan.phase is not self.phase:
+            self._enter_phase(self.step_plan.phase)
+        self._iterate_from_here()
+        self.progress.close()
+        if self.writer:
+            self.writer.close()
+        self._build_reports()
+        self.progress.message(f"rolled back to iteration {self.iteration}; the next sample is {next_sample}")
+        self.keeper.note_rollback(self.iteration, self.guard.state_dict())
+
+    def _note_signal(self, number: int) -> None:
+        """Finish the step, or the batch of a validation, first: every rank learns of the signal with its losses."""
+        self.stop_signal = number
