@@ -58,9 +58,13 @@ def test_every_command_ends_by_run_command() -> None:
     files = [*(ROOT / "dsv3_megatron").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
     mains = {path.name: path.read_text().partition('if __name__ == "__main__":')[2].strip() for path in files
              if 'if __name__ == "__main__":' in path.read_text()}
-    assert {"train.py", "plan_run.py", "evaluate.py", "generate.py", "plot_run.py"} <= set(mains)
-    assert {name for name, text in mains.items() if not text.startswith("run_command(")} == {
+    assert {"__main__.py", "plan_run.py", "evaluate.py", "generate.py", "plot_run.py"} <= set(mains)
+    through_dispatch = {name for name, text in mains.items() if text.startswith(("run_named(", "run()"))}
+    assert {name for name, text in mains.items() if not text.startswith("run_command(")} - through_dispatch == {
         "calibrate.py"}  # a helper process
+    dispatch = ast.parse((ROOT / "dsv3_megatron/commands/dispatch.py").read_text(encoding="utf-8"))
+    ends = {node.name: ast.unparse(node.body[-1]) for node in dispatch.body if isinstance(node, ast.FunctionDef)}
+    assert all(ends[name].startswith("run_command(") for name in ("run", "run_named"))
 
 
 # -- streams ---------------------------------------------------------------------------------------------------------
