@@ -177,6 +177,12 @@ def test_no_file_has_a_name_that_says_nothing() -> None:
     assert [str(path) for path in committed_files() if path.stem in VAGUE_NAMES] == []
 
 
+def test_no_module_is_ignored_by_git() -> None:
+    """A rule of .gitignore for outputs, such as "runs/" without a slash in front, would also hide a room."""
+    committed = set(committed_files())
+    assert [name for name, path in modules_of(ROOT).items() if path not in committed] == []
+
+
 def test_modules_stay_short() -> None:
     lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules_of(ROOT).items()}
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
