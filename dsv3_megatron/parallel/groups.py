@@ -24,12 +24,11 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import FOLDED
+from dsv3_megatron.parallel.communicators import COLLECTIVE_TIMEOUT_S, process_group
 from dsv3_megatron.parallel.placement import placement
 from dsv3_megatron.parallel.roll_call import meet_ranks
 from dsv3_megatron.platform import Device
 from dsv3_megatron.process.ranks import Processes
-
-COLLECTIVE_TIMEOUT_S = 600
 
 
 def world_size_from_environment() -> int:
@@ -81,22 +80,16 @@ def create_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if parallel.schedule in FOLDED:
         # The last stage, on the same rank, uses the embedding as it is: no other rank has a copy to sum up.
-        groups.embd = _new_group([torch.distributed.get_rank()])
+        groups.embd = process_group([torch.distributed.get_rank()])
     if parallel.num_model_copies > 1:
         _join_mirrored_ranks(groups)
     return groups
 
 
-def pipeline_twin(groups: ProcessGroupCollection) -> torch.distributed.ProcessGroup:
-    """Another communicator of the pipeline's ranks; called by all of them."""
-    return _new_group(torch.distributed.get_process_group_ranks(groups.pp))
-
-
-def _new_group(ranks: list[int]) -> torch.distributed.ProcessGroup:
-    """A group that its own ranks make, without the others."""
-    group = torch.distributed.new_group(ranks, use_local_synchronization=True)
-    assert isinstance(group, torch.distributed.ProcessGroup)
-    return group
+def pipelines(groups: ProcessGroupCollection) -> list[list[int]]:
+    """Global ranks of every pipeline of the run, each in the order of its stages: pipeline ranks are the outermost."""
+    stride = torch.distributed.get_world_size() // groups.pp.size()
+    return [list(range(first, torch.distributed.get_world_size(), stride)) for first in range(stride)]
 
 
 def _join_mirrored_ranks(groups: ProcessGroupCollection) -> None:
@@ -106,7 +99,7 @@ def _join_mirrored_ranks(groups: ProcessGroupCollection) -> None:
 
     def joined(group: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup:
         own = torch.distributed.get_process_group_ranks(group)
-        return _new_group(sorted([*own, *(peer + offset for peer in own)]))
+        return process_group(sorted([*own, *(peer + offset for peer in own)]))
 
     groups.dp_cp = groups.intra_dp_cp = groups.dp_cp_gtp_remat = joined(groups.dp_cp)
     groups.expt_dp = groups.intra_expt_dp = groups.expt_dp_gtp_remat = joined(groups.expt_dp)

@@ -23,10 +23,12 @@ from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.router import weigh_balance_losses
 from dsv3_megatron.model.stage.runner import LossFunction, ModelChunk
-from dsv3_megatron.parallel.groups import replicas
+from dsv3_megatron.parallel.groups import pipelines, replicas
+from dsv3_megatron.parallel.placement import placement
 from dsv3_megatron.schedule.execute import Executor
 from dsv3_megatron.schedule.plan import PlanSizes, forward_plan, known_plan
 from dsv3_megatron.schedule.recorder import ScheduleTrace
+from dsv3_megatron.schedule.transfers import edges_of
 from dsv3_megatron.schedule.transport import PipelineChannels
 
 ForwardBackward = Callable[..., list[dict[str, Any]]]
@@ -109,7 +111,7 @@ def read_step(batches: Sequence[Iterator[Batch]], iterators: Sequence[BatchItera
 
 def build_forward_backward(parallel: ParallelConfig, groups: ProcessGroupCollection, config: TransformerConfig, *,
                            trace: str | None = None) -> ForwardBackward:
-    """The function that takes a step's micro-batches through the stages; called by every rank, for it makes a group.
+    """The function that takes a step's micro-batches through the stages; called by every rank, for it makes groups.
 
     Args:
         parallel: The run's; its schedule.
@@ -132,7 +134,9 @@ class PipelineStep:
     def __init__(self, parallel: ParallelConfig, groups: ProcessGroupCollection, config: TransformerConfig, *,
                  trace: ScheduleTrace | None) -> None:
         self.parallel, self.groups, self.config, self.trace = parallel, groups, config, trace
-        self.channels = PipelineChannels(groups)
+        self.device = (torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available()
+                       else torch.device("cpu"))
+        self.channels = PipelineChannels(pipelines(groups), edges_of(placement(parallel)), device=self.device)
         self._executors: dict[Any, Executor] = {}
 
     def __call__(self, *, forward_step_func: ForwardStep, data_iterator: Any, model: Any, num_microbatches: int,
@@ -153,8 +157,7 @@ class PipelineStep:
         """
         modules: list[torch.nn.Module] = list(model) if isinstance(model, list) else [model]
         iterators: list[Iterator[Any]] = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        executor = self._executor(num_microbatches, seq_length, micro_batch_size, forward_only, device)
+        executor = self._executor(num_microbatches, seq_length, micro_batch_size, forward_only)
         chunks = [forward_step_func.chunk(module, batches)
                   for module, batches in zip(modules, iterators, strict=True)]
         with torch.set_grad_enabled(not forward_only):
@@ -164,15 +167,14 @@ class PipelineStep:
                 executor.run(chunks)
         results = [chunk.take_reports() for chunk in chunks]
         if not forward_only:
-            num_tokens = sum((tokens.to(device) for tokens, _ in results),
-                             torch.zeros((), dtype=torch.int32, device=device))
+            num_tokens = sum((tokens.to(self.device) for tokens, _ in results),
+                             torch.zeros((), dtype=torch.int32, device=self.device))
             torch.distributed.all_reduce(num_tokens, group=self.groups.pp)
             assert self.config.finalize_model_grads_func is not None
             self.config.finalize_model_grads_func(modules, num_tokens)
         return [report for _, reports in results for report in reports]
 
-    def _executor(self, num_microbatches: int, seq_length: int, micro_batch_size: int, forward_only: bool,
-                  device: torch.device) -> Executor:
+    def _executor(self, num_microbatches: int, seq_length: int, micro_batch_size: int, forward_only: bool) -> Executor:
         """One for each kind of step: plans of many micro-batches take a while to make."""
         key = (num_microbatches, seq_length, micro_batch_size, forward_only)
         if key not in self._executors:
@@ -183,6 +185,6 @@ class PipelineStep:
                 plan = known_plan(PlanSizes.of_run(self.parallel, num_microbatches))
             transport = self.channels.transport(
                 shape=(seq_length // self.groups.tp.size(), micro_batch_size, self.config.hidden_size),
-                dtype=self.config.pipeline_dtype, device=device)
+                dtype=self.config.pipeline_dtype, device=self.device)
             self._executors[key] = Executor(plan, self.groups.pp.rank(), transport)
         return self._executors[key]

@@ -3,22 +3,25 @@
 The n-th tensor that rank a sends rank b is the n-th that b receives from a. The order is that of `with_transfers`, the
 same on both sides, so neither tags (which NCCL ignores) nor a handshake is needed.
 
-Messages of a to b and of b to a go over two communicators, one for sends to higher ranks and one for sends to lower
-ones. Between two ranks a communicator then has one direction. With NCCL, where operations on a communicator wait for
-one another, a receive can so be posted long before its tensor is made: nothing that its own rank has yet to send is
-behind it, and a cycle of ranks that wait cannot arise whatever the order in which the two directions are posted.
+Every edge, from one rank to another, has a group of its own. On a GPU what is issued to a group runs in the order in
+which it was issued: a receive that is posted before its tensor is made would stop whatever its rank sends later over
+the same group. On an edge a rank only sends or only receives, so nothing else is behind it. `schedule/delivery.py`
+proves that no plan then hangs, and that many do with fewer groups.
+
+A communicator is made by the first message on it, for which each side waits. So ranks send one small message over each
+edge before the first step, in rounds in which a rank is at one edge at most.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
-from dsv3_megatron.parallel.groups import pipeline_twin
-from dsv3_megatron.schedule.transfers import MAX_UNFINISHED_SENDS
+from dsv3_megatron.parallel.communicators import ledger
+from dsv3_megatron.schedule.transfers import MAX_UNFINISHED_SENDS, Edge, rounds_of_meetings
 
 
 class Arrival(Protocol):
@@ -46,20 +49,18 @@ class Transport(Protocol):
 
 
 class GroupTransport:
-    """Messages over two communicators of torch.distributed, NCCL or gloo.
+    """Messages over groups of torch.distributed, NCCL or gloo.
 
     Args:
-        ascending: The pipeline's group, for sends to higher ranks.
-        descending: Another group of the same ranks, for sends to lower ranks.
+        channels: A group for each edge that this rank sends or receives over.
         shape: Shape of every tensor that is sent.
         dtype: Dtype of every tensor that is sent.
         device: Device of every tensor that is sent.
     """
 
-    def __init__(self, ascending: torch.distributed.ProcessGroup, descending: torch.distributed.ProcessGroup, *,
-                 shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._groups = (ascending, descending)
-        self.rank = ascending.rank()
+    def __init__(self, channels: PipelineChannels, *, shape: tuple[int, ...], dtype: torch.dtype,
+                 device: torch.device) -> None:
+        self.channels = channels
         self.shape, self.dtype, self.device = shape, dtype, device
         self._unfinished: dict[int, deque[tuple[Any, torch.Tensor]]] = {}
 
@@ -73,7 +74,7 @@ class GroupTransport:
             raise ValueError(f"a stage's output is {tensor.dtype} {tuple(tensor.shape)}; between stages go "
                              f"{self.dtype} {self.shape}, by the run's seq_length, micro_batch_size and hidden_size")
         tensor = tensor.contiguous()
-        work = torch.distributed.isend(tensor, group=self._groups[destination < self.rank], group_dst=destination)
+        work = self.channels.isend(tensor, destination)
         unfinished = self._unfinished.setdefault(destination, deque())
         unfinished.append((work, tensor))
         while unfinished and (len(unfinished) > MAX_UNFINISHED_SENDS or unfinished[0][0].is_completed()):
@@ -82,8 +83,7 @@ class GroupTransport:
     def receive(self, source: int) -> Arrival:
         """Be ready for the next tensor from a rank."""
         tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        return _Arrival(torch.distributed.irecv(tensor, group=self._groups[source > self.rank], group_src=source),
-                        tensor)
+        return _Arrival(self.channels.irecv(tensor, source), tensor)
 
     def flush(self) -> None:
         """Wait until everything is sent."""
@@ -102,16 +102,45 @@ class _Arrival:
 
 
 class PipelineChannels:
-    """The two communicators of this rank's pipeline; made by every rank at once.
+    """The groups of a pipeline's edges; made by every rank of the run at once, whether it is in a pipeline or not.
 
     Args:
-        groups: The run's.
+        pipelines: Global ranks of each pipeline of the run, in the order of their stages.
+        edges: Pairs of positions in a pipeline between which tensors go, from the first to the second.
+        device: Device of this process, for the first messages.
     """
 
-    def __init__(self, groups: ProcessGroupCollection) -> None:
-        self.ascending = groups.pp
-        self.descending = pipeline_twin(groups)
+    def __init__(self, pipelines: Sequence[Sequence[int]], edges: Iterable[Edge], *, device: torch.device) -> None:
+        own = next((ranks for ranks in pipelines if torch.distributed.get_rank() in ranks), ())
+        self.rank = own.index(torch.distributed.get_rank()) if own else -1
+        self._groups: dict[Edge, torch.distributed.ProcessGroup] = {}
+        meetings = [edge for edges_of_round in rounds_of_meetings(edges) for edge in edges_of_round]
+        for edge in meetings:
+            for ranks in pipelines:
+                source, destination = (ranks[position] for position in edge)
+                way = "up" if source < destination else "down"
+                group = ledger().group((source, destination), f"pipeline, {way}")
+                if group is not None:
+                    self._groups[edge] = group
+        self._meet([edge for edge in meetings if edge in self._groups], device)
+
+    def _meet(self, edges: Iterable[Edge], device: torch.device) -> None:
+        """Send a small message over each edge: communicators are made now, in this order."""
+        token = torch.zeros(1, device=device)
+        for source, destination in edges:
+            work = self.isend(token, destination) if source == self.rank else self.irecv(token, source)
+            work.wait()
+
+    def isend(self, tensor: torch.Tensor, destination: int) -> Any:
+        """Begin to send a tensor to a position of the pipeline; returns torch's handle."""
+        group = self._groups[self.rank, destination]
+        return torch.distributed.isend(tensor, group=group, group_dst=1 - group.rank())
+
+    def irecv(self, tensor: torch.Tensor, source: int) -> Any:
+        """Begin to receive into a tensor from a position of the pipeline; returns torch's handle."""
+        group = self._groups[source, self.rank]
+        return torch.distributed.irecv(tensor, group=group, group_src=1 - group.rank())
 
     def transport(self, *, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> GroupTransport:
         """Make the transport for tensors of one kind; those of several kinds must not be under way at once."""
-        return GroupTransport(self.ascending, self.descending, shape=shape, dtype=dtype, device=device)
+        return GroupTransport(self, shape=shape, dtype=dtype, device=device)

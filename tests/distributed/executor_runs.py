@@ -16,20 +16,19 @@ from dsv3_megatron.schedule.plan import build_plan
 from dsv3_megatron.schedule.recorder import ScheduleTrace
 from dsv3_megatron.schedule.simulate import simulate
 from dsv3_megatron.schedule.timeline import Timeline
-from dsv3_megatron.schedule.transport import GroupTransport
+from dsv3_megatron.schedule.transport import PipelineChannels
 from dsv3_megatron.schedule.validate import peak_activations
 from tests.unit.schedule.arithmetic_stages import Memory, MultiplyingStage, expected_weight_grad
 from tests.unit.schedule.sizes import FORMS, fewest, form, has_ranks, step
-from tools.bench.timed_stages import ChunkTimes, measure_plan, step_time
+from tools.bench.timed_stages import ChunkTimes, measure_plan, ring_channels, step_time
 
 UNIT_S, NUM_MICROBATCHES, NUM_PARTS = 0.012, 8, 8
 CLOSE, TRIES = 1.05, 5
 
 
-def _groups(num_ranks: int) -> tuple[Any, Any]:
-    """Both communicators of a pipeline of the first ranks; every process calls."""
-    ranks = list(range(num_ranks))
-    return torch.distributed.new_group(ranks), torch.distributed.new_group(ranks)
+def _channels() -> PipelineChannels:
+    """The edges of a pipeline of all ranks, for every schedule."""
+    return ring_channels([list(range(torch.distributed.get_world_size()))])
 
 
 class Grid:
@@ -43,13 +42,9 @@ class Grid:
     def __init__(self, num_ranks: int, num_columns: int) -> None:
         grid = torch.arange(num_ranks * num_columns).reshape(num_ranks, num_columns)
         rank = torch.distributed.get_rank()
-        self.channels: Any = None
         self.experts: Any = None
+        self.channels = ring_channels(grid.T.tolist())
         self.rank = rank // num_columns
-        for column in grid.T.tolist():
-            channels = torch.distributed.new_group(column), torch.distributed.new_group(column)
-            if rank in column:
-                self.channels = channels
         for row in grid.tolist():
             group = torch.distributed.new_group(row)
             if rank in row:
@@ -86,12 +81,12 @@ def run_compositions(number: int) -> tuple[int, int]:
                     rng.randint(2, 3))
         turns = [rng.randint(0, 3) for _ in range(plan.num_stages)]
         grid = grids[num_ranks, num_columns]
-        if grid.channels is None:
+        if grid.experts is None:
             continue
         memory = Memory()
         stages = [MultiplyingStage(plan, grid.rank, chunk, memory=memory, num_steps=turns[place.stage], meet=grid.meet)
                   for chunk, place in enumerate(plan.placement[grid.rank])]
-        transport = GroupTransport(*grid.channels, shape=(1,), dtype=torch.float64, device=torch.device("cpu"))
+        transport = grid.channels.transport(shape=(1,), dtype=torch.float64, device=torch.device("cpu"))
         Executor(plan, grid.rank, transport).run(stages)
         assert [stage.weight_grad for stage in stages] == [expected_weight_grad(plan, place)
                                                            for place in plan.placement[grid.rank]], name
@@ -107,15 +102,15 @@ def measure_schedules() -> dict[str, tuple[float, float, Timeline]]:
 
     What disturbs a machine only adds; so a step that takes longer than it should is tried again.
     """
-    ascending, descending = _groups(torch.distributed.get_world_size())
+    channels, num_ranks = _channels(), torch.distributed.get_world_size()
     found = {}
     for name in FORMS:
-        plan = form(name, ascending.size(), NUM_MICROBATCHES)
+        plan = form(name, num_ranks, NUM_MICROBATCHES)
         times = ChunkTimes(UNIT_S, UNIT_S, UNIT_S, UNIT_S).scaled(NUM_PARTS / plan.num_stages)
         simulated = 1000.0 * float(simulate(plan, times.costs(plan.num_stages)).step_time)
         best: Timeline = ()
         for _ in range(TRIES):
-            timeline = measure_plan(plan, times, ascending, descending)
+            timeline = measure_plan(plan, times, channels)
             if not best or step_time(timeline) < step_time(best):
                 best = timeline
             if step_time(best) < CLOSE * simulated:
@@ -132,17 +127,18 @@ def pair_time(timeline: Timeline) -> float:
 
 def record_trace(path: Path) -> None:
     """Three steps with a trace wanted; the file then has the second."""
-    ascending, descending = _groups(torch.distributed.get_world_size())
-    plan = build_plan("dualpipev", num_ranks=ascending.size(), num_microbatches=8)
-    rank = ascending.rank()
+    channels, world = _channels(), torch.distributed.group.WORLD
+    assert world is not None
+    plan = build_plan("dualpipev", num_ranks=world.size(), num_microbatches=8)
+    rank = channels.rank
     trace = ScheduleTrace(str(path))
-    transport = GroupTransport(ascending, descending, shape=(1,), dtype=torch.float64, device=torch.device("cpu"))
+    transport = channels.transport(shape=(1,), dtype=torch.float64, device=torch.device("cpu"))
     executor = Executor(plan, rank, transport)
     for number in range(3):
         stages = [MultiplyingStage(plan, rank, chunk) for chunk in range(plan.num_chunks)]
         assert trace.is_wanted == (number < 2)
         if trace.is_wanted:
-            trace.record(plan, ascending, lambda recorder, stages=stages: executor.run(stages, recorder))
+            trace.record(plan, world, lambda recorder, stages=stages: executor.run(stages, recorder))
         else:
             executor.run(stages)
 

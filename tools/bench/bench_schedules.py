@@ -21,7 +21,6 @@ import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 from dsv3_megatron.schedule.draw import plot_timeline  # noqa: E402
@@ -87,14 +86,11 @@ def plan_of(name: str, setting: Setting) -> Plan:
 
 def measure_rank(setting: Setting, names: list[str]) -> list[Outcome]:
     """Every schedule in turn, on one process of a started process group; the same on every rank."""
-    import torch
 
     from tools.bench.timed_peer import measure_megatron_core
-    from tools.bench.timed_stages import ChunkTimes, busy_time, measure_plan, step_time
+    from tools.bench.timed_stages import ChunkTimes, busy_time, measure_plan, ring_channels, step_time
 
-    world = torch.distributed.group.WORLD
-    assert world is not None
-    descending: Any = torch.distributed.new_group(list(range(setting.num_ranks)))
+    channels = ring_channels([list(range(setting.num_ranks))])
     outcomes = []
     for name in names:
         plan = plan_of(PEERS.get(name, name), setting)
@@ -107,7 +103,7 @@ def measure_rank(setting: Setting, names: list[str]) -> list[Outcome]:
         if name in PEERS:
             best = measure_megatron_core(plan, times, setting.repeats, is_combined=name == COMBINED)
         else:
-            timelines = [measure_plan(plan, times, world, descending) for _ in range(setting.repeats)]
+            timelines = [measure_plan(plan, times, channels) for _ in range(setting.repeats)]
             timelines.sort(key=step_time)
             best = step_time(timelines[0])
         outcomes.append(Outcome(name, best, simulated, busy, timelines[0] if timelines else ()))

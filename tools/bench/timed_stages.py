@@ -12,17 +12,20 @@ by it. What the executor and the transport take is not taken off.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from dsv3_megatron.parallel.placement import place_stages
 from dsv3_megatron.parallel.runner import Steps
 from dsv3_megatron.schedule.execute import Executor
 from dsv3_megatron.schedule.plan import Plan
 from dsv3_megatron.schedule.recorder import measure_step
 from dsv3_megatron.schedule.simulate import Costs, StageCosts
 from dsv3_megatron.schedule.timeline import Timeline
-from dsv3_megatron.schedule.transport import GroupTransport
+from dsv3_megatron.schedule.transfers import edges_of
+from dsv3_megatron.schedule.transport import PipelineChannels
 
 SHAPE = (4, 1, 8)
 
@@ -132,19 +135,31 @@ class TimedStage:
         self.rank.compute(self.left.pop(microbatch))
 
 
-def measure_plan(plan: Plan, times: ChunkTimes, ascending: torch.distributed.ProcessGroup,
-                 descending: torch.distributed.ProcessGroup) -> Timeline:
-    """Run a plan on timed stages; called by every rank of the pipeline.
+def ring_channels(pipelines: Sequence[Sequence[int]]) -> PipelineChannels:
+    """The edges of pipelines of equal lengths for any schedule, made by every rank of the run at once."""
+    return PipelineChannels(pipelines, edges_of(place_stages("interleaved", len(pipelines[0]), 2)),
+                            device=torch.device("cpu"))
+
+
+def measure_plan(plan: Plan, times: ChunkTimes, channels: PipelineChannels) -> Timeline:
+    """Run a plan on timed stages; called by every rank, all of which are one pipeline.
+
+    Args:
+        plan: Work of every rank.
+        times: Times of each chunk.
+        channels: Edges of the pipeline.
 
     Returns:
         When each rank did what, in milliseconds; the same on every rank.
     """
-    number, rank = ascending.rank(), Rank()
+    number, rank = channels.rank, Rank()
+    world = torch.distributed.group.WORLD
+    assert world is not None
     stages = [TimedStage(times, rank, is_first=place.stage == 0, is_last=place.stage == plan.num_stages - 1)
               for place in plan.placement[number]]
-    transport = GroupTransport(ascending, descending, shape=SHAPE, dtype=torch.float32, device=torch.device("cpu"))
+    transport = channels.transport(shape=SHAPE, dtype=torch.float32, device=torch.device("cpu"))
     executor = Executor(plan, number, transport)
-    return measure_step(ascending, lambda recorder: executor.run(stages, recorder))
+    return measure_step(world, lambda recorder: executor.run(stages, recorder))
 
 
 def step_time(timeline: Timeline) -> float:

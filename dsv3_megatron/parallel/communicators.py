@@ -1,0 +1,112 @@
+"""Process groups made by their own ranks alone, one for a set of ranks, and no communicator before it is used.
+
+torch's `new_group` wants to be called by every rank for every group of the run, also for those that a rank is not in.
+On a GPU each of these calls may split the communicator of all ranks, which all of them wait for: minutes at a start
+with thousands of ranks. Here only a group's own ranks call it (`use_local_synchronization`), and a communicator is made
+by the first thing that is sent over it (`lazy_init`).
+
+Two rules are the price. The ranks of a group find each other by a name that torch makes of the ranks and of how many
+groups the process has made before: all of them must have made equally many. And ranks that wait for each other in
+different groups would wait for good. So every rank goes through all groups of the run in one order, though it makes
+only its own; it counts what each of the others has made by then; and where some ranks of a group have made fewer
+groups than others, they first make groups of themselves alone, which cost nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["Ledger", "communicator_options", "ledger", "process_group"]
+
+# Waiting time of a collective whose peer does not come, in seconds.
+COLLECTIVE_TIMEOUT_S = 600
+
+
+def communicator_options(backend: str) -> Any:
+    """Options of a new group: with NCCL, that its communicator is made when it is first used; else None.
+
+    torch 2.11 to 2.14 has no such option and makes communicators so by itself.
+    """
+    if backend != "nccl":
+        return None
+    options = torch.distributed.ProcessGroupNCCL.Options()
+    if hasattr(options, "lazy_init"):
+        options.lazy_init = True
+    return options
+
+
+def process_group(ranks: Sequence[int], name: str | None = None) -> torch.distributed.ProcessGroup:
+    """Make a group that its own ranks make, without the others; `Ledger` is what knows when they may.
+
+    Args:
+        ranks: Global ranks, of which this process is one.
+        name: Description for torch's messages.
+    """
+    group = torch.distributed.new_group(
+        list(ranks), use_local_synchronization=True, group_desc=name,
+        timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        pg_options=communicator_options(torch.distributed.get_backend()))
+    assert isinstance(group, torch.distributed.ProcessGroup)
+    return group
+
+
+class Ledger:
+    """The groups of a run that were made so far, and how many each rank has made.
+
+    Args:
+        rank: Global rank of this process.
+        world: Group of all ranks.
+        make: Makes a group of ranks, for tests.
+    """
+
+    def __init__(self, rank: int, world: torch.distributed.ProcessGroup,
+                 make: Callable[..., Any] = process_group) -> None:
+        self.rank, self.world = rank, world
+        self.num_made = [0] * world.size()
+        self._make = make
+        self._groups: dict[tuple[str, tuple[int, ...]], Any] = {("", tuple(range(world.size()))): world}
+
+    def group(self, ranks: Iterable[int], purpose: str = "", make: Callable[..., Any] | None = None) -> Any:
+        """Give the one group of a set of ranks; every rank of the run calls, in one order, members or not.
+
+        Args:
+            ranks: Global ranks of the group.
+            purpose: What the group is for, where what it carries must not wait for what others carry; groups of the
+                same ranks and purpose are one.
+            make: Makes the group instead of `process_group`, with the same arguments.
+
+        Returns:
+            The group; None for ranks that are not in it.
+        """
+        key = purpose, tuple(sorted(ranks))
+        if key not in self._groups:
+            self._groups[key] = self._new(key[1], purpose, make or self._make)
+        return self._groups[key]
+
+    def _new(self, ranks: tuple[int, ...], purpose: str, make: Callable[..., Any]) -> Any:
+        level = max(self.num_made[rank] for rank in ranks)
+        own = None
+        if self.rank in ranks:
+            for _ in range(level - self.num_made[self.rank]):
+                self._make([self.rank], "to count as many as others")
+            own = make(ranks, purpose or None)
+        for rank in ranks:
+            self.num_made[rank] = level + 1
+        return own
+
+
+_ledger: Ledger | None = None
+
+
+def ledger() -> Ledger:
+    """The ledger of the processes that have met; a new one where torch.distributed was started anew."""
+    global _ledger
+    world = torch.distributed.group.WORLD
+    assert world is not None, "torch.distributed has started"
+    if _ledger is None or _ledger.world is not world:
+        _ledger = Ledger(torch.distributed.get_rank(), world)
+    return _ledger
