@@ -1,6 +1,6 @@
 """What a folder of either kind of checkpoint says of its model before its tensors are read.
 
-For commands that take a run's checkpoint or a Hugging Face one alike (`tools/evaluate.py`, `tools/generate.py`).
+For commands that take a run's checkpoint or a Hugging Face one alike (`dsv3 evaluate`, `dsv3 generate`).
 """
 
 from __future__ import annotations

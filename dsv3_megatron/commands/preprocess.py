@@ -112,7 +112,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--shard",
         default="1/1",
         metavar="I/N",
-        help="make part I of N (from 1); tools/merge_datasets.py joins the parts",
+        help="make part I of N (from 1); dsv3 merge joins the parts",
     )
     add = parser.add_argument_group("runtime").add_argument
     add(

@@ -165,7 +165,7 @@ def _check_inputs(command: Command, world_size: int, rank: int) -> list[Told]:
     data = [phase.data for phase in run.recipe().phases_to_run]
     if not run.data.data_path:
         raise ConfigError("data_path is not set: give the training data's PREFIX (of PREFIX.bin and PREFIX.idx, made "
-                          "by tools/preprocess_data.py), as in --data-path PREFIX")
+                          "by dsv3 preprocess), as in --data-path PREFIX")
     prefixes = list(dict.fromkeys(
         prefix for section in data for field in ("data_path", "valid_data_path") if getattr(section, field)
         for prefix in parse_blend(getattr(section, field), field).prefixes))

@@ -235,4 +235,4 @@ class LoggingConfig:
     log_interval: int = option(10, help="steps between log lines and scalars")
     picture_interval: int = option(10, help="logged steps between heat maps and histograms")
     trace_schedule: str | None = option(None, help="file for what each pipeline rank does when in a step, for "
-                                        "chrome://tracing, ui.perfetto.dev and tools/draw_schedule.py")
+                                        "chrome://tracing, ui.perfetto.dev and dsv3 draw-schedule")

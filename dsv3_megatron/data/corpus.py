@@ -184,7 +184,7 @@ def build_quickstart_corpus(
         if not num_documents["train"]:
             raise ValueError(
                 f"no text found for the corpus (looked at {len(candidates)} files, skipped {dict(skipped)}): "
-                "point --input of tools/preprocess_data.py at JSON Lines files of your own"
+                "point --input of dsv3 preprocess at JSON Lines files of your own"
             )
         summary = CorpusSummary(
             num_train_documents=num_documents["train"],

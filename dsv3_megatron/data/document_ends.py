@@ -44,7 +44,7 @@ def resolve_eod_id(prefixes: Sequence[str], *, tokenizer_model: str | None, flag
         options = sidecar.options if sidecar is not None else {}
         if options.get("append_eod") is False:
             raise ValueError(f"{because}, and {prefix} was made without --append-eod: make it again with "
-                             f"tools/preprocess_data.py --append-eod, {way_out}")
+                             f"dsv3 preprocess --append-eod, {way_out}")
         eod_id = options.get("eod_id")
         if eod_id is None:
             if tokenizer_model is None:
@@ -94,7 +94,7 @@ def _check_ends(prefix: str, eod_id: int, because: str, way_out: str) -> None:
         raise ValueError(
             f"{because}, here {eod_id}, but {wrong.size} of {read_D.size} documents read from {prefix} do not, such as "
             f"number {int(read_D[wrong[0]])}, whose last token is {int(last_D[wrong[0]])}: make the data again with "
-            f"tools/preprocess_data.py --append-eod, {way_out}"
+            f"dsv3 preprocess --append-eod, {way_out}"
         )
 
 

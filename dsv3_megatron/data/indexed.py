@@ -97,11 +97,11 @@ def read_header(prefix: str | os.PathLike[str]) -> IndexHeader:
         if not os.path.isfile(path):
             raise ValueError(
                 f"data file {path} does not exist (data_path={os.fspath(prefix)}: the prefix, without .bin or .idx); "
-                "make it with: python tools/preprocess_data.py --input FILE.jsonl --tokenizer-type HuggingFaceTokenizer"
+                "make it with: dsv3 preprocess --input FILE.jsonl --tokenizer-type HuggingFaceTokenizer"
                 " --tokenizer-model DIR --append-eod --workers 2 --output-prefix PREFIX, which writes "
                 "PREFIX_text_document.bin and .idx"
             )
-    way_out = "make it again with tools/preprocess_data.py"
+    way_out = "make it again with dsv3 preprocess"
     with open(idx_path, "rb") as stream:
         raw = stream.read(HEADER.size)
         if len(raw) < HEADER.size or not raw.startswith(MAGIC):

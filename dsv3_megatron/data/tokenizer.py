@@ -5,7 +5,7 @@ Chinese and Japanese characters, and a rule that keeps punctuation together with
 section 4.1). Special tokens carry V3's names; the three that every text needs have V3's ids 0, 1 and 2, the others
 (FIM, chat, tools) come after the learned vocabulary, as in V3. The random splitting of punctuation + line break tokens
 during pre-training (report, section 4.1) is not part of a tokenizer file: see combined_tokens.py. The command that
-trains is tools/train_tokenizer.py.
+trains is dsv3 train-tokenizer.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def tokenizer_file(path: str | os.PathLike[str]) -> Path:
     if not file.is_file():
         raise ValueError(
             f"tokenizer_model={os.fspath(path)}: {file} does not exist; give a folder with a tokenizer.json, or make "
-            "one with: python tools/train_tokenizer.py --input train.jsonl --vocab-size 4096 --output DIR"
+            "one with: dsv3 train-tokenizer --input train.jsonl --vocab-size 4096 --output DIR"
         )
     return file
 

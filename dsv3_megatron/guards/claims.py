@@ -245,7 +245,7 @@ def _find_load(config: CheckpointConfig) -> str | None:
     foreign = sorted({path.name for pattern in _FOREIGN for path in folder.glob(pattern)})
     if foreign:
         way_out = f"give the folder above it, {folder.parent}" if "checkpoint.json" in foreign else \
-            "convert it first (tools/convert_checkpoint.py hf-to-megatron)"
+            "convert it first (dsv3 convert hf-to-megatron)"
         raise CheckpointError(f"load={config.load} has no checkpoint of a run: no {TRACKER} in it, but "
                               f"{', '.join(foreign[:3])}; {way_out}, or give another folder")
     if config.exit_on_missing_checkpoint:

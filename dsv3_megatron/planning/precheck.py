@@ -148,7 +148,7 @@ def check_memory(run: RunConfig, world_size: int, *, is_planned: bool = False) -
             raise ConfigError(
                 f"pipeline rank {fullest.pipeline_rank} holds {_gb(fullest.state_bytes)} of weights, gradients and "
                 f"optimizer states, more than the {_gb(gpu_bytes)} of a GPU here; split the model over more ranks, or "
-                "see what tools/plan_run.py --search finds")
+                "see what dsv3 plan --search finds")
         return [_compared(text, fullest.peak_bytes, gpu_bytes, "of a GPU")]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     have = _host_bytes()
@@ -318,7 +318,7 @@ def _fullest(run: RunConfig, world_size: int, device: str) -> RankMemory:
 def _compared(text: str, needed: int, have: int, whose: str) -> Told:
     if needed <= have:
         return Told(f"{text}: {_gb(needed)} of the {_gb(have)} {whose}")
-    return Told(f"{text}: {_gb(needed)}, more than the {_gb(have)} {whose}: it may not fit; tools/plan_run.py says "
+    return Told(f"{text}: {_gb(needed)}, more than the {_gb(have)} {whose}: it may not fit; dsv3 plan says "
                 "which settings would lower it", is_warning=True)
 
 

@@ -94,7 +94,7 @@ class ScheduleTrace:
     Of several pipelines beside each other (data and tensor parallelism) it is the one of global rank 0.
 
     Args:
-        path: File for Chrome, Perfetto and `tools/draw_schedule.py`.
+        path: File for Chrome, Perfetto and `dsv3 draw-schedule`.
     """
 
     NUM_STEPS = 2

@@ -23,7 +23,7 @@ def test_the_readme_is_short() -> None:
 @pytest.mark.parametrize("pages", [(README, README), (DATA, RUN)], ids=["readme", "guides"])
 def test_the_walkthrough_s_tokenizer_is_the_model_s(pages: tuple[str, str]) -> None:
     """The tokenizer that is trained first has the ids of the preset that is trained on its tokens."""
-    trained = re.search(r"train_tokenizer\.py .*--vocab-size (\d+)", pages[0])
+    trained = re.search(r"dsv3 train-tokenizer .*--vocab-size (\d+)", pages[0])
     run = re.search(r"pretrain_dsv3\.sh --preset (\S+) --data-path data/corpus_text_document[^`]*?"
                     r"(--vocab-size (\d+))?", pages[1])
     assert trained and run

@@ -1,7 +1,7 @@
 """Decoding tokens/s of this library against `transformers.DeepseekV3ForCausalLM.generate` with its cache.
 
 Both continue the same random prompts greedily with random weights of `laptop`'s shape, which no draft would guess, so
-there is no speculative contender here: its gain depends on the trained model, and `tools/generate.py` prints it. Timed
+there is no speculative contender here: its gain depends on the trained model, and `dsv3 generate` prints it. Timed
 are the tokens after each prompt's first, without the prefill. Contenders are processes of their own and alternate.
 `--cache-table` prints, for every preset, what a position takes in each cache, as the caches are allocated, and appends
 it to the results.
@@ -56,7 +56,7 @@ def random_prompts(setting: Setting, vocab_size: int) -> Any:
 
 
 def ours_step(setting: Setting) -> Step:
-    """This library's generator, as `tools/generate.py` runs it, on random weights."""
+    """This library's generator, as `dsv3 generate` runs it, on random weights."""
     from dsv3_megatron.config.presets import laptop
     from dsv3_megatron.generation.generator import Generator, Options
     from dsv3_megatron.generation.loading import load_model

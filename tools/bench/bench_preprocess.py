@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py as a whole process against its peers, on the same input in the same run.
+"""dsv3 preprocess as a whole process against its peers, on the same input in the same run.
 
 Every contender is the command that a user types, from its start to its exit, with two workers: ours as it is, ours with
 Hugging Face's tokenizers as the backend, and, where a checkout of it is given, Megatron-LM's own tool. Contenders take

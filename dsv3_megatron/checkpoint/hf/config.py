@@ -201,8 +201,8 @@ def export_refusals(model: ModelConfig) -> list[str]:
         reasons.append(
             f"moe_router_score_function={model.moe_router_score_function!r}: config.json cannot express its affinities "
             f"for a model of type {MODEL_TYPE!r}, which transformers computes as a {SCORING_FUNC} of the logits; the "
-            "weights would be read as another model. Keep the checkpoint in this library's format (tools/generate.py "
-            f"and tools/evaluate.py read it), or train with moe_router_score_function={SCORING_FUNC!r}")
+            "weights would be read as another model. Keep the checkpoint in this library's format (dsv3 generate "
+            f"and dsv3 evaluate read it), or train with moe_router_score_function={SCORING_FUNC!r}")
     if model.moe_router_num_groups > 1:
         summed = model.moe_router_group_score_topk or model.moe_router_topk // model.moe_router_group_topk
         if summed != _GROUP_SCORE_TOPK:

@@ -1,6 +1,6 @@
 """The export at the end of a run: its last checkpoint in Hugging Face's layout, every rank a part of the files.
 
-The same code as `tools/convert_checkpoint.py megatron-to-hf`; what it makes is what that makes.
+The same code as `dsv3 convert megatron-to-hf`; what it makes is what that makes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def export_run(source: str, output: str, iteration: int, *, precision: str, is_w
 
     Raises:
         CheckpointError: on every rank, if any could not write its part; what is finished stays for
-            `tools/convert_checkpoint.py` to go on with.
+            `dsv3 convert` to go on with.
     """
     reasons: list[str] = []
     try:

@@ -129,7 +129,7 @@ class CombinedTokenSplitter:
         if rate > 0 and not len(tokens):
             raise ValueError(
                 f"split_combined_rate={rate} needs tokens that join punctuation and line breaks, and the tokenizer has "
-                "none: set the rate to 0, or make one that has them with tools/train_tokenizer.py"
+                "none: set the rate to 0, or make one that has them with dsv3 train-tokenizer"
             )
         self.tokens = tokens
         self.rate = rate

@@ -201,7 +201,7 @@ def find_fim_sentinels(
         where = "the vocabulary" if isinstance(tokenizer, Mapping) else os.fspath(tokenizer)
         raise ValueError(
             f"fim_rate > 0 needs the sentinels {', '.join(missing)}, which {where} lacks ({hint}); "
-            "make a tokenizer that has them with tools/train_tokenizer.py, or set fim_rate to 0"
+            "make a tokenizer that has them with dsv3 train-tokenizer, or set fim_rate to 0"
         )
     begin, hole, end = names
     return FimSentinels(vocab[begin], vocab[hole], vocab[end], (begin, hole, end))

@@ -1,4 +1,4 @@
-"""tools/merge_datasets.py and tools/inspect_dataset.py: what they write, print, and refuse."""
+"""`dsv3 merge` and dsv3 inspect: what they write, print, and refuse."""
 
 import json
 import os

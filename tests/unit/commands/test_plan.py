@@ -1,4 +1,4 @@
-"""tools/plan_run.py: its JSON, its text, its picture, and what it says to wrong input."""
+"""`dsv3 plan`: its JSON, its text, its picture, and what it says to wrong input."""
 
 from __future__ import annotations
 

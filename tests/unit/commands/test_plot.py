@@ -1,4 +1,4 @@
-"""tools/plot_run.py: a page of a run's folder, and what it says of a folder that cannot be read."""
+"""`dsv3 plot`: a page of a run's folder, and what it says of a folder that cannot be read."""
 
 from __future__ import annotations
 

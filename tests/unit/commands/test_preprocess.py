@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py on good input: the bytes of Megatron-LM's tool, from every kind of input, however shared."""
+"""`dsv3 preprocess` on good input: the bytes of Megatron-LM's tool, from every kind of input, however shared."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py on bad input and through bad luck: what it says, what is lost (nothing), how it goes on."""
+"""`dsv3 preprocess` on bad input and through bad luck: what it says, what is lost (nothing), how it goes on."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""tools/simulate_pipeline.py: its JSON, its text, its files, and what it says to wrong input."""
+"""`dsv3 simulate`: its JSON, its text, its files, and what it says to wrong input."""
 
 from __future__ import annotations
 

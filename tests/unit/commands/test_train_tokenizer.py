@@ -1,4 +1,4 @@
-"""tools/train_tokenizer.py: what it writes, from which part of which input, and what it says about bad input."""
+"""`dsv3 train-tokenizer`: what it writes, from which part of which input, and what it says about bad input."""
 
 import gzip
 import json

@@ -177,7 +177,7 @@ def test_check_only_plans_for_the_processes_it_is_told(data: str, capsys: pytest
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "data_path is not set: give the training data's PREFIX (of PREFIX.bin and PREFIX.idx, made by "
-         "tools/preprocess_data.py), as in --data-path PREFIX"),
+         "dsv3 preprocess), as in --data-path PREFIX"),
     (["--data-path", "{folder}/absent"], "{folder}/absent.idx"),
     (["--data-path", "0.5", "{data}", "{data}"], "data_path=0.5 {data} {data} mixes weights and prefixes"),
     (["--data-path", "{data}", "--valid-data-path", "-1", "{data}"],

@@ -56,7 +56,7 @@ def test_what_preprocessing_wrote_is_accepted_or_refused(tmp_path, jsonl_file, t
         resolve(prefix, tokenizer_model=tokenizer_dir, flags=("reset_attention_mask", "eod_mask_loss"))
     assert str(error.value) == (
         f"reset_attention_mask and eod_mask_loss need documents that end with an EOD token, and {prefix} was made "
-        "without --append-eod: make it again with tools/preprocess_data.py --append-eod, or leave reset_attention_mask "
+        "without --append-eod: make it again with dsv3 preprocess --append-eod, or leave reset_attention_mask "
         "and eod_mask_loss off"
     )
 
@@ -88,7 +88,7 @@ def test_documents_without_it_are_found(tmp_path, tokenizer_dir):
         assert str(error.value) == (
             f"reset_attention_mask needs documents that end with an EOD token, here 1, but 1 of 60 documents read from "
             f"{prefix} do not, such as number 40, whose last token is 8: make the data again with "
-            "tools/preprocess_data.py --append-eod, or leave reset_attention_mask off"
+            "dsv3 preprocess --append-eod, or leave reset_attention_mask off"
         )
 
 

@@ -185,7 +185,7 @@ def test_missing_file_says_where_and_how(tmp_path, missing):
         read_header(tmp_path / "d")
     text = str(error.value)
     assert text.startswith(f"data file {tmp_path}/d.{missing} does not exist (data_path={tmp_path}/d: the prefix")
-    assert "make it with: python tools/preprocess_data.py --input FILE.jsonl" in text
+    assert "make it with: dsv3 preprocess --input FILE.jsonl" in text
 
 
 def encoded(documents):

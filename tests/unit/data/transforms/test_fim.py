@@ -173,7 +173,7 @@ def test_missing_sentinels_are_named(tmp_path):
     message = str(caught.value)
     assert message.startswith(f"fim_rate > 0 needs the sentinels {FIM_HOLE_TOKEN}, {FIM_END_TOKEN}, which the vocab")
     assert "it has <fim_prefix>, <｜fim▁begin｜>: name begin, hole and end among them" in message
-    assert "tools/train_tokenizer.py, or set fim_rate to 0" in message
+    assert "dsv3 train-tokenizer, or set fim_rate to 0" in message
     with pytest.raises(ValueError, match=r"it has none like it"):
         find_fim_sentinels({})
     with pytest.raises(ValueError, match=r"fim_sentinels=\['a', 'a', 'b'\] must be three different tokens"):
