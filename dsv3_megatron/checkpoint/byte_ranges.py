@@ -23,7 +23,7 @@ _NOT_BY_KERNEL = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNO
 
 
 @dataclass(frozen=True)
-class Segment:
+class ByteRange:
     """`num_bytes` of a file from `offset` on."""
 
     file: Path
@@ -31,11 +31,11 @@ class Segment:
     num_bytes: int
 
 
-def read_segments(segments: Sequence[Segment], raw: torch.Tensor, name: str) -> None:
-    """Fill a tensor of bytes with segments, one after the other.
+def read_byte_ranges(ranges: Sequence[ByteRange], raw: torch.Tensor, name: str) -> None:
+    """Fill a tensor of bytes with ranges of bytes, one after the other.
 
     Args:
-        segments: Places of the bytes, together as many as `raw` has.
+        ranges: Places of the bytes, together as many as `raw` has.
         raw: Tensor to fill, uint8, contiguous.
         name: Name of the tensor, for messages.
 
@@ -44,31 +44,31 @@ def read_segments(segments: Sequence[Segment], raw: torch.Tensor, name: str) -> 
     """
     view = memoryview(raw.numpy())
     position = 0
-    for segment in segments:
-        part = view[position: position + segment.num_bytes]
-        position += segment.num_bytes
+    for where in ranges:
+        part = view[position: position + where.num_bytes]
+        position += where.num_bytes
         try:
-            descriptor = os.open(segment.file, os.O_RDONLY)
+            descriptor = os.open(where.file, os.O_RDONLY)
             try:
                 done = 0
                 while done < len(part):
-                    count = os.preadv(descriptor, [part[done:]], segment.offset + done)
+                    count = os.preadv(descriptor, [part[done:]], where.offset + done)
                     if not count:
-                        raise _cut(segment, name)
+                        raise _cut(where, name)
                     done += count
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise _unreadable(segment, name, error) from error
+            raise _unreadable(where, name, error) from error
     assert position == len(view), (name, position, len(view))
 
 
-def copy_segments(segments: Sequence[Segment], target: int, offset: int, name: str,
-                  report: Callable[[int], None]) -> None:
-    """Write segments one after the other into an open file.
+def copy_byte_ranges(ranges: Sequence[ByteRange], target: int, offset: int, name: str,
+                     report: Callable[[int], None]) -> None:
+    """Write ranges of bytes one after the other into an open file.
 
     Args:
-        segments: Places that the bytes come from.
+        ranges: Places that the bytes come from.
         target: Descriptor of the file to write.
         offset: First byte to write in that file.
         name: Name of the tensor, for messages.
@@ -78,23 +78,23 @@ def copy_segments(segments: Sequence[Segment], target: int, offset: int, name: s
         CheckpointError: a file cannot be read or ends before.
         OSError: the target cannot be written.
     """
-    for segment in segments:
+    for where in ranges:
         try:
-            source = os.open(segment.file, os.O_RDONLY)
+            source = os.open(where.file, os.O_RDONLY)
         except OSError as error:
-            raise _unreadable(segment, name, error) from error
+            raise _unreadable(where, name, error) from error
         try:
             done = 0
-            while done < segment.num_bytes:
-                step = min(_STEP_BYTES, segment.num_bytes - done)
-                count = _copy(source, segment.offset + done, target, offset + done, step)
+            while done < where.num_bytes:
+                step = min(_STEP_BYTES, where.num_bytes - done)
+                count = _copy(source, where.offset + done, target, offset + done, step)
                 if not count:
-                    raise _cut(segment, name)
+                    raise _cut(where, name)
                 done += count
                 report(count)
         finally:
             os.close(source)
-        offset += segment.num_bytes
+        offset += where.num_bytes
 
 
 def write_tensor(target: int, offset: int, tensor: torch.Tensor) -> None:
@@ -123,9 +123,9 @@ def _copy(source: int, start: int, target: int, offset: int, num_bytes: int) -> 
     return len(data)
 
 
-def _cut(segment: Segment, name: str) -> CheckpointError:
-    return CheckpointError(f"{segment.file} ends within tensor {name}: it is truncated; get it again")
+def _cut(where: ByteRange, name: str) -> CheckpointError:
+    return CheckpointError(f"{where.file} ends within tensor {name}: it is truncated; get it again")
 
 
-def _unreadable(segment: Segment, name: str, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{segment.file}: tensor {name} cannot be read: {error.strerror}")
+def _unreadable(where: ByteRange, name: str, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{where.file}: tensor {name} cannot be read: {error.strerror}")

@@ -47,7 +47,7 @@ class CheckpointError(ConfigError):
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """How far a run has come.
 
     Attributes:
@@ -84,7 +84,7 @@ class Manifest:
     """
 
     path: Path
-    progress: Progress
+    progress: RunProgress
     run: dict[str, Any]
     versions: dict[str, str]
     world_size: int
@@ -254,7 +254,7 @@ def remove_partial(target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
 
 
-def finish_save(directory: str | Path, progress: Progress, run: dict[str, Any], *, versions: dict[str, str],
+def finish_save(directory: str | Path, progress: RunProgress, run: dict[str, Any], *, versions: dict[str, str],
                 world_size: int, precision: str, contents: str = TRAINING, run_id: str | None = None) -> Path:
     """Turn the folder that `begin_save` made, now filled, into the newest checkpoint.
 
@@ -292,7 +292,7 @@ def record_guards(directory: str | Path, iteration: int, guards: dict[str, Any])
     Args:
         directory: Folder of the run's checkpoints.
         iteration: Optimizer steps of a complete checkpoint.
-        guards: State of the guards, as `Progress` has it.
+        guards: State of the guards, as `RunProgress` has it.
 
     Raises:
         OSError: the manifest cannot be written; it is as it was.
@@ -349,7 +349,7 @@ def _parse_manifest(path: Path) -> Manifest:
     content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if content["format_version"] > FORMAT_VERSION:
         raise ValueError(f"format_version={content['format_version']} is newer than this library's {FORMAT_VERSION}")
-    return Manifest(path, Progress(**content["progress"]), content["run"], content["versions"],
+    return Manifest(path, RunProgress(**content["progress"]), content["run"], content["versions"],
                     content["world_size"], content["precision"], content["files"],
                     content.get("contents", TRAINING), content.get("run_id"))
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsv3_megatron.checkpoint.folder import TRAINING, CheckpointError, Manifest, Progress, check_architecture
+from dsv3_megatron.checkpoint.folder import TRAINING, CheckpointError, Manifest, RunProgress, check_architecture
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.past import (
     Stretch,
@@ -31,7 +31,7 @@ from dsv3_megatron.config.past import (
     with_learning_rates,
     with_schedule,
 )
-from dsv3_megatron.config.recipe import DataSpan, Place, Recipe
+from dsv3_megatron.config.recipe import DataSpan, Recipe, TrainedAmount
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import TrainingConfig
 from dsv3_megatron.data.datasets import dataset_config
@@ -113,7 +113,7 @@ def plan_schedule(run: RunConfig, load: str | None) -> tuple[Resumption, Manifes
         _require_steps(recipe, now, manifest)
         return Resumption(run, recipe, past, notes=tuple(notes)), manifest
     try:
-        placed = run.recipe() if last.start == Place() else run.recipe().placed_at(last.start)
+        placed = run.recipe() if last.start == TrainedAmount() else run.recipe().placed_at(last.start)
         wrong = differences(placed, planned_steps(run, last), last.start, now)
     except ConfigError as error:  # the recipe was not so long when the stretch began
         placed, wrong = run.recipe(), [str(error)]
@@ -166,8 +166,8 @@ def jumped_samples(guards: Mapping[str, Any]) -> int:
     return sum(stop - first for first, stop in guards["counters"]["jumps"]) if guards else 0
 
 
-def _place_of(progress: Progress) -> Place:
-    return Place(progress.iteration, progress.consumed_tokens, progress.consumed_samples)
+def _place_of(progress: RunProgress) -> TrainedAmount:
+    return TrainedAmount(progress.iteration, progress.consumed_tokens, progress.consumed_samples)
 
 
 def _recorded(manifest: Manifest, run: RunConfig) -> tuple[tuple[Stretch, ...], list[str]]:
@@ -199,7 +199,7 @@ def _kept(run: RunConfig, last: Stretch) -> TrainingConfig:
     return with_learning_rates(run.training, last.fields)
 
 
-def _require_steps(recipe: Recipe, now: Place, manifest: Manifest) -> None:
+def _require_steps(recipe: Recipe, now: TrainedAmount, manifest: Manifest) -> None:
     """Refuse a run that ended before its checkpoint; one that ended there has nothing left to do, and is complete."""
     if now.iteration > recipe.num_steps:
         last = recipe.phases_to_run[-1]

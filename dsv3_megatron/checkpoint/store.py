@@ -56,7 +56,7 @@ from dsv3_megatron.checkpoint.folder import (
     WEIGHTS,
     CheckpointError,
     Manifest,
-    Progress,
+    RunProgress,
     begin_save,
     check_architecture,
     finish_save,
@@ -80,7 +80,7 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.shards import distributed_parts
 
-__all__ = ["CheckpointError", "Progress", "latest_iteration", "load_checkpoint", "load_weights", "save_checkpoint"]
+__all__ = ["CheckpointError", "RunProgress", "latest_iteration", "load_checkpoint", "load_weights", "save_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ _OPTIMIZER_PREFIX = "optimizer."
 
 
 def save_checkpoint(
-    directory: str | Path, progress: Progress, run: RunConfig, chunks: list[torch.nn.Module],
+    directory: str | Path, progress: RunProgress, run: RunConfig, chunks: list[torch.nn.Module],
     optimizer: MegatronOptimizer, groups: ProcessGroupCollection, *, keep_last: int,
     average: WeightAverage | None = None, text_files: TextFiles | None = None, run_id: str | None = None
 ) -> Path:
@@ -179,7 +179,7 @@ def _remove_old(directory: str | Path, newest: int, keep_last: int) -> list[int]
 def load_checkpoint(
     directory: str | Path, run: RunConfig, chunks: list[torch.nn.Module], optimizer: MegatronOptimizer,
     groups: ProcessGroupCollection, *, average: WeightAverage | None = None
-) -> Progress:
+) -> RunProgress:
     """Put the newest checkpoint of `directory` into this run's modules and optimizer; called by every rank.
 
     Bit for bit what was saved, under the layout that wrote it and under any other. A checkpoint of weights alone, as
@@ -226,7 +226,7 @@ def load_checkpoint(
 
 
 def load_weights(directory: str | Path, run: RunConfig, chunks: list[torch.nn.Module], groups: ProcessGroupCollection,
-                 *, is_average: bool = False) -> Progress:
+                 *, is_average: bool = False) -> RunProgress:
     """Put the weights and router biases of the newest checkpoint of `directory` into modules that nothing trains.
 
     Called by every rank. The optimizer's part of the checkpoint, most of its bytes, is not read. Values are converted

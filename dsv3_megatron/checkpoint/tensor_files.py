@@ -29,14 +29,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dsv3_megatron.checkpoint.byte_ranges import Segment, read_segments
+from dsv3_megatron.checkpoint.byte_ranges import ByteRange, read_byte_ranges
 from dsv3_megatron.checkpoint.folder import CheckpointError
 
 _COMMON_FILE = "__0_common.distcp"
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TensorPart:
     """A rectangular part of a tensor, as one entry of one file.
 
     Attributes:
@@ -68,7 +68,7 @@ class Chunk:
 # ---- writing -----------------------------------------------------------------------------------------
 
 
-def lay_out_file(path: Path, chunks: Sequence[Chunk]) -> tuple[list[Chunk], list[int]]:
+def lay_out_file(path: Path, chunks: Sequence[TensorPart]) -> tuple[list[TensorPart], list[int]]:
     """Make a file with everything but the values of its chunks, which are to be written at the given positions.
 
     Args:
@@ -92,7 +92,7 @@ def lay_out_file(path: Path, chunks: Sequence[Chunk]) -> tuple[list[Chunk], list
     return placed, [_values(path, chunk.start, chunk.length)[0] for chunk in placed]
 
 
-def write_index(folder: Path, chunks: Iterable[Chunk], common: dict[str, Any]) -> None:
+def write_index(folder: Path, chunks: Iterable[TensorPart], common: dict[str, Any]) -> None:
     """Complete a folder of chunk files to a checkpoint that megatron.core.dist_checkpointing loads.
 
     Args:
@@ -138,7 +138,7 @@ class TensorFiles:
             metadata = FileSystemReader(folder).read_metadata()
         except Exception as error:
             raise CheckpointError(f"checkpoint {folder} is truncated or corrupt: .metadata: {error}") from error
-        self._chunks: dict[str, list[Chunk]] = {}
+        self._chunks: dict[str, list[TensorPart]] = {}
         # A layer's experts may be one chunk, read expert by expert: it is looked into once.
         self._starts: dict[tuple[str, int], int] = {}
         for key, entry in metadata.state_dict_metadata.items():
@@ -146,12 +146,13 @@ class TensorFiles:
                 self._chunks[key] = [self._chunk(key, entry, part, metadata) for part in entry.chunks]
         self._by_offsets = {(chunk.key, chunk.offsets): chunk for chunks in self._chunks.values() for chunk in chunks}
 
-    def _chunk(self, key: str, entry: TensorStorageMetadata, part: ChunkStorageMetadata, metadata: Metadata) -> Chunk:
+    def _chunk(self, key: str, entry: TensorStorageMetadata, part: ChunkStorageMetadata, metadata: Metadata
+               ) -> TensorPart:
         assert metadata.storage_data is not None
         place = metadata.storage_data[MetadataIndex(key, part.offsets)]
         dtype = str(entry.properties.dtype).removeprefix("torch.")
-        return Chunk(key, tuple(entry.size), tuple(part.offsets), tuple(part.sizes), dtype, place.relative_path,
-                     place.offset, place.length)
+        return TensorPart(key, tuple(entry.size), tuple(part.offsets), tuple(part.sizes), dtype, place.relative_path,
+                          place.offset, place.length)
 
     def keys(self) -> set[str]:
         """The keys of all tensors of the checkpoint."""
@@ -165,7 +166,7 @@ class TensorFiles:
         """Dtype of a tensor."""
         return getattr(torch, self._chunks[key][0].dtype)
 
-    def segments(self, key: str, index: int | None, first_row: int, num_rows: int) -> list[Segment] | None:
+    def byte_ranges(self, key: str, index: int | None, first_row: int, num_rows: int) -> list[ByteRange] | None:
         """The bytes of some rows of a tensor, where they lie in whole rows in its chunks; else None.
 
         Args:
@@ -174,7 +175,7 @@ class TensorFiles:
             first_row: First of the rows.
             num_rows: How many.
         """
-        found: list[Segment] = []
+        found: list[ByteRange] = []
         row = first_row
         while row < first_row + num_rows:
             chunk = self._chunk_at(key, index, row, 0)
@@ -183,21 +184,21 @@ class TensorFiles:
             if rows.ndim == 2 and chunk.sizes[-1] != width:
                 return None
             count = min(first_row + num_rows, rows.first + rows.count) - row
-            found.append(rows.segment(row, count))
+            found.append(rows.byte_range(row, count))
             row += count
         return found
 
     def read(self, key: str, index: int | None, first_row: int, num_rows: int) -> torch.Tensor:
-        """Read some rows of a tensor, in memory of their own; arguments are those of `segments`.
+        """Read some rows of a tensor, in memory of their own; arguments are those of `byte_ranges`.
 
         Raises:
             CheckpointError: a file cannot be read or has been cut.
         """
         shape = self.shape(key)[1:] if index is not None else self.shape(key)
         result = torch.empty((num_rows, *shape[1:]), dtype=self.dtype(key))
-        whole = self.segments(key, index, first_row, num_rows)
+        whole = self.byte_ranges(key, index, first_row, num_rows)
         if whole is not None:
-            read_segments(whole, result.view(-1).view(torch.uint8), key)
+            read_byte_ranges(whole, result.view(-1).view(torch.uint8), key)
             return result
         row = first_row
         while row < first_row + num_rows:
@@ -207,14 +208,14 @@ class TensorFiles:
                 rows, width = self._rows(chunk, index), chunk.sizes[-1]
                 count = min(first_row + num_rows, rows.first + rows.count) - row
                 part = torch.empty((count, width), dtype=result.dtype)
-                read_segments([rows.segment(row, count)], part.view(-1).view(torch.uint8), key)
+                read_byte_ranges([rows.byte_range(row, count)], part.view(-1).view(torch.uint8), key)
                 top = row - first_row
                 result[top: top + count, column: column + width] = part
                 column += width
             row += count
         return result
 
-    def _chunk_at(self, key: str, index: int | None, row: int, column: int) -> Chunk:
+    def _chunk_at(self, key: str, index: int | None, row: int, column: int) -> TensorPart:
         """The chunk that holds the element [index, row, column], of as many as the tensor has dimensions."""
         shape = self.shape(key)
         point = (*(() if index is None else (index,)), row, column)[: len(shape)]
@@ -224,7 +225,7 @@ class TensorFiles:
                 return chunk
         raise CheckpointError(f"checkpoint {self.folder} is truncated or corrupt: {key} has no value at {list(point)}")
 
-    def _start(self, chunk: Chunk) -> int:
+    def _start(self, chunk: TensorPart) -> int:
         """Where a chunk's values begin in its file."""
         place = chunk.file, chunk.start
         if place not in self._starts:
@@ -241,7 +242,7 @@ class TensorFiles:
             self._starts[place] = start
         return self._starts[place]
 
-    def _rows(self, chunk: Chunk, index: int | None) -> _Rows:
+    def _rows(self, chunk: TensorPart, index: int | None) -> _Rows:
         start = self._start(chunk)
         inner = chunk.sizes if index is None else chunk.sizes[1:]
         row_bytes = chunk.num_bytes // max(1, torch.Size(chunk.sizes).numel() // torch.Size(inner[1:]).numel())
@@ -262,8 +263,8 @@ class _Rows:
     row_bytes: int
     ndim: int
 
-    def segment(self, row: int, count: int) -> Segment:
-        return Segment(self.file, self.start + (row - self.first) * self.row_bytes, count * self.row_bytes)
+    def byte_range(self, row: int, count: int) -> ByteRange:
+        return ByteRange(self.file, self.start + (row - self.first) * self.row_bytes, count * self.row_bytes)
 
 
 class _Slice(io.RawIOBase):

@@ -53,7 +53,7 @@ _MICROBATCHES_PER_STAGE = 4
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What to evaluate on what, how, and where the answer goes.
 
     Attributes:
@@ -91,7 +91,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _CheckedRequest:
     """A request that can be met: the run to build, how to load it, what to score.
 
     `eod_id` is the token that ends a document, if the run's data settings need it; `documents` says in a line which of
@@ -106,7 +106,7 @@ class _Plan:
     documents: str
 
 
-def carry_out(request: Request) -> int:
+def carry_out(request: EvaluationRequest) -> int:
     """Run one process of an evaluation; the first one prints the result to stdout.
 
     Returns:
@@ -117,21 +117,21 @@ def carry_out(request: Request) -> int:
         return end_of(lambda: _main(request))
 
 
-def _main(request: Request) -> int:
+def _main(request: EvaluationRequest) -> int:
     processes = Processes()
     try:
         processes = Processes.from_environment()
         processes.require_rank()
-        plan = make_plan(request, processes.world_size)
+        checked = check_request(request, processes.world_size)
     except ValueError as error:
         say_error(str(error), processes)
         return EXIT_CONFIG
     rank = processes.rank
     if rank == 0:
-        print(plan.documents, file=sys.stderr)
+        print(checked.documents, file=sys.stderr)
 
     def work() -> int:
-        result = _evaluate(plan)
+        result = _evaluate(checked)
         if rank == 0:
             print(as_json(result) if request.as_json else as_text(result))
         return 0
@@ -139,17 +139,17 @@ def _main(request: Request) -> int:
     return run_rank(rank, work)
 
 
-def _evaluate(plan: _Plan) -> Evaluation:
+def _evaluate(checked: _CheckedRequest) -> Evaluation:
     prepare_rank()
     from dsv3_megatron.runs.evaluator import Evaluator
 
-    evaluator = Evaluator(plan.run, plan.load, eod_id=plan.eod_id)
-    result = evaluator.evaluate(plan.rows, logprobs=plan.logprobs)
+    evaluator = Evaluator(checked.run, checked.load, eod_id=checked.eod_id)
+    result = evaluator.evaluate(checked.rows, logprobs=checked.logprobs)
     evaluator.close()
     return result
 
 
-def make_plan(request: Request, world_size: int) -> _Plan:
+def check_request(request: EvaluationRequest, world_size: int) -> _CheckedRequest:
     """Check a request against its checkpoint, its data and the number of processes.
 
     Raises:
@@ -188,8 +188,8 @@ def make_plan(request: Request, world_size: int) -> _Plan:
     from dsv3_megatron.parallel.layout import stage_layouts
 
     stage_layouts(run.model, run.parallel)
-    return _Plan(run, _average_loader(run, checkpoint) if request.ema else checkpoint.load, rows, request.logprobs,
-                 eod_id, documents)
+    return _CheckedRequest(run, _average_loader(run, checkpoint) if request.ema else checkpoint.load, rows,
+                           request.logprobs, eod_id, documents)
 
 
 def _average_loader(run: RunConfig, checkpoint: OpenedCheckpoint) -> Callable[[list[Any], Any], None]:
@@ -217,7 +217,7 @@ def _rows_per_step(parallel: ParallelConfig, world_size: int, micro_batch_size: 
     return microbatches * rows_per_microbatch
 
 
-def _open_rows(request: Request, checkpoint: OpenedCheckpoint) -> tuple[Rows, int]:
+def _open_rows(request: EvaluationRequest, checkpoint: OpenedCheckpoint) -> tuple[Rows, int]:
     """The rows, and how many tokens the longest of them predicts."""
     model = checkpoint.model
     identity = fingerprint(request.tokenizer_model) if request.tokenizer_model is not None else None
@@ -242,7 +242,7 @@ def _open_rows(request: Request, checkpoint: OpenedCheckpoint) -> tuple[Rows, in
                         tokenizer_fingerprint=identity), length
 
 
-def _open_documents(request: Request, checkpoint: OpenedCheckpoint) -> tuple[DataConfig, int | None, str]:
+def _open_documents(request: EvaluationRequest, checkpoint: OpenedCheckpoint) -> tuple[DataConfig, int | None, str]:
     """The document switches in force, the EOD if one is on, and a line that says so.
 
     Those of training hold unless the request says otherwise. Only in an array, whose tokens may come from anywhere,
@@ -272,7 +272,8 @@ def _open_documents(request: Request, checkpoint: OpenedCheckpoint) -> tuple[Dat
     return data, named, _documents_line(data, named, checkpoint)
 
 
-def _eod_id_of_dataset(data_path: str, tokenizer: str | None, switches: tuple[str, ...], request: Request) -> int:
+def _eod_id_of_dataset(data_path: str, tokenizer: str | None, switches: tuple[str, ...], request: EvaluationRequest
+                       ) -> int:
     """As of a run's data; an error says which switches nobody gave, and how to turn them off."""
     try:
         return resolve_eod_id([without_suffix(data_path)], tokenizer_model=tokenizer, flags=switches)
@@ -291,7 +292,7 @@ def _documents_line(data: DataConfig, eod_id: int | None, checkpoint: OpenedChec
     return f"{line}; trained with {' and '.join(trained)}" if trained else f"{line}; trained packed"
 
 
-def _other_form(request: Request, checkpoint: OpenedCheckpoint) -> str:
+def _other_form(request: EvaluationRequest, checkpoint: OpenedCheckpoint) -> str:
     """What to add to the line on documents where the dataset's begin or end otherwise than those of training."""
     here = form_of_dataset(without_suffix(request.data_path)) if request.data_path is not None else None
     if here is None or checkpoint.form is None or here == checkpoint.form:
@@ -333,7 +334,7 @@ def _add_document_flags(parser: argparse.ArgumentParser) -> None:
         "Hugging Face's folder, if it is there)")
 
 
-def _parse_arguments(arguments: list[str] | None) -> Request:
+def _parse_arguments(arguments: list[str] | None) -> EvaluationRequest:
     parser = Parser(
         prog="dsv3 evaluate", allow_abbrev=False,
         description="Loss and perplexity of a checkpoint on a dataset or on given token ids.",
@@ -360,7 +361,7 @@ def _parse_arguments(arguments: list[str] | None) -> Request:
         "positions that have a target, divided by all tokens")
     add_section(parser, "parallel")
     options = vars(parser.parse_args(arguments))
-    return Request(
+    return EvaluationRequest(
         load=options["load"], data_path=options["data_path"], tokens=options["tokens"], logprobs=options["logprobs"],
         seq_length=options["seq_length"], micro_batch_size=options["micro_batch_size"], precision=options["precision"],
         transformer_impl=options["transformer_impl"], parallel=given_fields(options, ["parallel"]),

@@ -29,11 +29,11 @@ from dsv3_megatron.process.stop import StopListener
 from dsv3_megatron.runs.rank import EXIT_CONFIG, end_of, prepare_rank, run_rank, say_error
 
 if TYPE_CHECKING:
-    from dsv3_megatron.generation.generator import NewTokens, Options, Statistics
+    from dsv3_megatron.generation.generator import GenerationStatistics, NewTokens, Options
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """What to continue, with which model, and how.
 
     Attributes:
@@ -68,7 +68,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CheckedRequest:
     """A request that can be met."""
 
     run: RunConfig
@@ -79,7 +79,7 @@ class Plan:
     options: Options
 
 
-def carry_out(request: Request) -> int:
+def carry_out(request: GenerationRequest) -> int:
     """Generate, and print as it comes.
 
     Returns:
@@ -90,19 +90,19 @@ def carry_out(request: Request) -> int:
         return end_of(lambda: _main(request))
 
 
-def _main(request: Request) -> int:
+def _main(request: GenerationRequest) -> int:
     processes = Processes()
     try:
         processes = Processes.from_environment()
         prepare_rank()
-        plan = make_plan(request, processes.world_size)
+        checked = check_request(request, processes.world_size)
     except ValueError as error:
         say_error(str(error), processes)
         return EXIT_CONFIG
-    return run_rank(0, lambda: _generate(plan, as_json=request.as_json))
+    return run_rank(0, lambda: _generate(checked, as_json=request.as_json))
 
 
-def make_plan(request: Request, world_size: int = 1) -> Plan:
+def check_request(request: GenerationRequest, world_size: int = 1) -> CheckedRequest:
     """Check a request against its checkpoint and tokenizer; `prepare()` has been called.
 
     Raises:
@@ -133,10 +133,10 @@ def make_plan(request: Request, world_size: int = 1) -> Plan:
     run = RunConfig(checkpoint.preset, model, ParallelConfig(), training, DataConfig(),
                     CheckpointConfig(load=request.load), LoggingConfig())
     run.validate(1)
-    return Plan(run, checkpoint.load, codec, tuple(texts), tuple(map(tuple, ids)), options)
+    return CheckedRequest(run, checkpoint.load, codec, tuple(texts), tuple(map(tuple, ids)), options)
 
 
-def _options(request: Request, *, max_length: int, stop_ids: tuple[int, ...] = ()) -> Options:
+def _options(request: GenerationRequest, *, max_length: int, stop_ids: tuple[int, ...] = ()) -> Options:
     from dsv3_megatron.generation.generator import Options
     from dsv3_megatron.generation.sampling import Sampling
 
@@ -145,16 +145,16 @@ def _options(request: Request, *, max_length: int, stop_ids: tuple[int, ...] = (
         kv_cache=request.kv_cache, speculative=request.speculative, batch_size=request.batch_size, stop_ids=stop_ids)
 
 
-def _generate(plan: Plan, *, as_json: bool) -> int:
+def _generate(checked: CheckedRequest, *, as_json: bool) -> int:
     from dsv3_megatron.generation.generator import Generator
     from dsv3_megatron.generation.loading import load_model
     from dsv3_megatron.parallel.groups import destroy_groups
 
-    generator = Generator(load_model(plan.run, plan.load), plan.options)
-    printer = Printer(plan.codec, plan.texts, plan.ids, sys.stdout, as_json=as_json)
-    for event in generator.generate(plan.ids):
+    generator = Generator(load_model(checked.run, checked.load), checked.options)
+    printer = Printer(checked.codec, checked.texts, checked.ids, sys.stdout, as_json=as_json)
+    for event in generator.generate(checked.ids):
         printer.add(event)
-    print(summary(generator.statistics, plan.options), file=sys.stderr)
+    print(summary(generator.statistics, checked.options), file=sys.stderr)
     destroy_groups()
     return 0
 
@@ -222,7 +222,7 @@ class Printer:
         self.out.flush()
 
 
-def summary(statistics: Statistics, options: Options) -> str:
+def summary(statistics: GenerationStatistics, options: Options) -> str:
     """What a generation took, in a line each."""
     lines = [
         f"prompts: {statistics.num_prompt_tokens} tokens in {statistics.prefill_s:.2f} s",
@@ -235,7 +235,7 @@ def summary(statistics: Statistics, options: Options) -> str:
     return "\n".join(lines)
 
 
-def _parse_arguments(arguments: list[str] | None) -> Request:
+def _parse_arguments(arguments: list[str] | None) -> GenerationRequest:
     parser = Parser(
         prog="dsv3 generate", allow_abbrev=False, description="Text from a checkpoint, printed as it is generated.",
         epilog="One process; checkpoints saved under any layout load. Texts go to stdout, speed to stderr.",
@@ -262,7 +262,7 @@ def _parse_arguments(arguments: list[str] | None) -> Request:
     add("--precision", choices=PRECISIONS, help="of weights and activations (default: as trained; auto for Hugging "
         "Face)")
     add("--json", dest="as_json", action="store_true", help="print one JSON object for each text")
-    return Request(**vars(parser.parse_args(arguments)))
+    return GenerationRequest(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: list[str] | None = None) -> int:

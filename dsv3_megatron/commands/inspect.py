@@ -16,7 +16,7 @@ from typing import Any
 
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.data.indexed import dataset_paths, read_sidecar
-from dsv3_megatron.data.inspection import Statistics, measure, plot_lengths, read_document, verify
+from dsv3_megatron.data.inspection import DatasetStatistics, measure, plot_lengths, read_document, verify
 
 _SHOWN_CHARACTERS = 2000
 
@@ -36,7 +36,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _print_statistics(prefix: str, statistics: Statistics) -> None:
+def _print_statistics(prefix: str, statistics: DatasetStatistics) -> None:
     sidecar = read_sidecar(prefix)
     lengths = ", ".join(f"{share}%: {length}" for share, length in statistics.percentiles.items())
     rows = [

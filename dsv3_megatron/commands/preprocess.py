@@ -24,7 +24,7 @@ from dsv3_megatron.data.indexed import dataset_paths
 from dsv3_megatron.data.job import FOLDER_SUFFIX
 from dsv3_megatron.data.preprocess import PreprocessOptions, Totals, WorkerDied, preprocess
 from dsv3_megatron.data.reading.documents import DEFAULT_MAX_DOCUMENT_BYTES, sample_documents
-from dsv3_megatron.data.reading.inputs import FORMATS, InputFile, Shard, expand_inputs, shown, take_shard
+from dsv3_megatron.data.reading.inputs import FORMATS, InputFile, JobShard, expand_inputs, shown, take_shard
 from dsv3_megatron.process.cores import usable_cores
 
 _PUNKT_SAMPLE_BYTES = 4_000_000
@@ -179,7 +179,7 @@ class _Progress:
 
 
 def _make_transforms(
-    options: argparse.Namespace, files: list[InputFile], shard: Shard
+    options: argparse.Namespace, files: list[InputFile], shard: JobShard
 ) -> tuple[Transforms, dict[str, Any]]:
     """The transforms that were asked for, and what the sidecar says of them."""
     fim = combined = sentences = None
@@ -207,7 +207,7 @@ def _make_transforms(
         from dsv3_megatron.data.transforms.sentences import make_splitter
 
         # The whole job's input, not the shard's: every shard must learn the same model.
-        portions = take_shard(files, Shard())
+        portions = take_shard(files, JobShard())
         sample = sample_documents(files, portions, options.json_keys, max_bytes=_PUNKT_SAMPLE_BYTES)
         try:
             sentences = make_splitter(
@@ -228,7 +228,7 @@ def _make_transforms(
 
 def _run(options: argparse.Namespace) -> None:
     start = time.perf_counter()
-    shard = Shard.parse(options.shard)
+    shard = JobShard.parse(options.shard)
     files = expand_inputs(options.input, format=options.input_format)
     portions = take_shard(files, shard)
     encoder, why = choose_encoder(options.tokenizer_model, backend=options.tokenizer_backend)
@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _say_what_is_kept(options: argparse.Namespace) -> None:
     try:
-        unfinished = f"{options.output_prefix}{Shard.parse(options.shard).suffix}{FOLDER_SUFFIX}"
+        unfinished = f"{options.output_prefix}{JobShard.parse(options.shard).suffix}{FOLDER_SUFFIX}"
     except ValueError:
         return  # no such shard, so no work of it
     if os.path.exists(os.path.join(unfinished, "state.json")):

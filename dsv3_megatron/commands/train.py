@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.load import Command, parse_command
+from dsv3_megatron.config.load import TrainingRequest, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.process.ranks import Processes, require_free_port
 from dsv3_megatron.process.stop import StopListener
@@ -105,7 +105,7 @@ def _meet_nodes(processes: Processes, error: str | None) -> int:
     return 0
 
 
-def _tell(command: Command, told: Sequence[Told]) -> None:
+def _tell(command: TrainingRequest, told: Sequence[Told]) -> None:
     """Say what was checked, if that was asked for; what may go wrong, and what became of Megatron-LM's flags, once."""
     if not os.environ.get(ALREADY_CHECKED):
         for note in command.notes:
@@ -118,7 +118,7 @@ def _tell(command: Command, told: Sequence[Told]) -> None:
             print(line.text)
 
 
-def _describe(command: Command, rank: int) -> None:
+def _describe(command: TrainingRequest, rank: int) -> None:
     """Print or draw what was asked for about the run, once."""
     run = command.run
     run.validate(command.world_size)
@@ -145,7 +145,7 @@ def _describe(command: Command, rank: int) -> None:
         plot_schedule(run.recipe(), command.plot_schedule, title=run.preset)
 
 
-def _check_inputs(command: Command, world_size: int, rank: int) -> list[Told]:
+def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[Told]:
     """Data, tokenizer, layout, memory and folders fit the run; nothing is allocated for the answer.
 
     What the first rank alone writes or would find, it alone looks at.
@@ -188,7 +188,7 @@ def _check_inputs(command: Command, world_size: int, rank: int) -> list[Told]:
     return told
 
 
-def _train(command: Command, rank: int) -> int:
+def _train(command: TrainingRequest, rank: int) -> int:
     prepare_rank()
     from dsv3_megatron.runs.trainer import Trainer
 

@@ -37,7 +37,7 @@ _GROUP_TITLES = {
 
 
 @dataclass(frozen=True)
-class Command:
+class TrainingRequest:
     """The run that the command line asks for, and what to do with it.
 
     Attributes:
@@ -130,7 +130,7 @@ def given_fields(options: Mapping[str, Any], sections: Iterable[str] = tuple(SEC
     return {name: value for name, value in options.items() if name in known and value is not _UNSET}
 
 
-def parse_command(arguments: Sequence[str]) -> Command:
+def parse_command(arguments: Sequence[str]) -> TrainingRequest:
     """Read the command line and the file it names.
 
     Raises:
@@ -147,8 +147,8 @@ def parse_command(arguments: Sequence[str]) -> Command:
         from_file = {field: value for field, value in from_file.items() if field not in WITHOUT_PHASES}
     run, notes = apply_flags(of_megatron, preset(name).override(**from_file | flags), flags)
     require_yarn(run, flags)
-    return Command(run, given["print_model"], given["print_schedule"], given["plot_schedule"], given["as_json"],
-                   given["check_only"], given["world_size"], tuple(notes))
+    return TrainingRequest(run, given["print_model"], given["print_schedule"], given["plot_schedule"], given["as_json"],
+                           given["check_only"], given["world_size"], tuple(notes))
 
 
 def read_config_file(path: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv3_megatron.config.phases import DATA_FIELDS, MODEL_FIELDS
-from dsv3_megatron.config.recipe import Place, Recipe, StepPlan, plan_recipe
+from dsv3_megatron.config.recipe import Recipe, StepPlan, TrainedAmount, plan_recipe
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import TrainingConfig
 
@@ -38,8 +38,8 @@ class Stretch:
     """
 
     fields: Mapping[str, Any]
-    start: Place = Place()
-    shift: Place = Place()
+    start: TrainedAmount = TrainedAmount()
+    shift: TrainedAmount = TrainedAmount()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -49,7 +49,7 @@ class Stretch:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Stretch:
         """Make a stretch from the plain values that `as_dict` gave."""
-        return cls(values["fields"], Place(**values["start"]), Place(**values["shift"]))
+        return cls(values["fields"], TrainedAmount(**values["start"]), TrainedAmount(**values["shift"]))
 
 
 def schedule_fields(training: TrainingConfig) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def planned_steps(run: RunConfig, stretch: Stretch) -> Recipe:
     return replace(recipe, shift=stretch.shift)
 
 
-def differences(own: Recipe, past: Recipe, start: Place, now: Place) -> list[str]:
+def differences(own: Recipe, past: Recipe, start: TrainedAmount, now: TrainedAmount) -> list[str]:
     """What a recipe would have done otherwise in a stretch; for each quantity the last step in which it differs.
 
     Args:

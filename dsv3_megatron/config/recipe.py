@@ -96,7 +96,7 @@ class PlannedPhase:
 
 
 @dataclass(frozen=True)
-class Place:
+class TrainedAmount:
     """How far a run is, or has come since another place.
 
     Attributes:
@@ -109,11 +109,11 @@ class Place:
     tokens: int = 0
     samples: int = 0
 
-    def __add__(self, other: Place) -> Place:
-        return Place(self.iteration + other.iteration, self.tokens + other.tokens, self.samples + other.samples)
+    def __add__(self, other: TrainedAmount) -> TrainedAmount:
+        return TrainedAmount(self.iteration + other.iteration, self.tokens + other.tokens, self.samples + other.samples)
 
-    def __sub__(self, other: Place) -> Place:
-        return Place(self.iteration - other.iteration, self.tokens - other.tokens, self.samples - other.samples)
+    def __sub__(self, other: TrainedAmount) -> TrainedAmount:
+        return TrainedAmount(self.iteration - other.iteration, self.tokens - other.tokens, self.samples - other.samples)
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Recipe:
     phases: tuple[PlannedPhase, ...]
     spans: tuple[DataSpan, ...]
     num_phases: int
-    shift: Place = Place()
+    shift: TrainedAmount = TrainedAmount()
 
     @property
     def phases_to_run(self) -> tuple[PlannedPhase, ...]:
@@ -192,7 +192,7 @@ class Recipe:
         """Optimizer steps before the run stops."""
         return self.phases_to_run[-1].end.iteration + self.shift.iteration
 
-    def place_at(self, iteration: int) -> Place | None:
+    def place_at(self, iteration: int) -> TrainedAmount | None:
         """The place of the run after so many steps; None where its phases end before."""
         wanted = iteration - self.shift.iteration
         for phase in self.phases:
@@ -200,11 +200,11 @@ class Recipe:
                 steps = wanted - plateau.iteration
                 if 0 <= steps <= plateau.num_steps:
                     samples = steps * plateau.global_batch_size
-                    return self.shift + Place(wanted, plateau.tokens + samples * phase.training.seq_length,
-                                              plateau.samples + samples)
+                    return self.shift + TrainedAmount(wanted, plateau.tokens + samples * phase.training.seq_length,
+                                                      plateau.samples + samples)
         return None
 
-    def placed_at(self, place: Place) -> Recipe:
+    def placed_at(self, place: TrainedAmount) -> Recipe:
         """The recipe for a run that comes to it from another one.
 
         Its place in the recipe is that after as many steps; where a phase is given in tokens, that after as many
@@ -213,7 +213,7 @@ class Recipe:
         Raises:
             ConfigError: the recipe has no step left there.
         """
-        plain = dataclasses.replace(self, shift=Place())
+        plain = dataclasses.replace(self, shift=TrainedAmount())
         end = plain.phases_to_run[-1].end
         if all(phase.is_in_steps for phase in self.phases):
             found = plain.place_at(place.iteration) if place.iteration < end.iteration else None

@@ -23,7 +23,7 @@ _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Statistics:
+class DatasetStatistics:
     """Counts of a dataset. Lengths are tokens of a document, empty documents included."""
 
     num_documents: int
@@ -60,7 +60,7 @@ def read_document(prefix: str, number: int) -> np.ndarray:
     return np.fromfile(dataset_paths(prefix)[0], header.dtype, count, offset=int(index.offsets_Q[first]))
 
 
-def measure(prefix: str) -> Statistics:
+def measure(prefix: str) -> DatasetStatistics:
     """Count a dataset's documents, sequences and tokens, and measure its documents' lengths.
 
     Raises:
@@ -70,7 +70,7 @@ def measure(prefix: str) -> Statistics:
     lengths_D = document_lengths(prefix)
     shares = (5, 25, 50, 75, 95, 99)
     found = np.percentile(lengths_D, shares, method="lower").tolist() if lengths_D.size else [0] * len(shares)
-    return Statistics(
+    return DatasetStatistics(
         num_documents=header.num_documents,
         num_empty_documents=int((lengths_D == 0).sum()),
         num_sequences=header.num_sequences,

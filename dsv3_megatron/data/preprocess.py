@@ -20,9 +20,9 @@ from dsv3_megatron.data.indexed import dataset_paths, read_sidecar
 from dsv3_megatron.data.indexed_writer import DatasetWriter, WriterState, publish
 from dsv3_megatron.data.job import FOLDER_SUFFIX, Job, job_hash
 from dsv3_megatron.data.pool import WorkerDied, WorkerPool
-from dsv3_megatron.data.reading.blocks import BLOCK_BYTES, Block, Position, iterate_blocks
+from dsv3_megatron.data.reading.blocks import BLOCK_BYTES, Block, InputPosition, iterate_blocks
 from dsv3_megatron.data.reading.documents import DEFAULT_MAX_DOCUMENT_BYTES, LineCounter, RecordReader, describe
-from dsv3_megatron.data.reading.inputs import STDIN, InputFile, Portion, Shard, take_shard
+from dsv3_megatron.data.reading.inputs import STDIN, InputFile, JobShard, Portion, take_shard
 from dsv3_megatron.process.cores import usable_cores
 
 REJECTS_NAME = "rejects.jsonl"
@@ -52,7 +52,7 @@ class PreprocessOptions:
     output_prefix: str
     is_eod_appended: bool
     is_wrapped: bool = True
-    shard: Shard = Shard()
+    shard: JobShard = JobShard()
     is_skipping: bool = False
     max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES
     is_overwrite_allowed: bool = False
@@ -251,7 +251,7 @@ class _Run:
         self.options, self._job = options, job
         state = job.state or {}
         self.totals = Totals.from_counts(state["totals"]) if state else Totals()
-        self.position = Position(**state["position"]) if state else Position()
+        self.position = InputPosition(**state["position"]) if state else InputPosition()
         self._lines = LineCounter(options.files, *(state["lines"] if state else ()))
         self.is_complete = bool(state.get("is_complete"))
         self._writers: list[DatasetWriter] = []

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.generation.decode import absorbed_attention, full_attention
-from dsv3_megatron.generation.layers import Attention
+from dsv3_megatron.generation.layers import LatentAttention
 
 KV_CACHES = ("latent", "full")
 
@@ -50,8 +50,8 @@ class KeyValueCache(Protocol):
         """Keep prompts' positions, whose keys and values are at hand."""
         ...
 
-    def attend(self, layer: int, places: Places, attention: Attention, query_TND: torch.Tensor, entry_TW: torch.Tensor
-               ) -> torch.Tensor:
+    def attend(self, layer: int, places: Places, attention: LatentAttention, query_TND: torch.Tensor,
+               entry_TW: torch.Tensor) -> torch.Tensor:
         """Keep new positions and attend from them to all of their rows so far: [T, N, V]."""
         ...
 
@@ -92,8 +92,8 @@ class LatentCache:
         """Keep the entries of tokens, latent and shared key beside each other; keys and values are not kept."""
         self.entries_LBCW[layer][places.rows_T, places.positions_T] = entry_TW
 
-    def attend(self, layer: int, places: Places, attention: Attention, query_TND: torch.Tensor, entry_TW: torch.Tensor
-               ) -> torch.Tensor:
+    def attend(self, layer: int, places: Places, attention: LatentAttention, query_TND: torch.Tensor,
+               entry_TW: torch.Tensor) -> torch.Tensor:
         """Keep the entries of new tokens, and give the attention of their queries to the cache, [T, N, V]."""
         entries_BCW = self.entries_LBCW[layer]
         entries_BCW[places.rows_T, places.positions_T] = entry_TW
@@ -128,8 +128,8 @@ class FullCache:
         self.keys_LBNCD[layer].transpose(1, 2)[places.rows_T, places.positions_T] = key_TND
         self.values_LBNCV[layer].transpose(1, 2)[places.rows_T, places.positions_T] = value_TNV
 
-    def attend(self, layer: int, places: Places, attention: Attention, query_TND: torch.Tensor, entry_TW: torch.Tensor
-               ) -> torch.Tensor:
+    def attend(self, layer: int, places: Places, attention: LatentAttention, query_TND: torch.Tensor,
+               entry_TW: torch.Tensor) -> torch.Tensor:
         """Keep the keys and values of new tokens, and give the attention of their queries to the cache, [T, N, V]."""
         self.fill(layer, places, entry_TW, *attention.expand(entry_TW))
         keys_BNCD, values_BNCV = self.keys_LBNCD[layer], self.values_LBNCV[layer]

@@ -21,7 +21,7 @@ import torch
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.generation.cache import KeyValueCache, Places, make_cache
-from dsv3_megatron.generation.layers import Attention, Layer, Norm, product_like
+from dsv3_megatron.generation.layers import LatentAttention, Layer, Norm, product_like
 from dsv3_megatron.model.attention import LocalMLASelfAttention
 from dsv3_megatron.ops.attention import causal_attention
 
@@ -67,7 +67,7 @@ class Prompts:
 class _Run:
     """Tokens on their way through the layers: how they attend in layer i, and the rotations of their positions."""
 
-    attend: Callable[[int, Attention, torch.Tensor, torch.Tensor], torch.Tensor]
+    attend: Callable[[int, LatentAttention, torch.Tensor, torch.Tensor], torch.Tensor]
     rotations_TP: torch.Tensor
 
     def through(self, layers: Sequence[Layer], x_TH: torch.Tensor) -> torch.Tensor:
@@ -194,7 +194,8 @@ class CachedModel:
         rows_T = torch.repeat_interleave(torch.arange(len(prompts.lengths)), torch.tensor(prompts.lengths))
         places = Places(rows_T.to(self.device), positions_T, max(prompts.lengths))
 
-        def attend(layer: int, attention: Attention, query_TND: torch.Tensor, entry_TW: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, attention: LatentAttention, query_TND: torch.Tensor, entry_TW: torch.Tensor
+                   ) -> torch.Tensor:
             key_TND, value_TNV = attention.expand(entry_TW)
             cache.fill(layer, places, entry_TW, key_TND, value_TNV)
             context_T1NV = causal_attention(
@@ -214,7 +215,8 @@ class CachedModel:
         rows_T = torch.arange(len(positions)).repeat_interleave(num_new).to(self.device)
         places = Places(rows_T, positions_BQ.flatten().to(self.device), limit, hidden_BQC)
 
-        def attend(layer: int, attention: Attention, query_TND: torch.Tensor, entry_TW: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, attention: LatentAttention, query_TND: torch.Tensor, entry_TW: torch.Tensor
+                   ) -> torch.Tensor:
             return cache.attend(layer, places, attention, query_TND, entry_TW)
 
         return _Run(attend, self._rotations(limit, places.positions_T))

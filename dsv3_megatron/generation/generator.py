@@ -95,7 +95,7 @@ class NewTokens:
 
 
 @dataclass
-class Statistics:
+class GenerationStatistics:
     """What a generation took so far; tokens are those that count towards the output, the end token included."""
 
     num_prompt_tokens: int = 0
@@ -147,7 +147,7 @@ class Generator:
     def __init__(self, model: CachedModel, options: Options) -> None:
         options.validate(model.num_mtp_layers)
         self.model, self.options = model, options
-        self.statistics = Statistics()
+        self.statistics = GenerationStatistics()
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[NewTokens]:
         """Continue each prompt, batch after batch.

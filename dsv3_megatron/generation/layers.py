@@ -55,7 +55,7 @@ class Norm:
         return (wide_TH * mean_T.rsqrt_().unsqueeze(-1)).mul_(self._weight).to(x_TH.dtype)
 
 
-class Attention:
+class LatentAttention:
     """Weights of a layer's latent attention, and its projections.
 
     Attributes:
@@ -132,7 +132,7 @@ class SwiGLU:
         return self._multiply(swiglu(self._multiply(x_TH, self._up)), self._down)
 
 
-class Experts:
+class MixtureOfExperts:
     """Shared experts and, of each token, its routed ones. Source: DeepSeek-V3 report, eq. 12-16."""
 
     def __init__(self, module: Any) -> None:
@@ -170,7 +170,7 @@ class Experts:
 
 
 # Attention of one layer: weights, rotated queries and the positions' entries -> what the output projection reads.
-Attend = Callable[[Attention, torch.Tensor, torch.Tensor], torch.Tensor]
+Attend = Callable[[LatentAttention, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Layer:
@@ -181,9 +181,9 @@ class Layer:
     """
 
     def __init__(self, module: Any) -> None:
-        self.attention = Attention(module.self_attention)
+        self.attention = LatentAttention(module.self_attention)
         self._attention_norm, self._ffn_norm = Norm(module.input_layernorm), Norm(module.pre_mlp_layernorm)
-        self._ffn = Experts(module.mlp) if isinstance(module.mlp, MoELayer) else SwiGLU(module.mlp)
+        self._ffn = MixtureOfExperts(module.mlp) if isinstance(module.mlp, MoELayer) else SwiGLU(module.mlp)
 
     def __call__(self, x_TH: torch.Tensor, rotations_TP: torch.Tensor, attend: Attend) -> torch.Tensor:
         """[T, H] -> [T, H], in place."""

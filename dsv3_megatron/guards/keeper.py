@@ -15,7 +15,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_megatron.checkpoint.agreement import on_first_rank
-from dsv3_megatron.checkpoint.folder import CheckpointError, Progress, record_guards
+from dsv3_megatron.checkpoint.folder import CheckpointError, RunProgress, record_guards
 from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.hf.model_card import Losses
 from dsv3_megatron.checkpoint.store import save_checkpoint
@@ -66,7 +66,8 @@ class CheckpointKeeper:
         """Whether the state after `iteration` steps is to be saved; `SaveSchedule.wants` for a run that saves."""
         return self._config.save is not None and self.schedule.wants(iteration, is_last=is_last)
 
-    def save(self, progress: Progress, run: RunConfig, text_files: TextFiles | None = None, *, is_needed: bool) -> None:
+    def save(self, progress: RunProgress, run: RunConfig, text_files: TextFiles | None = None, *,
+             is_needed: bool) -> None:
         """Write a checkpoint; older ones are removed only if the last step's update was applied.
 
         One that cannot be written costs no earlier one and does not end the run: it is said, and due again later.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.metrics.records import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, Records, read_records
+from dsv3_megatron.metrics.records import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunRecords, read_records
 
 EVENT_FILES = "events.out.tfevents.*"
 _HEADER = struct.Struct("<QI")
@@ -38,7 +38,7 @@ class RunLog:
     directory: Path
     scalars: Mapping[str, list[tuple[int, float]]]
     images: Mapping[str, tuple[int, bytes]]
-    records: Records | None
+    records: RunRecords | None
     config: dict[str, Any] | None
     environment: dict[str, Any] | None
     cut_short: tuple[Path, ...]

@@ -82,7 +82,7 @@ def _mean_violation(report: StepReport) -> float:
     return sum(max_violation(counts) for counts in report.expert_load.values()) / len(report.expert_load)
 
 
-class Progress:
+class TrainingDisplay:
     """Progress of one run on one stream. Where not enabled, every method does nothing.
 
     Args:

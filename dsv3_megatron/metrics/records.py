@@ -88,7 +88,7 @@ def is_logged(iteration: int, log_interval: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Records:
+class RunRecords:
     """The lines of a metrics file by kind, in order."""
 
     steps: list[dict[str, Any]]
@@ -134,7 +134,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             offset += len(raw)
 
 
-def read_records(path: str | os.PathLike[str]) -> Records:
+def read_records(path: str | os.PathLike[str]) -> RunRecords:
     """Read a metrics file, also while a run is still writing it.
 
     Raises:
@@ -145,7 +145,7 @@ def read_records(path: str | os.PathLike[str]) -> Records:
     validations: list[dict[str, Any]] = []
     for _, record in _whole_lines(Path(path)):
         (steps if record["kind"] == "step" else validations).append(record)
-    return Records(steps, validations)
+    return RunRecords(steps, validations)
 
 
 def last_losses(folder: str | os.PathLike[str] | None, iteration: int) -> tuple[float | None, float | None, int | None]:
@@ -172,7 +172,7 @@ def last_losses(folder: str | os.PathLike[str] | None, iteration: int) -> tuple[
     return (training[-1] if training else None, *(validations[-1] if validations else (None, None)))
 
 
-def truncate_records(path: str | os.PathLike[str], last_iteration: int) -> tuple[Records, int]:
+def truncate_records(path: str | os.PathLike[str], last_iteration: int) -> tuple[RunRecords, int]:
     """Drop what lies beyond `last_iteration`: the steps a resumed run takes again.
 
     Shortens the file, or replaces it in one move where what is kept is not its start: a crash leaves either the old or
@@ -186,7 +186,7 @@ def truncate_records(path: str | os.PathLike[str], last_iteration: int) -> tuple
     """
     path = Path(path)
     if not path.exists():
-        return Records([], []), 0
+        return RunRecords([], []), 0
     with path.open("rb") as file:
         num_lines = sum(1 for _ in file)
     steps: list[dict[str, Any]] = []
@@ -207,7 +207,7 @@ def truncate_records(path: str | os.PathLike[str], last_iteration: int) -> tuple
             os.truncate(path, first_bytes)
     else:
         _replace(path, kept)
-    return Records(steps, validations), num_lines - len(steps) - len(validations)
+    return RunRecords(steps, validations), num_lines - len(steps) - len(validations)
 
 
 def _replace(path: Path, lines: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from dsv3_megatron.metrics.records import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     METRICS_FILE,
-    Records,
+    RunRecords,
     StepReport,
     is_logged,
     to_line,
@@ -109,7 +109,7 @@ class MetricsWriter:
         try:
             kept, num_dropped = truncate_records(path, resumed_iteration)
         except OSError as error:
-            kept, num_dropped = Records([], []), 0
+            kept, num_dropped = RunRecords([], []), 0
             _LOGGER.warning("%s cannot be shortened to iteration %d: %s; the steps after it will be there twice", path,
                             resumed_iteration, error.strerror)
         if num_dropped:

@@ -24,7 +24,7 @@ _FUSED_NORMS = {
 
 
 @dataclass(frozen=True)
-class Piece:
+class LocalSlice:
     """A run of rows or columns: `length` entries from `local_start` here are those from `full_start` there."""
 
     local_start: int
@@ -51,7 +51,7 @@ class WholeParameter:
     parameter: torch.nn.Parameter
     local: torch.Tensor
     axis: int | None
-    pieces: tuple[Piece, ...]
+    pieces: tuple[LocalSlice, ...]
     expert: int | None = None
 
     def take(self, full: torch.Tensor) -> torch.Tensor:
@@ -131,7 +131,8 @@ def _split(name: str, parameter: torch.nn.Parameter, local: torch.Tensor, axis: 
     if is_gated:
         # A rank holds its part of the gate's rows, then its part of the up-projection's.
         half = length // 2
-        pieces: tuple[Piece, ...] = (Piece(0, rank * half, half), Piece(half, parts * half + rank * half, half))
+        pieces: tuple[LocalSlice, ...] = (LocalSlice(0, rank * half, half),
+                                          LocalSlice(half, parts * half + rank * half, half))
     else:
-        pieces = (Piece(0, rank * length, length),)
+        pieces = (LocalSlice(0, rank * length, length),)
     return WholeParameter(name, tuple(shape), parameter, local, axis, pieces, expert)

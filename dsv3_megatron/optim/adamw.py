@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from dsv3_megatron.optim.rounding import BLOCK, noise_key, noise_table, round_stochastically
-from dsv3_megatron.optim.shards import Named, Shard
+from dsv3_megatron.optim.shards import Named, ParameterShard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -41,7 +41,7 @@ class NarrowMomentAdamW(torch.optim.AdamW):
         seed: Seed of the stochastic rounding.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], shards: Iterable[Shard], *, exp_avg_dtype: torch.dtype,
+    def __init__(self, groups: list[dict[str, Any]], shards: Iterable[ParameterShard], *, exp_avg_dtype: torch.dtype,
                  exp_avg_sq_dtype: torch.dtype, is_stochastic: bool, seed: int) -> None:
         # The weights of a distributed optimizer may be views with a history, which the constructor would refuse.
         super().__init__([torch.nn.Parameter(torch.zeros(0))], fused=True)

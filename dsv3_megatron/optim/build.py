@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_megatron.config.training import TrainingConfig
 from dsv3_megatron.optim.adamw import NarrowMomentAdamW
-from dsv3_megatron.optim.shards import Shard, distributed_parts, master_shards
+from dsv3_megatron.optim.shards import ParameterShard, distributed_parts, master_shards
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def build_optimizer(
     return optimizer
 
 
-def _with_narrow_moments(training: TrainingConfig, part: Any, shards: list[Shard]) -> NarrowMomentAdamW:
+def _with_narrow_moments(training: TrainingConfig, part: Any, shards: list[ParameterShard]) -> NarrowMomentAdamW:
     return NarrowMomentAdamW(
         part.optimizer.param_groups, (shard for shard in shards if shard.part is part),
         exp_avg_dtype=_DTYPES[training.exp_avg_dtype], exp_avg_sq_dtype=_DTYPES[training.exp_avg_sq_dtype],

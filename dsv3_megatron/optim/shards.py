@@ -33,7 +33,7 @@ class Named:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ParameterShard:
     """The part of one parameter that this rank updates.
 
     Attributes:
@@ -60,7 +60,7 @@ def distributed_parts(optimizer: MegatronOptimizer) -> list[Any]:
 
 
 def master_shards(optimizer: MegatronOptimizer, chunks: Iterable[torch.nn.Module], groups: ProcessGroupCollection
-                  ) -> Iterator[Shard]:
+                  ) -> Iterator[ParameterShard]:
     """What this rank updates, in the order of the model's parameters.
 
     Args:
@@ -85,6 +85,6 @@ def master_shards(optimizer: MegatronOptimizer, chunks: Iterable[torch.nn.Module
             if start < end:
                 names.append(Named(whole.name, start - held.start, end - held.start, start - offset))
             offset += whole.local.numel()
-        yield Shard(parameter, part.optimizer.param_groups[group]["params"][position], held.start, held.end, part,
-                    tuple(names))
+        yield ParameterShard(parameter, part.optimizer.param_groups[group]["params"][position], held.start, held.end,
+                             part, tuple(names))
     assert not owners, "the optimizer has parameters that the stages have not"

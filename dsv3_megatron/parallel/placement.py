@@ -13,14 +13,14 @@ from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import V_SHAPED
 
 
-class Place(NamedTuple):
+class PlacedStage(NamedTuple):
     """A stage of one of the model's copies."""
 
     direction: int
     stage: int
 
 
-Placement = tuple[tuple[Place, ...], ...]  # by rank, by chunk
+Placement = tuple[tuple[PlacedStage, ...], ...]  # by rank, by chunk
 
 
 def place_stages(schedule: str, num_ranks: int, stages_per_rank: int) -> Placement:
@@ -35,11 +35,11 @@ def place_stages(schedule: str, num_ranks: int, stages_per_rank: int) -> Placeme
     if schedule == "dualpipe":
         # Chunk 0 is of the direction that enters at the rank's nearer end.
         near = [(min(rank, num_ranks - 1 - rank), int(rank >= num_ranks // 2)) for rank in ranks]
-        return tuple((Place(direction, stage), Place(1 - direction, num_ranks - 1 - stage))
+        return tuple((PlacedStage(direction, stage), PlacedStage(1 - direction, num_ranks - 1 - stage))
                      for stage, direction in near)
     if schedule in V_SHAPED:
-        return tuple((Place(0, rank), Place(0, 2 * num_ranks - 1 - rank)) for rank in ranks)
-    return tuple(tuple(Place(0, chunk * num_ranks + rank) for chunk in range(stages_per_rank)) for rank in ranks)
+        return tuple((PlacedStage(0, rank), PlacedStage(0, 2 * num_ranks - 1 - rank)) for rank in ranks)
+    return tuple(tuple(PlacedStage(0, chunk * num_ranks + rank) for chunk in range(stages_per_rank)) for rank in ranks)
 
 
 def placement(parallel: ParallelConfig) -> Placement:

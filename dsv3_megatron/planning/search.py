@@ -25,7 +25,7 @@ from dsv3_megatron.parallel.placement import placement
 from dsv3_megatron.planning.flags import differing_flags
 from dsv3_megatron.planning.memory.estimate import RankMemory, estimate_memory
 from dsv3_megatron.planning.memory.headroom import lacking_memory
-from dsv3_megatron.planning.time.operations import Part
+from dsv3_megatron.planning.time.operations import WorkPart
 from dsv3_megatron.planning.time.step_time import StepTime, step_seconds, step_time, update_time
 from dsv3_megatron.planning.time.work import Imbalance, Setting, StageWork, WorkTable, end_key
 from dsv3_megatron.schedule.plan import SCHEDULES
@@ -241,7 +241,7 @@ class _Seconds:
         works = work.alone.values()
         return cls(sum(one.alone for one in works), sum(one.compute for one in works),
                    sum(one.compute for one in work.shared.values()),
-                   work.alone[Part.FORWARD].compute)
+                   work.alone[WorkPart.FORWARD].compute)
 
     @classmethod
     def between(cls, low: _Seconds, high: _Seconds, way: float) -> _Seconds:

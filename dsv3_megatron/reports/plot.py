@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.metrics.progress import compact
-from dsv3_megatron.metrics.records import Records
+from dsv3_megatron.metrics.records import RunRecords
 
 TRAIN, VALIDATION, MTP, MUTED, INK = "#2a6fb0", "#c2410c", "#7a5ba6", "#6b7280", "#1f2937"
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9ca3af",
@@ -34,7 +34,7 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return smoothed
 
 
-def plot_run(records: Records, path: str | Path, *, title: str = "", baselines: Mapping[str, float] | None = None,
+def plot_run(records: RunRecords, path: str | Path, *, title: str = "", baselines: Mapping[str, float] | None = None,
              ) -> None:
     """Write a PNG: loss on top; gradient norm, learning rate and expert balance below.
 
@@ -75,7 +75,7 @@ def smoothing_window(num_points: int) -> int:
     return num_points // 80 * 2 + 1
 
 
-def _draw_losses(axes: Any, records: Records, baselines: Mapping[str, float]) -> None:
+def _draw_losses(axes: Any, records: RunRecords, baselines: Mapping[str, float]) -> None:
     iterations, values = zip(*records.column("lm_loss"), strict=True)
     window = smoothing_window(len(values))
     if window > 1:
@@ -107,7 +107,7 @@ def _draw_losses(axes: Any, records: Records, baselines: Mapping[str, float]) ->
                 borderaxespad=0, columnspacing=1.4, handlelength=1.6)
 
 
-def _token_axis(axes: Any, records: Records) -> None:
+def _token_axis(axes: Any, records: RunRecords) -> None:
     """Trained tokens along the top, where the batch size is the same throughout."""
     per_step = {r["consumed_tokens"] / r["iteration"] for r in records.steps}
     if max(per_step) - min(per_step) > 0.001 * max(per_step):

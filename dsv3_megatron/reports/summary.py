@@ -27,7 +27,7 @@ from dsv3_megatron.config.run import SECTIONS, RunConfig
 from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.metrics.parameters import count_parameters
 from dsv3_megatron.metrics.progress import compact
-from dsv3_megatron.metrics.records import CONFIG_FILE, METRICS_FILE, Records, read_records
+from dsv3_megatron.metrics.records import CONFIG_FILE, METRICS_FILE, RunRecords, read_records
 from dsv3_megatron.process.stop import end_with_a_line
 from dsv3_megatron.reports.plot import plot_run
 
@@ -143,7 +143,7 @@ def newest_checkpoint(run: RunConfig, run_dir: Path) -> str | None:
     return str(found[max(found)]) if found else None
 
 
-def read_run_records(path: Path) -> Records:
+def read_run_records(path: Path) -> RunRecords:
     """The metrics of a run that took a step and validated.
 
     Raises:
@@ -184,7 +184,7 @@ def summarize(run_dir: Path, *, max_train_tokens: int = MAX_TRAIN_TOKENS, resume
     return summary
 
 
-def _collect(run: RunConfig, run_dir: Path, records: Records, baselines: NgramBaselines,
+def _collect(run: RunConfig, run_dir: Path, records: RunRecords, baselines: NgramBaselines,
              resume: str | None) -> RunSummary:
     num_last = max(1, min(10, len(records.steps) // 10))
     last_losses = [record["lm_loss"] for record in records.steps[-num_last:]]

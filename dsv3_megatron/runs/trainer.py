@@ -26,7 +26,7 @@ from megatron.core.distributed import finalize_model_grads
 
 from dsv3_megatron.checkpoint.agreement import on_first_rank
 from dsv3_megatron.checkpoint.hf.model_card import Losses
-from dsv3_megatron.checkpoint.folder import Progress as Position
+from dsv3_megatron.checkpoint.folder import RunProgress
 from dsv3_megatron.checkpoint.resume import plan_resumption
 from dsv3_megatron.checkpoint.store import load_checkpoint
 from dsv3_megatron.checkpoint.text_files import collect_text_files
@@ -44,7 +44,7 @@ from dsv3_megatron.guards.losses import StepLosses
 from dsv3_megatron.guards.step import StepFacts, guarded_step
 from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
 from dsv3_megatron.metrics.instruments import Instruments
-from dsv3_megatron.metrics.progress import Progress
+from dsv3_megatron.metrics.progress import TrainingDisplay
 from dsv3_megatron.metrics.records import StepReport, last_losses
 from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.model.build import build_stages, wrap_stages
@@ -104,7 +104,7 @@ class Trainer:
         self.iteration = self.consumed_samples = self.consumed_tokens = 0
         self.keeper = CheckpointKeeper(run.checkpoint, list(self.chunks), self.optimizer, self.groups,
                                        average=self.average, claim=self.claim, run_id=self.start.run,
-                                       say=lambda text: self.progress.message(text))
+                                       say=lambda text: self.display.message(text))
         if self.start.load:
             position = load_checkpoint(self.start.load, run, self.chunks, self.optimizer, self.groups,
                                        average=self.average)
@@ -121,9 +121,9 @@ class Trainer:
         on_first_rank(self.claim.settle, "the run's folders")
         self._build_reports()
         for note in self.resumption.notes:
-            self.progress.message(f"resumed at iteration {self.iteration}: {note}")
+            self.display.message(f"resumed at iteration {self.iteration}: {note}")
         if self.step_plan is None:
-            self.progress.message(f"the run is complete: {self.iteration} of {self.recipe.num_steps} steps")
+            self.display.message(f"the run is complete: {self.iteration} of {self.recipe.num_steps} steps")
         if self.phase.index:
             change_context(self.chunks, self.phase.model)
 
@@ -133,7 +133,7 @@ class Trainer:
         """What the next step is taken with; None where the run stops."""
         return self.recipe.step(self.iteration, self.consumed_tokens)
 
-    def _go_to(self, position: Position) -> None:
+    def _go_to(self, position: RunProgress) -> None:
         self.iteration, self.consumed_samples = position.iteration, position.consumed_samples
         self.consumed_tokens = position.consumed_tokens
 
@@ -147,10 +147,10 @@ class Trainer:
             self._open_data()
         self._iterate_from_here()
         self.speed = self._speed()
-        self.progress.change_speed(self.speed)
+        self.display.change_speed(self.speed)
         if self.writer:
             self.writer.change_speed(self.speed)
-        self.progress.message(f"phase {phase.name} from iteration {self.iteration + 1}: {phase.summary}")
+        self.display.message(f"phase {phase.name} from iteration {self.iteration + 1}: {phase.summary}")
 
     def _open_data(self) -> None:
         first_sample = self.resumption.start_of(self.recipe.span_of(self.phase))
@@ -180,8 +180,8 @@ class Trainer:
         log = self.run.logging
         self.speed = self._speed()
         is_reporter = self.rank == 0
-        self.progress = Progress(self.recipe.num_steps, self.speed, start_iteration=self.iteration,
-                                 log_interval=log.log_interval, enabled=is_reporter)
+        self.display = TrainingDisplay(self.recipe.num_steps, self.speed, start_iteration=self.iteration,
+                                       log_interval=log.log_interval, enabled=is_reporter)
         self.writer = None
         if log.tensorboard_dir:
             self.writer = MetricsWriter(
@@ -214,7 +214,7 @@ class Trainer:
                 report, stopped = self.train_step()
                 self.watchdog.beat("reporting")
                 with self.instruments.clock.phase("logging"):
-                    self.progress.update(report)
+                    self.display.update(report)
                     if self.writer:
                         self.writer.write_step(report)
                     self.guard_log.flush()
@@ -240,9 +240,9 @@ class Trainer:
         finally:
             self.watchdog.stop()
         if stopped:
-            self.progress.message(f"stopped by {signal_name(stopped)} after iteration {self.iteration}, "
-                                  f"{self.keeper.what_was_saved(self.iteration)}")
-        self.progress.close()
+            self.display.message(f"stopped by {signal_name(stopped)} after iteration {self.iteration}, "
+                                 f"{self.keeper.what_was_saved(self.iteration)}")
+        self.display.close()
         if self.writer:
             self.writer.close()
         self.guard_log.finish(self.guard, run.checkpoint.save)
@@ -391,13 +391,13 @@ class Trainer:
         self.watchdog.slow("validation")
         losses = self.evaluate()
         if self._left_off:
-            self.progress.message(f"validation at iteration {self.iteration} left off: {signal_name(self._left_off)}")
+            self.display.message(f"validation at iteration {self.iteration} left off: {signal_name(self._left_off)}")
             return self._left_off
         if losses.main is None:
-            self.progress.message(f"validation at iteration {self.iteration}: no token of the validation data counts "
-                                  "in the loss (eod_mask_loss leaves out the one after each EOD)")
+            self.display.message(f"validation at iteration {self.iteration}: no token of the validation data counts "
+                                 "in the loss (eod_mask_loss leaves out the one after each EOD)")
             return 0
-        self.progress.validation(self.iteration, losses.main, mtp_losses=losses.mtp)
+        self.display.validation(self.iteration, losses.main, mtp_losses=losses.mtp)
         if self.writer:
             training = self.phase.training
             self.writer.write_validation(self.iteration, losses.main, mtp_losses=losses.mtp,
@@ -408,7 +408,7 @@ class Trainer:
             if self._left_off:
                 return self._left_off
             assert loss is not None, "the same tokens counted a moment ago"
-            self.progress.message(f"validation of the average at iteration {self.iteration}: lm loss {loss:.4f}")
+            self.display.message(f"validation of the average at iteration {self.iteration}: lm loss {loss:.4f}")
             if self.writer:
                 self.writer.write_average_validation(self.iteration, loss)
         return 0
@@ -416,9 +416,9 @@ class Trainer:
     def save(self, *, is_needed: bool) -> None:
         """Write a checkpoint of this moment; of one that cannot be written it is only said, unless it is needed."""
         self.watchdog.slow("checkpoint")
-        position = Position(self.iteration, self.consumed_samples, self.consumed_tokens, self.guard.state_dict(),
-                            self.resumption.schedules_at(self.iteration),
-                            self.data.state_dict(self.data_position))
+        position = RunProgress(self.iteration, self.consumed_samples, self.consumed_tokens, self.guard.state_dict(),
+                               self.resumption.schedules_at(self.iteration),
+                               self.data.state_dict(self.data_position))
         self.keeper.save(position, self.run.in_phase(self.recipe.phase_before(self.consumed_tokens)), self.text_files,
                          is_needed=is_needed)
 
@@ -436,11 +436,11 @@ class Trainer:
         if self.step_plan.phase is not self.phase:
             self._enter_phase(self.step_plan.phase)
         self._iterate_from_here()
-        self.progress.close()
+        self.display.close()
         if self.writer:
             self.writer.close()
         self._build_reports()
-        self.progress.message(f"rolled back to iteration {self.iteration}; the next sample is {next_sample}")
+        self.display.message(f"rolled back to iteration {self.iteration}; the next sample is {next_sample}")
         self.keeper.note_rollback(self.iteration, self.guard.state_dict())
 
     def _note_signal(self, number: int) -> None:

@@ -29,7 +29,7 @@ import torch
 
 from dsv3_megatron.parallel.runner import ChunkRunner, Steps
 from dsv3_megatron.schedule.actions import Action, Kind, Operation
-from dsv3_megatron.schedule.plan import Output, Place, Plan
+from dsv3_megatron.schedule.plan import Output, PlacedStage, Plan
 from dsv3_megatron.schedule.transfers import Receive, Send, Transfer, issue_order, with_transfers
 from dsv3_megatron.schedule.transport import Arrival, Transport
 
@@ -168,7 +168,7 @@ class _Step:
         for operation in action.operations:
             direction, stage = self.plan.placement[self.rank][operation.chunk]
             operand = self.plan.operand(self.rank, operation)
-            source = None if operand is None else self.plan.holders[Place(direction, operand.stage)]
+            source = None if operand is None else self.plan.holders[PlacedStage(direction, operand.stage)]
             parts.append(f"{operation.kind.name.lower().replace('_', ' ')} of micro-batch {operation.microbatch} on "
                          f"stage {stage}" + (f" of direction {direction}" if self.plan.num_directions > 1 else "")
                          + (f" with the {operand} from rank {source}" if operand is not None else ""))

@@ -31,11 +31,11 @@ from typing import NamedTuple
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import SCHEDULES, nearest_microbatches, num_model_copies, stages_per_rank
-from dsv3_megatron.parallel.placement import Place, Placement, place_stages
+from dsv3_megatron.parallel.placement import PlacedStage, Placement, place_stages
 from dsv3_megatron.schedule import orders
 from dsv3_megatron.schedule.actions import Action, Kind, Operation
 
-__all__ = ["SCHEDULES", "Output", "Place", "Plan", "build_plan", "forward_plan"]
+__all__ = ["SCHEDULES", "Output", "PlacedStage", "Plan", "build_plan", "forward_plan"]
 
 
 class Output(NamedTuple):
@@ -81,7 +81,7 @@ class Plan:
         return len(self.placement[0])
 
     @cached_property
-    def holders(self) -> dict[Place, int]:
+    def holders(self) -> dict[PlacedStage, int]:
         """The rank that holds each stage."""
         return {place: rank for rank, places in enumerate(self.placement) for place in places}
 
@@ -127,7 +127,7 @@ class Plan:
     def receiver(self, output: Output) -> int | None:
         """The rank that waits for an output; none at the ends of the pipeline."""
         stage = output.stage + (-1 if output.is_gradient else 1)
-        return self.holders.get(Place(output.direction, stage))
+        return self.holders.get(PlacedStage(output.direction, stage))
 
 
 def build_plan(schedule: str, *, num_ranks: int, num_microbatches: int, virtual_stages: int | None = None,

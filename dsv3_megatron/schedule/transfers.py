@@ -48,7 +48,7 @@ class Transfer(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
+class TransferBatch:
     """Transfers that a rank posts together and waits for together, in the order that both sides use."""
 
     transfers: tuple[Transfer, ...]
@@ -60,7 +60,7 @@ class _Tick:
     action: Action | None = None
 
 
-Program = tuple[Action | Exchange, ...]
+Program = tuple[Action | TransferBatch, ...]
 
 
 def with_transfers(plan: Plan) -> tuple[Program, ...]:
@@ -87,10 +87,10 @@ def with_transfers(plan: Plan) -> tuple[Program, ...]:
 
 
 def _program(ticks: dict[int, _Tick]) -> Program:
-    steps: list[Action | Exchange] = []
+    steps: list[Action | TransferBatch] = []
     for _, tick in sorted(ticks.items()):
         if tick.transfers:
-            steps.append(Exchange(tuple(sorted(tick.transfers))))
+            steps.append(TransferBatch(tuple(sorted(tick.transfers))))
         if tick.action is not None:
             steps.append(tick.action)
     return tuple(steps)
@@ -125,7 +125,7 @@ def issue_order(program: Program, rank: int, receive_ahead: int = RECEIVE_AHEAD)
     issued: list[Issued] = []
     num_actions = 0
     for step in program:
-        if isinstance(step, Exchange):
+        if isinstance(step, TransferBatch):
             issued += [Send(transfer) for transfer in step.transfers if transfer.source == rank]
             continue
         while places and places[0][0] <= num_actions + receive_ahead:

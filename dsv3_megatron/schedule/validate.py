@@ -14,7 +14,7 @@ from dsv3_megatron.schedule.delivery import check_delivery
 from dsv3_megatron.schedule.formulas import activation_bound
 from dsv3_megatron.schedule.plan import Output, Plan
 from dsv3_megatron.schedule.timeline import PlanError
-from dsv3_megatron.schedule.transfers import Exchange, Program, Transfer, with_transfers
+from dsv3_megatron.schedule.transfers import Program, Transfer, TransferBatch, with_transfers
 
 
 def validate_plan(plan: Plan) -> None:
@@ -117,7 +117,7 @@ def check_rendezvous(plan: Plan, programs: Sequence[Program]) -> None:
         rank = runnable.pop()
         while positions[rank] < len(programs[rank]):
             step = programs[rank][positions[rank]]
-            if isinstance(step, Exchange):
+            if isinstance(step, TransferBatch):
                 if (rank, positions[rank]) not in entered:
                     entered.add((rank, positions[rank]))
                     for transfer in step.transfers:
@@ -141,7 +141,7 @@ def _check_same_order(programs: Sequence[Program]) -> None:
     lists: dict[tuple[int, int], tuple[list[Output], list[Output]]] = {}
     for rank, program in enumerate(programs):
         for step in program:
-            for transfer in step.transfers if isinstance(step, Exchange) else ():
+            for transfer in step.transfers if isinstance(step, TransferBatch) else ():
                 sent, received = lists.setdefault((transfer.source, transfer.destination), ([], []))
                 (sent if rank == transfer.source else received).append(transfer.output)
     for (source, destination), (sent, received) in lists.items():
@@ -159,7 +159,7 @@ def _check_reaches(plan: Plan, programs: Sequence[Program]) -> None:
     for rank, program in enumerate(programs):
         present: set[Output] = set()
         for step in program:
-            if isinstance(step, Exchange):
+            if isinstance(step, TransferBatch):
                 for transfer in step.transfers:
                     if transfer.destination == rank:
                         present.add(transfer.output)

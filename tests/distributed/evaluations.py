@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.commands.evaluate import Request, make_plan
+from dsv3_megatron.commands.evaluate import EvaluationRequest, check_request
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.runs.evaluator import Evaluation, Evaluator
 from tests.routing import Notes, Routing
@@ -29,32 +29,33 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def evaluate(requests: list[Request]) -> list[Evaluation]:
+def evaluate(requests: list[EvaluationRequest]) -> list[Evaluation]:
     """This rank's share of one evaluation after another."""
     return [found for found, _ in evaluate_noted(requests)]
 
 
-def evaluate_noted(requests: list[Request], given: Notes | None = None) -> list[tuple[Evaluation, Notes]]:
+def evaluate_noted(requests: list[EvaluationRequest], given: Notes | None = None) -> list[tuple[Evaluation, Notes]]:
     """Likewise, and the routing of each; with the choices of experts in `given`."""
     from megatron.core import parallel_state
 
     found = []
     for request in requests:
-        plan = make_plan(request, torch.distributed.get_world_size())
-        evaluator = Evaluator(plan.run, plan.load, eod_id=plan.eod_id)
+        checked = check_request(request, torch.distributed.get_world_size())
+        evaluator = Evaluator(checked.run, checked.load, eod_id=checked.eod_id)
         routing = Routing(given)
         routing.begin("evaluation 1")
         with routing.watched():
-            found.append((evaluator.evaluate(plan.rows, logprobs=plan.logprobs), routing.notes))
+            found.append((evaluator.evaluate(checked.rows, logprobs=checked.logprobs), routing.notes))
         parallel_state.destroy_model_parallel()
     return found
 
 
-def request_for(name: str, folder: Path, load: str, **changes: Any) -> Request:
+def request_for(name: str, folder: Path, load: str, **changes: Any) -> EvaluationRequest:
     """Of the array `ids.npy` in `folder`, in fp32, under the layout called `name`; log-probabilities to NAME.npy."""
     return dataclasses.replace(
-        Request(load=str(folder / load), tokens=str(folder / "ids.npy"), logprobs=str(folder / f"{load}-{name}.npy"),
-                precision="fp32", parallel=LAYOUTS.get(name, {})), **changes)
+        EvaluationRequest(load=str(folder / load), tokens=str(folder / "ids.npy"),
+                          logprobs=str(folder / f"{load}-{name}.npy"),
+                          precision="fp32", parallel=LAYOUTS.get(name, {})), **changes)
 
 
 def arguments_of(run: RunConfig) -> list[str]:

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from dsv3_megatron.checkpoint.folder import (
     TRACKER,
     CheckpointError,
-    Progress,
+    RunProgress,
     iteration_path,
     latest_iteration,
     read_manifest,
@@ -79,12 +79,12 @@ FP32_ROUNDING = 2e-6
 
 
 def save(training: Training, directory: Path, iteration: int, keep_last: int = 0) -> None:
-    progress = Progress(iteration, iteration * GLOBAL_BATCH, iteration * GLOBAL_BATCH * SEQ_LENGTH)
+    progress = RunProgress(iteration, iteration * GLOBAL_BATCH, iteration * GLOBAL_BATCH * SEQ_LENGTH)
     save_checkpoint(directory, progress, training.run, training.chunks, training.optimizer, training.groups,
                     keep_last=keep_last, average=training.average)
 
 
-def load(training: Training, directory: Path) -> Progress:
+def load(training: Training, directory: Path) -> RunProgress:
     return load_checkpoint(directory, training.run, training.chunks, training.optimizer, training.groups,
                            average=training.average)
 
@@ -103,7 +103,7 @@ def continue_run(changes: dict[str, Any], source: Path | None, target: Path | No
         iteration = 2
     else:
         progress = load(training, source)
-        assert progress == Progress(2, 2 * GLOBAL_BATCH, 2 * GLOBAL_BATCH * SEQ_LENGTH)
+        assert progress == RunProgress(2, 2 * GLOBAL_BATCH, 2 * GLOBAL_BATCH * SEQ_LENGTH)
         iteration = progress.iteration
     result: dict[str, Any] = {"saved": training.whole_state()}
     if target is not None:

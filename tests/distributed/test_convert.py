@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 from dsv3_megatron.checkpoint.folder import latest_iteration
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
-from dsv3_megatron.checkpoint.store import Progress, load_checkpoint, save_checkpoint
+from dsv3_megatron.checkpoint.store import RunProgress, load_checkpoint, save_checkpoint
 from dsv3_megatron.commands import train
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
@@ -38,7 +38,7 @@ def train_from(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     training = start(small_run(**changes))
     training.step(0)
     progress = load_checkpoint(folder, training.run, training.chunks, training.optimizer, training.groups)
-    assert progress == Progress(0, 0, 0)
+    assert progress == RunProgress(0, 0, 0)
     return {"state": training.whole_state(), "losses": [training.step(number) for number in range(2)]}
 
 
@@ -67,7 +67,7 @@ def test_a_run_starts_from_hugging_face(tmp_path, ranks, changes):
 def train_and_save(folder: Path, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
     training = start(small_run(**changes))
     training.step(0)
-    save_checkpoint(folder, Progress(1, 4, 64), training.run, training.chunks, training.optimizer, training.groups,
+    save_checkpoint(folder, RunProgress(1, 4, 64), training.run, training.chunks, training.optimizer, training.groups,
                     keep_last=0)
     return training.whole_state()
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsv3_megatron.checkpoint.folder import CheckpointError, Progress
+from dsv3_megatron.checkpoint.folder import CheckpointError, RunProgress
 from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.store import load_weights, save_checkpoint
@@ -39,14 +39,14 @@ def train_and_save(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     with average.swapped_in():
         inside = training.whole_state()
     after = training.whole_state()
-    save_checkpoint(folder, Progress(STEPS, 4 * STEPS, 64 * STEPS), training.run, training.chunks, training.optimizer,
-                    training.groups, keep_last=0, average=average)
+    save_checkpoint(folder, RunProgress(STEPS, 4 * STEPS, 64 * STEPS), training.run, training.chunks,
+                    training.optimizer, training.groups, keep_last=0, average=average)
     for chunk in training.chunks:
         for parameter in chunk.parameters():
             parameter.data.zero_()
     load_weights(folder, training.run, training.chunks, training.groups, is_average=True)
     result = {"states": states, "inside": inside, "after": after, "loaded": training.whole_state()}
-    save_checkpoint(folder / "none", Progress(1, 4, 64), small_run(**changes), training.chunks, training.optimizer,
+    save_checkpoint(folder / "none", RunProgress(1, 4, 64), small_run(**changes), training.chunks, training.optimizer,
                     training.groups, keep_last=0)
     try:
         load_weights(folder / "none", training.run, training.chunks, training.groups, is_average=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
-from dsv3_megatron.commands.evaluate import Request
+from dsv3_megatron.commands.evaluate import EvaluationRequest
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.runs.evaluator import Evaluation
 from tests.distributed.evaluations import (
@@ -63,7 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_runs_own_validation_loss(trained: Path) -> None:
     """In one process, in bf16 as it was trained: the same windows, each scored once."""
-    (found,) = run_ranks(1, evaluate, [Request(load=f"{trained}/run", data_path=f"{trained}/valid")])[0]
+    (found,) = run_ranks(1, evaluate, [EvaluationRequest(load=f"{trained}/run", data_path=f"{trained}/valid")])[0]
     record = validation(trained)
     assert found.tokens == NUM_WINDOWS * SEQ_LENGTH and found.rows == NUM_WINDOWS
     # The same products in the same precision; sums of fp32 losses, in another order.
@@ -73,7 +73,7 @@ def test_the_runs_own_validation_loss(trained: Path) -> None:
 
 def test_windows_of_another_length_score_every_token(trained: Path) -> None:
     """The last row is shorter, and rows are added to fill the step: neither counts."""
-    request = Request(load=f"{trained}/run", data_path=f"{trained}/valid", seq_length=11, micro_batch_size=4)
+    request = EvaluationRequest(load=f"{trained}/run", data_path=f"{trained}/valid", seq_length=11, micro_batch_size=4)
     for found in (run_ranks(num_ranks, evaluate, [request])[0][0] for num_ranks in (1, 2)):
         assert (found.tokens, found.rows) == (NUM_WINDOWS * SEQ_LENGTH, 18)
 

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from dsv3_megatron.commands.evaluate import Request
+from dsv3_megatron.commands.evaluate import EvaluationRequest
 from dsv3_megatron.config.training import DOCUMENT_SWITCHES
 from dsv3_megatron.data.document_ends import document_bounds
 from dsv3_megatron.data.indexed_writer import DatasetWriter
@@ -73,7 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_runs_own_validation_loss(trained: Path) -> None:
     """Without a flag the switches of training hold; each of them matters."""
-    own = Request(load=f"{trained}/run", data_path=f"{trained}/valid", micro_batch_size=4)
+    own = EvaluationRequest(load=f"{trained}/run", data_path=f"{trained}/valid", micro_batch_size=4)
     variants = [{}, {"reset_attention_mask": False}, {"eod_mask_loss": False}, ALL_OFF,
                 {**ALL_OFF, "reset_position_ids": True}]
     found, *others = run_ranks(1, evaluate, [dataclasses.replace(own, switches=switches) for switches in variants])[0]

@@ -32,7 +32,7 @@ prepare()  # before Megatron-Core is imported
 
 from megatron.core import parallel_state  # noqa: E402
 
-from dsv3_megatron.checkpoint.folder import Progress  # noqa: E402
+from dsv3_megatron.checkpoint.folder import RunProgress  # noqa: E402
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint  # noqa: E402
 from dsv3_megatron.config.parallel import ParallelConfig  # noqa: E402
 from dsv3_megatron.config.presets import preset  # noqa: E402
@@ -191,7 +191,7 @@ class RandomTrainer(Trainer):
     def write(self, directory: Path) -> None:
         """Save a checkpoint of this moment."""
         tokens = self.consumed_samples * self.run.training.seq_length
-        save_checkpoint(directory, Progress(self.iteration, self.consumed_samples, tokens), self.run, self.chunks,
+        save_checkpoint(directory, RunProgress(self.iteration, self.consumed_samples, tokens), self.run, self.chunks,
                         self.optimizer, self.groups, keep_last=0)
 
     def read(self, directory: Path) -> None:

@@ -15,7 +15,7 @@ from dsv3_megatron.checkpoint.hf.directory import SCALE_SUFFIX, HuggingFaceDirec
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, tensors_by_parameter
 from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
-from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, Progress, ignore, memory_for
+from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, ProgressDisplay, ignore, memory_for
 
 # Elements that are compared at a time, where a tensor is not dequantized as a whole.
 _STRIP = 8_000_000
@@ -83,7 +83,7 @@ class Audit:
 
 
 def audit(directory: HuggingFaceDirectory, weights: MegatronWeights, *, is_master: bool = False, num_workers: int = 4,
-          progress: Progress | None = None) -> Audit:
+          progress: ProgressDisplay | None = None) -> Audit:
     """Read both checkpoints and compare every tensor of Hugging Face's, MTP modules' copies included.
 
     Args:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dsv3_megatron.checkpoint.folder import Manifest
 from dsv3_megatron.checkpoint.hf.names import Storage, hugging_face_tensors, layer_of
 from dsv3_megatron.checkpoint.hf.readers import reader_notes
-from dsv3_megatron.checkpoint.hf.shards import Shard
+from dsv3_megatron.checkpoint.hf.shards import WeightFile
 from dsv3_megatron.config.model import ModelConfig
 
 # The hub's word for a licence that nobody has stated.
@@ -68,7 +68,7 @@ def count_exported(model: ModelConfig) -> Counts:
     return Counts(main, active // model.num_experts, mtp)
 
 
-def model_card(model: ModelConfig, manifest: Manifest, shards: Sequence[Shard], *, dtype: str, license_id: str,
+def model_card(model: ModelConfig, manifest: Manifest, shards: Sequence[WeightFile], *, dtype: str, license_id: str,
                losses: Losses | None, has_tokenizer: bool, is_average: bool) -> str:
     """The text of the card.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dsv3_megatron.checkpoint.byte_ranges import Segment, read_segments
+from dsv3_megatron.checkpoint.byte_ranges import ByteRange, read_byte_ranges
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.config.output import json_text
 
@@ -47,11 +47,11 @@ class StoredTensor:
     offset: int
     num_bytes: int
 
-    def segment(self, first_row: int = 0, num_rows: int | None = None) -> Segment:
+    def byte_range(self, first_row: int = 0, num_rows: int | None = None) -> ByteRange:
         """The bytes of the tensor, or of some of its rows."""
         rows = self.shape[0] - first_row if num_rows is None else num_rows
         row_bytes = self.num_bytes // self.shape[0] if self.shape[0] else 0
-        return Segment(self.file, self.offset + first_row * row_bytes, rows * row_bytes)
+        return ByteRange(self.file, self.offset + first_row * row_bytes, rows * row_bytes)
 
     def read(self, first_row: int = 0, num_rows: int | None = None) -> torch.Tensor:
         """The tensor, or some of its rows, in memory of its own.
@@ -60,9 +60,9 @@ class StoredTensor:
             CheckpointError: the file cannot be read or has been cut.
         """
         rows = self.shape[0] - first_row if num_rows is None else num_rows
-        segment = self.segment(first_row, rows)
-        raw = torch.empty(segment.num_bytes, dtype=torch.uint8)
-        read_segments([segment], raw, self.name)
+        where = self.byte_range(first_row, rows)
+        raw = torch.empty(where.num_bytes, dtype=torch.uint8)
+        read_byte_ranges([where], raw, self.name)
         return raw.view(self.dtype).view(rows, *self.shape[1:])
 
 

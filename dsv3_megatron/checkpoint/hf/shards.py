@@ -28,7 +28,7 @@ _PLAIN = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class ShardEntry:
+class FileEntry:
     """One tensor of a file: its name, dtype and shape, and where its bytes begin."""
 
     name: str
@@ -43,12 +43,12 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
-class Shard:
+class WeightFile:
     """One file: its name, its first bytes, and the tensors that follow."""
 
     file: str
     header: bytes
-    entries: tuple[ShardEntry, ...]
+    entries: tuple[FileEntry, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -56,7 +56,7 @@ class Shard:
         return len(self.header) + sum(entry.num_bytes for entry in self.entries)
 
 
-def plan_shards(model: ModelConfig, dtype: str, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
+def plan_shards(model: ModelConfig, dtype: str, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[WeightFile]:
     """The files of a checkpoint of this model, filled in the order of the forward pass.
 
     MTP modules come with their copies of embedding and head, as published. A matrix and its scales are in one file.
@@ -75,7 +75,7 @@ def plan_shards(model: ModelConfig, dtype: str, max_shard_bytes: int = MAX_SHARD
         raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
-    contents: list[list[ShardEntry]] = []
+    contents: list[list[FileEntry]] = []
     filled = 0
     for tensor in hugging_face_tensors(model):
         entries = stored_entries(tensor, dtype)
@@ -91,18 +91,18 @@ def plan_shards(model: ModelConfig, dtype: str, max_shard_bytes: int = MAX_SHARD
             for number, entries in enumerate(contents, start=1)]
 
 
-def stored_entries(tensor: HuggingFaceTensor, dtype: str) -> list[ShardEntry]:
+def stored_entries(tensor: HuggingFaceTensor, dtype: str) -> list[FileEntry]:
     """What is stored of one tensor: itself, and its scales where it is FP8."""
     if tensor.storage is Storage.BIAS:
-        return [ShardEntry(tensor.name, torch.float32, tensor.shape)]
+        return [FileEntry(tensor.name, torch.float32, tensor.shape)]
     if tensor.storage is Storage.MATRIX and dtype == "fp8":
         rows, columns = tensor.shape
-        return [ShardEntry(tensor.name, torch.float8_e4m3fn, tensor.shape),
-                ShardEntry(tensor.scale_name, torch.float32, scale_shape((rows, columns)))]
-    return [ShardEntry(tensor.name, _PLAIN[dtype], tensor.shape)]
+        return [FileEntry(tensor.name, torch.float8_e4m3fn, tensor.shape),
+                FileEntry(tensor.scale_name, torch.float32, scale_shape((rows, columns)))]
+    return [FileEntry(tensor.name, _PLAIN[dtype], tensor.shape)]
 
 
-def shard_from_header(file: str, header: str) -> Shard:
+def shard_from_header(file: str, header: str) -> WeightFile:
     """The plan of a file whose JSON header is known, the same byte for byte.
 
     The experts of a layer that are one tensor in the file are an entry each: these are the names of the weights.
@@ -113,26 +113,26 @@ def shard_from_header(file: str, header: str) -> Shard:
     """
     prefix = len(header.encode()).to_bytes(8, "little") + header.encode()
     dtypes = {name: dtype for dtype, name in NAMES.items()}
-    entries: list[ShardEntry] = []
+    entries: list[FileEntry] = []
     for name, value in json.loads(header).items():
         if name == "__metadata__":
             continue
         dtype, shape, offset = dtypes[value["dtype"]], tuple(value["shape"]), len(prefix) + value["data_offsets"][0]
         if is_fused(name):
-            entries += [ShardEntry(part.name, dtype, part.shape, offset + part.offset_bytes)
+            entries += [FileEntry(part.name, dtype, part.shape, offset + part.offset_bytes)
                         for part in parts_of_fused(name, shape, dtype)]
         else:
-            entries.append(ShardEntry(name, dtype, shape, offset))
-    return Shard(file, prefix, tuple(sorted(entries, key=lambda entry: (entry.offset, entry.num_bytes))))
+            entries.append(FileEntry(name, dtype, shape, offset))
+    return WeightFile(file, prefix, tuple(sorted(entries, key=lambda entry: (entry.offset, entry.num_bytes))))
 
 
-def index_json(shards: Sequence[Shard]) -> dict[str, Any]:
+def index_json(shards: Sequence[WeightFile]) -> dict[str, Any]:
     """Make the content of `model.safetensors.index.json`: the bytes of all tensors, and the file of each."""
     return {"metadata": {"total_size": sum(entry.num_bytes for shard in shards for entry in shard.entries)},
             "weight_map": {entry.name: shard.file for shard in shards for entry in shard.entries}}
 
 
-def inventory(shards: Sequence[Shard]) -> str:
+def inventory(shards: Sequence[WeightFile]) -> str:
     """A table of dtypes, with the number of tensors and bytes of each, and the totals."""
     lines = [f"{'dtype':<10}{'tensors':>10}{'bytes':>20}"]
     entries = [entry for shard in shards for entry in shard.entries]
@@ -147,9 +147,9 @@ def inventory(shards: Sequence[Shard]) -> str:
     return "\n".join(lines)
 
 
-def _shard(file: str, entries: list[ShardEntry]) -> Shard:
+def _shard(file: str, entries: list[FileEntry]) -> WeightFile:
     # Wide dtypes first, so that every tensor begins at a multiple of its element's size.
     ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     header, offsets = header_bytes([(entry.name, entry.dtype, entry.shape) for entry in ordered])
-    return Shard(file, header, tuple(ShardEntry(entry.name, entry.dtype, entry.shape, offsets[entry.name])
-                                     for entry in ordered))
+    return WeightFile(file, header, tuple(FileEntry(entry.name, entry.dtype, entry.shape, offsets[entry.name])
+                                          for entry in ordered))

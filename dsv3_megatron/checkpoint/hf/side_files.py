@@ -22,7 +22,7 @@ from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.config import QUANTIZATION, model_config_to_json
 from dsv3_megatron.checkpoint.hf.directory import CONFIG, INDEX
 from dsv3_megatron.checkpoint.hf.model_card import Losses, model_card
-from dsv3_megatron.checkpoint.hf.shards import Shard, index_json
+from dsv3_megatron.checkpoint.hf.shards import WeightFile, index_json
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX, carried_files
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 from dsv3_megatron.checkpoint.text_files import read_form
@@ -58,8 +58,8 @@ class SideFiles:
     copies: Mapping[str, Path]
 
 
-def side_files(weights: MegatronWeights, model: ModelConfig, shards: Sequence[Shard], *, dtype: str, is_again: bool,
-               tokenizer: Path | None, license_id: str, losses: Losses | None) -> SideFiles:
+def side_files(weights: MegatronWeights, model: ModelConfig, shards: Sequence[WeightFile], *, dtype: str,
+               is_again: bool, tokenizer: Path | None, license_id: str, losses: Losses | None) -> SideFiles:
     """The files that go with these weights.
 
     Args:

@@ -23,7 +23,7 @@ import torch
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.directory import CONFIG, INDEX, SCALE_SUFFIX, HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.safetensors_file import SINGLE, SUFFIX, StoredTensor, read_header, read_header_text
-from dsv3_megatron.checkpoint.hf.shards import Shard, shard_from_header
+from dsv3_megatron.checkpoint.hf.shards import WeightFile, shard_from_header
 
 DESCRIPTION, SCALES, FILE_PREFIX = "hf_source.json", "hf_scales.safetensors", "hf_file."
 # What is carried over of a folder besides the weights: by the ends of names, up to a size.
@@ -49,7 +49,7 @@ class Source:
     scales: dict[str, StoredTensor]
 
     @property
-    def shards(self) -> list[Shard]:
+    def shards(self) -> list[WeightFile]:
         """The source's files of weights, to be written again byte for byte."""
         return [shard_from_header(file, header) for file, header in self.headers.items()]
 

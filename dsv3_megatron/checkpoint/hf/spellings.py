@@ -25,7 +25,7 @@ _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ExpertSlice:
     """The tensor of one expert inside a fused one.
 
     Attributes:
@@ -49,7 +49,7 @@ def is_fused(name: str) -> bool:
     return _FUSED.fullmatch(name) is not None
 
 
-def parts_of_fused(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Part]:
+def parts_of_fused(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[ExpertSlice]:
     """The experts' tensors in a fused one, in the order of their bytes.
 
     Args:
@@ -72,5 +72,5 @@ def parts_of_fused(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ite
     num_bytes, offset = dtype.itemsize * math.prod(part), 0
     for expert in range(experts):
         for projection in projections:
-            yield Part(f"{prefix}.{expert}.{projection}.weight{scale or ''}", part, offset)
+            yield ExpertSlice(f"{prefix}.{expert}.{projection}.weight{scale or ''}", part, offset)
             offset += num_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dsv3_megatron.checkpoint.byte_ranges import Segment
+from dsv3_megatron.checkpoint.byte_ranges import ByteRange
 from dsv3_megatron.checkpoint.folder import (
     AVERAGE_PREFIX,
     MASTER_PREFIX,
@@ -68,12 +68,12 @@ class MegatronWeights:
         """Dtype in which a tensor is stored; of its fp32 master weights where asked for and there."""
         return self._files.dtype(self._key(tensor, is_master)[0])
 
-    def segments(self, tensor: HuggingFaceTensor, is_master: bool = False) -> list[Segment] | None:
+    def byte_ranges(self, tensor: HuggingFaceTensor, is_master: bool = False) -> list[ByteRange] | None:
         """Find a tensor's bytes, where they lie in whole rows; else None. Arguments are those of `read`."""
         if not tensor.num_elements:
             return []
         key, index = self._key(tensor, is_master)
-        return self._files.segments(key, index, tensor.first_row, tensor.shape[0])
+        return self._files.byte_ranges(key, index, tensor.first_row, tensor.shape[0])
 
     def read(self, tensor: HuggingFaceTensor, is_master: bool = False, first_row: int = 0, num_rows: int | None = None
              ) -> torch.Tensor:

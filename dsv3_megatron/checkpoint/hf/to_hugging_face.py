@@ -22,19 +22,27 @@ from pathlib import Path
 import torch
 
 from dsv3_megatron import __version__
-from dsv3_megatron.checkpoint.byte_ranges import copy_segments, write_tensor
+from dsv3_megatron.checkpoint.byte_ranges import copy_byte_ranges, write_tensor
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.audit import Audit, audit
 from dsv3_megatron.checkpoint.hf.directory import SCALE_SUFFIX, HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.model_card import UNKNOWN_LICENSE, Losses
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, hugging_face_tensors
 from dsv3_megatron.checkpoint.hf.readers import reader_notes
-from dsv3_megatron.checkpoint.hf.shards import MAX_SHARD_BYTES, Shard, ShardEntry, plan_shards
+from dsv3_megatron.checkpoint.hf.shards import MAX_SHARD_BYTES, FileEntry, WeightFile, plan_shards
 from dsv3_megatron.checkpoint.hf.side_files import side_files
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
 from dsv3_megatron.checkpoint.hf.spellings import is_frequencies
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
-from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, Piece, Progress, Report, Workplace, ignore, memory_for
+from dsv3_megatron.checkpoint.hf.workplace import (
+    MemoryBudget,
+    OutputFile,
+    ProgressDisplay,
+    Report,
+    Workplace,
+    ignore,
+    memory_for,
+)
 from dsv3_megatron.data.special_tokens import TOKENIZER
 from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, quantize_weight_blocks, requantize_weight_blocks
 
@@ -56,7 +64,7 @@ class Export:
     """
 
     place: Workplace
-    pieces: list[Piece]
+    pieces: list[OutputFile]
     finish: Callable[[], None]
     is_master: bool
     notes: list[str]
@@ -72,7 +80,7 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
                             max_shard_bytes: int = MAX_SHARD_BYTES, is_verified: bool = False,
                             is_average: bool = False, is_without_mtp: bool = False,
                             license_id: str = UNKNOWN_LICENSE, losses: Losses | None = None,
-                            progress: Progress | None = None) -> Audit | None:
+                            progress: ProgressDisplay | None = None) -> Audit | None:
     """Make a folder in Hugging Face's layout of a checkpoint of ours.
 
     Args:
@@ -142,7 +150,7 @@ def prepare_export(source: str | Path, output: str | Path, *, iteration: int | N
     tensors = {tensor.name: tensor for tensor in hugging_face_tensors(model)}
     writer = _ShardWriter(weights, tensors, is_again, chosen == "fp32",
                           MemoryBudget(memory_for(entry.num_bytes for shard in shards for entry in shard.entries)))
-    pieces = [Piece(shard.file, shard.num_bytes, partial(writer.write, shard)) for shard in shards]
+    pieces = [OutputFile(shard.file, shard.num_bytes, partial(writer.write, shard)) for shard in shards]
 
     def finish() -> None:
         try:
@@ -166,7 +174,7 @@ class _ShardWriter:
     is_master: bool
     budget: MemoryBudget
 
-    def write(self, shard: Shard, path: Path, report: Report) -> None:
+    def write(self, shard: WeightFile, path: Path, report: Report) -> None:
         """Write one file of weights, header first, to a path."""
         path.write_bytes(shard.header)
         places = {entry.name: entry for entry in shard.entries}
@@ -178,18 +186,18 @@ class _ShardWriter:
                     if self.is_again:
                         assert self.weights.source is not None
                         scale = self.weights.source.scales[entry.name]
-                        copy_segments([scale.segment()], target, entry.offset, entry.name, report)
+                        copy_byte_ranges([scale.byte_range()], target, entry.offset, entry.name, report)
                     continue  # else written with its weight
                 self._write_weight(target, entry, places, report)
         finally:
             os.close(target)
 
-    def _write_weight(self, target: int, entry: ShardEntry, places: dict[str, ShardEntry], report: Report) -> None:
+    def _write_weight(self, target: int, entry: FileEntry, places: dict[str, FileEntry], report: Report) -> None:
         tensor = self.tensors[entry.name]
         dtype = self.weights.dtype(tensor, self.is_master) if tensor.num_elements else entry.dtype
-        segments = self.weights.segments(tensor, self.is_master)
-        if segments is not None and dtype == entry.dtype:
-            copy_segments(segments, target, entry.offset, entry.name, report)
+        ranges = self.weights.byte_ranges(tensor, self.is_master)
+        if ranges is not None and dtype == entry.dtype:
+            copy_byte_ranges(ranges, target, entry.offset, entry.name, report)
             return
         with self.budget.take(dtype.itemsize * tensor.num_elements + entry.num_bytes):
             weight = self.weights.read(tensor, self.is_master)

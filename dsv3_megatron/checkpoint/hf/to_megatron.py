@@ -19,9 +19,15 @@ from typing import Any
 import torch
 
 from dsv3_megatron import __version__
-from dsv3_megatron.checkpoint.byte_ranges import copy_segments, write_tensor
-from dsv3_megatron.checkpoint.folder import WEIGHTS, CheckpointError, finish_save, iteration_path, saving_path
-from dsv3_megatron.checkpoint.folder import Progress as Position
+from dsv3_megatron.checkpoint.byte_ranges import copy_byte_ranges, write_tensor
+from dsv3_megatron.checkpoint.folder import (
+    WEIGHTS,
+    CheckpointError,
+    RunProgress,
+    finish_save,
+    iteration_path,
+    saving_path,
+)
 from dsv3_megatron.checkpoint.hf.audit import Audit, audit
 from dsv3_megatron.checkpoint.hf.directory import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, checkpoint_place, tensors_by_parameter
@@ -35,8 +41,16 @@ from dsv3_megatron.checkpoint.hf.source import (
     scales_of,
 )
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
-from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, Piece, Progress, Report, Workplace, ignore, memory_for
-from dsv3_megatron.checkpoint.tensor_files import Chunk, lay_out_file, write_index
+from dsv3_megatron.checkpoint.hf.workplace import (
+    MemoryBudget,
+    OutputFile,
+    ProgressDisplay,
+    Report,
+    Workplace,
+    ignore,
+    memory_for,
+)
+from dsv3_megatron.checkpoint.tensor_files import TensorPart, lay_out_file, write_index
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
@@ -56,7 +70,7 @@ _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 def convert_to_megatron(source: str | Path, output: str | Path, *, parallel: ParallelConfig | None = None,
                         num_workers: int = 4, max_file_bytes: int = FILE_BYTES, is_verified: bool = False,
-                        progress: Progress | None = None) -> Audit | None:
+                        progress: ProgressDisplay | None = None) -> Audit | None:
     """Make OUTPUT/iter_0000000 of a Hugging Face checkpoint, and OUTPUT/model.json for `--config`.
 
     Tensors keep their dtype; FP8 becomes BF16, and router biases are FP32. Where a parameter of ours is made of tensors
@@ -89,18 +103,18 @@ def convert_to_megatron(source: str | Path, output: str | Path, *, parallel: Par
     folder = saving_path(place.result, 0).name
     _undo_finish(place.result)
     budget = MemoryBudget(memory_for(chunk.num_bytes for chunks in files.values() for _, chunk in chunks))
-    pieces = [Piece(f"{folder}/{name}", sum(chunk.num_bytes for _, chunk in chunks),
-                    partial(_write_file, directory, chunks, budget)) for name, chunks in files.items()]
+    pieces = [OutputFile(f"{folder}/{name}", sum(chunk.num_bytes for _, chunk in chunks),
+                         partial(_write_file, directory, chunks, budget)) for name, chunks in files.items()]
     pieces += _side_pieces(directory, folder)
     place.open(sum(piece.num_bytes for piece in pieces))
     try:
         directory.check_copies()
         report = progress.start("convert", sum(piece.num_bytes for piece in pieces)) if progress else ignore
         place.run(pieces, num_workers=num_workers, report=report)
-        written = [Chunk(**_with_tuples(chunk)) for piece in pieces[: len(files)] for chunk in place.told(piece)]
+        written = [TensorPart(**_with_tuples(chunk)) for piece in pieces[: len(files)] for chunk in place.told(piece)]
         write_index(place.result / folder, written, {"optimizer_step": 0})
         precision = "fp32" if all(chunk.dtype == "float32" for chunk in written) else "bf16"
-        finish_save(place.result, Position(0, 0, 0), run.as_dict(), world_size=1, precision=precision,
+        finish_save(place.result, RunProgress(0, 0, 0), run.as_dict(), world_size=1, precision=precision,
                     contents=WEIGHTS, versions={"dsv3_megatron": __version__, "torch": torch.__version__,
                                                 "megatron_core": version("megatron-core")})
         (place.result / MODEL_FILE).write_text(
@@ -129,7 +143,7 @@ def _run_of(model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
 
 
 def _plan_files(directory: HuggingFaceDirectory, max_file_bytes: int
-                ) -> dict[str, list[tuple[HuggingFaceTensor, Chunk]]]:
+                ) -> dict[str, list[tuple[HuggingFaceTensor, TensorPart]]]:
     """Each file's tensors in the order of the forward pass, and the part of our checkpoint that each one is."""
     parts = tensors_by_parameter(directory.model)
     dtypes: dict[str, torch.dtype] = {}
@@ -139,7 +153,7 @@ def _plan_files(directory: HuggingFaceDirectory, max_file_bytes: int
         is_wide = torch.float32 in stored or tensors[0].storage is Storage.BIAS
         if is_wide or dtypes.get(key) is None:
             dtypes[key] = torch.float32 if is_wide else torch.bfloat16
-    files: dict[str, list[tuple[HuggingFaceTensor, Chunk]]] = {}
+    files: dict[str, list[tuple[HuggingFaceTensor, TensorPart]]] = {}
     filled = max_file_bytes
     name = ""
     for parameter, tensors in parts.items():
@@ -155,14 +169,14 @@ def _plan_files(directory: HuggingFaceDirectory, max_file_bytes: int
             if filled >= max_file_bytes:
                 name = f"__0_{len(files)}.distcp"
                 files[name], filled = [], 0
-            chunk = Chunk(key, whole, offsets, sizes, _NAMES[dtypes[key]], name)
+            chunk = TensorPart(key, whole, offsets, sizes, _NAMES[dtypes[key]], name)
             files[name].append((tensor, chunk))
             filled += chunk.num_bytes
     return files
 
 
-def _write_file(directory: HuggingFaceDirectory, chunks: list[tuple[HuggingFaceTensor, Chunk]], budget: MemoryBudget,
-                path: Path, report: Report) -> list[dict[str, Any]]:
+def _write_file(directory: HuggingFaceDirectory, chunks: list[tuple[HuggingFaceTensor, TensorPart]],
+                budget: MemoryBudget, path: Path, report: Report) -> list[dict[str, Any]]:
     """One file of our checkpoint; its chunks with their places."""
     placed, positions = lay_out_file(path, [chunk for _, chunk in chunks])
     target = os.open(path, os.O_RDWR)
@@ -170,7 +184,7 @@ def _write_file(directory: HuggingFaceDirectory, chunks: list[tuple[HuggingFaceT
         for (tensor, chunk), position in zip(chunks, positions, strict=True):
             entry, dtype = directory.stored[tensor.name], getattr(torch, chunk.dtype)
             if entry.dtype == dtype:
-                copy_segments([entry.segment()], target, position, tensor.name, report)
+                copy_byte_ranges([entry.byte_range()], target, position, tensor.name, report)
                 continue
             with budget.take(entry.num_bytes + chunk.num_bytes):
                 if entry.dtype == torch.float8_e4m3fn:
@@ -192,7 +206,7 @@ def _check_scales(directory: HuggingFaceDirectory, name: str) -> None:
                               f"{SMALLEST_SCALE:.3g} and {LARGEST_SCALE:.3g} only")
 
 
-def _side_pieces(directory: HuggingFaceDirectory, folder: str) -> list[Piece]:
+def _side_pieces(directory: HuggingFaceDirectory, folder: str) -> list[OutputFile]:
     """What is kept of the source besides the weights."""
     def write_description(path: Path, report: Report) -> None:
         path.write_text(json_text(description_of(directory)), encoding="utf-8")
@@ -203,7 +217,7 @@ def _side_pieces(directory: HuggingFaceDirectory, folder: str) -> list[Piece]:
         target = os.open(path, os.O_RDWR)
         try:
             for scale in scales:
-                copy_segments([scale.segment()], target, positions[scale.name], scale.name, report)
+                copy_byte_ranges([scale.byte_range()], target, positions[scale.name], scale.name, report)
         finally:
             os.close(target)
 
@@ -212,10 +226,10 @@ def _side_pieces(directory: HuggingFaceDirectory, folder: str) -> list[Piece]:
         report(file.stat().st_size)
 
     scales = scales_of(directory)
-    pieces = [Piece(f"{folder}/{DESCRIPTION}", 0, write_description)]
+    pieces = [OutputFile(f"{folder}/{DESCRIPTION}", 0, write_description)]
     if scales:
-        pieces.append(Piece(f"{folder}/{SCALES}", sum(scale.num_bytes for scale in scales), write_scales))
-    pieces += [Piece(f"{folder}/{FILE_PREFIX}{file.name}", file.stat().st_size, partial(copy_file, file))
+        pieces.append(OutputFile(f"{folder}/{SCALES}", sum(scale.num_bytes for scale in scales), write_scales))
+    pieces += [OutputFile(f"{folder}/{FILE_PREFIX}{file.name}", file.stat().st_size, partial(copy_file, file))
                for file in carried_files(directory.path)]
     return pieces
 

@@ -36,7 +36,7 @@ _LEAST_MEMORY = 256_000_000
 
 
 @dataclass(frozen=True)
-class Piece:
+class OutputFile:
     """A file of the result, and how to write it.
 
     Attributes:
@@ -51,7 +51,7 @@ class Piece:
     write: Callable[[Path, Report], Any]
 
 
-class Progress(Protocol):
+class ProgressDisplay(Protocol):
     """Shows how far a conversion is."""
 
     def start(self, what: str, num_bytes: int) -> Report:
@@ -129,7 +129,7 @@ class Workplace:
             self.close()
             raise CheckpointError(f"{self.root}: {error.strerror} ({error.filename})") from error
 
-    def run(self, pieces: Sequence[Piece], *, num_workers: int, report: Report) -> None:
+    def run(self, pieces: Sequence[OutputFile], *, num_workers: int, report: Report) -> None:
         """Write those pieces that are not finished, in parallel.
 
         Args:
@@ -168,11 +168,11 @@ class Workplace:
             raise real[0]
         assert not errors, "stopped without an error"
 
-    def told(self, piece: Piece) -> Any:
+    def told(self, piece: OutputFile) -> Any:
         """Read what a finished piece's writer returned."""
         return json.loads(self._record(piece).read_text(encoding="utf-8"))
 
-    def is_finished(self, pieces: Sequence[Piece]) -> bool:
+    def is_finished(self, pieces: Sequence[OutputFile]) -> bool:
         """Whether all of the given pieces are complete."""
         return all(self._record(piece).is_file() for piece in pieces)
 
@@ -203,7 +203,7 @@ class Workplace:
 
     # ---- parts ---------------------------------------------------------------------------------------
 
-    def _write(self, piece: Piece, report: Report) -> None:
+    def _write(self, piece: OutputFile, report: Report) -> None:
         final = self.result / piece.name
         partial = final.with_name(final.name + _WRITING)
         try:
@@ -223,7 +223,7 @@ class Workplace:
                        "finished")
             raise CheckpointError(f"{final} could not be written: {error.strerror}; {way_out}") from error
 
-    def _record(self, piece: Piece) -> Path:
+    def _record(self, piece: OutputFile) -> Path:
         return self._finished / f"{piece.name}.json"
 
     def _take_lock(self) -> None:

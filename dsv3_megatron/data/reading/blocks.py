@@ -23,7 +23,7 @@ _MAX_ROWS = 65_536
 
 
 @dataclass(frozen=True)
-class Position:
+class InputPosition:
     """The place at which the next block begins: in which file, at which byte (uncompressed), or row of Parquet."""
 
     file: int = 0
@@ -57,7 +57,7 @@ class Block:
     start: int
     stop: int
     data: bytes | bytearray | list[Column] | None
-    next: Position
+    next: InputPosition
     input_bytes: int
     reject: Reject | None = None
 
@@ -77,7 +77,7 @@ def iterate_blocks(
     portions: Sequence[Portion],
     *,
     keys: Sequence[str],
-    position: Position,
+    position: InputPosition,
     max_line_bytes: int,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[Block]:
@@ -102,13 +102,14 @@ def iterate_blocks(
         elif file.format == "text":
             count = _count_texts(files, portions[at:], block_bytes)
             done += sum(portion.stop for portion in portions[at : at + count])
-            yield Block(portion.file, 0, count, None, Position(portion.file + count), done)
+            yield Block(portion.file, 0, count, None, InputPosition(portion.file + count), done)
             at += count
             continue
         elif file.is_cut:
             for first in range(start, portion.stop, block_bytes):
                 stop = min(first + block_bytes, portion.stop)
-                yield Block(portion.file, first, stop, None, Position(portion.file, stop), done + stop - portion.start)
+                yield Block(portion.file, first, stop, None, InputPosition(portion.file, stop),
+                            done + stop - portion.start)
         elif file.format == "parquet":
             yield from _parquet_blocks(portion.file, file, keys, start, done, block_bytes)
         else:
@@ -136,7 +137,7 @@ def _stream_blocks(
             stream, start, block_bytes=block_bytes, max_line_bytes=max_line_bytes
         ):
             on_disk = 0 if file.is_stream else os.lseek(stream.fileno(), 0, os.SEEK_CUR)
-            following = Position(index + 1) if is_last else Position(index, end)
+            following = InputPosition(index + 1) if is_last else InputPosition(index, end)
             yield Block(index, first, end, lines, following, done + min(on_disk, file.size_bytes), reject)
 
 
@@ -150,7 +151,7 @@ def _parquet_blocks(
     row = 0
 
     def fault(reject: Reject) -> Block:
-        return Block(index, row, row, [], Position(index + 1), done + file.size_bytes, reject)
+        return Block(index, row, row, [], InputPosition(index + 1), done + file.size_bytes, reject)
 
     try:
         parquet = pq.ParquetFile(file.path, buffer_size=1 << 20)
@@ -173,7 +174,7 @@ def _parquet_blocks(
                 if first < end:
                     columns = [_column(batch.column(key).slice(first - row)) for key in keys]
                     on_disk = done + file.size_bytes * end // total
-                    yield Block(index, first, end, columns, Position(index, end), on_disk)
+                    yield Block(index, first, end, columns, InputPosition(index, end), on_disk)
                 row = end
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:

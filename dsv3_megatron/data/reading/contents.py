@@ -37,7 +37,7 @@ _FOREIGN_SUFFIXES = {
 
 
 @dataclass(frozen=True)
-class Content:
+class FileContent:
     """The kind of a file's content, as `look_into` found it.
 
     Attributes:
@@ -82,7 +82,7 @@ def is_parquet(head: bytes) -> bool:
     return head.startswith(_PARQUET)
 
 
-def look_into(path: str, suffix: str) -> Content:
+def look_into(path: str, suffix: str) -> FileContent:
     """Find out what a file on disk holds.
 
     Args:
@@ -101,8 +101,8 @@ def look_into(path: str, suffix: str) -> Content:
     foreign = next((what for (at, magic), what in _FOREIGN.items() if head[at:].startswith(magic)), "")
     foreign = foreign or _FOREIGN_SUFFIXES.get(suffix, "")
     if foreign or not head:
-        return Content("", compression, foreign)
-    return Content(_format_of(head), compression)
+        return FileContent("", compression, foreign)
+    return FileContent(_format_of(head), compression)
 
 
 def _decompressed_head(path: str, compression: str) -> bytes:

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from dsv3_megatron.data.reading.blocks import BLOCK_BYTES, Block, Column, Position, iterate_blocks
-from dsv3_megatron.data.reading.inputs import InputFile, Portion, Shard, take_shard
+from dsv3_megatron.data.reading.blocks import BLOCK_BYTES, Block, Column, InputPosition, iterate_blocks
+from dsv3_megatron.data.reading.inputs import InputFile, JobShard, Portion, take_shard
 from dsv3_megatron.data.reading.records import (
     LONG_LINE_BYTES,
     UTF8_BOM,
@@ -267,7 +267,7 @@ def read_documents(files: Sequence[InputFile], *keys: str) -> Iterator[str]:
     """
     reader = RecordReader(files, keys)
     lines = LineCounter(files)
-    for block in _blocks(files, take_shard(files, Shard()), reader, BLOCK_BYTES):
+    for block in _blocks(files, take_shard(files, JobShard()), reader, BLOCK_BYTES):
         reading = Reading()
         for record in reader.read(block, reading):
             for text in record.texts:
@@ -323,7 +323,7 @@ def _blocks(
         files,
         portions,
         keys=reader.keys,
-        position=Position(),
+        position=InputPosition(),
         max_line_bytes=reader.max_line_bytes,
         block_bytes=block_bytes,
     )

@@ -60,14 +60,14 @@ class Portion:
 
 
 @dataclass(frozen=True)
-class Shard:
+class JobShard:
     """Part `index` of `count` of a job, counted from 1."""
 
     index: int = 1
     count: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> Shard:
+    def parse(cls, text: str) -> JobShard:
         """Read a shard that is written as I/N.
 
         Raises:
@@ -288,7 +288,7 @@ def _print_notes(path: str, found: Sequence[_Described]) -> None:
         print(f"note: {which}: {note} by content, which counts, whatever the name says", file=sys.stderr)
 
 
-def take_shard(files: Sequence[InputFile], shard: Shard) -> list[Portion]:
+def take_shard(files: Sequence[InputFile], shard: JobShard) -> list[Portion]:
     """The portions of a shard: equal shares of the bytes on disk, in order.
 
     JSON lines that are not compressed are cut anywhere; other files belong whole to the shard in which they begin. The

@@ -32,7 +32,7 @@ from dsv3_megatron.planning.machine.hardware import AttentionPoint, Figure, Hard
 from dsv3_megatron.planning.machine.narrow_pass import narrow_pass
 from dsv3_megatron.planning.machine.operand_pools import OperandPools
 from dsv3_megatron.planning.time.layer_operations import stage_operations
-from dsv3_megatron.planning.time.operations import Attention, Collective, Exchange, Operation, Product, Shape
+from dsv3_megatron.planning.time.operations import Collective, CoreAttention, Operation, Product, Shape, TokenExchange
 from dsv3_megatron.process.cores import usable_cores
 
 _SOURCE = "measured on this machine"
@@ -96,8 +96,9 @@ class MicroBenchmarks:
                 self._add(narrow_pass(run, groups), "narrow_pass", is_transfer=True)
         # Of a rank's micro-batch, on average over the stages: those with an overhead, and exchanges.
         ranks = run.parallel.pipeline_model_parallel_size
-        self.num_exchanges = sum(isinstance(operation, Exchange) for operation in operations) / ranks
-        self.num_kernels = sum(not isinstance(operation, Exchange | Collective) for operation in operations) / ranks
+        self.num_exchanges = sum(isinstance(operation, TokenExchange) for operation in operations) / ranks
+        self.num_kernels = sum(not isinstance(operation, TokenExchange | Collective)
+                               for operation in operations) / ranks
         for case in self.cases:
             self._choose_repeats(case)
 
@@ -174,7 +175,7 @@ class MicroBenchmarks:
 
     def _add_attention(self, operations: list[Operation]) -> None:
         model, heads = self.run.model, self.run.model.num_attention_heads // self.shape.tp
-        first = next((operation for operation in operations if isinstance(operation, Attention)), None)
+        first = next((operation for operation in operations if isinstance(operation, CoreAttention)), None)
         if first is None:
             return
         seq, batch = self.shape.seq_length, self.shape.micro_batch_size
@@ -290,7 +291,7 @@ class MicroBenchmarks:
     def _add_communication(self, operations: list[Operation]) -> None:
         size = self.num_processes
         model = self.run.model
-        has_exchange = any(isinstance(operation, Exchange) for operation in operations)
+        has_exchange = any(isinstance(operation, TokenExchange) for operation in operations)
         rows = max(size, round(self.shape.local_tokens) * model.moe_router_topk // size * size)
         sent = torch.randn(rows if has_exchange else size, model.hidden_size)
         received = torch.empty_like(sent)

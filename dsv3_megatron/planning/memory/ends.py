@@ -52,7 +52,7 @@ def table_bytes(s: PassSettings) -> int:
     return s.vocabulary * s.hidden * s.narrow
 
 
-class TokenLosses:
+class TokenLossesPass:
     """The head and the cross-entropy of hidden states; keeps them. The losses are too small to count."""
 
     def __init__(self, ops: Operations, x: Tensor) -> None:

@@ -17,7 +17,7 @@ from dsv3_megatron.planning.memory.operations import (
 from dsv3_megatron.planning.memory.settings import EXPERTS_FC1, EXPERTS_FC2, WIDE
 
 
-class Experts:
+class RoutedExpertsPass:
     """Routed experts on the rows that came, sorted by expert and, their outputs, back; `output` is the caller's."""
 
     def __init__(self, ops: Operations, rows: Tensor, gates: Tensor) -> None:
@@ -30,11 +30,11 @@ class Experts:
             rows = self._in_place_of(rows, "expert input, all ranks", num)
         if self.has_sorting:
             rows = self._in_place_of(rows, "expert input", num)
-        kind: type[LoopedExperts] | type[Fp8Experts] | type[GroupedExperts] = LoopedExperts
+        kind: type[LoopedExpertsPass] | type[Fp8ExpertsPass] | type[GroupedExpertsPass] = LoopedExpertsPass
         if ops.precisions.line(EXPERTS_FC1) or ops.precisions.line(EXPERTS_FC2):
-            kind = Fp8Experts
+            kind = Fp8ExpertsPass
         elif s.device == "cuda":
-            kind = GroupedExperts
+            kind = GroupedExpertsPass
         self.core = kind(ops, rows, gates)
         ledger.drop(rows)
         assert given.references, "the caller's"
@@ -67,7 +67,7 @@ class Experts:
         return rows
 
 
-class LoopedExperts:
+class LoopedExpertsPass:
     """One product per expert (`ops/experts.py`): keeps the rows and, in the products' dtype, the output of fc1."""
 
     def __init__(self, ops: Operations, rows: Tensor, gates: Tensor) -> None:
@@ -124,7 +124,7 @@ class LoopedExperts:
         ledger.drop(grad, self.rows, *waiting)
 
 
-class GroupedExperts:
+class GroupedExpertsPass:
     """One grouped product for each of the two weights, on CUDA: keeps the rows, the activation's input and output.
 
     Not run: from the operations' code.
@@ -172,7 +172,7 @@ class GroupedExperts:
             compute()
 
 
-class Fp8Experts:
+class Fp8ExpertsPass:
     """Products in FP8 (`ops/fp8/experts.py`): keeps the rows and the activation's input in FP8.
 
     Transformer Engine's keep the activation's input as it is, and its output in FP8.

@@ -20,7 +20,7 @@ from dsv3_megatron.planning.memory.operations import (
 from dsv3_megatron.planning.memory.settings import INDEX, WIDE
 
 
-class Attention:
+class LatentAttentionPass:
     """Norm, latent attention and residual; `output` is the caller's."""
 
     def __init__(self, ops: Operations, x: Tensor) -> None:
@@ -183,7 +183,7 @@ class DenseLayer:
     def __init__(self, ops: Operations, x: Tensor) -> None:
         ledger, s = ops.ledger, ops.s
         self.ops = ops
-        self.attention = Attention(ops, x)
+        self.attention = LatentAttentionPass(ops, x)
         self.norm = ops.norm(self.attention.output, "FFN input", s.local_tokens, s.hidden)
         self.ffn = FeedForward(ops, self.norm.output, "FFN", s.ffn, "mlp")
         self.output = ledger.make("hidden states", s.hidden_bytes)

@@ -30,21 +30,21 @@ class Tensor:
         name: What the tensor is, for a reader.
         size: Length in bytes.
         references: Number of users; the tensor is alive while there are any.
-        recipe: Recipe that makes the tensor again; None: it is kept.
+        recomputation: Recomputation that makes the tensor again; None: it is kept.
     """
 
-    __slots__ = ("name", "recipe", "references", "size")
+    __slots__ = ("name", "recomputation", "references", "size")
 
     def __init__(self, name: str, size: int) -> None:
         self.name, self.size, self.references = name, size, 1
-        self.recipe: Recipe | None = None
+        self.recomputation: Recomputation | None = None
 
 
-class Recipe:
+class Recomputation:
     """Tensors that are made again in backward, all at once, instead of being kept.
 
     Attributes:
-        tensors: Tensors that the recipe makes.
+        tensors: Tensors that the recomputation makes.
         users: How many would have kept each.
         work: What is alive while they are made, beside them.
     """
@@ -92,10 +92,10 @@ class Ledger:
     def keep(self, *tensors: Tensor) -> None:
         """One reference more to each for backward; to what is made again, none."""
         for tensor in tensors:
-            if tensor.recipe is None:
+            if tensor.recomputation is None:
                 tensor.references += 1
             else:
-                tensor.recipe.users[tensor.recipe.tensors.index(tensor)] += 1
+                tensor.recomputation.users[tensor.recomputation.tensors.index(tensor)] += 1
 
     def drop(self, *tensors: Tensor) -> None:
         """One reference less to each; a tensor goes with the last."""
@@ -107,20 +107,20 @@ class Ledger:
 
     def make_again(self, *tensors: Tensor, work: int) -> None:
         """What is kept of these from here on is made again when it is needed, with `work` bytes beside it."""
-        recipe = Recipe(tensors, work)
+        recomputation = Recomputation(tensors, work)
         for tensor in tensors:
-            tensor.recipe = recipe
+            tensor.recomputation = recomputation
 
     def need(self, tensor: Tensor) -> None:
         """A kept tensor is used now; if it is to be made again, this happens."""
-        recipe = tensor.recipe
-        if recipe is None:
+        recomputation = tensor.recomputation
+        if recomputation is None:
             return
-        for each, users in zip(recipe.tensors, recipe.users, strict=True):
-            each.recipe = None
+        for each, users in zip(recomputation.tensors, recomputation.users, strict=True):
+            each.recomputation = None
             if users:
                 self._revive(each, users)
-        self.pulse(recipe.work)
+        self.pulse(recomputation.work)
 
     def pulse(self, size: int) -> None:
         """Something of this size comes and goes."""

@@ -7,10 +7,10 @@ hold the rows until it is done. Conventions as in `layers.py`.
 
 from __future__ import annotations
 
-from dsv3_megatron.planning.memory.experts import Experts
+from dsv3_megatron.planning.memory.experts import RoutedExpertsPass
 from dsv3_megatron.planning.memory.layers import (
-    Attention,
     FeedForward,
+    LatentAttentionPass,
     Routing,
     add_gradients,
     add_residual,
@@ -27,7 +27,7 @@ class MoELayer:
         s = ops.s
         self.ops = ops
         self.is_in_pieces = s.is_piped and s.has_remote_experts and not s.recomputes_layers
-        self.attention = Attention(ops, x)
+        self.attention = LatentAttentionPass(ops, x)
         self.norm = ops.norm(self.attention.output, "FFN input", s.local_tokens, s.hidden)
         self.shared: FeedForward | None = None
         (self._forward_in_pieces if self.is_in_pieces else self._forward_whole)()
@@ -59,7 +59,7 @@ class MoELayer:
             ledger.drop(gates)
         else:
             received, arrived = rows, gates
-        self.experts = Experts(self.ops, received, arrived)
+        self.experts = RoutedExpertsPass(self.ops, received, arrived)
         back = self.experts.output
         if s.has_remote_experts:
             back = self._exchanged("rows that came back", s.sent_rows)
@@ -75,7 +75,7 @@ class MoELayer:
         received = self._transfer("received rows", s.received_rows, is_narrow=self.ops.precisions.sends_fp8)
         arrived = ledger.make("gates", s.received_rows * WIDE)
         ledger.drop(self.routing.rows, self.routing.gates)
-        self.experts = Experts(self.ops, received, arrived)
+        self.experts = RoutedExpertsPass(self.ops, received, arrived)
         self._shared()
         ledger.drop(received, arrived, self.norm.output)
         back = self._transfer("rows that came back", s.sent_rows)

@@ -15,7 +15,7 @@ from dsv3_megatron.planning.memory.ledger import Turn, run_turns
 from dsv3_megatron.planning.memory.stage import StageCost
 from dsv3_megatron.schedule.actions import Action, Kind
 from dsv3_megatron.schedule.plan import Plan, PlanSizes, known_plan
-from dsv3_megatron.schedule.transfers import MAX_UNFINISHED_SENDS, RECEIVE_AHEAD, Exchange, with_transfers
+from dsv3_megatron.schedule.transfers import MAX_UNFINISHED_SENDS, RECEIVE_AHEAD, TransferBatch, with_transfers
 
 # Sent tensors to a rank that may still be held: gloo's until they are waited for; NCCL says when a send is done.
 MAX_UNFINISHED = {"cpu": MAX_UNFINISHED_SENDS, "cuda": 1}
@@ -107,14 +107,14 @@ def _moments(plan: Plan, program: tuple, rank: int, max_unfinished: int) -> Iter
     receives: deque[int] = deque()  # numbers of the actions before the receives' places
     num_actions = 0
     for step in program:
-        if isinstance(step, Exchange):
+        if isinstance(step, TransferBatch):
             receives += [num_actions for transfer in step.transfers if transfer.destination == rank]
         else:
             num_actions += 1
     arriving = made = num_actions = 0
     unfinished: Counter[int] = Counter()
     for step in program:
-        if isinstance(step, Exchange):
+        if isinstance(step, TransferBatch):
             for transfer in step.transfers:
                 if transfer.source == rank:
                     made -= 1

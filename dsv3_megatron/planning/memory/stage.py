@@ -13,8 +13,8 @@ from typing import NamedTuple
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.metrics.rank_state import has_final_norm
 from dsv3_megatron.parallel.layout import StageLayout
-from dsv3_megatron.planning.memory.ends import Embedding, MTPInput, TokenLosses, sum_into
-from dsv3_megatron.planning.memory.layers import Attention, DenseLayer
+from dsv3_megatron.planning.memory.ends import Embedding, MTPInput, TokenLossesPass, sum_into
+from dsv3_megatron.planning.memory.layers import DenseLayer, LatentAttentionPass
 from dsv3_megatron.planning.memory.ledger import Ledger, Tensor, Turn, run_turns
 from dsv3_megatron.planning.memory.moe import MoELayer
 from dsv3_megatron.planning.memory.operations import NormPass, Operations
@@ -148,7 +148,7 @@ def _peak_without_keeping(s: PassSettings, is_moe: bool, precisions: LayerPrecis
     ledger = Ledger()
     ops = Operations(ledger, s, precisions)
     x = ledger.make("input", s.hidden_bytes)
-    Attention(ops, x)
+    LatentAttentionPass(ops, x)
     attention = ledger.peak - x.size
     whole = Ledger()
     ops = Operations(whole, s, precisions)
@@ -163,9 +163,9 @@ class _Stage:
         self.s, self.content = s, content
         self.ledger = Ledger()
         self.ops = Operations(self.ledger, s)
-        self.mtp: list[tuple[MTPInput, _Layer, NormPass, TokenLosses]] = []
+        self.mtp: list[tuple[MTPInput, _Layer, NormPass, TokenLossesPass]] = []
         self.recomputed_mtp: list[RecomputedMTP] = []
-        self.mtp_losses: list[TokenLosses] = []
+        self.mtp_losses: list[TokenLossesPass] = []
 
     def _ops_of(self, content: LayerContent) -> Operations:
         return replace(self.ops, precisions=content.precisions)
@@ -223,18 +223,18 @@ class _Stage:
             outputs.append((start, layer, norm))
             if s.is_piped:
                 hidden.references += 1
-                self.mtp.append((start, layer, norm, TokenLosses(self.ops, hidden)))
+                self.mtp.append((start, layer, norm, TokenLossesPass(self.ops, hidden)))
                 ledger.drop(hidden)
         if outputs and not s.is_piped:  # Megatron-Core's block returns the hidden states of all depths as one tensor
             together = ledger.make("hidden states of all depths", (1 + len(outputs)) * s.hidden_bytes)
             ledger.drop(*(norm.output for _, _, norm in outputs), x)
-            self.mtp = [(start, layer, norm, TokenLosses(self.ops, together)) for start, layer, norm in outputs]
-            self.main = TokenLosses(self.ops, together)
+            self.mtp = [(start, layer, norm, TokenLossesPass(self.ops, together)) for start, layer, norm in outputs]
+            self.main = TokenLossesPass(self.ops, together)
             ledger.drop(together)
             return
         if outputs:
             ledger.drop(hidden)
-        self.main = TokenLosses(self.ops, x)
+        self.main = TokenLossesPass(self.ops, x)
         ledger.drop(x)
 
     def _losses_of_recomputed(self, x: Tensor) -> None:
@@ -244,8 +244,8 @@ class _Stage:
             hidden = self.recomputed_mtp[-1].output
         together = ledger.make("hidden states of all depths", (1 + len(self.content.mtp)) * self.s.hidden_bytes)
         ledger.drop(*(module.output for module in self.recomputed_mtp), x)
-        self.mtp_losses = [TokenLosses(self.ops, together) for _ in self.recomputed_mtp]
-        self.main = TokenLosses(self.ops, together)
+        self.mtp_losses = [TokenLossesPass(self.ops, together) for _ in self.recomputed_mtp]
+        self.main = TokenLossesPass(self.ops, together)
         ledger.drop(together)
 
     def backward(self, *, defers_all: bool) -> tuple[Turn, ...]:

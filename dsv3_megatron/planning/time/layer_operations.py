@@ -16,15 +16,15 @@ from dsv3_megatron.metrics.rank_state import has_final_norm
 from dsv3_megatron.parallel.layout import StageLayout
 from dsv3_megatron.planning.time.operations import (
     FP8_BYTES,
-    Attention,
     Collective,
-    Exchange,
+    CoreAttention,
     Linears,
     Movement,
     Operation,
-    Part,
     Product,
     Shape,
+    TokenExchange,
+    WorkPart,
     layer_linears,
     linear_operations,
     norm_operations,
@@ -42,12 +42,12 @@ def layer_operations(model: ModelConfig, linears: Linears, shape: Shape) -> tupl
     else:
         operations += _dense(model, linears, shape)
     if "full" in shape.recomputed:
-        operations += [_again(operation) for operation in operations if operation.part is Part.FORWARD]
+        operations += [_again(operation) for operation in operations if operation.part is WorkPart.FORWARD]
     return tuple(operations)
 
 
 def _again(operation: Operation) -> Operation:
-    return dataclasses.replace(operation, part=Part.INPUT, is_again=True)
+    return dataclasses.replace(operation, part=WorkPart.INPUT, is_again=True)
 
 
 def _attention(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[Operation]:
@@ -75,14 +75,14 @@ def _attention(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[O
     # Queries turned; keys put together from their two parts, and values cut off.
     read_and_written = (2 * model.qk_rope_head_dim + model.qk_head_dim + model.qk_nope_head_dim + 2 * model.v_head_dim)
     assembled = whole * heads * read_and_written * wide
-    yield Movement(Part.FORWARD, "rotary and heads", "copy", assembled)
+    yield Movement(WorkPart.FORWARD, "rotary and heads", "copy", assembled)
     if "mla_up_proj" in shape.recomputed:
-        yield Movement(Part.INPUT, "rotary and heads", "copy", assembled, is_again=True)
-    yield Movement(Part.INPUT, "rotary and heads", "copy", assembled)
+        yield Movement(WorkPart.INPUT, "rotary and heads", "copy", assembled, is_again=True)
+    yield Movement(WorkPart.INPUT, "rotary and heads", "copy", assembled)
     yield from _core_attention(model, heads, shape)
     yield from linear_operations("linear_proj", linears, whole, shape)
     yield from _scattered("attention output", whole * hidden * wide, shape)
-    for part in (Part.FORWARD, Part.INPUT):
+    for part in (WorkPart.FORWARD, WorkPart.INPUT):
         yield Movement(part, "residual", "add", 3 * local * hidden * wide)
 
 
@@ -92,10 +92,10 @@ def _core_attention(model: ModelConfig, heads: int, shape: Shape) -> Iterator[Op
     pairs = shape.tokens * shape.seq_length / 2 * heads
     forward = 2 * pairs * (model.qk_head_dim + model.v_head_dim)
     computed = 2 * pairs * (3 * model.qk_head_dim + 2 * model.v_head_dim)
-    yield Attention(Part.FORWARD, "core_attention", forward, forward, shape.seq_length, False)
-    yield Attention(Part.INPUT, "core_attention", 2 * forward, computed, shape.seq_length, True)
+    yield CoreAttention(WorkPart.FORWARD, "core_attention", forward, forward, shape.seq_length, False)
+    yield CoreAttention(WorkPart.INPUT, "core_attention", 2 * forward, computed, shape.seq_length, True)
     moved = 2 * model.v_head_dim * shape.value_bytes + model.qk_head_dim * (4 + shape.value_bytes)
-    yield Movement(Part.INPUT, "core_attention", "attention_backward", shape.tokens * heads * moved)
+    yield Movement(WorkPart.INPUT, "core_attention", "attention_backward", shape.tokens * heads * moved)
 
 
 def _ffn(prefix: str, linears: Linears, rows: float, shape: Shape) -> Iterator[Operation]:
@@ -104,9 +104,9 @@ def _ffn(prefix: str, linears: Linears, rows: float, shape: Shape) -> Iterator[O
     assert first is not None
     width, wide = first[0] // 2, shape.value_bytes
     yield from linear_operations(f"{prefix}linear_fc1", linears, rows, shape)
-    yield Movement(Part.FORWARD, f"{prefix}swiglu", "swiglu", rows * 3 * width * wide)
+    yield Movement(WorkPart.FORWARD, f"{prefix}swiglu", "swiglu", rows * 3 * width * wide)
     yield from linear_operations(f"{prefix}linear_fc2", linears, rows, shape)
-    yield Movement(Part.INPUT, f"{prefix}swiglu", "swiglu_backward", rows * 5 * width * wide)
+    yield Movement(WorkPart.INPUT, f"{prefix}swiglu", "swiglu_backward", rows * 5 * width * wide)
 
 
 def _dense(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[Operation]:
@@ -115,7 +115,7 @@ def _dense(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[Opera
     yield from _gathered("ffn input", whole * hidden * wide, shape)
     yield from _ffn("", linears, whole, shape)
     yield from _scattered("ffn output", whole * hidden * wide, shape)
-    for part in (Part.FORWARD, Part.INPUT):
+    for part in (WorkPart.FORWARD, WorkPart.INPUT):
         yield Movement(part, "residual", "add", 3 * local * hidden * wide)
 
 
@@ -126,26 +126,26 @@ def _moe(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[Operati
     sends_fp8 = _sends_fp8(linears, shape)
     travelling = FP8_BYTES if sends_fp8 else wide
     yield from norm_operations("pre_mlp_layernorm", local, hidden, shape)
-    yield Product(Part.FORWARD, "router", shape.plain_kind, "fprop", 1, local, model.num_experts, hidden)
-    yield Product(Part.INPUT, "router", shape.plain_kind, "dgrad", 1, local, hidden, model.num_experts)
-    yield Product(Part.WEIGHT, "router", shape.plain_kind, "wgrad", 1, model.num_experts, hidden, local)
-    yield Movement(Part.FORWARD, "router", "routing", 8 * local * model.num_experts)
+    yield Product(WorkPart.FORWARD, "router", shape.plain_kind, "fprop", 1, local, model.num_experts, hidden)
+    yield Product(WorkPart.INPUT, "router", shape.plain_kind, "dgrad", 1, local, hidden, model.num_experts)
+    yield Product(WorkPart.WEIGHT, "router", shape.plain_kind, "wgrad", 1, model.num_experts, hidden, local)
+    yield Movement(WorkPart.FORWARD, "router", "routing", 8 * local * model.num_experts)
     if sends_fp8:
-        yield Movement(Part.FORWARD, "dispatch cast", "cast", local * hidden * (wide + FP8_BYTES))
-        yield Movement(Part.INPUT, "dispatch cast", "cast", local * hidden * (wide + FP8_BYTES))
+        yield Movement(WorkPart.FORWARD, "dispatch cast", "cast", local * hidden * (wide + FP8_BYTES))
+        yield Movement(WorkPart.INPUT, "dispatch cast", "cast", local * hidden * (wide + FP8_BYTES))
     # Forward: rows go out, to be computed, and come back. Backward: gradients likewise.
-    for part in (Part.FORWARD, Part.INPUT):
-        yield Exchange(part, "dispatch", local * shape.imbalance, hidden * travelling)
+    for part in (WorkPart.FORWARD, WorkPart.INPUT):
+        yield TokenExchange(part, "dispatch", local * shape.imbalance, hidden * travelling)
         yield Movement(part, "rows in experts' order", "permute_narrow" if sends_fp8 else "permute",
                        2 * rows * hidden * travelling)
         yield Movement(part, "rows in tokens' order", "permute", 2 * rows * hidden * wide)
-        yield Exchange(part, "combine", local * shape.imbalance, hidden * wide)
+        yield TokenExchange(part, "combine", local * shape.imbalance, hidden * wide)
     yield from _experts(linears, rows, groups, shape)
     if model.num_shared_experts:
         yield from _gathered("shared experts' input", whole * hidden * wide, shape)
         yield from _ffn("shared_experts.", linears, whole, shape)
         yield from _scattered("shared experts' output", whole * hidden * wide, shape)
-    for part in (Part.FORWARD, Part.INPUT):
+    for part in (WorkPart.FORWARD, WorkPart.INPUT):
         yield Movement(part, "residual", "add", 4 * local * hidden * wide)
 
 
@@ -163,18 +163,18 @@ def _experts(linears: Linears, rows: float, groups: int, shape: Shape) -> Iterat
     is_fp8 = linears.precision("experts.linear_fc2").fprop == "fp8"
     # In FP8 one kernel computes the activation and brings it into FP8.
     written = FP8_BYTES if is_fp8 else wide
-    yield Movement(Part.FORWARD, "experts.swiglu", "swiglu", rows * width * (2 * wide + written))
+    yield Movement(WorkPart.FORWARD, "experts.swiglu", "swiglu", rows * width * (2 * wide + written))
     if "moe_act" in shape.recomputed and not is_fp8:  # FP8 computes it again within the backward's kernel
-        yield Movement(Part.INPUT, "experts.swiglu", "swiglu", rows * width * 3 * wide, is_again=True)
+        yield Movement(WorkPart.INPUT, "experts.swiglu", "swiglu", rows * width * 3 * wide, is_again=True)
     yield from linear_operations("experts.linear_fc2", linears, rows, shape, groups=groups, casts=not is_fp8)
-    yield Movement(Part.INPUT, "experts.swiglu", "swiglu_backward", rows * 5 * width * wide)
+    yield Movement(WorkPart.INPUT, "experts.swiglu", "swiglu_backward", rows * 5 * width * wide)
 
 
 def _gathered(name: str, num_bytes: float, shape: Shape) -> Iterator[Operation]:
     """All-gather forward, reduce-scatter backward, over the tensor-parallel ranks."""
     if shape.tp > 1:
-        yield Collective(Part.FORWARD, name, num_bytes)
-        yield Collective(Part.INPUT, name, num_bytes)
+        yield Collective(WorkPart.FORWARD, name, num_bytes)
+        yield Collective(WorkPart.INPUT, name, num_bytes)
 
 
 _scattered = _gathered  # the other way round, and as many bytes
@@ -186,24 +186,24 @@ _scattered = _gathered  # the other way round, and as many bytes
 def _head(model: ModelConfig, name: str, shape: Shape) -> Iterator[Operation]:
     """Output head and cross-entropy, both in the run's own precision."""
     tokens, hidden, rows = shape.tokens, model.hidden_size, model.vocab_size // shape.tp
-    yield Product(Part.FORWARD, name, shape.plain_kind, "fprop", 1, tokens, rows, hidden)
-    yield Product(Part.INPUT, name, shape.plain_kind, "dgrad", 1, tokens, hidden, rows)
-    yield Product(Part.WEIGHT, name, shape.plain_kind, "wgrad", 1, rows, hidden, tokens)
+    yield Product(WorkPart.FORWARD, name, shape.plain_kind, "fprop", 1, tokens, rows, hidden)
+    yield Product(WorkPart.INPUT, name, shape.plain_kind, "dgrad", 1, tokens, hidden, rows)
+    yield Product(WorkPart.WEIGHT, name, shape.plain_kind, "wgrad", 1, rows, hidden, tokens)
     # ops/cross_entropy.py: logits in fp32, their maximum, softmax in place, its maximum; kept in the run's precision,
     # scaled in fp32 and brought back: 46 bytes. Megatron-Core's loss, under tensor parallelism, moves 52.
     is_wide = shape.value_bytes == 4
     logits = tokens * rows
-    yield Movement(Part.FORWARD, f"{name} loss", "loss", logits * (16 if is_wide else 34))
-    yield Movement(Part.INPUT, f"{name} loss", "loss", logits * (8 if is_wide else 12))
+    yield Movement(WorkPart.FORWARD, f"{name} loss", "loss", logits * (16 if is_wide else 34))
+    yield Movement(WorkPart.INPUT, f"{name} loss", "loss", logits * (8 if is_wide else 12))
     if shape.splits_backward:  # the gradients of the logits are computed again
-        yield Movement(Part.WEIGHT, f"{name} loss", "loss", logits * (8 if is_wide else 12))
+        yield Movement(WorkPart.WEIGHT, f"{name} loss", "loss", logits * (8 if is_wide else 12))
     yield from _gathered(f"{name} input", tokens * hidden * shape.value_bytes, shape)
 
 
 def _embedding(model: ModelConfig, name: str, shape: Shape) -> Iterator[Operation]:
     moved = 2 * shape.tokens * model.hidden_size
-    yield Movement(Part.FORWARD, name, "copy", moved * shape.value_bytes)
-    yield Movement(Part.WEIGHT, name, "copy", moved * 4)
+    yield Movement(WorkPart.FORWARD, name, "copy", moved * shape.value_bytes)
+    yield Movement(WorkPart.WEIGHT, name, "copy", moved * 4)
     yield from _scattered(name, shape.tokens * model.hidden_size * shape.value_bytes, shape)
 
 
@@ -213,7 +213,7 @@ def _mtp(model: ModelConfig, linears: dict[str, Linears], depth: int, shape: Sha
     yield from _embedding(model, f"{name} embedding", shape)
     for norm in ("enorm", "hnorm"):
         yield from norm_operations(norm, local, hidden, shape)
-    for part in (Part.FORWARD, Part.INPUT):
+    for part in (WorkPart.FORWARD, WorkPart.INPUT):
         yield Movement(part, "concatenation", "copy", 4 * local * hidden * shape.value_bytes)
     yield from _gathered("eh_proj input", shape.tokens * 2 * hidden * shape.value_bytes, shape)
     yield from linear_operations("eh_proj", linears[prefix], shape.tokens, shape)

@@ -28,7 +28,7 @@ FP8_BYTES = 1 + 4 / 128
 _E5M6_BYTES = 1.5
 
 
-class Part(StrEnum):
+class WorkPart(StrEnum):
     """The three parts of a micro-batch's work on a stage: forward, backward for inputs, backward for weights."""
 
     FORWARD = "F"
@@ -40,7 +40,7 @@ class Part(StrEnum):
 class Product:
     """Matrix products of equal shape in one kernel, as in `hardware.ProductPoint`."""
 
-    part: Part
+    part: WorkPart
     name: str
     kind: str
     purpose: str
@@ -57,7 +57,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Attention:
+class CoreAttention:
     """Core attention over the causal half of the scores.
 
     Attributes:
@@ -67,7 +67,7 @@ class Attention:
         computed_flops: FLOPs that a kernel without a score matrix in memory computes.
     """
 
-    part: Part
+    part: WorkPart
     name: str
     flops: float
     computed_flops: float
@@ -80,7 +80,7 @@ class Attention:
 class Movement:
     """An element-wise kernel: bytes read and written, and the operations that `metrics.flops` counts for it."""
 
-    part: Part
+    part: WorkPart
     name: str
     kind: str
     num_bytes: float
@@ -89,10 +89,10 @@ class Movement:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class TokenExchange:
     """Tokens to or from the ranks of their experts: rows of `row_bytes` for each of T tokens and destination."""
 
-    part: Part
+    part: WorkPart
     name: str
     tokens: float
     row_bytes: float
@@ -103,13 +103,13 @@ class Exchange:
 class Collective:
     """An all-gather or a reduce-scatter over the tensor-parallel ranks, of so many bytes in all."""
 
-    part: Part
+    part: WorkPart
     name: str
     num_bytes: float
     is_again: bool = False
 
 
-Operation = Product | Attention | Movement | Exchange | Collective
+Operation = Product | CoreAttention | Movement | TokenExchange | Collective
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def linear_operations(name: str, linears: Linears, rows: float, shape: Shape, *,
     def kind(of: str) -> str:
         return "fp8" if of == "fp8" else shape.plain_kind
 
-    first = Part.INPUT if is_again else Part.FORWARD
+    first = WorkPart.INPUT if is_again else WorkPart.FORWARD
     if precision.fprop == "fp8" and casts:
         yield Movement(first, f"{name} input cast", "cast", rows * inner * (wide + FP8_BYTES), is_again=is_again)
         if precision.cached_input == "e5m6" and not is_again:
@@ -261,28 +261,29 @@ def linear_operations(name: str, linears: Linears, rows: float, shape: Shape, *,
     if is_again:
         return
     if "fp8" in (precision.dgrad, precision.wgrad):
-        yield Movement(Part.INPUT, f"{name} gradient cast", "cast", rows * out * (wide + FP8_BYTES))
-    yield Product(Part.INPUT, name, kind(precision.dgrad), "dgrad", groups, per_group, inner, out)
+        yield Movement(WorkPart.INPUT, f"{name} gradient cast", "cast", rows * out * (wide + FP8_BYTES))
+    yield Product(WorkPart.INPUT, name, kind(precision.dgrad), "dgrad", groups, per_group, inner, out)
     if precision.wgrad == "fp8":
-        yield Movement(Part.WEIGHT, f"{name} gradient by channel", "cast_transposed", rows * out * (wide + FP8_BYTES))
+        yield Movement(WorkPart.WEIGHT, f"{name} gradient by channel", "cast_transposed",
+                       rows * out * (wide + FP8_BYTES))
         kept = _E5M6_BYTES if precision.cached_input == "e5m6" else FP8_BYTES
         kind_of_input = "requantize_transposed" if precision.cached_input != "bf16" else "cast_transposed"
         kept = wide if precision.cached_input == "bf16" else kept
-        yield Movement(Part.WEIGHT, f"{name} input by channel", kind_of_input, rows * inner * (kept + FP8_BYTES))
-    yield Product(Part.WEIGHT, name, kind(precision.wgrad), "wgrad", groups, out, inner, per_group)
+        yield Movement(WorkPart.WEIGHT, f"{name} input by channel", kind_of_input, rows * inner * (kept + FP8_BYTES))
+    yield Product(WorkPart.WEIGHT, name, kind(precision.wgrad), "wgrad", groups, out, inner, per_group)
 
 
 def norm_operations(name: str, rows: float, width: int, shape: Shape) -> Iterator[Operation]:
     """RMSNorm. The gradient of its weight is counted with the input's, as one kernel makes both."""
     wide = shape.value_bytes
-    forward = Movement(Part.FORWARD, name, "norm", 2 * rows * width * wide, 2 * rows * width)
+    forward = Movement(WorkPart.FORWARD, name, "norm", 2 * rows * width * wide, 2 * rows * width)
     yield forward
     if "layernorm" in shape.recomputed:
-        yield Movement(Part.INPUT, name, "norm", forward.num_bytes, is_again=True)
-    yield Movement(Part.INPUT, name, "norm_backward", 3 * rows * width * wide, 4 * rows * width)
+        yield Movement(WorkPart.INPUT, name, "norm", forward.num_bytes, is_again=True)
+    yield Movement(WorkPart.INPUT, name, "norm_backward", 3 * rows * width * wide, 4 * rows * width)
 
 
 def model_flops(operations: Iterator[Operation] | tuple[Operation, ...]) -> float:
     """Operations that `metrics.flops` counts."""
     return sum(operation.flops for operation in operations
-               if not operation.is_again and isinstance(operation, Product | Attention | Movement))
+               if not operation.is_again and isinstance(operation, Product | CoreAttention | Movement))

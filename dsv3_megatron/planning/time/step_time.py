@@ -23,7 +23,7 @@ from dsv3_megatron.metrics.flops import flops_per_token
 from dsv3_megatron.metrics.parameters import optimizer_bytes_per_parameter, rank_parameters, weight_bytes_per_parameter
 from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.planning.time.network import Network
-from dsv3_megatron.planning.time.operations import Part
+from dsv3_megatron.planning.time.operations import WorkPart
 from dsv3_megatron.planning.time.work import Setting, StageWork, Work, WorkTable
 from dsv3_megatron.schedule.actions import Action, Kind
 from dsv3_megatron.schedule.plan import Plan, PlanSizes, known_plan
@@ -170,7 +170,7 @@ def stage_costs(works: list[StageWork], *, overlaps: bool, p2p: float) -> Costs:
     """Costs for the simulator. Pairs of stages that meet in a plan are judged one by one."""
     stages = []
     for work in works:
-        forward, inputs, weight = (work.alone[part] for part in Part)
+        forward, inputs, weight = (work.alone[part] for part in WorkPart)
         weight_s = max(weight.alone, _LEAST_S)
         stages.append(StageCosts(
             forward=max(forward.alone, _LEAST_S), backward=max(inputs.alone, _LEAST_S) + weight_s, weight=weight_s))
@@ -203,7 +203,7 @@ def step_time(run: RunConfig, setting: Setting, *, with_transfers: bool = True) 
     microbatches = run.training.num_microbatches(parallel.data_parallel_size(setting.num_devices))
     update = update_time(run, setting)
     if parallel.pipeline_model_parallel_size == 1:
-        work = sum((works[0].alone[part] for part in Part), Work()).times(microbatches)
+        work = sum((works[0].alone[part] for part in WorkPart), Work()).times(microbatches)
         return StepTime(run, setting, microbatches, work.alone, 0.0, work, 0.0, 0.0, update)
     plan, costs = _plan_and_costs(run, setting, table, works, microbatches)
     simulation = simulate(plan, costs)
@@ -260,8 +260,8 @@ def _busy(plan: Plan, rank: int, works: list[StageWork], costs: Costs, *, overla
             (_, first), (_, second) = key
             exchange = works[first].pair(works[second])[1]
             source = "shared" if exchange else "alone"
-            parts = [getattr(works[first], source)[Part.FORWARD], getattr(works[second], source)[Part.INPUT],
-                     getattr(works[second], source)[Part.WEIGHT]]
+            parts = [getattr(works[first], source)[WorkPart.FORWARD], getattr(works[second], source)[WorkPart.INPUT],
+                     getattr(works[second], source)[WorkPart.WEIGHT]]
             total = sum(parts, Work())
             exposed = max(0.0, float(costs.overlapped[first, second]) - total.compute)
             busy += dataclasses.replace(total, exchange=exposed).times(count)
@@ -274,5 +274,5 @@ def _busy(plan: Plan, rank: int, works: list[StageWork], costs: Costs, *, overla
     return busy, hidden
 
 
-_PARTS = {Kind.FORWARD: (Part.FORWARD,), Kind.BACKWARD_INPUT: (Part.INPUT,), Kind.BACKWARD_WEIGHT: (Part.WEIGHT,),
-          Kind.BACKWARD: (Part.INPUT, Part.WEIGHT)}
+_PARTS = {Kind.FORWARD: (WorkPart.FORWARD,), Kind.BACKWARD_INPUT: (WorkPart.INPUT,),
+          Kind.BACKWARD_WEIGHT: (WorkPart.WEIGHT,), Kind.BACKWARD: (WorkPart.INPUT, WorkPart.WEIGHT)}

@@ -20,14 +20,14 @@ from dsv3_megatron.planning.machine.hardware import Hardware
 from dsv3_megatron.planning.time.layer_operations import end_operations, layer_operations
 from dsv3_megatron.planning.time.network import Network
 from dsv3_megatron.planning.time.operations import (
-    Attention,
     Collective,
-    Exchange,
+    CoreAttention,
     Linears,
     Operation,
-    Part,
     Product,
     Shape,
+    TokenExchange,
+    WorkPart,
     layer_linears,
 )
 
@@ -76,12 +76,12 @@ class Work:
 class StageWork:
     """F, I and W of a micro-batch on a stage: on the whole device, and on what communication leaves of it."""
 
-    alone: Mapping[Part, Work]
-    shared: Mapping[Part, Work]
+    alone: Mapping[WorkPart, Work]
+    shared: Mapping[WorkPart, Work]
 
     def __add__(self, other: StageWork) -> StageWork:
-        return StageWork({part: self.alone[part] + other.alone[part] for part in Part},
-                         {part: self.shared[part] + other.shared[part] for part in Part})
+        return StageWork({part: self.alone[part] + other.alone[part] for part in WorkPart},
+                         {part: self.shared[part] + other.shared[part] for part in WorkPart})
 
     def times(self, factor: float) -> StageWork:
         """Multiply all of the stage's work by a factor."""
@@ -95,8 +95,8 @@ class StageWork:
 
     def pair(self, backward: StageWork) -> tuple[float, float]:
         """Seconds of this stage's forward and another's backward at once, and of their all-to-all."""
-        shared = (self.shared[Part.FORWARD] + backward.shared[Part.INPUT] + backward.shared[Part.WEIGHT])
-        unhindered = (self.alone[Part.FORWARD] + backward.alone[Part.INPUT] + backward.alone[Part.WEIGHT])
+        shared = (self.shared[WorkPart.FORWARD] + backward.shared[WorkPart.INPUT] + backward.shared[WorkPart.WEIGHT])
+        unhindered = (self.alone[WorkPart.FORWARD] + backward.alone[WorkPart.INPUT] + backward.alone[WorkPart.WEIGHT])
         compute = shared.compute if shared.exchange else unhindered.compute
         return max(compute, shared.exchange), shared.exchange
 
@@ -141,15 +141,15 @@ class Setting:
 
 
 def _work(operations: Iterable[Operation], setting: Setting, network: Network, model: ModelConfig, sm_share: float
-          ) -> dict[Part, Work]:
+          ) -> dict[WorkPart, Work]:
     """Seconds of operations, by part."""
     hardware = setting.hardware
     idle_share = 1 / hardware["stream_busy_share"] - 1
     overhead = hardware["operation_overhead"] if hardware.has("operation_overhead") else 0.0
-    sums = {part: [0.0] * 6 for part in Part}  # in the order of Work's fields
+    sums = {part: [0.0] * 6 for part in WorkPart}  # in the order of Work's fields
     for operation in operations:
         own = sums[operation.part]
-        if isinstance(operation, Exchange):
+        if isinstance(operation, TokenExchange):
             own[5] += network.exchange_seconds(model, operation.tokens, operation.row_bytes)
             continue
         if isinstance(operation, Collective):
@@ -159,7 +159,7 @@ def _work(operations: Iterable[Operation], setting: Setting, network: Network, m
             place, seconds = 0, hardware.product_seconds(
                 operation.kind, operation.purpose, groups=operation.groups, rows=max(1, round(operation.rows)),
                 columns=operation.columns, inner=max(1, round(operation.inner)), sm_share=sm_share)
-        elif isinstance(operation, Attention):
+        elif isinstance(operation, CoreAttention):
             place, seconds = 1, hardware.attention_seconds(
                 operation.computed_flops, is_backward=operation.is_backward, seq_length=operation.seq_length,
                 sm_share=sm_share)

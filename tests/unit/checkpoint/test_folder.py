@@ -17,7 +17,7 @@ from dsv3_megatron.checkpoint import folder as layout
 from dsv3_megatron.checkpoint.folder import (
     TRACKER,
     CheckpointError,
-    Progress,
+    RunProgress,
     begin_save,
     check_architecture,
     check_save_directory,
@@ -37,7 +37,7 @@ VERSIONS = {"dsv3_megatron": "0", "torch": "0", "megatron_core": "0"}
 def save(directory: Path, iteration: int, content: str = "tensors", run: dict[str, Any] | None = None) -> None:
     folder = begin_save(directory, iteration)
     (folder / "__0_0.distcp").write_text(content)
-    finish_save(directory, Progress(iteration, 2 * iteration, 3 * iteration), run or preset("tiny").as_dict(),
+    finish_save(directory, RunProgress(iteration, 2 * iteration, 3 * iteration), run or preset("tiny").as_dict(),
                 versions=VERSIONS, world_size=1, precision="fp32")
 
 
@@ -125,7 +125,7 @@ def test_progress_comes_back(tmp_path):
     assert latest_iteration(tmp_path) is None
     save(tmp_path, 7)
     assert latest_iteration(tmp_path) == 7
-    assert read_manifest(tmp_path).progress == Progress(7, 14, 21)
+    assert read_manifest(tmp_path).progress == RunProgress(7, 14, 21)
     assert (tmp_path / "iter_0000007" / "__0_0.distcp").exists()
 
 

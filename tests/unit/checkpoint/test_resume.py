@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dsv3_megatron.checkpoint.folder import Progress, begin_save, finish_save, read_manifest
+from dsv3_megatron.checkpoint.folder import RunProgress, begin_save, finish_save, read_manifest
 from dsv3_megatron.checkpoint.resume import Resumption, plan_schedule
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import preset
@@ -51,7 +51,7 @@ class Launch:
     def save(self, folder: Path) -> Launch:
         begin_save(folder, self.iteration)
         run = self.start.run.in_phase(self.start.recipe.phase_before(self.tokens))
-        progress = Progress(self.iteration, self.samples, self.tokens, {}, self.start.schedules_at(self.iteration))
+        progress = RunProgress(self.iteration, self.samples, self.tokens, {}, self.start.schedules_at(self.iteration))
         finish_save(folder, progress, run.as_dict(), versions={}, world_size=1, precision="fp32")
         return self
 

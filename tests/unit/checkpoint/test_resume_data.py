@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv3_megatron.checkpoint.folder import Progress, begin_save, finish_save
+from dsv3_megatron.checkpoint.folder import RunProgress, begin_save, finish_save
 from dsv3_megatron.checkpoint.resume import plan_resumption
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import preset
@@ -53,7 +53,7 @@ def save(run: RunConfig, folder: Path, *, guards: dict[str, Any] | None = None, 
     data = {"identity": data_identity(config, run.data), "first_sample": first_sample, "position": batches.state_dict()}
     start = plan_resumption(run, None)
     begin_save(folder, STEPS)
-    progress = Progress(STEPS, BATCH * STEPS, BATCH * STEPS * SEQ, guards or {}, start.schedules_at(STEPS), data)
+    progress = RunProgress(STEPS, BATCH * STEPS, BATCH * STEPS * SEQ, guards or {}, start.schedules_at(STEPS), data)
     finish_save(folder, progress, run.as_dict(), versions={}, world_size=1, precision="fp32")
 
 
@@ -131,7 +131,7 @@ def test_another_tokenizer_is_named(run: RunConfig, tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_does_not_know_its_data_is_taken_and_said(run: RunConfig, tmp_path: Path) -> None:
     begin_save(tmp_path / "saved", STEPS)
-    finish_save(tmp_path / "saved", Progress(STEPS, BATCH * STEPS, BATCH * STEPS * SEQ), run.as_dict(), versions={},
+    finish_save(tmp_path / "saved", RunProgress(STEPS, BATCH * STEPS, BATCH * STEPS * SEQ), run.as_dict(), versions={},
                 world_size=1, precision="fp32")
     start = plan_resumption(run, str(tmp_path / "saved"))
     assert "did not record its data: they are taken to be these" in start.notes[-1] and start.first_sample == 0

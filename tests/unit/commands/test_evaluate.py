@@ -14,9 +14,9 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from dsv3_megatron.checkpoint.folder import Progress, begin_save, finish_save
+from dsv3_megatron.checkpoint.folder import RunProgress, begin_save, finish_save
 from dsv3_megatron.commands import evaluate as command
-from dsv3_megatron.commands.evaluate import Request, as_json, as_text, carry_out, make_plan
+from dsv3_megatron.commands.evaluate import EvaluationRequest, as_json, as_text, carry_out, check_request
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import DOCUMENT_SWITCHES, DataConfig
@@ -43,14 +43,14 @@ def write_run(directory: Path, run: RunConfig, model: dict[str, Any] | None = No
     begin_save(directory, 7)
     content = run.as_dict()
     content["model"] |= model or {}
-    finish_save(directory, Progress(7, 56, 56 * 256), content, versions={}, world_size=4, precision="bf16")
+    finish_save(directory, RunProgress(7, 56, 56 * 256), content, versions={}, world_size=4, precision="bf16")
 
 
 def plan(folder: Path, world_size: int = 1, **request: Any) -> Any:
     for name in ("data_path", "tokens", "logprobs"):
         if name in request:
             request[name] = str(folder / request[name])
-    return make_plan(Request(load=str(folder / request.pop("load", "run")), **request), world_size)
+    return check_request(EvaluationRequest(load=str(folder / request.pop("load", "run")), **request), world_size)
 
 
 class TestPlan:
@@ -239,22 +239,22 @@ class TestDocuments:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr("dsv3_megatron.commands.evaluate._evaluate", lambda plan: RESULT)
-        assert carry_out(Request(load=f"{isolated}/isolated", data_path=f"{isolated}/train")) == 0
+        assert carry_out(EvaluationRequest(load=f"{isolated}/isolated", data_path=f"{isolated}/train")) == 0
         captured = capsys.readouterr()
         assert captured.err.count("at EOD 1, as in training\n") == captured.err.count("\n") == 1 - rank
 
 
 class TestCommand:
     def test_flags_become_a_request(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen: list[Request] = []
+        seen: list[EvaluationRequest] = []
         monkeypatch.setattr(command, "carry_out", lambda request: seen.append(request) or 0)
         assert command.main(["--load", "c", "--tokens", "t.npy", "--logprobs", "l.npy", "--json", "--micro-batch-size",
                              "3", "--pipeline-model-parallel-size", "2", "--precision", "fp32"]) == 0
-        assert seen == [Request(load="c", tokens="t.npy", logprobs="l.npy", micro_batch_size=3, precision="fp32",
-                                parallel=PP2, as_json=True)]
+        assert seen == [EvaluationRequest(load="c", tokens="t.npy", logprobs="l.npy", micro_batch_size=3,
+                                          precision="fp32", parallel=PP2, as_json=True)]
 
     def test_switches_that_are_not_given_are_not_requested(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen: list[Request] = []
+        seen: list[EvaluationRequest] = []
         monkeypatch.setattr(command, "carry_out", lambda request: seen.append(request) or 0)
         command.main(["--load", "c", "--data-path", "p", "--reset-attention-mask", "--no-eod-mask-loss",
                       "--tokenizer-model", "t"])

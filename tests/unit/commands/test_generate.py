@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from dsv3_megatron.commands import generate as command
-from dsv3_megatron.commands.generate import Plan, Printer, Request, make_plan, summary
+from dsv3_megatron.commands.generate import CheckedRequest, GenerationRequest, Printer, check_request, summary
 from dsv3_megatron.data.tokenizer import save_tokenizer, train_tokenizer
-from dsv3_megatron.generation.generator import NewTokens, Options, Statistics
+from dsv3_megatron.generation.generator import GenerationStatistics, NewTokens, Options
 from dsv3_megatron.generation.text import TextCodec
 from tests.unit.generation.test_text import TEXTS, write_run
 
@@ -29,10 +29,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def plan(folder: Path, world_size: int = 1, **request: Any) -> Plan:
+def plan(folder: Path, world_size: int = 1, **request: Any) -> CheckedRequest:
     if "prompts" in request:
         request["prompts"] = str(folder / request["prompts"])
-    return make_plan(Request(load=str(folder / request.pop("load", "run")), **request), world_size)
+    return check_request(GenerationRequest(load=str(folder / request.pop("load", "run")), **request), world_size)
 
 
 def test_a_prompt_as_the_run_was_trained(folder: Path) -> None:
@@ -78,12 +78,12 @@ def test_several_processes_are_refused(folder: Path) -> None:
 
 class TestCommand:
     def test_flags_become_a_request(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen: list[Request] = []
+        seen: list[GenerationRequest] = []
         monkeypatch.setattr(command, "carry_out", lambda request: seen.append(request) or 0)
         assert command.main(
             "--load c --prompt p --max-new-tokens 5 --temperature 0.5 --top-p 0.9 --seed 3 --speculative mtp "
             "--kv-cache full --batch-size 2 --tokenizer-model t --precision bf16 --json".split()) == 0
-        assert seen == [Request("c", "p", None, 5, 0.5, 0.9, 3, "mtp", "full", 2, "t", "bf16", True)]
+        assert seen == [GenerationRequest("c", "p", None, 5, 0.5, 0.9, 3, "mtp", "full", 2, "t", "bf16", True)]
 
     @pytest.mark.parametrize("arguments, message", [
         (["--prompt", "a"], "the following arguments are required: --load"),
@@ -126,9 +126,10 @@ class TestPrinter:
 
 
 def test_summary() -> None:
-    statistics = Statistics(num_prompt_tokens=12, num_first_tokens=2, num_decoded_tokens=30, prefill_s=0.5,
-                            decode_s=2.0, num_steps=20, num_drafts=20, num_accepted=10, cache_bytes_per_token=70272)
+    statistics = GenerationStatistics(num_prompt_tokens=12, num_first_tokens=2, num_decoded_tokens=30, prefill_s=0.5,
+                                      decode_s=2.0, num_steps=20, num_drafts=20, num_accepted=10,
+                                      cache_bytes_per_token=70272)
     assert summary(statistics, Options(8, 16)).splitlines() == [
         "prompts: 12 tokens in 0.50 s", "new: 32 tokens; after each first one 15.0 tokens/s (30 in 2.00 s, 20 steps)",
         "cache: latent, 70,272 bytes a token", "speculative: 10 of 20 drafts accepted (50.0%)"]
-    assert "speculative" not in summary(Statistics(), Options(8, 16))
+    assert "speculative" not in summary(GenerationStatistics(), Options(8, 16))

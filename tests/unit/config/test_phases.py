@@ -231,7 +231,7 @@ def test_no_rule_goes_untested() -> None:
     runs += [lambda fields=fields: with_phases({**A, "seq_length": 128}, **fields)
              for fields in ({"train_iters": 1}, {"seq_length": 64}, {"stop_after_phase": "b"})]
     checks = [lambda make=make: make().validate(1) for make in runs]
-    checks.append(lambda: with_phases(A).recipe().placed_at(recipe_module.Place(10**9, 10**15, 10**12)))
+    checks.append(lambda: with_phases(A).recipe().placed_at(recipe_module.TrainedAmount(10**9, 10**15, 10**12)))
     for check in checks:
         with pytest.raises(ConfigError) as error:
             check()

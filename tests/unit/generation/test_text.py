@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv3_megatron.checkpoint.folder import Progress, begin_save, finish_save
+from dsv3_megatron.checkpoint.folder import RunProgress, begin_save, finish_save
 from dsv3_megatron.checkpoint.text_files import collect_text_files
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.data.indexed_writer import DatasetWriter
@@ -42,7 +42,7 @@ def write_run(folder: Path, **data: Any) -> str:
     """A checkpoint of `tiny` without tensors, of a run with these data settings."""
     begin_save(folder, 3)
     content = preset("tiny").override(**data).as_dict()
-    finish_save(folder, Progress(3, 24, 24 * 256), content, versions={}, world_size=1, precision="fp32")
+    finish_save(folder, RunProgress(3, 24, 24 * 256), content, versions={}, world_size=1, precision="fp32")
     return str(folder)
 
 

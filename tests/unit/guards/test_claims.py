@@ -13,7 +13,7 @@ from dsv3_megatron.checkpoint.folder import (
     TRACKER,
     WEIGHTS,
     CheckpointError,
-    Progress,
+    RunProgress,
     begin_save,
     finish_save,
     iteration_path,
@@ -28,7 +28,7 @@ EVENTS = "events.out.tfevents.1.host.2.0"
 
 def checkpoint(folder: Path, iteration: int, run: str | None, contents: str = "training") -> None:
     (begin_save(folder, iteration) / "__0_0.distcp").write_text(f"{run} {iteration}")
-    finish_save(folder, Progress(iteration, 1, 1), preset("tiny").as_dict(), versions={}, world_size=1,
+    finish_save(folder, RunProgress(iteration, 1, 1), preset("tiny").as_dict(), versions={}, world_size=1,
                 precision="fp32", contents=contents, run_id=run)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dsv3_megatron.checkpoint.folder import CheckpointError, Progress
+from dsv3_megatron.checkpoint.folder import CheckpointError, RunProgress
 from dsv3_megatron.config.training import CheckpointConfig
 from dsv3_megatron.guards import keeper as module
 from dsv3_megatron.guards.keeper import NEEDED_ATTEMPTS, CheckpointKeeper
@@ -22,7 +22,7 @@ class Disk:
         self.refusals = 0
         self.attempts: list[tuple[int, int]] = []
 
-    def save(self, _save: str, progress: Progress, *_: Any, keep_last: int, **__: Any) -> None:
+    def save(self, _save: str, progress: RunProgress, *_: Any, keep_last: int, **__: Any) -> None:
         self.attempts.append((progress.iteration, keep_last))
         if self.refusals:
             self.refusals -= 1
@@ -48,7 +48,7 @@ def train(made: CheckpointKeeper, steps: range, last: int = 0) -> None:
     for iteration in steps:
         made.schedule.note_step(iteration, is_applied=True)
         if made.schedule.wants(iteration, is_last=iteration == last):
-            made.save(Progress(iteration, 0, 0), None, is_needed=iteration == last)  # type: ignore[arg-type]
+            made.save(RunProgress(iteration, 0, 0), None, is_needed=iteration == last)  # type: ignore[arg-type]
 
 
 def test_a_save_that_fails_is_said_and_tried_again_soon(disk: Disk) -> None:
@@ -79,9 +79,9 @@ def test_older_ones_stay_while_updates_are_left_out(disk: Disk) -> None:
     made = keeper([])
     made.schedule.note_step(1, is_applied=True)
     made.schedule.note_step(2, is_applied=False)
-    made.save(Progress(2, 0, 0), None, is_needed=True)  # type: ignore[arg-type]
+    made.save(RunProgress(2, 0, 0), None, is_needed=True)  # type: ignore[arg-type]
     made.schedule.note_step(3, is_applied=True)
-    made.save(Progress(3, 0, 0), None, is_needed=True)  # type: ignore[arg-type]
+    made.save(RunProgress(3, 0, 0), None, is_needed=True)  # type: ignore[arg-type]
     assert disk.attempts == [(2, 0), (3, 2)]
 
 
@@ -92,5 +92,5 @@ def test_a_folder_that_is_no_longer_this_runs_is_not_written(disk: Disk, tmp_pat
     made = keeper([], check=lost)
     made.schedule.note_step(1, is_applied=True)
     with pytest.raises(CheckpointError, match="no longer this run's"):
-        made.save(Progress(1, 0, 0), None, is_needed=False)  # type: ignore[arg-type]
+        made.save(RunProgress(1, 0, 0), None, is_needed=False)  # type: ignore[arg-type]
     assert disk.attempts == []

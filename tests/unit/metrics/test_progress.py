@@ -10,7 +10,7 @@ from datetime import datetime
 import pytest
 
 from dsv3_megatron.metrics.flops import RunSpeed
-from dsv3_megatron.metrics.progress import Progress, compact, duration, log_line
+from dsv3_megatron.metrics.progress import TrainingDisplay, compact, duration, log_line
 from dsv3_megatron.metrics.records import StepReport
 from dsv3_megatron.metrics.tags import TAGS
 
@@ -24,7 +24,7 @@ class Terminal(io.StringIO):
 
 def test_lines_come_each_interval_and_at_both_ends(make_report: Make, speed: RunSpeed) -> None:
     stream = io.StringIO()
-    progress = Progress(25, speed, log_interval=10, stream=stream)
+    progress = TrainingDisplay(25, speed, log_interval=10, stream=stream)
     for iteration in range(1, 26):
         progress.update(make_report(iteration))
     progress.validation(25, 3.25, mtp_losses=(4.5,))
@@ -42,7 +42,7 @@ def test_a_step_without_a_counted_token_has_no_loss(make_report: Make, speed: Ru
     before = make_report(1)
     assert f"lm loss {before.lm_loss:.4f}" in log_line([before, uncounted], speed, 300)
     stream = Terminal()
-    progress = Progress(25, speed, stream=stream)
+    progress = TrainingDisplay(25, speed, stream=stream)
     progress.update(uncounted)
     progress.close()
     assert "loss=none" in stream.getvalue()
@@ -67,7 +67,7 @@ def test_skipped_steps_are_counted_and_their_loss_is_not(make_report: Make, spee
 
 def test_bar_on_a_terminal(make_report: Make, speed: RunSpeed) -> None:
     stream = Terminal()
-    progress = Progress(20, speed, start_iteration=5, stream=stream)
+    progress = TrainingDisplay(20, speed, start_iteration=5, stream=stream)
     for iteration in range(6, 21):
         progress.update(make_report(iteration))
     progress.message("checkpoint saved")
@@ -79,7 +79,7 @@ def test_bar_on_a_terminal(make_report: Make, speed: RunSpeed) -> None:
 
 def test_only_one_process_prints(make_report: Make, speed: RunSpeed) -> None:
     stream = Terminal()
-    progress = Progress(20, speed, enabled=False, stream=stream)
+    progress = TrainingDisplay(20, speed, enabled=False, stream=stream)
     progress.update(make_report(1))
     progress.validation(1, 1.0)
     progress.close()
@@ -96,8 +96,8 @@ def test_compact(value: float, text: str) -> None:
 def test_a_line_has_the_time_of_day_and_what_was_and_will_be_needed(make_report: Make, speed: RunSpeed) -> None:
     """Two seconds a step; a validation of a minute after step 10 counts for the steps of its line."""
     stream, seconds = io.StringIO(), [100.0]
-    progress = Progress(40, speed, start_iteration=5, log_interval=10, stream=stream, clock=lambda: seconds[0],
-                        now=lambda: datetime(2026, 1, 2, 3, 4, 5))
+    progress = TrainingDisplay(40, speed, start_iteration=5, log_interval=10, stream=stream, clock=lambda: seconds[0],
+                               now=lambda: datetime(2026, 1, 2, 3, 4, 5))
     for iteration in range(6, 41):
         seconds[0] += 2.0
         progress.update(make_report(iteration))

@@ -14,7 +14,7 @@ import pytest
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.metrics.flops import RunSpeed
-from dsv3_megatron.metrics.records import Records, StepReport, read_records, to_line, truncate_records
+from dsv3_megatron.metrics.records import RunRecords, StepReport, read_records, to_line, truncate_records
 from dsv3_megatron.metrics.scalars import step_scalars
 from dsv3_megatron.metrics.tags import TAGS
 from dsv3_megatron.metrics.writer import MetricsWriter
@@ -151,7 +151,7 @@ def test_reading_names_the_broken_line(tmp_path: Path) -> None:
 
 def test_truncating_counts_what_it_drops(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert truncate_records(path, 3) == (Records([], []), 0)
+    assert truncate_records(path, 3) == (RunRecords([], []), 0)
     path.write_text("".join(f'{{"kind":"step","iteration":{i}}}\n' for i in range(1, 6)) + '{"ki')
     kept, num_dropped = truncate_records(path, 3)
     assert ([r["iteration"] for r in kept.steps], num_dropped) == ([1, 2, 3], 3)

@@ -12,7 +12,7 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.optim.adamw import NarrowMomentAdamW
 from dsv3_megatron.optim.rounding import BLOCK, noise_key, noise_table, round_stochastically
-from dsv3_megatron.optim.shards import Named, Shard
+from dsv3_megatron.optim.shards import Named, ParameterShard
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -22,7 +22,8 @@ def make(pieces: list[tuple[torch.Tensor, int]], *, rounding: str = "nearest", s
          dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16), **settings: Any) -> NarrowMomentAdamW:
     """An optimizer over parts (values, first element) of one parameter."""
     weights = [torch.nn.Parameter(values.clone()) for values, _ in pieces]
-    shards = [Shard(weight, weight, first, first + weight.numel(), None, (Named(name, 0, weight.numel(), first),))
+    shards = [ParameterShard(weight, weight, first, first + weight.numel(), None,
+                             (Named(name, 0, weight.numel(), first),))
               for weight, (_, first) in zip(weights, pieces, strict=True)]
     groups = torch.optim.AdamW(weights, **{**SETTINGS, **settings}).param_groups
     return NarrowMomentAdamW(groups, shards, exp_avg_dtype=dtypes[0], exp_avg_sq_dtype=dtypes[1],

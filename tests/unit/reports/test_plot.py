@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_megatron.metrics.records import Records
+from dsv3_megatron.metrics.records import RunRecords
 from dsv3_megatron.reports.plot import plot_run, smooth
 
 
-def run(num_steps: int) -> Records:
+def run(num_steps: int) -> RunRecords:
     steps = [{"kind": "step", "iteration": i, "consumed_tokens": 4096 * i, "lm_loss": 3 + 5 * math.exp(-i / 30),
               "mtp_losses": [3.5 + 5 * math.exp(-i / 30)], "grad_norm": 1 / i, "learning_rate": 1e-3,
               "max_violation": 0.5} for i in range(1, num_steps + 1)]
-    return Records(steps, [{"kind": "validation", "iteration": num_steps, "lm_loss": 3.5}])
+    return RunRecords(steps, [{"kind": "validation", "iteration": num_steps, "lm_loss": 3.5}])
 
 
 @pytest.mark.parametrize("num_steps", [1, 300])
@@ -33,14 +33,14 @@ def test_png_is_written(tmp_path: Path, num_steps: int) -> None:
 
 
 def test_steps_that_measured_nothing_else(tmp_path: Path) -> None:
-    records = Records([{"kind": "step", "iteration": 1, "consumed_tokens": 10, "lm_loss": 2.0, "mtp_losses": [None]},
-                       {"kind": "step", "iteration": 2, "consumed_tokens": 15, "lm_loss": None}], [])
+    records = RunRecords([{"kind": "step", "iteration": 1, "consumed_tokens": 10, "lm_loss": 2.0, "mtp_losses": [None]},
+                          {"kind": "step", "iteration": 2, "consumed_tokens": 15, "lm_loss": None}], [])
     plot_run(records, tmp_path / "loss.png")
 
 
 def test_nothing_to_plot(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no step with a finite lm_loss"):
-        plot_run(Records([], []), tmp_path / "loss.png")
+        plot_run(RunRecords([], []), tmp_path / "loss.png")
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=50), st.integers(1, 20))

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv3_megatron.checkpoint.folder import Progress as CheckpointProgress
-from dsv3_megatron.checkpoint.folder import begin_save, finish_save
+from dsv3_megatron.checkpoint.folder import RunProgress, begin_save, finish_save
 from dsv3_megatron.checkpoint.resume import plan_resumption
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.presets import preset
@@ -187,7 +186,7 @@ def test_the_resume_command_goes_on_where_the_learning_rate_is(tmp_path: Path, r
     schedules = plan_resumption(run, None).schedules_at(STEPS)
     for _ in range(2):
         begin_save(run.checkpoint.save, steps)
-        finish_save(run.checkpoint.save, CheckpointProgress(steps, BATCH * steps, tokens, {}, schedules), run.as_dict(),
+        finish_save(run.checkpoint.save, RunProgress(steps, BATCH * steps, tokens, {}, schedules), run.as_dict(),
                     versions={}, world_size=1, precision="fp32")
         (tmp_path / "tensorboard").mkdir(exist_ok=True)
         (tmp_path / "tensorboard" / "config.json").write_text(json.dumps(run.as_dict()))

@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from dsv3_megatron.schedule.actions import Action
-from dsv3_megatron.schedule.plan import Place, build_plan
+from dsv3_megatron.schedule.plan import PlacedStage, build_plan
 from tests.unit.schedule.sizes import form
 
 # The eight steps: how often (h: distance to the near end, H: levels, m: micro-batches of a chunk), and what.
@@ -162,9 +162,10 @@ def test_zero_bubble_is_1f1b_with_late_weights(num_ranks: int, num_microbatches:
 
 def test_mirrored_ranks_of_dualpipe() -> None:
     plan = build_plan("dualpipe", num_ranks=6, num_microbatches=14)
-    assert plan.placement[1] == (Place(0, 1), Place(1, 4)) and plan.placement[4] == (Place(1, 1), Place(0, 4))
+    assert plan.placement[1] == (PlacedStage(0, 1), PlacedStage(1, 4))
+    assert plan.placement[4] == (PlacedStage(1, 1), PlacedStage(0, 4))
     assert [set(places) for places in zip(*plan.placement, strict=True)] == [
-        {Place(d, s) for d in (0, 1) for s in (0, 1, 2)}, {Place(d, s) for d in (0, 1) for s in (3, 4, 5)}]
+        {PlacedStage(d, s) for d in (0, 1) for s in (0, 1, 2)}, {PlacedStage(d, s) for d in (0, 1) for s in (3, 4, 5)}]
     assert all(plan.actions[rank] == plan.actions[5 - rank] for rank in range(6))
     assert (plan.num_stages, plan.num_directions, plan.microbatches_per_chunk) == (6, 2, 7)
 
@@ -172,5 +173,5 @@ def test_mirrored_ranks_of_dualpipe() -> None:
 def test_loss_of_v_shapes_is_on_rank_0() -> None:
     for name in ("zbv", "dualpipev"):
         plan = build_plan(name, num_ranks=5, num_microbatches=12)
-        assert plan.holders[Place(0, plan.num_stages - 1)] == plan.holders[Place(0, 0)] == 0
-        assert plan.holders[Place(0, 4)] == plan.holders[Place(0, 5)] == 4  # the local hand-over
+        assert plan.holders[PlacedStage(0, plan.num_stages - 1)] == plan.holders[PlacedStage(0, 0)] == 0
+        assert plan.holders[PlacedStage(0, 4)] == plan.holders[PlacedStage(0, 5)] == 4  # the local hand-over

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from dsv3_megatron.schedule.actions import Action, Kind, Operation
 from dsv3_megatron.schedule.formulas import activation_bound
-from dsv3_megatron.schedule.plan import Output, Place, Plan, build_plan
+from dsv3_megatron.schedule.plan import Output, PlacedStage, Plan, build_plan
 from dsv3_megatron.schedule.timeline import PlanError
-from dsv3_megatron.schedule.transfers import Exchange, Program, Transfer, with_transfers
+from dsv3_megatron.schedule.transfers import Program, Transfer, TransferBatch, with_transfers
 from dsv3_megatron.schedule.validate import check_rendezvous, check_work, peak_activations, validate_plan
 from tests.unit.schedule.sizes import FORMS, fewest, form, has_ranks, plans
 
@@ -115,7 +115,7 @@ def test_orders_that_wait_for_each_other() -> None:
 
 
 def test_a_stage_held_twice() -> None:
-    planted = replace(PLAN, placement=((Place(0, 0),), (Place(0, 0),)))
+    planted = replace(PLAN, placement=((PlacedStage(0, 0),), (PlacedStage(0, 0),)))
     with pytest.raises(PlanError, match="must each be held by one rank"):
         validate_plan(planted)
 
@@ -127,30 +127,30 @@ def test_rendezvous_deadlock_is_found() -> None:
     first, last = Transfer(0, 1, Output(False, 0, 0, 0)), Transfer(1, 0, Output(True, 0, 1, 1))
     f0, f1, b0, b1 = single("F", 0, 0), single("F", 0, 1), single("B", 0, 0), single("B", 0, 1)
 
-    def programs(*middle: tuple[Exchange, ...]) -> list[Program]:
-        return [(f0, Exchange((first,)), f1, *middle[0], b0, Exchange((last,)), b1),
-                (Exchange((first,)), f0, b0, *middle[1], f1, b1, Exchange((last,)))]
+    def programs(*middle: tuple[TransferBatch, ...]) -> list[Program]:
+        return [(f0, TransferBatch((first,)), f1, *middle[0], b0, TransferBatch((last,)), b1),
+                (TransferBatch((first,)), f0, b0, *middle[1], f1, b1, TransferBatch((last,)))]
 
-    together = (Exchange((forward, gradient)),)
+    together = (TransferBatch((forward, gradient)),)
     check_rendezvous(plan, programs(together, together))
     with pytest.raises(PlanError, match=re.escape(
             "deadlock: rank 0 waits for rank 1 with the output of stage 0, micro-batch 1; "
             "rank 1 waits for rank 0 with the gradient of stage 1, micro-batch 0")):
-        check_rendezvous(plan, programs((Exchange((forward,)), Exchange((gradient,))),
-                                        (Exchange((gradient,)), Exchange((forward,)))))
+        check_rendezvous(plan, programs((TransferBatch((forward,)), TransferBatch((gradient,))),
+                                        (TransferBatch((gradient,)), TransferBatch((forward,)))))
 
 
 def test_transfers_that_do_not_meet() -> None:
     plan = build_plan("1f1b", num_ranks=2, num_microbatches=3)
     sound = with_transfers(plan)
-    exchanges = [index for index, own in enumerate(sound[1]) if isinstance(own, Exchange)]
+    exchanges = [index for index, own in enumerate(sound[1]) if isinstance(own, TransferBatch)]
     lost = tuple(own for index, own in enumerate(sound[1]) if index != exchanges[-1])
     with pytest.raises(PlanError, match="rank 1 sends rank 0 2 transfers and that expects 3; number 2 is the none"):
         check_rendezvous(plan, (sound[0], lost))
-    late = tuple(sorted(sound[1], key=lambda own: isinstance(own, Exchange)))
+    late = tuple(sorted(sound[1], key=lambda own: isinstance(own, TransferBatch)))
     with pytest.raises(PlanError, match=r"rank 1 runs F0\.0 before it has the output of stage 0, micro-batch 0"):
         check_rendezvous(plan, (sound[0], late))
-    early = tuple(sorted(sound[0], key=lambda own: not isinstance(own, Exchange)))
+    early = tuple(sorted(sound[0], key=lambda own: not isinstance(own, TransferBatch)))
     with pytest.raises(PlanError, match="rank 0 sends the output of stage 0, micro-batch 0 before it has made it"):
         check_rendezvous(plan, (early, sound[1]))
 
@@ -177,10 +177,10 @@ def test_transfers(plan: Plan) -> None:
     expected = 0
     per_direction = plan.microbatches_per_chunk
     for place, rank in plan.holders.items():
-        follower = plan.holders.get(Place(place.direction, place.stage + 1))
+        follower = plan.holders.get(PlacedStage(place.direction, place.stage + 1))
         expected += 2 * per_direction * (follower not in (None, rank))
     programs = with_transfers(plan)
-    sent = [transfer for rank, program in enumerate(programs) for own in program if isinstance(own, Exchange)
+    sent = [transfer for rank, program in enumerate(programs) for own in program if isinstance(own, TransferBatch)
             for transfer in own.transfers if transfer.source == rank]
     assert len(sent) == len(set(sent)) == expected
     assert all(tuple(own for own in program if isinstance(own, Action)) == plan.actions[rank]
@@ -193,7 +193,7 @@ def test_both_sides_have_one_order() -> None:
     programs = with_transfers(plan)
     check_rendezvous(plan, programs)
     reversed_on_odd = [program if rank % 2 else tuple(
-        Exchange(own.transfers[::-1]) if isinstance(own, Exchange) else own for own in program)
+        TransferBatch(own.transfers[::-1]) if isinstance(own, TransferBatch) else own for own in program)
         for rank, program in enumerate(programs)]
     with pytest.raises(PlanError, match="is the gradient of .* to the one and the output of .* to the other"):
         check_rendezvous(plan, reversed_on_odd)

@@ -396,12 +396,12 @@ def test_our_checkpoint_damaged(tmp_path):
 def flip_one_bit(ours: Path, name: str) -> None:
     weights = MegatronWeights(ours)
     tensor = HuggingFaceDirectory(ours.parent / "hf").tensors[name]
-    segments = weights.segments(tensor)
-    assert segments
-    with open(segments[0].file, "r+b") as stream:
-        stream.seek(segments[0].offset + 7)
+    ranges = weights.byte_ranges(tensor)
+    assert ranges
+    with open(ranges[0].file, "r+b") as stream:
+        stream.seek(ranges[0].offset + 7)
         byte = stream.read(1)[0]
-        stream.seek(segments[0].offset + 7)
+        stream.seek(ranges[0].offset + 7)
         stream.write(bytes([byte ^ 1]))
 
 

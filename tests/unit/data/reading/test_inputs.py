@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.data.reading.blocks import Position, iterate_blocks
+from dsv3_megatron.data.reading.blocks import InputPosition, iterate_blocks
 from dsv3_megatron.data.reading.documents import Reading, RecordReader, read_documents, sample_documents
-from dsv3_megatron.data.reading.inputs import InputFile, Shard, expand_inputs, take_shard
+from dsv3_megatron.data.reading.inputs import InputFile, JobShard, expand_inputs, take_shard
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -30,7 +30,7 @@ def jsonl(texts, end="\n"):
     return end.join(json.dumps({"text": text}, ensure_ascii=False) for text in texts).encode() + end.encode()
 
 
-def texts_of(files, *, shard=Shard(), position=Position(), block_bytes=50, keys=("text",)):  # noqa: B008 - frozen
+def texts_of(files, *, shard=JobShard(), position=InputPosition(), block_bytes=50, keys=("text",)):  # noqa: B008 - frozen
     """Texts of a shard from a position on, and the position behind each block."""
     reader = RecordReader(files, keys)
     found, positions = [], []
@@ -92,7 +92,7 @@ def test_going_on_from_every_position(mixed):
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 40, 500])
 def test_shards_are_the_job(mixed, count):
     files, texts = mixed
-    parts = [texts_of(files, shard=Shard(index, count))[0] for index in range(1, count + 1)]
+    parts = [texts_of(files, shard=JobShard(index, count))[0] for index in range(1, count + 1)]
     assert [text for part in parts for text in part] == texts
     assert sum(map(bool, parts)) >= min(count, 2)
 
@@ -109,7 +109,7 @@ def test_lines_cut_anywhere(tmp_path, texts, block_bytes, count, ends_with_newli
     content = jsonl(texts, end) if texts else b""
     (tmp_path / "x.jsonl").write_bytes(content if ends_with_newline else content.rstrip(b"\r\n"))
     files = expand_inputs([str(tmp_path / "x.jsonl")])
-    parts = [texts_of(files, shard=Shard(index, count), block_bytes=block_bytes)[0] for index in range(1, count + 1)]
+    parts = [texts_of(files, shard=JobShard(index, count), block_bytes=block_bytes)[0] for index in range(1, count + 1)]
     assert [text for part in parts for text in part] == texts
     (tmp_path / "x.gz").write_bytes(gzip.compress((tmp_path / "x.jsonl").read_bytes()))
     assert texts_of(expand_inputs([str(tmp_path / "x.gz")]), block_bytes=block_bytes)[0] == texts
@@ -323,14 +323,14 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "-1/2"])
 def test_bad_shards(text):
     with pytest.raises(ValueError, match=r"must be I/N with 1 <= I <= N, the first shard of three being 1/3"):
-        Shard.parse(text)
+        JobShard.parse(text)
     with pytest.raises(ValueError, match="standard input.* cannot be cut into shards"):
-        take_shard([InputFile("-", "jsonl")], Shard(1, 2))
+        take_shard([InputFile("-", "jsonl")], JobShard(1, 2))
 
 
 def test_samples_come_from_all_over_every_file(mixed):
     files, texts = mixed
-    samples = list(sample_documents(files, take_shard(files, Shard()), ["text"], max_bytes=10**6))
+    samples = list(sample_documents(files, take_shard(files, JobShard()), ["text"], max_bytes=10**6))
     assert {where.split(", byte")[0] for where, _ in samples} == {file.path for file in files}
     assert all(text in texts for _, text in samples)
 
@@ -338,7 +338,7 @@ def test_samples_come_from_all_over_every_file(mixed):
 def test_samples_are_bounded(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(jsonl([letter * 9000 for letter in "abcdefghijkl"]))
     files = expand_inputs([str(tmp_path / "x.jsonl")])
-    samples = list(sample_documents(files, take_shard(files, Shard()), ["text"], max_bytes=8000))
+    samples = list(sample_documents(files, take_shard(files, JobShard()), ["text"], max_bytes=8000))
     assert len({text[0] for _, text in samples}) == 4
     assert sum(len(text) for _, text in samples) == 8000
 

@@ -15,7 +15,7 @@ from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
 from dsv3_megatron.planning.time.layer_operations import stage_operations
 from dsv3_megatron.planning.time.network import Network, expected_destinations
-from dsv3_megatron.planning.time.operations import Exchange, Part, Shape, model_flops
+from dsv3_megatron.planning.time.operations import Shape, TokenExchange, WorkPart, model_flops
 
 
 def _operations(run):
@@ -40,7 +40,7 @@ def test_recomputation_is_in_the_backward_and_beside_the_models_flops() -> None:
     run = preset("laptop").override(recompute_granularity="full")
     _, operations = _operations(run)
     again = [operation for operation in operations if operation.is_again]
-    assert again and all(operation.part is Part.INPUT for operation in again)
+    assert again and all(operation.part is WorkPart.INPUT for operation in again)
     plain = _operations(preset("laptop"))[1]
     assert len(operations) == len(plain) + len(again)
 
@@ -80,7 +80,7 @@ def test_bytes_of_a_token_are_those_of_the_report() -> None:
     run = preset("dsv3-671b")
     run = only_phase(run, main_phase(run)).override(fp8="blockwise")
     _, operations = _operations(run)
-    sizes = {(operation.name, operation.row_bytes) for operation in operations if isinstance(operation, Exchange)}
+    sizes = {(operation.name, operation.row_bytes) for operation in operations if isinstance(operation, TokenExchange)}
     assert sizes == {("dispatch", 7392.0), ("combine", 14336.0)}
     network = Network(run.parallel, find_hardware("h800"), 2048, True)
     assert network.num_expert_nodes == 8
