@@ -101,7 +101,7 @@ def test_crash_at_each_step_keeps_the_previous_checkpoint(tmp_path, crash_at, it
 def test_killed_writer(tmp_path):
     """A process that saves without pause, killed at moments nobody chose."""
     program = (
-        "import sys; from pathlib import Path; from tests.unit.checkpoint.test_layout import save\n"
+        "import sys; from pathlib import Path; from tests.unit.checkpoint.test_folder import save\n"
         "n = int(sys.argv[2])\nprint(n, flush=True)\n"
         "while True: n += 1; save(Path(sys.argv[1]), n, str(n)); "
         "from dsv3_megatron.checkpoint.folder import remove_old; remove_old(sys.argv[1], n, 2)")
