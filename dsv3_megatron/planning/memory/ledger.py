@@ -55,7 +55,7 @@ class Recomputation:
         self.tensors, self.users, self.work = tensors, [0] * len(tensors), work
 
 
-class Ledger:
+class MemoryLedger:
     """Tensors that are alive now.
 
     Attributes:

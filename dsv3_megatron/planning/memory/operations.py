@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dsv3_megatron.planning.memory.ledger import Ledger, Tensor
+from dsv3_megatron.planning.memory.ledger import MemoryLedger, Tensor
 from dsv3_megatron.planning.memory.settings import NOT_FP8, WIDE, LayerPrecisions, PassSettings
 
 # ops/attention.py: queries of a tile, and what is kept of probabilities at most.
@@ -31,7 +31,7 @@ class Operations:
         precisions: Precisions of the layer whose operations they are.
     """
 
-    ledger: Ledger
+    ledger: MemoryLedger
     s: PassSettings
     precisions: LayerPrecisions = NOT_FP8
 

@@ -15,7 +15,7 @@ from dsv3_megatron.metrics.rank_state import has_final_norm
 from dsv3_megatron.parallel.layout import StageLayout
 from dsv3_megatron.planning.memory.ends import Embedding, MTPInput, TokenLossesPass, sum_into
 from dsv3_megatron.planning.memory.layers import DenseLayer, LatentAttentionPass
-from dsv3_megatron.planning.memory.ledger import Ledger, Tensor, Turn, run_turns
+from dsv3_megatron.planning.memory.ledger import MemoryLedger, Tensor, Turn, run_turns
 from dsv3_megatron.planning.memory.moe import MoELayer
 from dsv3_megatron.planning.memory.operations import NormPass, Operations
 from dsv3_megatron.planning.memory.settings import LayerPrecisions, ModelPrecisions, PassSettings
@@ -145,12 +145,12 @@ class RecomputedMTP:
 @functools.lru_cache(maxsize=1024)
 def _peak_without_keeping(s: PassSettings, is_moe: bool, precisions: LayerPrecisions) -> int:
     """Of a layer's forward pass of which nothing is kept, beyond its input: of attention, or of what follows it."""
-    ledger = Ledger()
+    ledger = MemoryLedger()
     ops = Operations(ledger, s, precisions)
     x = ledger.make("input", s.hidden_bytes)
     LatentAttentionPass(ops, x)
     attention = ledger.peak - x.size
-    whole = Ledger()
+    whole = MemoryLedger()
     ops = Operations(whole, s, precisions)
     _layer(ops, whole.make("input", s.hidden_bytes), is_moe)
     return max(attention, whole.peak - ledger.level + s.hidden_bytes)
@@ -161,7 +161,7 @@ class _Stage:
 
     def __init__(self, s: PassSettings, content: StageContent) -> None:
         self.s, self.content = s, content
-        self.ledger = Ledger()
+        self.ledger = MemoryLedger()
         self.ops = Operations(self.ledger, s)
         self.mtp: list[tuple[MTPInput, _Layer, NormPass, TokenLossesPass]] = []
         self.recomputed_mtp: list[RecomputedMTP] = []

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from dsv3_megatron.planning.memory.ledger import Ledger, Turn, run_turns
+from dsv3_megatron.planning.memory.ledger import MemoryLedger, Turn, run_turns
 
 
 def test_a_tensor_lives_as_long_as_it_has_references() -> None:
-    ledger = Ledger()
+    ledger = MemoryLedger()
     first = ledger.make("first", 10)
     ledger.keep(first)
     second = ledger.make("second", 5)
@@ -24,7 +24,7 @@ def test_a_tensor_lives_as_long_as_it_has_references() -> None:
 
 
 def test_what_is_made_again_is_not_kept_and_comes_back_once() -> None:
-    ledger = Ledger()
+    ledger = MemoryLedger()
     a, b = ledger.make("a", 4), ledger.make("b", 6)
     ledger.make_again(a, b, work=100)
     ledger.keep(a)  # two operations would keep a, none b
@@ -42,7 +42,7 @@ def test_what_is_made_again_is_not_kept_and_comes_back_once() -> None:
 
 
 def test_turns_begin_where_the_one_before_ends() -> None:
-    ledger = Ledger()
+    ledger = MemoryLedger()
     kept = ledger.make("kept", 8)
     ledger.pulse(20)
     ledger.pause()
