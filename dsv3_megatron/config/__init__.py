@@ -3,7 +3,8 @@
 In reading order; a wrong setting raises `fields.ConfigError` before anything is allocated:
 
     fields.py        how a field is declared; ConfigError      values.py        a given value -> a field's value
-    model.py         architecture                              precision.py     FP8, product by product
+    model.py         architecture                              weights.py       a row for every weight of it
+    precision.py     FP8, product by product
     training.py      batch, optimizer, data, checkpoints, logs memory.py        what trades memory for arithmetic
     pipeline.py      names and sizes of schedules              parallel.py      how a run is split, and whether it fits
     guards.py        what is done about bad steps              run.py           RunConfig: all of these together
