@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.weights import Place, Weight, layer_weights, weights_at
 from dsv3_megatron.metrics.parameters import count_parameters, weight_bytes_per_parameter
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.parallel.placement import placement
@@ -34,14 +35,14 @@ class ParameterTensor:
     """A parameter as a rank holds it.
 
     Attributes:
-        name: Place of the tensor in the layer, or "embedding" and the like outside of layers.
+        component: Component of the model that it belongs to, one of `config.weights.COMPONENTS`.
         numel: Elements on this rank.
         is_expert: A routed expert's, reduced over the expert-data-parallel ranks where those differ.
     """
 
-    name: str
+    component: str
     numel: int
-    is_expert: bool = False
+    is_expert: bool
 
 
 @dataclass(frozen=True)
@@ -80,34 +81,6 @@ class RankState:
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
-def layer_tensors(model: ModelConfig, parallel: ParallelConfig, *, is_moe: bool) -> Iterator[ParameterTensor]:
-    """The parameters of a transformer layer on one rank."""
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-    local = heads // tp
-    yield ParameterTensor("input_layernorm", hidden)
-    if model.q_lora_rank is None:
-        yield ParameterTensor("linear_q_proj", hidden * local * model.qk_head_dim)
-    else:
-        yield ParameterTensor("linear_q_down_proj", hidden * model.q_lora_rank)
-        yield ParameterTensor("q_layernorm", model.q_lora_rank)
-        yield ParameterTensor("linear_q_up_proj", model.q_lora_rank * local * model.qk_head_dim)
-    yield ParameterTensor("linear_kv_down_proj", hidden * (model.kv_lora_rank + model.qk_rope_head_dim))
-    yield ParameterTensor("kv_layernorm", model.kv_lora_rank)
-    yield ParameterTensor("linear_kv_up_proj", model.kv_lora_rank * local * (model.qk_nope_head_dim + model.v_head_dim))
-    yield ParameterTensor("linear_proj", hidden * local * model.v_head_dim)
-    yield ParameterTensor("pre_mlp_layernorm", hidden)
-    if not is_moe:
-        yield from _ffn("mlp", hidden, model.ffn_hidden_size // tp)
-        return
-    yield ParameterTensor("router", model.num_experts * hidden)
-    width, experts = model.moe_ffn_hidden_size // parallel.expert_tensor_parallel_size, model.num_experts // ep
-    yield ParameterTensor("experts.linear_fc1", experts * 2 * width * hidden, is_expert=True)
-    yield ParameterTensor("experts.linear_fc2", experts * width * hidden, is_expert=True)
-    if model.num_shared_experts:
-        yield from _ffn("shared_experts", hidden, model.num_shared_experts * model.moe_ffn_hidden_size // tp)
-
-
 def stage_tensors(model: ModelConfig, parallel: ParallelConfig, stage: StageLayout, *, shares_embedding: bool
                   ) -> Iterator[ParameterTensor]:
     """The parameters of a pipeline stage on one rank.
@@ -118,21 +91,23 @@ def stage_tensors(model: ModelConfig, parallel: ParallelConfig, stage: StageLayo
         stage: Layers and ends of the stage.
         shares_embedding: The stage's MTP modules use the embedding of another stage on the same rank.
     """
-    hidden, tp = model.hidden_size, parallel.tensor_model_parallel_size
+    def held(weights: tuple[Weight, ...]) -> Iterator[ParameterTensor]:
+        for weight in weights:
+            if weight.is_trained:
+                yield ParameterTensor(weight.component, weight.local_numel(model, parallel), weight.is_expert)
+
     has_mtp = bool(stage.mtp_layer_ids)
     if stage.has_embedding or (has_mtp and not shares_embedding):
-        yield ParameterTensor("embedding", model.vocab_size // tp * hidden)
+        yield from held(weights_at(model, Place.EMBEDDING))
     for layer in stage.layer_ids:
-        yield from layer_tensors(model, parallel, is_moe=layer >= model.num_dense_layers)
+        yield from held(layer_weights(model, is_moe=layer >= model.num_dense_layers))
     if has_final_norm(model, stage):
-        yield ParameterTensor("final_layernorm", hidden)
+        yield from held(weights_at(model, Place.AFTER_LAYERS))
     for _ in stage.mtp_layer_ids:
-        yield from (ParameterTensor(name, hidden) for name in ("enorm", "hnorm"))
-        yield ParameterTensor("eh_proj", 2 * hidden * hidden // tp)
-        yield from layer_tensors(model, parallel, is_moe=model.num_moe_layers > 0)
-        yield ParameterTensor("mtp_final_layernorm", hidden)
+        yield from held(weights_at(model, Place.MTP_BEGIN, Place.MTP_END))
+        yield from held(layer_weights(model, is_moe=model.num_moe_layers > 0))
     if stage.has_loss or has_mtp:
-        yield ParameterTensor("output_layer", model.vocab_size // tp * hidden)
+        yield from held(weights_at(model, Place.HEAD))
 
 
 def has_final_norm(model: ModelConfig, stage: StageLayout) -> bool:
@@ -200,7 +175,8 @@ def _rank_numels(model: ModelConfig, parallel: ParallelConfig, world_size: int) 
                 parameters, padded = parameters + sum(numels), padded + size
                 owned += min(sum(numels), size // group)
                 largest = max(largest, min(max(numels), size // group))
-                apart = [t.numel for t in tensors if t.name == "embedding"] if has_other_copy and not is_expert else []
+                apart = [t.numel for t in tensors
+                         if t.component == "embedding" and has_other_copy and not is_expert]
                 reduced = max(reduced, (size - sum(apart)) if group > 1 else 0, *apart)
         ranks.append(_Numels(parameters, padded, owned, len(kinds), largest, reduced))
     return tuple(ranks)
@@ -229,11 +205,6 @@ def rank_states(run: RunConfig, world_size: int, *, precision: str) -> tuple[Ran
         step_bytes=max(numels.largest_owned, numels.largest_reduced) * 4,
         parameters=numels.parameters,
     ) for numels in _rank_numels(run.model, run.parallel, world_size))
-
-
-def _ffn(name: str, hidden: int, width: int) -> Iterator[ParameterTensor]:
-    yield ParameterTensor(f"{name}.linear_fc1", 2 * width * hidden)
-    yield ParameterTensor(f"{name}.linear_fc2", width * hidden)
 
 
 def checkpoint_bytes(run: RunConfig) -> int:
