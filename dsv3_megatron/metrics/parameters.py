@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import TrainingConfig
+from dsv3_megatron.config.weights import COMPONENTS, Place, Split, Weight, weights_at
 from dsv3_megatron.parallel.placement import placement
 
 if TYPE_CHECKING:
@@ -129,65 +130,51 @@ def _active(components: Iterable[Component]) -> int:
     return sum(component.active for component in components)
 
 
-def _attention(model: ModelConfig, num_layers: int) -> list[Component]:
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    query_width = heads * model.qk_head_dim
-    latent_width = model.kv_lora_rank + model.qk_rope_head_dim
-    if model.q_lora_rank is None:
-        weights = [("q_proj", hidden * query_width, TENSOR)]
-    else:
-        weights = [("q_a_proj", hidden * model.q_lora_rank, REPLICATED),
-                   ("q_b_proj", model.q_lora_rank * query_width, TENSOR)]
-    weights += [
-        ("kv_a_proj", hidden * latent_width, REPLICATED),
-        ("kv_b_proj", model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim), TENSOR),
-        ("o_proj", heads * model.v_head_dim * hidden, TENSOR),
-    ]
-    return [Component("attention", name, size, num_layers, num_layers, where) for name, size, where in weights]
+def _lines(model: ModelConfig, rows: Iterable[tuple[Weight, int]]) -> list[Component]:
+    """Components of weights that occur so many times, in the order of the lines' first weights.
+
+    A unit of routed or shared experts is one expert.
+    """
+    sums: dict[tuple[str, str, str, int, int, int], int] = {}
+    for weight, times in rows:
+        if weight.is_trained:
+            units, active = _units(model, weight)
+            key = weight.component, weight.counted_as, _sharding(weight), times * units, times * active, units
+            sums[key] = sums.get(key, 0) + weight.numel(model) * (units if weight.is_expert else 1)
+    return [Component(part, name, size // units, num_units, num_active, sharding)
+            for (part, name, sharding, num_units, num_active, units), size in sums.items()]
 
 
-def _norm_width(model: ModelConfig) -> int:
-    """RMSNorm weights in one layer: before attention, before the FFN, on the query and key/value latents."""
-    return 2 * model.hidden_size + (model.q_lora_rank or 0) + model.kv_lora_rank
+def _units(model: ModelConfig, weight: Weight) -> tuple[int, int]:
+    """In how many units a layer has a weight, and how many of them a token passes through."""
+    if weight.is_expert:
+        return model.num_experts, model.moe_router_topk
+    units = model.num_shared_experts if weight.component == "shared_experts" else 1
+    return units, units
+
+
+def _sharding(weight: Weight) -> str:
+    if weight.is_expert:
+        return EXPERT
+    return REPLICATED if weight.split is Split.REPLICATED else TENSOR
 
 
 def _blocks(model: ModelConfig, num_dense: int, num_moe: int) -> list[Component]:
     """Components of `num_dense` dense and `num_moe` MoE transformer layers."""
-    layers, hidden = num_dense + num_moe, model.hidden_size
-    expert = 3 * hidden * model.moe_ffn_hidden_size
-    shared = num_moe * model.num_shared_experts
-    return [
-        *_attention(model, layers),
-        Component("dense_ffn", "dense_ffn", 3 * hidden * model.ffn_hidden_size, num_dense, num_dense, TENSOR),
-        Component("router", "router", model.num_experts * hidden, num_moe, num_moe, REPLICATED),
-        Component("routed_experts", "routed_experts", expert, num_moe * model.num_experts,
-                  num_moe * model.moe_router_topk, EXPERT),
-        Component("shared_experts", "shared_experts", expert, shared, shared, TENSOR),
-        Component("norms", "layer_norms", _norm_width(model), layers, layers, REPLICATED),
-    ]
+    counts = {Place.EVERY_LAYER: num_dense + num_moe, Place.DENSE_LAYER: num_dense, Place.MOE_LAYER: num_moe}
+    lines = _lines(model, [(weight, times) for place, times in counts.items() for weight in weights_at(model, place)])
+    return sorted(lines, key=lambda line: COMPONENTS.index(line.part))
 
 
-def _embedding(model: ModelConfig) -> Component:
-    return Component("embedding", "embedding", model.vocab_size * model.hidden_size, 1, 1, TENSOR)
-
-
-def _head(model: ModelConfig) -> Component:
-    return Component("head", "head", model.vocab_size * model.hidden_size, 1, 1, TENSOR)
-
-
-def _final_norm(model: ModelConfig) -> Component:
-    return Component("final_norm", "final_norm", model.hidden_size, 1, 1, REPLICATED)
+def _ends(model: ModelConfig, place: Place, times: int = 1) -> list[Component]:
+    return _lines(model, [(weight, times) for weight in weights_at(model, place)])
 
 
 def _mtp(model: ModelConfig, depth: int) -> list[Component]:
     """`depth` MTP modules: two input norms, M_k of eq. 21, one layer like the last, the norm before the shared head."""
-    hidden, num_moe = model.hidden_size, depth if model.num_moe_layers else 0
-    return [
-        Component("mtp", "input_norms", 2 * hidden, depth, depth, REPLICATED),
-        Component("mtp", "eh_proj", 2 * hidden * hidden, depth, depth, TENSOR),
-        *_blocks(model, depth - num_moe, num_moe),
-        Component("mtp", "final_norm", hidden, depth, depth, REPLICATED),
-    ]
+    num_moe = depth if model.num_moe_layers else 0
+    return [*_ends(model, Place.MTP_BEGIN, depth), *_blocks(model, depth - num_moe, num_moe),
+            *_ends(model, Place.MTP_END, depth)]
 
 
 def _present(components: Iterable[Component]) -> tuple[Component, ...]:
@@ -205,8 +192,8 @@ def count_parameters(model: ModelConfig) -> ParameterTable:
 
     Source: DeepSeek-V3 report, sections 2.1.1 (eq. 1-11), 2.1.2, 2.2 and 4.2.
     """
-    main = [_embedding(model), *_blocks(model, model.num_dense_layers, model.num_moe_layers), _final_norm(model),
-            _head(model)]
+    main = [*_ends(model, Place.EMBEDDING), *_blocks(model, model.num_dense_layers, model.num_moe_layers),
+            *_ends(model, Place.AFTER_LAYERS), *_ends(model, Place.HEAD)]
     return ParameterTable(_present(main), _present(_mtp(model, model.mtp_num_layers)))
 
 
@@ -222,11 +209,11 @@ def stage_components(model: ModelConfig, stage: StageLayout) -> tuple[Component,
     norm_here = (model.num_layers - 1) in stage.layer_ids if model.mtp_num_layers else stage.has_loss
     components = _blocks(model, num_dense, len(stage.layer_ids) - num_dense) + _mtp(model, len(stage.mtp_layer_ids))
     if stage.has_embedding or has_mtp:
-        components.insert(0, _embedding(model))
+        components = _ends(model, Place.EMBEDDING) + components
     if norm_here:
-        components.append(_final_norm(model))
+        components += _ends(model, Place.AFTER_LAYERS)
     if stage.has_loss or has_mtp:
-        components.append(_head(model))
+        components += _ends(model, Place.HEAD)
     return _present(components)
 
 
@@ -265,7 +252,8 @@ def rank_parameters(run: RunConfig, stages: Sequence[StageLayout]) -> list[RankP
         held = [stages[place.stage] for place in places]
         components = [component for stage in held for component in stage_components(model, stage)]
         if len(held) > 1 and held[0].has_embedding and held[-1].mtp_layer_ids:
-            components.remove(_embedding(model))  # shared by the two stages
+            for shared in _ends(model, Place.EMBEDDING):  # of the two stages
+                components.remove(shared)
         dense = (sum(c.total for c in components if c.sharding == REPLICATED)
                  + sum(c.total for c in components if c.sharding == TENSOR) // tp)
         ranks.append(RankParameters(
