@@ -1,7 +1,7 @@
 """FP8: which product of which module runs in which precision, as one table, and the flags around it.
 
-Module names are global: layer numbers are the model's, whatever stage holds them. What is in no line of `linear_shapes`
-(embedding, output head, router, norms, core attention) is never in FP8.
+Module names are global: layer numbers are the model's, whatever stage holds them. Which weights FP8 may compute is a
+column of `weights.py`. The others (embedding, output head, router, norms), and core attention, are never in FP8.
 
 Source: DeepSeek-V3 report, section 3.3.
 """
@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from dsv3_megatron.config.fields import ConfigError, option
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.weights import Fp8, Weight, sections
 
 FP8_MODES = ("none", "blockwise")
 FP8_BACKENDS = ("auto", "transformer_engine", "triton", "reference")
@@ -64,7 +65,8 @@ _CHOICES = {
 }
 BF16 = LinearPrecision("bf16", "bf16", "bf16", "bf16")
 
-# The report's map. The last line that matches a module's name holds.
+# The report's map of the linears that the published checkpoint stores in FP8. The last line that matches a module's
+# name holds. Others that FP8 may compute are in the run's precision.
 TABLE: tuple[tuple[str, LinearPrecision], ...] = (
     # modules                        fprop  dgrad  wgrad  cached  scales of the input
     ("*", LinearPrecision("fp8", "fp8", "fp8", "e4m3", "arbitrary")),
@@ -72,8 +74,6 @@ TABLE: tuple[tuple[str, LinearPrecision], ...] = (
     ("*.self_attention.linear_proj", LinearPrecision("fp8", "fp8", "fp8", "e5m6", "power_of_2")),
     # What the dispatch carries.
     ("*.mlp.experts.linear_fc1", LinearPrecision("fp8", "fp8", "fp8", "e4m3", "power_of_2")),
-    # Not among the linears that the published checkpoint stores in FP8.
-    ("mtp.layers.*.eh_proj", BF16),
 )
 
 
@@ -160,43 +160,22 @@ def require_tileable(fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfi
                     f"{name}=bf16), or use fp8_backend=reference")
 
 
+def fp8_weights(model: ModelConfig) -> dict[str, Weight]:
+    """Every linear that FP8 may compute, by its global name. The experts of a layer are two names for all of them."""
+    return {section.ours + weight.module: weight for section in sections(model) for weight in section.weights
+            if weight.fp8 is not Fp8.NEVER}
+
+
 def linear_shapes(model: ModelConfig, parallel: ParallelConfig | None = None) -> dict[str, tuple[int, int]]:
-    """Every linear that FP8 may compute, by its global name: rows (out) and columns (in), on one rank if split.
+    """Rows (out) and columns (in) of every linear that FP8 may compute, on one rank if split, by its global name.
 
     The experts of a layer are two names; each stands for all of them.
     """
-    tp = parallel.tensor_model_parallel_size if parallel else 1
-    expert_tp = (parallel.expert_tensor_parallel_size or tp) if parallel else 1
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    query = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
-    shapes: dict[str, tuple[int, int]] = {}
-
-    def ffn(prefix: str, width: int, parts: int) -> None:
-        shapes[f"{prefix}.linear_fc1"] = (2 * width // parts, hidden)
-        shapes[f"{prefix}.linear_fc2"] = (hidden, width // parts)
-
-    def layer(prefix: str, is_moe: bool) -> None:
-        attention = f"{prefix}.self_attention"
-        if model.q_lora_rank is None:
-            shapes[f"{attention}.linear_q_proj"] = (query // tp, hidden)
-        else:
-            shapes[f"{attention}.linear_q_down_proj"] = (model.q_lora_rank, hidden)
-            shapes[f"{attention}.linear_q_up_proj"] = (query // tp, model.q_lora_rank)
-        shapes[f"{attention}.linear_kv_down_proj"] = (model.kv_lora_rank + model.qk_rope_head_dim, hidden)
-        shapes[f"{attention}.linear_kv_up_proj"] = (
-            heads * (model.qk_nope_head_dim + model.v_head_dim) // tp, model.kv_lora_rank)
-        shapes[f"{attention}.linear_proj"] = (hidden, heads * model.v_head_dim // tp)
-        if not is_moe:
-            return ffn(f"{prefix}.mlp", model.ffn_hidden_size, tp)
-        ffn(f"{prefix}.mlp.experts", model.moe_ffn_hidden_size, expert_tp)
-        if model.num_shared_experts:
-            ffn(f"{prefix}.mlp.shared_experts", model.num_shared_experts * model.moe_ffn_hidden_size, tp)
-
-    for index in range(model.num_layers):
-        layer(f"decoder.layers.{index}", index >= model.num_dense_layers)
-    for depth in range(model.mtp_num_layers):
-        shapes[f"mtp.layers.{depth}.eh_proj"] = (hidden // tp, 2 * hidden)
-        layer(f"mtp.layers.{depth}.mtp_model_layer", model.num_moe_layers > 0)
+    split = parallel or ParallelConfig()
+    shapes = {}
+    for name, weight in fp8_weights(model).items():
+        rows, columns = weight.local_shape(model, split)
+        shapes[name] = (rows, columns)
     return shapes
 
 
@@ -206,10 +185,13 @@ def precision_map(fp8: Fp8Config, model: ModelConfig) -> dict[str, LinearPrecisi
     Raises:
         ConfigError: an override that cannot be read, or whose pattern matches no module.
     """
-    names = list(linear_shapes(model))
+    weights = fp8_weights(model)
+    names = list(weights)
     precisions = {}
-    for name in names:
+    for name, weight in weights.items():
         chosen = next(precision for pattern, precision in reversed(TABLE) if fnmatchcase(name, pattern))
+        if weight.fp8 is Fp8.ON_REQUEST:
+            chosen = BF16
         if chosen.is_fp8:
             chosen = dataclasses.replace(chosen, accumulation=fp8.fp8_accumulation, grad_grouping=fp8.fp8_grad_grouping)
             if fp8.fp8_power_of_2_scales:
