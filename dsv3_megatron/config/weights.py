@@ -108,8 +108,8 @@ class Weight:
             shape and lie on top of each other in the weight, the first one in its upper rows.
         component: The component that the weight belongs to, one of COMPONENTS.
         line: Line of the table of counts that it is counted in; "": that of its component.
-        split: How tensor-parallel ranks share it.
-        fp8: Whether FP8 may compute its products.
+        split: How tensor-parallel ranks share the weight.
+        fp8: Whether FP8 may compute the products with it.
         when: Whether a model has the weight.
         is_trained: A gradient trains it. If not, it is a buffer in fp32 and no parameter.
         fused_into: Linear after a norm, into which Transformer Engine fuses the norm's weight; "": none.
@@ -135,12 +135,12 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is the matrix of a product or a table, not a vector."""
+        """Whether the weight is the matrix of a product or a table, not a vector."""
         return len(self.widths) == 2
 
     @property
     def is_expert(self) -> bool:
-        """Whether there is one for each routed expert."""
+        """Whether each routed expert has one."""
         return "{expert}" in self.name
 
     @property
@@ -150,7 +150,7 @@ class Weight:
 
     @property
     def module(self) -> str:
-        """Name of the module that holds it; the experts of a layer are held by one."""
+        """Name of the module that holds the weight; the experts of a layer are held by one."""
         return self.name.replace("{expert}.", "").removesuffix(".weight")
 
     @property
