@@ -33,7 +33,8 @@ class ParallelConfig:
                     "all-to-alls; dualpipe and dualpipev always do")
     pipeline_model_parallel_layout: str | None = option(
         None, help="layers of each stage, Megatron-Core's notation, e.g. 'Ett|tt|ttmL', or 'E|ttt|ttt|mL' with "
-                   "the embedding, and the MTP modules and the loss, in stages of their own; none: balanced")
+                   "the embedding, and the MTP modules and the loss, in stages of their own, or 'Ettt|ttt|m|L' with "
+                   "the loss apart from the MTP modules; none: balanced")
     expert_model_parallel_size: int = option(1, help="ranks the experts of a layer are spread over")
     expert_tensor_parallel_size: int = option(1, help="ranks each expert is split over")
     context_parallel_size: int = option(1, help="ranks a sequence is split over; only 1 is supported")
@@ -121,13 +122,16 @@ class ParallelConfig:
         _must_divide("expert_model_parallel_size", ep, [("num_experts", model.num_experts)])
         _must_divide("expert_tensor_parallel_size", etp, [("moe_ffn_hidden_size", model.moe_ffn_hidden_size)])
         self._validate_schedule(model)
-        # In a layout of its own the first and the last stage may do without transformer layers.
-        most = model.num_layers + 2 * (self.pipeline_model_parallel_layout is not None)
+        # In a layout of its own the first and the last stage may do without transformer layers, and that of the MTP
+        # modules.
+        ends = 2 + (model.mtp_num_layers > 0)
+        most = model.num_layers + ends * (self.pipeline_model_parallel_layout is not None)
         if self.num_stages > most:
             raise ConfigError(
                 f"pipeline_model_parallel_size={self.pipeline_model_parallel_size} x {self.stages_per_rank_field} "
                 f"makes {self.num_stages} stages, more than num_layers={model.num_layers}; use at most {most} stages"
-                + (" with embedding and loss in stages of their own" if most > model.num_layers else "")
+                + (f" with embedding{', MTP modules' * (ends > 2)} and loss in stages of their own"
+                   if most > model.num_layers else "")
             )
 
     @property

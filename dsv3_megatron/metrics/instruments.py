@@ -70,7 +70,7 @@ class Instruments:
             (layer, router, RouterObserver(model.num_experts, model.moe_router_num_groups, device.torch_device))
             for layer, router in routers(chunks, model.num_layers)]
         self._heads = [module for chunk in chunks for module in chunk.modules()
-                       if isinstance(module, DeepSeekV3Model) and module.post_process and module.mtp_process]
+                       if isinstance(module, DeepSeekV3Model) and module.post_process and model.mtp_num_layers]
         self._agreement = HeadAgreement(model.mtp_num_layers, groups.tp, device.torch_device)
         # Tensor-parallel ranks compare the same heads.
         self._counts_agreement = groups.tp.rank() == 0

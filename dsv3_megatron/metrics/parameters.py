@@ -200,8 +200,8 @@ def count_parameters(model: ModelConfig) -> ParameterTable:
 def stage_components(model: ModelConfig, stage: StageLayout) -> tuple[Component, ...]:
     """What one pipeline stage holds, copies of shared weights included.
 
-    A stage with MTP needs the embedding and the head. Where it is not the stage that owns them, it holds
-    a copy whose gradient is summed with the owner's. The final norm is with the last decoder layer when
+    A stage with MTP needs the embedding. Where it is not the stage that owns it, it holds a copy whose gradient is
+    summed with the owner's. The final norm is with the last decoder layer when
     there is MTP (whose input is its output), otherwise with the loss, as in Megatron-Core.
     """
     num_dense = sum(layer < model.num_dense_layers for layer in stage.layer_ids)
@@ -212,7 +212,7 @@ def stage_components(model: ModelConfig, stage: StageLayout) -> tuple[Component,
         components = _ends(model, Place.EMBEDDING) + components
     if norm_here:
         components += _ends(model, Place.AFTER_LAYERS)
-    if stage.has_loss or has_mtp:
+    if stage.has_loss:
         components += _ends(model, Place.HEAD)
     return _present(components)
 

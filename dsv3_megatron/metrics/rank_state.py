@@ -106,7 +106,7 @@ def stage_tensors(model: ModelConfig, parallel: ParallelConfig, stage: StageLayo
     for _ in stage.mtp_layer_ids:
         yield from held(weights_at(model, Place.MTP_BEGIN, Place.MTP_END))
         yield from held(layer_weights(model, is_moe=model.num_moe_layers > 0))
-    if stage.has_loss or has_mtp:
+    if stage.has_loss:
         yield from held(weights_at(model, Place.HEAD))
 
 

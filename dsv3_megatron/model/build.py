@@ -61,14 +61,14 @@ def build_stages(
 
 
 def _share_embedding(stages: list[DeepSeekV3Model]) -> None:
-    """Where the first stage is on the rank of the last one, let that one's MTP modules use its embedding.
+    """Let the last stage and that with the MTP modules use the embedding of the first one, if it is on their rank.
 
     It is one parameter with one gradient, which the first stage owns and saves. Under DualPipe the two stages are of
     different copies of the model, which are equal. Source: DeepSeek-V3 report, section 3.2.3.
     """
     first = next((stage for stage in stages if stage.pre_process), None)
     for stage in stages:
-        if first is not None and stage is not first and stage.mtp_process:
+        if first is not None and stage is not first and (stage.mtp_process or stage.post_process):
             stage.use_embedding_of(first)
 
 

@@ -57,40 +57,70 @@ class DeepSeekV3Model(GPTModel):
 
     agreement: HeadAgreement | None = None
 
+    @property
+    def num_hidden_inputs(self) -> int:
+        """Number of hidden states that the stage before gives: the main model's, and those of each of its MTP modules.
+
+        They lie one after the other along the sequence. None come to the first stage, which begins with token ids.
+        """
+        if self.pre_process:
+            return 0
+        return 1 + (self.config.mtp_num_layers or 0) if self.post_process and not self.mtp_process else 1
+
     def use_embedding_of(self, first: DeepSeekV3Model) -> None:
-        """Drop this last stage's copy of the embedding for the one of the first stage, which is on the same rank.
+        """Let this stage have the embedding of the first stage, which is on the same rank, instead of a copy.
 
         It is then no submodule of this stage: its parameter is trained, saved and loaded with the first stage alone.
         """
-        assert self.mtp_process and not self.pre_process
-        del self.embedding
+        assert not self.pre_process
+        if self.mtp_process:
+            del self.embedding
         object.__setattr__(self, "embedding", first.embedding)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """The embedding's weight of this stage or of the first one on the same rank; None where there is neither.
+
+        Megatron-Core sums its gradient over the pipeline ranks that have copies, and asks a rank's first or last stage
+        for it. It would be given the output head's weight by a last stage without MTP modules.
+        """
+        embedding = getattr(self, "embedding", None)
+        return None if embedding is None else embedding.word_embeddings.weight
 
     def _postprocess(self, hidden_states: torch.Tensor, input_ids: torch.Tensor, position_ids: torch.Tensor,
                      labels: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """Hidden states to losses; to logits [B, S, V] of the main head without labels.
+
+        A stage with MTP modules in front of the one with the losses gives the hidden states of all depths to it, one
+        after the other along the sequence.
 
         Source of the MTP losses: DeepSeek-V3 report, eq. 21-25. `hidden_states` are after the final norm,
         as in the published code. With isolated documents (`packed_seq_params`) each is a sequence of its own: the
         target of depth k at position i is there where positions i and i + k are in one document, and then it is
         the main model's target at i + k, which counts or not for both.
         """
+        has_depths = self.num_hidden_inputs > 1
+        documents: PackedDocuments | None = kwargs.get("packed_seq_params")
+        if self.mtp_process and not (self.post_process and labels is None):
+            with as_pipeline_rank(self.pg_collection.pp.rank()):  # the block looks for MTP modules on ranks before it
+                hidden_states = self.mtp(
+                    input_ids=input_ids, position_ids=position_ids, hidden_states=hidden_states,
+                    attention_mask=kwargs.get("attention_mask"), packed_seq_params=documents, embedding=self.embedding)
+            has_depths = True
         if not self.post_process:
             return hidden_states
+        main_SBH, *by_depth = self.depths(hidden_states) if has_depths else (hidden_states,)
         if labels is None:
-            logits_SBV, _ = self.output_layer(hidden_states, runtime_gather_output=True)
+            logits_SBV, _ = self.output_layer(main_SBH, runtime_gather_output=True)
             return logits_SBV.transpose(0, 1).contiguous()
         mtp_losses: list[torch.Tensor] = []
-        if self.mtp_process:
-            documents: PackedDocuments | None = kwargs.get("packed_seq_params")
-            outputs = self.mtp(
-                input_ids=input_ids, position_ids=position_ids, hidden_states=hidden_states,
-                attention_mask=kwargs.get("attention_mask"), packed_seq_params=documents, embedding=self.embedding)
-            by_depth = outputs.chunk(1 + self.config.mtp_num_layers, dim=0)[1:]
-            for depth, pair in enumerate(zip(by_depth, self.mtp_targets(labels, documents), strict=True), start=1):
-                self.observe_heads(depth, hidden_states, *pair)
-                mtp_losses.append(self.mtp_losses(*pair))
-        return TokenLosses(self.token_losses(hidden_states, labels), tuple(mtp_losses))
+        for depth, pair in enumerate(zip(by_depth, self.mtp_targets(labels, documents), strict=True), start=1):
+            self.observe_heads(depth, main_SBH, *pair)
+            mtp_losses.append(self.mtp_losses(*pair))
+        return TokenLosses(self.token_losses(main_SBH, labels), tuple(mtp_losses))
+
+    def depths(self, hidden_SBH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Hidden states of the main model and of each MTP module, of a tensor with all of them along the sequence."""
+        return hidden_SBH.chunk(1 + (self.config.mtp_num_layers or 0), dim=0)
 
     def mtp_targets(self, labels_BS: torch.Tensor, documents: PackedDocuments | None) -> list[MTPTargets]:
         """What each MTP module predicts, by depth."""

@@ -22,9 +22,10 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.config.pipeline import FOLDED
 from dsv3_megatron.parallel.communicators import COLLECTIVE_TIMEOUT_S, process_group
+from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.parallel.placement import placement
 from dsv3_megatron.parallel.roll_call import meet_ranks
 from dsv3_megatron.platform import Device
@@ -78,9 +79,6 @@ def create_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection
     )
     model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    if parallel.schedule in FOLDED:
-        # The last stage, on the same rank, uses the embedding as it is: no other rank has a copy to sum up.
-        groups.embd = process_group([torch.distributed.get_rank()])
     if parallel.num_model_copies > 1:
         _join_mirrored_ranks(groups)
     return groups
@@ -105,14 +103,42 @@ def _join_mirrored_ranks(groups: ProcessGroupCollection) -> None:
     groups.expt_dp = groups.intra_expt_dp = groups.expt_dp_gtp_remat = joined(groups.expt_dp)
 
 
-def groups_of_tokens(groups: ProcessGroupCollection) -> ProcessGroupCollection:
+def groups_of_gradients(model: ModelConfig, parallel: ParallelConfig, groups: ProcessGroupCollection
+                        ) -> ProcessGroupCollection:
     """The groups with which Megatron-Core finishes gradients, given the tokens of a whole pipeline on each rank.
 
-    It sums the tokens over `dp_cp`, which must then have each pipeline once, also where mirrored ranks are joined.
+    It sums the tokens over `dp_cp`, which must then have each pipeline once, also where mirrored ranks are joined. The
+    embedding's gradient it sums over `embd`, which must have the ranks with copies of the embedding.
+
+    Args:
+        model: The run's model.
+        parallel: How the model is split.
+        groups: The run's process groups; called by every rank of them, for it makes a group.
     """
-    counted = copy.copy(groups)
-    counted.dp_cp = counted.dp_cp_gtp_remat = groups.dp
-    return counted
+    finishing = copy.copy(groups)
+    finishing.dp_cp = finishing.dp_cp_gtp_remat = groups.dp
+    ranks = torch.distributed.get_process_group_ranks(groups.pp)
+    # Alone where there is no other copy. Without a group Megatron-Core would take that of the first and the last rank.
+    finishing.embd = process_group([ranks[rank] for rank in embedding_copies(model, parallel)[groups.pp.rank()]])
+    return finishing
+
+
+def embedding_copies(model: ModelConfig, parallel: ParallelConfig) -> tuple[tuple[int, ...], ...]:
+    """Which pipeline ranks have the copies of the embedding whose gradients are summed, in ascending order.
+
+    The first stage has the embedding. The stage with the MTP modules has a copy, unless it is on the same rank, where
+    it uses the same parameter. Under DualPipe mirrored ranks are summed before, as data-parallel ranks: each half of
+    the ranks then has a part of those sums, and its copies.
+
+    Returns:
+        By pipeline rank, with itself; itself alone if no other rank has a copy of what it has.
+    """
+    layouts, places = stage_layouts(model, parallel), placement(parallel)
+    holders = [rank for rank, held in enumerate(places)
+               if any(layouts[stage].has_embedding or layouts[stage].mtp_layer_ids for _, stage in held)]
+    half = len(places) // parallel.num_model_copies
+    return tuple(tuple(other for other in holders if other // half == rank // half) if rank in holders else (rank,)
+                 for rank in range(len(places)))
 
 
 def replicas(parallel: ParallelConfig, groups: ProcessGroupCollection) -> list[tuple[int, int]]:
@@ -146,11 +172,14 @@ class PipelinePosition:
 
 
 def at_pipeline_rank(groups: ProcessGroupCollection, rank: int) -> ProcessGroupCollection:
-    """The groups for the modules of a stage at a position of Megatron-Core's numbering."""
-    if rank == groups.pp.rank():
-        return groups
+    """The groups for the modules of a stage at a position of Megatron-Core's numbering.
+
+    There is none for copies of the embedding, which Megatron-Core would fill from one another: `model/init.py` does.
+    """
     placed = copy.copy(groups)
-    placed.pp = PipelinePosition(rank, groups.pp.size())
+    placed.embd = None
+    if rank != groups.pp.rank():
+        placed.pp = PipelinePosition(rank, groups.pp.size())
     return placed
 
 

@@ -26,7 +26,7 @@ class StageLayout:
         has_embedding: The stage turns token ids into hidden states.
         mtp_layer_ids: 0-based depths of its MTP modules; they bring their own copy of the embedding
             where has_embedding is False.
-        has_loss: The stage holds the final norm, the output head and the losses.
+        has_loss: The stage holds the output head and the losses.
     """
 
     stage: int
@@ -35,30 +35,39 @@ class StageLayout:
     mtp_layer_ids: tuple[int, ...]
     has_loss: bool
 
+    @property
+    def num_hidden_outputs(self) -> int:
+        """Hidden states that the stage gives to the next one: the main model's, and those of each of its MTP modules.
+
+        They travel as one tensor, one after the other along the sequence, as in Megatron-Core; 0 of the last stage.
+        """
+        return 0 if self.has_loss else 1 + len(self.mtp_layer_ids)
+
 
 def stage_layouts(model: ModelConfig, parallel: ParallelConfig) -> list[StageLayout]:
     """Cut the model into `parallel.num_stages` stages, as asked for or balanced by compute.
 
     Without an explicit layout the largest stage's forward FLOPs are made as small as possible, the
     head and the MTP modules of the last stage counted; every stage gets at least one layer. In an explicit one the
-    first stage may hold the embedding alone, the last one the MTP modules and the loss.
+    first stage may hold the embedding alone, the last one the MTP modules and the loss, or the loss alone behind a
+    stage with the MTP modules.
 
     Raises:
         ConfigError: the explicit layout cannot be read, or does not hold exactly the model.
     """
+    last = mtp_stage = parallel.num_stages - 1
     if parallel.pipeline_model_parallel_layout is not None:
-        counts = _parse_layout(parallel.pipeline_model_parallel_layout, model, parallel)
+        counts, mtp_stage = _parse_layout(parallel.pipeline_model_parallel_layout, model, parallel)
     else:
         counts = _balanced_counts(model, parallel.num_stages)
     layouts: list[StageLayout] = []
     first = 0
-    last = len(counts) - 1
     for stage, count in enumerate(counts):
         layouts.append(StageLayout(
             stage=stage,
             layer_ids=tuple(range(first, first + count)),
             has_embedding=stage == 0,
-            mtp_layer_ids=tuple(range(model.mtp_num_layers)) if stage == last else (),
+            mtp_layer_ids=tuple(range(model.mtp_num_layers)) if stage == mtp_stage else (),
             has_loss=stage == last,
         ))
         first += count
@@ -137,8 +146,8 @@ def _repeated(match: re.Match[str]) -> str:
     return part * int(count)
 
 
-def _parse_layout(text: str, model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Layers per stage of an explicit layout."""
+def _parse_layout(text: str, model: ModelConfig, parallel: ParallelConfig) -> tuple[tuple[int, ...], int]:
+    """Layers per stage of an explicit layout, and the stage of the MTP modules: the last one, or the one before it."""
     unrolled = text.replace(",", "").replace(" ", "")
     for pattern in (r"\(([^()]+)\)\*(\d+)", r"([EtmL|])\*(\d+)"):
         unrolled = re.sub(pattern, _repeated, unrolled)
@@ -152,25 +161,34 @@ def _parse_layout(text: str, model: ModelConfig, parallel: ParallelConfig) -> tu
             f"{name} has {len(stages)} stages; pipeline_model_parallel_size="
             f"{parallel.pipeline_model_parallel_size} x {parallel.stages_per_rank_field} needs {parallel.num_stages}"
         )
-    layers = unrolled.count("t")
+    _check_stages(name, stages, model)
+    with_modules = [stage for stage, content in enumerate(stages) if "m" in content]
+    if len(with_modules) > 1:
+        modules = "m" * model.mtp_num_layers
+        raise ConfigError(f"{name} has MTP modules (m) in stages {' and '.join(map(str, with_modules))}; all "
+                          f"mtp_num_layers={model.mtp_num_layers} of them are in one stage, as in Megatron-Core: end "
+                          f"with '{modules}L' or '{modules}|L'")
+    return tuple(content.count("t") for content in stages), with_modules[0] if with_modules else len(stages) - 1
+
+
+def _check_stages(name: str, stages: list[str], model: ModelConfig) -> None:
+    """Check that the stages hold the whole model, once and in its order."""
+    whole = "".join(stages)
+    layers = whole.count("t")
     if layers != model.num_layers:
         raise ConfigError(f"{name} holds {layers} transformer layers (t); num_layers={model.num_layers}")
     for stage, content in enumerate(stages[:-1]):
-        if "m" in content:
-            both = "m" * model.mtp_num_layers + "L"
-            raise ConfigError(f"{name} has MTP modules (m) in stage {stage}, without the loss (L): they share the "
-                              "output head with it, and between stages go the main model's hidden states alone; end "
-                              f"with '|{both}', one stage for both, or with transformer layers in it")
-        if "t" not in content and content != "E":
+        if "t" not in content and "m" not in content and content != "E":
             raise ConfigError(f"{name} leaves stage {stage} without a transformer layer (t); give it at least one: "
-                              "only the first stage, with the embedding (E), and the last may do without")
-    expected_tail = "m" * model.mtp_num_layers + "L"
-    if not unrolled.startswith("E") or unrolled.count("E") != 1:
+                              "only the first stage, with the embedding (E), one with the MTP modules (m), and the "
+                              "last may do without")
+    if not whole.startswith("E") or whole.count("E") != 1:
         raise ConfigError(f"{name} must begin with the embedding (E) and have it once")
-    if not stages[-1].endswith(expected_tail) or unrolled.count("m") != model.mtp_num_layers \
-            or unrolled.count("L") != 1:
-        raise ConfigError(
-            f"{name} must end with {expected_tail!r}: all mtp_num_layers={model.mtp_num_layers} MTP modules (m) and "
-            "the loss (L) on the last stage, which holds the output head they share, with transformer layers or without"
-        )
-    return tuple(content.count("t") for content in stages)
+    modules = "m" * model.mtp_num_layers
+    if whole != "E" + "t" * layers + modules + "L" or not stages[-1]:
+        ends, what = "'L'", "the loss (L), once, in the last stage"
+        if modules:
+            ends = f"'{modules}L' or '{modules}|L'"
+            what = (f"all mtp_num_layers={model.mtp_num_layers} MTP modules (m) after the last transformer layer (t), "
+                    "then the loss (L), in the same stage or in one behind it, which is the last")
+        raise ConfigError(f"{name} must end with {ends}: {what}")

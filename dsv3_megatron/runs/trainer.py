@@ -55,7 +55,7 @@ from dsv3_megatron.ops.fp8.held_weights import constant_weights
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
-from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_tokens, start_process_group
+from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_gradients, start_process_group
 from dsv3_megatron.platform import prepare, resolve_precision
 from dsv3_megatron.process.logs import configure_logging
 from dsv3_megatron.process.stop import signal_name, stop_calls
@@ -93,7 +93,7 @@ class Trainer:
                                      ) if run.training.ema_decay else None
         self.instruments = Instruments(run, self.chunks, self.optimizer, self.groups, self.device)
         self.mcore_config.finalize_model_grads_func = self.instruments.around_reduction(
-            partial(finalize_model_grads, pg_collection=groups_of_tokens(self.groups)))
+            partial(finalize_model_grads, pg_collection=groups_of_gradients(run.model, run.parallel, self.groups)))
         # No weight changes within a global batch: in FP8 each is quantized once for all its micro-batches.
         self.forward_backward = constant_weights()(build_forward_backward(
             run.parallel, self.groups, self.mcore_config, trace=run.logging.trace_schedule))

@@ -21,7 +21,7 @@ micro-batch needs for its backward is the runners'.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -53,10 +53,12 @@ class Executor:
         plan: A sound plan.
         rank: Pipeline rank whose part is run.
         transport: Messages to and from the other ranks.
+        lengths: How many times as long as others the tensors are that cross a boundary between stages, by
+            `Output.boundary`; 1 where nothing is said.
     """
 
-    def __init__(self, plan: Plan, rank: int, transport: Transport) -> None:
-        self.plan, self.rank, self.transport = plan, rank, transport
+    def __init__(self, plan: Plan, rank: int, transport: Transport, lengths: Mapping[int, int] | None = None) -> None:
+        self.plan, self.rank, self.transport, self.lengths = plan, rank, transport, lengths or {}
         self._issued = issue_order(with_transfers(plan)[rank], rank)
 
     def run(self, runners: Sequence[ChunkRunner], recorder: Recorder | None = None) -> None:
@@ -70,7 +72,7 @@ class Executor:
             Exception: what a runner or the transport raised, with a note of the action.
         """
         assert len(runners) == self.plan.num_chunks, "a runner for each chunk"
-        step = _Step(self.plan, self.rank, self.transport, runners)
+        step = _Step(self.plan, self.rank, self.transport, self.lengths, runners)
         for item in self._issued:
             if isinstance(item, Send):
                 step.send(item.transfer)
@@ -87,18 +89,22 @@ class Executor:
 class _Step:
     """What a rank holds between the actions of one step."""
 
-    def __init__(self, plan: Plan, rank: int, transport: Transport, runners: Sequence[ChunkRunner]) -> None:
-        self.plan, self.rank, self.transport, self.runners = plan, rank, transport, runners
+    def __init__(self, plan: Plan, rank: int, transport: Transport, lengths: Mapping[int, int],
+                 runners: Sequence[ChunkRunner]) -> None:
+        self.plan, self.rank, self.transport, self.lengths, self.runners = plan, rank, transport, lengths, runners
         self.arrivals: dict[Output, Arrival] = {}
         self.made: dict[Output, torch.Tensor] = {}
         self.current: Action | None = None   # the action that is not complete
         self.num_begun = 0
 
     def receive(self, transfer: Transfer) -> None:
-        self.arrivals[transfer.output] = self.transport.receive(transfer.source)
+        self.arrivals[transfer.output] = self.transport.receive(transfer.source, self._length(transfer.output))
 
     def send(self, transfer: Transfer) -> None:
-        self.transport.send(self.made.pop(transfer.output), transfer.destination)
+        self.transport.send(self.made.pop(transfer.output), transfer.destination, self._length(transfer.output))
+
+    def _length(self, output: Output) -> int:
+        return self.lengths.get(output.boundary, 1)
 
     def run(self, action: Action, recorder: Recorder | None) -> None:
         """An action up to where its outputs are made."""

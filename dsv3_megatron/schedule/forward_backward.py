@@ -1,7 +1,9 @@
 """A step's forward and backward passes over a pipeline, behind the interface of Megatron-Core's schedules.
 
 Without a pipeline it is Megatron-Core's own function; with one, a plan run by the executor on stages in pieces
-(`model/stage/runner.py`). What goes between stages is [S / TP, B, H] in the pipeline's dtype.
+(`model/stage/runner.py`). What goes between stages is [S / TP, B, H] in the pipeline's dtype. From a stage with MTP
+modules to one with the losses it is [(1 + D) S / TP, B, H]: the hidden states of the main model, then of each of D
+modules.
 """
 
 from __future__ import annotations
@@ -186,5 +188,11 @@ class PipelineStep:
             transport = self.channels.transport(
                 shape=(seq_length // self.groups.tp.size(), micro_batch_size, self.config.hidden_size),
                 dtype=self.config.pipeline_dtype, device=self.device)
-            self._executors[key] = Executor(plan, self.groups.pp.rank(), transport)
+            self._executors[key] = Executor(plan, self.groups.pp.rank(), transport, self._lengths())
         return self._executors[key]
+
+    def _lengths(self) -> dict[int, int]:
+        """Hidden states that cross the last boundary, if they are several: MTP modules are in the stage before it."""
+        if not self.config.mtp_standalone:
+            return {}
+        return {self.parallel.num_stages - 2: 1 + self.config.mtp_num_layers}

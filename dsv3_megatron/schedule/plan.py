@@ -46,6 +46,11 @@ class Output(NamedTuple):
     stage: int
     microbatch: int
 
+    @property
+    def boundary(self) -> int:
+        """Number of the boundary between two stages that the tensor crosses: that of the stage before it."""
+        return self.stage - 1 if self.is_gradient else self.stage
+
     def __str__(self) -> str:
         direction = f" of direction {self.direction}" if self.direction else ""
         return (f"{'gradient' if self.is_gradient else 'output'} of stage {self.stage}{direction}, "

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.schedule.actions import Action, Kind
@@ -59,11 +59,11 @@ class StageCosts:
         Raises:
             ConfigError: a cost is not a number, not positive where it must be, or larger than what it is a part of.
         """
-        for field in ("forward", "backward", "weight"):
-            require_cost(f"{name}{field}", getattr(self, field))
-        for field in ("weight_tail", "all_to_all_forward", "all_to_all_backward", "optimizer", "activation",
-                      "parameters"):
-            require_cost(f"{name}{field}", getattr(self, field), is_zero_allowed=True)
+        for part in ("forward", "backward", "weight"):
+            require_cost(f"{name}{part}", getattr(self, part))
+        for part in ("weight_tail", "all_to_all_forward", "all_to_all_backward", "optimizer", "activation",
+                     "parameters"):
+            require_cost(f"{name}{part}", getattr(self, part), is_zero_allowed=True)
         require_part(f"{name}weight", self.weight, "backward", self.backward)
         if self.weight_tail > self.weight:
             raise ConfigError(f"{name}weight_tail={_shown(self.weight_tail)} must be at most "
@@ -83,11 +83,14 @@ class Costs:
             the two chunks' compute and of their all-to-all, one after the other each, which is perfect hiding.
         p2p: Time that passes between the hand-over of an output and its use on another rank; none on the same rank.
             Transfers run beside the compute.
+        p2p_of_boundary: Time of transfers across single boundaries between stages, by `Output.boundary`, where it is
+            another.
     """
 
     stages: tuple[StageCosts, ...]
     overlapped: Time | Mapping[tuple[int, int], Time] | None = None
     p2p: Time = 0
+    p2p_of_boundary: Mapping[int, Time] = field(default_factory=dict)
 
     @classmethod
     def uniform(cls, num_stages: int, *, forward: Time, backward: Time, weight: Time, overlapped: Time | None = None,
@@ -109,6 +112,8 @@ class Costs:
             if index == 0 or stage is not self.stages[index - 1]:
                 stage.validate(f"stage {index}: ")
         require_cost("p2p", self.p2p, is_zero_allowed=True)
+        for boundary, time in self.p2p_of_boundary.items():
+            require_cost(f"p2p_of_boundary[{boundary}]", time, is_zero_allowed=True)
         if isinstance(self.overlapped, Mapping):
             for (forward, backward), pair in self.overlapped.items():
                 if not (0 <= forward < num_stages and 0 <= backward < num_stages):
@@ -193,7 +198,8 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
     """
     costs.validate(plan.num_stages)
     timeline = run_in_order(plan, lambda rank, action: costs.duration(plan, rank, action), costs.p2p,
-                            lambda rank, action: costs.tail(plan, rank, action))
+                            lambda rank, action: costs.tail(plan, rank, action),
+                            delay_of_boundary=costs.p2p_of_boundary)
     held = [[costs.stages[place.stage] for place in places] for places in plan.placement]
     optimizer = [sum(stage.optimizer for stage in stages) for stages in held]
     busy = [sum(span.end - span.start for span in spans) + own for spans, own in zip(timeline, optimizer, strict=True)]

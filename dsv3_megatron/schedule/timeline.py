@@ -6,7 +6,7 @@ Times are whatever number the caller uses: int and Fraction give exact results, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -33,7 +33,8 @@ Timeline = tuple[tuple[Span, ...], ...]  # by rank, in order
 
 
 def run_in_order(plan: Plan, duration: Callable[[int, Action], Time], delay: Time = 0,
-                 tail: Callable[[int, Action], Time] = lambda _rank, _action: 0) -> Timeline:
+                 tail: Callable[[int, Action], Time] = lambda _rank, _action: 0, *,
+                 delay_of_boundary: Mapping[int, Time] | None = None) -> Timeline:
     """Run a plan without a clock of its own: each rank goes on until it lacks something, and again when that is made.
 
     Args:
@@ -42,6 +43,7 @@ def run_in_order(plan: Plan, duration: Callable[[int, Action], Time], delay: Tim
         delay: Time that passes between the hand-over of an output and its use on another rank. It keeps no rank from
             computing.
         tail: Rank and action -> how long the action goes on after it has handed over its outputs.
+        delay_of_boundary: The delay at single boundaries between stages, by `Output.boundary`, where it is another.
 
     Raises:
         PlanError: some ranks wait for what is never made: the order has a cycle, or lacks an operation.
@@ -62,7 +64,9 @@ def run_in_order(plan: Plan, duration: Callable[[int, Action], Time], delay: Tim
                     missing = needed
                     break
                 end, maker = made[needed]
-                start = max(start, end if maker == rank else end + delay)
+                if maker != rank:
+                    end += delay_of_boundary.get(needed.boundary, delay) if delay_of_boundary else delay
+                start = max(start, end)
             if missing is not None:
                 waiting.setdefault(missing, []).append(rank)
                 break

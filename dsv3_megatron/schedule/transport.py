@@ -35,12 +35,12 @@ class Arrival(Protocol):
 class Transport(Protocol):
     """Messages between pipeline ranks; each pair of ranks has an order of its own in each direction."""
 
-    def send(self, tensor: torch.Tensor, destination: int) -> None:
-        """Begin to send; the tensor is kept until it is sent."""
+    def send(self, tensor: torch.Tensor, destination: int, length: int = 1) -> None:
+        """Begin to send; the tensor is kept until it is sent. It is `length` times as long as others."""
         ...
 
-    def receive(self, source: int) -> Arrival:
-        """Be ready for the next tensor from a rank."""
+    def receive(self, source: int, length: int = 1) -> Arrival:
+        """Be ready for the next tensor from a rank, which is `length` times as long as others."""
         ...
 
     def flush(self) -> None:
@@ -53,7 +53,7 @@ class GroupTransport:
 
     Args:
         channels: A group for each edge that this rank sends or receives over.
-        shape: Shape of every tensor that is sent.
+        shape: Shape of every tensor that is sent, but for its length: a tensor may have several times the first number.
         dtype: Dtype of every tensor that is sent.
         device: Device of every tensor that is sent.
     """
@@ -64,15 +64,21 @@ class GroupTransport:
         self.shape, self.dtype, self.device = shape, dtype, device
         self._unfinished: dict[int, deque[tuple[Any, torch.Tensor]]] = {}
 
-    def send(self, tensor: torch.Tensor, destination: int) -> None:
+    def send(self, tensor: torch.Tensor, destination: int, length: int = 1) -> None:
         """Begin to send; the tensor is kept until it is sent.
+
+        Args:
+            tensor: What is sent.
+            destination: Rank that receives it.
+            length: How many times the length of `shape` the tensor has, as both sides know.
 
         Raises:
             ValueError: the tensor has not the shape and dtype that the other side expects.
         """
-        if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
-            raise ValueError(f"a stage's output is {tensor.dtype} {tuple(tensor.shape)}; between stages go "
-                             f"{self.dtype} {self.shape}, by the run's seq_length, micro_batch_size and hidden_size")
+        shape = self._shape(length)
+        if tuple(tensor.shape) != shape or tensor.dtype != self.dtype:
+            raise ValueError(f"a stage's output is {tensor.dtype} {tuple(tensor.shape)}; between these stages go "
+                             f"{self.dtype} {shape}, by the run's seq_length, micro_batch_size and hidden_size")
         tensor = tensor.contiguous()
         work = self.channels.isend(tensor, destination)
         unfinished = self._unfinished.setdefault(destination, deque())
@@ -80,10 +86,13 @@ class GroupTransport:
         while unfinished and (len(unfinished) > MAX_UNFINISHED_SENDS or unfinished[0][0].is_completed()):
             unfinished.popleft()[0].wait()
 
-    def receive(self, source: int) -> Arrival:
-        """Be ready for the next tensor from a rank."""
-        tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def receive(self, source: int, length: int = 1) -> Arrival:
+        """Be ready for the next tensor from a rank, of `length` times the length of `shape`."""
+        tensor = torch.empty(self._shape(length), dtype=self.dtype, device=self.device)
         return _Arrival(self.channels.irecv(tensor, source), tensor)
+
+    def _shape(self, length: int) -> tuple[int, ...]:
+        return (length * self.shape[0], *self.shape[1:])
 
     def flush(self) -> None:
         """Wait until everything is sent."""

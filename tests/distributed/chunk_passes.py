@@ -106,14 +106,17 @@ class Stage:
         generator = torch.Generator().manual_seed(torch.distributed.get_rank() // group.tp.size())
         device = next(wrapped.parameters()).device
         self.batches = [random_batch(run, generator).to(device) for _ in range(NUM_MICROBATCHES)]
-        shape = (SEQ_LENGTH // group.tp.size(), MICRO_BATCH_SIZE, run.model.hidden_size)
 
-        def random() -> list[torch.Tensor]:
+        def random(num_depths: int) -> list[torch.Tensor]:
+            shape = (num_depths * SEQ_LENGTH // group.tp.size(), MICRO_BATCH_SIZE, run.model.hidden_size)
             return [torch.randn(shape, generator=generator).to(device, config.pipeline_dtype) for _ in self.batches]
 
         nothing: list[Any] = [None] * NUM_MICROBATCHES
-        self.inputs = nothing if self.module.pre_process else random()
-        self.grads = nothing if self.module.post_process else random()
+        has_losses, has_modules = self.module.post_process, self.module.mtp_process
+        all_depths = 1 + run.model.mtp_num_layers
+        self.inputs = nothing if self.module.pre_process else random(
+            all_depths if has_losses and not has_modules else 1)
+        self.grads = nothing if has_losses else random(all_depths if has_modules else 1)
 
     def chunk(self, post: Any = post_all_to_all) -> ModelChunk:
         """The stage in pieces."""

@@ -22,7 +22,7 @@ from dsv3_megatron.model.parameters import WholeParameter, whole_parameters
 from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.router_bias import collect_expert_loads, routers, update_router_biases
-from dsv3_megatron.parallel.groups import create_groups, groups_of_tokens, replicas
+from dsv3_megatron.parallel.groups import create_groups, groups_of_gradients, replicas
 from dsv3_megatron.schedule.forward_backward import ForwardBackward, ForwardStep, build_forward_backward
 
 SEQ_LENGTH, GLOBAL_BATCH = 16, 4
@@ -133,7 +133,8 @@ def start(run: RunConfig) -> Training:
     stages, config = build_stages(run, groups, precision=precision)
     chunks = wrap_stages(stages, config, groups)
     optimizer = build_optimizer(run.training, chunks, groups, precision=precision)
-    config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups_of_tokens(groups))
+    config.finalize_model_grads_func = partial(
+        finalize_model_grads, pg_collection=groups_of_gradients(run.model, run.parallel, groups))
     config.grad_scale_func = None
     decay = run.training.ema_decay
     return Training(run, groups, config, chunks, optimizer, build_forward_backward(run.parallel, groups, config),

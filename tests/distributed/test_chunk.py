@@ -29,7 +29,8 @@ pytestmark = pytest.mark.distributed
 def split(**degrees: Any) -> ParallelConfig:
     names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size",
              "vpp": "num_virtual_stages_per_pipeline_rank", "ep": "expert_model_parallel_size",
-             "etp": "expert_tensor_parallel_size"}
+             "etp": "expert_tensor_parallel_size", "layers": "pipeline_model_parallel_layout",
+             "schedule": "pipeline_schedule"}
     return ParallelConfig(**{names[name]: value for name, value in degrees.items()})
 
 
@@ -44,10 +45,16 @@ CASES = [
     Case("ep2-isolated-two-mtp", parallel=split(ep=2), is_isolated=True, model=TWO_MTP),
     Case("ep2-no-shared-no-mtp", parallel=split(ep=2), model=NO_SHARED | NO_MTP),
     Case("pp2-interleaved", parallel=split(pp=2, vpp=2)),
+    # One rank has the first stage and the MTP modules, the other the losses; folded, the other way round.
+    Case("pp2-interleaved-loss-apart", parallel=split(pp=2, vpp=2, layers="Ett|t|tm|L")),
+    Case("zbv-pp2-loss-apart-isolated-two-mtp", parallel=split(pp=2, schedule="zbv", layers="Ett|tt|mm|L"),
+         is_isolated=True, model=TWO_MTP),
     Case("tp2", parallel=split(tp=2)),
     Case("tp2-ep2", parallel=split(tp=2, ep=2)),
     Case("tp2-etp2", parallel=split(tp=2, etp=2)),
     Case("pp2-interleaved-ep2", 4, split(pp=2, vpp=2, ep=2)),
+    Case("pp2-ep2-loss-apart-two-mtp", 4, split(pp=2, ep=2, layers="Ettttmm|L"), model=TWO_MTP),
+    Case("pp2-tp2-loss-apart-two-mtp", 4, split(pp=2, tp=2, layers="Ettttmm|L"), model=TWO_MTP),
     Case("pp2-interleaved-ep2-bf16", 4, split(pp=2, vpp=2, ep=2), "bf16"),
     Case("tp2-etp2-ep2", 4, split(tp=2, etp=2, ep=2)),
 ]

@@ -26,6 +26,8 @@ LAYOUTS = {
     "TP2xEP2xETP2": (4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2,
                          "expert_tensor_parallel_size": 2}),
     "interleaved PP2": (2, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}),
+    "ZBV PP2, the loss apart": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zbv",
+                                    "pipeline_model_parallel_layout": "Ett|tt|m|L"}),
 }
 
 

@@ -59,6 +59,14 @@ def test_a_forgotten_tensor_would_be_seen(one_process: Comparison) -> None:
     (2, {PP: 2, "global_batch_size": 8, "precision": "bf16", "fp8": "blockwise",
          "fp8_override": ["decoder.layers.3.*=bf16", "mtp.*=bf16"]}),
     (2, {PP: 2, "pipeline_model_parallel_layout": "Etttt|mL", "global_batch_size": 8}),
-], ids=["tp2", "zbv-bf16-selective", "pp2-ep2-dualpipe", "pp2-fp8-but-the-last-layers", "pp2-mtp-alone"])
+    # On one rank the first stage and the modules, on the other the losses.
+    (2, {PP: 2, "num_virtual_stages_per_pipeline_rank": 2, "pipeline_model_parallel_layout": "Ett|tt|m|L",
+         "global_batch_size": 8, "precision": "bf16"}),
+    (2, {PP: 2, "pipeline_schedule": "dualpipev", "pipeline_model_parallel_layout": "Ett|tt|m|L",
+         "global_batch_size": 8}),
+    (2, {PP: 2, "pipeline_model_parallel_layout": "Ettttmm|L", "mtp_num_layers": 2, "global_batch_size": 8}),
+    (4, {PP: 4, "pipeline_schedule": "zb1p", "pipeline_model_parallel_layout": "Ett|tt|m|L", "global_batch_size": 8}),
+], ids=["tp2", "zbv-bf16-selective", "pp2-ep2-dualpipe", "pp2-fp8-but-the-last-layers", "pp2-mtp-alone",
+        "interleaved-loss-apart", "dualpipev-loss-apart", "pp2-two-mtp-loss-apart", "zb1p-pp4-loss-apart"])
 def test_every_component_is_as_estimated(world_size: int, settings: dict[str, Any]) -> None:
     check(compared(world_size, **settings))

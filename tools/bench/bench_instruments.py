@@ -169,8 +169,11 @@ def measure(run: RunConfig, rounds: int, warm_up: int) -> dict[str, Kind]:
     """Take the steps."""
     from megatron.core.distributed import finalize_model_grads
 
+    from dsv3_megatron.parallel.groups import destroy_groups, groups_of_gradients
+
     trainer = random_token_trainer(run)
-    finalize = partial(finalize_model_grads, pg_collection=trainer.groups)
+    finalize = partial(finalize_model_grads,
+                       pg_collection=groups_of_gradients(run.model, run.parallel, trainer.groups))
     with tempfile.TemporaryDirectory(prefix="bench-instruments-") as folder:
         kinds = kinds_of(trainer, finalize, Path(folder))
         for index in range(warm_up + rounds):
@@ -184,8 +187,6 @@ def measure(run: RunConfig, rounds: int, warm_up: int) -> dict[str, Kind]:
         for kind in kinds.values():
             if kind.writer is not None:
                 kind.writer.close()
-    from dsv3_megatron.parallel.groups import destroy_groups
-
     destroy_groups()
     return kinds
 

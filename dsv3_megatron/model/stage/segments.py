@@ -3,6 +3,9 @@
     embedding | dense layer | ... | MoE layer: attention, router -> dispatch -> experts -> combine -> residual | ...
     | final norm | MTP module: embedding, projection, MoE layer, norm, its losses | ... | head, losses, loss
 
+Where the losses are in a stage behind that of the MTP modules, the one ends with the hidden states of all depths in one
+tensor, and the other begins with taking them apart.
+
 `->` is an all-to-all among the expert-parallel ranks, posted early and waited for when the pass is resumed. The shared
 experts are computed with the routed ones, where they are between two transfers. A dense layer is one segment; so is
 every layer without expert parallelism, since nothing is to be waited for in it. The collectives of tensor and sequence
@@ -80,43 +83,65 @@ class SegmentedStage:
             hidden_SBH = yield from layer.forward(tape, hidden_SBH, documents)
         if module.decoder.final_layernorm is not None:
             (hidden_SBH,) = tape.run(module.decoder.final_layernorm, hidden_SBH)
-        if not module.post_process:
-            return hidden_SBH
-        losses = yield from self._token_losses(tape, hidden_SBH, batch, documents)
-        (loss,) = tape.run(lambda main_BS, *mtp_BS: loss_of(TokenLosses(main_BS, mtp_BS)), *losses)
-        return loss
+        if module.post_process:
+            losses = yield from self._token_losses(tape, hidden_SBH, batch, documents)
+            (loss,) = tape.run(lambda main_BS, *mtp_BS: loss_of(TokenLosses(main_BS, mtp_BS)), *losses)
+            return loss
+        if self.mtp_layers:
+            modules = _MTPPass(self, tape, batch, documents)
+            depths = [hidden_SBH]
+            for depth in range(len(self.mtp_layers)):
+                depths.append((yield from modules.forward(depth, depths[-1])))
+            (hidden_SBH,) = tape.run(lambda *depths_SBH: torch.cat(depths_SBH), *depths)
+        return hidden_SBH
 
     def _token_losses(self, tape: Tape, hidden_SBH: Value, batch: Batch, documents: PackedDocuments | None
                       ) -> Generator[None, None, tuple[Value, ...]]:
         """Main losses, then those of each MTP module; in the order of the module's own forward pass."""
         module = self.module
         losses: list[Value] = []
-        tokens, positions, hidden_k = Value(batch.tokens_BS), Value(batch.position_ids_BS), hidden_SBH
-        targets = module.mtp_targets(batch.labels_BS, documents) if self.mtp_layers else []
-        modules = zip(self.mtp_layers, self.mtp_inner, self.delaying_mtp, targets, strict=True)
-        for depth, (layer, inner, delaying, targets_k) in enumerate(modules, start=1):
-            tokens, positions, embedded = self._next_tokens(tape, layer, tokens, positions, documents)
-            (hidden_k,) = tape.run(layer._concat_embeddings, hidden_k, embedded, delaying=delaying)
-            hidden_k = yield from inner.forward(tape, hidden_k, documents)
-            (hidden_k,) = tape.run(layer._postprocess, hidden_k)
-            module.observe_heads(depth, hidden_SBH.tensor, hidden_k.tensor, targets_k)
+        modules = _MTPPass(self, tape, batch, documents)
+        given: list[Value] = []
+        if module.num_hidden_inputs > 1:  # the modules are in the stage before
+            hidden_SBH, *given = tape.run(module.depths, hidden_SBH)
+        hidden_k = hidden_SBH
+        for depth, targets_k in enumerate(module.mtp_targets(batch.labels_BS, documents)):
+            hidden_k = given[depth] if given else (yield from modules.forward(depth, hidden_k))
+            module.observe_heads(1 + depth, hidden_SBH.tensor, hidden_k.tensor, targets_k)
             losses += tape.run(lambda h_SBH, targets_k=targets_k: module.mtp_losses(h_SBH, targets_k), hidden_k)
         main = tape.run(lambda h_SBH: module.token_losses(h_SBH, batch.labels_BS), hidden_SBH)
         return (*main, *losses)
 
-    def _next_tokens(self, tape: Tape, layer: Any, tokens: Value, positions: Value,
-                     documents: PackedDocuments | None) -> tuple[Value, ...]:
+
+class _MTPPass:
+    """One micro-batch's pass through a stage's MTP modules, one after the other."""
+
+    def __init__(self, stage: SegmentedStage, tape: Tape, batch: Batch, documents: PackedDocuments | None) -> None:
+        self.stage, self.tape, self.documents = stage, tape, documents
+        self.tokens, self.positions = Value(batch.tokens_BS), Value(batch.position_ids_BS)
+
+    def forward(self, depth: int, hidden_SBH: Value) -> ValueSteps:
+        """Run the module of a depth, counted from 0, on the hidden states of the one before; yields as a layer does."""
+        stage, tape = self.stage, self.tape
+        layer = stage.mtp_layers[depth]
+        self.tokens, self.positions, embedded = self._next_tokens(layer)
+        (hidden_SBH,) = tape.run(layer._concat_embeddings, hidden_SBH, embedded, delaying=stage.delaying_mtp[depth])
+        hidden_SBH = yield from stage.mtp_inner[depth].forward(tape, hidden_SBH, self.documents)
+        (hidden_SBH,) = tape.run(layer._postprocess, hidden_SBH)
+        return hidden_SBH
+
+    def _next_tokens(self, layer: Any) -> tuple[Value, ...]:
         """Tokens and positions one further on, and the embeddings of those tokens."""
 
         def shift_and_embed(tokens_BS: torch.Tensor, positions_BS: torch.Tensor) -> tuple[torch.Tensor, ...]:
             # The layer passes hidden states through here and looks at nothing in them.
             unused = torch.empty(0, device=tokens_BS.device)
             tokens_BS, positions_BS, _padding, embedded_SBH, _ = layer._get_embeddings(
-                input_ids=tokens_BS, position_ids=positions_BS, embedding=self.module.embedding,
-                hidden_states=unused, packed_seq_params=documents)
+                input_ids=tokens_BS, position_ids=positions_BS, embedding=self.stage.module.embedding,
+                hidden_states=unused, packed_seq_params=self.documents)
             return tokens_BS, positions_BS, embedded_SBH
 
-        return tape.run(shift_and_embed, tokens, positions)
+        return self.tape.run(shift_and_embed, self.tokens, self.positions)
 
 
 class SegmentedLayer:

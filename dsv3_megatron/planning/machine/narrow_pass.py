@@ -47,16 +47,15 @@ def narrow_pass(run: RunConfig, groups: ProcessGroupCollection) -> Callable[[], 
     tokens = torch.randint(0, run.model.vocab_size, (size, _SEQ_LENGTH + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(size, _SEQ_LENGTH),
                   torch.arange(_SEQ_LENGTH).repeat(size, 1), torch.arange(size), None)
-    shape = (_SEQ_LENGTH // groups.tp.size(), size, run.model.hidden_size)
-
     def call() -> None:
         for stage, module in zip(wrapped, stages, strict=True):
             if not module.pre_process:
+                shape = (module.num_hidden_inputs * _SEQ_LENGTH // groups.tp.size(), size, run.model.hidden_size)
                 module.set_input_tensor(torch.zeros(shape, requires_grad=True))
             output = forward_stage(stage, batch, run.data)
             if module.post_process:
                 sum_losses(batch.loss_mask_BS, TokenLosses(*output), mtp_weight=0.1)[0].backward()
             else:
-                output.backward(torch.zeros(shape))
+                output.backward(torch.zeros_like(output))
 
     return call

@@ -164,7 +164,8 @@ def _passes(settings: PassSettings, contents: tuple[StageContent, ...], parallel
             return _Passes("F0", 0, 0, 0, forward, (0,))
         return _Passes("B0", cost.kept_bytes, 0, 0, backward - cost.kept_bytes, (1,))
     sizes = PlanSizes.of_run(parallel, steady_microbatches(num_ranks, num_microbatches))
-    peak = peak_of(rank_moments(sizes, rank, MAX_UNFINISHED[settings.device]), costs)
+    last_length = max(max(content.num_depths, content.num_depths_given) for content in contents)
+    peak = peak_of(rank_moments(sizes, rank, MAX_UNFINISHED[settings.device], last_length), costs)
     action = " & ".join(f"{kind}{chunk}" for kind, chunk in peak.moment.operations)
     return _Passes(action, peak.kept, peak.deferred, peak.on_the_way, peak.working, peak.moment.kept)
 

@@ -7,14 +7,14 @@ moments of a step repeat: of thousands of actions a few dozen kinds are left, an
 from __future__ import annotations
 
 import functools
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from dsv3_megatron.planning.memory.ledger import Turn, run_turns
 from dsv3_megatron.planning.memory.stage import StageCost
 from dsv3_megatron.schedule.actions import Action, Kind
-from dsv3_megatron.schedule.plan import Plan, PlanSizes, known_plan
+from dsv3_megatron.schedule.plan import Output, Plan, PlanSizes, known_plan
 from dsv3_megatron.schedule.transfers import MAX_UNFINISHED_SENDS, RECEIVE_AHEAD, TransferBatch, with_transfers
 
 # Sent tensors to a rank that may still be held: gloo's until they are waited for; NCCL says when a send is done.
@@ -29,7 +29,8 @@ class Moment(NamedTuple):
     Attributes:
         kept: Micro-batches between forward and backward, by chunk.
         deferred: Micro-batches whose weight gradients wait, by chunk.
-        on_the_way: Tensors between stages: arriving, waiting for their use, being sent.
+        on_the_way: Hidden states between stages, or their gradients: arriving, waiting for their use, being sent. A
+            tensor from a stage with MTP modules to one with the losses counts once for each depth.
         operations: What the action does: kind and chunk.
     """
 
@@ -68,16 +69,18 @@ def steady_microbatches(num_ranks: int, num_microbatches: int) -> int:
 
 
 @functools.lru_cache(maxsize=8192)
-def rank_moments(sizes: PlanSizes, rank: int, max_unfinished: int) -> tuple[Moment, ...]:
+def rank_moments(sizes: PlanSizes, rank: int, max_unfinished: int, last_length: int = 1) -> tuple[Moment, ...]:
     """The different moments of a rank in a step, none that another one has more of everything than.
 
     Args:
         sizes: Sizes of the schedule, on at least 2 ranks; see `steady_microbatches`.
         rank: Pipeline rank whose moments are wanted.
         max_unfinished: Sent tensors to a rank that may still be held.
+        last_length: Hidden states in a tensor between the last two stages.
     """
     program = _programs(sizes)[rank]
-    return tuple(dict.fromkeys(_without_smaller(_moments(known_plan(sizes), program, rank, max_unfinished))))
+    moments = _moments(known_plan(sizes), program, rank, max_unfinished, last_length)
+    return tuple(dict.fromkeys(_without_smaller(moments)))
 
 
 @functools.lru_cache(maxsize=512)
@@ -101,35 +104,39 @@ def _covers(more: Moment, less: Moment) -> bool:
         a >= b for a, b in zip((*more.kept, *more.deferred), (*less.kept, *less.deferred), strict=True))
 
 
-def _moments(plan: Plan, program: tuple, rank: int, max_unfinished: int) -> Iterator[Moment]:
+def _moments(plan: Plan, program: tuple, rank: int, max_unfinished: int, last_length: int) -> Iterator[Moment]:
     """At every action, as `schedule/execute.py` runs them."""
+    def length(output: Output) -> int:
+        return last_length if output.boundary == plan.num_stages - 2 else 1
+
     kept, deferred = [0] * plan.num_chunks, [0] * plan.num_chunks
-    receives: deque[int] = deque()  # numbers of the actions before the receives' places
+    receives: deque[tuple[int, int]] = deque()  # numbers of the actions before the receives' places, and lengths
     num_actions = 0
     for step in program:
         if isinstance(step, TransferBatch):
-            receives += [num_actions for transfer in step.transfers if transfer.destination == rank]
+            receives += [(num_actions, length(transfer.output)) for transfer in step.transfers
+                         if transfer.destination == rank]
         else:
             num_actions += 1
     arriving = made = num_actions = 0
-    unfinished: Counter[int] = Counter()
+    unfinished: dict[int, deque[int]] = {}
     for step in program:
         if isinstance(step, TransferBatch):
             for transfer in step.transfers:
                 if transfer.source == rank:
-                    made -= 1
-                    unfinished[transfer.destination] = min(unfinished[transfer.destination] + 1, max_unfinished)
+                    made -= length(transfer.output)
+                    unfinished.setdefault(transfer.destination, deque(maxlen=max_unfinished)).append(
+                        length(transfer.output))
             continue
-        while receives and receives[0] <= num_actions + RECEIVE_AHEAD:
-            receives.popleft()
-            arriving += 1
-        yield Moment(tuple(kept), tuple(deferred), arriving + made + sum(unfinished.values()),
+        while receives and receives[0][0] <= num_actions + RECEIVE_AHEAD:
+            arriving += receives.popleft()[1]
+        yield Moment(tuple(kept), tuple(deferred), arriving + made + sum(map(sum, unfinished.values())),
                      tuple((operation.kind, operation.chunk) for operation in step.operations))
-        arrived, own = _used(plan, rank, step)
+        arrived, own = _used(plan, rank, step, length)
         arriving, made = arriving - arrived, made - own
         for operation in step.operations:
             output = plan.output(rank, operation)
-            made += output is not None and plan.receiver(output) is not None
+            made += length(output) if output is not None and plan.receiver(output) is not None else 0
             if operation.kind is Kind.FORWARD:
                 kept[operation.chunk] += 1
             elif operation.kind is Kind.BACKWARD_WEIGHT:
@@ -140,8 +147,8 @@ def _moments(plan: Plan, program: tuple, rank: int, max_unfinished: int) -> Iter
         num_actions += 1
 
 
-def _used(plan: Plan, rank: int, action: Action) -> tuple[int, int]:
-    """Tensors that an action takes: from other ranks, and from this one."""
+def _used(plan: Plan, rank: int, action: Action, length: Callable[[Output], int]) -> tuple[int, int]:
+    """Hidden states that an action takes: from other ranks, and from this one."""
     arrived = own = 0
     for operation in action.operations:
         operand = plan.operand(rank, operation)
@@ -149,8 +156,8 @@ def _used(plan: Plan, rank: int, action: Action) -> tuple[int, int]:
             continue
         direction, _ = plan.placement[rank][operation.chunk]
         is_own = any(place == (direction, operand.stage) for place in plan.placement[rank])
-        own += is_own
-        arrived += not is_own
+        own += is_own * length(operand)
+        arrived += (not is_own) * length(operand)
     return arrived, own
 
 

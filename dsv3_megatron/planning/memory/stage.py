@@ -43,6 +43,8 @@ class StageContent:
         has_final_norm: A norm follows the layers.
         mtp: MTP modules.
         has_loss: The stage ends with the losses.
+        num_depths: Hidden states in what it begins with, where that is not token ids: more than one in a stage with the
+            losses behind that of the MTP modules.
     """
 
     has_embedding: bool
@@ -50,6 +52,12 @@ class StageContent:
     has_final_norm: bool
     mtp: tuple[LayerContent, ...]
     has_loss: bool
+    num_depths: int = 1
+
+    @property
+    def num_depths_given(self) -> int:
+        """Hidden states in what it gives to the next stage; 0 of the last stage."""
+        return 0 if self.has_loss else 1 + len(self.mtp)
 
     @classmethod
     def of(cls, model: ModelConfig, stage: StageLayout, precisions: ModelPrecisions) -> StageContent:
@@ -57,7 +65,8 @@ class StageContent:
         layers = tuple(LayerContent(layer >= model.num_dense_layers, precisions.decoder[layer])
                        for layer in stage.layer_ids)
         mtp = tuple(LayerContent(model.num_moe_layers > 0, precisions.mtp[depth]) for depth in stage.mtp_layer_ids)
-        return cls(stage.has_embedding, layers, has_final_norm(model, stage), mtp, stage.has_loss)
+        num_depths = 1 + model.mtp_num_layers if stage.has_loss and not mtp else 1
+        return cls(stage.has_embedding, layers, has_final_norm(model, stage), mtp, stage.has_loss, num_depths)
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class StageCost:
         weight: Turn of the part for weights.
         kept: Bytes that are kept between forward and backward, by name.
         deferred: Bytes that are kept between the two parts of the backward pass, by name.
-        boundary: Bytes of what goes between stages.
+        boundary: Bytes of the hidden states that go between stages, of one depth.
     """
 
     forward: tuple[Turn, ...]
@@ -163,7 +172,7 @@ class _Stage:
         self.s, self.content = s, content
         self.ledger = MemoryLedger()
         self.ops = Operations(self.ledger, s)
-        self.mtp: list[tuple[MTPInput, _Layer, NormPass, TokenLossesPass]] = []
+        self.mtp: list[tuple[MTPInput, _Layer, NormPass]] = []
         self.recomputed_mtp: list[RecomputedMTP] = []
         self.mtp_losses: list[TokenLossesPass] = []
 
@@ -183,7 +192,7 @@ class _Stage:
             self.embedding = Embedding(self.ops)
             x = self.embedding.output
         else:
-            x = ledger.make("hidden states", s.hidden_bytes)
+            x = ledger.make("hidden states", content.num_depths * s.hidden_bytes)
             ledger.take_turns()
         self.layers: list[_Layer] = []
         for each in content.layers:
@@ -196,8 +205,14 @@ class _Stage:
             self.final_norm = self.ops.norm(x, "head input", s.local_tokens, s.hidden)
             ledger.drop(x)
             x = self.final_norm.output
-        if content.has_loss:
+        if content.num_depths > 1:
+            self.mtp_losses = [TokenLossesPass(self.ops, x) for _ in range(content.num_depths - 1)]
+            self.main = TokenLossesPass(self.ops, x)
+            ledger.drop(x)
+        elif content.has_loss:
             self._losses(x)
+        elif content.mtp:
+            x = self._all_depths(x)
         self.output = None if content.has_loss else x
         turns = ledger.take_turns()
         if self.output is not None:
@@ -209,33 +224,42 @@ class _Stage:
         ledger, s = self.ledger, self.s
         if s.recomputes_layers and not s.is_piped and self.content.mtp:
             return self._losses_of_recomputed(x)
-        hidden = x
-        outputs = []
-        for module in self.content.mtp:
-            start = MTPInput(self._ops_of(module), hidden)
-            if hidden is not x:
-                ledger.drop(hidden)
-            layer = self._layer(start.output, module)
-            ledger.drop(start.output)
-            norm = self.ops.norm(layer.output, "head input", s.local_tokens, s.hidden)
-            ledger.drop(layer.output)
-            hidden = norm.output
-            outputs.append((start, layer, norm))
-            if s.is_piped:
-                hidden.references += 1
-                self.mtp.append((start, layer, norm, TokenLossesPass(self.ops, hidden)))
-                ledger.drop(hidden)
-        if outputs and not s.is_piped:  # Megatron-Core's block returns the hidden states of all depths as one tensor
-            together = ledger.make("hidden states of all depths", (1 + len(outputs)) * s.hidden_bytes)
-            ledger.drop(*(norm.output for _, _, norm in outputs), x)
-            self.mtp = [(start, layer, norm, TokenLossesPass(self.ops, together)) for start, layer, norm in outputs]
+        if self.content.mtp and not s.is_piped:  # Megatron-Core's block returns all depths as one tensor
+            together = self._all_depths(x)
+            self.mtp_losses = [TokenLossesPass(self.ops, together) for _ in self.mtp]
             self.main = TokenLossesPass(self.ops, together)
             ledger.drop(together)
             return
-        if outputs:
+        hidden = x
+        for module in self.content.mtp:
+            before, hidden = hidden, self._mtp_module(module, hidden)
+            if before is not x:
+                ledger.drop(before)
+            self.mtp_losses.append(TokenLossesPass(self.ops, hidden))
+        if hidden is not x:
             ledger.drop(hidden)
         self.main = TokenLossesPass(self.ops, x)
         ledger.drop(x)
+
+    def _mtp_module(self, module: LayerContent, hidden: Tensor) -> Tensor:
+        """One MTP module, from the hidden states of the depth before to its own, which are the caller's."""
+        ledger, s = self.ledger, self.s
+        start = MTPInput(self._ops_of(module), hidden)
+        layer = self._layer(start.output, module)
+        ledger.drop(start.output)
+        norm = self.ops.norm(layer.output, "head input", s.local_tokens, s.hidden)
+        ledger.drop(layer.output)
+        self.mtp.append((start, layer, norm))
+        return norm.output
+
+    def _all_depths(self, x: Tensor) -> Tensor:
+        """The MTP modules one after the other, and the hidden states of all depths in one tensor; `x` is used up."""
+        depths = [x]
+        for module in self.content.mtp:
+            depths.append(self._mtp_module(module, depths[-1]))
+        together = self.ledger.make("hidden states of all depths", len(depths) * self.s.hidden_bytes)
+        self.ledger.drop(*depths)
+        return together
 
     def _losses_of_recomputed(self, x: Tensor) -> None:
         hidden, ledger = x, self.ledger
@@ -256,8 +280,10 @@ class _Stage:
         if content.has_loss:
             grad = self._backward_losses()
         else:
-            grad = ledger.make("gradient of hidden states", s.hidden_bytes)
+            grad = ledger.make("gradient of hidden states", content.num_depths_given * s.hidden_bytes)
             ledger.take_turns()
+            if content.mtp:
+                grad = self._backward_modules(grad)
         if self.final_norm is not None:
             self._begin_segment()
             normed = self.final_norm.backward(grad)
@@ -302,8 +328,10 @@ class _Stage:
         if not s.is_piped:
             return self._backward_losses_together()
         grad = self.main.backward()
+        if self.content.num_depths > 1:
+            return self._backward_given(grad)
         later: Tensor | None = None
-        for start, layer, norm, losses in reversed(self.mtp):
+        for (start, layer, norm), losses in zip(reversed(self.mtp), reversed(self.mtp_losses), strict=True):
             self._begin_segment()
             own = losses.backward()
             own = sum_into(self.ops, later, own)
@@ -315,10 +343,42 @@ class _Stage:
             later = start.backward(back)
         return grad if later is None else sum_into(self.ops, grad, later)
 
+    def _backward_modules(self, together: Tensor) -> Tensor:
+        """Back from the gradient of the hidden states of all depths, whose parts are used where they lie."""
+        ledger = self.ledger
+        together.references += len(self.mtp)
+        later: Tensor | None = None
+        for start, layer, norm in reversed(self.mtp):
+            own = together if later is None else self._sum_with_part(together, later)
+            self._begin_segment()
+            normed = norm.backward(own)
+            ledger.drop(own)
+            back = self._through(layer, normed)
+            self._begin_segment()
+            later = start.backward(back)
+        assert later is not None
+        return self._sum_with_part(together, later)
+
+    def _sum_with_part(self, together: Tensor, grad: Tensor) -> Tensor:
+        total = self.ledger.make("sum of gradients", grad.size)
+        self.ledger.drop(together, grad)
+        return total
+
+    def _backward_given(self, grad: Tensor) -> Tensor:
+        """Back to the gradient of the hidden states of all depths, which the stage before gave in one tensor."""
+        grads = [grad]
+        for losses in reversed(self.mtp_losses):
+            self._begin_segment()
+            grads.append(losses.backward())
+        self._begin_segment()
+        together = self.ledger.make("gradient of hidden states", len(grads) * self.s.hidden_bytes)
+        self.ledger.drop(*grads)
+        return together
+
     def _backward_losses_together(self) -> Tensor:
         ledger, s = self.ledger, self.s
         own = [self.main.backward()]
-        own += [losses.backward() for losses in (*self.mtp_losses, *(mtp[-1] for mtp in reversed(self.mtp)))]
+        own += [losses.backward() for losses in reversed(self.mtp_losses)]
         if len(own) == 1:
             return own[0]
         ledger.pulse((2 * len(own) - 1) * s.hidden_bytes)
@@ -328,7 +388,7 @@ class _Stage:
         later: Tensor | None = None
         for module, grad in zip(reversed(self.recomputed_mtp), rest, strict=False):
             later = module.backward(sum_into(self.ops, later, grad))
-        for (start, layer, norm, _), grad in zip(reversed(self.mtp), rest, strict=False):
+        for (start, layer, norm), grad in zip(reversed(self.mtp), rest, strict=False):
             total = sum_into(self.ops, later, grad)
             normed = norm.backward(total)
             ledger.drop(total)

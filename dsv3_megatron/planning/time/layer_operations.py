@@ -219,7 +219,6 @@ def _mtp(model: ModelConfig, linears: dict[str, Linears], depth: int, shape: Sha
     yield from linear_operations("eh_proj", linears[prefix], shape.tokens, shape)
     yield from layer_operations(model, linears[f"{prefix}.mtp_model_layer"], shape)
     yield from norm_operations("final_layernorm", local, hidden, shape)
-    yield from _head(model, f"{name} head", shape)
 
 
 @lru_cache(maxsize=4096)
@@ -232,7 +231,14 @@ def _end_operations(model: ModelConfig, linears: tuple[tuple[str, Linears], ...]
         operations += norm_operations("final_layernorm", shape.local_tokens, model.hidden_size, shape)
     for depth in mtp_layer_ids:
         operations += _mtp(model, dict(linears), depth, shape)
+    if model.mtp_num_layers and bool(mtp_layer_ids) != has_loss:
+        # The stage with the modules puts the hidden states of all depths together; that with the losses, the gradients.
+        part = WorkPart.INPUT if has_loss else WorkPart.FORWARD
+        moved = 2 * (1 + model.mtp_num_layers) * shape.local_tokens * model.hidden_size * shape.value_bytes
+        operations.append(Movement(part, "hidden states of all depths", "copy", moved))
     if has_loss:
+        for depth in range(model.mtp_num_layers):
+            operations += _head(model, f"mtp {depth + 1} head", shape)
         operations += _head(model, "head", shape)
     return tuple(operations)
 

@@ -21,6 +21,7 @@ from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.metrics.flops import flops_per_token
 from dsv3_megatron.metrics.parameters import optimizer_bytes_per_parameter, rank_parameters, weight_bytes_per_parameter
+from dsv3_megatron.metrics.rank_state import stages_of
 from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.planning.time.network import Network
 from dsv3_megatron.planning.time.operations import WorkPart
@@ -166,8 +167,15 @@ def _update_time(model: ModelConfig, parallel: ParallelConfig, weight_bytes: int
     return max(times, key=lambda time: time.total)
 
 
-def stage_costs(works: list[StageWork], *, overlaps: bool, p2p: float) -> Costs:
-    """Costs for the simulator. Pairs of stages that meet in a plan are judged one by one."""
+def stage_costs(works: list[StageWork], *, overlaps: bool, p2p: float, last_p2p: float) -> Costs:
+    """Costs for the simulator. Pairs of stages that meet in a plan are judged one by one.
+
+    Args:
+        works: Work of each stage.
+        overlaps: Whether a pair of passes hides its all-to-alls.
+        p2p: Seconds of a transfer between two stages.
+        last_p2p: Seconds of one between the last two, which has more to carry where the MTP modules are in front of it.
+    """
     stages = []
     for work in works:
         forward, inputs, weight = (work.alone[part] for part in WorkPart)
@@ -186,7 +194,7 @@ def stage_costs(works: list[StageWork], *, overlaps: bool, p2p: float) -> Costs:
                 # On fewer multiprocessors a pair may take longer than its passes alone; a run would not pair then.
                 known[key] = min(max(seconds, longest), one_after_the_other)
             pairs[first, second] = known[key]
-    return Costs(tuple(stages), pairs, p2p)
+    return Costs(tuple(stages), pairs, p2p, {} if last_p2p == p2p else {len(works) - 2: last_p2p})
 
 
 def step_time(run: RunConfig, setting: Setting, *, with_transfers: bool = True) -> StepTime:
@@ -211,7 +219,7 @@ def step_time(run: RunConfig, setting: Setting, *, with_transfers: bool = True) 
     busy, hidden = _busy(plan, busiest, works, costs, overlaps=setting.overlaps_pairs)
     pipeline, bubble, transfer = float(simulation.step_time), float(simulation.bubble[busiest]), 0.0
     if with_transfers:
-        transfer = pipeline - pipeline_seconds(plan, dataclasses.replace(costs, p2p=0))
+        transfer = pipeline - pipeline_seconds(plan, dataclasses.replace(costs, p2p=0, p2p_of_boundary={}))
     return StepTime(run, setting, microbatches, pipeline, bubble, busy, hidden, min(transfer, bubble), update,
                     simulation)
 
@@ -230,8 +238,10 @@ def step_seconds(run: RunConfig, setting: Setting) -> float:
 def _plan_and_costs(run: RunConfig, setting: Setting, table: WorkTable, works: list[StageWork], microbatches: int
                     ) -> tuple[Plan, Costs]:
     plan = known_plan(PlanSizes.of_run(run.parallel, microbatches))
-    p2p = table.network.p2p_seconds(table.shape.local_tokens * run.model.hidden_size * table.shape.value_bytes)
-    return plan, stage_costs(works, overlaps=setting.overlaps_pairs, p2p=p2p)
+    one = table.shape.local_tokens * run.model.hidden_size * table.shape.value_bytes
+    across_the_last = stages_of(run.model, run.parallel)[-2].num_hidden_outputs
+    p2p, last_p2p = (table.network.p2p_seconds(num * one) for num in (1, across_the_last))
+    return plan, stage_costs(works, overlaps=setting.overlaps_pairs, p2p=p2p, last_p2p=last_p2p)
 
 
 def pipeline_seconds(plan: Plan, costs: Costs) -> float:
@@ -244,7 +254,8 @@ def pipeline_seconds(plan: Plan, costs: Costs) -> float:
             known[key] = costs.duration(plan, rank, action)
         return known[key]
 
-    return float(max(spans[-1].end for spans in run_in_order(plan, duration, costs.p2p)))
+    timeline = run_in_order(plan, duration, costs.p2p, delay_of_boundary=costs.p2p_of_boundary)
+    return float(max(spans[-1].end for spans in timeline))
 
 
 def _busy(plan: Plan, rank: int, works: list[StageWork], costs: Costs, *, overlaps: bool) -> tuple[Work, float]:

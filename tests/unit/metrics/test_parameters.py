@@ -142,6 +142,17 @@ def test_mtp_stage_without_embedding_holds_a_copy() -> None:
     assert size(first) + size(last) == count_parameters(model).total + table_size
 
 
+def test_mtp_stage_before_the_loss_holds_no_head() -> None:
+    model = preset("tiny").model
+    parallel = preset("tiny").override(pipeline_model_parallel_size=4,
+                                       pipeline_model_parallel_layout="Ett|tt|m|L").parallel
+    table_size = model.vocab_size * model.hidden_size
+    sizes = [sum(c.total for c in stage_components(model, stage)) for stage in stage_layouts(model, parallel)]
+    assert sizes[3] == table_size
+    assert sizes[2] == table_size + count_parameters(model).mtp_total
+    assert sum(sizes) == count_parameters(model).total + table_size
+
+
 def test_tensor_parallelism_splits_projections_and_not_norms() -> None:
     run = preset("tiny").override(tensor_model_parallel_size=2, expert_tensor_parallel_size=2)
     (whole,) = rank_parameters(preset("tiny"), stage_layouts(run.model, run.parallel))

@@ -153,6 +153,15 @@ def test_the_mtp_module_shares_embedding_and_head(build: Callable[[RunConfig], t
     (4, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev", "global_batch_size": 32}),
     (4, {"pipeline_model_parallel_size": 4, "pipeline_schedule": "dualpipe", "global_batch_size": 32}),
     (4, {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tttmL"}),
+    # The MTP modules in front of the stage of the loss: with a copy of the embedding, with the embedding itself.
+    (4, {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "Ett|tt|m|L"}),
+    (2, {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Ettttmm|L", "mtp_num_layers": 2}),
+    (2, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2,
+         "pipeline_model_parallel_layout": "Ett|tt|m|L"}),
+    (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zbv",
+         "pipeline_model_parallel_layout": "Ett|t|tm|L"}),
+    (4, {"pipeline_model_parallel_size": 4, "pipeline_schedule": "dualpipe", "global_batch_size": 32,
+         "pipeline_model_parallel_layout": "Ett|tt|m|L"}),
 ], ids=str)
 def test_a_rank_holds_what_the_table_of_bytes_says(world_size: int, degrees: dict[str, Any],
                                                    megatron_core: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import time
@@ -179,8 +180,23 @@ def test_as_many_stages_as_layers_and_one_for_the_mtp_modules() -> None:
         check_complete(layouts, TINY, len(layouts), bare=(0, 5) if len(layouts) == 6 else (4,))
     with pytest.raises(ConfigError, match="makes 5 stages, more than num_layers=4; use at most 4 stages"):
         split(5).validate(TINY, seq_length=64)
+    with pytest.raises(ConfigError, match="use at most 7 stages with embedding, MTP modules and loss in stages of"):
+        split(8, layout="E|(t|)*4|m|L").validate(TINY, seq_length=64)
     with pytest.raises(ConfigError, match="use at most 6 stages with embedding and loss in stages of their own"):
-        split(7, layout="E|(t|)*4|mL").validate(TINY, seq_length=64)
+        split(7, layout="E|(t|)*4||L").validate(dataclasses.replace(TINY, mtp_num_layers=0), seq_length=64)
+
+
+@pytest.mark.parametrize(("text", "stages"), [
+    ("Ettt|t|m|L", 4), ("Ettttm|L", 2), ("Ett|ttm|L", 3), ("E|t*4|m|L", 4), ("E|(t|)*4m|L", 7)])
+def test_mtp_modules_in_a_stage_before_the_loss(text: str, stages: int) -> None:
+    parallel = split(stages, layout=text)
+    parallel.validate(TINY, seq_length=64)
+    layouts = stage_layouts(TINY, parallel)
+    assert [layout.has_loss for layout in layouts] == [False] * (stages - 1) + [True]
+    assert [layout.mtp_layer_ids for layout in layouts] == [()] * (stages - 2) + [(0,), ()]
+    assert [layout.num_hidden_outputs for layout in layouts] == [1] * (stages - 2) + [2, 0]
+    assert [layer for layout in layouts for layer in layout.layer_ids] == list(range(4))
+    assert layout_string(layouts).endswith("m|L")
 
 
 def test_repetitions_of_whole_stages() -> None:
@@ -222,6 +238,46 @@ def test_megatron_core_reads_the_same_layout(megatron_core: None, case: tuple[Mo
     assert theirs.flatten_layout == order  # their layer ids follow this order, as ours do
 
 
+def cuts(model: ModelConfig, num_stages: int) -> Iterator[str]:
+    """Every layout of a model in so many stages, in their right order, empty stages left out."""
+    whole = "E" + "t" * model.num_layers + "m" * model.mtp_num_layers + "L"
+    for places in itertools.combinations(range(1, len(whole)), num_stages - 1):
+        yield "|".join(whole[first:end] for first, end in itertools.pairwise((0, *places, len(whole))))
+
+
+@pytest.mark.parametrize("mtp_num_layers", [0, 1, 2])
+@pytest.mark.parametrize(("pipeline", "chunks"), [(2, 1), (3, 1), (4, 1), (5, 1), (2, 2), (2, 3)])
+def test_megatron_core_takes_the_same_layouts(megatron_core: None, pipeline: int, chunks: int, mtp_num_layers: int
+                                              ) -> None:
+    """Of all ways to cut a model: those with the MTP modules in one stage, with the loss or before it."""
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    model = dataclasses.replace(TINY, mtp_num_layers=mtp_num_layers)
+    ours, theirs, apart = set(), set(), set()
+    for text in cuts(model, pipeline * chunks):
+        with contextlib.suppress(AssertionError):
+            is_apart = PipelineParallelLayerLayout(text, pipeline).validate_layer_layout(
+                num_layers=model.num_layers, mtp_num_layers=mtp_num_layers or None)
+            theirs.add(text)
+            if is_apart:
+                apart.add(text)
+        with contextlib.suppress(ConfigError):
+            layouts = stage_layouts(model, split(pipeline, chunks, text))
+            assert layout_string(layouts) == text
+            ours.add(text)
+    assert ours == theirs
+    assert apart == {text for text in ours if text.endswith("m|L")} and bool(apart) == (mtp_num_layers > 0)
+
+
+def test_mtp_modules_in_two_stages() -> None:
+    model = dataclasses.replace(TINY, mtp_num_layers=2)
+    for text in ("Etttt|m|m|L", "Etttt|m|mL", "Ett|ttm|mL"):
+        with pytest.raises(ConfigError) as error:
+            stage_layouts(model, split(text.count("|") + 1, layout=text))
+        assert str(error.value) == (f"{NAME}{text!r} has MTP modules (m) in stages 1 and 2; all mtp_num_layers=2 of "
+                                    "them are in one stage, as in Megatron-Core: end with 'mmL' or 'mm|L'")
+
+
 NAME = "pipeline_model_parallel_layout="
 
 
@@ -235,20 +291,24 @@ NAME = "pipeline_model_parallel_layout="
                        "num_virtual_stages_per_pipeline_rank=2 needs 4"),
     ("Ett|tmL", 2, 1, "'Ett|tmL' holds 3 transformer layers (t); num_layers=4"),
     ("Ett||ttmL", 3, 1, "'Ett||ttmL' leaves stage 1 without a transformer layer (t); give it at least one: only the "
-                        "first stage, with the embedding (E), and the last may do without"),
+                        "first stage, with the embedding (E), one with the MTP modules (m), and the last may do "
+                        "without"),
     ("|ttttmL", 2, 1, "'|ttttmL' leaves stage 0 without a transformer layer (t)"),
-    ("Ettt|t|m|L", 4, 1, "'Ettt|t|m|L' has MTP modules (m) in stage 2, without the loss (L): they share the output "
-                         "head with it, and between stages go the main model's hidden states alone; end with '|mL', "
-                         "one stage for both, or with transformer layers in it"),
+    ("Ettt|t|m||L", 5, 1, "'Ettt|t|m||L' leaves stage 3 without a transformer layer (t)"),
+    ("Ett|tt|m|", 4, 1, "'Ett|tt|m|' must end with 'mL' or 'm|L': "),
+    ("Ett|tt|mL|", 4, 1, "'Ett|tt|mL|' must end with 'mL' or 'm|L': "),
+    ("Ett|tt|m|mL", 4, 1, "'Ett|tt|m|mL' must end with 'mL' or 'm|L': "),
+    ("Ett|m|ttL", 3, 1, "'Ett|m|ttL' must end with 'mL' or 'm|L': "),
     ("tt|ttmL", 2, 1, "'tt|ttmL' must begin with the embedding (E) and have it once"),
     ("Ett|EttmL", 2, 1, "'Ett|EttmL' must begin with the embedding (E) and have it once"),
-    ("Ett|ttL", 2, 1, "'Ett|ttL' must end with 'mL': all mtp_num_layers=1 MTP modules (m) and the loss (L) on the last "
-                      "stage, which holds the output head they share, with transformer layers or without"),
-    ("Ettm|ttL", 2, 1, "'Ettm|ttL' has MTP modules (m) in stage 0, without the loss (L): "),
-    ("EttL|ttmL", 2, 1, "'EttL|ttmL' must end with 'mL': "),
-    ("Ett|ttm", 2, 1, "'Ett|ttm' must end with 'mL': "),
-    ("Ett|tmtL", 2, 1, "'Ett|tmtL' must end with 'mL': "),
-    ("Ett|ttmmL", 2, 1, "'Ett|ttmmL' must end with 'mL': "),
+    ("Ett|ttL", 2, 1, "'Ett|ttL' must end with 'mL' or 'm|L': all mtp_num_layers=1 MTP modules (m) after the last "
+                      "transformer layer (t), then the loss (L), in the same stage or in one behind it, which is the "
+                      "last"),
+    ("Ettm|ttL", 2, 1, "'Ettm|ttL' must end with 'mL' or 'm|L': "),
+    ("EttL|ttmL", 2, 1, "'EttL|ttmL' must end with 'mL' or 'm|L': "),
+    ("Ett|ttm", 2, 1, "'Ett|ttm' must end with 'mL' or 'm|L': "),
+    ("Ett|tmtL", 2, 1, "'Ett|tmtL' must end with 'mL' or 'm|L': "),
+    ("Ett|ttmmL", 2, 1, "'Ett|ttmmL' must end with 'mL' or 'm|L': "),
 ])
 def test_a_wrong_layout(text: str, pipeline: int, chunks: int, message: str) -> None:
     with pytest.raises(ConfigError) as error:

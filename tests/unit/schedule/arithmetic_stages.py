@@ -163,7 +163,7 @@ class ThreadTransport:
         self.rendezvous, self.rank = rendezvous, rank
         self.unfinished: list[threading.Event] = []
 
-    def send(self, tensor: torch.Tensor, destination: int) -> None:
+    def send(self, tensor: torch.Tensor, destination: int, length: int = 1) -> None:
         """As of a Transport."""
         is_sent = threading.Event()
         self.unfinished.append(is_sent)
@@ -172,7 +172,7 @@ class ThreadTransport:
             self.rendezvous.sends.setdefault(pair, deque()).append((tensor, is_sent))
             self.rendezvous.match(pair)
 
-    def receive(self, source: int) -> _Message:
+    def receive(self, source: int, length: int = 1) -> _Message:
         """As of a Transport."""
         message, pair = _Message(), (source, self.rank)
         with self.rendezvous.lock:
@@ -191,9 +191,9 @@ class ThreadTransport:
 class StrictThreadTransport(ThreadTransport):
     """A send blocks until it is received: what a transport without any buffer does."""
 
-    def send(self, tensor: torch.Tensor, destination: int) -> None:
+    def send(self, tensor: torch.Tensor, destination: int, length: int = 1) -> None:
         """As of a Transport."""
-        super().send(tensor, destination)
+        super().send(tensor, destination, length)
         self.flush()
 
 

@@ -99,6 +99,36 @@ def test_results_and_memory(name: str, transport: type[ThreadTransport]) -> None
         assert all(number <= bound for number, bound in zip(held, activation_bound(plan), strict=True))
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("name", FORMS)
+def test_both_sides_know_which_tensors_are_longer(name: str, num_ranks: int) -> None:
+    """Those of the last boundary between stages, forward and backward, if it lies between two ranks."""
+    plan = form(name, num_ranks, fewest(name, num_ranks) + step(name, num_ranks))
+    rendezvous = Rendezvous()
+    sent: dict[tuple[int, int], list[int]] = {}
+    expected: dict[tuple[int, int], list[int]] = {}
+
+    class Noting(ThreadTransport):
+        def send(self, tensor, destination, length):
+            sent.setdefault((self.rank, destination), []).append(length)
+            super().send(tensor, destination, length)
+
+        def receive(self, source, length):
+            expected.setdefault((source, self.rank), []).append(length)
+            return super().receive(source, length)
+
+    lengths = {plan.num_stages - 2: 3}
+    run_threads([partial(Executor(plan, rank, Noting(rendezvous, rank), lengths).run,
+                         [MultiplyingStage(plan, rank, chunk) for chunk in range(plan.num_chunks)])
+                 for rank in range(plan.num_ranks)])
+    assert sent == expected
+    crossing = sum(plan.holders[place] != plan.holders[place._replace(stage=place.stage - 1)]
+                   for place in plan.holders if place.stage == plan.num_stages - 1)
+    found = [length for own in sent.values() for length in own]
+    assert found.count(3) == 2 * crossing * plan.microbatches_per_chunk > 0
+    assert set(found) <= {1, 3}
+
+
 def test_the_bound_is_reached() -> None:
     """With enough micro-batches the measured peak is the published one, not less."""
     for name in SCHEDULES:
@@ -169,9 +199,9 @@ def test_a_gradient_is_sent_before_the_last_weight_gradients() -> None:
     events: list[list[str]] = []  # of each action of rank 1
 
     class Sending(ThreadTransport):
-        def send(self, tensor, destination):
+        def send(self, tensor, destination, length):
             events[-1].append("send")
-            super().send(tensor, destination)
+            super().send(tensor, destination, length)
 
     class Noting(MultiplyingStage):
         def backward_weight(self, microbatch):
@@ -204,9 +234,9 @@ def test_receives_are_posted_ahead_and_only_a_little() -> None:
     posted: list[int] = []
 
     class Counting(ThreadTransport):
-        def receive(self, source):
+        def receive(self, source, length):
             posted[-1] += 1
-            return super().receive(source)
+            return super().receive(source, length)
 
     class Starting:
         def begin(self, action: Action) -> None:
@@ -266,9 +296,9 @@ def test_received_tensors_are_let_go_of() -> None:
     memory = Memory()
 
     class Watching(ThreadTransport):
-        def send(self, tensor: torch.Tensor, destination: int) -> None:
+        def send(self, tensor: torch.Tensor, destination: int, length: int = 1) -> None:
             memory.watch(tensor)
-            super().send(tensor, destination)
+            super().send(tensor, destination, length)
 
     rendezvous = Rendezvous()
     run_threads([partial(Executor(plan, rank, Watching(rendezvous, rank)).run,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from fractions import Fraction
 
@@ -130,8 +131,8 @@ def least_times(plan: Plan, costs: Costs) -> dict[tuple[int, int], Fraction]:
                 step = {"F": -1, "I": 1, "B": 1}.get(kind, None)
                 if step is not None and 0 <= stage + step < plan.num_stages:
                     source = maker["F" if kind == "F" else "B", (direction, stage + step), microbatch]
-                    edges.append((source, (rank, index), (costs.p2p if source[0] != rank else 0)
-                                  - tails[source]))
+                    delay = costs.p2p_of_boundary.get(min(stage, stage + step), costs.p2p)
+                    edges.append((source, (rank, index), (delay if source[0] != rank else 0) - tails[source]))
     starts = dict.fromkeys(seconds, Fraction(0))
     is_moving = True
     while is_moving:
@@ -150,7 +151,8 @@ def test_times_are_the_least_feasible(plan: Plan, data: st.DataObject) -> None:
         weight, more, forward = (data.draw(tenths) for _ in range(3))
         return StageCosts(forward, weight + more, weight, weight_tail=weight * data.draw(st.sampled_from((0, 1))) / 2)
 
-    costs = Costs(tuple(stage() for _ in range(plan.num_stages)), overlapped=Fraction(10), p2p=data.draw(tenths))
+    costs = Costs(tuple(stage() for _ in range(plan.num_stages)), overlapped=Fraction(10), p2p=data.draw(tenths),
+                  p2p_of_boundary=data.draw(st.dictionaries(st.integers(0, plan.num_stages), tenths)))
     result = simulate(plan, costs)
     starts = least_times(plan, costs)
     assert {(rank, index): span.start for rank, spans in enumerate(result.timeline)
@@ -199,6 +201,15 @@ def test_measured_pairs() -> None:
         simulate(plan, Costs((stage, stage), overlapped={(0, 1): 3}))
     with pytest.raises(ConfigError, match=r"overlapped has the pair \[0, 2\]; the plan has stages 0\.\.1"):
         simulate(plan, Costs((stage, stage), overlapped={(0, 2): 3}))
+
+
+def test_a_boundary_has_its_own_transfer_time() -> None:
+    """1F1B of one micro-batch on three ranks: forward and back over both boundaries."""
+    plan = build_plan("1f1b", num_ranks=3, num_microbatches=1)
+    costs = dataclasses.replace(uniform(plan, forward=1, backward=2, weight=1, p2p=10), p2p_of_boundary={1: 30})
+    assert simulate(plan, costs).step_time == 3 * (1 + 2) + 2 * (10 + 30)
+    with pytest.raises(ConfigError, match=re.escape("p2p_of_boundary[1]=-1 must not be negative; try 0")):
+        simulate(plan, dataclasses.replace(costs, p2p_of_boundary={1: -1}))
 
 
 def test_transfers_cost_only_between_ranks() -> None:

@@ -41,6 +41,23 @@ def test_more_micro_batches_hold_no_more(schedule: str, ranks: int, virtual: int
             assert set(few) == set(moments(schedule, ranks, microbatches, virtual, rank))
 
 
+@pytest.mark.parametrize(("schedule", "ranks", "virtual"), SIZES)
+def test_longer_tensors_across_the_last_boundary(schedule: str, ranks: int, virtual: int | None) -> None:
+    """Ranks with neither of its stages hold what they held; on two ranks with a stage each all tensors cross it."""
+    sizes = PlanSizes(schedule, ranks, 4 * ranks, virtual)
+    plan = build_plan(schedule, num_ranks=ranks, num_microbatches=4 * ranks, virtual_stages=virtual)
+    last = {plan.num_stages - 1, plan.num_stages - 2}
+    for rank, places in enumerate(plan.placement):
+        plain, longer = (rank_moments(sizes, rank, 4, length) for length in (1, 3))
+        if not last & {place.stage for place in places}:
+            assert longer == plain
+        elif plan.num_stages == 2:
+            assert longer == tuple(moment._replace(on_the_way=3 * moment.on_the_way) for moment in plain)
+        else:
+            most, least = (max(moment.on_the_way for moment in found) for found in (longer, plain))
+            assert least < most <= 3 * least
+
+
 def cost(kept: int, forward: tuple[Turn, ...], backward: tuple[Turn, ...]) -> StageCost:
     return StageCost(forward, backward, Turn(0, 0), backward, Turn(0, 0), {"kept": kept}, {}, 1)
 

@@ -15,7 +15,7 @@ from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
 from dsv3_megatron.planning.time.layer_operations import stage_operations
 from dsv3_megatron.planning.time.network import Network, expected_destinations
-from dsv3_megatron.planning.time.operations import Shape, TokenExchange, WorkPart, model_flops
+from dsv3_megatron.planning.time.operations import Product, Shape, TokenExchange, WorkPart, model_flops
 
 
 def _operations(run):
@@ -34,6 +34,22 @@ def test_operations_add_up_to_the_models_flops(name: str, changes) -> None:
     shape, operations = _operations(run)
     expected = flops_per_token(run.model, run.training.seq_length).training * shape.tokens
     assert model_flops(operations) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_heads_are_where_the_losses_are(depth: int) -> None:
+    """Not where the MTP modules are; all stages together do as much as in any other layout."""
+    run = preset("tiny").override(mtp_num_layers=depth)
+    modules = "m" * depth
+    run = dataclasses.replace(run, parallel=ParallelConfig(
+        pipeline_model_parallel_size=4, pipeline_model_parallel_layout=f"Ett|tt|{modules}|L"))
+    shape, operations = _operations(run)
+    expected = flops_per_token(run.model, run.training.seq_length).training * shape.tokens
+    assert model_flops(operations) == pytest.approx(expected, rel=1e-12)
+    heads = [[operation for group in stage_operations(run, stage, shape) for operation in group
+              if isinstance(operation, Product) and operation.name.endswith("head")]
+             for stage in stage_layouts(run.model, run.parallel)]
+    assert [len(own) for own in heads] == [0, 0, 0, 3 * (1 + depth)]
 
 
 def test_recomputation_is_in_the_backward_and_beside_the_models_flops() -> None:

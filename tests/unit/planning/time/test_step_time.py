@@ -11,7 +11,7 @@ from dsv3_megatron.config.presets import preset
 from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.run_cost import main_phase, only_phase, sensitivities
 from dsv3_megatron.planning.search import Layout, _Bounds, search
-from dsv3_megatron.planning.time.step_time import step_seconds, step_time
+from dsv3_megatron.planning.time.step_time import _plan_and_costs, step_seconds, step_time
 from dsv3_megatron.planning.time.work import Setting, WorkTable
 
 
@@ -67,6 +67,27 @@ def test_parts_add_up_and_both_ways_agree(changes) -> None:
     assert all(value >= 0 for value in parts.values())
     assert (hidden > 0) == run.parallel.schedule.startswith("dualpipe")
     assert step_seconds(run, setting) == pytest.approx(step.seconds, rel=1e-9)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_hidden_states_of_all_depths_take_longer_between_the_last_stages(depth: int) -> None:
+    """Twice or three times the bytes over the same wire; the loss apart also makes the longest stage shorter."""
+    setting = Setting(find_hardware("h800"), 64)
+    layers = "t" * 9
+    run, together = (_small(mtp_num_layers=depth, pipeline_model_parallel_layout=layout) for layout in (
+        f"E{layers}|{layers}|{layers}{'m' * depth}|L", f"E{layers}|{layers}|{layers}|{'m' * depth}L"))
+    step = step_time(run, setting)
+    assert sum(value for name, value in step.breakdown().items() if not name.startswith("hidden")
+               ) == pytest.approx(step.seconds, rel=1e-6)
+    assert step_seconds(run, setting) == pytest.approx(step.seconds, rel=1e-9)
+    costs = {}
+    for name, each in (("apart", run), ("together", together)):
+        table = WorkTable(each, setting)
+        costs[name] = _plan_and_costs(each, setting, table, table.stages(), 8)[1]
+    latency = setting.hardware["network_latency"]
+    assert costs["together"].p2p_of_boundary == {} and costs["apart"].p2p == costs["together"].p2p > latency
+    longer = latency + (1 + depth) * (costs["apart"].p2p - latency)
+    assert costs["apart"].p2p_of_boundary == {2: pytest.approx(longer)}
 
 
 def test_interleaved_pairs_hide_all_to_alls() -> None:
