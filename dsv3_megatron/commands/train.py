@@ -184,7 +184,9 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
         told += precheck.check_vocabulary(run, prefixes)
         told += precheck.check_export(run)
         told += precheck.check_folders(run)
-        told += precheck.check_memory(run, world_size, is_planned=command.world_size is not None)
+        told += precheck.check_memory(
+            run, world_size, is_planned=command.world_size is not None, hardware=command.hardware,
+            allows_overflow=command.allow_memory_overflow)
     return told
 
 

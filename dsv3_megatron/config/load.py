@@ -48,6 +48,8 @@ class TrainingRequest:
         as_json: Print as JSON.
         check_only: Validate the run and its inputs and stop.
         world_size: Number of processes to plan for; None: as many as there are.
+        hardware: Name of the machine whose memory the check compares with; None: this one.
+        allow_memory_overflow: Start although the estimate of memory is more than a GPU has.
         notes: What is to be said of Megatron-LM's own flags, a line each.
     """
 
@@ -58,6 +60,8 @@ class TrainingRequest:
     as_json: bool
     check_only: bool
     world_size: int | None
+    hardware: str | None = None
+    allow_memory_overflow: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -112,6 +116,10 @@ def build_parser() -> argparse.ArgumentParser:
     start.add_argument("--check-only", action="store_true", help="check the run and its inputs, and stop")
     start.add_argument("--world-size", type=_reader(int, takes_none=False), metavar="N",
                        help="with --print-model, --print-schedule or --check-only: processes to plan for")
+    start.add_argument("--hardware", metavar="NAME", help="with --check-only: the machine that the run is for, as dsv3 "
+                       "plan names it, such as h800; its memory is what the estimate is compared with")
+    start.add_argument("--allow-memory-overflow", action="store_true", help="start although the estimate of memory is "
+                       "more than a GPU has")
     for section in SECTIONS:
         add_section(parser, section)
     return parser
@@ -148,7 +156,8 @@ def parse_command(arguments: Sequence[str]) -> TrainingRequest:
     run, notes = apply_flags(of_megatron, preset(name).override(**from_file | flags), flags)
     require_yarn(run, flags)
     return TrainingRequest(run, given["print_model"], given["print_schedule"], given["plot_schedule"], given["as_json"],
-                           given["check_only"], given["world_size"], tuple(notes))
+                           given["check_only"], given["world_size"], given["hardware"],
+                           given["allow_memory_overflow"], tuple(notes))
 
 
 def read_config_file(path: str) -> dict[str, Any]:
@@ -214,6 +223,8 @@ def _given(arguments: Sequence[str]) -> dict[str, Any]:
         raise ConfigError("--json says how --print-model and --print-schedule print; give one of them too")
     if given["plot_schedule"] is not None and not given["plot_schedule"].endswith(".png"):
         raise ConfigError(f"--plot-schedule={given['plot_schedule']} must end with .png: that is what is drawn")
+    if given["hardware"] is not None and not given["check_only"]:
+        raise ConfigError(f"--hardware={given['hardware']} is for --check-only; a run takes the machine that it is on")
     if given["world_size"] is not None:
         if not (given["print_model"] or given["print_schedule"] or given["check_only"]):
             raise ConfigError(f"--world-size={given['world_size']} is for --print-model, --print-schedule and "

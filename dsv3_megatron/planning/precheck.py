@@ -29,7 +29,12 @@ from dsv3_megatron.data.datasets import DatasetConfig, check_sizes, dataset_conf
 from dsv3_megatron.data.indexed import dataset_paths, map_index, read_header, read_sidecar
 from dsv3_megatron.data.tokenizer import count_ids, load_tokenizer
 from dsv3_megatron.parallel.layout import stage_layouts
-from dsv3_megatron.planning.memory.estimate import RankMemory, estimate_memory
+from dsv3_megatron.planning.flags import flags
+from dsv3_megatron.planning.machine.hardware_tables import find_hardware
+from dsv3_megatron.planning.memory.estimate import RankMemory
+from dsv3_megatron.planning.memory.headroom import Headroom
+from dsv3_megatron.planning.memory.remedies import advise, fullest_rank
+from dsv3_megatron.planning.time.work import Setting
 
 # Ids of one read when a dataset is searched for a token that counts.
 _IDS_READ = 1 << 22
@@ -126,36 +131,63 @@ def check_vocabulary(run: RunConfig, prefixes: Sequence[str]) -> list[Told]:
     return told
 
 
-def check_memory(run: RunConfig, world_size: int, *, is_planned: bool = False) -> list[Told]:
+def check_memory(run: RunConfig, world_size: int, *, is_planned: bool = False, hardware: str | None = None,
+                 allows_overflow: bool = False) -> list[Told]:
     """The estimate of the fullest process's memory beside what its device has.
 
     Args:
         run: A valid run.
         world_size: Processes of the run.
         is_planned: The run is for another machine than this one, unless there are GPUs here.
+        hardware: Name of the machine that the run is for, as in planning/machine/hardware_tables.py; None: this one.
+        allows_overflow: Warn where it would be refused that the estimate is more than a GPU has.
 
     Raises:
-        ConfigError: weights, gradients and optimizer states, which are counted exactly, are more than a GPU has.
+        ConfigError: a GPU has less memory than the estimate, or there is no such machine. On a machine without GPUs,
+            which has other memory to fall back on, it is a warning.
     """
-    gpu_bytes = smallest_gpu_bytes()
+    machine = find_hardware(hardware) if hardware is not None else None
+    if machine is not None and machine.is_cpu:
+        raise ConfigError(f"hardware={hardware} is not a GPU; without one the memory of this machine is compared with")
+    gpu_bytes = smallest_gpu_bytes() if machine is None else int(machine["memory_bytes"])
     is_cuda = gpu_bytes is not None or is_planned
-    fullest = _fullest(run, world_size, "cuda" if is_cuda else "cpu")
+    fullest = fullest_rank(run, world_size, device="cuda" if is_cuda else "cpu")
     text = f"memory: about {_gb(fullest.peak_bytes)} at the peak of the fullest process"
-    if is_cuda and gpu_bytes is None:
-        return [Told(f"{text} on a GPU; there is none here to compare with")]
     if gpu_bytes is not None:
-        if fullest.state_bytes > gpu_bytes:
-            raise ConfigError(
-                f"pipeline rank {fullest.pipeline_rank} holds {_gb(fullest.state_bytes)} of weights, gradients and "
-                f"optimizer states, more than the {_gb(gpu_bytes)} of a GPU here; split the model over more ranks, or "
-                "see what dsv3 plan --search finds")
-        return [_compared(text, fullest.peak_bytes, gpu_bytes, "of a GPU")]
+        whose = f"of an {hardware}" if machine is not None else "of a GPU here"
+        usable = gpu_bytes if machine is None else int(Headroom.of(Setting(machine, world_size)).usable_bytes)
+        return [_beside_gpu(text, fullest, run, world_size, (usable, gpu_bytes), whose, allows_overflow)]
+    if is_cuda:
+        return [Told(f"{text} on a GPU; there is none here to compare with: name one with --hardware")]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     have = _host_bytes()
     if have is None:
         return [Told(f"{text}, {local} of them on this machine, whose memory is not known")]
     return [_compared(f"{text}, {local} of them here", local * (fullest.peak_bytes + fullest.host_bytes), have,
                       "of this machine")]
+
+
+def _beside_gpu(text: str, fullest: RankMemory, run: RunConfig, world_size: int, sizes: tuple[int, int], whose: str,
+                allows_overflow: bool) -> Told:
+    """The answer where there is a GPU of `sizes`: bytes that its other users leave, and bytes that it has."""
+    usable, visible = sizes
+    if fullest.peak_bytes <= usable:
+        return Told(f"{text}: {_gb(fullest.peak_bytes)} of the {_gb(visible)} {whose}")
+    remedies = advise(run, world_size).remedies
+    # The mildest one that is enough, or else the one that helps most.
+    best = min((remedy for remedy in remedies if remedy.peak_bytes <= usable), key=lambda remedy: remedy.saved_bytes,
+               default=next(iter(remedies), None))
+    ways = [f"{flags(best.changes)} would need {_gb(best.peak_bytes)}"] if best is not None else []
+    ways.append("dsv3 plan --search finds layouts that fit")
+    needed = f"pipeline rank {fullest.pipeline_rank} needs about {_gb(fullest.peak_bytes)}"
+    if fullest.peak_bytes > visible:
+        wrong = f"{needed}, more than the {_gb(visible)} {whose}: {'; '.join(ways)}"
+    else:
+        wrong = (f"{needed} of the {_gb(visible)} {whose}, which leaves less than the {_gb(visible - usable)} that "
+                 f"others are expected to take there: {'; '.join(ways)}")
+    if fullest.peak_bytes > visible and not allows_overflow:
+        raise ConfigError(f"{wrong}; or give --allow-memory-overflow, for an estimate that you know to be too high")
+    return Told(f"memory: {wrong}", is_warning=True)
 
 
 def check_folders(run: RunConfig) -> list[Told]:
@@ -304,15 +336,6 @@ def _num_tokens(prefix: str, share: tuple[int, int]) -> int:
     if share == (0, header.num_sequences):
         return header.num_tokens
     return int(map_index(prefix).lengths_Q[share[0]: share[1]].sum(dtype=np.int64))
-
-
-def _fullest(run: RunConfig, world_size: int, device: str) -> RankMemory:
-    """The rank with the highest peak of any phase that is run."""
-    phases = {(phase.training.seq_length, phase.training.micro_batch_size): phase
-              for phase in run.recipe().phases_to_run}
-    return max((rank for phase in phases.values()
-                for rank in estimate_memory(run.in_phase(phase), world_size, device=device)),
-               key=lambda rank: rank.peak_bytes)
 
 
 def _compared(text: str, needed: int, have: int, whose: str) -> Told:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dsv3_megatron.config.load import parse_command
+from dsv3_megatron.planning.precheck import check_memory
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "slurm" / "pretrain_dsv3_2048.sbatch"
 LAST_STEP = 100
@@ -46,6 +50,20 @@ class Cluster:
 
 def saved(step: object) -> str:
     return f"echo {step} >latest_checkpointed_iteration.txt"
+
+
+def test_the_layout_fits_the_machine_that_it_is_for(tmp_path: Path) -> None:
+    """The flags that srun is given are those of a valid run of 2048 processes, within what an H800 leaves to a run."""
+    cluster = Cluster(tmp_path)
+    cluster.submit("exit 2")
+    words = shlex.split(cluster.started.read_text())
+    flags = words[words.index("--preset"):]
+    run = parse_command(flags).run
+    run.validate(2048)
+    (told,) = check_memory(run, 2048, hardware="h800")
+    assert not told.is_warning and "of the 84.9 GB of an h800" in told.text
+    (told,) = check_memory(run.override(transformer_impl="local"), 2048, hardware="h800")
+    assert not told.is_warning
 
 
 @pytest.mark.parametrize(("run", "is_requeued", "said"), [

@@ -66,7 +66,7 @@ def advise(run: RunConfig, world_size: int | None = None, *, device: str = "cuda
         imbalance: Rows that a rank's experts get, as a multiple of the mean over ranks; 1 is balance.
     """
     size = run.parallel.minimum_world_size if world_size is None else world_size
-    worst = _worst(run, size, device, imbalance)
+    worst = fullest_rank(run, size, device=device, imbalance=imbalance)
     remedies = []
     for changes in _candidates(run):
         try:
@@ -74,7 +74,7 @@ def advise(run: RunConfig, world_size: int | None = None, *, device: str = "cuda
             changed.validate(size)
         except ConfigError:  # not a way out of this run's
             continue
-        peak = _worst(changed, size, device, imbalance).peak_bytes
+        peak = fullest_rank(changed, size, device=device, imbalance=imbalance).peak_bytes
         if peak < worst.peak_bytes:
             remedies.append(Remedy(changes, peak, worst.peak_bytes - peak))
     remedies.sort(key=lambda remedy: -remedy.saved_bytes)
@@ -83,8 +83,19 @@ def advise(run: RunConfig, world_size: int | None = None, *, device: str = "cuda
                   tuple(remedies))
 
 
-def _worst(run: RunConfig, world_size: int, device: str, imbalance: float) -> RankMemory:
-    return max(estimate_memory(run, world_size, device=device, imbalance=imbalance),
+def fullest_rank(run: RunConfig, world_size: int, *, device: str = "cuda", imbalance: float = 1.0) -> RankMemory:
+    """The rank with the highest peak in any phase that the run trains.
+
+    Args:
+        run: A valid run.
+        world_size: Processes.
+        device: "cuda" or "cpu": which operations the modules choose.
+        imbalance: Rows that a rank's experts get, as a multiple of the mean over ranks; 1 is balance.
+    """
+    phases = {(phase.training.seq_length, phase.training.micro_batch_size): run.in_phase(phase)
+              for phase in run.recipe().phases_to_run}
+    return max((rank for phase in phases.values()
+                for rank in estimate_memory(phase, world_size, device=device, imbalance=imbalance)),
                key=lambda rank: rank.peak_bytes)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.indexed_writer import DatasetWriter
@@ -146,14 +149,31 @@ def test_ids_of_the_tokenizer_beside_rows_of_the_model(good: str, tmp_path: Path
 def test_memory_beside_the_smallest_gpu(good: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(good)
     (rank,) = estimate_memory(run, 1, device="cuda")
-    cases = ((rank.peak_bytes, False), (rank.peak_bytes - 1, True))
-    for have, is_warning in cases:
-        monkeypatch.setattr(precheck, "smallest_gpu_bytes", lambda have=have: have)
-        (told,) = precheck.check_memory(run, 1)
-        assert told.is_warning == is_warning and ("it may not fit" in told.text) == is_warning
-    monkeypatch.setattr(precheck, "smallest_gpu_bytes", lambda: rank.state_bytes - 1)
-    with pytest.raises(ConfigError, match=r"^pipeline rank 0 holds 0.0 GB of weights, gradients and optimizer states"):
+    monkeypatch.setattr(precheck, "smallest_gpu_bytes", lambda: rank.peak_bytes)
+    (told,) = precheck.check_memory(run, 1)
+    assert not told.is_warning
+    monkeypatch.setattr(precheck, "smallest_gpu_bytes", lambda: rank.peak_bytes - 1)
+    with pytest.raises(ConfigError) as error:
         precheck.check_memory(run, 1)
+    message = re.fullmatch(r"pipeline rank 0 needs about ([\d.]+) GB, more than the \1 GB of a GPU here: (--.+) would "
+                           r"need ([\d.]+) GB; dsv3 plan --search finds layouts that fit; or give "
+                           r"--allow-memory-overflow, for an estimate that you know to be too high", str(error.value))
+    assert message
+    assert float(message[3]) <= float(message[1])
+    parse_command(["--preset", "tiny", *shlex.split(message[2])])  # flags to paste
+    (told,) = precheck.check_memory(run, 1, allows_overflow=True)
+    assert told.is_warning and told.text.startswith("memory: pipeline rank 0 needs about")
+
+
+def test_memory_beside_a_machine_that_is_named(good: str) -> None:
+    """The layout of the report in BF16 does not fit an H800, whatever machine looks at it."""
+    run = preset("dsv3-671b").override(pipeline_model_parallel_size=16, expert_model_parallel_size=64)
+    with pytest.raises(ConfigError, match=r"needs about 1\d\d\.\d GB, more than the 84\.9 GB of an h800: --"):
+        precheck.check_memory(run, 2048, is_planned=True, hardware="h800")
+    (told,) = precheck.check_memory(run, 2048, is_planned=True, hardware="h200", allows_overflow=True)
+    assert "of an h200" in told.text
+    with pytest.raises(ConfigError, match="hardware='h801' is not known"):
+        precheck.check_memory(run, 2048, hardware="h801")
 
 
 def test_memory_of_all_processes_of_a_machine_without_gpus(good: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +186,7 @@ def test_memory_of_all_processes_of_a_machine_without_gpus(good: str, monkeypatc
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not precheck.check_memory(run, 4)[0].is_warning
     (planned,) = precheck.check_memory(run, 4, is_planned=True)
-    assert planned.text.endswith("on a GPU; there is none here to compare with")
+    assert planned.text.endswith("on a GPU; there is none here to compare with: name one with --hardware")
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("81559\n143771\n", 81559 * 2**20), ("", None), ("[N/A]\n", None)])
