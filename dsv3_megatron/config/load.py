@@ -49,7 +49,7 @@ class TrainingRequest:
         check_only: Validate the run and its inputs and stop.
         world_size: Number of processes to plan for; None: as many as there are.
         hardware: Name of the machine whose memory the check compares with; None: this one.
-        allow_memory_overflow: Start although the estimate of memory is more than a GPU has.
+        allow_memory_overflow: Whether to start although the estimate of memory is more than a GPU has.
         notes: What is to be said of Megatron-LM's own flags, a line each.
     """
 

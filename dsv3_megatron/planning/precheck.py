@@ -140,7 +140,7 @@ def check_memory(run: RunConfig, world_size: int, *, is_planned: bool = False, h
         world_size: Processes of the run.
         is_planned: The run is for another machine than this one, unless there are GPUs here.
         hardware: Name of the machine that the run is for, as in planning/machine/hardware_tables.py; None: this one.
-        allows_overflow: Warn where it would be refused that the estimate is more than a GPU has.
+        allows_overflow: Whether an estimate that is more than a GPU has is a warning, and not an error.
 
     Raises:
         ConfigError: a GPU has less memory than the estimate, or there is no such machine. On a machine without GPUs,
