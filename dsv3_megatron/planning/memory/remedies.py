@@ -88,7 +88,7 @@ def fullest_rank(run: RunConfig, world_size: int, *, device: str = "cuda", imbal
 
     Args:
         run: A valid run.
-        world_size: Processes.
+        world_size: Number of processes of the run.
         device: "cuda" or "cpu": which operations the modules choose.
         imbalance: Rows that a rank's experts get, as a multiple of the mean over ranks; 1 is balance.
     """
