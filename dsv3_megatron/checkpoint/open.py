@@ -15,16 +15,11 @@ from dsv3_megatron.checkpoint.folder import TRACKER, CheckpointError, check_arch
 from dsv3_megatron.checkpoint.hf.directory import CONFIG
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
 from dsv3_megatron.checkpoint.text_files import form_of_checkpoint
+from dsv3_megatron.config.data import DOCUMENT_SWITCHES, DataConfig
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.training import (
-    DOCUMENT_SWITCHES,
-    CheckpointConfig,
-    DataConfig,
-    LoggingConfig,
-    TrainingConfig,
-)
+from dsv3_megatron.config.training import CheckpointConfig, LoggingConfig, TrainingConfig
 from dsv3_megatron.data.blend import parse_blend
 from dsv3_megatron.data.special_tokens import TOKENIZER
 from dsv3_megatron.data.text_form import TextForm

@@ -21,21 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.checkpoint.open import OpenedCheckpoint, open_checkpoint
+from dsv3_megatron.config.data import DOCUMENT_SWITCHES, DataConfig
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser, add_section, given_fields
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import nearest_microbatches
 from dsv3_megatron.config.run import RunConfig, require_document_attention
-from dsv3_megatron.config.training import (
-    DOCUMENT_SWITCHES,
-    PRECISIONS,
-    TRANSFORMER_IMPLS,
-    CheckpointConfig,
-    DataConfig,
-    LoggingConfig,
-    TrainingConfig,
-)
+from dsv3_megatron.config.training import PRECISIONS, TRANSFORMER_IMPLS, CheckpointConfig, LoggingConfig, TrainingConfig
 from dsv3_megatron.data.blend import without_suffix
 from dsv3_megatron.data.document_ends import named_eod_id, resolve_eod_id
 from dsv3_megatron.data.rows import Rows, open_token_array, open_windows

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 from dsv3_megatron.checkpoint.open import open_checkpoint
+from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.training import PRECISIONS, CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
+from dsv3_megatron.config.training import PRECISIONS, CheckpointConfig, LoggingConfig, TrainingConfig
 from dsv3_megatron.generation.text import TextCodec, TextStream, check_text, open_codec, read_prompts
 from dsv3_megatron.process.ranks import Processes
 from dsv3_megatron.process.stop import StopListener

@@ -4,8 +4,9 @@ In reading order; a wrong setting raises `fields.ConfigError` before anything is
 
     fields.py        how a field is declared; ConfigError      values.py        a given value -> a field's value
     model.py         architecture                              weights.py       a row for every weight of it
-    precision.py     FP8, product by product
-    training.py      batch, optimizer, data, checkpoints, logs memory.py        what trades memory for arithmetic
+    precision.py     FP8, product by product                   data.py          what is read
+    step.py          what a step takes: batch, rate, weights   training.py      length, optimizer, checkpoints, logs
+    memory.py        what trades memory for arithmetic
     pipeline.py      names and sizes of schedules              parallel.py      how a run is split, and whether it fits
     guards.py        what is done about bad steps              run.py           RunConfig: all of these together
     presets.py       named runs                                files.py         TOML, YAML, JSON -> plain values

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
+
+
+class InPhases(enum.Enum):
+    """What a run with phases makes of one of its fields.
+
+    Attributes:
+        FIXED: The field holds for the whole run.
+        CHANGED: A phase may give the field another value.
+        REPLACED: The field describes the one phase of a run without phases; phases say it instead.
+    """
+
+    FIXED = enum.auto()
+    CHANGED = enum.auto()
+    REPLACED = enum.auto()
 
 
 class ConfigError(ValueError):
@@ -14,21 +29,28 @@ class ConfigError(ValueError):
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str, choices: tuple[str, ...] = (), nargs: str = "",
-           flag: str = "", most: float | None = None) -> Any:
+           flag: str = "", most: float | None = None, in_phases: InPhases = InPhases.FIXED,
+           read: Callable[[Any], Any] | None = None) -> Any:
     """Declare a dataclass field that is also a command-line flag.
 
     Args:
-        default: The field's default value; a list is copied for each instance.
+        default: The field's default value.
         help: One line for `--help`, with the unit.
         choices: Allowed values, if there are few.
-        nargs: argparse's nargs, for lists.
+        nargs: argparse's nargs, for fields of several texts.
         flag: Flag name without dashes where it differs from the field's.
         most: Largest value of a number where it is not that of every other (`values.py`).
+        in_phases: What becomes of the field in a run with phases.
+        read: Reader of the field's values; None: its annotation says how they are read (`values.py`).
     """
-    metadata = {"help": help, "choices": choices, "nargs": nargs, "flag": flag, "most": most}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    metadata = {"help": help, "choices": choices, "nargs": nargs, "flag": flag, "most": most, "in_phases": in_phases,
+                "read": read}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def names_in_phases(section: Any, kind: InPhases) -> tuple[str, ...]:
+    """Name the fields of a section, a class, of which phases make the same."""
+    return tuple(field.name for field in dataclasses.fields(section) if field.metadata["in_phases"] is kind)
 
 
 def require_finite(section: Any) -> None:

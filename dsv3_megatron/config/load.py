@@ -19,10 +19,11 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.files import parse_file
 from dsv3_megatron.config.megatron_flags import BY_NAME
 from dsv3_megatron.config.megatron_values import apply_flags, require_yarn, take_flags
-from dsv3_megatron.config.phases import WITHOUT_PHASES, Phase, read_phases
+from dsv3_megatron.config.phases import Phase, read_phases
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.config.run import SECTIONS, RunConfig, section_of
-from dsv3_megatron.config.values import is_optional, kind_of, read_value, whole_number
+from dsv3_megatron.config.training import WITHOUT_PHASES
+from dsv3_megatron.config.values import is_optional, kind_of, read_field, read_value
 
 _GROUP_TITLES = {
     "model": "model (without a default: the preset's)",
@@ -114,7 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     start.add_argument("--json", action="store_true", dest="as_json", help="with --print-model or --print-schedule: as "
                        "JSON")
     start.add_argument("--check-only", action="store_true", help="check the run and its inputs, and stop")
-    start.add_argument("--world-size", type=_reader(int, takes_none=False), metavar="N",
+    start.add_argument("--world-size", type=_reader(int, lambda word: read_value("world_size", word, "int")),
+                       metavar="N",
                        help="with --print-model, --print-schedule or --check-only: processes to plan for")
     start.add_argument("--hardware", metavar="NAME", help="with --check-only: the machine that the run is for, as dsv3 "
                        "plan names it, such as h800; its memory is what the estimate is compared with")
@@ -175,7 +177,7 @@ def read_config_file(path: str) -> dict[str, Any]:
                 if name in places:
                     raise ConfigError(f"{name} is given twice, {places[name]} and {place}; leave one out")
                 places[name] = place
-                changes[name] = entry if name == "preset" else _typed(name, entry)
+                changes[name] = entry if name == "preset" else read_field(_field(name), entry)
         except ConfigError as error:
             raise ConfigError(f"config={path}: {error}") from error
     return changes
@@ -203,7 +205,6 @@ def _entries(key: str, value: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 _UNSET: Any = object()
-_PHASES = "tuple[Phase, ...]"
 
 
 def _given(arguments: Sequence[str]) -> dict[str, Any]:
@@ -239,12 +240,6 @@ def _field(name: str) -> dataclasses.Field:
     return next(field for field in dataclasses.fields(SECTIONS[section_of(name)]) if field.name == name)
 
 
-def _typed(name: str, value: Any) -> Any:
-    """A value of a file as the field's type."""
-    annotation = str(_field(name).type)
-    return read_phases(value) if annotation == _PHASES else read_value(name, value, annotation)
-
-
 @functools.cache
 def _preset_runs() -> tuple[RunConfig, ...]:
     return tuple(make() for make in PRESETS.values())
@@ -253,8 +248,6 @@ def _preset_runs() -> tuple[RunConfig, ...]:
 def _add_flag(group: Any, field: dataclasses.Field) -> None:
     metadata = field.metadata
     flag = "--" + (metadata["flag"] or field.name.replace("_", "-"))
-    annotation = str(field.type)
-    kind = Phase if annotation == _PHASES else kind_of(annotation)
     # A default is shown where it is the same in every preset; elsewhere it is the preset's.
     defaults = {repr(getattr(getattr(run, section_of(field.name)), field.name)) for run in _preset_runs()}
     default = next(iter(defaults))
@@ -262,14 +255,17 @@ def _add_flag(group: Any, field: dataclasses.Field) -> None:
     shown = f" (default: {default.strip(chr(39))})" if is_shown else ""
     text = metadata["help"].replace("%", "%%") + shown
     options: dict[str, Any] = {"dest": field.name, "default": _UNSET, "help": text}
+    if metadata["read"] is read_phases:
+        group.add_argument(flag, type=_phases_of_file, metavar="FILE", **options)
+        return
+    annotation = str(field.type)
+    kind = kind_of(annotation)
     if kind is bool:  # --flag and --no-flag; left out, it is not among the given values
         options |= {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
     elif metadata["nargs"]:
         options |= {"nargs": metadata["nargs"], "metavar": "X"}
-    elif kind is Phase:
-        options |= {"type": _phases_of_file, "metavar": "FILE"}
     else:
-        options["type"] = _reader(kind, takes_none=is_optional(annotation))
+        options["type"] = _reader(kind, functools.partial(read_field, field))
         if metadata["choices"]:
             takes_none = is_optional(annotation)
             options["choices"] = (*metadata["choices"], *[None] * takes_none)
@@ -279,18 +275,13 @@ def _add_flag(group: Any, field: dataclasses.Field) -> None:
     group.add_argument(flag, **options)
 
 
-def _reader(kind: type, *, takes_none: bool) -> Callable[[str], Any]:
-    """Reads a flag's word as `kind`, whole numbers as 1000 or 1e3, and "none" as None; argparse names it in errors."""
-    def read(text: str) -> Any:
-        if takes_none and text.lower() == "none":
-            return None
-        number = whole_number(text) if kind is int else kind(text)
-        if number is None:
-            raise ValueError(text)
-        return number
+def _reader(kind: type, read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A reader of a flag's word under the name that argparse's errors give it."""
+    def named(word: str) -> Any:
+        return read(word)
 
-    read.__name__ = kind.__name__
-    return read
+    named.__name__ = kind.__name__
+    return named
 
 
 def _phases_of_file(path: str) -> tuple[Phase, ...]:

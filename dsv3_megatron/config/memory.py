@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.training import MOMENT_DTYPES, MOMENT_ROUNDINGS, RECOMPUTE_GRANULARITIES, TrainingConfig
 
-if TYPE_CHECKING:
-    from dsv3_megatron.config.model import ModelConfig
-    from dsv3_megatron.config.training import TrainingConfig
-
-MOMENT_DTYPES = ("fp32", "bf16")
-MOMENT_ROUNDINGS = ("stochastic", "nearest")
-RECOMPUTE_GRANULARITIES = ("selective", "full")
 # What the report recomputes (section 3.2.3), in Megatron-Core's spelling.
 RECOMPUTE_MODULES = ("layernorm", "mla_up_proj", "moe_act")
 
@@ -21,7 +14,7 @@ def recomputed_modules(training: TrainingConfig) -> tuple[str, ...]:
     """Names of the modules to recompute: those given, all of the report's if none are; empty without "selective"."""
     if training.recompute_granularity != "selective":
         return ()
-    return tuple(training.recompute_modules) or RECOMPUTE_MODULES
+    return training.recompute_modules or RECOMPUTE_MODULES
 
 
 def require_recompute(training: TrainingConfig, model: ModelConfig) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from dsv3_megatron.config.fields import ConfigError, all_divisors, nearest, option, require_finite
+from dsv3_megatron.config.fields import ConfigError, InPhases, all_divisors, nearest, option, require_finite
 
 ROPE_TYPES = ("rope", "yarn")
 GROUP_MASKS = ("exclude", "zero")
@@ -57,15 +57,20 @@ class ModelConfig:
         "experts, which no Hugging Face export can express")
     moe_router_topk_scaling_factor: float = option(2.5, help="factor on the normalised gates")
     mtp_num_layers: int = option(1, most=1000, help="multi-token-prediction modules (depth D); 0: none")
-    max_position_embeddings: int = option(4096, help="longest sequence the model is meant for, in tokens")
+    max_position_embeddings: int = option(
+        4096, in_phases=InPhases.CHANGED, help="longest sequence the model is meant for, in tokens")
     rotary_base: float = option(10000.0, help="base of the rotary frequencies (theta)")
-    rope_type: str = option("rope", choices=ROPE_TYPES, help="plain rotary embedding, or YaRN for long context")
-    rotary_scaling_factor: float = option(1.0, help="YaRN: context extension factor s")
-    original_max_position_embeddings: int = option(4096, help="YaRN: context length before the extension")
-    beta_fast: float = option(32.0, help="YaRN: rotations above which a frequency is kept")
-    beta_slow: float = option(1.0, help="YaRN: rotations below which a frequency is interpolated")
-    mscale: float = option(1.0, help="YaRN: numerator of the cos/sin multiplier")
-    mscale_all_dim: float = option(1.0, help="YaRN: its denominator, and the softmax scale's exponent base")
+    rope_type: str = option(
+        "rope", in_phases=InPhases.CHANGED, choices=ROPE_TYPES, help="plain rotary embedding, or YaRN for long context")
+    rotary_scaling_factor: float = option(1.0, in_phases=InPhases.CHANGED, help="YaRN: context extension factor s")
+    original_max_position_embeddings: int = option(
+        4096, in_phases=InPhases.CHANGED, help="YaRN: context length before the extension")
+    beta_fast: float = option(32.0, in_phases=InPhases.CHANGED, help="YaRN: rotations above which a frequency is kept")
+    beta_slow: float = option(
+        1.0, in_phases=InPhases.CHANGED, help="YaRN: rotations below which a frequency is interpolated")
+    mscale: float = option(1.0, in_phases=InPhases.CHANGED, help="YaRN: numerator of the cos/sin multiplier")
+    mscale_all_dim: float = option(
+        1.0, in_phases=InPhases.CHANGED, help="YaRN: its denominator, and the softmax scale's exponent base")
     layernorm_epsilon: float = option(1e-6, flag="norm-epsilon", help="epsilon of every RMSNorm")
     latent_layernorm_epsilon: float | None = option(
         None, flag="latent-norm-epsilon", help="epsilon of the query and key/value latents' norms; none: as of every "

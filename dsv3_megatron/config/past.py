@@ -14,14 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsv3_megatron.config.phases import DATA_FIELDS, MODEL_FIELDS
+from dsv3_megatron.config.phases import DATA_FIELDS, MODEL_FIELDS, TRAINING_FIELDS
 from dsv3_megatron.config.recipe import Recipe, StepPlan, TrainedAmount, plan_recipe
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.training import TrainingConfig
+from dsv3_megatron.config.training import WITHOUT_PHASES, TrainingConfig
 
-# Fields of a run that its steps follow from.
-SCHEDULE_FIELDS = ("seq_length", "global_batch_size", "train_iters", "phases", "lr", "min_lr", "lr_warmup_iters",
-                   "lr_decay_style", "lr_decay_iters", "mtp_loss_scaling_factor", "moe_router_bias_update_rate")
+# Fields of a run that its steps follow from; in how many passes a step is taken changes nothing of it.
+SCHEDULE_FIELDS = (*(name for name in TRAINING_FIELDS if name != "micro_batch_size"), *WITHOUT_PHASES, "phases")
 _RATE_FIELDS = ("lr", "min_lr", "lr_warmup_iters", "lr_decay_style")
 # Up to so many steps each is compared; of more, evenly spaced ones and those around every change of the batch.
 _MAX_COMPARED = 4096

@@ -28,91 +28,58 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dsv3_megatron.config.fields import ConfigError, require_finite
-from dsv3_megatron.config.values import read_value, require_values
+from dsv3_megatron.config.data import DataConfig
+from dsv3_megatron.config.fields import ConfigError, InPhases, names_in_phases, require_finite
+from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.step import StepConfig
+from dsv3_megatron.config.values import plain, read_field, require_values
 
 LR_DECAY_STYLES = ("constant", "cosine", "linear")
-# Fields of a run that describe one phase, of the whole run, where no phases are given.
-WITHOUT_PHASES = ("train_iters", "min_lr", "lr_warmup_iters", "lr_decay_style", "lr_decay_iters")
-# Fields of a run that a phase may change.
-MODEL_FIELDS = ("rope_type", "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
-                "mscale", "mscale_all_dim", "max_position_embeddings")
-TRAINING_FIELDS = ("seq_length", "micro_batch_size", "global_batch_size", "lr", "mtp_loss_scaling_factor",
-                   "moe_router_bias_update_rate")
-DATA_FIELDS = ("data_path", "valid_data_path")
+# Fields of a run that a phase may change, as their sections declare them.
+MODEL_FIELDS = names_in_phases(ModelConfig, InPhases.CHANGED)
+TRAINING_FIELDS = names_in_phases(StepConfig, InPhases.CHANGED)
+DATA_FIELDS = names_in_phases(DataConfig, InPhases.CHANGED)
 
 
 @dataclass(frozen=True)
-class Phase:
-    """One phase as written; None: not said. Fields that a run has too have its names and meanings.
+class WrittenPhase:
+    """A phase as written, without what it changes of its run: its name, its length, and the ways there.
 
     Attributes:
-        name: The phase's own name, for tables, logs and errors; no other phase has it.
+        name: Name of the phase, for tables, logs and errors; no other phase has it.
         train_tokens: Length in tokens. The phase ends with the step that reaches them, and the next phase that is given
             in tokens counts from where this one should have ended, so that roundings do not add up. Or else
         train_iters: Length in optimizer steps.
-        lr: Learning rate at its end.
-        lr_decay_style: The way there from the learning rate before it, up or down; constant: at once.
-        lr_warmup_iters: Steps of linear warm-up from 0, at its start, to the learning rate that it starts from.
+        lr_decay_style: Way to `lr` from the learning rate before the phase, up or down; constant: at once.
+        lr_warmup_iters: Steps of linear warm-up from 0, at the phase's start, to the learning rate it starts from.
         lr_decay_iters: Step of the phase at which `lr` is reached; None: its end.
-        global_batch_size: Sequences in a step at its end.
-        global_batch_size_increment: The batch goes there from the one before it linearly in tokens, by so many
-            sequences at a time; None: at once.
-        micro_batch_size: Sequences in one forward pass.
-        seq_length: Tokens in a sequence.
-        mtp_loss_scaling_factor: Weight of the MTP losses, lambda.
-        moe_router_bias_update_rate: Step of the routers' biases, gamma.
-        rope_type: "rope" or "yarn".
-        rotary_scaling_factor: YaRN's s.
-        original_max_position_embeddings: YaRN: context length before the extension.
-        beta_fast: YaRN's rotations over the original context beyond which a frequency is kept.
-        beta_slow: YaRN's rotations over the original context below which a frequency is divided by s.
-        mscale: YaRN: numerator of the multiplier of cosines and sines.
-        mscale_all_dim: YaRN: denominator of that multiplier, and base of the softmax scale's exponent.
-        max_position_embeddings: Longest sequence the model is meant for; not said by a phase that changes YaRN's
-            fields: original length times scaling factor.
-        data_path: Training data, in the form of the run's field of this name.
-        valid_data_path: Validation data, in the form of the run's field of this name.
+        global_batch_size_increment: Sequences by which the batch grows at a time, on a line in tokens from the batch
+            before the phase to `global_batch_size`; None: it is there at once.
     """
 
     name: str = ""
     train_tokens: int | None = dataclasses.field(default=None, metadata={"most": 10**18})
     train_iters: int | None = None
-    lr: float | None = None
     lr_decay_style: str = "constant"
     lr_warmup_iters: int = 0
     lr_decay_iters: int | None = None
-    global_batch_size: int | None = None
     global_batch_size_increment: int | None = None
-    micro_batch_size: int | None = None
-    seq_length: int | None = None
-    mtp_loss_scaling_factor: float | None = None
-    moe_router_bias_update_rate: float | None = None
-    rope_type: str | None = None
-    rotary_scaling_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    max_position_embeddings: int | None = None
-    data_path: tuple[str, ...] | None = None
-    valid_data_path: tuple[str, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Give the fields that the phase sets, as plain values that `read_phases` reads."""
-        return self.given([field.name for field in dataclasses.fields(self)
-                           if getattr(self, field.name) != field.default])
+        given = self.given([field.name for field in dataclasses.fields(self)
+                            if getattr(self, field.name) != field.default])
+        return {name: plain(value) for name, value in given.items()}
 
     def given(self, names: Sequence[str]) -> dict[str, Any]:
-        """The fields among `names` that the phase gives a value, with the values as a run has them."""
-        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        """The fields among `names` that the phase gives a value, with those values."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def given_at_once(self) -> dict[str, Any]:
         """Fields of a run that have the phase's value from its first step on."""
@@ -143,7 +110,7 @@ class Phase:
                 raise ConfigError(f"{name}={value} must not be negative")
         if self.lr_decay_style not in LR_DECAY_STYLES:
             raise ConfigError(f"lr_decay_style={self.lr_decay_style!r} must be one of {', '.join(LR_DECAY_STYLES)}")
-        if self.lr_decay_style != "constant" and self.lr is None:
+        if self.lr_decay_style != "constant" and not self.given(["lr"]):
             raise ConfigError(f"lr_decay_style={self.lr_decay_style} leads to the lr at the end of the phase, which is "
                               "not given; give lr")
         if self.lr_decay_iters is not None and self.lr_decay_style == "constant":
@@ -161,27 +128,40 @@ class Phase:
                     f"global_batch_size over the phase's train_tokens; give {' and '.join(missing)}")
 
 
-def check_fields_outside(values: Mapping[str, Any], phases: Sequence[Phase]) -> None:
-    """Refuse fields of a run, given outside its phases, that no step would use.
+def _changes() -> list[tuple[str, str, Any]]:
+    """Name, annotation and declaration, of a phase, of each field of a run that phases may change."""
+    return [(field.name, f"{str(field.type).removesuffix(' | None')} | None",
+             dataclasses.field(default=None, metadata=field.metadata))
+            for section in (StepConfig, ModelConfig, DataConfig) for field in dataclasses.fields(section)
+            if field.metadata["in_phases"] is InPhases.CHANGED]
 
-    Args:
-        values: The given fields by name.
-        phases: Phases of the run that the fields are given to.
 
-    Raises:
-        ConfigError: one is for runs without phases, or the first phase has another value from its first step on.
-    """
-    if not phases:
-        return
-    for name in WITHOUT_PHASES:
-        if name in values:
-            raise ConfigError(
-                f"{name}={values[name]} cannot go with phases, which say how long the run is and how its learning rate "
-                "changes; leave it out, or give --phases none (phases = [] in a file) for a run without phases")
-    for name, value in phases[0].given_at_once().items():
-        if name in values and values[name] != value:
-            raise ConfigError(f"{name}={values[name]} has no effect: phase {phases[0].name!r}, the first, has {name}="
-                              f"{value} from its first step on; change it there, or leave it out here")
+# What each means at the phase's end where the phase goes there step by step, or where a phase reads it in its own way.
+_MEANINGS = {
+    "lr": "Learning rate at the end of the phase",
+    "global_batch_size": "Sequences in a step at the end of the phase",
+    "max_position_embeddings": "Longest sequence the model is meant for; where a phase changes YaRN's fields and does "
+                               "not give it, the original length times the scaling factor",
+}
+
+
+def _documentation() -> str:
+    described = [f"    {name}: {_MEANINGS.get(name) or field.metadata['help'][0].upper() + field.metadata['help'][1:]}."
+                 for name, _, field in _changes()]
+    own = str(inspect.getdoc(WrittenPhase)).partition("Attributes:\n")[2]
+    first = "One phase as written; None: not said. Fields that a run has too have its names and meanings."
+    return "\n".join([first, "", "Attributes:", own, *described])
+
+
+if TYPE_CHECKING:
+    class Phase(WrittenPhase):
+        """One phase as written, with what it changes of its run."""
+
+        def __init__(self, name: str = "", **fields: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+else:  # a field that sections let phases change is declared there, and nowhere else
+    Phase = dataclasses.make_dataclass("Phase", _changes(), bases=(WrittenPhase,), frozen=True, module=__name__,
+                                       namespace={"__doc__": _documentation()})
 
 
 def validate_phases(phases: Sequence[Phase]) -> None:
@@ -229,7 +209,7 @@ def read_phases(value: Any) -> tuple[Phase, ...]:
 
 
 def _read_phase(table: dict[Any, Any], number: int) -> Phase:
-    known = {field.name: str(field.type) for field in dataclasses.fields(Phase)}
+    known = {field.name: field for field in dataclasses.fields(Phase)}
     values: dict[str, Any] = {}
     with errors_of_phase(str(table.get("name", number))):
         for key, value in table.items():
@@ -238,5 +218,5 @@ def _read_phase(table: dict[Any, Any], number: int) -> Phase:
                 hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known)}"
                 raise ConfigError(f"{key} is not a field of a phase; {hint}")
             if value is not None:
-                values[key] = read_value(key, value, known[key])
+                values[key] = read_field(known[key], value)
     return Phase(**values)

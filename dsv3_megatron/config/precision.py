@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from dsv3_megatron.config.fields import ConfigError, option
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.values import hold_tuples
 from dsv3_megatron.config.weights import Fp8, Weight, sections
 
 FP8_MODES = ("none", "blockwise")
@@ -86,8 +87,8 @@ class Fp8Config:
     fp8_backend: str = option(
         "auto", choices=FP8_BACKENDS, help="what computes FP8; auto: transformer_engine where the model is built from "
         "it, triton on Hopper, the exact reference without a GPU")
-    fp8_override: list[str] = option(
-        [], nargs="*", help="PATTERN=PRECISION ... on module names, e.g. 'decoder.layers.0.*=bf16' or "
+    fp8_override: tuple[str, ...] = option(
+        (), nargs="*", help="PATTERN=PRECISION ... on module names, e.g. 'decoder.layers.0.*=bf16' or "
         "'*.linear_proj=cached_input:e4m3,input_scales:arbitrary'; the last that matches holds")
     fp8_power_of_2_scales: bool = option(False, help="all scales are powers of two, not only those the report says")
     fp8_accumulation: str = option("fp32", choices=FP8_ACCUMULATIONS,
@@ -96,6 +97,9 @@ class Fp8Config:
                                     "128x128, which the report saw diverge")
     fp8_dispatch: str = option("fp8", choices=DISPATCH_FORMATS, help="what tokens travel in to their experts, and "
                                "gradients of the experts' outputs likewise")
+
+    def __post_init__(self) -> None:
+        hold_tuples(self)
 
     @property
     def is_enabled(self) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.phases import Phase
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
+from dsv3_megatron.config.training import CheckpointConfig, LoggingConfig, TrainingConfig
 
 
 def _run(name: str, model: ModelConfig, training: TrainingConfig, parallel: ParallelConfig | None = None) -> RunConfig:

@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.phases import DATA_FIELDS, MODEL_FIELDS, TRAINING_FIELDS, Phase, errors_of_phase
 from dsv3_megatron.config.ramps import BatchSize, LearningRate, Plateau
-from dsv3_megatron.config.training import DataConfig, TrainingConfig
+from dsv3_megatron.config.training import TrainingConfig
 
 _MAX_INCREMENTS = 100_000
 

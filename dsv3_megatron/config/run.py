@@ -7,16 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.guards import GuardConfig
-from dsv3_megatron.config.memory import require_recompute
+from dsv3_megatron.config.memory import require_moments, require_recompute
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.config.phases import WITHOUT_PHASES, check_fields_outside, errors_of_phase, validate_phases
+from dsv3_megatron.config.phases import errors_of_phase, validate_phases
 from dsv3_megatron.config.precision import Fp8Config
 from dsv3_megatron.config.recipe import PlannedPhase, Recipe, plan_recipe
-from dsv3_megatron.config.training import CheckpointConfig, DataConfig, LoggingConfig, TrainingConfig
-from dsv3_megatron.config.values import require_values
+from dsv3_megatron.config.training import (
+    WITHOUT_PHASES,
+    CheckpointConfig,
+    LoggingConfig,
+    TrainingConfig,
+    check_fields_outside,
+)
+from dsv3_megatron.config.values import plain, require_values
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -118,6 +125,7 @@ class RunConfig:
         if world_size is not None:
             self.parallel.validate_world_size(world_size)
         self.training.validate(self.parallel, world_size)
+        require_moments(self.training)
         if self.training.seq_length > self.model.max_position_embeddings:
             raise ConfigError(
                 f"seq_length={self.training.seq_length} must not exceed "
@@ -157,7 +165,10 @@ class RunConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, as `load.py` writes and reads them; with phases, without what those leave unused."""
-        values = dataclasses.asdict(self)
+        values: dict[str, Any] = {"preset": self.preset}
+        for name in SECTIONS:
+            values[name] = {field.name: plain(getattr(getattr(self, name), field.name))
+                            for field in dataclasses.fields(SECTIONS[name])}
         values["training"]["phases"] = [phase.as_dict() for phase in self.training.phases]
         for name in WITHOUT_PHASES if self.training.phases else ():
             del values["training"][name]

@@ -1,4 +1,4 @@
-"""What is trained on what and for how long: batch, schedule, optimizer, precision, data, outputs.
+"""How long is trained, and how: schedule, optimizer, precision, checkpoints, logs; what a step takes is in `step.py`.
 
 Plain frozen data, no torch. Flags that exist in Megatron-LM keep its spelling and meaning.
 """
@@ -6,42 +6,52 @@ Plain frozen data, no torch. Flags that exist in Megatron-LM keep its spelling a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from dsv3_megatron.config.fields import ConfigError, all_divisors, nearest, option, require_finite
-from dsv3_megatron.config.memory import MOMENT_DTYPES, MOMENT_ROUNDINGS, RECOMPUTE_GRANULARITIES, require_moments
+from dsv3_megatron.config.fields import (
+    ConfigError,
+    InPhases,
+    all_divisors,
+    names_in_phases,
+    nearest,
+    option,
+    require_finite,
+)
 from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.config.phases import LR_DECAY_STYLES, WITHOUT_PHASES, Phase, read_phases
+from dsv3_megatron.config.phases import LR_DECAY_STYLES, Phase, read_phases
 from dsv3_megatron.config.pipeline import microbatch_rule, nearest_microbatches
+from dsv3_megatron.config.step import StepConfig
+from dsv3_megatron.config.values import hold_tuples
 
+MOMENT_DTYPES = ("fp32", "bf16")
+MOMENT_ROUNDINGS = ("stochastic", "nearest")
+RECOMPUTE_GRANULARITIES = ("selective", "full")
 PRECISIONS = ("auto", "bf16", "fp32")
 TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
-# Fields of DataConfig that are off where documents are packed and nothing else.
-DOCUMENT_SWITCHES = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(StepConfig):
     """Batch, length of the run, optimizer and losses. Source: DeepSeek-V3 report, section 4.2.
 
-    With `phases`, the fields that a phase has too hold before the first one, and those of `phases.WITHOUT_PHASES` are
-    not used: they are what they are by default.
+    With `phases`, the fields that a phase has too hold before the first one, and those of WITHOUT_PHASES are not used:
+    they are what they are by default.
     """
 
-    seq_length: int = option(4096, help="tokens in a sequence")
-    micro_batch_size: int = option(1, help="sequences in one forward pass")
-    global_batch_size: int = option(8, help="sequences in one optimizer step, over all replicas")
-    train_iters: int = option(1000, help="optimizer steps of the whole run")
+    train_iters: int = option(1000, in_phases=InPhases.REPLACED, help="optimizer steps of the whole run")
     phases: tuple[Phase, ...] = option(
-        (), help="file with phases (TOML, YAML or JSON), which take the place of --train-iters and the learning rate's "
-        "flags; none: no phases")
+        (), read=read_phases, help="file with phases (TOML, YAML or JSON), which take the place of --train-iters and "
+        "the learning rate's flags; none: no phases")
     stop_after_phase: str | None = option(
         None, help="phase after which the run saves and ends, to go on under another layout; none: the last")
-    lr: float = option(2.2e-4, help="peak learning rate")
-    min_lr: float = option(2.2e-5, help="learning rate at the end of the decay")
-    lr_warmup_iters: int = option(0, help="steps of linear warm-up from 0")
-    lr_decay_style: str = option("cosine", choices=LR_DECAY_STYLES, help="shape of the decay after the warm-up")
-    lr_decay_iters: int | None = option(None, help="step at which min_lr is reached; none: train_iters")
+    min_lr: float = option(2.2e-5, in_phases=InPhases.REPLACED, help="learning rate at the end of the decay")
+    lr_warmup_iters: int = option(0, in_phases=InPhases.REPLACED, help="steps of linear warm-up from 0")
+    lr_decay_style: str = option(
+        "cosine", choices=LR_DECAY_STYLES, in_phases=InPhases.REPLACED, help="shape of the decay after the warm-up")
+    lr_decay_iters: int | None = option(
+        None, in_phases=InPhases.REPLACED, help="step at which min_lr is reached; none: train_iters")
     adam_beta1: float = option(0.9, help="AdamW: decay of the first moment")
     adam_beta2: float = option(0.95, help="AdamW: decay of the second moment")
     adam_eps: float = option(1e-8, help="AdamW: epsilon (the report gives none)")
@@ -53,23 +63,21 @@ class TrainingConfig:
                               "report gives none; the dsv3 presets have 0.999)")
     eval_ema: bool = option(False, help="validate the weights' average too")
     clip_grad: float = option(1.0, help="largest global gradient norm; 0: no clipping")
-    moe_router_bias_update_rate: float = option(1e-3, help="gamma: step of the balancing bias, each optimizer step")
     moe_aux_loss_coeff: float = option(1e-4, help="alpha: weight of the sequence-wise balance loss")
-    mtp_loss_scaling_factor: float = option(0.3, help="lambda: weight of the MTP loss")
     precision: str = option("auto", choices=PRECISIONS,
                             help="of weights and activations; auto: bf16 where the device computes it fast")
     transformer_impl: str = option("auto", choices=TRANSFORMER_IMPLS,
                                    help="modules to build from; auto: transformer_engine where installed with CUDA")
     recompute_granularity: str | None = option(None, choices=(*RECOMPUTE_GRANULARITIES,), help="computed again in "
                                                "backward: selective (by name) or full (whole layers); none: all kept")
-    recompute_modules: list[str] = option([], nargs="*", help="with selective: layernorm, mla_up_proj, moe_act; none "
-                                          "given: all three, as in the report")
+    recompute_modules: tuple[str, ...] = option(
+        (), nargs="*", help="with selective: layernorm, mla_up_proj, moe_act; none given: all three, as in the report")
     seed: int = option(1234, most=2**32 - 1, help="of weights and data order")
     eval_interval: int = option(100, help="steps between validations; 0: never")
     eval_iters: int = option(10, help="global batches in one validation")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "phases", read_phases(self.phases))
+        hold_tuples(self)
         for field in dataclasses.fields(self) if self.phases else ():
             if field.name in WITHOUT_PHASES:
                 object.__setattr__(self, field.name, field.default)
@@ -110,7 +118,6 @@ class TrainingConfig:
                               ("lr_decay_style", LR_DECAY_STYLES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
-        require_moments(self)
         if world_size is not None:
             self._validate_batch(parallel, world_size)
 
@@ -173,35 +180,31 @@ class TrainingConfig:
                 f"data_parallel_size={replicas} makes {microbatches}; try global_batch_size={choices}")
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """The data that a run reads, and how documents share a sequence. A data path is a prefix: PREFIX.bin and
-    PREFIX.idx.
+# Fields of a run that describe one phase, of the whole run, where no phases are given.
+WITHOUT_PHASES = names_in_phases(TrainingConfig, InPhases.REPLACED)
 
-    Documents are packed, and by default nothing keeps those of one sequence apart. Source: DeepSeek-V3 report, section
-    4.1. The three switches are Megatron-LM's. The routers do not know of them: balance losses stay per sequence and
-    expert loads per step, of all tokens.
+
+def check_fields_outside(values: Mapping[str, Any], phases: Sequence[Phase]) -> None:
+    """Refuse fields of a run, given outside its phases, that no step would use.
+
+    Args:
+        values: The given fields by name.
+        phases: Phases of the run that the fields are given to.
+
+    Raises:
+        ConfigError: one is for runs without phases, or the first phase has another value from its first step on.
     """
-
-    data_path: list[str] = option([], nargs="*", help="training data: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...")
-    valid_data_path: list[str] = option([], nargs="*", help="validation data, likewise; none: a share of data_path")
-    split: str = option("99,1,0", help="shares of data_path for training, validation and test without valid_data_path")
-    data_cache_path: str | None = option(None, help="folder for what was found by reading data without "
-                                         "a sidecar; none: beside the data")
-    tokenizer_model: str | None = option(None, help="tokenizer folder; its fingerprint must match the data's")
-    reset_attention_mask: bool = option(False, help="no position attends across an end-of-document token (EOD)")
-    reset_position_ids: bool = option(False, help="rotary positions restart after an EOD")
-    eod_mask_loss: bool = option(False, help="the token that follows an EOD does not count in the loss")
-
-    @property
-    def document_flags(self) -> tuple[str, ...]:
-        """The switches that are on: those that need to know where documents end."""
-        return tuple(name for name in DOCUMENT_SWITCHES if getattr(self, name))
-
-    @property
-    def has_document_attention(self) -> bool:
-        """Whether the attention modules must know where documents end."""
-        return self.reset_attention_mask or self.reset_position_ids
+    if not phases:
+        return
+    for name in WITHOUT_PHASES:
+        if name in values:
+            raise ConfigError(
+                f"{name}={values[name]} cannot go with phases, which say how long the run is and how its learning rate "
+                "changes; leave it out, or give --phases none (phases = [] in a file) for a run without phases")
+    for name, value in phases[0].given_at_once().items():
+        if name in values and values[name] != value:
+            raise ConfigError(f"{name}={values[name]} has no effect: phase {phases[0].name!r}, the first, has {name}="
+                              f"{value} from its first step on; change it there, or leave it out here")
 
 
 @dataclass(frozen=True)

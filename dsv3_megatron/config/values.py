@@ -1,11 +1,11 @@
-"""What a given value becomes as a field's value: one set of rules for files, phases, the command line and Python.
+"""The one reader of values: what a given one becomes as a field's, in files, phases, on the command line, in Python.
 
     annotation of the field     taken
     bool                        true, false
     int                         5, 5.0, 1e3, and the text of such a number (YAML 1.1 reads 1e3 as text)
     float                       0.1, 1, and the text of such a number
     str                         text that is not empty
-    list[str], tuple[str, ...]  a list of texts and numbers; a text alone is a list of one, spaces and all
+    tuple[str, ...]             a list of texts and numbers; a text alone is a list of one, spaces and all
     ... | None                  also null and the text "none", any case
 """
 
@@ -18,10 +18,9 @@ from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
 
-KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "list[str]": list,
-                          "tuple[str, ...]": tuple}
+KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "tuple[str, ...]": tuple}
 _WORDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
-                           list: "a list of texts", tuple: "a list of texts"}
+                           tuple: "a list of texts"}
 # What no field of that type goes beyond unless its own declaration says so: sizes are 32-bit in the libraries below.
 _MOST_INT = 2**31 - 1
 _MOST_FLOAT = 1e12
@@ -33,12 +32,41 @@ def is_optional(annotation: str) -> bool:
 
 
 def kind_of(annotation: str) -> type:
-    """bool, int, float, str, list or tuple: what a field's annotation says its values are, or are lists of texts in."""
+    """bool, int, float, str or tuple, of texts: what a field's annotation says its values are."""
     return KINDS[annotation.removesuffix(" | None")]
 
 
+def read_field(field: dataclasses.Field, value: Any) -> Any:
+    """Read a value, as it is written in a file, in a phase or as a flag's word, as a field of a section.
+
+    Raises:
+        ConfigError: the value is of another type; the message names the field, the value and what it must be.
+    """
+    read = field.metadata.get("read")
+    return read(value) if read else read_value(field.name, value, str(field.type))
+
+
+def hold_tuples(section: Any) -> None:
+    """Make tuples of the lists that a new section was given, so that it hashes and nobody changes it.
+
+    Raises:
+        ConfigError: a field with a reader of its own cannot be read.
+    """
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if field.metadata["read"]:
+            object.__setattr__(section, field.name, field.metadata["read"](value))
+        elif isinstance(value, list):
+            object.__setattr__(section, field.name, tuple(value))
+
+
+def plain(value: Any) -> Any:
+    """A field's value as files have it: tuples as lists."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def read_value(name: str, value: Any, annotation: str) -> Any:
-    """A value as written in a file, as a field's type.
+    """Read a written value as what an annotation says; `read_field` does it for a field.
 
     Raises:
         ConfigError: the value is of another type; the message names the field, the value and what it must be.
@@ -80,7 +108,7 @@ def require_values(section: Any) -> None:
         kind: type = kind_of(annotation)
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise ConfigError(f"{field.name}={_shown(value)} must be {_WORDS[kind]}")
-        texts = value if isinstance(value, list | tuple) else [value] if isinstance(value, str) else []
+        texts = value if isinstance(value, tuple) else [value] if isinstance(value, str) else []
         for text in texts:
             _require_text(field.name, text, field.metadata.get("choices", ()))
         if isinstance(value, int | float) and kind is not bool:
@@ -101,7 +129,7 @@ def _require_text(name: str, text: Any, choices: tuple[str, ...]) -> None:
 
 
 def _as_kind(value: Any, kind: type) -> Any:
-    """The value as a bool, int, float, text or list of texts; None where it is none."""
+    """The value as a bool, int, float, text or tuple of texts; None where it is none."""
     if kind is bool:
         return value if isinstance(value, bool) else None
     if isinstance(value, bool):
@@ -113,11 +141,11 @@ def _as_kind(value: Any, kind: type) -> Any:
     if kind is str:
         return value if isinstance(value, str) else None
     if isinstance(value, str):
-        return kind([value])
+        return (value,)
     if not isinstance(value, list | tuple) or not all(
             isinstance(item, str | int | float) and not isinstance(item, bool) for item in value):
         return None
-    return kind(map(str, value))
+    return tuple(map(str, value))
 
 
 def _as_float(value: Any) -> float | None:

@@ -14,7 +14,7 @@ from dsv3_megatron.data.contents import read_contents
 from dsv3_megatron.data.datasets import DatasetConfig, parse_split
 
 if TYPE_CHECKING:
-    from dsv3_megatron.config.training import DataConfig
+    from dsv3_megatron.config.data import DataConfig
 
 # Of the order in samples.py; another one would be another order of the same data.
 _ORDER = 1

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.config.training import DataConfig
+from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.data.batches import Batch
 from dsv3_megatron.ops.attention import DocumentBounds
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from dsv3_megatron.config.fields import ConfigError, all_divisors
-from dsv3_megatron.config.memory import RECOMPUTE_GRANULARITIES
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.training import RECOMPUTE_GRANULARITIES
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.parallel.placement import placement
 from dsv3_megatron.planning.flags import differing_flags
@@ -61,7 +61,7 @@ class Layout:
             num_virtual_stages_per_pipeline_rank=self.virtual_stages,
             pipeline_schedule="auto" if self.pp == 1 else self.schedule, expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=1)
-        modules = run.training.recompute_modules if self.recompute == "selective" else []
+        modules = run.training.recompute_modules if self.recompute == "selective" else ()
         training = dataclasses.replace(run.training, micro_batch_size=self.micro_batch_size,
                                        recompute_granularity=self.recompute, recompute_modules=modules)
         return dataclasses.replace(run, parallel=parallel, training=training)

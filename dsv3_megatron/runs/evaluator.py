@@ -27,7 +27,7 @@ from dsv3_megatron.checkpoint.finite import require_finite_weights
 from dsv3_megatron.checkpoint.store import load_weights
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.training import DataConfig
+from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.document_ends import document_bounds, restarted_positions
 from dsv3_megatron.data.rows import Rows

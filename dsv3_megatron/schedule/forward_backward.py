@@ -19,8 +19,9 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipeli
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.config.training import DataConfig, TrainingConfig
+from dsv3_megatron.config.training import TrainingConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.router import weigh_balance_losses

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from dsv3_megatron.commands.evaluate import EvaluationRequest
-from dsv3_megatron.config.training import DOCUMENT_SWITCHES
+from dsv3_megatron.config.data import DOCUMENT_SWITCHES
 from dsv3_megatron.data.document_ends import document_bounds
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.tokenizer import EOS_TOKEN, save_tokenizer

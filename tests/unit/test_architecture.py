@@ -124,6 +124,55 @@ def test_a_planted_import_is_found(name: str, line: str, reported: str, tmp_path
     assert wrong_imports(tmp_path) == [reported]
 
 
+# -- no circle between modules --------------------------------------------------------------------------
+
+
+def circles(root: Path) -> list[list[str]]:
+    """Modules that import each other in a circle, inside functions and for type checkers too; each circle sorted."""
+    modules = modules_of(root)
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        imported = {found.removeprefix(f"{PACKAGE}.") for _, found in imports_of(name, path)
+                    if found.startswith(f"{PACKAGE}.")}
+        owners = {owner if owner in modules else owner.rpartition(".")[0] for owner in imported}
+        graph[name] = (owners & set(modules)) - {name}
+    reached = {name: _reached_from(name, graph) for name in graph}
+    found = {tuple(sorted({other for other in reached[name] if name in reached[other]})) for name in graph}
+    return sorted(list(circle) for circle in found if circle)
+
+
+def _reached_from(start: str, graph: dict[str, set[str]]) -> set[str]:
+    """Everything that a module imports, through others too; itself only where it lies on a circle."""
+    found: set[str] = set()
+    ahead = [start]
+    while ahead:
+        new = graph[ahead.pop()] - found
+        found |= new
+        ahead += new
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circles(ROOT) == []
+
+
+@pytest.mark.parametrize("line", [
+    "from dsv3_megatron.config.a import x", "from dsv3_megatron.config import a", "from . import a",
+    "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dsv3_megatron.config.a import A",
+    "def f():\n    import dsv3_megatron.config.a",
+])
+def test_a_planted_circle_is_found(line: str, tmp_path: Path) -> None:
+    folder = tmp_path / PACKAGE / "config"
+    folder.mkdir(parents=True)
+    for name, text in (("__init__", ""), ("a", "from dsv3_megatron.config.b import y\n"),
+                       ("b", "from dsv3_megatron.config.c import z\n"), ("c", ""),
+                       ("beside", "from dsv3_megatron.config import a\n")):
+        (folder / f"{name}.py").write_text(text)
+    assert circles(tmp_path) == []
+    (folder / "c.py").write_text(line + "\n")
+    assert circles(tmp_path) == [["config.a", "config.b", "config.c"]]
+
+
 # -- stand-ins stay in platform/ -----------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from megatron.core.utils import unwrap_model
 
-from dsv3_megatron.config.training import DataConfig
+from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.data.batches import Batch
 from dsv3_megatron.model.documents import packed_documents
 from dsv3_megatron.model.language_model import DeepSeekV3Model, TokenLosses

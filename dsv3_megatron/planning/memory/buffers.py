@@ -32,22 +32,22 @@ def fp8_weight_bytes(fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfi
     """
     if not fp8.is_enabled:
         return 0
-    return _stages_in_fp8(model, parallel, tuple(fp8.fp8_override), tuple(stages), 2 if device == "cuda" else 1)
+    return _stages_in_fp8(model, parallel, fp8, tuple(stages), 2 if device == "cuda" else 1)
 
 
 @functools.lru_cache(maxsize=4096)
-def _stages_in_fp8(model: ModelConfig, parallel: ParallelConfig, overrides: tuple[str, ...],
-                   stages: tuple[StageLayout, ...], num_copies: int) -> int:
-    decoder, mtp = _fp8_weights(model, parallel, overrides, num_copies)
+def _stages_in_fp8(model: ModelConfig, parallel: ParallelConfig, fp8: Fp8Config, stages: tuple[StageLayout, ...],
+                   num_copies: int) -> int:
+    decoder, mtp = _fp8_weights(model, parallel, fp8, num_copies)
     return sum(sum(decoder[layer] for layer in stage.layer_ids) + sum(mtp[depth] for depth in stage.mtp_layer_ids)
                for stage in stages)
 
 
 @functools.lru_cache(maxsize=256)
-def _fp8_weights(model: ModelConfig, parallel: ParallelConfig, overrides: tuple[str, ...], num_copies: int
+def _fp8_weights(model: ModelConfig, parallel: ParallelConfig, fp8: Fp8Config, num_copies: int
                  ) -> tuple[list[int], list[int]]:
     """Bytes of each layer and of each MTP module."""
-    precisions = precision_map(Fp8Config(fp8="blockwise", fp8_override=list(overrides)), model)
+    precisions = precision_map(fp8, model)
     local_experts = model.num_experts // parallel.expert_model_parallel_size
     sizes = {"decoder": [0] * model.num_layers, "mtp": [0] * model.mtp_num_layers}
     for name, (rows, columns) in linear_shapes(model, parallel).items():

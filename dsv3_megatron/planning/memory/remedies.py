@@ -103,9 +103,9 @@ def _candidates(run: RunConfig) -> Iterator[dict[str, Any]]:
     """Single steps from a run's settings; those that are not valid are left out later."""
     training, parallel = run.training, run.parallel
     if training.recompute_granularity is None or training.recompute_modules:
-        yield {"recompute_granularity": "selective", "recompute_modules": []}
+        yield {"recompute_granularity": "selective", "recompute_modules": ()}
     if training.recompute_granularity != "full":
-        yield {"recompute_granularity": "full", "recompute_modules": []}
+        yield {"recompute_granularity": "full", "recompute_modules": ()}
     if training.micro_batch_size > 1:
         yield {"micro_batch_size": training.micro_batch_size // 2}
     if not run.fp8.is_enabled:

@@ -208,17 +208,11 @@ class ModelPrecisions:
     mtp: tuple[LayerPrecisions, ...]
 
 
+@functools.lru_cache(maxsize=256)
 def model_precisions(fp8: Fp8Config, model: ModelConfig) -> ModelPrecisions:
     """Precisions of a model's layers: the table, the run's flags and its overrides, layer by layer."""
     if not fp8.is_enabled:
         return ModelPrecisions((NOT_FP8,) * model.num_layers, (NOT_FP8,) * model.mtp_num_layers)
-    return _model_precisions(tuple(fp8.fp8_override), fp8.fp8_power_of_2_scales, fp8.dispatches_fp8, model)
-
-
-@functools.lru_cache(maxsize=256)
-def _model_precisions(overrides: tuple[str, ...], has_power_of_2_scales: bool, dispatches_fp8: bool,
-                      model: ModelConfig) -> ModelPrecisions:
-    fp8 = Fp8Config(fp8="blockwise", fp8_override=list(overrides), fp8_power_of_2_scales=has_power_of_2_scales)
     found: dict[str, list[dict[str, LinearPrecision]]] = {
         "decoder": [{} for _ in range(model.num_layers)], "mtp": [{} for _ in range(model.mtp_num_layers)]}
     for name, precision in precision_map(fp8, model).items():
@@ -228,6 +222,6 @@ def _model_precisions(overrides: tuple[str, ...], has_power_of_2_scales: bool, d
 
     def layer(lines: dict[str, LinearPrecision]) -> LayerPrecisions:
         experts = lines.get(EXPERTS_FC1)
-        return _shared(tuple(lines.items()), dispatches_fp8 and experts is not None and experts.fprop == "fp8")
+        return _shared(tuple(lines.items()), fp8.dispatches_fp8 and experts is not None and experts.fprop == "fp8")
 
     return ModelPrecisions(tuple(map(layer, found["decoder"])), tuple(map(layer, found["mtp"])))

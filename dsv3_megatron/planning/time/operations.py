@@ -187,21 +187,11 @@ def layer_linears(run: RunConfig) -> dict[str, Linears]:
     """The linears of each layer, by the layer's global name; equal layers have the same object."""
     parallel = run.parallel
     return _layer_linears(run.model, parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size,
-                          _frozen(run.fp8))
-
-
-def _frozen(fp8: Fp8Config) -> tuple[tuple[str, object], ...]:
-    """A key for a cache: its list of overrides cannot be one."""
-    values = {**vars(fp8), "fp8_override": tuple(fp8.fp8_override)}
-    return tuple(sorted(values.items()))
+                          run.fp8)
 
 
 @lru_cache(maxsize=256)
-def _layer_linears(model: ModelConfig, tp: int, etp: int, fp8_values: tuple[tuple[str, object], ...]
-                   ) -> dict[str, Linears]:
-    values = dict(fp8_values)
-    values["fp8_override"] = list(values["fp8_override"])  # type: ignore[call-overload]
-    fp8 = Fp8Config(**values)  # type: ignore[arg-type]
+def _layer_linears(model: ModelConfig, tp: int, etp: int, fp8: Fp8Config) -> dict[str, Linears]:
     parallel = ParallelConfig(tensor_model_parallel_size=tp, expert_tensor_parallel_size=etp)
     precisions = precision_map(fp8, model) if fp8.is_enabled else {}
     layers: dict[str, dict[str, tuple[int, int]]] = {}

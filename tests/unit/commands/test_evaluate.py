@@ -17,9 +17,9 @@ from tokenizers.models import WordLevel
 from dsv3_megatron.checkpoint.folder import RunProgress, begin_save, finish_save
 from dsv3_megatron.commands import evaluate as command
 from dsv3_megatron.commands.evaluate import EvaluationRequest, as_json, as_text, carry_out, check_request
+from dsv3_megatron.config.data import DOCUMENT_SWITCHES, DataConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.training import DOCUMENT_SWITCHES, DataConfig
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.tokenizer import EOS_TOKEN, save_tokenizer
 from dsv3_megatron.runs.evaluator import Evaluation, RowSamples

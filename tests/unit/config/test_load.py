@@ -63,7 +63,7 @@ def _sample(field: dataclasses.Field) -> tuple[list[str], Any]:
     if field.type == "bool":
         return [], True
     if field.metadata["nargs"]:
-        return ["0.3", "a b", "0.7", "c"], ["0.3", "a b", "0.7", "c"]
+        return ["0.3", "a b", "0.7", "c"], ("0.3", "a b", "0.7", "c")
     if field.metadata["choices"]:
         return [field.metadata["choices"][-1]], field.metadata["choices"][-1]
     kind = str(field.type).removesuffix(" | None")
@@ -305,7 +305,7 @@ def test_a_whole_number_may_be_written_with_an_exponent(name: str, text: str, fi
     ("a.toml", 'data_path = "a b/c"\n'), ("a.yaml", "data_path: a b/c\n"), ("a.json", '{"data_path": "a b/c"}')])
 def test_a_text_where_a_list_is_wanted_is_one_of_its_items(name: str, text: str, file: Any) -> None:
     run = parse_command(["--config", file(text, name)]).run
-    assert run.data.data_path == ["a b/c"] == parse_command(["--data-path", "a b/c"]).run.data.data_path
+    assert run.data.data_path == ("a b/c",) == parse_command(["--data-path", "a b/c"]).run.data.data_path
     phases = file('[[phases]]\nname = "a"\ntrain_iters = 1\ndata_path = "a b/c"\n')
     assert parse_command(["--config", phases]).run.training.phases[0].data_path == ("a b/c",)
 
