@@ -7,14 +7,22 @@ is on exactly when tensor parallelism is, because MoE under tensor parallelism n
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError, divisors, nearest, option
 from dsv3_megatron.config.model import ModelConfig
-from dsv3_megatron.config.pipeline import PAIRED, SCHEDULES, num_model_copies, stages_per_rank
+from dsv3_megatron.config.pipeline import (
+    PAIRABLE,
+    PAIRED,
+    SCHEDULES,
+    num_model_copies,
+    ranks_problem,
+    require_schedule,
+    stages_per_rank,
+    stages_problem,
+)
 
 
 @dataclass(frozen=True)
@@ -154,14 +162,11 @@ class ParallelConfig:
         """The rules between the schedule and the ranks; those of its micro-batches are in TrainingConfig."""
         name, ranks = self.pipeline_schedule, self.pipeline_model_parallel_size
         chunks = self.num_virtual_stages_per_pipeline_rank
-        if name not in ("auto", *SCHEDULES):
-            near = difflib.get_close_matches(name.lower(), SCHEDULES, 1)
-            raise ConfigError(f"pipeline_schedule={name!r} must be one of auto, {', '.join(SCHEDULES)}"
-                              + (f"; did you mean {near[0]}?" if near else ""))
-        if chunks > 1 and self.schedule != "interleaved":
-            raise ConfigError(
-                f"num_virtual_stages_per_pipeline_rank={chunks} is of the interleaved schedule; pipeline_schedule="
-                f"{name} has a fixed number of stages per rank: leave it at 1, or set pipeline_schedule=interleaved")
+        require_schedule(name, "pipeline_schedule", "auto")
+        problem = stages_problem(self.schedule, chunks, "pipeline_schedule", unset=1,
+                                 name="num_virtual_stages_per_pipeline_rank")
+        if problem and self.schedule != "interleaved":
+            raise ConfigError(f"{problem}; leave it at 1, or set pipeline_schedule=interleaved")
         if chunks > 1 and ranks == 1:
             raise ConfigError(
                 f"num_virtual_stages_per_pipeline_rank={chunks} needs "
@@ -170,18 +175,16 @@ class ParallelConfig:
         if name not in ("auto", "1f1b") and ranks == 1:
             raise ConfigError(f"pipeline_schedule={name} needs pipeline_model_parallel_size of at least 2; without a "
                               "pipeline leave it at auto")
-        if name == "interleaved" and chunks == 1:
+        if problem:
             way = "try 2, or " if self._splits(model, num_virtual_stages_per_pipeline_rank=2) else "set "
-            raise ConfigError("pipeline_schedule=interleaved needs num_virtual_stages_per_pipeline_rank of at least 2; "
-                              f"{way}pipeline_schedule=1f1b, which is the same with 1")
-        if self.overlap_moe_expert_parallel_comm and self.schedule not in ("interleaved", *PAIRED):
+            raise ConfigError(f"{problem}; {way}pipeline_schedule=1f1b")
+        if self.overlap_moe_expert_parallel_comm and self.schedule not in PAIRABLE:
             raise ConfigError("overlap_moe_expert_parallel_comm=true needs a schedule that can run a forward and a "
                               f"backward pass as a pair: interleaved, {' or '.join(PAIRED)}; this run's is "
                               f"{self.schedule}" + self._way_to_pairs(model))
-        if name == "dualpipe" and ranks % 2:
-            raise ConfigError(f"pipeline_model_parallel_size={ranks} must be even with pipeline_schedule=dualpipe, "
-                              "whose ranks hold a stage before the middle of the model and one behind it; "
-                              + self._way_from_odd(model))
+        problem = ranks_problem(self.schedule, ranks, "pipeline_schedule")
+        if problem:
+            raise ConfigError(f"{problem}; {self._way_from_odd(model)}")
 
     def _way_to_pairs(self, model: ModelConfig) -> str:
         """What makes a run whose schedule has no pairs one whose schedule has."""

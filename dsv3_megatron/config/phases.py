@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -162,6 +162,30 @@ if TYPE_CHECKING:
 else:  # a field that sections let phases change is declared there, and nowhere else
     Phase = dataclasses.make_dataclass("Phase", _changes(), bases=(WrittenPhase,), frozen=True, module=__name__,
                                        namespace={"__doc__": _documentation()})
+
+
+def check_fields_outside(values: Mapping[str, Any], phases: Sequence[Phase], unused: Sequence[str]) -> None:
+    """Refuse fields of a run, given outside its phases, that no step would use.
+
+    Args:
+        values: The given fields by name.
+        phases: Phases of the run that the fields are given to.
+        unused: Names of the fields that phases take the place of.
+
+    Raises:
+        ConfigError: one is for runs without phases, or the first phase has another value from its first step on.
+    """
+    if not phases:
+        return
+    for name in unused:
+        if name in values:
+            raise ConfigError(
+                f"{name}={values[name]} cannot go with phases, which say how long the run is and how its learning rate "
+                "changes; leave it out, or give --phases none (phases = [] in a file) for a run without phases")
+    for name, value in phases[0].given_at_once().items():
+        if name in values and values[name] != value:
+            raise ConfigError(f"{name}={values[name]} has no effect: phase {phases[0].name!r}, the first, has {name}="
+                              f"{value} from its first step on; change it there, or leave it out here")
 
 
 def validate_phases(phases: Sequence[Phase]) -> None:

@@ -13,16 +13,10 @@ from dsv3_megatron.config.guards import GuardConfig
 from dsv3_megatron.config.memory import require_moments, require_recompute
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.config.phases import errors_of_phase, validate_phases
+from dsv3_megatron.config.phases import check_fields_outside, errors_of_phase, validate_phases
 from dsv3_megatron.config.precision import Fp8Config
 from dsv3_megatron.config.recipe import PlannedPhase, Recipe, plan_recipe
-from dsv3_megatron.config.training import (
-    WITHOUT_PHASES,
-    CheckpointConfig,
-    LoggingConfig,
-    TrainingConfig,
-    check_fields_outside,
-)
+from dsv3_megatron.config.training import WITHOUT_PHASES, CheckpointConfig, LoggingConfig, TrainingConfig
 from dsv3_megatron.config.values import plain, require_values
 
 SECTIONS: dict[str, type] = {
@@ -63,7 +57,7 @@ class RunConfig:
         """
         run = self._replaced(values)
         phases = run.training.phases
-        check_fields_outside(values, phases)
+        check_fields_outside(values, phases, WITHOUT_PHASES)
         return run._replaced(phases[0].given_at_once()) if phases else run
 
     def _replaced(self, values: Mapping[str, Any]) -> RunConfig:

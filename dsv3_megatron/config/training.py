@@ -6,9 +6,7 @@ Plain frozen data, no torch. Flags that exist in Megatron-LM keep its spelling a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dsv3_megatron.config.fields import (
     ConfigError,
@@ -21,7 +19,7 @@ from dsv3_megatron.config.fields import (
 )
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.phases import LR_DECAY_STYLES, Phase, read_phases
-from dsv3_megatron.config.pipeline import microbatch_rule, nearest_microbatches
+from dsv3_megatron.config.pipeline import microbatches_problem, nearest_microbatches
 from dsv3_megatron.config.step import StepConfig
 from dsv3_megatron.config.values import hold_tuples
 
@@ -159,52 +157,21 @@ class TrainingConfig(StepConfig):
         ranks, microbatches = parallel.pipeline_model_parallel_size, self.num_microbatches(replicas)
         if ranks == 1:
             return
-        unit = self.micro_batch_size * replicas
-        if parallel.pipeline_schedule == "auto" and parallel.schedule == "interleaved" and microbatches % ranks:
-            raise ConfigError(
-                f"pipeline_model_parallel_size={ranks} must divide the {microbatches} micro-batches of a step "
-                f"(global_batch_size={self.global_batch_size}) under the interleaved schedule; use a global_batch_size "
-                f"that is a multiple of {unit * ranks}, or set num_virtual_stages_per_pipeline_rank=1"
-            )
+        problem = microbatches_problem(parallel.schedule, ranks, microbatches, "pipeline_schedule")
+        if not problem:
+            return
         possible = nearest_microbatches(parallel.schedule, ranks, microbatches)
-        if microbatches not in possible:
-            fewest, multiple = microbatch_rule(parallel.schedule, ranks)
-            rule = f"at least {fewest} micro-batches in a step"
-            if multiple > 1:
-                least = f", at least {fewest}" if fewest > multiple else ""
-                rule = f"a multiple of {multiple} micro-batches in a step{least}"
-            choices = " or ".join(str(number * unit) for number in possible)
-            raise ConfigError(
-                f"pipeline_schedule={parallel.schedule} with pipeline_model_parallel_size={ranks} needs {rule}; "
-                f"global_batch_size={self.global_batch_size} over micro_batch_size={self.micro_batch_size} x "
-                f"data_parallel_size={replicas} makes {microbatches}; try global_batch_size={choices}")
+        choices = " or ".join(str(number * self.micro_batch_size * replicas) for number in possible)
+        without = (", or num_virtual_stages_per_pipeline_rank=1"
+                   if parallel.pipeline_schedule == "auto" and parallel.schedule == "interleaved" else "")
+        raise ConfigError(
+            f"global_batch_size={self.global_batch_size} over micro_batch_size={self.micro_batch_size} x "
+            f"data_parallel_size={replicas} does not fit the schedule: {problem}; try global_batch_size={choices}"
+            f"{without}")
 
 
 # Fields of a run that describe one phase, of the whole run, where no phases are given.
 WITHOUT_PHASES = names_in_phases(TrainingConfig, InPhases.REPLACED)
-
-
-def check_fields_outside(values: Mapping[str, Any], phases: Sequence[Phase]) -> None:
-    """Refuse fields of a run, given outside its phases, that no step would use.
-
-    Args:
-        values: The given fields by name.
-        phases: Phases of the run that the fields are given to.
-
-    Raises:
-        ConfigError: one is for runs without phases, or the first phase has another value from its first step on.
-    """
-    if not phases:
-        return
-    for name in WITHOUT_PHASES:
-        if name in values:
-            raise ConfigError(
-                f"{name}={values[name]} cannot go with phases, which say how long the run is and how its learning rate "
-                "changes; leave it out, or give --phases none (phases = [] in a file) for a run without phases")
-    for name, value in phases[0].given_at_once().items():
-        if name in values and values[name] != value:
-            raise ConfigError(f"{name}={values[name]} has no effect: phase {phases[0].name!r}, the first, has {name}="
-                              f"{value} from its first step on; change it there, or leave it out here")
 
 
 @dataclass(frozen=True)

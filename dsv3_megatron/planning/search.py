@@ -17,7 +17,7 @@ from functools import partial
 
 from dsv3_megatron.config.fields import ConfigError, all_divisors
 from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
+from dsv3_megatron.config.pipeline import PAIRED, SCHEDULES, SPLIT_BACKWARD
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import RECOMPUTE_GRANULARITIES
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
@@ -28,7 +28,6 @@ from dsv3_megatron.planning.memory.headroom import lacking_memory
 from dsv3_megatron.planning.time.operations import WorkPart
 from dsv3_megatron.planning.time.step_time import StepTime, step_seconds, step_time, update_time
 from dsv3_megatron.planning.time.work import Imbalance, Setting, StageWork, WorkTable, end_key
-from dsv3_megatron.schedule.plan import SCHEDULES
 
 RULE, MEMORY, SLOWER = "rule", "memory", "slower"
 _MICRO_BATCH_SIZES = (1, 2, 4, 8)
@@ -289,7 +288,7 @@ class _Bounds:
         the ranks before the fold; those are counted as if without any all-to-all.
         """
         parallel, setting = run.parallel, self.setting
-        hides = parallel.schedule.startswith("dualpipe") and setting.overlaps_pairs
+        hides = parallel.schedule in PAIRED and setting.overlaps_pairs
         # In pairs the imbalance of a pair; else of a layer.
         imbalance = Imbalance.of(run, setting)
         way = ((imbalance.pair if hides else imbalance.layer) - _IMBALANCES[0]) / (_IMBALANCES[1] - _IMBALANCES[0])

@@ -34,6 +34,7 @@ Source: DeepSeek-V3 report, table 2, and the README of the released DualPipe; ar
 
 from __future__ import annotations
 
+from dsv3_megatron.config.pipeline import PAIRED
 from dsv3_megatron.schedule.plan import Plan
 from dsv3_megatron.schedule.timeline import Time
 
@@ -83,5 +84,5 @@ def activation_bound(plan: Plan) -> tuple[int, ...]:
     if plan.schedule == "interleaved":
         return tuple(min((plan.num_chunks - 1) * ranks + 2 * (ranks - 1 - rank) + 1 + 2 * plan.is_overlapped, total)
                      for rank in range(ranks))
-    bound = plan.num_stages + plan.schedule.startswith("dualpipe")
+    bound = plan.num_stages + (plan.schedule in PAIRED)
     return (min(bound, total),) * ranks

@@ -22,7 +22,6 @@ of each direction are numbered from 0.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -30,7 +29,16 @@ from typing import NamedTuple
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.config.pipeline import SCHEDULES, nearest_microbatches, num_model_copies, stages_per_rank
+from dsv3_megatron.config.pipeline import (
+    SCHEDULES,
+    microbatches_problem,
+    nearest_microbatches,
+    num_model_copies,
+    ranks_problem,
+    require_schedule,
+    stages_per_rank,
+    stages_problem,
+)
 from dsv3_megatron.parallel.placement import PlacedStage, Placement, place_stages
 from dsv3_megatron.schedule import orders
 from dsv3_megatron.schedule.actions import Action, Kind, Operation
@@ -218,63 +226,27 @@ _ORDERS = {
 def _check(schedule: str, num_ranks: int, num_microbatches: int, virtual_stages: int | None, is_overlapped: bool,
            ) -> int:
     """The rules; returns the number of chunks per rank."""
-    if schedule not in SCHEDULES:
-        near = difflib.get_close_matches(schedule.lower(), SCHEDULES, 1)
-        raise ConfigError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}"
-                          + (f"; did you mean {near[0]}?" if near else ""))
+    require_schedule(schedule, "schedule")
     for name, value in (("pipeline_model_parallel_size", num_ranks), ("num_microbatches", num_microbatches)):
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
     if is_overlapped and schedule != "interleaved":
         raise ConfigError(f"is_overlapped is an option of the interleaved schedule, not of schedule={schedule}; "
                           "leave it out")
-    num_chunks = _check_virtual_stages(schedule, virtual_stages)
-    if schedule == "interleaved":
-        _check_interleaved(num_ranks, num_microbatches)
-    elif schedule.startswith("dualpipe"):
-        _check_dualpipe(schedule, num_ranks, num_microbatches)
+    own = stages_per_rank(schedule) * num_model_copies(schedule)
+    num_chunks = own if virtual_stages is None else virtual_stages
+    problem = stages_problem(schedule, num_chunks, "schedule", name="virtual_stages", unset=own)
+    if problem:
+        raise ConfigError(f"{problem}; " + ("try 2, or use schedule=1f1b" if schedule == "interleaved" else
+                                            "leave it out, or use schedule=interleaved"))
+    problem = ranks_problem(schedule, num_ranks, "schedule")
+    if problem:
+        below = [number for number in (num_ranks - 1, num_ranks + 1)
+                 if number and not ranks_problem(schedule, number, "schedule")]
+        raise ConfigError(f"{problem}; try {' or '.join(map(str, below))}, or schedule="
+                          f"{'1f1b' if schedule == 'interleaved' else 'dualpipev'}")
+    problem = microbatches_problem(schedule, num_ranks, num_microbatches, "schedule")
+    if problem:
+        ways = " or ".join(map(str, nearest_microbatches(schedule, num_ranks, num_microbatches)))
+        raise ConfigError(f"{problem}; try num_microbatches={ways}")
     return num_chunks
-
-
-def _check_virtual_stages(schedule: str, virtual_stages: int | None) -> int:
-    if schedule != "interleaved":
-        own = stages_per_rank(schedule) * num_model_copies(schedule)
-        if virtual_stages not in (None, own):
-            raise ConfigError(f"virtual_stages={virtual_stages} must be {own} under schedule={schedule}, whose ranks "
-                              f"hold {own} stage{'s'[:own - 1]} each; leave it out, or use schedule=interleaved")
-        return own
-    if virtual_stages is not None and virtual_stages < 2:
-        raise ConfigError(f"virtual_stages={virtual_stages} must be at least 2 under schedule=interleaved; try 2, or "
-                          "use schedule=1f1b, which is the same with one")
-    return virtual_stages or 2
-
-
-def _check_interleaved(num_ranks: int, num_microbatches: int) -> None:
-    if num_ranks < 2:
-        raise ConfigError(f"pipeline_model_parallel_size={num_ranks} must be at least 2 under schedule=interleaved; "
-                          "try 2, or use schedule=1f1b")
-    if num_microbatches % num_ranks:
-        raise ConfigError(f"pipeline_model_parallel_size={num_ranks} must divide num_microbatches={num_microbatches} "
-                          "under schedule=interleaved, as Megatron-Core requires; try "
-                          + _nearest("interleaved", num_ranks, num_microbatches))
-
-
-def _nearest(schedule: str, num_ranks: int, num_microbatches: int) -> str:
-    return f"num_microbatches={' or '.join(map(str, nearest_microbatches(schedule, num_ranks, num_microbatches)))}"
-
-
-def _check_dualpipe(schedule: str, num_ranks: int, num_microbatches: int) -> None:
-    is_two_way = schedule == "dualpipe"
-    if is_two_way and num_ranks % 2:
-        below = f"{num_ranks - 1} or " if num_ranks > 1 else ""
-        raise ConfigError(f"pipeline_model_parallel_size={num_ranks} must be even under schedule=dualpipe, which has "
-                          f"as many ranks before the fold as after it; try {below}{num_ranks + 1}, or "
-                          "schedule=dualpipev")
-    fewest = 2 * num_ranks
-    if num_microbatches < fewest:
-        raise ConfigError(f"num_microbatches={num_microbatches} must be at least 2 x pipeline_model_parallel_size="
-                          f"{num_ranks} under schedule={schedule}, or the steady state is never reached; "
-                          f"try {_nearest(schedule, num_ranks, num_microbatches)}")
-    if is_two_way and num_microbatches % 2:
-        raise ConfigError(f"num_microbatches={num_microbatches} must be even under schedule=dualpipe, where half of "
-                          f"them enter at each end; try {_nearest(schedule, num_ranks, num_microbatches)}")

@@ -184,7 +184,7 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
      "phase 'a': rope_type=yarn: nothing comes before the first phase that it could change; give it to the run, "
      "outside its phases"),
     ([{**A, "train_iter": 3}], "phase 'a': train_iter is not a field of a phase; did you mean train_iters or "),
-    ([{**A, "qqq": 3}], "phase 'a': qqq is not a field of a phase; it has name, train_tokens, train_iters, lr, "),
+    ([{**A, "qqq": 3}], "phase 'a': qqq is not a field of a phase; it has name, train_tokens, train_iters, "),
     ([{"train_iters": "many"}], "phase '1': train_iters='many' must be a whole number"),
     ([{**A, "train_tokens": 1.5}], "phase 'a': train_tokens=1.5 must be a whole number"),
     ([{**A, "lr": True}], "phase 'a': lr=True must be a number"),

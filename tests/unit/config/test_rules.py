@@ -105,8 +105,8 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "pipeline_schedule='dualpip' must be one of auto, 1f1b, interleaved, zb1p, zbv, dualpipe, dualpipev; did you mean "
      "dualpipe?"),
     ("tiny", {"pipeline_schedule": "zbv", "pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
-     2, "num_virtual_stages_per_pipeline_rank=2 is of the interleaved schedule; pipeline_schedule=zbv has a fixed "
-     "number of stages per rank: leave it at 1, or set pipeline_schedule=interleaved"),
+     2, "num_virtual_stages_per_pipeline_rank=2 must be 1 under pipeline_schedule=zbv, whose ranks hold 2 stages each; "
+     "leave it at 1, or set pipeline_schedule=interleaved"),
     ("tiny", {"pipeline_schedule": "zb1p"}, 1,
      "pipeline_schedule=zb1p needs pipeline_model_parallel_size of at least 2; without a pipeline leave it at auto"),
     ("tiny", {"overlap_moe_expert_parallel_comm": True, "pipeline_model_parallel_size": 2}, 2,
@@ -116,11 +116,11 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "overlap_moe_expert_parallel_comm=true needs a schedule that can run a forward and a backward pass as a pair: "
      "interleaved, dualpipe or dualpipev; this run's is 1f1b, without a pipeline; leave it off"),
     ("tiny", {"pipeline_schedule": "interleaved", "pipeline_model_parallel_size": 2}, 2,
-     "pipeline_schedule=interleaved needs num_virtual_stages_per_pipeline_rank of at least 2; try 2, or "
-     "pipeline_schedule=1f1b, which is the same with 1"),
+     "num_virtual_stages_per_pipeline_rank=1 must be at least 2 under pipeline_schedule=interleaved, which is 1f1b "
+     "with one; try 2, or pipeline_schedule=1f1b"),
     ("tiny", {"pipeline_schedule": "dualpipe", "pipeline_model_parallel_size": 3}, 3,
-     "pipeline_model_parallel_size=3 must be even with pipeline_schedule=dualpipe, whose ranks hold a stage before the "
-     "middle of the model and one behind it; try 2 or 4"),
+     "pipeline_model_parallel_size=3 must be even under pipeline_schedule=dualpipe, whose ranks hold a stage before "
+     "the middle of the model and one behind it; try 2 or 4"),
     ("tiny", {"pipeline_schedule": "dualpipev", "pipeline_model_parallel_size": 4}, 4,
      "pipeline_model_parallel_size=4 x 2 (pipeline_schedule=dualpipev) makes 8 stages, more than num_layers=4; use at "
      "most 4 stages"),
@@ -140,20 +140,22 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "micro_batch_size=4 x data_parallel_size=3 (world_size=3 over 1 model-parallel ranks) must divide "
      "global_batch_size=16; try a global_batch_size that is a multiple of 12"),
     ("tiny", {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2, "global_batch_size": 12}, 2,
-     "pipeline_model_parallel_size=2 must divide the 3 micro-batches of a step (global_batch_size=12) under the "
-     "interleaved schedule; use a global_batch_size that is a multiple of 8, or set "
-     "num_virtual_stages_per_pipeline_rank=1"),
+     "global_batch_size=12 over micro_batch_size=4 x data_parallel_size=1 does not fit the schedule: "
+     "num_microbatches=3 must be a multiple of pipeline_model_parallel_size=2 under pipeline_schedule=interleaved, as "
+     "Megatron-Core requires; try global_batch_size=8 or 16, or num_virtual_stages_per_pipeline_rank=1"),
     ("tiny", {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipe", "global_batch_size": 20}, 2,
-     "pipeline_schedule=dualpipe with pipeline_model_parallel_size=2 needs a multiple of 2 micro-batches in a step, at "
-     "least 4; global_batch_size=20 over micro_batch_size=4 x data_parallel_size=1 makes 5; try global_batch_size=16 "
-     "or 24"),
+     "global_batch_size=20 over micro_batch_size=4 x data_parallel_size=1 does not fit the schedule: "
+     "num_microbatches=5 must be even under pipeline_schedule=dualpipe, where half of them enter at each end; try "
+     "global_batch_size=16 or 24"),
     ("tiny", {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev", "global_batch_size": 8}, 4,
-     "pipeline_schedule=dualpipev with pipeline_model_parallel_size=2 needs at least 4 micro-batches in a step; "
-     "global_batch_size=8 over micro_batch_size=4 x data_parallel_size=2 makes 1; try global_batch_size=32"),
+     "global_batch_size=8 over micro_batch_size=4 x data_parallel_size=2 does not fit the schedule: num_microbatches=1 "
+     "must be at least 2 x pipeline_model_parallel_size=2 under pipeline_schedule=dualpipev, or the steady state is "
+     "never reached; try global_batch_size=32"),
     ("tiny", {"pipeline_model_parallel_size": 2, "pipeline_schedule": "interleaved", "global_batch_size": 12,
               "num_virtual_stages_per_pipeline_rank": 2}, 2,
-     "pipeline_schedule=interleaved with pipeline_model_parallel_size=2 needs a multiple of 2 micro-batches in a step; "
-     "global_batch_size=12 over micro_batch_size=4 x data_parallel_size=1 makes 3; try global_batch_size=8 or 16"),
+     "global_batch_size=12 over micro_batch_size=4 x data_parallel_size=1 does not fit the schedule: "
+     "num_microbatches=3 must be a multiple of pipeline_model_parallel_size=2 under pipeline_schedule=interleaved, as "
+     "Megatron-Core requires; try global_batch_size=8 or 16"),
     ("tiny", {"seq_length": 512}, 1, "seq_length=512 must not exceed max_position_embeddings=256"),
     ("tiny", {"lr": -1e-3}, 1, "lr=-0.001 must not be negative"),
     ("tiny", {"lr": float("nan")}, 1, "lr=nan must be a finite number"),

@@ -57,7 +57,7 @@ def test_a_phases_field_is_its_sections_with_nothing_said() -> None:
     declared = {field.name: field for section in SECTIONS.values() for field in dataclasses.fields(section)}
     for field in dataclasses.fields(Phase):
         if field.name in CHANGED:
-            assert field.default is None and field.metadata is declared[field.name].metadata
+            assert field.default is None and field.metadata == declared[field.name].metadata
             assert str(field.type).removesuffix(" | None") == str(declared[field.name].type)
 
 

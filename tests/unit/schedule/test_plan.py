@@ -18,10 +18,12 @@ from dsv3_megatron.schedule.plan import SCHEDULES, build_plan
     ("gpipe", {"num_ranks": 2}, "schedule='gpipe' must be one of"),
     ("1f1b", {"num_ranks": 0}, "pipeline_model_parallel_size=0 must be at least 1"),
     ("zbv", {"num_microbatches": 0}, "num_microbatches=0 must be at least 1"),
-    ("dualpipe", {"num_ranks": 5}, "pipeline_model_parallel_size=5 must be even under schedule=dualpipe, which has as "
-                                   "many ranks before the fold as after it; try 4 or 6, or schedule=dualpipev"),
-    ("dualpipe", {"num_ranks": 1}, "pipeline_model_parallel_size=1 must be even under schedule=dualpipe, which has as "
-                                   "many ranks before the fold as after it; try 2, or schedule=dualpipev"),
+    ("dualpipe", {"num_ranks": 5}, "pipeline_model_parallel_size=5 must be even under schedule=dualpipe, whose "
+                                   "ranks hold a stage before the middle of the model and one behind it; try 4 or 6, "
+                                   "or schedule=dualpipev"),
+    ("dualpipe", {"num_ranks": 1}, "pipeline_model_parallel_size=1 must be even under schedule=dualpipe, whose "
+                                   "ranks hold a stage before the middle of the model and one behind it; try 2, or "
+                                   "schedule=dualpipev"),
     ("dualpipe", {"num_microbatches": 7}, "num_microbatches=7 must be at least 2 x pipeline_model_parallel_size=4 "
                                           "under schedule=dualpipe, or the steady state is never reached; "
                                           "try num_microbatches=8"),
@@ -30,14 +32,14 @@ from dsv3_megatron.schedule.plan import SCHEDULES, build_plan
     ("dualpipev", {"num_microbatches": 7}, "num_microbatches=7 must be at least 2 x pipeline_model_parallel_size=4 "
                                            "under schedule=dualpipev, or the steady state is never reached; "
                                            "try num_microbatches=8"),
-    ("interleaved", {"num_microbatches": 10}, "pipeline_model_parallel_size=4 must divide num_microbatches=10 under "
-                                              "schedule=interleaved, as Megatron-Core requires; try "
-                                              "num_microbatches=8 or 12"),
+    ("interleaved", {"num_microbatches": 10}, "num_microbatches=10 must be a multiple of "
+                                              "pipeline_model_parallel_size=4 under schedule=interleaved, as "
+                                              "Megatron-Core requires; try num_microbatches=8 or 12"),
     ("interleaved", {"num_microbatches": 3}, "try num_microbatches=4"),
     ("interleaved", {"num_ranks": 1}, "pipeline_model_parallel_size=1 must be at least 2 under schedule=interleaved; "
-                                      "try 2, or use schedule=1f1b"),
-    ("interleaved", {"virtual_stages": 1}, "virtual_stages=1 must be at least 2 under schedule=interleaved; try 2, or "
-                                           "use schedule=1f1b, which is the same with one"),
+                                      "try 2, or schedule=1f1b"),
+    ("interleaved", {"virtual_stages": 1}, "virtual_stages=1 must be at least 2 under schedule=interleaved, which is "
+                                           "1f1b with one; try 2, or use schedule=1f1b"),
     ("interleaved", {"virtual_stages": 0}, "virtual_stages=0 must be at least 2"),
     ("1f1b", {"virtual_stages": 2}, "virtual_stages=2 must be 1 under schedule=1f1b, whose ranks hold 1 stage each; "
                                     "leave it out, or use schedule=interleaved"),
