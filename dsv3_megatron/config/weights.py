@@ -317,7 +317,8 @@ def sections(model: ModelConfig, *, has_empty: bool = False) -> Iterator[Section
         # An MTP module's layer is of the kind of the main model's last one.
         yield Section(f"{ours}mtp_model_layer.", theirs,
                       layer_weights(model, is_moe=model.num_moe_layers > 0, has_empty=has_empty))
-        yield Section(ours, theirs, weights_at(model, Place.MTP_END), weights_at(model, Place.HEAD))
+        yield Section(ours, theirs, weights_at(model, Place.MTP_END))
+        yield Section(ours, theirs, (), weights_at(model, Place.HEAD))
 
 
 def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -1,21 +1,20 @@
 """Every tensor of a Hugging Face checkpoint of a model: its name, its shape, and which of our parameters it is.
 
-Arithmetic on a ModelConfig, no torch. A parameter of ours is one of Hugging Face's tensors, or two on top of each
-other (gate and up projection). Names of ours are those of `model/parameters.py`; the routers' balancing biases, which
-are buffers and not parameters, are named likewise (`decoder.layers.5.mlp.router.expert_bias`).
+A query of the table of weights (`config/weights.py`), no torch. A parameter of ours is one of Hugging Face's tensors, or
+two on top of each other (gate and up projection). Names of ours are those of `model/parameters.py`; the routers'
+balancing biases, which are buffers and not parameters, are named likewise (`decoder.layers.5.mlp.router.expert_bias`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.weights import Fp8, Weight, each_expert, sections
 
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(linear_fc[12]\.weight)")
 
 
@@ -65,29 +64,24 @@ def hugging_face_tensors(model: ModelConfig) -> list[HuggingFaceTensor]:
 
     Source: names and shapes of the published checkpoint; MTP module k is layer `num_layers + k`.
     """
-    hidden, vocab = model.hidden_size, model.vocab_size
-    plain = Storage.PLAIN
-    tensors = [HuggingFaceTensor("model.embed_tokens.weight", (vocab, hidden), plain, EMBEDDING)]
-    for layer in range(model.num_layers):
-        tensors += _layer(model, layer, f"decoder.layers.{layer}", layer >= model.num_dense_layers)
-    tensors += [HuggingFaceTensor("model.norm.weight", (hidden,), plain, "decoder.final_layernorm.weight"),
-                HuggingFaceTensor("lm_head.weight", (vocab, hidden), plain, HEAD)]
-    # An MTP module's block is of the kind of the main model's last layer.
-    is_moe = model.num_moe_layers > 0
-    for depth in range(model.mtp_num_layers):
-        layer, ours = model.num_layers + depth, f"mtp.layers.{depth}"
-        theirs = f"model.layers.{layer}"
-        tensors += [
-            HuggingFaceTensor(f"{theirs}.embed_tokens.weight", (vocab, hidden), plain, EMBEDDING, is_copy=True),
-            HuggingFaceTensor(f"{theirs}.enorm.weight", (hidden,), plain, f"{ours}.enorm.weight"),
-            HuggingFaceTensor(f"{theirs}.hnorm.weight", (hidden,), plain, f"{ours}.hnorm.weight"),
-            HuggingFaceTensor(f"{theirs}.eh_proj.weight", (hidden, 2 * hidden), plain, f"{ours}.eh_proj.weight"),
-            *_layer(model, layer, f"{ours}.mtp_model_layer", is_moe),
-            HuggingFaceTensor(f"{theirs}.shared_head.norm.weight", (hidden,), plain,
-                              f"{ours}.final_layernorm.weight"),
-            HuggingFaceTensor(f"{theirs}.shared_head.head.weight", (vocab, hidden), plain, HEAD, is_copy=True),
-        ]
+    tensors = []
+    for section in sections(model, has_empty=True):
+        for weight in section.copies:
+            tensors.append(HuggingFaceTensor(section.theirs + weight.copied_as, weight.part_shape(model),
+                                             Storage.PLAIN, weight.name, is_copy=True))
+        for weight, expert in each_expert(section.weights, model):
+            shape, storage = weight.part_shape(model), _storage(weight)
+            parameter = section.ours + weight.name.format(expert=expert)
+            tensors += [HuggingFaceTensor(section.theirs + part.format(expert=expert), shape, storage, parameter,
+                                          first_row=number * shape[0])
+                        for number, part in enumerate(weight.parts)]
     return tensors
+
+
+def _storage(weight: Weight) -> Storage:
+    if not weight.is_trained:
+        return Storage.BIAS
+    return Storage.MATRIX if weight.fp8 is Fp8.AS_PUBLISHED else Storage.PLAIN
 
 
 def tensors_by_parameter(model: ModelConfig) -> dict[str, tuple[HuggingFaceTensor, ...]]:
@@ -119,55 +113,3 @@ def checkpoint_place(parameter: str) -> tuple[str, int | None]:
     if expert is None:
         return key, None
     return f"{expert[1]}.experts.experts.{expert[3]}", int(expert[2])
-
-
-def _layer(model: ModelConfig, layer: int, ours: str, is_moe: bool) -> Iterator[HuggingFaceTensor]:
-    theirs, hidden = f"model.layers.{layer}", model.hidden_size
-    norm = Storage.PLAIN
-    yield HuggingFaceTensor(f"{theirs}.input_layernorm.weight", (hidden,), norm, f"{ours}.input_layernorm.weight")
-    yield from _attention(model, f"{theirs}.self_attn", f"{ours}.self_attention")
-    yield HuggingFaceTensor(f"{theirs}.post_attention_layernorm.weight", (hidden,), norm,
-                            f"{ours}.pre_mlp_layernorm.weight")
-    theirs, ours = f"{theirs}.mlp", f"{ours}.mlp"
-    if not is_moe:
-        yield from _swiglu(theirs, ours, hidden, model.ffn_hidden_size)
-        return
-    yield HuggingFaceTensor(f"{theirs}.gate.weight", (model.num_experts, hidden), Storage.PLAIN,
-                            f"{ours}.router.weight")
-    yield HuggingFaceTensor(f"{theirs}.gate.e_score_correction_bias", (model.num_experts,), Storage.BIAS,
-                            f"{ours}.router.expert_bias")
-    for expert in range(model.num_experts):
-        yield from _swiglu(f"{theirs}.experts.{expert}", f"{ours}.experts.{expert}", hidden, model.moe_ffn_hidden_size)
-    yield from _swiglu(f"{theirs}.shared_experts", f"{ours}.shared_experts", hidden,
-                       model.num_shared_experts * model.moe_ffn_hidden_size)
-
-
-def _attention(model: ModelConfig, theirs: str, ours: str) -> Iterator[HuggingFaceTensor]:
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    matrix, norm = Storage.MATRIX, Storage.PLAIN
-    query_width = heads * model.qk_head_dim
-    if model.q_lora_rank is None:
-        yield HuggingFaceTensor(f"{theirs}.q_proj.weight", (query_width, hidden), matrix,
-                                f"{ours}.linear_q_proj.weight")
-    else:
-        rank = model.q_lora_rank
-        yield HuggingFaceTensor(f"{theirs}.q_a_proj.weight", (rank, hidden), matrix,
-                                f"{ours}.linear_q_down_proj.weight")
-        yield HuggingFaceTensor(f"{theirs}.q_a_layernorm.weight", (rank,), norm, f"{ours}.q_layernorm.weight")
-        yield HuggingFaceTensor(f"{theirs}.q_b_proj.weight", (query_width, rank), matrix,
-                                f"{ours}.linear_q_up_proj.weight")
-    rank = model.kv_lora_rank
-    yield HuggingFaceTensor(f"{theirs}.kv_a_proj_with_mqa.weight", (rank + model.qk_rope_head_dim, hidden), matrix,
-                            f"{ours}.linear_kv_down_proj.weight")
-    yield HuggingFaceTensor(f"{theirs}.kv_a_layernorm.weight", (rank,), norm, f"{ours}.kv_layernorm.weight")
-    yield HuggingFaceTensor(f"{theirs}.kv_b_proj.weight", (heads * (model.qk_nope_head_dim + model.v_head_dim), rank),
-                            matrix, f"{ours}.linear_kv_up_proj.weight")
-    yield HuggingFaceTensor(f"{theirs}.o_proj.weight", (hidden, heads * model.v_head_dim), matrix,
-                            f"{ours}.linear_proj.weight")
-
-
-def _swiglu(theirs: str, ours: str, hidden: int, width: int) -> Iterator[HuggingFaceTensor]:
-    first, second = f"{ours}.linear_fc1.weight", f"{ours}.linear_fc2.weight"
-    yield HuggingFaceTensor(f"{theirs}.gate_proj.weight", (width, hidden), Storage.MATRIX, first)
-    yield HuggingFaceTensor(f"{theirs}.up_proj.weight", (width, hidden), Storage.MATRIX, first, first_row=width)
-    yield HuggingFaceTensor(f"{theirs}.down_proj.weight", (hidden, width), Storage.MATRIX, second)
