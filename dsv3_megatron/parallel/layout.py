@@ -12,6 +12,7 @@ from functools import lru_cache
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import MAX_LAYERS, ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.weights import Place, Weight, layer_weights, weights_at
 
 _NOTATION = "E embedding, t transformer layer, m MTP module, L loss, | next stage; x*3 and (xy)*3 repeat"
 
@@ -85,18 +86,18 @@ def layout_string(layouts: list[StageLayout]) -> str:
 
 def _layer_costs(model: ModelConfig) -> tuple[list[int], int]:
     """Multiply-adds per token of each layer, and of what follows the last one (head and MTP)."""
-    width, heads = model.hidden_size, model.num_attention_heads
-    queries = (width * heads * model.qk_head_dim if model.q_lora_rank is None
-               else model.q_lora_rank * (width + heads * model.qk_head_dim))
-    attention = (queries + width * (model.kv_lora_rank + model.qk_rope_head_dim)
-                 + model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
-                 + width * heads * model.v_head_dim)
-    dense = attention + 3 * width * model.ffn_hidden_size
-    experts = model.moe_router_topk + model.num_shared_experts
-    moe = attention + 3 * width * model.moe_ffn_hidden_size * experts + width * model.num_experts
-    head = width * model.vocab_size
-    tail = head + model.mtp_num_layers * (moe + 2 * width * width + head)
+    dense, moe = (_multiply_adds(model, layer_weights(model, is_moe=is_moe)) for is_moe in (False, True))
+    head = _multiply_adds(model, weights_at(model, Place.HEAD))
+    module = _multiply_adds(model, weights_at(model, Place.MTP_BEGIN, Place.MTP_END))
+    # An MTP module's layer is of the kind of the main model's last one.
+    tail = head + model.mtp_num_layers * (module + (moe if model.num_moe_layers else dense) + head)
     return [dense if i < model.num_dense_layers else moe for i in range(model.num_layers)], tail
+
+
+def _multiply_adds(model: ModelConfig, weights: tuple[Weight, ...]) -> int:
+    """Of a token that goes through all matrices, and through the chosen ones of the routed experts."""
+    return sum(weight.numel(model) * (model.moe_router_topk if weight.is_expert else 1)
+               for weight in weights if weight.is_matrix)
 
 
 @lru_cache(maxsize=1024)

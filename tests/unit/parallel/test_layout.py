@@ -74,8 +74,9 @@ def stage_costs(model: ModelConfig, counts: tuple[int, ...]) -> list[int]:
 
     dense, moe = work(1, 1), work(1, 0)
     head = model.hidden_size * model.vocab_size
-    # An MTP module: a MoE layer, the projection of two hidden states, the shared head.
-    tail = head + model.mtp_num_layers * (moe + 2 * model.hidden_size**2 + head)
+    # An MTP module: a layer like the last one, the projection of two hidden states, the shared head.
+    last = moe if model.num_moe_layers else dense
+    tail = head + model.mtp_num_layers * (last + 2 * model.hidden_size**2 + head)
     kinds = [dense] * model.num_dense_layers + [moe] * model.num_moe_layers
     ends = list(itertools.accumulate(counts, initial=0))
     costs = [sum(kinds[a:b]) for a, b in itertools.pairwise(ends)]
@@ -87,14 +88,20 @@ def stage_costs(model: ModelConfig, counts: tuple[int, ...]) -> list[int]:
 @given(models_and_splits(max_layers=10))
 def test_no_other_split_has_a_lighter_heaviest_stage(case: tuple[ModelConfig, ParallelConfig]) -> None:
     model, parallel = case
-    if model.mtp_num_layers and not model.num_moe_layers:
-        model = dataclasses.replace(model, mtp_num_layers=0)
     stages = parallel.num_stages
     found = tuple(len(layout.layer_ids) for layout in stage_layouts(model, parallel))
     every = [tuple(b - a for a, b in itertools.pairwise((0, *cuts, model.num_layers)))
              for cuts in itertools.combinations(range(1, model.num_layers), stages - 1)]
     assert found in every
     assert max(stage_costs(model, found)) == min(max(stage_costs(model, counts)) for counts in every)
+
+
+def test_the_layer_of_an_mtp_module_is_dense_where_the_last_layer_is() -> None:
+    """Four layers and a module of nearly a layer's work, five in all: the module's stage has one layer of them."""
+    model = dataclasses.replace(TINY, num_layers=4, num_dense_layers=4, ffn_hidden_size=100_000, vocab_size=256)
+    assert [len(layout.layer_ids) for layout in stage_layouts(model, split(2))] == [3, 1]
+    without = dataclasses.replace(model, mtp_num_layers=0)
+    assert [len(layout.layer_ids) for layout in stage_layouts(without, split(2))] == [2, 2]
 
 
 def every_start(costs: list[int], tail: int, num_stages: int) -> tuple[int, ...]:
