@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-# Transformer Engine fuses a norm into the linear that follows it; its expert weights are a tensor each.
-_FUSED_NORMS = {
-    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
-    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
+from dsv3_megatron.config.weights import WEIGHTS, Place, find_weight
+
+# Transformer Engine fuses a norm into the linear that follows it: the name of the norm's weight there, and ours.
+_FUSED_NORMS = {weight.engine_name: weight.name for weight in WEIGHTS[Place.EVERY_LAYER] if weight.fused_into}
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,7 @@ def whole_parameters(chunk: torch.nn.Module, groups: ProcessGroupCollection) -> 
             continue
         partitioned = getattr(parameter, "tensor_model_parallel", False) and groups.tp.size() > 1
         axis = getattr(parameter, "partition_dim") if partitioned else None  # noqa: B009 - a mark on the parameter
-        is_gated = name.endswith("linear_fc1.weight")
-        yield _split(name, parameter, parameter.data, axis, is_gated, groups.tp)
+        yield _split(name, parameter, parameter.data, axis, groups.tp)
 
 
 def global_name(path: str, chunk: torch.nn.Module) -> str:
@@ -117,22 +114,17 @@ def _experts(name: str, parameter: torch.nn.Parameter, groups: ProcessGroupColle
     for index, data in local_experts:
         expert = groups.ep.rank() * per_rank + index
         axis = (0 if after.startswith("linear_fc1") else 1) if groups.expt_tp.size() > 1 else None
-        yield _split(f"{before}.experts.{expert}.{after}", parameter, data, axis, after.startswith("linear_fc1"),
-                     groups.expt_tp, expert=index)
+        yield _split(f"{before}.experts.{expert}.{after}", parameter, data, axis, groups.expt_tp, expert=index)
 
 
-def _split(name: str, parameter: torch.nn.Parameter, local: torch.Tensor, axis: int | None, is_gated: bool,
+def _split(name: str, parameter: torch.nn.Parameter, local: torch.Tensor, axis: int | None,
            group: torch.distributed.ProcessGroup, expert: int | None = None) -> WholeParameter:
-    shape = list(local.shape)
+    shape, num_parts = list(local.shape), len(find_weight(name).parts)
     if axis is None:
         return WholeParameter(name, tuple(shape), parameter, local, None, (), expert)
-    length, rank, parts = shape[axis], group.rank(), group.size()
-    shape[axis] = length * parts
-    if is_gated:
-        # A rank holds its part of the gate's rows, then its part of the up-projection's.
-        half = length // 2
-        pieces: tuple[LocalSlice, ...] = (LocalSlice(0, rank * half, half),
-                                          LocalSlice(half, parts * half + rank * half, half))
-    else:
-        pieces = (LocalSlice(0, rank * length, length),)
+    length, rank, ranks = shape[axis], group.rank(), group.size()
+    shape[axis] = length * ranks
+    # Of parts on top of each other a rank holds its rows of the first (the gate), then those of the next (up).
+    own = length // num_parts if axis == 0 else length
+    pieces = tuple(LocalSlice(start, ranks * start + rank * own, own) for start in range(0, length, own))
     return WholeParameter(name, tuple(shape), parameter, local, axis, pieces, expert)
