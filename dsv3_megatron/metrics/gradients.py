@@ -6,7 +6,6 @@ components' norms add to the square of the global norm, which Megatron-Core take
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,21 +16,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
+from dsv3_megatron.config.weights import find_weight
 from dsv3_megatron.model.parameters import whole_parameters
 
-# The first pattern that is found in a parameter's global name says its component.
-_PATTERNS = (
-    ("mtp", r"^mtp\."),
-    ("embedding", r"^embedding\."),
-    ("head", r"^output_layer\."),
-    ("norms", r"norm\.weight$"),
-    ("attention", r"\.self_attention\."),
-    ("router", r"\.mlp\.router\."),
-    ("shared-experts", r"\.mlp\.shared_experts\."),
-    ("experts", r"\.mlp\.experts\."),
-    ("dense-ffn", r"\.mlp\.linear_fc[12]\."),
-)
 COMPONENTS = ("embedding", "attention", "dense-ffn", "experts", "shared-experts", "router", "norms", "mtp", "head")
+# Components of the table of weights under the names that a run's records have.
+_NAMES = {"embedding": "embedding", "attention": "attention", "dense_ffn": "dense-ffn", "router": "router",
+          "routed_experts": "experts", "shared_experts": "shared-experts", "norms": "norms", "final_norm": "norms",
+          "head": "head"}
 
 
 def component_of(name: str) -> str:
@@ -42,9 +34,7 @@ def component_of(name: str) -> str:
     Args:
         name: Global name of a parameter, as `model.parameters.whole_parameters` gives it.
     """
-    found = next((component for component, pattern in _PATTERNS if re.search(pattern, name)), None)
-    assert found is not None, f"parameter {name} belongs to no component; give it one in {__name__}"
-    return found
+    return "mtp" if name.startswith("mtp.") else _NAMES[find_weight(name).component]
 
 
 @dataclass(frozen=True)
