@@ -2,10 +2,10 @@
 
 In reading order:
 
-    launch.py         on a Hopper GPU, or under Triton's interpreter on a CPU
-    fp8_rounding.py   scales and rounding, which all kernels share
-    fp8_quantize.py   activations, SwiGLU, weights -> narrow values and scales
-    fp8_records.py    rows -> bytes for a transfer, and back
-    fp8_gemm.py       products, single and grouped
-    fp8_tuning.py     their tile sizes, as measured on this machine
+    launch.py           on a Hopper GPU, or under Triton's interpreter on a CPU
+    fp8_rounding.py     scales and rounding, which all kernels share
+    fp8_quantize.py     activations, SwiGLU, weights -> narrow values and scales
+    fp8_packed_rows.py  rows -> bytes for a transfer, and back
+    fp8_gemm.py         products, single and grouped
+    fp8_tuning.py       their tile sizes, as measured on this machine
 """

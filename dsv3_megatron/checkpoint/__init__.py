@@ -2,15 +2,15 @@
 
 In reading order:
 
-    folder.py            files, manifest, and whether a checkpoint fits a run; no torch
-    store.py             save and load a run
-    optimizer_state.py   AdamW's part of it                    average.py      the moving average's part
-    text_files.py        tokenizer and form of the texts       agreement.py    what ranks must agree on meanwhile
-    resume.py            how a run goes on from it; no torch   finite.py       loaded weights are numbers
+    folder.py           files, manifest, and whether a checkpoint fits a run; no torch
+    store.py            save and load a run
+    optimizer_state.py  AdamW's part of it                   average.py    the moving average's part
+    text_files.py       tokenizer and form of the texts      agreement.py  what ranks must agree on meanwhile
+    resume.py           how a run goes on from it; no torch  finite.py     loaded weights are numbers
 
 Checkpoints without a model in memory:
 
-    open.py              what a folder says of its model       reading.py      its index, and errors of damaged ones
-    tensor_files.py      a tensor at a time                    byte_ranges.py  bytes from file to file
-    hf/                  Hugging Face's layout
+    open.py          what a folder says of its model  tensor_index.py  its index, and errors of damaged ones
+    tensor_files.py  a tensor at a time               byte_ranges.py   bytes from file to file
+    hf/              Hugging Face's layout
 """

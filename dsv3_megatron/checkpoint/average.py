@@ -16,7 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from dsv3_megatron.checkpoint.folder import AVERAGE_PREFIX, CheckpointError, Manifest, incomplete
-from dsv3_megatron.checkpoint.reading import READ_ERRORS, saved_tensors
+from dsv3_megatron.checkpoint.tensor_index import READ_ERRORS, saved_tensors
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.shards import distributed_parts
 

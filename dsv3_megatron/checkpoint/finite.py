@@ -10,7 +10,7 @@ import torch
 
 from dsv3_megatron.checkpoint.agreement import from_all_ranks
 from dsv3_megatron.checkpoint.folder import CheckpointError
-from dsv3_megatron.model.parameters import whole_parameters
+from dsv3_megatron.model.global_names import whole_parameters
 
 
 def require_finite_weights(stages: Sequence[torch.nn.Module], groups: Any, load: str) -> None:

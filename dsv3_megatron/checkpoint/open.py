@@ -98,7 +98,7 @@ def _open_hugging_face(load: str) -> OpenedCheckpoint:
     directory = HuggingFaceDirectory(load)
 
     def load_into(stages: list[Any], groups: Any) -> None:
-        from dsv3_megatron.checkpoint.hf.load import load_hugging_face
+        from dsv3_megatron.checkpoint.hf.pretrained import load_hugging_face
 
         load_hugging_face(directory, stages, groups)
 

@@ -74,7 +74,7 @@ from dsv3_megatron.checkpoint.optimizer_state import (
     restore_moments,
     with_padding_between_buckets,
 )
-from dsv3_megatron.checkpoint.reading import READ_ERRORS, saved_tensors
+from dsv3_megatron.checkpoint.tensor_index import READ_ERRORS, saved_tensors
 from dsv3_megatron.checkpoint.text_files import TextFiles
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.optim.ema import WeightAverage

@@ -130,7 +130,7 @@ def _losses(folder: str, iteration: int | None) -> Any:
     """Last losses of the run that saved a checkpoint, where its logs are still there."""
     from dsv3_megatron.checkpoint.folder import read_manifest
     from dsv3_megatron.checkpoint.hf.model_card import Losses
-    from dsv3_megatron.metrics.records import last_losses
+    from dsv3_megatron.metrics.run_records import last_losses
 
     manifest = read_manifest(folder, iteration)
     return Losses(*last_losses(manifest.run.get("logging", {}).get("tensorboard_dir"), manifest.progress.iteration))
@@ -154,7 +154,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _inventory(options: argparse.Namespace) -> None:
     from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES
-    from dsv3_megatron.checkpoint.hf.shards import inventory, plan_shards
+    from dsv3_megatron.checkpoint.hf.weight_files import inventory, plan_shards
 
     shards = plan_shards(preset(options.preset).model, options.dtype, int(options.max_shard_gb * 1e9))
     if options.list:

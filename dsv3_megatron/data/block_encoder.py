@@ -14,7 +14,7 @@ from dsv3_megatron.data.encoder import Encoder, EncodingError
 from dsv3_megatron.data.indexed import choose_dtype
 from dsv3_megatron.data.reading.blocks import Block
 from dsv3_megatron.data.reading.documents import Reading, RecordReader, Text, too_large
-from dsv3_megatron.data.reading.records import RecordError
+from dsv3_megatron.data.reading.json_lines import RecordError
 from dsv3_megatron.data.transforms.combined_tokens import CombinedTokenSplitter
 from dsv3_megatron.data.transforms.fim import FimTransform
 from dsv3_megatron.data.transforms.sentences import SentenceSplitter

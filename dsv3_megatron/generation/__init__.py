@@ -1,14 +1,14 @@
 """Text from a model: prefill, decoding with a cache, sampling, and the MTP module as a speculative decoder.
 
-    cache.py        what is kept of a position: the latent (MLA's point), or whole keys and values to compare with
-    decode.py       attention of new tokens to a cache, with the up-projections absorbed or not
-    layers.py       a layer over rows of tokens, from its modules' weights without their calls
-    forward.py      the model over prompts and over new tokens
-    sampling.py     logits -> distribution -> token
-    speculative.py  the acceptance rule, and decoding one or two tokens at a time
-    generator.py    prompts in batches -> tokens, as they come
-    loading.py      a checkpoint -> a model that generates, in one process
-    text.py         which tokenizer; prompts -> ids, ids -> text as it becomes whole
+    cache.py          what is kept of a position: the latent (MLA's point), or whole keys and values to compare with
+    decode.py         attention of new tokens to a cache, with the up-projections absorbed or not
+    cached_layers.py  a layer over rows of tokens, from its modules' weights without their calls
+    forward.py        the model over prompts and over new tokens
+    sampling.py       logits -> distribution -> token
+    speculative.py    the acceptance rule, and decoding one or two tokens at a time
+    generator.py      prompts in batches -> tokens, as they come
+    loading.py        a checkpoint -> a model that generates, in one process
+    text.py           which tokenizer; prompts -> ids, ids -> text as it becomes whole
 
 One process holds the whole model. Its weights may come from a checkpoint of any layout.
 """

@@ -19,8 +19,8 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.generation.cached_layers import LatentAttention
 from dsv3_megatron.generation.decode import absorbed_attention, full_attention
-from dsv3_megatron.generation.layers import LatentAttention
 
 KV_CACHES = ("latent", "full")
 

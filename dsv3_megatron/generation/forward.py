@@ -2,7 +2,7 @@
 
 Prompts of different lengths are packed behind each other into one row, as documents that do not see each other: no
 position is padding. New tokens are as many for each sequence (one; two where a draft is verified), each sequence at a
-position of its own. Both go through the same layers (layers.py); how they attend is different.
+position of its own. Both go through the same layers (cached_layers.py); how they attend is different.
 
 Shapes: T prompt tokens of all sequences, or B Q new ones; Q new tokens of a sequence, B sequences, S = T or Q with
 B = 1 or B, H hidden, P rotated pairs, V vocabulary.
@@ -21,7 +21,7 @@ import torch
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.generation.cache import KeyValueCache, Places, make_cache
-from dsv3_megatron.generation.layers import LatentAttention, Layer, Norm, product_like
+from dsv3_megatron.generation.cached_layers import LatentAttention, Layer, Norm, product_like
 from dsv3_megatron.model.attention import LocalMLASelfAttention
 from dsv3_megatron.ops.attention import causal_attention
 

@@ -38,7 +38,7 @@ from dsv3_megatron.guards.endings import ENDED_FILE, forget_ended
 from dsv3_megatron.guards.events import GUARDS_FILE, REPORT_FILE
 from dsv3_megatron.guards.lock import BEAT_S, STALE_S, RunLock
 from dsv3_megatron.metrics.event_files import EVENT_FILES
-from dsv3_megatron.metrics.records import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE
+from dsv3_megatron.metrics.run_records import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE
 
 IDENTITY_FILE, LOCK_FILE, EXPORT_LOCK_SUFFIX = "run.json", "run.lock", ".lock"
 # What other programs' checkpoints look like: a folder with such files is not an empty one.

@@ -60,7 +60,7 @@ class Counters:
 class Guard:
     """Judges each step, and keeps what later decisions depend on.
 
-    Per step: `judge` on every rank, agreement between them (step.py), `decide`.
+    Per step: `judge` on every rank, agreement between them (guarded_step.py), `decide`.
 
     Attributes:
         counters: Totals of the run.

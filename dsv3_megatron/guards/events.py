@@ -16,7 +16,7 @@ from dsv3_megatron.checkpoint.folder import TRACKER, latest_iteration, saved_ite
 from dsv3_megatron.guards.decisions import Guard
 from dsv3_megatron.guards.endings import mark_ended
 from dsv3_megatron.metrics.kept_file import KeptFile, KeptText
-from dsv3_megatron.metrics.records import to_line
+from dsv3_megatron.metrics.run_records import to_line
 
 GUARDS_FILE, REPORT_FILE = "guards.jsonl", "guards-report.txt"
 # Values of the window in a report: enough to see where it was heading.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.metrics.records import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunRecords, read_records
+from dsv3_megatron.metrics.run_records import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunRecords, read_records
 
 EVENT_FILES = "events.out.tfevents.*"
 _HEADER = struct.Struct("<QI")

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from dsv3_megatron.config.weights import find_weight
-from dsv3_megatron.model.parameters import whole_parameters
+from dsv3_megatron.model.global_names import whole_parameters
 
 COMPONENTS = ("embedding", "attention", "dense-ffn", "experts", "shared-experts", "router", "norms", "mtp", "head")
 # Components of the table of weights under the names that a run's records have.
@@ -32,7 +32,7 @@ def component_of(name: str) -> str:
     Everything of an MTP module counts as "mtp", its norms and router too; the latents' norms count as "norms".
 
     Args:
-        name: Global name of a parameter, as `model.parameters.whole_parameters` gives it.
+        name: Global name of a parameter, as `model.global_names.whole_parameters` gives it.
     """
     return "mtp" if name.startswith("mtp.") else _NAMES[find_weight(name).component]
 

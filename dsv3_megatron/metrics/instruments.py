@@ -27,9 +27,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.metrics.gradients import COMPONENTS, GradientNorms
 from dsv3_megatron.metrics.measurements import Measurements, RouterMeasurements, check_node_limit
-from dsv3_megatron.metrics.memory import memory_bytes
 from dsv3_megatron.metrics.phase_clock import PhaseClock
-from dsv3_megatron.metrics.records import is_logged
+from dsv3_megatron.metrics.process_memory import memory_bytes
+from dsv3_megatron.metrics.run_records import is_logged
 from dsv3_megatron.metrics.shared_numbers import SharedNumbers
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.observation import NUM_SCORE_BINS, HeadAgreement, RouterObserver

@@ -11,7 +11,7 @@ import numpy as np
 
 from dsv3_megatron.metrics.event_writer import EventWriter
 from dsv3_megatron.metrics.heat_map import Axis, LoadHistory, draw_heat_map, relative_loads
-from dsv3_megatron.metrics.records import StepReport
+from dsv3_megatron.metrics.run_records import StepReport
 
 _NUM_BIAS_BINS = 30
 

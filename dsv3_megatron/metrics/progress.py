@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from dsv3_megatron.metrics.balance import max_violation
 from dsv3_megatron.metrics.flops import RunSpeed
-from dsv3_megatron.metrics.records import StepReport
+from dsv3_megatron.metrics.run_records import StepReport
 
 
 def compact(value: float, digits: int = 3) -> str:

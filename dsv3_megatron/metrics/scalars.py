@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dsv3_megatron.metrics.balance import bias_direction, dead_share, least_load, max_violation, normalised_entropy
 from dsv3_megatron.metrics.flops import RunSpeed
 from dsv3_megatron.metrics.measurements import Measurements
-from dsv3_megatron.metrics.records import StepReport
+from dsv3_megatron.metrics.run_records import StepReport
 
 
 def step_scalars(report: StepReport, speed: RunSpeed) -> dict[str, float]:

@@ -26,7 +26,7 @@ from dsv3_megatron.config.output import json_text
 from dsv3_megatron.metrics.balance import max_violation
 from dsv3_megatron.metrics.flops import RunSpeed
 from dsv3_megatron.metrics.kept_file import KeptFile, KeptText
-from dsv3_megatron.metrics.records import (
+from dsv3_megatron.metrics.run_records import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     METRICS_FILE,

@@ -21,9 +21,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from dsv3_megatron.model.documents import PackedDocuments
 from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear, ReplicatedLinear
 from dsv3_megatron.model.norm import RMSNorm
+from dsv3_megatron.model.packed_documents import PackedDocuments
 from dsv3_megatron.model.rotary import RotaryTables, softmax_scale
 from dsv3_megatron.ops.attention import causal_attention
 from dsv3_megatron.ops.recompute import recomputed

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.config.memory import recomputed_modules
 from dsv3_megatron.config.run import RunConfig, require_engine_epsilon
-from dsv3_megatron.model.fp8 import apply_precision, use_engine_fp8
+from dsv3_megatron.model.fp8_modules import apply_precision, use_engine_fp8
 from dsv3_megatron.model.init import initialize_weights
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.mcore_config import mcore_config

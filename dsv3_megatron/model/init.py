@@ -12,7 +12,7 @@ import hashlib
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from dsv3_megatron.model.parameters import whole_parameters
+from dsv3_megatron.model.global_names import whole_parameters
 
 
 def initialize_weights(chunks: list[torch.nn.Module], groups: ProcessGroupCollection, *, std: float, seed: int) -> None:

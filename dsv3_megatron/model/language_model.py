@@ -15,9 +15,9 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-from dsv3_megatron.model.documents import PackedDocuments
 from dsv3_megatron.model.linear import column_parallel_product
 from dsv3_megatron.model.observation import HeadAgreement
+from dsv3_megatron.model.packed_documents import PackedDocuments
 from dsv3_megatron.model.stage.weight_gradients import weight_grad_deferral
 from dsv3_megatron.ops.cross_entropy import linear_cross_entropy
 from dsv3_megatron.parallel.groups import as_pipeline_rank

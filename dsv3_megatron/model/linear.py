@@ -19,8 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dsv3_megatron.config.precision import LinearPrecision
 from dsv3_megatron.model.stage.weight_gradients import weight_grad_deferral
-from dsv3_megatron.ops.fp8.backend import ReferenceBackend
 from dsv3_megatron.ops.fp8.linear import fp8_linear
+from dsv3_megatron.ops.fp8.reference_backend import ReferenceBackend
 from dsv3_megatron.ops.linear import linear
 
 # Lines of the precision map, one for each weight of a module, and what computes them.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
-from dsv3_megatron.model.documents import PackedDocuments
+from dsv3_megatron.model.packed_documents import PackedDocuments
 
 
 class DocumentMTPLayer(MultiTokenPredictionLayer):

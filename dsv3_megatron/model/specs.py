@@ -30,12 +30,12 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from dsv3_megatron.model.attention import LocalMLASelfAttention, LocalMLASubmodules
-from dsv3_megatron.model.dispatch import FrugalMoELayer
 from dsv3_megatron.model.experts import GroupedExperts, LocalMLP, LocalSharedExperts
 from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from dsv3_megatron.model.mtp import DocumentMTPLayer
 from dsv3_megatron.model.norm import RMSNorm
 from dsv3_megatron.model.router import DeepSeekRouter, RouterOptions
+from dsv3_megatron.model.token_dispatcher import FrugalMoELayer
 from dsv3_megatron.parallel.layout import StageLayout
 
 logger = logging.getLogger(__name__)

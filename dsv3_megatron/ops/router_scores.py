@@ -1,10 +1,10 @@
 """What a router makes of its logits: affinities of tokens to experts. Nothing else computes them.
 
 Training's router, generation and the planner's measurements take the function by its name, `moe_router_score_function`
-of the model. A checkpoint for other programs is written only where they compute the same (`checkpoint/hf/config.py`
-asks these functions). Another function is one more entry here and its name in `config/model.py`; a sum over experts of
-1 is not needed, but values in 0..1 are: the choice's bias, the gates (affinities of the chosen experts divided by their
-sum) and the histograms of affinities count on it.
+of the model. A checkpoint for other programs is written only where they compute the same
+(`checkpoint/hf/config_json.py` asks these functions). Another function is one more entry here and its name in
+`config/model.py`; a sum over experts of 1 is not needed, but values in 0..1 are: the choice's bias, the gates
+(affinities of the chosen experts divided by their sum) and the histograms of affinities count on it.
 
 Shapes: T tokens, E experts.
 """

@@ -15,7 +15,7 @@ import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from dsv3_megatron.model.parameters import whole_parameters
+from dsv3_megatron.model.global_names import whole_parameters
 
 
 @dataclass(frozen=True)

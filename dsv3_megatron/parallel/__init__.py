@@ -2,12 +2,12 @@
 
 In reading order:
 
-    layout.py        layers -> pipeline stages; no torch
-    placement.py     stages -> pipeline ranks; no torch
-    roll_call.py     processes meet before torch.distributed starts
-    communicators.py one group for a set of ranks, made by those alone
-    groups.py        the process groups of a run
-    exchange.py      rows between ranks while something else is computed
-    narrow_rows.py   rows that travel in FP8
-    runner.py        what a pipeline asks of a stage, whose steps take turns
+    layout.py         layers -> pipeline stages; no torch
+    placement.py      stages -> pipeline ranks; no torch
+    roll_call.py      processes meet before torch.distributed starts
+    communicators.py  one group for a set of ranks, made by those alone
+    groups.py         the process groups of a run
+    exchange.py       rows between ranks while something else is computed
+    narrow_rows.py    rows that travel in FP8
+    chunk_runner.py   what a pipeline asks of a stage, whose steps take turns
 """

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.ops.fp8.backend import REFERENCE, ReferenceBackend
+from dsv3_megatron.ops.fp8.reference_backend import REFERENCE, ReferenceBackend
 from dsv3_megatron.parallel.exchange import PostAllToAll, Posted, Splits, post_all_to_all
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_megatron.checkpoint.folder import check_empty, iteration_path
-from dsv3_megatron.checkpoint.hf.config import model_config_to_json
+from dsv3_megatron.checkpoint.hf.config_json import model_config_to_json
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.blend import Blend

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.metrics.progress import compact
-from dsv3_megatron.metrics.records import RunRecords
+from dsv3_megatron.metrics.run_records import RunRecords
 
 TRAIN, VALIDATION, MTP, MUTED, INK = "#2a6fb0", "#c2410c", "#7a5ba6", "#6b7280", "#1f2937"
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9ca3af",

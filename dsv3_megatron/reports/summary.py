@@ -27,7 +27,7 @@ from dsv3_megatron.config.run import SECTIONS, RunConfig
 from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.metrics.parameters import count_parameters
 from dsv3_megatron.metrics.progress import compact
-from dsv3_megatron.metrics.records import CONFIG_FILE, METRICS_FILE, RunRecords, read_records
+from dsv3_megatron.metrics.run_records import CONFIG_FILE, METRICS_FILE, RunRecords, read_records
 from dsv3_megatron.process.stop import end_with_a_line
 from dsv3_megatron.reports.plot import plot_run
 

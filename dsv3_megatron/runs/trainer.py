@@ -40,19 +40,19 @@ from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard
 from dsv3_megatron.guards.events import EventLog
 from dsv3_megatron.guards.hang import Watchdog
 from dsv3_megatron.guards.keeper import CheckpointKeeper
-from dsv3_megatron.guards.losses import StepLosses
-from dsv3_megatron.guards.step import StepFacts, guarded_step
+from dsv3_megatron.guards.step_losses import StepLosses
+from dsv3_megatron.guards.guarded_step import StepFacts, guarded_step
 from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
 from dsv3_megatron.metrics.instruments import Instruments
 from dsv3_megatron.metrics.progress import TrainingDisplay
-from dsv3_megatron.metrics.records import StepReport, last_losses
+from dsv3_megatron.metrics.run_records import StepReport, last_losses
 from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.model.build import build_stages, wrap_stages
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
 from dsv3_megatron.model.rotary import change_context
 from dsv3_megatron.ops.fp8.held_weights import constant_weights
-from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
+from dsv3_megatron.optim.optimizer import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_gradients, start_process_group

@@ -27,7 +27,7 @@ from typing import Protocol
 
 import torch
 
-from dsv3_megatron.parallel.runner import ChunkRunner, Steps
+from dsv3_megatron.parallel.chunk_runner import ChunkRunner, Steps
 from dsv3_megatron.schedule.actions import Action, Kind, Operation
 from dsv3_megatron.schedule.plan import Output, PlacedStage, Plan
 from dsv3_megatron.schedule.transfers import Receive, Send, Transfer, issue_order, with_transfers

@@ -23,7 +23,7 @@ from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.training import TrainingConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
-from dsv3_megatron.model.documents import forward_stage
+from dsv3_megatron.model.packed_documents import forward_stage
 from dsv3_megatron.model.router import weigh_balance_losses
 from dsv3_megatron.model.stage.runner import LossFunction, ModelChunk
 from dsv3_megatron.parallel.groups import pipelines, replicas

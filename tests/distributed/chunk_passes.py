@@ -20,10 +20,10 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch
 from dsv3_megatron.data.document_ends import document_bounds
 from dsv3_megatron.model.build import build_stages, wrap_stages
-from dsv3_megatron.model.documents import forward_stage
+from dsv3_megatron.model.global_names import whole_parameters
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.model.losses import sum_losses
-from dsv3_megatron.model.parameters import whole_parameters
+from dsv3_megatron.model.packed_documents import forward_stage
 from dsv3_megatron.model.stage.runner import ModelChunk
 from dsv3_megatron.optim.router_bias import routers
 from dsv3_megatron.parallel.exchange import Splits, post_all_to_all

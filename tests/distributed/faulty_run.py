@@ -21,13 +21,13 @@ import torch
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
-from dsv3_megatron.metrics.records import StepReport
+from dsv3_megatron.metrics.run_records import StepReport
 from dsv3_megatron.platform import prepare
 from dsv3_megatron.runs.rank import run_rank
 
 prepare()
 
-from dsv3_megatron.guards.losses import StepLosses  # noqa: E402
+from dsv3_megatron.guards.step_losses import StepLosses  # noqa: E402
 from dsv3_megatron.optim.router_bias import routers  # noqa: E402
 from dsv3_megatron.runs.trainer import Trainer  # noqa: E402
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from dsv3_megatron.model.fp8 import fp8_modules
+from dsv3_megatron.model.fp8_modules import fp8_modules
 from tests.distributed.small_run import differences, small_run, start
 from tests.distributed.test_checkpoint import continue_run
 

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from dsv3_megatron.checkpoint.folder import latest_iteration
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.metrics.records import StepReport
+from dsv3_megatron.metrics.run_records import StepReport
 from tests.distributed.faulty_run import Fault, FaultyTrainer
 from tests.distributed.small_run import GLOBAL_BATCH, Training, differences, parts, small_run
 
@@ -106,7 +106,7 @@ def steps_in_halves_and_whole(data: str) -> list[str]:
                     is_applied, whole_norm, _ = optimizer.step()
                     assert is_applied and whole_norm == norm > 0.5
 
-                with mock.patch("dsv3_megatron.guards.step.apply_gradients", whole_step):
+                with mock.patch("dsv3_megatron.guards.guarded_step.apply_gradients", whole_step):
                     reports = [trainer.train_step()[0] for _ in range(3)]
             else:
                 reports = [trainer.train_step()[0] for _ in range(3)]

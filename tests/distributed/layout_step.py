@@ -19,8 +19,8 @@ import torch
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.current import CurrentData
-from dsv3_megatron.metrics.records import StepReport
-from dsv3_megatron.model.parameters import WholeParameter, whole_parameters
+from dsv3_megatron.metrics.run_records import StepReport
+from dsv3_megatron.model.global_names import WholeParameter, whole_parameters
 from dsv3_megatron.model.router import DeepSeekRouter
 from dsv3_megatron.optim.router_bias import routers
 from dsv3_megatron.runs.trainer import Trainer

@@ -18,9 +18,9 @@ from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch
 from dsv3_megatron.model.build import build_stages, wrap_stages
-from dsv3_megatron.model.parameters import WholeParameter, whole_parameters
-from dsv3_megatron.optim.build import build_optimizer, set_learning_rate
+from dsv3_megatron.model.global_names import WholeParameter, whole_parameters
 from dsv3_megatron.optim.ema import WeightAverage
+from dsv3_megatron.optim.optimizer import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.router_bias import collect_expert_loads, routers, update_router_biases
 from dsv3_megatron.parallel.groups import create_groups, groups_of_gradients, replicas
 from dsv3_megatron.schedule.forward_backward import ForwardBackward, ForwardStep, build_forward_backward

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dsv3_megatron.checkpoint.folder import CheckpointError
-from dsv3_megatron.checkpoint.hf.load import load_hugging_face
+from dsv3_megatron.checkpoint.hf.pretrained import load_hugging_face
 from dsv3_megatron.model.build import build_stages
-from dsv3_megatron.model.parameters import whole_parameters
+from dsv3_megatron.model.global_names import whole_parameters
 from dsv3_megatron.optim.router_bias import routers
 from dsv3_megatron.parallel.groups import create_groups
 from tests.distributed.launch import run_ranks

@@ -39,8 +39,8 @@ from dsv3_megatron.config.presets import preset  # noqa: E402
 from dsv3_megatron.config.run import RunConfig  # noqa: E402
 from dsv3_megatron.data.current import CurrentData  # noqa: E402
 from dsv3_megatron.model.build import build_stages  # noqa: E402
+from dsv3_megatron.model.global_names import WholeParameter, whole_parameters  # noqa: E402
 from dsv3_megatron.model.init import parameter_seed  # noqa: E402
-from dsv3_megatron.model.parameters import WholeParameter, whole_parameters  # noqa: E402
 from dsv3_megatron.model.router import DeepSeekRouter  # noqa: E402
 from dsv3_megatron.optim.router_bias import routers  # noqa: E402
 from dsv3_megatron.parallel.groups import create_groups, start_process_group  # noqa: E402

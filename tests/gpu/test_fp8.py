@@ -44,7 +44,7 @@ def test_quantization_is_the_references_bit_for_bit(hopper, rows, width):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_so(hopper, bad):
-    from dsv3_megatron.ops.fp8.groups import SQUARE
+    from dsv3_megatron.ops.fp8.scale_groups import SQUARE
     from dsv3_megatron.ops.fp8.triton_backend import TritonBackend
 
     x, backend = torch.ones(130, 144, device=hopper), TritonBackend()
@@ -80,7 +80,7 @@ def test_every_implementation_of_a_product(hopper, product):
 
 @pytest.mark.parametrize("counts", [[128, 0, 256, 1], [0, 0, 77, 0], [0, 0, 0, 0]], ids=str)
 def test_grouped_product_of_any_counts(hopper, counts):
-    from dsv3_megatron.ops.fp8.groups import SQUARE
+    from dsv3_megatron.ops.fp8.scale_groups import SQUARE
     from dsv3_megatron.ops.fp8.triton_backend import TritonBackend
     from tools.bench.fp8_products import Operands, Product, check_product
 
@@ -97,9 +97,9 @@ def test_grouped_product_of_any_counts(hopper, counts):
 def test_layer_and_experts(hopper, runs):
     """Outputs and every gradient of a linear and of experts, through the same autograd functions."""
     from dsv3_megatron.config.precision import LinearPrecision
-    from dsv3_megatron.ops.fp8.backend import REFERENCE
     from dsv3_megatron.ops.fp8.experts import fp8_swiglu_experts
     from dsv3_megatron.ops.fp8.linear import fp8_linear
+    from dsv3_megatron.ops.fp8.reference_backend import REFERENCE
     from dsv3_megatron.ops.fp8.triton_backend import TritonBackend
 
     plain = LinearPrecision(input_scales="power_of_2")

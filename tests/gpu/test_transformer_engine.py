@@ -62,7 +62,7 @@ def test_other_weights_fail(runs, engine):
 def test_parameters(runs, engine, gpu):
     """On the GPU, initialised by this library (equal to the local tree's), marked for their reductions."""
     from dsv3_megatron.model.build import build_stages
-    from dsv3_megatron.model.parameters import whole_parameters
+    from dsv3_megatron.model.global_names import whole_parameters
 
     held = []
     for impl in ("local", "transformer_engine"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.model.parameters import whole_parameters
+from dsv3_megatron.model.global_names import whole_parameters
 
 # Both sides compute in float64 (unit rounding 1.1e-16), with sums of at most some thousands of terms in another order.
 # Largest seen: 2e-15 in outputs, 2e-13 in gradients, of routers whose terms nearly cancel. A difference of convention

@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory  # noq
 
 from dsv3_megatron.config.model import ModelConfig  # noqa: E402
 from dsv3_megatron.model import build  # noqa: E402
-from dsv3_megatron.model.parameters import whole_parameters  # noqa: E402
+from dsv3_megatron.model.global_names import whole_parameters  # noqa: E402
 from dsv3_megatron.model.rotary import change_context  # noqa: E402
 from tests.parity.architectures import VARIANTS, run_of, variant  # noqa: E402
 

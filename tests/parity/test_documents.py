@@ -41,8 +41,8 @@ def check(build: Callable, groups: object, model_config: ModelConfig, bounds: Bo
           restart: bool = True, is_eod_counted: bool = True, dtype: torch.dtype = torch.float64,
           **tolerance: float) -> None:
     """Our model on packed sequences against the reference on each document; `told` are bounds that are wrong."""
-    from dsv3_megatron.model.documents import PackedDocuments
     from dsv3_megatron.model.losses import sum_losses
+    from dsv3_megatron.model.packed_documents import PackedDocuments
     from dsv3_megatron.model.router import weigh_balance_losses
     from dsv3_megatron.optim.router_bias import routers
 
@@ -126,7 +126,7 @@ def test_a_leak_into_the_mtp_module_is_found(build, groups, monkeypatch):
 
 
 def test_an_mtp_target_beyond_the_document_is_found(build, groups, monkeypatch):
-    from dsv3_megatron.model.documents import PackedDocuments
+    from dsv3_megatron.model.packed_documents import PackedDocuments
 
     monkeypatch.setattr(PackedDocuments, "remaining_BS", lambda self, device: torch.arange(LENGTH - 1, -1, -1))
     with pytest.raises(AssertionError, match="MTP loss of depth 1: relative error"):
@@ -150,7 +150,7 @@ def test_auto_builds_modules_that_know_documents(groups, monkeypatch, caplog, is
 
 def test_restarting_positions_alone(build):
     """Without isolation they matter: queries and keys are those of the documents alone, and attention is not."""
-    from dsv3_megatron.model.documents import PackedDocuments
+    from dsv3_megatron.model.packed_documents import PackedDocuments
 
     model_config, bounds = variant("plain"), BOUNDS[2]
     attention = build(model_config)[0].decoder.layers[0].self_attention

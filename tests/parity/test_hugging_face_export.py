@@ -15,7 +15,7 @@ from transformers import DeepseekV3ForCausalLM
 
 from dsv3_megatron.checkpoint.folder import MANIFEST
 from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
-from dsv3_megatron.checkpoint.hf.load import load_hugging_face
+from dsv3_megatron.checkpoint.hf.pretrained import load_hugging_face
 from dsv3_megatron.checkpoint.hf.source import DESCRIPTION
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron

@@ -20,7 +20,7 @@ import torch
 from transformers import DeepseekV3ForCausalLM
 
 from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
-from dsv3_megatron.checkpoint.hf.load import load_hugging_face
+from dsv3_megatron.checkpoint.hf.pretrained import load_hugging_face
 from dsv3_megatron.checkpoint.hf.readers import DIFFERS, LLAMA_CPP, REFUSES, reader_notes
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.config.model import ModelConfig

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.model.parameters import whole_parameters
+from dsv3_megatron.model.global_names import whole_parameters
 from dsv3_megatron.optim.router_bias import routers
 from tests.reference import Weights
 

@@ -10,7 +10,7 @@ import pytest
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 
 from dsv3_megatron.config.presets import preset
-from dsv3_megatron.model.parameters import whole_parameters
+from dsv3_megatron.model.global_names import whole_parameters
 from tests.unit.model.test_counts import build_without_memory, megatron_core, one_of
 from tests.unit.test_architecture import LEVELS
 from tools.draw_rooms import ROWS, draw

@@ -49,8 +49,8 @@ def make_source(folder: Path, layers: int, experts: int, dtype: str) -> None:
     """A checkpoint of random values, written with the library's own plan and nothing else of it."""
     import torch
 
-    from dsv3_megatron.checkpoint.hf.config import model_config_to_json
-    from dsv3_megatron.checkpoint.hf.shards import index_json, plan_shards
+    from dsv3_megatron.checkpoint.hf.config_json import model_config_to_json
+    from dsv3_megatron.checkpoint.hf.weight_files import index_json, plan_shards
 
     model = model_of(layers, experts)
     shards = plan_shards(model, dtype, 1_000_000_000)

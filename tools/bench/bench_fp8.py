@@ -60,8 +60,8 @@ def check_quantization(device: str, rows: int, width: int) -> None:
     """
     import torch
 
-    from dsv3_megatron.ops.fp8.backend import REFERENCE
-    from dsv3_megatron.ops.fp8.groups import SQUARE
+    from dsv3_megatron.ops.fp8.reference_backend import REFERENCE
+    from dsv3_megatron.ops.fp8.scale_groups import SQUARE
     from dsv3_megatron.ops.fp8.triton_backend import TritonBackend
 
     x, backend = torch.randn(rows, width, device=device), TritonBackend()
@@ -183,7 +183,7 @@ def bench_quantization(tokens: int) -> list[Measurement]:
     """Bandwidth of each quantization, beside a plain copy's."""
     import torch
 
-    from dsv3_megatron.ops.fp8.groups import SQUARE
+    from dsv3_megatron.ops.fp8.scale_groups import SQUARE
     from dsv3_megatron.ops.fp8.triton_backend import TritonBackend
 
     backend = TritonBackend()
@@ -196,7 +196,7 @@ def bench_quantization(tokens: int) -> list[Measurement]:
     copy = 2 * x.nbytes / milliseconds(lambda: target.copy_(x)) * 1e-6
     rows = [Measurement("copy", f"[{tokens}, 7168] bf16", "bandwidth", copy, "GB/s")]
     narrow = x.numel() + x.numel() // 32
-    from dsv3_megatron.kernels.fp8_records import pack_records
+    from dsv3_megatron.kernels.fp8_packed_rows import pack_records
 
     cases = {
         "tiles": (x.nbytes + narrow, lambda: backend.quantize(x)),

@@ -40,7 +40,7 @@ def _compile_gemm() -> None:
 
 def _compile_quantization() -> None:
     """Tiles, SwiGLU, weights, columns of each stored form, E5M6, records; of bf16."""
-    from dsv3_megatron.kernels import fp8_quantize, fp8_records
+    from dsv3_megatron.kernels import fp8_packed_rows, fp8_quantize
     from dsv3_megatron.kernels.launch import QUANTIZATION_WARPS
 
     exact = {"POWER_OF_2": False, "EXACT_FIRST": False}
@@ -55,10 +55,10 @@ def _compile_quantization() -> None:
           "kept_scales_ptr": scales}, {"HAS_GATES": True, "KEEP": True, "ROWS": 32, "KEPT_POWER_OF_2": False, **exact}),
         ("weight, both layouts", fp8_quantize._blocks_kernel,
          {"w_ptr": wide, "values_ptr": e4m3, "turned_ptr": e4m3, "scales_ptr": scales}, {"TURN": True, **exact}),
-        ("records in the order of experts", fp8_records._pack_kernel,
+        ("records in the order of experts", fp8_packed_rows._pack_kernel,
          {"x_ptr": wide, "rows_ptr": "*i32", "values_ptr": e4m3, "scales_ptr": scales},
          {"CHOICES": 8, "PERMUTED": True, "ROWS": 32, "EXACT_FIRST": False}),
-        ("rows of records", fp8_records._unpack_kernel, {"values_ptr": e4m3, "scales_ptr": scales, "x_ptr": wide},
+        ("rows of records", fp8_packed_rows._unpack_kernel, {"values_ptr": e4m3, "scales_ptr": scales, "x_ptr": wide},
          {"ROWS": 32}),
     ]
     cases += [(f"columns of {stored}", fp8_quantize._columns_kernel,

@@ -97,7 +97,7 @@ def operands(product: Product, device: str) -> Operands:
     """Random ones, the same whenever they are made."""
     import torch
 
-    from dsv3_megatron.ops.fp8.groups import SQUARE
+    from dsv3_megatron.ops.fp8.scale_groups import SQUARE
     from dsv3_megatron.ops.fp8.triton_backend import TritonBackend
 
     stream = torch.Generator(device=device).manual_seed(0)
@@ -141,7 +141,7 @@ def check_product(product: Product, result: Any, given: Operands, name: str) -> 
     """
     import torch
 
-    from dsv3_megatron.ops.fp8.backend import REFERENCE
+    from dsv3_megatron.ops.fp8.reference_backend import REFERENCE
 
     torch.backends.cuda.matmul.allow_tf32 = False
     if product.kind == "grouped":

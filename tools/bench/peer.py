@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsv3_megatron.checkpoint.hf.config import model_config_to_json
+from dsv3_megatron.checkpoint.hf.config_json import model_config_to_json
 from dsv3_megatron.config.model import ModelConfig
 
 

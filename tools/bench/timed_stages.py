@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dsv3_megatron.parallel.chunk_runner import Steps
 from dsv3_megatron.parallel.placement import place_stages
-from dsv3_megatron.parallel.runner import Steps
 from dsv3_megatron.schedule.execute import Executor
 from dsv3_megatron.schedule.plan import Plan
 from dsv3_megatron.schedule.recorder import measure_step

@@ -138,7 +138,7 @@ def layer_errors(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -
 def _weights(chunk: torch.nn.Module) -> dict[int, str]:
     """Names of the FP8 modules' weights by the id that the product sees."""
     from dsv3_megatron.model.experts import GroupedExperts
-    from dsv3_megatron.model.fp8 import fp8_modules
+    from dsv3_megatron.model.fp8_modules import fp8_modules
 
     names: dict[int, str] = {}
     for placed in fp8_modules(getattr(chunk, "module", chunk)):
@@ -152,7 +152,7 @@ def _weights(chunk: torch.nn.Module) -> dict[int, str]:
 
 
 def _set_dgrad(chunk: torch.nn.Module, grouping: str) -> None:
-    from dsv3_megatron.model.fp8 import fp8_modules
+    from dsv3_megatron.model.fp8_modules import fp8_modules
 
     changes = {"dgrad": "bf16"} if grouping == EXACT else {"dgrad": "fp8", "grad_grouping": grouping}
     for placed in fp8_modules(getattr(chunk, "module", chunk)):

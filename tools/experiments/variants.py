@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv3_megatron.metrics.records import METRICS_FILE, RunRecords, read_records
+from dsv3_megatron.metrics.run_records import METRICS_FILE, RunRecords, read_records
 
 _FINISHED = "finished"
 # (iteration, mean, least, most) over seeds.

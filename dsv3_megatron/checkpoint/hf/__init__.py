@@ -8,22 +8,22 @@
 
 In reading order. What a folder holds:
 
-    names.py             every tensor and our parameter         config.py         config.json <-> ModelConfig
-    values.py            its numbers                            rope.py           its rotary settings
-    safetensors_file.py  one file                               directory.py      the folder as a whole
+    names.py             every tensor and our parameter  config_json.py      config.json <-> ModelConfig
+    json_numbers.py      its numbers                     rotary_settings.py  its rotary settings
+    safetensors_file.py  one file                        directory.py        the folder as a whole
     spellings.py         other names of tensors
 
 From it and to it:
 
-    load.py              into a run's modules                   to_megatron.py    into a checkpoint of ours
-    stored.py            a checkpoint of ours by their names    to_hugging_face.py    out of one
-    shards.py            which tensor in which file             side_files.py     files besides weights
-    source.py            what is kept to make it again          export.py         the export at a run's end
-    workplace.py         a conversion that may be stopped       audit.py          is it the same, tensor by tensor?
-    model_card.py        README.md                              readers.py        programs that read an export
+    pretrained.py    into a run's modules                 to_megatron.py      into a checkpoint of ours
+    stored.py        a checkpoint of ours by their names  to_hugging_face.py  out of one
+    weight_files.py  which tensor in which file           side_files.py       files besides weights
+    source.py        what is kept to make it again        export.py           the export at a run's end
+    workplace.py     a conversion that may be stopped     audit.py            is it the same, tensor by tensor?
+    model_card.py    README.md                            readers.py          programs that read an export
 """
 
-from dsv3_megatron.checkpoint.hf.config import model_config_from_json, model_config_to_json
+from dsv3_megatron.checkpoint.hf.config_json import model_config_from_json, model_config_to_json
 from dsv3_megatron.checkpoint.hf.directory import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, hugging_face_tensors, tensors_by_parameter
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from dsv3_megatron.checkpoint.folder import CheckpointError
-from dsv3_megatron.checkpoint.hf.config import check_quantization, ignored_settings, model_config_from_json
+from dsv3_megatron.checkpoint.hf.config_json import check_quantization, ignored_settings, model_config_from_json
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, hugging_face_tensors, layer_of
-from dsv3_megatron.checkpoint.hf.rope import check_stored_frequencies
+from dsv3_megatron.checkpoint.hf.rotary_settings import check_stored_frequencies
 from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, SINGLE, SUFFIX, WEIGHT_DTYPES, StoredTensor, read_header
 from dsv3_megatron.checkpoint.hf.spellings import is_frequencies, is_fused, parts_of_fused
 from dsv3_megatron.config.model import ModelConfig

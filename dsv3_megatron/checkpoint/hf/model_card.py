@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dsv3_megatron.checkpoint.folder import Manifest
 from dsv3_megatron.checkpoint.hf.names import Storage, hugging_face_tensors, layer_of
 from dsv3_megatron.checkpoint.hf.readers import reader_notes
-from dsv3_megatron.checkpoint.hf.shards import WeightFile
+from dsv3_megatron.checkpoint.hf.weight_files import WeightFile
 from dsv3_megatron.config.model import ModelConfig
 
 # The hub's word for a licence that nobody has stated.

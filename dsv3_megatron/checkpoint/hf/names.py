@@ -1,7 +1,7 @@
 """Every tensor of a Hugging Face checkpoint of a model: its name, its shape, and which of our parameters it is.
 
 A query of the table of weights (`config/weights.py`), no torch. A parameter of ours is one of Hugging Face's tensors,
-or two on top of each other (gate and up projection). Names of ours are those of `model/parameters.py`; the routers'
+or two on top of each other (gate and up projection). Names of ours are those of `model/global_names.py`; the routers'
 balancing biases, which are buffers and not parameters, are named likewise (`decoder.layers.5.mlp.router.expert_bias`).
 """
 

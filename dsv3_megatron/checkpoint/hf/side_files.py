@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.checkpoint.folder import CheckpointError
-from dsv3_megatron.checkpoint.hf.config import QUANTIZATION, model_config_to_json
+from dsv3_megatron.checkpoint.hf.config_json import QUANTIZATION, model_config_to_json
 from dsv3_megatron.checkpoint.hf.directory import CONFIG, INDEX
 from dsv3_megatron.checkpoint.hf.model_card import Losses, model_card
-from dsv3_megatron.checkpoint.hf.shards import WeightFile, index_json
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX, carried_files
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
+from dsv3_megatron.checkpoint.hf.weight_files import WeightFile, index_json
 from dsv3_megatron.checkpoint.text_files import read_form
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig

@@ -23,7 +23,7 @@ import torch
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.directory import CONFIG, INDEX, SCALE_SUFFIX, HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.safetensors_file import SINGLE, SUFFIX, StoredTensor, read_header, read_header_text
-from dsv3_megatron.checkpoint.hf.shards import WeightFile, shard_from_header
+from dsv3_megatron.checkpoint.hf.weight_files import WeightFile, shard_from_header
 
 DESCRIPTION, SCALES, FILE_PREFIX = "hf_source.json", "hf_scales.safetensors", "hf_file."
 # What is carried over of a folder besides the weights: by the ends of names, up to a size.

@@ -29,11 +29,11 @@ from dsv3_megatron.checkpoint.hf.directory import SCALE_SUFFIX, HuggingFaceDirec
 from dsv3_megatron.checkpoint.hf.model_card import UNKNOWN_LICENSE, Losses
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, hugging_face_tensors
 from dsv3_megatron.checkpoint.hf.readers import reader_notes
-from dsv3_megatron.checkpoint.hf.shards import MAX_SHARD_BYTES, FileEntry, WeightFile, plan_shards
 from dsv3_megatron.checkpoint.hf.side_files import side_files
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
 from dsv3_megatron.checkpoint.hf.spellings import is_frequencies
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
+from dsv3_megatron.checkpoint.hf.weight_files import MAX_SHARD_BYTES, FileEntry, WeightFile, plan_shards
 from dsv3_megatron.checkpoint.hf.workplace import (
     MemoryBudget,
     OutputFile,

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_megatron.data.reading.byte_streams import line_blocks, open_stream
 from dsv3_megatron.data.reading.inputs import InputFile, Portion
-from dsv3_megatron.data.reading.records import Reject
-from dsv3_megatron.data.reading.streams import line_blocks, open_stream
+from dsv3_megatron.data.reading.json_lines import Reject
 
 BLOCK_BYTES = 8_000_000
 _MAX_ROWS = 65_536

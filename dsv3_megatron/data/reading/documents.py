@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from dsv3_megatron.data.reading.blocks import BLOCK_BYTES, Block, Column, InputPosition, iterate_blocks
+from dsv3_megatron.data.reading.byte_streams import DamagedFile, count_lines, open_stream, read_lines, read_some
 from dsv3_megatron.data.reading.inputs import InputFile, JobShard, Portion, take_shard
-from dsv3_megatron.data.reading.records import (
+from dsv3_megatron.data.reading.json_lines import (
     LONG_LINE_BYTES,
     UTF8_BOM,
     LineParser,
@@ -21,7 +22,6 @@ from dsv3_megatron.data.reading.records import (
     find_invalid_utf8,
     invalid_utf8,
 )
-from dsv3_megatron.data.reading.streams import DamagedFile, count_lines, open_stream, read_lines, read_some
 
 DEFAULT_MAX_DOCUMENT_BYTES = 1_000_000_000
 _SAMPLE_BLOCK_BYTES = 64_000

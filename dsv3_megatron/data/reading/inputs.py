@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dsv3_megatron.data.reading.contents import look_into
+from dsv3_megatron.data.reading.file_content import look_into
 from dsv3_megatron.data.reading.folders import is_marker, walk_files
 
 FORMATS = ("auto", "jsonl", "parquet", "text")

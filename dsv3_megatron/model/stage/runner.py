@@ -1,11 +1,11 @@
 """One stage of the model as a pipeline's executor runs it: forward, backward for inputs, backward for weights.
 
-Implements `ChunkRunner` of `parallel/runner.py` on a stage wrapped as in `build.py`. The wrappers' own forward passes
-are not called: they cast a first stage's float inputs and a last stage's outputs, and there are none (tokens; fp32
-losses). Gradients accumulate as in an ordinary backward pass, in `main_grad` by the modules or by the wrapper's hooks
-on parameters. A parameter that is used twice on a stage (the embedding under MTP, the head) is accumulated at each use
-instead of being summed first in its own precision; hooks that start a reduction when a gradient is ready
-(`overlap_grad_reduce`) must stay off.
+Implements `ChunkRunner` of `parallel/chunk_runner.py` on a stage wrapped as in `model/build.py`. The wrappers' own
+forward passes are not called: they cast a first stage's float inputs and a last stage's outputs, and there are none
+(tokens; fp32 losses). Gradients accumulate as in an ordinary backward pass, in `main_grad` by the modules or by the
+wrapper's hooks on parameters. A parameter that is used twice on a stage (the embedding under MTP, the head) is
+accumulated at each use instead of being summed first in its own precision; hooks that start a reduction when a gradient
+is ready (`overlap_grad_reduce`) must stay off.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from megatron.core.utils import unwrap_model
 
 from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.data.batches import Batch
-from dsv3_megatron.model.documents import packed_documents
 from dsv3_megatron.model.language_model import DeepSeekV3Model, TokenLosses
+from dsv3_megatron.model.packed_documents import packed_documents
 from dsv3_megatron.model.stage.segments import SegmentedStage
 from dsv3_megatron.model.stage.tape import Tape, Value
+from dsv3_megatron.parallel.chunk_runner import Steps
 from dsv3_megatron.parallel.exchange import PostAllToAll, post_all_to_all
-from dsv3_megatron.parallel.runner import Steps
 
 # A micro-batch and its token losses to: the sum to differentiate, the number of tokens, what to report.
 LossFunction = Callable[[Batch, TokenLosses], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]

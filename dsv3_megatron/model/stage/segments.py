@@ -33,11 +33,11 @@ from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from dsv3_megatron.data.batches import Batch
-from dsv3_megatron.model.dispatch import NarrowDispatcher
-from dsv3_megatron.model.documents import PackedDocuments
 from dsv3_megatron.model.language_model import DeepSeekV3Model, TokenLosses
+from dsv3_megatron.model.packed_documents import PackedDocuments
 from dsv3_megatron.model.stage.tape import Tape, Value
 from dsv3_megatron.model.stage.weight_gradients import delaying_modules
+from dsv3_megatron.model.token_dispatcher import NarrowDispatcher
 from dsv3_megatron.parallel.exchange import Splits
 from dsv3_megatron.parallel.narrow_rows import Narrow
 

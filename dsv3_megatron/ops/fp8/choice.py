@@ -9,7 +9,7 @@ import torch
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.precision import FP8_BACKENDS
-from dsv3_megatron.ops.fp8.backend import REFERENCE, ReferenceBackend
+from dsv3_megatron.ops.fp8.reference_backend import REFERENCE, ReferenceBackend
 
 logger = logging.getLogger(__name__)
 

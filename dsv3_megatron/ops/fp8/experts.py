@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from dsv3_megatron.config.precision import LinearPrecision
-from dsv3_megatron.ops.fp8.backend import REFERENCE, ReferenceBackend
 from dsv3_megatron.ops.fp8.linear import Kept, Saved, settle_weight_grad
 from dsv3_megatron.ops.fp8.products import Products
 from dsv3_megatron.ops.fp8.quantize import Quantized
+from dsv3_megatron.ops.fp8.reference_backend import REFERENCE, ReferenceBackend
 from dsv3_megatron.ops.linear import WeightGradDeferral
 from dsv3_megatron.ops.swiglu import swiglu_backward, swiglu_forward
 

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import torch
 
-from dsv3_megatron.ops.fp8.groups import BLOCK, SQUARE, TILE
 from dsv3_megatron.ops.fp8.quantize import Quantized, decode_e4m3
+from dsv3_megatron.ops.fp8.scale_groups import BLOCK, SQUARE, TILE
 
 ACCUMULATIONS = ("fp32", "fp22", "fp22_aligned")
 _INSTRUCTION_K = 32

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from dsv3_megatron.config.precision import LinearPrecision
-from dsv3_megatron.ops.fp8.backend import REFERENCE, ReferenceBackend
 from dsv3_megatron.ops.fp8.products import Products
 from dsv3_megatron.ops.fp8.quantize import Quantized
+from dsv3_megatron.ops.fp8.reference_backend import REFERENCE, ReferenceBackend
 from dsv3_megatron.ops.linear import (
     DeferredWeightGrad,
     WeightGradDeferral,

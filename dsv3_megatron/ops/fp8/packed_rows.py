@@ -2,7 +2,7 @@
 
 A row [H] becomes H bytes of E4M3 and a 4-byte scale for each 128 of them: 7,392 bytes at H = 7168, where BF16 takes
 14,336. Scales are powers of two, so that what arrives, in BF16, is quantized again by the experts' first product
-without another error. This is the reference; `kernels/fp8_records.py` does the same on a GPU.
+without another error. This is the reference; `kernels/fp8_packed_rows.py` does the same on a GPU.
 
 Shapes: T tokens, R rows, H hidden.
 
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from dsv3_megatron.ops.fp8.groups import BLOCK, TILE, num_groups
 from dsv3_megatron.ops.fp8.quantize import Quantized, quantize
+from dsv3_megatron.ops.fp8.scale_groups import BLOCK, TILE, num_groups
 
 
 def pack_rows(x_TH: torch.Tensor, token_of_row_R: torch.Tensor | None = None) -> torch.Tensor:

@@ -21,10 +21,10 @@ import torch
 
 from dsv3_megatron.config.precision import LinearPrecision
 from dsv3_megatron.ops.backend import wide_dtype
-from dsv3_megatron.ops.fp8.backend import ReferenceBackend
-from dsv3_megatron.ops.fp8.groups import SQUARE, TILE
 from dsv3_megatron.ops.fp8.held_weights import quantized_weight
 from dsv3_megatron.ops.fp8.quantize import Quantized
+from dsv3_megatron.ops.fp8.reference_backend import ReferenceBackend
+from dsv3_megatron.ops.fp8.scale_groups import SQUARE, TILE
 from dsv3_megatron.ops.linear import add_product_, linear_forward, linear_input_grad
 from dsv3_megatron.ops.swiglu import swiglu
 

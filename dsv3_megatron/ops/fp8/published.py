@@ -11,7 +11,15 @@ from collections.abc import Iterator
 
 import torch
 
-from dsv3_megatron.ops.fp8.groups import BLOCK, E4M3_MAX, SQUARE, join_groups, num_groups, split_into_groups, spread
+from dsv3_megatron.ops.fp8.scale_groups import (
+    BLOCK,
+    E4M3_MAX,
+    SQUARE,
+    join_groups,
+    num_groups,
+    split_into_groups,
+    spread,
+)
 
 # Rows that are in FP32 at a time; a multiple of BLOCK.
 _STRIP = 1024

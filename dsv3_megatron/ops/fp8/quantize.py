@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv3_megatron.ops.fp8.groups import E4M3_MAX, TILE, Group, join_groups, split_into_groups, spread
+from dsv3_megatron.ops.fp8.scale_groups import E4M3_MAX, TILE, Group, join_groups, split_into_groups, spread
 
 E5M6_MAX = 65024.0  # (2 - 2^-6) * 2^15
 FORMAT_MAX = {"e4m3": E4M3_MAX, "e5m6": E5M6_MAX}

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.ops.fp8.backend import ReferenceBackend
-from dsv3_megatron.ops.fp8.groups import SQUARE, TILE, Group
 from dsv3_megatron.ops.fp8.packed_rows import pack_rows, unpack_rows
 from dsv3_megatron.ops.fp8.quantize import Quantized, quantize
+from dsv3_megatron.ops.fp8.reference_backend import ReferenceBackend
+from dsv3_megatron.ops.fp8.scale_groups import SQUARE, TILE, Group
 
 
 class TritonBackend(ReferenceBackend):
@@ -80,7 +80,7 @@ class TritonBackend(ReferenceBackend):
         """Quantize rows into records of E4M3 and scales, uint8 [R, bytes]; by the reference where H is no multiple of
         4.
         """
-        from dsv3_megatron.kernels import fp8_records as kernels
+        from dsv3_megatron.kernels import fp8_packed_rows as kernels
 
         tokens, width = x_TH.shape
         if width % 4:
@@ -93,7 +93,7 @@ class TritonBackend(ReferenceBackend):
 
     def unpack_rows(self, records: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Undo `pack_rows`: [R, width] in `dtype`; by the reference where the width is no multiple of 4."""
-        from dsv3_megatron.kernels import fp8_records as kernels
+        from dsv3_megatron.kernels import fp8_packed_rows as kernels
 
         return unpack_rows(records, width, dtype) if width % 4 else kernels.unpack_records(records, width, dtype)
 

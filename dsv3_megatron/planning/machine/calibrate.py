@@ -23,7 +23,7 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.metrics.records import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, read_records
+from dsv3_megatron.metrics.run_records import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, read_records
 from dsv3_megatron.planning.machine.hardware import AttentionPoint, Figure, Hardware, load_hardware
 from dsv3_megatron.planning.machine.hardware_tables import HARDWARE, find_hardware
 from dsv3_megatron.planning.run_cost import main_phase, only_phase

@@ -14,9 +14,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch
 from dsv3_megatron.model.build import build_stages, wrap_stages
-from dsv3_megatron.model.documents import forward_stage
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.model.losses import sum_losses
+from dsv3_megatron.model.packed_documents import forward_stage
 
 _SEQ_LENGTH = 16
 _WIDTH = 8  # of a head, and of what else a rank holds of a layer

@@ -10,7 +10,7 @@ from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.precision import Fp8Config, linear_shapes, precision_map
 from dsv3_megatron.parallel.layout import StageLayout
 from dsv3_megatron.planning.memory.settings import INDEX, WIDE, PassSettings
-from dsv3_megatron.planning.memory.stage import StageContent
+from dsv3_megatron.planning.memory.stage_cost import StageContent
 
 
 def buffer_bytes(s: PassSettings, contents: Sequence[StageContent]) -> int:

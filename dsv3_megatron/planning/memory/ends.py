@@ -1,13 +1,13 @@
 """What a model begins and ends with, on a ledger: embedding, final norm, MTP modules, head and losses.
 
-Conventions as in `layers.py`.
+Conventions as in `layer_passes.py`.
 """
 
 from __future__ import annotations
 
-from dsv3_megatron.planning.memory.layers import add_gradients
+from dsv3_megatron.planning.memory.layer_passes import add_gradients
 from dsv3_megatron.planning.memory.ledger import Tensor
-from dsv3_megatron.planning.memory.operations import Operations, weight_grad_work
+from dsv3_megatron.planning.memory.operation_passes import Operations, weight_grad_work
 from dsv3_megatron.planning.memory.settings import INDEX, WIDE, PassSettings
 
 # ops/cross_entropy.py: tokens at a time, and what is kept of probabilities at most.

@@ -20,9 +20,9 @@ from dsv3_megatron.parallel.layout import StageLayout
 from dsv3_megatron.parallel.placement import placement
 from dsv3_megatron.planning.memory.buffers import buffer_bytes, fp8_weight_bytes
 from dsv3_megatron.planning.memory.ledger import run_turns
-from dsv3_megatron.planning.memory.schedule import MAX_UNFINISHED, peak_of, rank_moments, steady_microbatches
+from dsv3_megatron.planning.memory.moments import MAX_UNFINISHED, peak_of, rank_moments, steady_microbatches
 from dsv3_megatron.planning.memory.settings import ModelPrecisions, PassSettings, model_precisions, pass_settings
-from dsv3_megatron.planning.memory.stage import StageContent, StageCost, stage_cost
+from dsv3_megatron.planning.memory.stage_cost import StageContent, StageCost, stage_cost
 from dsv3_megatron.schedule.plan import PlanSizes
 
 DEVICES = ("cuda", "cpu")

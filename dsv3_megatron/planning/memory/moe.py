@@ -2,13 +2,13 @@
 
 In pieces (`model/stage/segments.py`) what travels is in nobody's graph: a transfer holds what it sends and what it
 receives, and others may run meanwhile (`Ledger.pause`). In one piece Megatron-Core's layer runs, whose frames
-hold the rows until it is done. Conventions as in `layers.py`.
+hold the rows until it is done. Conventions as in `layer_passes.py`.
 """
 
 from __future__ import annotations
 
-from dsv3_megatron.planning.memory.experts import RoutedExpertsPass
-from dsv3_megatron.planning.memory.layers import (
+from dsv3_megatron.planning.memory.expert_passes import RoutedExpertsPass
+from dsv3_megatron.planning.memory.layer_passes import (
     FeedForward,
     LatentAttentionPass,
     Routing,
@@ -16,7 +16,7 @@ from dsv3_megatron.planning.memory.layers import (
     add_residual,
 )
 from dsv3_megatron.planning.memory.ledger import Tensor
-from dsv3_megatron.planning.memory.operations import Operations
+from dsv3_megatron.planning.memory.operation_passes import Operations
 from dsv3_megatron.planning.memory.settings import WIDE
 
 

@@ -13,7 +13,7 @@ from dsv3_megatron.config.presets import preset
 from dsv3_megatron.metrics.event_files import is_complete, read_run
 from dsv3_megatron.metrics.flops import RunSpeed, flops_per_token
 from dsv3_megatron.metrics.measurements import Measurements, RouterMeasurements
-from dsv3_megatron.metrics.records import StepReport
+from dsv3_megatron.metrics.run_records import StepReport
 from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.reports.report_page import settings, title
 

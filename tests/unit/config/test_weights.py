@@ -46,7 +46,7 @@ SPLITS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_the_modules_have_the_table_s_weights_and_no_others(changes: dict[str, Any], megatron_core: None) -> None:
-    from dsv3_megatron.model.parameters import whole_parameters
+    from dsv3_megatron.model.global_names import whole_parameters
 
     run = preset("tiny").override(**changes)
     with one_of(1, 0, ParallelConfig()) as groups:
@@ -60,7 +60,7 @@ def test_the_modules_have_the_table_s_weights_and_no_others(changes: dict[str, A
 
 @pytest.mark.parametrize("changes", SPLITS, ids=str)
 def test_a_rank_holds_what_the_table_s_split_says(changes: dict[str, Any], megatron_core: None) -> None:
-    from dsv3_megatron.model.parameters import global_name
+    from dsv3_megatron.model.global_names import global_name
 
     run = preset("tiny").override(**changes)
     model, parallel = run.model, run.parallel

@@ -15,7 +15,7 @@ from dsv3_megatron.data import tokenizer_proof
 from dsv3_megatron.data.block_encoder import _not_encoded
 from dsv3_megatron.data.character_classes import byte_symbols, classify, find_atoms
 from dsv3_megatron.data.encoder import EncodingError, GigatokenEncoder, HuggingFaceEncoder, choose_encoder
-from dsv3_megatron.data.reading.records import Reject
+from dsv3_megatron.data.reading.json_lines import Reject
 from dsv3_megatron.data.tokenizer import EOS_TOKEN, PRE_TOKENIZER_PATTERNS, load_tokenizer
 from dsv3_megatron.data.tokenizer_proof import Parting, PartingScan
 

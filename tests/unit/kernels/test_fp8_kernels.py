@@ -10,10 +10,10 @@ import math
 import pytest
 import torch
 
-from dsv3_megatron.ops.fp8.backend import REFERENCE
-from dsv3_megatron.ops.fp8.groups import SQUARE, TILE
 from dsv3_megatron.ops.fp8.packed_rows import pack_rows, unpack_rows
 from dsv3_megatron.ops.fp8.quantize import Quantized, quantize, quantize_columns
+from dsv3_megatron.ops.fp8.reference_backend import REFERENCE
+from dsv3_megatron.ops.fp8.scale_groups import SQUARE, TILE
 from dsv3_megatron.ops.swiglu import swiglu_forward
 from dsv3_megatron.parallel.narrow_rows import Narrow, exchange_rows, permuted_records
 from tests.slow_fp8 import E5M6_VALUES

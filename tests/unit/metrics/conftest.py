@@ -8,7 +8,7 @@ import pytest
 
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.metrics.flops import RunSpeed, flops_per_token
-from dsv3_megatron.metrics.records import StepReport
+from dsv3_megatron.metrics.run_records import StepReport
 
 BATCH, SEQ_LENGTH = 16, 256
 

@@ -149,7 +149,7 @@ from dsv3_megatron.guards.events import Event, EventLog
 from dsv3_megatron.metrics import kept_file
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.metrics.flops import RunSpeed, flops_per_token
-from dsv3_megatron.metrics.records import StepReport
+from dsv3_megatron.metrics.run_records import StepReport
 from dsv3_megatron.metrics.writer import MetricsWriter
 kept_file._PATIENCE = 0.0
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])

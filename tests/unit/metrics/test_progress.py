@@ -11,7 +11,7 @@ import pytest
 
 from dsv3_megatron.metrics.flops import RunSpeed
 from dsv3_megatron.metrics.progress import TrainingDisplay, compact, duration, log_line
-from dsv3_megatron.metrics.records import StepReport
+from dsv3_megatron.metrics.run_records import StepReport
 from dsv3_megatron.metrics.tags import TAGS
 
 Make = Callable[..., StepReport]

@@ -14,7 +14,7 @@ import pytest
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.metrics.flops import RunSpeed
-from dsv3_megatron.metrics.records import RunRecords, StepReport, read_records, to_line, truncate_records
+from dsv3_megatron.metrics.run_records import RunRecords, StepReport, read_records, to_line, truncate_records
 from dsv3_megatron.metrics.scalars import step_scalars
 from dsv3_megatron.metrics.tags import TAGS
 from dsv3_megatron.metrics.writer import MetricsWriter

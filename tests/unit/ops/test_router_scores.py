@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsv3_megatron.checkpoint.folder import CheckpointError
-from dsv3_megatron.checkpoint.hf.config import model_config_to_json
+from dsv3_megatron.checkpoint.hf.config_json import model_config_to_json
 from dsv3_megatron.config.model import SCORE_FUNCTIONS as NAMES
 from dsv3_megatron.ops.router_scores import SCORE_FUNCTIONS, router_scores
 from tests.parity.architectures import variant

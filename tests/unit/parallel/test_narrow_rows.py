@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from dsv3_megatron.ops.fp8.backend import REFERENCE
 from dsv3_megatron.ops.fp8.packed_rows import pack_rows, unpack_rows
 from dsv3_megatron.ops.fp8.quantize import quantize
+from dsv3_megatron.ops.fp8.reference_backend import REFERENCE
 from dsv3_megatron.parallel.exchange import Splits
 from dsv3_megatron.parallel.narrow_rows import Narrow, exchange_rows, permuted_records, post_narrow
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_megatron.metrics.records import RunRecords
+from dsv3_megatron.metrics.run_records import RunRecords
 from dsv3_megatron.reports.plot import plot_run, smooth
 
 

@@ -21,7 +21,7 @@ from dsv3_megatron.data.datasets import build_datasets, dataset_config
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.ngram import NgramBaselines, measure_ngram_baselines
 from dsv3_megatron.metrics.flops import RunSpeed, flops_per_token
-from dsv3_megatron.metrics.records import StepReport
+from dsv3_megatron.metrics.run_records import StepReport
 from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.reports.summary import (
     format_summary,

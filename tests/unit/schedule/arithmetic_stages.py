@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.parallel.runner import Steps
+from dsv3_megatron.parallel.chunk_runner import Steps
 from dsv3_megatron.schedule.plan import Plan
 
 TIMEOUT_S = 20.0

@@ -71,9 +71,9 @@ def test_targets_are_said(speed, verdicts):
 @pytest.fixture
 def library(monkeypatch):
     """A stand-in for DeepGEMM, with its interface and an alignment of 16 rows; notes the rows it was given."""
-    from dsv3_megatron.ops.fp8.backend import REFERENCE
-    from dsv3_megatron.ops.fp8.groups import SQUARE, TILE
     from dsv3_megatron.ops.fp8.quantize import Quantized
+    from dsv3_megatron.ops.fp8.reference_backend import REFERENCE
+    from dsv3_megatron.ops.fp8.scale_groups import SQUARE, TILE
 
     def quantized(pair, group):
         return Quantized(*pair, group, "e4m3", tuple(pair[0].shape))
@@ -102,7 +102,7 @@ def test_a_run_takes_what_was_measured(library, monkeypatch, tmp_path, capsys):
     products of the same shapes, and of others."""
     pytest.importorskip("triton")
     from dsv3_megatron.kernels import fp8_tuning
-    from dsv3_megatron.ops.fp8.backend import REFERENCE
+    from dsv3_megatron.ops.fp8.reference_backend import REFERENCE
     from dsv3_megatron.ops.fp8.triton_backend import TritonBackend
 
     monkeypatch.setenv("DSV3_FP8_TUNING", str(tmp_path / "tuning.json"))
@@ -136,8 +136,8 @@ def test_a_run_takes_what_was_measured(library, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("counts", [[16, 0, 32], [5, 17, 1], [0, 0, 3]])
 def test_rows_are_set_apart_for_deep_gemm(library, counts):
-    from dsv3_megatron.ops.fp8.backend import REFERENCE
-    from dsv3_megatron.ops.fp8.groups import SQUARE
+    from dsv3_megatron.ops.fp8.reference_backend import REFERENCE
+    from dsv3_megatron.ops.fp8.scale_groups import SQUARE
     from dsv3_megatron.ops.fp8.triton_backend import deep_gemm_grouped
 
     stream = torch.Generator().manual_seed(0)

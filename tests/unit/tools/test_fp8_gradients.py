@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dsv3_megatron.config.precision import LinearPrecision
-from dsv3_megatron.ops.fp8.backend import REFERENCE
 from dsv3_megatron.ops.fp8.products import Products
+from dsv3_megatron.ops.fp8.reference_backend import REFERENCE
 from tools.experiments.fp8_gradients import Row, draw, layer_errors, product_errors, summary, write
 
 

@@ -12,11 +12,11 @@ import torch
 
 from dsv3_megatron.checkpoint.hf.names import hugging_face_tensors, tensors_by_parameter
 from dsv3_megatron.checkpoint.hf.safetensors_file import header_bytes
-from dsv3_megatron.checkpoint.hf.shards import index_json, inventory, plan_shards, shard_from_header
+from dsv3_megatron.checkpoint.hf.weight_files import index_json, inventory, plan_shards, shard_from_header
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import preset
-from dsv3_megatron.model.parameters import whole_parameters
+from dsv3_megatron.model.global_names import whole_parameters
 from tests.parity.architectures import variant
 from tests.reference_weights import weight_shapes
 from tests.unit.model.test_counts import build_without_memory, megatron_core, one_of

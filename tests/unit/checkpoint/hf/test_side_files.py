@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, DeepseekV3ForCausalLM, GenerationConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from dsv3_megatron.checkpoint.folder import MANIFEST
-from dsv3_megatron.checkpoint.hf.config import export_refusals
+from dsv3_megatron.checkpoint.hf.config_json import export_refusals
 from dsv3_megatron.checkpoint.hf.model_card import Losses, count_exported
 from dsv3_megatron.checkpoint.hf.readers import LIMITS, READERS, reader_notes, readers_table
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
@@ -24,7 +24,7 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
 from dsv3_megatron.metrics.parameters import count_parameters
-from dsv3_megatron.metrics.records import last_losses
+from dsv3_megatron.metrics.run_records import last_losses
 from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, quantize_weight_blocks
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.architectures import variant

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_megatron.ops.fp8.gemm import block_gemm, truncate_to_fp22
-from dsv3_megatron.ops.fp8.groups import SQUARE, TILE
 from dsv3_megatron.ops.fp8.quantize import quantize
+from dsv3_megatron.ops.fp8.scale_groups import SQUARE, TILE
 from tests.slow_fp8 import aligned_sum, product
 
 

@@ -141,7 +141,7 @@ def test_main_grad_and_deferral():
 
 
 def test_weights_are_quantized_once_where_they_are_constant(monkeypatch):
-    from dsv3_megatron.ops.fp8.backend import ReferenceBackend
+    from dsv3_megatron.ops.fp8.reference_backend import ReferenceBackend
 
     counted = []
 

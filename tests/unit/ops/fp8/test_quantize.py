@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.ops.fp8.groups import SQUARE, TILE
 from dsv3_megatron.ops.fp8.quantize import (
     E5M6_MAX,
     Quantized,
@@ -18,6 +17,7 @@ from dsv3_megatron.ops.fp8.quantize import (
     round_to_e5m6,
     unpack_e5m6,
 )
+from dsv3_megatron.ops.fp8.scale_groups import SQUARE, TILE
 from tests.slow_fp8 import E4M3_VALUES, E5M6_VALUES, nearest, quantize_slowly
 
 

@@ -189,7 +189,7 @@ def test_overrides_of_layers_add_up_to_that_of_all(settings: dict[str, Any], mod
 
 
 def test_tokens_travel_in_fp8_to_the_experts_that_take_it() -> None:
-    """As the model does (`model/fp8.py`): a layer whose experts are in BF16 sends BF16, whatever the others send."""
+    """A layer whose experts are in BF16 sends BF16, whatever the others send, as in `model/fp8_modules.py`."""
     def ways(overrides: list[str]) -> list[bool]:
         run = run_of(fp8="blockwise", fp8_override=overrides)
         precisions = model_precisions(run.fp8, run.model)

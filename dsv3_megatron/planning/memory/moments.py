@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from dsv3_megatron.planning.memory.ledger import Turn, run_turns
-from dsv3_megatron.planning.memory.stage import StageCost
+from dsv3_megatron.planning.memory.stage_cost import StageCost
 from dsv3_megatron.schedule.actions import Action, Kind
 from dsv3_megatron.schedule.plan import Output, Plan, PlanSizes, known_plan
 from dsv3_megatron.schedule.transfers import MAX_UNFINISHED_SENDS, RECEIVE_AHEAD, TransferBatch, with_transfers

@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 from dsv3_megatron.config.precision import BF16, LinearPrecision
-from dsv3_megatron.model import fp8
+from dsv3_megatron.model import fp8_modules
 
 
 class Layer(torch.nn.Module):
@@ -34,10 +34,10 @@ def test_each_module_is_run_in_its_own_context(monkeypatch):
         yield
         entered.append("left")
 
-    monkeypatch.setattr(fp8, "autocast", autocast)
+    monkeypatch.setattr(fp8_modules, "autocast", autocast)
     stage, x = Stage(), torch.ones(1, 2)
     layer = stage.decoder.layers[0]
-    fp8.run_in_engine_context(stage, {
+    fp8_modules.run_in_engine_context(stage, {
         "decoder.layers.3.linear_proj": LinearPrecision(), "decoder.layers.3.linear_fc1": BF16,
         "decoder.layers.0.linear_fc1": LinearPrecision()}, "recipe")
     assert torch.equal(layer.linear_proj(x), torch.nn.functional.linear(x, layer.linear_proj.weight,

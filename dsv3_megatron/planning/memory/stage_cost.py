@@ -14,10 +14,10 @@ from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.metrics.rank_state import has_final_norm
 from dsv3_megatron.parallel.layout import StageLayout
 from dsv3_megatron.planning.memory.ends import Embedding, MTPInput, TokenLossesPass, sum_into
-from dsv3_megatron.planning.memory.layers import DenseLayer, LatentAttentionPass
+from dsv3_megatron.planning.memory.layer_passes import DenseLayer, LatentAttentionPass
 from dsv3_megatron.planning.memory.ledger import MemoryLedger, Tensor, Turn, run_turns
 from dsv3_megatron.planning.memory.moe import MoELayer
-from dsv3_megatron.planning.memory.operations import NormPass, Operations
+from dsv3_megatron.planning.memory.operation_passes import NormPass, Operations
 from dsv3_megatron.planning.memory.settings import LayerPrecisions, ModelPrecisions, PassSettings
 
 

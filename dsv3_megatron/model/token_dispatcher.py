@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from dsv3_megatron.ops.fp8.backend import REFERENCE, ReferenceBackend
+from dsv3_megatron.ops.fp8.reference_backend import REFERENCE, ReferenceBackend
 from dsv3_megatron.parallel.exchange import Splits
 from dsv3_megatron.parallel.narrow_rows import Narrow, exchange_rows, permuted_records
 

@@ -9,7 +9,7 @@ same way. Tensors too small to matter (counts, offsets) are left out.
 from __future__ import annotations
 
 from dsv3_megatron.planning.memory.ledger import Tensor
-from dsv3_megatron.planning.memory.operations import (
+from dsv3_megatron.planning.memory.operation_passes import (
     AttentionPass,
     FusedAttentionPass,
     LinearPass,

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from dsv3_megatron.data.reading.contents import MAGIC_BYTES, compression_of, decompressor, is_parquet
+from dsv3_megatron.data.reading.file_content import MAGIC_BYTES, compression_of, decompressor, is_parquet
 from dsv3_megatron.data.reading.inputs import STDIN, InputFile
-from dsv3_megatron.data.reading.records import Reject
+from dsv3_megatron.data.reading.json_lines import Reject
 
 READ_BYTES = 1 << 20
 _SCAN_BYTES = 1 << 18

@@ -19,7 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dsv3_megatron.guards.decisions import Finding, Guard, Judgement
 from dsv3_megatron.guards.events import Event, EventLog
 from dsv3_megatron.guards.spikes import LOSS
-from dsv3_megatron.optim.step import apply_gradients, gradient_norm, has_nonfinite_copy
+from dsv3_megatron.optim.update import apply_gradients, gradient_norm, has_nonfinite_copy
 
 # Names in a log line; the rest are counted.
 _NUM_NAMED = 3

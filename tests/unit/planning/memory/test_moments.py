@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dsv3_megatron.planning.memory.ledger import Turn
-from dsv3_megatron.planning.memory.schedule import Moment, peak_of, rank_moments, steady_microbatches
-from dsv3_megatron.planning.memory.stage import StageCost
+from dsv3_megatron.planning.memory.moments import Moment, peak_of, rank_moments, steady_microbatches
+from dsv3_megatron.planning.memory.stage_cost import StageCost
 from dsv3_megatron.schedule.actions import Kind
 from dsv3_megatron.schedule.plan import PlanSizes, build_plan
 from dsv3_megatron.schedule.simulate import Costs, simulate

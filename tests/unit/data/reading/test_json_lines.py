@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.data.reading import records
-from dsv3_megatron.data.reading.records import LineParser, RecordError, find_invalid_utf8
+from dsv3_megatron.data.reading import json_lines
+from dsv3_megatron.data.reading.json_lines import LineParser, RecordError, find_invalid_utf8
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 JSON_VALUES = st.recursive(
@@ -33,12 +33,12 @@ def test_the_text_is_jsons(others, text, is_ascii, is_long):
 @given(st.text(st.sampled_from('ab \n"\\/\t\u00e9\u4e2d😀\u2028'), max_size=200), st.booleans(), st.integers(1, 40))
 def test_long_texts_in_pieces(text, is_ascii, piece_bytes):
     line = json.dumps({"a": 1, "text": text}, ensure_ascii=is_ascii).encode()
-    before, records._PIECE_BYTES = records._PIECE_BYTES, piece_bytes
+    before, json_lines._PIECE_BYTES = json_lines._PIECE_BYTES, piece_bytes
     try:
         (pieces,) = LineParser(["text"]).parse_long(memoryview(line))
         assert "".join(pieces) == text
     finally:
-        records._PIECE_BYTES = before
+        json_lines._PIECE_BYTES = before
 
 
 def test_several_keys_in_the_order_asked_for():

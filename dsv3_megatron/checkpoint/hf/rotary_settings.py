@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dsv3_megatron.checkpoint.folder import CheckpointError
-from dsv3_megatron.checkpoint.hf.values import typed_number
+from dsv3_megatron.checkpoint.hf.json_numbers import typed_number
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.ops.rotary_frequencies import plain_frequencies, yarn_frequencies
 

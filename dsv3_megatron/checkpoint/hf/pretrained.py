@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.directory import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.names import tensors_by_parameter
-from dsv3_megatron.model.parameters import whole_parameters
+from dsv3_megatron.model.global_names import whole_parameters
 from dsv3_megatron.optim.router_bias import routers
 
 

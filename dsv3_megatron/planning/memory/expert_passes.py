@@ -1,13 +1,13 @@
 """Passes of the routed experts on a ledger: rows brought into the experts' order, the experts, and back.
 
 Three forms of the experts: one after the other on a CPU, in grouped products on CUDA, and in FP8. Conventions as in
-`layers.py`.
+`layer_passes.py`.
 """
 
 from __future__ import annotations
 
 from dsv3_megatron.planning.memory.ledger import Tensor
-from dsv3_megatron.planning.memory.operations import (
+from dsv3_megatron.planning.memory.operation_passes import (
     Operations,
     product_work,
     quantization_work,

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from dsv3_megatron.checkpoint.folder import CheckpointError
-from dsv3_megatron.checkpoint.hf.rope import rope_scaling, rotary_fields
-from dsv3_megatron.checkpoint.hf.values import typed_number
+from dsv3_megatron.checkpoint.hf.json_numbers import typed_number
+from dsv3_megatron.checkpoint.hf.rotary_settings import rope_scaling, rotary_fields
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
 

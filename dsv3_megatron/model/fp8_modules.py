@@ -19,13 +19,13 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.config.precision import LinearPrecision, precision_map
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.model.dispatch import use_narrow_dispatch
 from dsv3_megatron.model.experts import GroupedExperts
+from dsv3_megatron.model.global_names import global_name
 from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear, ReplicatedLinear
-from dsv3_megatron.model.parameters import global_name
-from dsv3_megatron.ops.fp8.backend import ReferenceBackend
+from dsv3_megatron.model.token_dispatcher import use_narrow_dispatch
 from dsv3_megatron.ops.fp8.choice import local_backend, resolve_fp8_backend
 from dsv3_megatron.ops.fp8.engine import autocast, installed_recipe
+from dsv3_megatron.ops.fp8.reference_backend import ReferenceBackend
 
 logger = logging.getLogger(__name__)
 

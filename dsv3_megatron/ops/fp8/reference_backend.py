@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 
 from dsv3_megatron.ops.fp8.gemm import block_gemm
-from dsv3_megatron.ops.fp8.groups import TILE, Group
 from dsv3_megatron.ops.fp8.packed_rows import pack_rows, unpack_rows
 from dsv3_megatron.ops.fp8.quantize import Quantized, quantize, quantize_columns
+from dsv3_megatron.ops.fp8.scale_groups import TILE, Group
 from dsv3_megatron.ops.swiglu import swiglu
 
 

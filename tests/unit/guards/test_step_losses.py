@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv3_megatron.guards.losses import StepLosses
+from dsv3_megatron.guards.step_losses import StepLosses
 
 NONE = StepLosses(None, ())
 
