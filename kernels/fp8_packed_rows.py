@@ -3,7 +3,7 @@
 A record is a row's H bytes of E4M3 and its power-of-two scales, 4 bytes for each 128 of them. The reference is
 `ops/fp8/packed_rows.py`. Run under Triton's interpreter in tests. On a GPU: not run.
 
-Shapes: T tokens, R rows, C choices of a token, H hidden.
+Shapes: T tokens, R rows, K experts a token, H hidden.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ def _pack_kernel(x_ptr, rows_ptr, values_ptr, scales_ptr, T, H, stride_x, stride
         tl.store(scales_ptr + row * stride_scales + tl.program_id(1), scales, mask=tokens < T)
 
 
-def pack_records(x_TH: torch.Tensor, rows_TC: torch.Tensor | None = None) -> torch.Tensor:
+def pack_records(x_TH: torch.Tensor, rows_TK: torch.Tensor | None = None) -> torch.Tensor:
     """Quantize each token once, in 1x128 tiles with power-of-two scales, and write its record wherever it belongs.
 
     Args:
         x_TH: Tokens, bf16 or fp32.
-        rows_TC: int32, the rows of each token's choices, no row twice and none left out; None: one row, its own.
+        rows_TK: int32, the rows of each token's choices, no row twice and none left out; None: one row, its own.
 
     Returns:
-        uint8 [T C, H + 4 ceil(H/128)].
+        uint8 [T K, H + 4 ceil(H/128)].
 
     Raises:
         ValueError: A width at which scales would not start at multiples of 4 bytes.
     """
     tokens, width = x_TH.shape
     _check_width("pack_records", width)
-    choices = 1 if rows_TC is None else rows_TC.shape[1]
+    choices = 1 if rows_TK is None else rows_TK.shape[1]
     records = torch.empty((tokens * choices, width + 4 * triton.cdiv(width, 128)), dtype=torch.uint8,
                           device=x_TH.device)
     if tokens:
         values, scales = _parts(records, width)
         grid = (triton.cdiv(tokens, _ROWS), triton.cdiv(width, 128))
-        _pack_kernel[grid](x_TH, rows_TC if rows_TC is not None else records, values, scales, tokens, width,
+        _pack_kernel[grid](x_TH, rows_TK if rows_TK is not None else records, values, scales, tokens, width,
                            x_TH.stride(0), values.stride(0), scales.stride(0), CHOICES=choices,
-                           PERMUTED=rows_TC is not None, ROWS=_ROWS, EXACT_FIRST=IS_INTERPRETED,
+                           PERMUTED=rows_TK is not None, ROWS=_ROWS, EXACT_FIRST=IS_INTERPRETED,
                            num_warps=QUANTIZATION_WARPS)
     return records
 

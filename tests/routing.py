@@ -17,7 +17,7 @@ experts that tokens go to and those that the balance loss counts are treated ali
     python -m tests.routing NOTES GIVEN ARGUMENTS     training, noted in the folder NOTES, with the choices in the
                                                       folder GIVEN ("-": its own)
 
-Shapes: s positions of a call, B micro-batch, E experts, K experts a token, N tokens.
+Shapes: S positions of a call, B micro-batch, E experts, K experts a token, T tokens.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ class Routing:
             for owner, name, replacement in (
                     (DeepSeekRouter, "best_experts", lambda router, scores_TE: self._experts(
                         router, scores_TE, partial(own_experts, router))),
-                    (DeepSeekRouter, "best_unbiased", lambda router, scores_sBE: self._unbiased(
-                        router, scores_sBE, partial(own_unbiased, router))),
+                    (DeepSeekRouter, "best_unbiased", lambda router, scores_SBE: self._unbiased(
+                        router, scores_SBE, partial(own_unbiased, router))),
                     (ForwardStep, "__call__", lambda step, batches, stage: own_call(
                         noting(step, stage), batches, stage)),
                     (ForwardStep, "chunk", lambda step, stage, batches: own_chunk(
@@ -184,28 +184,28 @@ class Routing:
         return self._note(router, "experts", kind, router.expert_bias, scores_TE.unflatten(0, shape),
                           ids_TK.unflatten(0, shape)).flatten(0, 1)
 
-    def _unbiased(self, router: Any, scores_sBE: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]
+    def _unbiased(self, router: Any, scores_SBE: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]
                   ) -> torch.Tensor:
         return self._note(router, "balance", Kind(router.config.moe_router_topk), torch.zeros_like(router.expert_bias),
-                          scores_sBE, choose(scores_sBE))
+                          scores_SBE, choose(scores_SBE))
 
-    def _note(self, router: Any, what: str, kind: Kind, bias_E: torch.Tensor, scores_sBE: torch.Tensor,
-              ids_sBK: torch.Tensor) -> torch.Tensor:
+    def _note(self, router: Any, what: str, kind: Kind, bias_E: torch.Tensor, scores_SBE: torch.Tensor,
+              ids_SBK: torch.Tensor) -> torch.Tensor:
         """The choices to take."""
         samples, start = self._last[router]
         depth = "MTP " if router.is_mtp_layer else ""
         key = self._pass, f"{what} of {depth}layer {router.layer_number}"
         noted = self.notes.setdefault(key, Choices(kind, bias_E.float().cpu().clone()))
         given = self.given.get(key)
-        taken_sBK = ids_sBK.clone()
+        taken_SBK = ids_SBK.clone()
         for row, sample in enumerate(samples):
-            for index in range(len(ids_sBK)):
-                place, scores_E, ids_K = (sample, start + index), scores_sBE[index, row], ids_sBK[index, row]
+            for index in range(len(ids_SBK)):
+                place, scores_E, ids_K = (sample, start + index), scores_SBE[index, row], ids_SBK[index, row]
                 noted.scores[place], noted.ids[place] = scores_E.detach().float().cpu().clone(), ids_K.cpu().clone()
                 # The order among equals is the router's own where the experts are.
                 if given is not None and place in given.ids and set(ids_K.tolist()) != set(given.ids[place].tolist()):
-                    taken_sBK[index, row] = given.ids[place].to(ids_K.device)
-        return taken_sBK
+                    taken_SBK[index, row] = given.ids[place].to(ids_K.device)
+        return taken_SBK
 
 
 def merge_notes(ranks: list[Notes]) -> Notes:
@@ -247,15 +247,15 @@ def compare_routing(expected: Notes, found: Notes, *, rounding: float, common_st
         missing = choices.ids.keys() - other.ids.keys()
         assert not missing, f"{name}: samples and positions {sorted(missing)[:5]} were not routed in the second run"
         places = list(choices.ids)
-        scores_NE, others_NE = (torch.stack([part.scores[place] for place in places]) for part in (choices, other))
-        apart_N = (others_NE.double() - scores_NE.double()).abs().amax(-1)
-        worst = int(apart_N.argmax())
-        largest = max(largest, float(apart_N[worst]))
+        scores_TE, others_TE = (torch.stack([part.scores[place] for place in places]) for part in (choices, other))
+        apart_T = (others_TE.double() - scores_TE.double()).abs().amax(-1)
+        worst = int(apart_T.argmax())
+        largest = max(largest, float(apart_T[worst]))
         limit = rounding * (step_of(key[0]) - common_steps)
-        assert apart_N[worst] <= limit, (f"{name}: an affinity of sample and position {places[worst]} differs by "
-                                         f"{apart_N[worst]:.3g}, more than rounding's {limit:.3g}")
+        assert apart_T[worst] <= limit, (f"{name}: an affinity of sample and position {places[worst]} differs by "
+                                         f"{apart_T[worst]:.3g}, more than rounding's {limit:.3g}")
         bias_E = choices.bias_E.double()
-        for place, scores_E, others_E, apart in zip(places, scores_NE, others_NE, apart_N.tolist(), strict=True):
+        for place, scores_E, others_E, apart in zip(places, scores_TE, others_TE, apart_T.tolist(), strict=True):
             ours, theirs = set(other.ids[place].tolist()), set(choices.ids[place].tolist())
             if ours == theirs:
                 continue

@@ -6,7 +6,7 @@ data in which every document ends with it.
 
 No torch here: a run checks its data with this module before it allocates anything.
 
-Legend: B sequences, S positions of a sequence, D documents.
+Legend: B sequences, S positions of a sequence, d documents.
 """
 
 from __future__ import annotations
@@ -84,16 +84,16 @@ def _check_ends(prefix: str, eod_id: int, because: str, way_out: str) -> None:
     if not header.num_tokens:
         return
     tokens_T = np.memmap(dataset_paths(prefix)[0], header.dtype, "r")
-    read_D = np.unique(np.linspace(0, header.num_documents - 1, min(header.num_documents, _NUM_DOCUMENTS_READ)))
-    read_D = read_D.astype(np.int64)
-    read_D = read_D[index.boundaries_D1[read_D + 1] > index.boundaries_D1[read_D]]  # an empty one ends with nothing
-    last_Q = index.boundaries_D1[read_D + 1] - 1
-    last_D = tokens_T[index.offsets_Q[last_Q] // header.dtype.itemsize + index.lengths_Q[last_Q] - 1]
-    wrong = np.flatnonzero(last_D != eod_id)
+    read_d = np.unique(np.linspace(0, header.num_documents - 1, min(header.num_documents, _NUM_DOCUMENTS_READ)))
+    read_d = read_d.astype(np.int64)
+    read_d = read_d[index.boundaries_D1[read_d + 1] > index.boundaries_D1[read_d]]  # an empty one ends with nothing
+    last_Q = index.boundaries_D1[read_d + 1] - 1
+    last_d = tokens_T[index.offsets_Q[last_Q] // header.dtype.itemsize + index.lengths_Q[last_Q] - 1]
+    wrong = np.flatnonzero(last_d != eod_id)
     if wrong.size:
         raise ValueError(
-            f"{because}, here {eod_id}, but {wrong.size} of {read_D.size} documents read from {prefix} do not, such as "
-            f"number {int(read_D[wrong[0]])}, whose last token is {int(last_D[wrong[0]])}: make the data again with "
+            f"{because}, here {eod_id}, but {wrong.size} of {read_d.size} documents read from {prefix} do not, such as "
+            f"number {int(read_d[wrong[0]])}, whose last token is {int(last_d[wrong[0]])}: make the data again with "
             f"dsv3 preprocess --append-eod, {way_out}"
         )
 

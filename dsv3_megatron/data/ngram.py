@@ -8,7 +8,7 @@ Kneser and Ney's continuation counts) are chosen on a held-out part of the train
     P(b | a) = max(c(ab) - D, 0) / c(a) + (D * types(a) / c(a)) * P_low(b),   P(b | a) = P_low(b) where c(a) = 0
     P_uni(b) = (c(b) + k) / (T + k V)
 
-Legend: Q sequences, S sequence length, V vocabulary, M distinct bigrams.
+Legend: S sequence length, V vocabulary, u distinct bigrams.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class NgramBaselines:
 class _Counts:
     next_V: np.ndarray  # how often each id is a label
     context_V: np.ndarray  # how often each id is an input
-    keys_M: np.ndarray  # sorted a * V + b of the distinct bigrams
-    counts_M: np.ndarray
+    keys_u: np.ndarray  # sorted a * V + b of the distinct bigrams
+    counts_u: np.ndarray
 
     @property
     def vocab_size(self) -> int:
@@ -50,9 +50,9 @@ class _Counts:
 def _count(sequences_QS1: np.ndarray, vocab_size: int) -> _Counts:
     inputs = sequences_QS1[:, :-1].ravel().astype(np.int64)
     labels = sequences_QS1[:, 1:].ravel().astype(np.int64)
-    keys_M, counts_M = np.unique(inputs * vocab_size + labels, return_counts=True)
+    keys_u, counts_u = np.unique(inputs * vocab_size + labels, return_counts=True)
     next_V = np.bincount(labels, minlength=vocab_size)
-    return _Counts(next_V, np.bincount(inputs, minlength=vocab_size), keys_M, counts_M)
+    return _Counts(next_V, np.bincount(inputs, minlength=vocab_size), keys_u, counts_u)
 
 
 def _unigram_probabilities(counts: _Counts, add_k: float) -> np.ndarray:
@@ -62,7 +62,7 @@ def _unigram_probabilities(counts: _Counts, add_k: float) -> np.ndarray:
 def _lower_order(counts: _Counts, kind: str, add_k: float) -> np.ndarray:
     if kind == "unigram":
         return _unigram_probabilities(counts, add_k)
-    continuations_V = np.bincount(counts.keys_M % counts.vocab_size, minlength=counts.vocab_size)
+    continuations_V = np.bincount(counts.keys_u % counts.vocab_size, minlength=counts.vocab_size)
     return (continuations_V + add_k) / (continuations_V.sum() + add_k * counts.vocab_size)
 
 
@@ -73,10 +73,10 @@ class _BigramScorer:
         self._counts = counts
         inputs, self._labels = (tokens.astype(np.int64) for tokens in _scored_pairs(sequences_QS1, eod_id))
         keys = inputs * counts.vocab_size + self._labels
-        positions = np.minimum(np.searchsorted(counts.keys_M, keys), counts.keys_M.size - 1)
-        self._pair_counts = np.where(counts.keys_M[positions] == keys, counts.counts_M[positions], 0)
+        positions = np.minimum(np.searchsorted(counts.keys_u, keys), counts.keys_u.size - 1)
+        self._pair_counts = np.where(counts.keys_u[positions] == keys, counts.counts_u[positions], 0)
         self._context_counts = counts.context_V[inputs]
-        types_V = np.bincount(counts.keys_M // counts.vocab_size, minlength=counts.vocab_size)
+        types_V = np.bincount(counts.keys_u // counts.vocab_size, minlength=counts.vocab_size)
         self._types = types_V[inputs]
 
     def cross_entropy(self, discount: float, lower_V: np.ndarray) -> float:

@@ -10,7 +10,7 @@ takes the same samples as a shorter one before it goes on.
 Megatron-Core shuffles the same way in principle, but all epochs of a run at once, with an index on disk. Groups instead
 of a shuffle over the whole file are what lets a place be found without one: a group's tokens lie where they lay.
 
-Shapes: S sequence, G sequences of a group, D sequences of the share of a file that is read.
+Shapes: S sequence, g sequences of a group.
 """
 
 from __future__ import annotations
@@ -94,12 +94,12 @@ class ShuffledTokens:
         group = bisect.bisect_right(range(self._num_groups), first, key=self._start_of_group) - 1
         while filled < count:
             offset = first + filled - self._start_of_group(group)
-            starts_G1, sources_G = self._group(epoch, group)
+            starts_G1, sources_g = self._group(epoch, group)
             number = int(np.searchsorted(starts_G1, offset, side="right")) - 1
-            while filled < count and number < len(sources_G):
+            while filled < count and number < len(sources_g):
                 skipped = offset - int(starts_G1[number])
                 taken = min(int(starts_G1[number + 1]) - offset, count - filled)
-                source = int(sources_G[number]) + skipped
+                source = int(sources_g[number]) + skipped
                 ids_S[filled : filled + taken] = self._tokens_T[source : source + taken]
                 filled, offset, number = filled + taken, offset + taken, number + 1
             group += 1
@@ -112,18 +112,18 @@ class ShuffledTokens:
     def _group_uncached(self, epoch: int, group: int) -> tuple[np.ndarray, np.ndarray]:
         """A group's shuffled sequences: where each begins in the group, and after the last one; where it lies on disk.
 
-        int64 [G + 1] and int64 [G], both in tokens.
+        int64 [g + 1] and int64 [g], both in tokens.
         """
         first = self._first + group * _GROUP_SEQUENCES
         stop = min(first + _GROUP_SEQUENCES, self._stop)
         (key,) = derive_keys("sequences", self.seed, self.number, epoch, group, count=1)
-        order_G = np.argsort(_mix_array(np.arange(stop - first, dtype=np.uint64) ^ np.uint64(key)))  # no two are equal
-        lengths_G = self._lengths_Q[first:stop].astype(np.int64)
-        starts_G1 = np.concatenate([[0], np.cumsum(lengths_G[order_G])])
+        order_g = np.argsort(_mix_array(np.arange(stop - first, dtype=np.uint64) ^ np.uint64(key)))  # no two are equal
+        lengths_g = self._lengths_Q[first:stop].astype(np.int64)
+        starts_G1 = np.concatenate([[0], np.cumsum(lengths_g[order_g])])
         if starts_G1[-1] != self._token_of(stop) - self._token_of(first):
             raise ValueError(f"{self.prefix}.idx: sequences {first} to {stop - 1} do not lie end to end in the .bin "
                              "file, as those of Megatron-Core's datasets do; make the dataset again")
-        return starts_G1, self._offsets_Q[first:stop][order_G] // self._item_bytes
+        return starts_G1, self._offsets_Q[first:stop][order_g] // self._item_bytes
 
 
 def _mix_array(values: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ DeepSeek-V3, whatever the number of heads; the full entry is every head's key an
 no notion of how many positions of a row are in use: readers mask what lies beyond their own position, so that a
 rejected draft is forgotten by writing over it.
 
-Shapes: L layers, B rows (sequences), C capacity (positions), W latent entry, N heads, D key width, V value width,
+Shapes: L layers, B rows (sequences), C capacity (positions), W latent entry, N heads, D key width, U value width,
 T tokens: of prompts packed behind each other, or Q new ones of each row, T = B Q.
 """
 
@@ -45,14 +45,14 @@ class Places:
 class KeyValueCache(Protocol):
     """What a model's attention reads and writes, whichever of the two it is."""
 
-    def fill(self, layer: int, places: Places, entry_TW: torch.Tensor, key_TND: torch.Tensor, value_TNV: torch.Tensor
+    def fill(self, layer: int, places: Places, entry_TW: torch.Tensor, key_TND: torch.Tensor, value_TNU: torch.Tensor
              ) -> None:
         """Keep prompts' positions, whose keys and values are at hand."""
         ...
 
     def attend(self, layer: int, places: Places, attention: LatentAttention, query_TND: torch.Tensor,
                entry_TW: torch.Tensor) -> torch.Tensor:
-        """Keep new positions and attend from them to all of their rows so far: [T, N, V]."""
+        """Keep new positions and attend from them to all of their rows so far: [T, N, U]."""
         ...
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -87,19 +87,19 @@ class LatentCache:
         # Zeros: what is masked is multiplied by a probability of 0, and 0 times what memory holds may be NaN.
         self.entries_LBCW = torch.zeros(num_layers, num_rows, capacity, width, dtype=dtype, device=device)
 
-    def fill(self, layer: int, places: Places, entry_TW: torch.Tensor, key_TND: torch.Tensor, value_TNV: torch.Tensor
+    def fill(self, layer: int, places: Places, entry_TW: torch.Tensor, key_TND: torch.Tensor, value_TNU: torch.Tensor
              ) -> None:
         """Keep the entries of tokens, latent and shared key beside each other; keys and values are not kept."""
         self.entries_LBCW[layer][places.rows_T, places.positions_T] = entry_TW
 
     def attend(self, layer: int, places: Places, attention: LatentAttention, query_TND: torch.Tensor,
                entry_TW: torch.Tensor) -> torch.Tensor:
-        """Keep the entries of new tokens, and give the attention of their queries to the cache, [T, N, V]."""
+        """Keep the entries of new tokens, and give the attention of their queries to the cache, [T, N, U]."""
         entries_BCW = self.entries_LBCW[layer]
         entries_BCW[places.rows_T, places.positions_T] = entry_TW
         return absorbed_attention(
-            query_TND, entries_BCW[:, :places.limit], attention.up_NEK,
-            attention.up_NVK, softmax_scale=attention.softmax_scale, hidden_BQC=places.hidden_BQC)
+            query_TND, entries_BCW[:, :places.limit], attention.up_NXZ,
+            attention.up_NUZ, softmax_scale=attention.softmax_scale, hidden_BQC=places.hidden_BQC)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, which then count from 0 in this order."""
@@ -120,32 +120,32 @@ class FullCache:
         shape = (num_layers, num_rows, config.num_attention_heads, capacity)
         self.keys_LBNCD = torch.zeros(
             *shape, config.qk_head_dim + config.qk_pos_emb_head_dim, dtype=dtype, device=device)
-        self.values_LBNCV = torch.zeros(*shape, config.v_head_dim, dtype=dtype, device=device)
+        self.values_LBNCU = torch.zeros(*shape, config.v_head_dim, dtype=dtype, device=device)
 
-    def fill(self, layer: int, places: Places, entry_TW: torch.Tensor, key_TND: torch.Tensor, value_TNV: torch.Tensor
+    def fill(self, layer: int, places: Places, entry_TW: torch.Tensor, key_TND: torch.Tensor, value_TNU: torch.Tensor
              ) -> None:
         """Keep the whole keys and values of tokens; entries are not kept."""
         self.keys_LBNCD[layer].transpose(1, 2)[places.rows_T, places.positions_T] = key_TND
-        self.values_LBNCV[layer].transpose(1, 2)[places.rows_T, places.positions_T] = value_TNV
+        self.values_LBNCU[layer].transpose(1, 2)[places.rows_T, places.positions_T] = value_TNU
 
     def attend(self, layer: int, places: Places, attention: LatentAttention, query_TND: torch.Tensor,
                entry_TW: torch.Tensor) -> torch.Tensor:
-        """Keep the keys and values of new tokens, and give the attention of their queries to the cache, [T, N, V]."""
+        """Keep the keys and values of new tokens, and give the attention of their queries to the cache, [T, N, U]."""
         self.fill(layer, places, entry_TW, *attention.expand(entry_TW))
-        keys_BNCD, values_BNCV = self.keys_LBNCD[layer], self.values_LBNCV[layer]
+        keys_BNCD, values_BNCU = self.keys_LBNCD[layer], self.values_LBNCU[layer]
         return full_attention(
-            query_TND, keys_BNCD[:, :, :places.limit], values_BNCV[:, :, :places.limit],
+            query_TND, keys_BNCD[:, :, :places.limit], values_BNCU[:, :, :places.limit],
             softmax_scale=attention.softmax_scale, hidden_BQC=places.hidden_BQC)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, which then count from 0 in this order."""
-        self.keys_LBNCD, self.values_LBNCV = self.keys_LBNCD[:, list(rows)], self.values_LBNCV[:, list(rows)]
+        self.keys_LBNCD, self.values_LBNCU = self.keys_LBNCD[:, list(rows)], self.values_LBNCU[:, list(rows)]
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one position takes, over all layers."""
         return _bytes_per_position(self.keys_LBNCD.transpose(2, 3)) + _bytes_per_position(
-            self.values_LBNCV.transpose(2, 3))
+            self.values_LBNCU.transpose(2, 3))
 
 
 def make_cache(kind: str, config: MLATransformerConfig, *, num_layers: int, num_rows: int, capacity: int,

@@ -8,8 +8,8 @@ the modules later is seen here.
 
 Everything is inference: gradients are off.
 
-Shapes: T tokens (rows), H hidden, N heads, D query width, E its part without rotation, P rotated pairs, K latent width,
-W = K + 2P a position's entry, V value width; K experts per token, R = T K routed rows, F expert hidden.
+Shapes: T tokens (rows), H hidden, N heads, D query width, X its part without rotation, P rotated pairs, Z latent width,
+W = Z + 2P a position's entry, U value width; K experts per token, R = T K routed rows, F expert hidden.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class LatentAttention:
     """Weights of a layer's latent attention, and its projections.
 
     Attributes:
-        latent_width: K of an entry.
-        up_NEK: W_UK of each head.
-        up_NVK: W_UV of each head.
+        latent_width: Z of an entry.
+        up_NXZ: W_UK of each head.
+        up_NUZ: W_UV of each head.
         softmax_scale: Multiplies the scores.
 
     Source: DeepSeek-V3 report, eq. 1-11.
@@ -83,7 +83,7 @@ class LatentAttention:
         self._up: torch.Tensor = parts.linear_kv_up_proj.weight
         self._output: torch.Tensor = parts.linear_proj.weight
         self._up_widths = [config.qk_head_dim, config.v_head_dim]
-        self.up_NEK, self.up_NVK = self._up.detach().view(self._heads, -1, self.latent_width).split(
+        self.up_NXZ, self.up_NUZ = self._up.detach().view(self._heads, -1, self.latent_width).split(
             self._up_widths, dim=1)
         self._multiply = product_like(self._up)
 
@@ -104,20 +104,20 @@ class LatentAttention:
             query = self._multiply(x_TH, self._query_up)
         query_TND = rotate_tail_(query.view(-1, self._heads, self._query_width), rotations_TP)
         entry_TW = rotate_tail_(self._multiply(x_TH, self._down), rotations_TP)
-        latent_TK = entry_TW[:, :self.latent_width]
-        latent_TK.copy_(self._norm(latent_TK))
+        latent_TZ = entry_TW[:, :self.latent_width]
+        latent_TZ.copy_(self._norm(latent_TZ))
         return query_TND, entry_TW
 
     def expand(self, entry_TW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [T, N, D] and values [T, N, V] of positions kept as `project` returns them."""
-        latent_TK, shared_key_TR = entry_TW.split([self.latent_width, entry_TW.shape[1] - self.latent_width], dim=1)
-        key_value = self._multiply(latent_TK, self._up)
-        key_nope_TNE, value_TNV = key_value.view(len(key_value), self._heads, -1).split(self._up_widths, dim=-1)
-        return torch.cat([key_nope_TNE, shared_key_TR.unsqueeze(1).expand(-1, self._heads, -1)], dim=-1), value_TNV
+        """Keys [T, N, D] and values [T, N, U] of positions kept as `project` returns them."""
+        latent_TZ, shared_key_TR = entry_TW.split([self.latent_width, entry_TW.shape[1] - self.latent_width], dim=1)
+        key_value = self._multiply(latent_TZ, self._up)
+        key_nope_TNX, value_TNU = key_value.view(len(key_value), self._heads, -1).split(self._up_widths, dim=-1)
+        return torch.cat([key_nope_TNX, shared_key_TR.unsqueeze(1).expand(-1, self._heads, -1)], dim=-1), value_TNU
 
-    def output(self, context_TNV: torch.Tensor) -> torch.Tensor:
+    def output(self, context_TNU: torch.Tensor) -> torch.Tensor:
         """What attention adds to the residual, [T, H]."""
-        return self._multiply(context_TNV.flatten(1), self._output)
+        return self._multiply(context_TNU.flatten(1), self._output)
 
 
 class SwiGLU:

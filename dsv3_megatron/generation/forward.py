@@ -196,10 +196,10 @@ class CachedModel:
 
         def attend(layer: int, attention: LatentAttention, query_TND: torch.Tensor, entry_TW: torch.Tensor
                    ) -> torch.Tensor:
-            key_TND, value_TNV = attention.expand(entry_TW)
-            cache.fill(layer, places, entry_TW, key_TND, value_TNV)
+            key_TND, value_TNU = attention.expand(entry_TW)
+            cache.fill(layer, places, entry_TW, key_TND, value_TNU)
             context_T1NV = causal_attention(
-                query_TND.unsqueeze(1), key_TND.unsqueeze(1), value_TNV.unsqueeze(1),
+                query_TND.unsqueeze(1), key_TND.unsqueeze(1), value_TNU.unsqueeze(1),
                 softmax_scale=attention.softmax_scale, document_bounds=(prompts.bounds,))
             return context_T1NV.squeeze(1)
 

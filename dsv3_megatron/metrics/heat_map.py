@@ -2,7 +2,7 @@
 
 Drawn with Pillow, in milliseconds, because a run draws them as it trains; matplotlib takes a fifth of a second.
 
-Shapes: R rows, C columns. Images are uint8 [height, width, 3].
+Shapes: y rows of a picture, x columns of a picture. Images are uint8 [height, width, 3].
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class Axis:
     labels: Sequence[str]
 
 
-def relative_loads(counts_RC: Sequence[Sequence[float]]) -> np.ndarray:
-    """Each row over its own mean, fp64 [R, C]: 1 is a cell's share; NaN where a row is all zeros."""
-    counts = np.asarray(counts_RC, dtype=np.float64)
+def relative_loads(counts_yx: Sequence[Sequence[float]]) -> np.ndarray:
+    """Each row over its own mean, fp64 [y, x]: 1 is a cell's share; NaN where a row is all zeros."""
+    counts = np.asarray(counts_yx, dtype=np.float64)
     means = counts.mean(axis=1, keepdims=True)
     return np.divide(counts, means, out=np.full_like(counts, np.nan), where=means > 0)
 
 
-def draw_heat_map(loads_RC: np.ndarray, title: str, rows: Axis, columns: Axis) -> np.ndarray:
+def draw_heat_map(loads_yx: np.ndarray, title: str, rows: Axis, columns: Axis) -> np.ndarray:
     """An image of relative loads, 0 to 2 and more; what is not known is grey.
 
     Args:
-        loads_RC: Loads as `relative_loads` gives them; NaN where not known.
+        loads_yx: Loads as `relative_loads` gives them; NaN where not known.
         title: Line of text above the picture.
         rows: The axis from top to bottom.
         columns: The axis from left to right.
@@ -50,9 +50,9 @@ def draw_heat_map(loads_RC: np.ndarray, title: str, rows: Axis, columns: Axis) -
     Returns:
         uint8 [height, width, 3].
     """
-    cell_height = _cell_size(_HEIGHT, loads_RC.shape[0])
-    cell_width = _cell_size(_WIDTH, loads_RC.shape[1])
-    pixels = np.repeat(np.repeat(colours(loads_RC), cell_height, axis=0), cell_width, axis=1)
+    cell_height = _cell_size(_HEIGHT, loads_yx.shape[0])
+    cell_width = _cell_size(_WIDTH, loads_yx.shape[1])
+    pixels = np.repeat(np.repeat(colours(loads_yx), cell_height, axis=0), cell_width, axis=1)
     height, width = pixels.shape[:2]
     font = ImageFont.load_default(size=12)
     left = 12 + int(max(font.getlength(text) for text in (*rows.labels, rows.name)))

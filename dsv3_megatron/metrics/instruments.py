@@ -12,7 +12,7 @@ Usage (every process makes one; all of them log the same steps):
     with instruments.clock.phase("optimizer"): ...
     measurements = instruments.end_step()          # None unless the step is logged
 
-Shapes: L layers with MTP modules, E experts, G groups of experts, N score bins, C components, D MTP depths.
+Shapes: L layers with MTP modules, E experts, G groups of experts, b score bins, c components.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Instruments:
         self.clock = PhaseClock(PHASES, torch.cuda.synchronize if self._is_enabled and device.is_cuda else None)
         self._is_observing = False
         self._num_steps = 0
-        self._squares_C = torch.zeros(len(COMPONENTS), dtype=torch.float64)
+        self._squares_c = torch.zeros(len(COMPONENTS), dtype=torch.float64)
         if not self._is_enabled:
             return
         model = run.model
@@ -82,7 +82,7 @@ class Instruments:
                 finalize(*args, **kwargs)
             if self._is_observing:
                 with self.clock.phase("logging"):
-                    self._squares_C = self._gradients.squares()
+                    self._squares_c = self._gradients.squares()
 
         return timed
 
@@ -147,13 +147,13 @@ class Instruments:
             "squares": (len(COMPONENTS),), "agreement": (model.mtp_num_layers, 2), "seconds": (len(PHASES),),
         }, self._device.torch_device)
         for layer, router, observer in self._routers:
-            notes["scores"][layer] = observer.score_counts_N
+            notes["scores"][layer] = observer.score_counts_b
             notes["tokens_per_group"][layer] = observer.tokens_per_group_G
             notes["tokens_by_num_groups"][layer] = observer.tokens_by_num_groups
             notes["bias"][layer] = router.expert_bias
             notes["holders"][layer] = 1
             observer.clear()
-        notes["squares"].copy_(self._squares_C)
+        notes["squares"].copy_(self._squares_c)
         if self._heads and self._counts_agreement:
             notes["agreement"].copy_(self._agreement.counts)
         self._agreement.clear()

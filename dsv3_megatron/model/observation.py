@@ -25,7 +25,7 @@ class RouterObserver:
         device: Device of the router.
 
     Attributes:
-        score_counts_N: fp64, affinities in NUM_SCORE_BINS equal parts of 0..1; of every token to every expert.
+        score_counts_b: fp64, affinities in NUM_SCORE_BINS equal parts of 0..1; of every token to every expert.
         tokens_per_group_G: fp64, tokens that go to a group, each counted once however many of its experts it meets.
         tokens_by_num_groups: fp64 [G + 1], tokens that go to 0, 1, ... G groups.
     """
@@ -33,14 +33,14 @@ class RouterObserver:
     def __init__(self, num_experts: int, num_groups: int, device: torch.device) -> None:
         self.num_groups = num_groups
         self.group_size = num_experts // num_groups
-        self.score_counts_N = torch.zeros(NUM_SCORE_BINS, dtype=torch.float64, device=device)
+        self.score_counts_b = torch.zeros(NUM_SCORE_BINS, dtype=torch.float64, device=device)
         self.tokens_per_group_G = torch.zeros(num_groups, dtype=torch.float64, device=device)
         self.tokens_by_num_groups = torch.zeros(num_groups + 1, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def observe(self, scores_TE: torch.Tensor, expert_ids_TK: torch.Tensor) -> None:
         """Add a micro-batch; nothing here waits for the device."""
-        self.score_counts_N += torch.histc(scores_TE.float(), NUM_SCORE_BINS, 0.0, 1.0)
+        self.score_counts_b += torch.histc(scores_TE.float(), NUM_SCORE_BINS, 0.0, 1.0)
         groups = self.num_groups
         is_sent_TG = torch.zeros(len(expert_ids_TK), groups, dtype=torch.float32, device=scores_TE.device)
         is_sent_TG.scatter_(1, expert_ids_TK // self.group_size, 1.0)
@@ -49,7 +49,7 @@ class RouterObserver:
 
     def clear(self) -> None:
         """Forget what was observed."""
-        for counts in (self.score_counts_N, self.tokens_per_group_G, self.tokens_by_num_groups):
+        for counts in (self.score_counts_b, self.tokens_per_group_G, self.tokens_by_num_groups):
             counts.zero_()
 
 

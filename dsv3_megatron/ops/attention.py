@@ -8,7 +8,7 @@ and computes in fp32. On CUDA values are padded for the fused kernel; that choic
 Documents that are packed into one sequence and shall not see each other are attended to one by one: no [S, S] mask is
 made, and tiles of scores between documents are not computed. Each sequence of the micro-batch has documents of its own.
 
-Shapes: S sequence, B micro-batch, N heads, D query and key width, V value width, G = B N rows of heads.
+Shapes: S sequence, B micro-batch, N heads, D query and key width, U value width, A = B N rows of heads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _KEPT_PROBABILITY_BYTES = 64 << 20
 def causal_attention(
     q_SBND: torch.Tensor,
     k_SBND: torch.Tensor,
-    v_SBNV: torch.Tensor,
+    v_SBNU: torch.Tensor,
     *,
     softmax_scale: float,
     document_bounds: DocumentBounds | None = None,
@@ -51,7 +51,7 @@ def causal_attention(
     Args:
         q_SBND: Queries, bf16, fp32 or fp64; [S, N, D] is one sequence.
         k_SBND: Keys, of the queries' shape and dtype.
-        v_SBNV: Values, of any width.
+        v_SBNU: Values, of any width.
         softmax_scale: Multiplies the scores.
         document_bounds: One row for each of the B sequences, 0 = b_0 <= b_1 <= ... <= b_n = S: positions b_i to
             b_(i+1) - 1 see each other and nothing else. Plain numbers, so that no layer waits for the device to read
@@ -59,7 +59,7 @@ def causal_attention(
         backend: "blocked", "sdpa_padded", "sdpa" or "reference"; "auto" is blocked on CPU, sdpa_padded elsewhere.
 
     Returns:
-        [S, B, N, V] (or [S, N, V]), contiguous, in v's dtype.
+        [S, B, N, U] (or [S, N, U]), contiguous, in v's dtype.
 
     Raises:
         ValueError: Unknown backend, shapes that do not fit, or bounds that do not run from 0 to S in each sequence.
@@ -72,47 +72,47 @@ def causal_attention(
     if backend == "auto":
         backend = "blocked" if q_SBND.device.type == "cpu" else "sdpa_padded"
         log_choice("causal_attention", backend, q_SBND.device.type)
-    if q_SBND.shape != k_SBND.shape or k_SBND.shape[:-1] != v_SBNV.shape[:-1]:
+    if q_SBND.shape != k_SBND.shape or k_SBND.shape[:-1] != v_SBNU.shape[:-1]:
         raise ValueError(
-            f"causal_attention: shapes q {tuple(q_SBND.shape)}, k {tuple(k_SBND.shape)}, v {tuple(v_SBNV.shape)} "
+            f"causal_attention: shapes q {tuple(q_SBND.shape)}, k {tuple(k_SBND.shape)}, v {tuple(v_SBNU.shape)} "
             "must agree, except v in its last dimension; repeat shared keys per head"
         )
     if q_SBND.dim() == 3:
-        packed = (t.unsqueeze(1) for t in (q_SBND, k_SBND, v_SBNV))
+        packed = (t.unsqueeze(1) for t in (q_SBND, k_SBND, v_SBNU))
         return causal_attention(
             *packed, softmax_scale=softmax_scale, document_bounds=document_bounds, backend=backend
         ).squeeze(1)
     groups = _group_sequences(document_bounds, *q_SBND.shape[:2])
     if backend == "blocked":
         with saving():
-            return _BlockedAttention.apply(q_SBND, k_SBND, v_SBNV, softmax_scale, groups)
+            return _BlockedAttention.apply(q_SBND, k_SBND, v_SBNU, softmax_scale, groups)
     with saving():
-        return _attend_by_document(q_SBND, k_SBND, v_SBNV, softmax_scale, groups, backend)
+        return _attend_by_document(q_SBND, k_SBND, v_SBNU, softmax_scale, groups, backend)
 
 
-def _attend_by_document(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNV: torch.Tensor, softmax_scale: float,
+def _attend_by_document(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNU: torch.Tensor, softmax_scale: float,
                         groups: tuple[_Group, ...], backend: str) -> torch.Tensor:
     attend = reference_attention if backend == "reference" else _sdpa
-    padded_width = q_SBND.shape[-1] if backend == "sdpa_padded" else v_SBNV.shape[-1]
+    padded_width = q_SBND.shape[-1] if backend == "sdpa_padded" else v_SBNU.shape[-1]
     columns = []
     for (first, last), documents in groups:
         parts = []
         for start, end in documents:
-            q, k, v = (t[start:end, first:last] for t in (q_SBND, k_SBND, v_SBNV))
+            q, k, v = (t[start:end, first:last] for t in (q_SBND, k_SBND, v_SBNU))
             parts.append(attend(q, k, v, softmax_scale, padded_width))
         columns.append(parts[0] if len(parts) == 1 else torch.cat(parts))
     return (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)).contiguous()
 
 
 def reference_attention(
-    q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNV: torch.Tensor, softmax_scale: float, _: int = 0
+    q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNU: torch.Tensor, softmax_scale: float, _: int = 0
 ) -> torch.Tensor:
     """The formula with the whole score matrix, in fp32 or fp64."""
-    q, k, v = (t.to(wide_dtype(t.dtype)) for t in (q_SBND, k_SBND, v_SBNV))
+    q, k, v = (t.to(wide_dtype(t.dtype)) for t in (q_SBND, k_SBND, v_SBNU))
     scores = torch.einsum("sbnd,tbnd->bnst", q, k) * softmax_scale
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     probabilities = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-    return torch.einsum("bnst,tbnv->sbnv", probabilities, v).to(v_SBNV.dtype)
+    return torch.einsum("bnst,tbnv->sbnv", probabilities, v).to(v_SBNU.dtype)
 
 
 def _group_sequences(document_bounds: DocumentBounds | None, length: int, batch: int) -> tuple[_Group, ...]:
@@ -139,30 +139,30 @@ def _group_sequences(document_bounds: DocumentBounds | None, length: int, batch:
 
 
 def _sdpa(
-    q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNV: torch.Tensor, softmax_scale: float, padded_width: int
+    q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNU: torch.Tensor, softmax_scale: float, padded_width: int
 ) -> torch.Tensor:
-    width = v_SBNV.shape[-1]
+    width = v_SBNU.shape[-1]
     if padded_width > width:
         pad = partial(torch.nn.functional.pad, pad=(0, padded_width - width))
         # What is made again of values that are made again need not be kept either.
-        v_SBNV = recomputed(pad, v_SBNV) if is_recomputed(v_SBNV) else pad(v_SBNV)
-    q, k, v = (t.permute(1, 2, 0, 3) for t in (q_SBND, k_SBND, v_SBNV))
+        v_SBNU = recomputed(pad, v_SBNU) if is_recomputed(v_SBNU) else pad(v_SBNU)
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (q_SBND, k_SBND, v_SBNU))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale)
     return out[..., :width].permute(2, 0, 1, 3)
 
 
 def _head_major(x_SBND: torch.Tensor) -> torch.Tensor:
-    """[S, B, N, D] to contiguous fp32 or fp64 [G, S, D], in one pass."""
+    """[S, B, N, D] to contiguous fp32 or fp64 [A, S, D], in one pass."""
     out = torch.empty(
         (*x_SBND.shape[1:3], x_SBND.shape[0], x_SBND.shape[3]), dtype=wide_dtype(x_SBND.dtype), device=x_SBND.device
     )
     return out.copy_(x_SBND.permute(1, 2, 0, 3)).flatten(0, 1)
 
 
-def _operands(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNV: torch.Tensor, softmax_scale: float
+def _operands(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNU: torch.Tensor, softmax_scale: float
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scaled queries, keys and values as products want them."""
-    return _head_major(q_SBND).mul_(softmax_scale), _head_major(k_SBND), _head_major(v_SBNV)
+    return _head_major(q_SBND).mul_(softmax_scale), _head_major(k_SBND), _head_major(v_SBNU)
 
 
 def _tiles(heads: int, groups: tuple[_Group, ...]) -> list[tuple[slice, int, slice]]:
@@ -202,16 +202,16 @@ class _BlockedAttention(torch.autograd.Function):
         ctx: Any,
         q_SBND: torch.Tensor,
         k_SBND: torch.Tensor,
-        v_SBNV: torch.Tensor,
+        v_SBNU: torch.Tensor,
         softmax_scale: float,
         groups: tuple[_Group, ...],
     ) -> torch.Tensor:
-        inputs = (q_SBND, k_SBND, v_SBNV)
+        inputs = (q_SBND, k_SBND, v_SBNU)
         q, k, v = _operands(*inputs, softmax_scale)
         num_rows, length, width = v.shape
-        heads = v_SBNV.shape[2]
-        out_SGV = torch.empty((length, num_rows, width), dtype=v.dtype, device=v.device)
-        out = out_SGV.transpose(0, 1)
+        heads = v_SBNU.shape[2]
+        out_SAU = torch.empty((length, num_rows, width), dtype=v.dtype, device=v.device)
+        out = out_SAU.transpose(0, 1)
         tiles, future = _tiles(heads, groups), _future_mask(q)
         # Half of each document's square, 4 bytes.
         kept_bytes = sum((last - first) * heads * (end - start) ** 2 * 2
@@ -230,8 +230,8 @@ class _BlockedAttention(torch.autograd.Function):
         ctx.keeps_inputs = all(is_recomputed(tensor) for tensor in inputs)
         ctx.save_for_backward(*(inputs if ctx.keeps_inputs else (q, k, v)), *kept)
         ctx.tiles, ctx.keep, ctx.softmax_scale = tiles, keep, softmax_scale
-        ctx.batch, ctx.dtypes = v_SBNV.shape[1], (q_SBND.dtype, k_SBND.dtype, v_SBNV.dtype)
-        return out_SGV.view(v_SBNV.shape).to(v_SBNV.dtype)
+        ctx.batch, ctx.dtypes = v_SBNU.shape[1], (q_SBND.dtype, k_SBND.dtype, v_SBNU.dtype)
+        return out_SAU.view(v_SBNU.shape).to(v_SBNU.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
@@ -241,8 +241,8 @@ class _BlockedAttention(torch.autograd.Function):
         grad_out = _head_major(grads[0])
         num_rows, length, _ = q.shape
         # Sequence-major results, addressed head-major: what follows wants [S, B, N, D] contiguous.
-        grads_SG = [torch.zeros((length, num_rows, t.shape[-1]), dtype=t.dtype, device=t.device) for t in (q, k, v)]
-        grad_q, grad_k, grad_v = (t.transpose(0, 1) for t in grads_SG)
+        grads_SA = [torch.zeros((length, num_rows, t.shape[-1]), dtype=t.dtype, device=t.device) for t in (q, k, v)]
+        grad_q, grad_k, grad_v = (t.transpose(0, 1) for t in grads_SA)
         future = _future_mask(q)
         for tile, saved in zip(ctx.tiles, kept, strict=True):
             rows, start, queries = tile
@@ -258,5 +258,5 @@ class _BlockedAttention(torch.autograd.Function):
             grad_q[rows, queries].baddbmm_(grad_scores, k[rows, keys], alpha=ctx.softmax_scale)
             grad_k[rows, keys].baddbmm_(grad_scores.transpose(1, 2), q[rows, queries])  # q holds the scale
         del grad_out, grad_tile, grad_probabilities, grad_scores, future  # before narrow copies are made
-        shaped = [t.view(length, ctx.batch, -1, t.shape[-1]).to(d) for t, d in zip(grads_SG, ctx.dtypes, strict=True)]
+        shaped = [t.view(length, ctx.batch, -1, t.shape[-1]).to(d) for t, d in zip(grads_SA, ctx.dtypes, strict=True)]
         return (*shaped, None, None)

@@ -4,7 +4,7 @@ The same stages, pipeline schedule and sums of losses as a run's validation, wit
 for gradients. A step is `global_batch_size` rows; rows that fill up the last one do not count. Documents are kept
 apart, or not, as the run's data settings say; the parts of a document that rows cut are documents, as in training.
 
-Shapes: B micro-batch, S sequence, R rows of a step.
+Shapes: B rows, S sequence.
 """
 
 from __future__ import annotations
@@ -203,14 +203,14 @@ class Evaluator:
         return next(batches).to(self.device.torch_device)
 
     def _gather_logprobs(self, reports: list[dict[str, Any]], first: int) -> np.ndarray:
-        """[R, S] of a step whose first row is `first`: each row from the rank that has it."""
+        """[B, S] of a step whose first row is `first`: each row from the rank that has it."""
         training = self.run.training
-        logprobs_RS = torch.zeros(training.global_batch_size, training.seq_length, device=self.device.torch_device)
+        logprobs_BS = torch.zeros(training.global_batch_size, training.seq_length, device=self.device.torch_device)
         if self.groups.tp.rank() == 0:
             for report in reports:
-                logprobs_RS[report["sample_ids"] - first] = report["logprobs"]
-        torch.distributed.all_reduce(logprobs_RS)
-        return logprobs_RS.cpu().numpy()
+                logprobs_BS[report["sample_ids"] - first] = report["logprobs"]
+        torch.distributed.all_reduce(logprobs_BS)
+        return logprobs_BS.cpu().numpy()
 
 
 def _report(batch: Batch, losses: TokenLosses) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -232,9 +232,9 @@ class LogProbsWriter:
         self._stream: IO[bytes] | None = None
         on_first_rank(self._open, f"logprobs={path}")
 
-    def write(self, logprobs_RS: np.ndarray) -> None:
-        """Append rows [R, S]; columns and rows beyond the array's are dropped."""
-        rows = logprobs_RS[: self.num_rows - self.num_written, : self.num_columns]
+    def write(self, logprobs_BS: np.ndarray) -> None:
+        """Append rows [B, S]; columns and rows beyond the array's are dropped."""
+        rows = logprobs_BS[: self.num_rows - self.num_written, : self.num_columns]
         self.num_written += len(rows)
         on_first_rank(lambda: self._append(rows), f"logprobs={self.path}")
 

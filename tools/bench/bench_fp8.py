@@ -192,7 +192,7 @@ def bench_quantization(tokens: int) -> list[Measurement]:
     order = torch.arange(tokens, device="cuda").repeat(8)[torch.randperm(tokens * 8, device="cuda")]
     cached, packed, target = backend.quantize(x), backend.quantize(x, format="e5m6"), torch.empty_like(x)
     records = backend.pack_rows(x)
-    rows_TC = order.argsort(stable=True).view(tokens, -1).int()
+    rows_TK = order.argsort(stable=True).view(tokens, -1).int()
     copy = 2 * x.nbytes / milliseconds(lambda: target.copy_(x)) * 1e-6
     rows = [Measurement("copy", f"[{tokens}, 7168] bf16", "bandwidth", copy, "GB/s")]
     narrow = x.numel() + x.numel() // 32
@@ -207,7 +207,7 @@ def bench_quantization(tokens: int) -> list[Measurement]:
         "weight, both layouts": (x.nbytes + 2 * x.numel(), lambda: backend.quantize(x, SQUARE)),
         "SwiGLU and its input": (hidden.nbytes + hidden.numel() * 3 // 2 * 33 // 32,
                                  lambda: backend.quantize_swiglu(hidden, None, power_of_2=False)),
-        "records in the order of experts": (x.nbytes + 8 * records.nbytes, lambda: pack_records(x, rows_TC)),
+        "records in the order of experts": (x.nbytes + 8 * records.nbytes, lambda: pack_records(x, rows_TK)),
         "rows of records": (records.nbytes + x.nbytes, lambda: backend.unpack_rows(records, 7168, torch.bfloat16)),
     }
     for name, (num_bytes, function) in cases.items():

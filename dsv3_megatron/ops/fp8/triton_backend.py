@@ -88,8 +88,8 @@ class TritonBackend(ReferenceBackend):
         if token_of_row_R is None or not tokens:
             return kernels.pack_records(x_TH.contiguous())
         # As many rows for each token: sorted by token they are a table.
-        rows_TC = token_of_row_R.argsort(stable=True).view(tokens, -1)
-        return kernels.pack_records(x_TH.contiguous(), rows_TC.int())
+        rows_TK = token_of_row_R.argsort(stable=True).view(tokens, -1)
+        return kernels.pack_records(x_TH.contiguous(), rows_TK.int())
 
     def unpack_rows(self, records: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Undo `pack_rows`: [R, width] in `dtype`; by the reference where the width is no multiple of 4."""

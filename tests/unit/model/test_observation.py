@@ -41,11 +41,11 @@ def test_a_router_is_counted_as_a_loop_would(num_experts: int, num_groups: int, 
             by_number[len(groups)] += 1
             for group in groups:
                 per_group[group] += 1
-    assert observer.score_counts_N.tolist() == scores
+    assert observer.score_counts_b.tolist() == scores
     assert observer.tokens_per_group_G.tolist() == per_group
     assert observer.tokens_by_num_groups.tolist() == by_number
     observer.clear()
-    assert observer.score_counts_N.sum() == observer.tokens_per_group_G.sum() == 0
+    assert observer.score_counts_b.sum() == observer.tokens_per_group_G.sum() == 0
 
 
 @pytest.mark.parametrize("is_isolated", [False, True])
