@@ -36,11 +36,12 @@ def listed(readme: str) -> list[tuple[list[str], list[str]]]:
 
 def misplaced(root: Path, readme: str) -> list[str]:
     """Modules whose tests nobody would find, and lines of the list that are wrong."""
+    known = modules(root)
     named = [module for names, _ in listed(readme) for module in names]
     wrong = [f"{module}: no tests/unit/.../test_{Path(module).name}, and no line in tests/README.md"
-             for module in modules(root) if not has_own_test(root, module) and module not in named]
+             for module in known if not has_own_test(root, module) and module not in named]
     wrong += [f"{module}: listed twice" for module in sorted(set(named)) if named.count(module) > 1]
-    wrong += [f"{module}: listed, and there is no such module" for module in named if module not in modules(root)]
+    wrong += [f"{module}: listed, and there is no such module" for module in named if module not in known]
     wrong += [f"{module}: listed, and it has a test of its own name" for module in named if has_own_test(root, module)]
     return wrong
 

@@ -2,13 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from dsv3_megatron.data.pool import WorkerDied, WorkerError, WorkerPool
+from tests.unit.process.alive import is_alive
 
 
 def square(item, payload=None):
@@ -22,14 +21,6 @@ def numbers(count):
 
 def pids_of(pool):
     return [worker.process.pid for worker in pool._workers]
-
-
-def is_alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stream:
-            return stream.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
@@ -121,31 +112,3 @@ def exit_at_five(item, payload):
 def test_a_worker_that_exits_is_noticed():
     with WorkerPool(exit_at_five, 2) as pool, pytest.raises(WorkerDied, match=r"ended with exit code 3"):
         list(pool.map_ordered(numbers(20)))
-
-
-PARENT = """
-import sys, time
-from dsv3_megatron.data.pool import WorkerPool
-def slow(item, payload):
-    time.sleep(60)
-    return item, []
-with WorkerPool(slow, 3) as pool:
-    print(*[worker.process.pid for worker in pool._workers], flush=True)
-    list(pool.map_ordered((item, None) for item in range(9)))
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_workers_end_with_their_parent(number):
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 3 and all(map(is_alive, pids))
-    time.sleep(0.2)
-    parent.send_signal(number)
-    parent.wait(10)
-    deadline = time.monotonic() + 10
-    while any(map(is_alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(map(is_alive, pids))

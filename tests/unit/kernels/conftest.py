@@ -11,3 +11,10 @@ def interpreter():
 
     if not IS_INTERPRETED:
         pytest.skip("there is a GPU, or TRITON_INTERPRET=0: tests/gpu compares the kernels on a GPU")
+
+
+@pytest.fixture
+def backend():
+    from dsv3_megatron.ops.fp8.triton_backend import TritonBackend
+
+    return TritonBackend()

@@ -14,8 +14,7 @@ import pytest
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.metrics.flops import RunSpeed
-from dsv3_megatron.metrics.run_records import RunRecords, StepReport, read_records, to_line, truncate_records
-from dsv3_megatron.metrics.scalars import step_scalars
+from dsv3_megatron.metrics.run_records import StepReport, read_records
 from dsv3_megatron.metrics.tags import TAGS
 from dsv3_megatron.metrics.writer import MetricsWriter
 
@@ -28,26 +27,6 @@ def read_events(directory: Path) -> dict[str, list[tuple[int, float]]]:
     events: Any = EventAccumulator(str(directory))
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def test_scalars_have_megatron_names(make_report: Make, speed: RunSpeed) -> None:
-    scalars = step_scalars(make_report(2), speed)
-    tokens_per_second = 16 * 256 / 0.5
-    flops = speed.flops.training * tokens_per_second
-    entropy = -sum(share * math.log(share, 4) for share in (3 / 8, 1 / 8, 1 / 4, 1 / 4))
-    assert scalars == {
-        "lm loss": 4.0, "mtp_1 loss": 4.5, "seq_load_balancing_loss": 1.5, "grad-norm": 0.25, "learning-rate": 1e-3,
-        "batch-size": 16, "iteration-time": 0.5, "throughput": flops / 4 / 1e12,
-        "tokens-per-second": tokens_per_second, "model-flops-per-second": flops, "mfu": flops / 4 / 1e9,
-        "consumed-tokens": 8192, "consumed-samples": 32,
-        "expert-load/layer-1/max-violation": 0.5, "expert-load/layer-1/least-load": 0.5,
-        "expert-load/layer-1/entropy": pytest.approx(entropy), "expert-load/layer-1/dead-experts": 0.0,
-        "expert-load/layer-4/max-violation": 0.0, "expert-load/layer-4/least-load": 1.0,
-        "expert-load/layer-4/entropy": pytest.approx(1.0), "expert-load/layer-4/dead-experts": 0.0,
-        "router-bias/layer-1/direction": 0.0, "router-bias/layer-4/direction": 0.0, "router-bias/direction": 0.0,
-        "expert-load/max-violation": 0.25, "expert-load/least-load": 0.75, "expert-load/dead-experts": 0.0,
-        "expert-load/entropy": pytest.approx((1 + entropy) / 2),
-    }
 
 
 def test_round_trip(tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
@@ -127,36 +106,6 @@ def test_write_after_close_is_a_mistake(tmp_path: Path, make_report: Make, speed
     writer.close()
     with pytest.raises(AssertionError, match="write after close"):
         writer.write_step(make_report(1))
-
-
-def test_diverged_values_are_strict_json() -> None:
-    line = to_line({"kind": "step", "iteration": 1, "lm_loss": math.nan, "mtp_losses": (1.0, math.inf)})
-    assert json.loads(line, parse_constant=pytest.fail) == {
-        "kind": "step", "iteration": 1, "lm_loss": None, "mtp_losses": [1.0, None],
-        "nonfinite": ["lm_loss", "mtp_losses.1"]}
-
-
-def test_reading_names_the_broken_line(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    good = '{"kind":"step","iteration":1,"lm_loss":2.0}\n'
-    path.write_text(good + "not json\n" + good)
-    with pytest.raises(ValueError, match=rf"metrics\.jsonl:2 \(byte {len(good)}\) is not a metrics record"):
-        read_records(path)
-    path.write_text('{"kind":"step"}\n')
-    with pytest.raises(ValueError, match=r":1 \(byte 0\) is not a metrics record: 'iteration'"):
-        read_records(path)
-    path.write_text(good + '{"kind":')
-    assert len(read_records(path).steps) == 1
-
-
-def test_truncating_counts_what_it_drops(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert truncate_records(path, 3) == (RunRecords([], []), 0)
-    path.write_text("".join(f'{{"kind":"step","iteration":{i}}}\n' for i in range(1, 6)) + '{"ki')
-    kept, num_dropped = truncate_records(path, 3)
-    assert ([r["iteration"] for r in kept.steps], num_dropped) == ([1, 2, 3], 3)
-    assert path.read_text().count("\n") == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_spikes_and_rollbacks_are_counted_where_they_happened(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -11,10 +10,10 @@ import torch
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.optim.adamw import NarrowMomentAdamW
-from dsv3_megatron.optim.rounding import BLOCK, noise_key, noise_table, round_stochastically
+from dsv3_megatron.optim.rounding import BLOCK
 from dsv3_megatron.optim.shards import Named, ParameterShard
+from tests.unit.optim.gradients import BF16, FP32, gradients
 
-FP32, BF16 = torch.float32, torch.bfloat16
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -41,11 +40,6 @@ def run(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], firsts:
         for weight, first in zip(weights, firsts or [0], strict=True):
             weight.grad = gradient[first: first + weight.numel()].clone()
         optimizer.step()
-
-
-def gradients(count: int, size: int, scale: float = 1.0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(size, generator=generator) * scale for _ in range(count)]
 
 
 def test_with_fp32_moments_it_is_torchs_fused_adamw_bit_for_bit():
@@ -89,36 +83,6 @@ def test_bf16_moments_take_four_bytes_a_parameter():
 
 
 # ---- stochastic rounding ----
-
-
-TABLE = noise_table(0, torch.device("cpu"))
-
-
-def rounded(values: torch.Tensor, key: int) -> torch.Tensor:
-    out = torch.empty(values.numel(), dtype=BF16)
-    round_stochastically(values.clone(), torch.bitwise_xor(TABLE[:values.numel()], key), out)
-    return out
-
-
-def test_a_value_becomes_one_of_its_neighbours_and_itself_on_average():
-    values = torch.cat([gradients(1, 400)[0], gradients(1, 100, 1e-30)[0]])
-    total = torch.zeros(500, dtype=torch.float64)
-    draws = 4000
-    spacing = 2.0 ** (torch.floor(torch.log2(values.abs().double())) - 7)
-    for step in range(draws):
-        one = rounded(values, noise_key(1, "weight", step, 0)).double()
-        assert ((one - values.double()).abs() < spacing).all()
-        total += one
-    # The mean of `draws` choices between neighbours: at most spacing / 2 / sqrt(draws) a standard deviation; five of
-    # them for the worst of 500.
-    assert ((total / draws - values.double()).abs() < 5 * spacing / 2 / math.sqrt(draws)).all()
-
-
-def test_what_bf16_can_say_stays_as_it_is():
-    exact = torch.tensor([0.0, -0.0, 1.0, -2.5, 2.0 ** -130, math.inf, -math.inf])
-    for key in (0, 1, 0xFFFF):
-        assert torch.equal(rounded(exact, key).float(), exact)
-        assert rounded(torch.tensor([math.nan]), key).isnan().all()
 
 
 def state_bits(optimizer: NarrowMomentAdamW, moment: str) -> torch.Tensor:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import socket
-from pathlib import Path
 
 import pytest
 
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.process.cores import usable_cores
 from dsv3_megatron.process.ranks import Processes, require_free_port, wait_for_port
 
 
@@ -71,17 +68,3 @@ def test_a_port_that_is_taken_is_refused() -> None:
 def test_a_host_that_has_no_address_is_refused() -> None:
     with pytest.raises(ConfigError, match="MASTER_ADDR='no-such-host.invalid' names no host"):
         wait_for_port("no-such-host.invalid", 29500, 0.0)
-
-
-@pytest.mark.parametrize(("files", "quota"), [
-    ({"cpu.max": "150000 100000\n"}, 2), ({"cpu.max": "50000 100000\n"}, 1), ({"cpu.max": "max 100000\n"}, None),
-    ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
-    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None), ({}, None)])
-def test_cores_are_the_masks_and_the_control_groups(files: dict[str, str], quota: int | None, tmp_path: Path,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setenv("OMP_NUM_THREADS", "64")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4}, raising=False)
-    assert usable_cores(tmp_path) == (5 if quota is None else quota)

@@ -13,10 +13,7 @@ from dsv3_megatron.checkpoint.hf import model_config_from_json, model_config_to_
 from dsv3_megatron.config.presets import PRESETS, preset
 from tests.hugging_face import config_json
 from tests.parity.architectures import PUBLISHED, variant
-
-YARN_V3 = {"rope_type": "yarn", "rotary_scaling_factor": 40.0, "original_max_position_embeddings": 4096,
-           "max_position_embeddings": 163840, "init_method_std": 0.02}
-V3 = dataclasses.replace(preset("dsv3-671b").model, **YARN_V3)
+from tests.unit.checkpoint.hf.published import V3
 
 
 def rotary_rebuilt(model):
@@ -91,19 +88,6 @@ def test_as_transformers_writes_it(name, tmp_path):
     content = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert "rope_parameters" in content and "rope_theta" not in content
     assert model_config_from_json(content) == rotary_rebuilt(model)
-
-
-def test_yarn_settings_left_out_mean_what_they_mean_in_transformers():
-    content = config_json(V3)
-    content["rope_scaling"] = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
-    model = model_config_from_json(content)
-    assert (model.beta_fast, model.beta_slow, model.mscale, model.mscale_all_dim) == (32, 1, 1, 0)
-
-
-def test_the_same_rotary_settings_in_both_spellings():
-    content = config_json(V3)
-    content["rope_parameters"] = {**content["rope_scaling"], "rope_type": "yarn", "rope_theta": 10000.0}
-    assert model_config_from_json(content) == V3
 
 
 @pytest.mark.parametrize(("change", "message"), [

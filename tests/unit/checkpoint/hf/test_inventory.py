@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
 
-import pytest
 import torch
 
-from dsv3_megatron.checkpoint.hf.names import hugging_face_tensors, tensors_by_parameter
-from dsv3_megatron.checkpoint.hf.safetensors_file import header_bytes
-from dsv3_megatron.checkpoint.hf.weight_files import index_json, inventory, plan_shards, shard_from_header
-from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.checkpoint.hf.weight_files import index_json, inventory, plan_shards
 from dsv3_megatron.config.presets import preset
-from dsv3_megatron.model.global_names import whole_parameters
-from tests.parity.architectures import variant
-from tests.reference_weights import weight_shapes
-from tests.unit.model.test_counts import build_without_memory, megatron_core, one_of
-
-__all__ = ["megatron_core"]  # a fixture
 
 V3 = preset("dsv3-671b")
 # By hand from the architecture: 61 + 1 layers of which 3 dense; widths 7168, 18432, 2048; 256 experts.
@@ -73,62 +59,3 @@ def _scale_shapes() -> Counter[tuple[int, int]]:
     for shape, count in MATRICES.items():
         shapes[blocks(shape)] += count
     return shapes
-
-
-def test_names_are_the_published_ones():
-    """Against the tests' own list, which has no copies."""
-    expected = set(weight_shapes(V3.model)) | {"model.layers.61.embed_tokens.weight",
-                                               "model.layers.61.shared_head.head.weight"}
-    assert {tensor.name for tensor in hugging_face_tensors(V3.model)} == expected
-
-
-@pytest.fixture
-def whole_model(megatron_core: None) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Every parameter and router bias of dsv3-671b as one process would hold it, built without memory."""
-    run = dataclasses.replace(V3, parallel=ParallelConfig())
-    with one_of(1, 0, run.parallel) as groups:
-        (stage,) = build_without_memory(run, groups)
-        shapes = {whole.name: whole.shape for whole in whole_parameters(stage, groups)}
-    shapes |= {name: tuple(buffer.shape) for name, buffer in stage.named_buffers() if name.endswith("expert_bias")}
-    yield shapes
-
-
-def test_the_modules_are_the_inventory(whole_model: dict[str, tuple[int, ...]]):
-    """Built on the meta device: each parameter is the tensors that are listed for it, and there is no other."""
-    parts = tensors_by_parameter(V3.model)
-    assert parts.keys() == whole_model.keys()
-    for name, shape in whole_model.items():
-        assert (sum(part.shape[0] for part in parts[name]), *parts[name][0].shape[1:]) == shape, name
-
-
-def test_files_are_filled_in_order_and_aligned():
-    model = variant("plain")
-    shards = plan_shards(model, "fp8", max_shard_bytes=5000)
-    assert len(shards) > 5
-    order = [tensor.name for tensor in hugging_face_tensors(model)]
-    position = {name: number for number, name in enumerate(order)}
-    last = -1
-    for shard in shards:
-        names = [entry.name for entry in shard.entries]
-        weights = sorted(position[name] for name in names if name in position)
-        assert weights == list(range(last + 1, last + 1 + len(weights)))
-        last = weights[-1]
-        assert {name.removesuffix("_scale_inv") for name in names} == {order[number] for number in weights}
-        assert sum(entry.num_bytes for entry in shard.entries) <= 5000 or len(weights) == 1
-        for entry in shard.entries:
-            assert entry.offset % entry.dtype.itemsize == 0
-    assert last == len(order) - 1
-
-
-def test_a_header_is_planned_again_byte_for_byte():
-    header, positions = header_bytes([("a", torch.float32, (2, 3)), ("é", torch.bfloat16, (5,))])
-    shard = shard_from_header("x", header[8:].decode())
-    assert shard.header == header
-    assert {entry.name: entry.offset for entry in shard.entries} == positions
-
-
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("fp16",), "dtype='fp16' must be one of bf16, fp8, fp32"), (("bf16", 0), "max_shard_bytes=0 must be at least 1")])
-def test_wrong_plans(arguments: tuple[Any, ...], message: str):
-    with pytest.raises(ConfigError, match=message):
-        plan_shards(variant("plain"), *arguments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,22 @@ import torch
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM, GenerationConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from dsv3_megatron.checkpoint.folder import MANIFEST
 from dsv3_megatron.checkpoint.hf.config_json import export_refusals
 from dsv3_megatron.checkpoint.hf.model_card import Losses, count_exported
-from dsv3_megatron.checkpoint.hf.readers import LIMITS, READERS, reader_notes, readers_table
+from dsv3_megatron.checkpoint.hf.readers import reader_notes
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
 from dsv3_megatron.commands import convert as convert_checkpoint
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import PRESETS, preset
-from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
+from dsv3_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 from dsv3_megatron.metrics.parameters import count_parameters
 from dsv3_megatron.metrics.run_records import last_losses
 from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, quantize_weight_blocks
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.architectures import variant
 from tests.reference_weights import weight_shapes
-
-ROOT = Path(__file__).resolve().parents[4]
-MODEL = dataclasses.replace(variant("plain"), vocab_size=MIN_VOCAB_SIZE + 14)
-PROGRESS = {"iteration": 40, "consumed_samples": 320, "consumed_tokens": 81920, "guards": {}}
+from tests.unit.checkpoint.hf.trained import MODEL, trained
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +35,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(train_tokenizer(["some words, and some more words"] * 40, vocab_size=MODEL.vocab_size), folder)
     return folder
-
-
-def trained(tmp_path: Path, model: Any = MODEL, **changes: Any) -> Path:
-    """A checkpoint as a run leaves it: nothing of Hugging Face's in it, and steps behind it."""
-    source = write_checkpoint(tmp_path / "hf", config_json(model, max_position_embeddings=256, **changes),
-                              published_weights(model))
-    convert_to_megatron(source, tmp_path / "ours")
-    folder = tmp_path / "ours" / "iter_0000000"
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name in [name for name in manifest["files"] if name.startswith("hf_")]:
-        (folder / name).unlink()
-        del manifest["files"][name]
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"progress": PROGRESS}))
-    return tmp_path / "ours"
 
 
 def exported(tmp_path: Path, checkpoint: Path, **options: Any) -> Path:
@@ -169,63 +150,6 @@ def test_without_mtp_of_a_converted_checkpoint(tmp_path):
 
 
 # ---- readers ----
-
-
-def test_the_docs_have_the_table():
-    page = (ROOT / "docs" / "export" / "README.md").read_text(encoding="utf-8")
-    match = re.search(r"<!-- readers -->\n(.*)<!-- /readers -->", page, re.DOTALL)
-    assert match is not None and match[1] == readers_table()
-
-
-@pytest.mark.parametrize(("changes", "dtype", "expected"), [
-    ({}, "bf16", []),
-    ({"layernorm_epsilon": 1e-5, "latent_layernorm_epsilon": 1e-6}, "bf16",
-     ["vLLM 0.33, SGLang 0.5.23, llama.cpp (Oct 2026): other results: layernorm_epsilon=1e-05"]),
-    ({"moe_ffn_hidden_size": 96}, "bf16", []),
-    ({"moe_ffn_hidden_size": 96}, "fp8", [
-        "vLLM 0.33, SGLang 0.5.23: refuses: moe_ffn_hidden_size=96, num_shared_experts * moe_ffn_hidden_size=96"]),
-    ({"ffn_hidden_size": 10944}, "fp8", ["vLLM 0.33, SGLang 0.5.23: refuses: ffn_hidden_size=10944",
-                                         "Transformers 5.23: refuses: ffn_hidden_size=10944"]),
-    ({"ffn_hidden_size": 10944, "num_dense_layers": 0}, "fp8", []),
-    ({"q_lora_rank": 64}, "fp8", ["vLLM 0.33: refuses: q_lora_rank=64"]),
-    ({"num_shared_experts": 0}, "bf16", ["llama.cpp (Oct 2026), mlx-lm 0.32: refuses: num_shared_experts=0",
-                                         "vLLM 0.33: other results: num_shared_experts=0"]),
-    ({"rope_type": "yarn", "rotary_scaling_factor": 4.0, "mscale_all_dim": 0.0}, "bf16",
-     ["llama.cpp (Oct 2026): other results: mscale=1.0, mscale_all_dim=0.0"]),
-    ({"rope_type": "yarn", "rotary_scaling_factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7}, "bf16", []),
-    ({"mtp_num_layers": 1}, "bf16", [
-        "Transformers 5.23, Transformers 4.57, llama.cpp (Oct 2026): leaves out: mtp_num_layers=1",
-        "mlx-lm 0.32: refuses: num_layers=4, mtp_num_layers=1"]),
-    ({"mtp_num_layers": 1, "num_layers": 61}, "bf16", [
-        "Transformers 5.23, Transformers 4.57, llama.cpp (Oct 2026): leaves out: mtp_num_layers=1"]),
-    ({"mtp_num_layers": 2, "num_layers": 61}, "bf16", [
-        "Transformers 5.23, Transformers 4.57, llama.cpp (Oct 2026): leaves out: mtp_num_layers=2",
-        "mlx-lm 0.32: refuses: num_layers=61, mtp_num_layers=2", "SGLang 0.5.23: refuses: mtp_num_layers=2"]),
-    ({"moe_router_num_groups": 4, "moe_router_group_topk": 2}, "bf16",
-     ["Transformers 4.57, mlx-lm 0.32: other results: moe_router_num_groups=4, moe_router_group_topk=2"]),
-    ({"moe_router_topk": 1}, "bf16", ["mlx-lm 0.32: other results: moe_router_topk=1"]),
-    ({"q_lora_rank": None}, "bf16", ["llama.cpp (Oct 2026): refuses: q_lora_rank=None, num_layers=4"]),
-    ({"q_lora_rank": None, "num_layers": 27}, "bf16", []),
-], ids=str)
-def test_who_does_not_take_what(changes, dtype, expected):
-    # Widths of whole blocks, no MTP, no groups: what every reader takes.
-    plain = dataclasses.replace(
-        preset("tiny").model, mtp_num_layers=0, moe_router_num_groups=1, moe_router_group_topk=1, ffn_hidden_size=384,
-        moe_router_group_score_topk=None, moe_ffn_hidden_size=128, q_lora_rank=128, qk_rope_head_dim=32)
-    notes = reader_notes(dataclasses.replace(plain, **changes), dtype)
-    assert [": ".join(note.split(": ")[:3]) for note in notes] == expected
-    assert all(reader in READERS for limit in LIMITS for reader in limit.readers)
-
-
-def test_the_export_says_it(tmp_path, caplog, capsys):
-    checkpoint = trained(tmp_path)
-    with caplog.at_level("INFO", "dsv3_megatron"):
-        assert convert_checkpoint.main(["megatron-to-hf", "--input", str(checkpoint), "--dtype", "fp8", "--output",
-                                        str(tmp_path / "exported")]) == 0
-    assert "not everything reads it: vLLM 0.33, SGLang 0.5.23: refuses: ffn_hidden_size=40, " in caplog.text
-    with pytest.raises(SystemExit):
-        convert_checkpoint.main(["megatron-to-hf", "--help"])
-    assert "vLLM load" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("width", [96, 256, 192, 200, 320, 576, 10944])

@@ -10,26 +10,15 @@ from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.run_cost import main_phase, only_phase, sensitivities
-from dsv3_megatron.planning.search import Layout, _Bounds, search
 from dsv3_megatron.planning.time.step_time import _plan_and_costs, step_seconds, step_time
 from dsv3_megatron.planning.time.work import Setting, WorkTable
+from tests.unit.planning.small_run import small_run
 
 
 @pytest.fixture(scope="module")
 def v3():
     run = preset("dsv3-671b").override(pipeline_schedule="dualpipe", fp8="blockwise",
                                        recompute_granularity="selective")
-    return only_phase(run, main_phase(run))
-
-
-@pytest.fixture(scope="module")
-def h800():
-    return Setting(find_hardware("h800"), 2048)
-
-
-def _small(**changes):
-    run = preset("dsv3-16b").override(global_batch_size=512, expert_model_parallel_size=8,
-                                      pipeline_model_parallel_size=4, **changes)
     return only_phase(run, main_phase(run))
 
 
@@ -59,7 +48,7 @@ def test_deepseek_v3_on_2048_h800(v3, h800) -> None:
     {}, {"pipeline_schedule": "zb1p"}, {"pipeline_schedule": "dualpipe"}, {"pipeline_schedule": "dualpipev"},
     {"fp8": "blockwise"}, {"num_virtual_stages_per_pipeline_rank": 2}, {"recompute_granularity": "full"}])
 def test_parts_add_up_and_both_ways_agree(changes) -> None:
-    run, setting = _small(**changes), Setting(find_hardware("h800"), 64)
+    run, setting = small_run(**changes), Setting(find_hardware("h800"), 64)
     step = step_time(run, setting)
     parts = step.breakdown()
     hidden = parts.pop("hidden_all_to_all")
@@ -74,7 +63,7 @@ def test_hidden_states_of_all_depths_take_longer_between_the_last_stages(depth: 
     """Twice or three times the bytes over the same wire; the loss apart also makes the longest stage shorter."""
     setting = Setting(find_hardware("h800"), 64)
     layers = "t" * 9
-    run, together = (_small(mtp_num_layers=depth, pipeline_model_parallel_layout=layout) for layout in (
+    run, together = (small_run(mtp_num_layers=depth, pipeline_model_parallel_layout=layout) for layout in (
         f"E{layers}|{layers}|{layers}{'m' * depth}|L", f"E{layers}|{layers}|{layers}|{'m' * depth}L"))
     step = step_time(run, setting)
     assert sum(value for name, value in step.breakdown().items() if not name.startswith("hidden")
@@ -92,14 +81,15 @@ def test_hidden_states_of_all_depths_take_longer_between_the_last_stages(depth: 
 
 def test_interleaved_pairs_hide_all_to_alls() -> None:
     setting = Setting(find_hardware("h800"), 64)
-    alone, pairs = (step_time(_small(num_virtual_stages_per_pipeline_rank=2, overlap_moe_expert_parallel_comm=overlaps),
-                              setting) for overlaps in (False, True))
+    alone, pairs = (step_time(small_run(num_virtual_stages_per_pipeline_rank=2,
+                                        overlap_moe_expert_parallel_comm=overlaps), setting)
+                    for overlaps in (False, True))
     assert alone.breakdown()["hidden_all_to_all"] == 0 < pairs.breakdown()["hidden_all_to_all"]
     assert pairs.seconds < alone.seconds
 
 
 def test_without_a_pipeline_a_step_is_its_micro_batches() -> None:
-    run = dataclasses.replace(_small(), parallel=ParallelConfig(expert_model_parallel_size=8))
+    run = dataclasses.replace(small_run(), parallel=ParallelConfig(expert_model_parallel_size=8))
     setting = Setting(find_hardware("h800"), 64)
     (work,) = WorkTable(run, setting).stages()
     step = step_time(run, setting)
@@ -109,7 +99,7 @@ def test_without_a_pipeline_a_step_is_its_micro_batches() -> None:
 
 @pytest.mark.parametrize("schedule", ["auto", "dualpipe"])
 def test_more_of_a_resource_is_never_slower(schedule: str) -> None:
-    run, setting = _small(pipeline_schedule=schedule, fp8="blockwise"), Setting(find_hardware("h800"), 64)
+    run, setting = small_run(pipeline_schedule=schedule, fp8="blockwise"), Setting(find_hardware("h800"), 64)
     changes = sensitivities(run, setting, factor=1.5)
     worse = {"communication_sms", "nvlink_latency", "network_latency", "routed_rows_deviation"}
     assert {"fp8_flops", "bf16_flops", "memory_bandwidth"} <= set(changes)
@@ -125,46 +115,6 @@ def test_imbalance_costs_time_and_is_more_in_a_layer_than_over_a_pair(v3, h800) 
 
 
 def test_hardware_of_other_kinds() -> None:
-    run = _small()
+    run = small_run()
     times = {name: step_seconds(run, Setting(find_hardware(name), 64)) for name in ("a100", "h800", "h100", "b200")}
     assert times["a100"] > times["h800"] >= times["h100"] > times["b200"]
-
-
-def test_bounds_of_the_search_are_below_the_simulated_times() -> None:
-    run, setting = _small(fp8="blockwise"), Setting(find_hardware("h800"), 64)
-    bounds, checked = _Bounds(setting), 0
-    for schedule, stages in (("1f1b", 1), ("interleaved", 2), ("zb1p", 1), ("zbv", 1), ("dualpipe", 1),
-                             ("dualpipev", 1)):
-        for pp, ep in ((2, 8), (4, 16)):
-            layout = Layout(pp, 1, ep, schedule, stages, 1, None)
-            candidate = layout.apply(run)
-            # Imbalance is taken as linear, and a table of products is not quite.
-            assert bounds.of(candidate, layout) <= 1.005 * step_seconds(candidate, setting), layout
-            checked += 1
-    assert checked == 12
-
-
-def test_the_search_finds_what_trying_everything_finds() -> None:
-    run = only_phase(preset("tiny"), main_phase(preset("tiny"))).override(global_batch_size=8, precision="bf16")
-    setting = Setting(find_hardware("h800"), 4)
-    result = search(run, setting, num_best=5)
-    everything = search(run, setting, num_best=10_000)
-    assert not [rejected for rejected in everything.rejected if rejected.kind == "slower"]
-    assert len(everything.ranked) > 50
-    assert [found.step.seconds for found in result.ranked] == pytest.approx(
-        [found.step.seconds for found in everything.ranked[:5]], rel=1e-9)
-    for one in (result, everything):
-        assert one.num_layouts == len(one.ranked) + sum(rejected.count for rejected in one.rejected)
-        assert all(rejected.reason for rejected in one.rejected)
-    assert result.num_simulated < everything.num_simulated
-
-
-def test_no_layout_fits() -> None:
-    run = only_phase(preset("tiny"), main_phase(preset("tiny"))).override(precision="bf16")
-    small = find_hardware("h800").figures["memory_bytes"].value / 1e6
-    h800 = find_hardware("h800")
-    figures = {**h800.figures, "memory_bytes": dataclasses.replace(h800.figures["memory_bytes"], value=small / 1e3)}
-    result = search(run, Setting(dataclasses.replace(h800, figures=figures), 4))
-    assert not result.ranked and result.rejected_by_kind()["memory"] > 0
-    assert "layouts that the rules allow need more memory" in result.why_none()
-    assert "GB of 0.0" in result.why_none()

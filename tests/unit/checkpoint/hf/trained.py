@@ -1,0 +1,32 @@
+"""A small checkpoint to export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from dsv3_megatron.checkpoint.folder import MANIFEST
+from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
+from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE
+from tests.hugging_face import config_json, published_weights, write_checkpoint
+from tests.parity.architectures import variant
+
+MODEL = dataclasses.replace(variant("plain"), vocab_size=MIN_VOCAB_SIZE + 14)
+
+PROGRESS = {"iteration": 40, "consumed_samples": 320, "consumed_tokens": 81920, "guards": {}}
+
+
+def trained(tmp_path: Path, model: Any = MODEL, **changes: Any) -> Path:
+    """A checkpoint as a run leaves it: nothing of Hugging Face's in it, and steps behind it."""
+    source = write_checkpoint(tmp_path / "hf", config_json(model, max_position_embeddings=256, **changes),
+                              published_weights(model))
+    convert_to_megatron(source, tmp_path / "ours")
+    folder = tmp_path / "ours" / "iter_0000000"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name in [name for name in manifest["files"] if name.startswith("hf_")]:
+        (folder / name).unlink()
+        del manifest["files"][name]
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"progress": PROGRESS}))
+    return tmp_path / "ours"

@@ -1,0 +1,46 @@
+"""The products' kernels against their references."""
+
+import pytest
+import torch
+
+from dsv3_megatron.ops.fp8.quantize import quantize
+from dsv3_megatron.ops.fp8.scale_groups import SQUARE
+from tests.unit.kernels.random_rows import random
+
+
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 1, 16), (40, 70, 144), (33, 130, 272), (130, 16, 128)])
+def test_gemm(backend, rows, columns, depth):
+    a, weight = random(rows, depth), random(columns, depth, seed=1)
+    a_tiles, b_blocks = backend.quantize(a), backend.quantize(weight, SQUARE)
+    expected = a_tiles.dequantize().double() @ b_blocks.dequantize().double().T
+    got = backend.gemm(a_tiles, b_blocks, dtype=torch.float32)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    narrow = backend.gemm(a_tiles, b_blocks, dtype=torch.bfloat16)
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), got, rtol=2**-7, atol=0)
+    tiles = backend.quantize(weight)
+    total = torch.ones(rows, columns)
+    assert backend.gemm(a_tiles, tiles, dtype=torch.float32, add_to=total) is total
+    expected = 1 + a_tiles.dequantize().double() @ tiles.dequantize().double().T
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_wgrad_over_a_number_of_tokens_that_is_no_multiple_of_16(backend):
+    grad, x = random(70, 48), random(70, 80, seed=1)
+    grad_columns, x_columns = backend.quantize_columns(grad), backend.quantize_columns(quantize(x))
+    expected = grad_columns.dequantize().double() @ x_columns.dequantize().double().T
+    got = backend.gemm(grad_columns, x_columns, dtype=torch.float32)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("counts", [[40, 0, 33, 1], [0, 0, 74, 0], [0, 0, 0, 0]])
+def test_grouped_gemm(backend, counts):
+    a, weight = random(sum(counts), 144), random(4, 70, 144, seed=1)
+    a_tiles, b_blocks = backend.quantize(a), backend.quantize(weight, SQUARE)
+    got = backend.grouped_gemm(a_tiles, b_blocks, counts, dtype=torch.float32)
+    start = 0
+    for expert, count in enumerate(counts):
+        rows = slice(start, start + count)
+        expected = a_tiles.rows(rows).dequantize().double() @ b_blocks[expert].dequantize().double().T
+        torch.testing.assert_close(got[rows].double(), expected, rtol=1e-5, atol=1e-4)
+        start += count

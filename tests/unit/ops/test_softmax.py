@@ -1,0 +1,31 @@
+"""ops/softmax.py: rows become their softmax, and the log-sum-exp is torch's."""
+
+import pytest
+import torch
+
+from dsv3_megatron.ops.softmax import softmax_and_logsumexp_
+from tests.unit.ops.elementwise import randn
+
+
+# A few roundings of the dtype.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_equals_torch(dtype, tolerance, scale):
+    scores = (randn(3, 5, 11) * scale).to(dtype)
+    wide = scores.double().clone()
+    found = softmax_and_logsumexp_(scores)
+    assert found.dtype == dtype and found.shape == (3, 5)
+    torch.testing.assert_close(found.double(), wide.logsumexp(-1), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(scores.double(), wide.exp() / wide.exp().sum(-1, keepdim=True) if scale == 1.0
+                               else wide.softmax(-1), rtol=10 * tolerance, atol=tolerance)
+
+
+def test_what_may_not_be_looked_at_gets_nothing():
+    scores = torch.tensor([[0.0, float("-inf"), 0.0]])
+    assert softmax_and_logsumexp_(scores).item() == pytest.approx(torch.tensor(2.0).log().item())
+    assert scores.tolist() == [[0.5, 0.0, 0.5]]
+
+
+def test_a_row_of_one():
+    scores = torch.tensor([[7.5]])
+    assert softmax_and_logsumexp_(scores).item() == 7.5 and scores.item() == 1.0

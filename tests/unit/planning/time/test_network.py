@@ -1,0 +1,72 @@
+"""Bytes that go to other ranks, and how long they take."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+
+from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.presets import preset
+from dsv3_megatron.planning.machine.hardware_tables import find_hardware
+from dsv3_megatron.planning.run_cost import main_phase, only_phase
+from dsv3_megatron.planning.time.network import Network, expected_destinations
+from dsv3_megatron.planning.time.operations import TokenExchange
+from tests.unit.planning.time.setting import operations_of
+
+
+def _enumerated(experts: int, groups: int, kept: int, top: int, parts: int) -> float:
+    """Mean number of parts among all choices of groups and of experts in them, all equally likely."""
+    size, part, total, number = experts // groups, experts // parts, 0, 0
+    for chosen_groups in itertools.combinations(range(groups), kept):
+        within = [expert for expert in range(experts) if expert // size in chosen_groups]
+        for chosen in itertools.combinations(within, top):
+            total, number = total + len({expert // part for expert in chosen}), number + 1
+    return total / number
+
+
+@pytest.mark.parametrize(("groups", "kept", "top"), [(4, 2, 2), (4, 2, 3), (2, 1, 2), (1, 1, 3), (4, 4, 2), (4, 3, 4)])
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_destinations_of_a_token_are_those_of_all_choices(groups: int, kept: int, top: int, parts: int) -> None:
+    model = dataclasses.replace(preset("tiny").model, num_experts=8, moe_router_num_groups=groups,
+                                moe_router_group_topk=kept, moe_router_topk=top)
+    assert expected_destinations(model, parts) == pytest.approx(_enumerated(8, groups, kept, top, parts))
+
+
+def test_bytes_of_a_token_are_those_of_the_report() -> None:
+    """7,392 and 14,336 bytes for each destination, four nodes at most (dsv3 report, sections 2.1.2 and 3.2.2)."""
+    run = preset("dsv3-671b")
+    run = only_phase(run, main_phase(run)).override(fp8="blockwise")
+    _, operations = operations_of(run)
+    sizes = {(operation.name, operation.row_bytes) for operation in operations if isinstance(operation, TokenExchange)}
+    assert sizes == {("dispatch", 7392.0), ("combine", 14336.0)}
+    network = Network(run.parallel, find_hardware("h800"), 2048, True)
+    assert network.num_expert_nodes == 8
+    nodes = expected_destinations(run.model, 8)
+    assert 3.5 < nodes < 4
+    traffic = network.exchange_traffic(run.model, 4096, 7392)
+    assert traffic.network == pytest.approx(4096 * 7392 * nodes * 7 / 8)
+    # DeepEP counts what stays on its node too: 51 GB/s.
+    seconds = network.exchange_seconds(run.model, 4096, 7392)
+    assert 4096 * 7392 * nodes / seconds == pytest.approx(51e9, rel=0.01)
+    every = dataclasses.replace(network, sends_once_per_node=False).exchange_traffic(run.model, 4096, 7392)
+    assert every.network == pytest.approx(4096 * 7392 * 8 * 7 / 8)
+
+
+def test_experts_on_one_node_use_no_network() -> None:
+    run = preset("dsv3-16b")
+    network = Network(run.parallel, find_hardware("h800"), 8, True)
+    traffic = network.exchange_traffic(run.model, 4096, 4096)
+    assert traffic.network == 0 and traffic.nvlink > 0
+    alone = Network(ParallelConfig(), find_hardware("h800"), 8, True)
+    assert alone.exchange_seconds(run.model, 4096, 4096) == 0
+
+
+def test_rings_share_the_cards_of_a_node() -> None:
+    parallel = ParallelConfig(expert_model_parallel_size=8)
+    network = Network(parallel, find_hardware("h800"), 64, True)
+    # 64 dense replicas, eight on a node: NVLink bounds; experts' 8 replicas, one on a node: a card each.
+    dense, experts = network.reduction_seconds(1e9, 0), network.reduction_seconds(0, 1e9)
+    assert dense == pytest.approx(1e9 * 63 / 64 / 160e9, rel=0.01)
+    assert experts == pytest.approx(1e9 * 7 / 8 / 40e9, rel=0.01)
