@@ -138,7 +138,7 @@ def _place_in_data(planned: Resumption, manifest: Manifest, is_change_allowed: b
     """Compare the data of the run's last step with those of the checkpoint, and find the run's place in them.
 
     Raises:
-        CheckpointError: they differ, and may not.
+        CheckpointError: the data differ, and may not.
     """
     run, recipe, progress = planned.run, planned.recipe, manifest.progress
     phase = recipe.phase_before(progress.consumed_tokens)
@@ -171,7 +171,7 @@ def _place_of(progress: RunProgress) -> TrainedAmount:
 
 
 def _recorded(manifest: Manifest, run: RunConfig) -> tuple[tuple[Stretch, ...], list[str]]:
-    """By what the checkpoint's steps were planned, and what it does not say.
+    """What the checkpoint's steps were planned by, and what it does not say.
 
     Checkpoints of earlier releases have the settings of the phase they were made in only: what comes before a run's
     first phase, or its decay, is taken to be this run's.

@@ -288,7 +288,7 @@ def _read(directory: str | Path, manifest: Manifest, state: dict[Any, Any], grou
     """What the checkpoint has for each entry of `state`.
 
     Raises:
-        CheckpointError: it is damaged, or does not fit.
+        CheckpointError: the checkpoint is damaged, or does not fit.
     """
     try:
         if manifest.contents == WEIGHTS and _has_optimizer(state):
@@ -342,7 +342,7 @@ def _check_tensors(manifest: Manifest, state: dict[Any, Any], groups: ProcessGro
     The optimizer's tensors and the weights' average may be there without being asked for.
 
     Raises:
-        CheckpointError: it has not, for example because it was written with other modules.
+        CheckpointError: the checkpoint has not, for example because it was written with other modules.
     """
     wanted: dict[str, tuple[int, ...]] = {}
     for entry in state.values():

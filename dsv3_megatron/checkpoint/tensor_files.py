@@ -226,7 +226,7 @@ class TensorFiles:
         raise CheckpointError(f"checkpoint {self.folder} is truncated or corrupt: {key} has no value at {list(point)}")
 
     def _start(self, chunk: TensorPart) -> int:
-        """Where a chunk's values begin in its file."""
+        """First byte of a chunk's values in its file."""
         place = chunk.file, chunk.start
         if place not in self._starts:
             try:
@@ -297,7 +297,7 @@ class _Slice(io.RawIOBase):
 
 
 def _values(path: Path, start: int, length: int) -> tuple[int, tuple[int, ...], str]:
-    """Where the values of a saved tensor begin in a file, its shape and its dtype; the values are not read."""
+    """Find where the values of a saved tensor begin in a file, its shape and its dtype; the values are not read."""
     with open(path, "rb") as stream:
         entry: Any = _Slice(stream, start, length)
         with torch.serialization.skip_data():

@@ -267,7 +267,7 @@ def _open_documents(request: EvaluationRequest, checkpoint: OpenedCheckpoint) ->
 
 def _eod_id_of_dataset(data_path: str, tokenizer: str | None, switches: tuple[str, ...], request: EvaluationRequest
                        ) -> int:
-    """As of a run's data; an error says which switches nobody gave, and how to turn them off."""
+    """The end-of-document id, as of a run's data; an error says which switches nobody gave, with the way out."""
     try:
         return resolve_eod_id([without_suffix(data_path)], tokenizer_model=tokenizer, flags=switches)
     except ValueError as error:

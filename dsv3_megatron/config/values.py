@@ -160,7 +160,7 @@ def _as_float(value: Any) -> float | None:
 
 
 def _shown(value: Any) -> str:
-    """As Python writes it, not longer than a message can be."""
+    """A value as Python writes it, not longer than a message can be."""
     try:
         text = repr(value)
     except ValueError:  # Python does not write integers of thousands of digits

@@ -94,7 +94,7 @@ def find_atoms(pattern: str) -> list[str]:
 
 
 def _end_of_set(pattern: str, start: int) -> int:
-    """Behind a bracketed set, which may hold others."""
+    """Index behind a bracketed set, which may hold others."""
     depth, at = 0, start
     while at < len(pattern):
         if pattern[at] == "\\":
@@ -183,7 +183,7 @@ def find_parting_code_points(pre_tokenizer: dict[str, Any], patterns: Sequence[s
 
 
 def _choose_representatives(classes: np.ndarray, is_parting: np.ndarray) -> dict[int, list[str]]:
-    """For each class a few members: two of ASCII and the first of each other length in UTF-8, as far as it has them.
+    """Choose a few members of each class: two of ASCII and the first of each other length in UTF-8, if it has them.
 
     A member that was split differently leaves its place to one from the middle of its kind.
     """
@@ -360,7 +360,7 @@ class _Scan:
         self._merges += [(bytes([byte]), side.encode()) for side in sorted(sides) for byte in range(0x80, 0xC0)]
 
     def __call__(self, number: int, code_points: np.ndarray) -> np.ndarray:
-        """Those of `code_points` (of one class, beyond ASCII and all of one length in UTF-8) that differ."""
+        """Choose those of `code_points` (of one class, beyond ASCII and all of one length in UTF-8) that differ."""
         representative = self._representatives[number][-1]
         middle_N = _encode_utf8(code_points)
         width = middle_N.shape[1]

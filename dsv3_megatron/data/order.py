@@ -52,7 +52,7 @@ class Permutation:
         self._columns = -(-size // self._rows)
 
     def __getitem__(self, index: int) -> int:
-        """Where the number at a place goes."""
+        """Find where the number at a place goes."""
         if not 0 <= index < self.size:
             raise IndexError(f"{index} is not in 0..{self.size - 1}")
         rows, columns = self._rows, self._columns

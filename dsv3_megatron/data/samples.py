@@ -74,7 +74,7 @@ class ShuffledTokens:
         self._group = lru_cache(_GROUPS_KEPT)(self._group_uncached)
 
     def _token_of(self, sequence: int) -> int:
-        """Where a sequence begins in the file, in tokens; of the one after the last, where the file ends."""
+        """Find where a sequence begins in the file, in tokens; of the one after the last, where the file ends."""
         if sequence == 0:
             return 0
         return int(self._offsets_Q[sequence - 1]) // self._item_bytes + int(self._lengths_Q[sequence - 1])
@@ -89,7 +89,7 @@ class ShuffledTokens:
         return Permutation(self.samples_per_epoch, derive_keys("samples", self.seed, self.number, epoch, count=8))
 
     def _read_stream(self, epoch: int, first: int, count: int) -> np.ndarray:
-        """So many tokens of an epoch's shuffled sequences from a place on."""
+        """Read so many tokens of an epoch's shuffled sequences from a place on."""
         ids_S, filled = np.empty(count, dtype=np.int64), 0
         group = bisect.bisect_right(range(self._num_groups), first, key=self._start_of_group) - 1
         while filled < count:

@@ -164,6 +164,6 @@ def _ids_around_a_text(tokenizer: Tokenizer, file: str | os.PathLike[str]) -> tu
 
 
 def _find(whole: Sequence[int], part: Sequence[int]) -> int | None:
-    """Where `part` begins in `whole`; None where it does not stand in it."""
+    """Find where `part` begins in `whole`; None where it does not stand in it."""
     width = len(part)
     return next((at for at in range(len(whole) - width + 1) if list(whole[at:at + width]) == list(part)), None)

@@ -107,7 +107,7 @@ class PartingScan:
         return False
 
     def _asked_for(self, codes: np.ndarray) -> np.ndarray:
-        """Those of the codes that must be looked up. A surrogate is always among them where it can matter."""
+        """Find the codes that must be looked up. A surrogate is always among them where it can matter."""
         # Unsigned: what lies before the gap wraps around to beyond it.
         if codes.dtype == np.uint32:
             return codes[(codes >= self._lowest) & (codes - self._gap_start >= self._gap_size)]
@@ -199,7 +199,7 @@ def _split_patterns(pre_tokenizer: dict[str, Any] | None) -> list[str]:
     """The regular expressions of a pre-tokenizer of the one shape that gigatoken takes as it is meant.
 
     Raises:
-        ValueError: it has another shape.
+        ValueError: the pattern has another shape.
     """
     steps = _flatten(pre_tokenizer, "pretokenizers")
     if not steps or steps[-1].get("type") != "ByteLevel":

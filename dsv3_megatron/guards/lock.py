@@ -191,7 +191,7 @@ class RunLock:
         """Why a lock is stale.
 
         Raises:
-            CheckpointError: it is not.
+            CheckpointError: the lock is not stale.
         """
         if holder is not None and holder.processes == self._me.processes:
             if is_running(holder.pid, holder.began):
@@ -263,7 +263,7 @@ class RunLock:
         return True
 
     def _create_exclusively(self, text: str) -> bool:
-        """The same without links: whoever reads the file before it is written does not learn whose it is, and waits."""
+        """Create the file without links: who reads it before it is written does not learn whose it is, and waits."""
         try:
             with self.path.open("x", encoding="utf-8") as file:
                 file.write(text)

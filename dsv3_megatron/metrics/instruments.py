@@ -161,7 +161,7 @@ class Instruments:
 
 
 def _router_measurements(sums: SharedNumbers) -> dict[int, RouterMeasurements]:
-    """By layer, from sums over ranks; layers without a router are left out."""
+    """Measurements by layer, from sums over ranks; layers without a router are left out."""
     # Every rank that holds a layer has the same bias: in fp64 the sum of equal fp32 numbers is exact.
     biases_LE = sums["bias"] / sums["holders"].clamp(min=1).unsqueeze(1)
 

@@ -146,7 +146,7 @@ def _lines(model: ModelConfig, rows: Iterable[tuple[Weight, int]]) -> list[Compo
 
 
 def _units(model: ModelConfig, weight: Weight) -> tuple[int, int]:
-    """In how many units a layer has a weight, and how many of them a token passes through."""
+    """Count in how many units a layer has a weight, and how many of them a token passes through."""
     if weight.is_expert:
         return model.num_experts, model.moe_router_topk
     units = model.num_shared_experts if weight.component == "shared_experts" else 1

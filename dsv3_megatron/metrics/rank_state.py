@@ -149,7 +149,7 @@ class _Numels:
 
 @functools.lru_cache(maxsize=4096)
 def _rank_numels(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> tuple[_Numels, ...]:
-    """By pipeline rank; owned are those of the data-parallel rank that owns most."""
+    """Elements by pipeline rank; owned are those of the data-parallel rank that owns most."""
     stages = stages_of(model, parallel)
     data_parallel = parallel.data_parallel_size(world_size) * parallel.num_model_copies
     expert_data_parallel = parallel.expert_data_parallel_size(world_size) * parallel.num_model_copies

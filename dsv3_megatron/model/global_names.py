@@ -107,8 +107,9 @@ def _experts(name: str, parameter: torch.nn.Parameter, groups: ProcessGroupColle
     """The experts in a stacked [e, ...] weight, or the one in a tensor of Transformer Engine's `weightN`."""
     numbered = re.search(r"\.weight(\d+)$", name)
     local_experts = [(int(numbered.group(1)), parameter.data)] if numbered else list(enumerate(parameter.data))
-    # `build.py` notes the experts per rank on the parameters of a Transformer Engine grouped linear.
+    # `model/build.py` notes the experts per rank on the parameters of a Transformer Engine grouped linear.
     per_rank = getattr(parameter, "num_local_experts") if numbered else parameter.shape[0]  # noqa: B009 - a mark
+    # Transformer Engine has a tensor for each expert, `weight3`; all of them have the name of the stacked weight here.
     base = re.sub(r"\.weight\d*$", ".weight", name)
     before, after = base.split(".experts.")
     for index, data in local_experts:

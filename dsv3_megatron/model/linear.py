@@ -103,6 +103,8 @@ class ReplicatedLinear(torch.nn.Module):
         # The CPU in a run without CUDA (platform/cpu.py), and meta inside platform.meta_device().
         self.weight = torch.nn.Parameter(
             torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        # Each tensor-parallel rank sees a part of the sequence. Megatron-Core adds up, over these ranks, the gradients
+        # of parameters with this mark.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)
 
     def forward(self, x_SBI: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,8 @@ class DocumentMTPLayer(MultiTokenPredictionLayer):
         Args:
             input_ids: int64 [B, S], what depth k - 1 read; the token that a document begins with would move into the
                 document before it, and becomes token 0.
-            packed_seq_params: Where documents are isolated. Not handed on: Megatron-Core would take it for its own.
+            packed_seq_params: The documents, where they are isolated. Not handed on: Megatron-Core would take
+                them for its own.
         """
         if packed_seq_params is not None and packed_seq_params.bounds is not None:
             input_ids = input_ids.masked_fill(packed_seq_params.starts_BS(input_ids.device), 0)

@@ -113,8 +113,8 @@ class RotaryTables:
 
         Args:
             length: Positions of a sequence.
-            like: On its device; fp64 if it is, else fp32.
-            position_ids_BS: Of each sequence, below `length`: where they restart at each document. None is
+            like: Tensor whose device the result is on; the result is fp64 if it is, else fp32.
+            position_ids_BS: Positions of each sequence, below `length`: where they restart at each document. None is
                 0 .. length - 1 in all of them.
 
         Returns:

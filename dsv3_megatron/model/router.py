@@ -169,6 +169,8 @@ class DeepSeekRouter(MegatronModule):
         device, experts = torch.cuda.current_device(), config.num_moe_experts
         self.weight = torch.nn.Parameter(
             torch.empty(experts, config.hidden_size, dtype=config.params_dtype, device=device))
+        # Each tensor-parallel rank sees a part of the sequence. Megatron-Core adds up, over these ranks, the gradients
+        # of parameters with this mark.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)
         self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32, device=device))
         self.register_buffer("tokens_per_expert", torch.zeros(experts, dtype=torch.int64, device=device),

@@ -136,7 +136,7 @@ class _Scratch:
 
 
 def _blocks(named: Named) -> Iterator[tuple[int, int, slice]]:
-    """Its elements cut at multiples of BLOCK of the parameter, so that an element is in the same block whoever owns it.
+    """Elements of a shard, cut at multiples of BLOCK of the parameter: an element's block is the same whoever owns it.
 
     Yields the block's number, the offset in the block and the elements of the shard.
     """

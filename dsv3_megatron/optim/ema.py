@@ -74,7 +74,7 @@ class WeightAverage:
             pending.result()
 
     def _copy_to_host(self) -> torch.cuda.Event | None:
-        """On a GPU, begin to copy the weights; the event is reached when they are there."""
+        """Begin on a GPU to copy the weights; the event is reached when they are there."""
         if self._stream is None or self._landing is None:
             return None
         self._stream.wait_stream(torch.cuda.current_stream())

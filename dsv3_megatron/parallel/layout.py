@@ -95,7 +95,7 @@ def _layer_costs(model: ModelConfig) -> tuple[list[int], int]:
 
 
 def _multiply_adds(model: ModelConfig, weights: tuple[Weight, ...]) -> int:
-    """Of a token that goes through all matrices, and through the chosen ones of the routed experts."""
+    """Count multiply-adds of a token: through all matrices, and through the chosen ones of the routed experts."""
     return sum(weight.numel(model) * (model.moe_router_topk if weight.is_expert else 1)
                for weight in weights if weight.is_matrix)
 

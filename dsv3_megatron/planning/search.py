@@ -224,10 +224,10 @@ class _Seconds:
     """F + I + W of a layer or of a stage's ends, and F of compute.
 
     Attributes:
-        alone: With the all-to-all waited for.
-        compute: Without.
+        alone: Seconds with the all-to-all waited for.
+        compute: Seconds without the all-to-all.
         shared: Compute beside communication.
-        forward: F.
+        forward: Seconds of the forward pass (F) alone.
     """
 
     alone: float
@@ -340,7 +340,7 @@ class _Bounds:
         return stages
 
     def _contents(self, run: RunConfig, table: WorkTable) -> list[_Contents]:
-        """Of each stage: itself, its ends, and of each kind of layer (the kind, one of them, how many)."""
+        """Contents of each stage: itself, its ends, and of each kind of layer (the kind, one of them, how many)."""
         size = run.parallel.num_stages
         if size not in self._stage_contents:
             first: dict[int, int] = {}  # of each kind the first layer of the model, which stands for it

@@ -75,7 +75,7 @@ def _stream_context(stream: Any) -> Iterator[None]:
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The same factory, with a CUDA device in its arguments read as the CPU."""
+    """Wrap a factory, with a CUDA device in its arguments read as the CPU."""
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -181,7 +181,7 @@ class StopListener:
         StopListener.active = None
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        """In the main thread; a forked child (a checkpoint's writer) leaves it to its parent."""
+        """Note the signal in the main thread; a forked child (a checkpoint's writer) leaves it to its parent."""
         if os.getpid() != self._owner:
             return
         call = self._calls[-1]
@@ -205,7 +205,7 @@ class StopListener:
                 self._end(signal.SIGTERM, "torchrun is gone")
 
     def _stop(self, number: int) -> None:
-        """In the thread: tell the function in force, or see to it that the process ends."""
+        """Tell, in the thread, the function in force, or see to it that the process ends."""
         now = time.monotonic()
         first_s, self._first_s = self._first_s, self._first_s or now
         call = self._calls[-1]

@@ -62,7 +62,7 @@ def plot_schedule(recipe: Recipe, path: str, *, title: str = "") -> None:
 
 
 def _edges(recipe: Recipe) -> list[float]:
-    """Where each phase begins on an axis from 0 to 1, and 1."""
+    """Places at which each phase begins on an axis from 0 to 1, and 1."""
     total = sum(phase.end.tokens - phase.start.tokens for phase in recipe.phases)
     widths = [max((phase.end.tokens - phase.start.tokens) / total, 0.1) for phase in recipe.phases]
     edges = [0.0]

@@ -26,6 +26,7 @@ def prepare_rank() -> None:
     from dsv3_megatron.ops.host_memory import keep_freed_memory
     from dsv3_megatron.platform import prepare
 
+    # On a GPU torch keeps the memory of its tensors itself; on a CPU the C library gives it back after every step.
     if not prepare().is_cuda:
         keep_freed_memory()
 
@@ -100,13 +101,14 @@ def run_rank(rank: int, work: Callable[[], int]) -> int:
         if _is_lost_peer(error):
             time.sleep(_SECONDS_AFTER_LOST_PEER)
             print(f"rank {rank}: stopped because another rank did ({type(error).__name__})", file=sys.stderr)
-            os._exit(1)
+            os._exit(1)  # not by an exception: it would wait for threads of collectives that nobody will finish
         print(f"rank {rank}: {traceback.format_exc()}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
 def _is_lost_peer(error: Exception) -> bool:
     """Whether a collective failed because the process at its other end is gone."""
+    # A failed collective has no error class of its own in torch; only its text tells a lost peer from another error.
     text = str(error).lower()
     return any(sign in text for sign in ("connection closed by peer", "connection reset by peer", "broken pipe",
                                          "socket closed", "nccl remote error", "connection refused"))

@@ -115,7 +115,8 @@ class _Step:
             if recorder is not None:
                 recorder.begin(action)
             turns: list[Steps] = []
-            for operation in reversed(action.operations):  # of a pair the backward goes first, see `chunk`
+            # Of a pair the backward goes first, see `parallel/chunk_runner.py`.
+            for operation in reversed(action.operations):
                 runner = self.runners[operation.chunk]
                 if operation.kind is Kind.BACKWARD_WEIGHT:
                     runner.backward_weight(operation.microbatch)

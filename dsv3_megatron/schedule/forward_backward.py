@@ -144,13 +144,13 @@ class PipelineStep:
 
     def __call__(self, *, forward_step_func: ForwardStep, data_iterator: Any, model: Any, num_microbatches: int,
                  seq_length: int, micro_batch_size: int, forward_only: bool = False) -> list[dict[str, Any]]:
-        """Run a step.
+        """Run one step of a pipeline.
 
         Args:
             forward_step_func: Reads a batch and says its loss.
             data_iterator: Batches of each chunk; not in a list if there is one chunk.
             model: This rank's chunks, likewise.
-            num_microbatches: Of the whole pipeline, over both directions of DualPipe.
+            num_microbatches: Micro-batches of the whole pipeline, over both directions of DualPipe.
             seq_length: Tokens of a sequence.
             micro_batch_size: Sequences of a micro-batch.
             forward_only: No backward, and no finishing of gradients.

@@ -1,7 +1,9 @@
 """Docstrings stand alone in help(): each begins with its thing or its deed, and a room's index names its modules.
 
-Read by AST, as `help()` shows them: modules, public classes and functions, public methods, and the lines of their
-"Args:", "Attributes:" and "Raises:". Each rule is also shown to fail on a planted violation.
+Read by AST, as `help()` shows them: modules, classes, functions and methods, and the lines of their "Args:",
+"Attributes:" and "Raises:". Public ones must have a docstring; private ones are held to the rules if they have one.
+What is said of an attribute stands there too: help() shows no string below it. Each rule is also shown to fail on a
+planted violation.
 """
 
 from __future__ import annotations
@@ -88,11 +90,16 @@ def wrong_docstrings(root: Path) -> list[str]:
     for path in sorted(path for room in ROOMS for path in (root / room).rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         nodes = {node: name for name, node in public_nodes(tree)}
-        # A method of a private class, or a function in a function, need not have one.
-        nodes |= {node: node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
-                  and node not in nodes and not node.name.startswith("_") and ast.get_docstring(node)}
+        # What is private, or inside a function, need not have one; a reader of the code sees it as help() shows others.
+        nodes |= {node: node.name for node in ast.walk(tree)
+                  if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+                  and node not in nodes and ast.get_docstring(node)}
         found += [f"{path.relative_to(root)}:{name}: {fault}" for node, name in nodes.items()
                   for fault in faults(ast.get_docstring(node))]  # type: ignore[arg-type]
+        found += [f"{path.relative_to(root)}:{node.name}: help() does not show: {below.value.value}"
+                  for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for below in node.body[1:]
+                  if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                  and isinstance(below.value.value, str)]
     return found
 
 
@@ -154,11 +161,21 @@ def test_a_planted_docstring_is_found(docstring: str, reported: str, tmp_path: P
         planted.write_text(f'"""A module that is only planted."""\n{before}{body}' if before else body)
         (fault,) = wrong_docstrings(tmp_path)
         assert reported in fault
-    planted.write_text(f'"""A module that is only planted."""\ndef _f():\n    """{docstring}"""\n')
-    assert wrong_docstrings(tmp_path) == []
-    body = textwrap.indent(f'"""{docstring}"""\n', " " * 8)
-    planted.write_text(f'"""A module that is only planted."""\nclass _C:\n    def f(self):\n{body}')
-    assert len(wrong_docstrings(tmp_path)) == bool(docstring)
+    # Private names need no docstring, and one that is there is held to the same rules.
+    inner = textwrap.indent(f'"""{docstring}"""\n', " " * 8)
+    body = textwrap.indent(f'"""{docstring}"""\n', " " * 4)
+    for private in (f"def _f():\n{body}", f"class _C:\n{body}", f"class _C:\n    def f(self):\n{inner}",
+                    f"class _C:\n    def __call__(self):\n{inner}", f"def _f():\n    async def g():\n{inner}"):
+        planted.write_text(f'"""A module that is only planted."""\n{private}')
+        assert len(wrong_docstrings(tmp_path)) == bool(docstring), private
+
+
+def test_a_string_below_an_attribute_is_found(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "planted.py").write_text(
+        '"""A module that is only planted."""\nclass C:\n    """Sizes of a pass on one rank."""\n'
+        '    a: int\n    """Of it."""\n')
+    assert wrong_docstrings(tmp_path) == ["kernels/planted.py:C: help() does not show: Of it."]
 
 
 def test_a_docstring_that_stands_alone_is_not_found() -> None:

@@ -199,7 +199,7 @@ class HuggingFaceDirectory:
 
 
 def _published_names(found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The same tensors with those of all experts of a layer taken apart, without reading them."""
+    """Tensors with those of all experts of a layer taken apart, without reading them."""
     result: dict[str, StoredTensor] = {}
     for name, entry in found.items():
         try:

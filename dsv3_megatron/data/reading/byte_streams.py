@@ -200,7 +200,7 @@ def count_lines(path: str, stop: int) -> int:
 
 
 def _after_newline(stream: IO[bytes], at: int) -> int:
-    """Behind the first line break at or after a byte; the file's end without one."""
+    """Offset behind the first line break at or after a byte; the file's end without one."""
     stream.seek(at)
     while chunk := stream.read(_SCAN_BYTES):
         newline = chunk.find(b"\n")

@@ -186,8 +186,8 @@ def _files_in_folder(path: str, format: str) -> list[InputFile]:
     """The files of a folder: its records, or its texts where it has none.
 
     Raises:
-        ValueError: it holds nothing that is read, something else among texts, or records and texts that only their
-            content tells apart.
+        ValueError: the folder holds nothing that is read, something else among texts, or records and texts that only
+            their content tells apart.
     """
     paths, left_out = walk_files(path)
     found = [_describe(name, format) for name in paths]
@@ -281,7 +281,7 @@ def _describe(path: str, format: str) -> _Described:
 
 
 def _print_notes(path: str, found: Sequence[_Described]) -> None:
-    """Where names and contents part, once for each kind."""
+    """Say where names and contents part, once for each kind."""
     for note, count in Counter(one.note for one in found if one.note).items():
         example = next(one.file.path for one in found if one.note == note)
         which = example if count == 1 else f"{path}: {count} files such as {example}"

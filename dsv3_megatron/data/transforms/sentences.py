@@ -159,7 +159,7 @@ def train_model(texts: Iterable[str], *, max_characters: int = DEFAULT_SAMPLE_CH
 
 
 def _without_time_limit(pattern: Any) -> Any:
-    """The same pattern without a bound on seconds; NLTK before redos.py has none."""
+    """Make the pattern without a bound on seconds; NLTK before redos.py has none."""
     if isinstance(pattern, re.Pattern):
         return pattern
     from nltk import redos

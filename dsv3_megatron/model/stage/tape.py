@@ -163,6 +163,7 @@ class Tape:
         outputs = tuple(Value(transfer.wait(), GradientSlot() if self.is_recording and value.slot else None)
                         for transfer, value in zip(posted, inputs, strict=True))
         if self.is_recording:
+            # Backward makes zeros like a value that was not used: it needs the width, dtype and device, and no rows.
             self._nodes.append(_Exchange(
                 [(value.slot, output.slot, output.tensor.new_empty((0, *output.tensor.shape[1:])))
                  for value, output in zip(inputs, outputs, strict=True) if value.slot and output.slot], splits,

@@ -45,7 +45,7 @@ class WeightGradients:
             work()
 
     def __len__(self) -> int:
-        """Computations that wait."""
+        """Number of computations that wait."""
         return len(self._waiting)
 
     @contextmanager

@@ -129,7 +129,7 @@ class MicroBenchmarks:
             torch.distributed.barrier()
 
     def _mean(self, seconds: dict[str, float]) -> dict[str, float]:
-        """Over the processes, by clock."""
+        """Mean over the processes, by clock."""
         if self.num_processes == 1:
             return seconds
         total = torch.tensor(list(seconds.values()), dtype=torch.float64)
@@ -329,7 +329,7 @@ class _Machine:
     """What the medians say.
 
     Args:
-        benchmarks: Whose.
+        benchmarks: The benchmarks that were run.
         medians: Seconds by key.
     """
 

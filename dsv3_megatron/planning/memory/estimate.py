@@ -145,7 +145,7 @@ class _Passes(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _held(model: ModelConfig, parallel: ParallelConfig, precisions: ModelPrecisions
           ) -> tuple[tuple[tuple[StageLayout, ...], tuple[StageContent, ...]], ...]:
-    """By pipeline rank: its stages, and what they are made of."""
+    """Contents by pipeline rank: its stages, and what they are made of."""
     layouts = stages_of(model, parallel)
     held = [tuple(layouts[place.stage] for place in places) for places in placement(parallel)]
     return tuple((stages, tuple(StageContent.of(model, stage, precisions) for stage in stages)) for stages in held)
@@ -154,7 +154,7 @@ def _held(model: ModelConfig, parallel: ParallelConfig, precisions: ModelPrecisi
 @functools.lru_cache(maxsize=16384)
 def _passes(settings: PassSettings, contents: tuple[StageContent, ...], parallel: ParallelConfig, num_microbatches: int,
             rank: int) -> _Passes:
-    """Of a rank with these stages, by the schedule."""
+    """Passes of a rank with these stages, by the schedule."""
     costs = _costs(settings, contents, parallel)
     num_ranks = parallel.pipeline_model_parallel_size
     if num_ranks == 1:
@@ -177,7 +177,7 @@ def _costs(settings: PassSettings, contents: tuple[StageContent, ...], parallel:
 
 
 def _most_microbatches(run: RunConfig, world_size: int) -> int:
-    """Of a step of the first phase, at the end of its ramp."""
+    """Count the micro-batches of a step of the first phase, at the end of its ramp."""
     training = run.training
     batch = max([training.global_batch_size, *(phase.global_batch_size or 0 for phase in training.phases[:1])])
     return batch // (training.micro_batch_size * run.parallel.data_parallel_size(world_size))

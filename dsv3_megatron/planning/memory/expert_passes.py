@@ -159,7 +159,7 @@ class GroupedExpertsPass:
         return grad_rows
 
     def _weight_grad(self, numel: int, *held: Tensor) -> None:
-        """Of all local experts at once, in the weights' dtype before it is added."""
+        """Take the gradient of all local experts at once, in the weights' dtype before it is added."""
         ledger, s = self.ops.ledger, self.ops.s
 
         def compute() -> None:
@@ -235,7 +235,7 @@ class Fp8ExpertsPass:
         return grad_rows
 
     def _weight_grad(self, inputs: int, outputs: int, *held: Tensor) -> None:
-        """Of one expert after the other, both operands in groups of tokens."""
+        """Take the gradient of one expert after the other, both operands in groups of tokens."""
         ledger, s = self.ops.ledger, self.ops.s
         rows = -(-self.num // s.local_experts)
 

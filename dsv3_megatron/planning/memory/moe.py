@@ -88,7 +88,7 @@ class MoELayer:
         return self.ops.ledger.make(name, rows * self.ops.s.hidden * self.ops.s.narrow)
 
     def _transfer(self, name: str, rows: int, *, is_narrow: bool = False) -> Tensor:
-        """Under way while others run; in FP8 narrow copies travel, and are widened when they are there."""
+        """Let rows travel while others run; in FP8 narrow copies travel, and are widened when they are there."""
         ledger, s = self.ops.ledger, self.ops.s
         if not is_narrow:
             arriving = self._exchanged(name, rows)

@@ -89,7 +89,7 @@ def _programs(sizes: PlanSizes) -> tuple:
 
 
 def _without_smaller(moments: Iterator[Moment]) -> list[Moment]:
-    """For each kind of action, those that no other one covers."""
+    """Keep for each kind of action the moments that no other one covers."""
     by_kind: dict[tuple, list[Moment]] = {}
     for moment in dict.fromkeys(moments):
         rivals = by_kind.setdefault(moment.operations, [])
@@ -105,7 +105,7 @@ def _covers(more: Moment, less: Moment) -> bool:
 
 
 def _moments(plan: Plan, program: tuple, rank: int, max_unfinished: int, last_length: int) -> Iterator[Moment]:
-    """At every action, as `schedule/execute.py` runs them."""
+    """Moments at every action, as `schedule/execute.py` runs them."""
     def length(output: Output) -> int:
         return last_length if output.boundary == plan.num_stages - 2 else 1
 
@@ -185,7 +185,7 @@ def peak_of(moments: tuple[Moment, ...], costs: tuple[StageCost, ...]) -> Peak:
 
 
 def _turns(operations: tuple[tuple[Kind, int], ...], costs: tuple[StageCost, ...]) -> list[Turn]:
-    """Of one operation, or of a pair in alternation, the backward first (see `execute.take_turns`)."""
+    """Turns of one operation, or of a pair in alternation, the backward first (see `execute.take_turns`)."""
     queues = [deque(_turns_of(kind, costs[chunk])) for kind, chunk in reversed(operations)]
     order = []
     while any(queues):

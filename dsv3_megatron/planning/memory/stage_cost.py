@@ -153,7 +153,7 @@ class RecomputedMTP:
 
 @functools.lru_cache(maxsize=1024)
 def _peak_without_keeping(s: PassSettings, is_moe: bool, precisions: LayerPrecisions) -> int:
-    """Of a layer's forward pass of which nothing is kept, beyond its input: of attention, or of what follows it."""
+    """Peak of a layer's forward pass that keeps nothing, beyond its input: of attention, or of what follows it."""
     ledger = MemoryLedger()
     ops = Operations(ledger, s, precisions)
     x = ledger.make("input", s.hidden_bytes)
@@ -307,7 +307,7 @@ class _Stage:
         return turns
 
     def _begin_segment(self) -> None:
-        """Behind a pass's last exchange, weight gradients of the segment before are computed now."""
+        """Begin a segment: behind a pass's last exchange, weight gradients of the segment before are computed now."""
         if self.s.is_piped and not self.ledger.defers_all and not self.pieces_left:
             self.ledger.compute_waiting()
 

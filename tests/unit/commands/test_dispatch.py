@@ -73,3 +73,9 @@ def test_what_is_wrong_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: dsv3 COMMAND" in capsys.readouterr().err
     assert main(["--version"]) == 0
     assert re.fullmatch(r"dsv3_megatron \d+\..*\n", capsys.readouterr().out)
+
+
+def test_every_script_can_be_run_as_a_program() -> None:
+    scripts = [path for path in (ROOT / "tools").glob("*.py") if path.read_text().startswith("#!")]
+    assert len(scripts) == len(NAMES) - 1
+    assert [path.name for path in scripts if not os.access(path, os.X_OK)] == []
