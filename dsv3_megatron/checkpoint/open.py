@@ -6,7 +6,7 @@ For commands that take a run's checkpoint or a Hugging Face one alike (`dsv3 eva
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class OpenedCheckpoint:
         tokenizer_model: A tokenizer that is there.
         prefixes: Datasets that it was trained on, which may not be there.
         form: How the texts began and ended that it was trained on; None if nothing says it.
+        training: Fields of TrainingConfig that it was trained with; none if it does not say.
     """
 
     model: ModelConfig
@@ -54,6 +55,20 @@ class OpenedCheckpoint:
     tokenizer_model: str | None = None
     prefixes: tuple[str, ...] = ()
     form: TextForm | None = None
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def run(self, load: str, training: TrainingConfig, parallel: ParallelConfig | None = None,
+            data: DataConfig | None = None) -> RunConfig:
+        """Describe a run that uses the checkpoint's model without its data.
+
+        Args:
+            load: The checkpoint's folder.
+            training: Batch, sequence length, precision and modules of the run.
+            parallel: Layout of the run; None: one process.
+            data: Document switches of the run; None: documents are packed, and nothing keeps them apart.
+        """
+        return RunConfig(self.preset, self.model, parallel or ParallelConfig(), training, data or DataConfig(),
+                         CheckpointConfig(load=load), LoggingConfig())
 
 
 def open_checkpoint(load: str) -> OpenedCheckpoint:
@@ -77,6 +92,7 @@ def open_checkpoint(load: str) -> OpenedCheckpoint:
 def _open_own(load: str) -> OpenedCheckpoint:
     manifest = read_manifest(load)
     known = {item.name for item in dataclasses.fields(ModelConfig)}
+    settings = {item.name for item in dataclasses.fields(TrainingConfig)}
     stored = manifest.run["model"]
     model = ModelConfig(**{name: value for name, value in stored.items() if name in known})
     empty = RunConfig(manifest.run["preset"], model, ParallelConfig(), TrainingConfig(), DataConfig(),
@@ -89,7 +105,8 @@ def _open_own(load: str) -> OpenedCheckpoint:
         model, manifest.run["preset"], manifest.run["training"]["seq_length"], manifest.precision,
         switches=tuple(name for name in DOCUMENT_SWITCHES if data.get(name)),
         tokenizer_model=next((path for path in (str(carried), tokenizer) if path and has_tokenizer(path)), None),
-        prefixes=prefixes, form=form_of_checkpoint(manifest.path, prefixes))
+        prefixes=prefixes, form=form_of_checkpoint(manifest.path, prefixes),
+        training={name: value for name, value in manifest.run["training"].items() if name in settings})
 
 
 def _open_hugging_face(load: str) -> OpenedCheckpoint:

@@ -28,12 +28,13 @@ from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import nearest_microbatches
 from dsv3_megatron.config.run import RunConfig, require_document_attention
-from dsv3_megatron.config.training import PRECISIONS, TRANSFORMER_IMPLS, CheckpointConfig, LoggingConfig, TrainingConfig
+from dsv3_megatron.config.training import PRECISIONS, TRANSFORMER_IMPLS, TrainingConfig
 from dsv3_megatron.data.blend import without_suffix
 from dsv3_megatron.data.document_ends import named_eod_id, resolve_eod_id
 from dsv3_megatron.data.rows import Rows, open_token_array, open_windows
 from dsv3_megatron.data.text_form import form_of_dataset
 from dsv3_megatron.data.tokenizer import fingerprint
+from dsv3_megatron.process.logs import configure_logging
 from dsv3_megatron.process.ranks import Processes
 from dsv3_megatron.process.stop import StopListener
 from dsv3_megatron.runs.rank import EXIT_CONFIG, end_of, prepare_rank, refuse, run_rank, say_error
@@ -120,6 +121,7 @@ def _main(request: EvaluationRequest) -> int:
         say_error(str(error), processes)
         return EXIT_CONFIG
     rank = processes.rank
+    configure_logging(rank)
     if rank == 0:
         print(checked.documents, file=sys.stderr)
 
@@ -134,11 +136,14 @@ def _main(request: EvaluationRequest) -> int:
 
 def _evaluate(checked: _CheckedRequest) -> Evaluation:
     prepare_rank()
+    from dsv3_megatron.parallel.groups import destroy_groups
+    from dsv3_megatron.runs.build import build_model
     from dsv3_megatron.runs.evaluator import Evaluator
 
-    evaluator = Evaluator(checked.run, checked.load, eod_id=checked.eod_id)
-    result = evaluator.evaluate(checked.rows, logprobs=checked.logprobs)
-    evaluator.close()
+    built = build_model(checked.run)
+    built.load(checked.load)
+    result = Evaluator(built, eod_id=checked.eod_id).evaluate(checked.rows, logprobs=checked.logprobs)
+    destroy_groups()
     return result
 
 
@@ -176,8 +181,7 @@ def check_request(request: EvaluationRequest, world_size: int) -> _CheckedReques
         precision=request.precision or checkpoint.precision, transformer_impl=request.transformer_impl, train_iters=1,
         eval_interval=0)
     training.validate(parallel, world_size)
-    run = RunConfig(checkpoint.preset, checkpoint.model, parallel, training, data,
-                    CheckpointConfig(load=request.load), LoggingConfig())
+    run = checkpoint.run(request.load, training, parallel, data)
     from dsv3_megatron.parallel.layout import stage_layouts
 
     stage_layouts(run.model, run.parallel)

@@ -17,13 +17,11 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 from dsv3_megatron.checkpoint.open import open_checkpoint
-from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser
 from dsv3_megatron.config.output import json_text
-from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.training import PRECISIONS, CheckpointConfig, LoggingConfig, TrainingConfig
+from dsv3_megatron.config.training import PRECISIONS, TrainingConfig
 from dsv3_megatron.generation.text import TextCodec, TextStream, check_text, open_codec, read_prompts
 from dsv3_megatron.process.ranks import Processes
 from dsv3_megatron.process.stop import StopListener
@@ -131,8 +129,7 @@ def check_request(request: GenerationRequest, world_size: int = 1) -> CheckedReq
     training = TrainingConfig(
         seq_length=model.max_position_embeddings, micro_batch_size=1, global_batch_size=1, train_iters=1,
         precision=request.precision or checkpoint.precision, transformer_impl="local", eval_interval=0)
-    run = RunConfig(checkpoint.preset, model, ParallelConfig(), training, DataConfig(),
-                    CheckpointConfig(load=request.load), LoggingConfig())
+    run = checkpoint.run(request.load, training)
     run.validate(1)
     return CheckedRequest(run, checkpoint.load, codec, tuple(texts), tuple(map(tuple, ids)), options)
 
@@ -147,11 +144,14 @@ def _options(request: GenerationRequest, *, max_length: int, stop_ids: tuple[int
 
 
 def _generate(checked: CheckedRequest, *, as_json: bool) -> int:
+    from dsv3_megatron.generation.forward import CachedModel
     from dsv3_megatron.generation.generator import Generator
-    from dsv3_megatron.generation.loading import load_model
     from dsv3_megatron.parallel.groups import destroy_groups
+    from dsv3_megatron.runs.build import build_model
 
-    generator = Generator(load_model(checked.run, checked.load), checked.options)
+    built = build_model(checked.run)
+    built.load(checked.load)
+    generator = Generator(CachedModel(built.stages[0].eval()), checked.options)
     printer = Printer(checked.codec, checked.texts, checked.ids, sys.stdout, as_json=as_json)
     for event in generator.generate(checked.ids):
         printer.add(event)

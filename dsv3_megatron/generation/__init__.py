@@ -7,7 +7,6 @@
     sampling.py       logits -> distribution -> token
     speculative.py    the acceptance rule, and decoding one or two tokens at a time
     generator.py      prompts in batches -> tokens, as they come
-    loading.py        a checkpoint -> a model that generates, in one process
     text.py           which tokenizer; prompts -> ids, ids -> text as it becomes whole
 
 One process holds the whole model. Its weights may come from a checkpoint of any layout.

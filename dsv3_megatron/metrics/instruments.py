@@ -7,8 +7,9 @@ each rank routes its own tokens.
 
 Usage (every process makes one; all of them log the same steps):
     instruments = Instruments(run, chunks, optimizer, groups, device)
-    config.finalize_model_grads_func = instruments.around_reduction(config.finalize_model_grads_func)
     instruments.begin_step(iteration)
+    with instruments.clock.phase("gradient-reduction"): ...
+    instruments.measure_gradients()
     with instruments.clock.phase("optimizer"): ...
     measurements = instruments.end_step()          # None unless the step is logged
 
@@ -17,8 +18,7 @@ Shapes: L layers with MTP modules, E experts, G groups of experts, b score bins,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -75,16 +75,11 @@ class Instruments:
         # Tensor-parallel ranks compare the same heads.
         self._counts_agreement = groups.tp.rank() == 0
 
-    def around_reduction(self, finalize: Callable[..., None]) -> Callable[..., None]:
-        """The reduction of gradients over ranks, timed; on a logged step they are measured when it is done."""
-        def timed(*args: Any, **kwargs: Any) -> None:
-            with self.clock.phase("gradient-reduction"):
-                finalize(*args, **kwargs)
-            if self._is_observing:
-                with self.clock.phase("logging"):
-                    self._squares_c = self._gradients.squares()
-
-        return timed
+    def measure_gradients(self) -> None:
+        """Measure the gradients of a logged step; called when they have been added up over ranks."""
+        if self._is_observing:
+            with self.clock.phase("logging"):
+                self._squares_c = self._gradients.squares()
 
     def begin_step(self, iteration: int) -> None:
         """Look at this step if it is a logged one; counted from 1."""

@@ -31,6 +31,9 @@ from dsv3_megatron.parallel.roll_call import meet_ranks
 from dsv3_megatron.platform import Device
 from dsv3_megatron.process.ranks import Processes
 
+# Models that use the groups that are there: a process alone may have several, and they share them.
+_num_holders = 0
+
 
 def world_size_from_environment() -> int:
     """Processes of this run as torchrun says (WORLD_SIZE), 1 without it."""
@@ -66,7 +69,15 @@ def create_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection
     Args:
         parallel: A layout validated against the world size.
         seed: Seeds Megatron-Core's tensor-parallel random-number trackers.
+
+    A process alone may call it again before `destroy_groups`, for another model: the models share the groups, which
+    stay until the last of them has left.
     """
+    global _num_holders
+    if parallel_state.model_parallel_is_initialized() and torch.distributed.get_world_size() == 1:
+        _num_holders += 1
+        model_parallel_cuda_manual_seed(seed)
+        return ProcessGroupCollection.use_mpu_process_groups()
     chunks = parallel.stages_per_rank
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -77,6 +88,7 @@ def create_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
     )
+    _num_holders = 1
     model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if parallel.num_model_copies > 1:
@@ -195,7 +207,12 @@ def as_pipeline_rank(rank: int) -> Iterator[None]:
 
 
 def destroy_groups() -> None:
-    """Leave the run's groups and the process group."""
+    """Leave the run's groups and the process group, unless another model of this process still uses them."""
+    global _num_holders
+    _num_holders -= 1
+    if _num_holders > 0 and parallel_state.model_parallel_is_initialized():
+        return
+    _num_holders = 0
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -3,6 +3,10 @@
 Nothing is imported here. In reading order:
 
     rank.py         the process, from its device to its exit code
-    trainer.py      the training loop
+    build.py        a model, from the processes to its weights
+    learner.py      a model that learns: one optimizer step
+    trainer.py      the training loop of a run
     evaluator.py    rows of tokens scored with a model that only runs forward
+    alone.py        settings and results of a model without a run
+    notebook.py     all of it for a notebook: dsv3_megatron.Model
 """

@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,20 +23,15 @@ import numpy as np
 import torch
 
 from dsv3_megatron.checkpoint.agreement import on_first_rank
-from dsv3_megatron.checkpoint.finite import require_finite_weights
-from dsv3_megatron.checkpoint.store import load_weights
+from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.document_ends import document_bounds, restarted_positions
 from dsv3_megatron.data.rows import Rows
-from dsv3_megatron.model.build import build_stages
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
-from dsv3_megatron.parallel.groups import create_groups, destroy_groups, start_process_group
-from dsv3_megatron.platform import prepare, resolve_precision
-from dsv3_megatron.process.logs import configure_logging
+from dsv3_megatron.runs.build import BuiltModel
 from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, iterate_chunks
 
 logger = logging.getLogger(__name__)
@@ -106,34 +101,22 @@ class Evaluator:
     """One process's share of an evaluation.
 
     Args:
-        run: A run validated against the number of processes: its model, layout, micro-batch, rows of a step
-            (`global_batch_size`), sequence length, precision, modules and document switches are used.
-        load: Puts a checkpoint into this rank's stages; None loads the newest in the folder `run.checkpoint.load`.
+        built: The stages, with their weights.
+        run: A run of that model, validated against the number of processes: its micro-batch, rows of a step
+            (`global_batch_size`), sequence length and document switches are used. None: the one it was built for.
         eod_id: The token that ends a document; None only if no document switch is on.
+        shows_progress: Whether the first rank shows a bar.
     """
 
-    def __init__(self, run: RunConfig, load: Callable[[list[Any], Any], None] | None = None, *,
-                 eod_id: int | None = None) -> None:
-        assert eod_id is not None or not run.data.document_flags
-        self.run, self.eod_id = run, eod_id
-        self.device = prepare()
-        start_process_group(self.device)
+    def __init__(self, built: BuiltModel, run: RunConfig | None = None, *, eod_id: int | None = None,
+                 shows_progress: bool = True) -> None:
+        self.run, self.eod_id = run or built.run, eod_id
+        assert eod_id is not None or not self.run.data.document_flags
+        self.device, self.groups, self.precision = built.device, built.groups, built.precision
         self.rank = torch.distributed.get_rank()
-        configure_logging(self.rank)
-        self.groups = create_groups(run.parallel, run.training.seed)
-        self.precision = resolve_precision(run.training.precision, self.device)
-        stages, config = build_stages(run, self.groups, precision=self.precision)
-        self.stages: list[Any] = [stage.eval() for stage in stages]
-        self.forward = build_forward_backward(run.parallel, self.groups, config)
-        started = time.monotonic()
-        if load is not None:
-            load(self.stages, self.groups)
-        else:
-            assert run.checkpoint.load is not None
-            load_weights(run.checkpoint.load, run, self.stages, self.groups)
-        require_finite_weights(self.stages, self.groups, str(run.checkpoint.load))
-        logger.info("loaded the weights in %.1f s; %s on %s", time.monotonic() - started, self.precision,
-                    self.device.name)
+        self.stages: list[Any] = [stage.eval() for stage in built.stages]
+        self.forward = build_forward_backward(self.run.parallel, self.groups, built.config)
+        self.shows_progress = shows_progress and self.rank == 0
 
     def evaluate(self, rows: Rows, *, logprobs: str | Path | None = None) -> Evaluation:
         """Score every row; called by every rank with the same rows.
@@ -158,7 +141,7 @@ class Evaluator:
         writer = LogProbsWriter(logprobs, len(rows), len(rows[0]) - 1) if logprobs else None
         totals = [0.0] * (2 + depths)
         started = time.monotonic()
-        with _progress_bar(len(rows), is_shown=self.rank == 0) as bar:
+        with _progress_bar(len(rows), is_shown=self.shows_progress) as bar:
             try:
                 for first in range(0, len(samples), training.global_batch_size):
                     reports = self._run_step(batches)
@@ -183,10 +166,6 @@ class Evaluator:
         seconds = time.monotonic() - started
         logger.info("scored %d tokens in %.1f s, %.0f tokens/s", tokens, seconds, tokens / seconds)
         return Evaluation(main / tokens, tuple(value / tokens for value in mtp), int(tokens), len(rows))
-
-    def close(self) -> None:
-        """Leave the process group."""
-        destroy_groups()
 
     def _run_step(self, batches: list[BatchIterator]) -> list[dict[str, Any]]:
         """This rank's reports on its rows of one step; none but on the last pipeline stage."""

@@ -1,7 +1,7 @@
 """One process of a run, from its device to its exit code, whatever it does: training, evaluation, generation.
 
-Exit codes: 0 done, 2 a setting or an input is wrong, 1 any other error; a guard, a hung rank and a signal have their own
-(`guards/endings.py`, `process/stop.py`).
+Exit codes: 0 done, 2 a setting or an input is wrong, 1 any other error; a guard, a hung rank and a signal have their
+own (`guards/endings.py`, `process/stop.py`).
 """
 
 from __future__ import annotations

@@ -1,68 +1,47 @@
 """The training loop, and the one place where every stage of a run meets.
 
-A step is: micro-batches through the pipeline by its schedule, gradients reduced and divided by the
-number of tokens, one optimizer step, one update of the routers' biases. Batch size, learning rate, lambda, gamma and
-sequence length of a step follow from the steps and tokens before it (config/recipe.py). The loss of a step is the mean
-over its tokens: main loss + lambda / D * sum of the MTP losses (each summed over the positions that have
-a target and divided by all positions, as in the report) + the balance losses, mean over sequences.
-
-Every pipeline stage reads the batch itself, so each knows where its documents end, if they are isolated: attention and
-the MTP modules treat a document as a sequence. Balance losses stay per sequence and expert loads per step: the router
-sees tokens, not documents.
-
-Shapes: B micro-batch, S sequence, L layers with MTP modules, E experts.
+The steps themselves are learner.py's. Batch size, learning rate, lambda, gamma and sequence length of a step follow
+from the steps and tokens before it (config/recipe.py); samples, checkpoints, guards' endings and reports belong here.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 
 from dsv3_megatron.checkpoint.agreement import on_first_rank
-from dsv3_megatron.checkpoint.hf.model_card import Losses
 from dsv3_megatron.checkpoint.folder import RunProgress
+from dsv3_megatron.checkpoint.hf.model_card import Losses
 from dsv3_megatron.checkpoint.resume import plan_resumption
 from dsv3_megatron.checkpoint.store import load_checkpoint
 from dsv3_megatron.checkpoint.text_files import collect_text_files
-from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
 from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.data.batches import Batch, BatchIterator
+from dsv3_megatron.data.batches import BatchIterator
 from dsv3_megatron.data.current import open_current_data
 from dsv3_megatron.guards.claims import RunClaim
-from dsv3_megatron.guards.decisions import EXIT_GUARD, Guard
-from dsv3_megatron.guards.events import EventLog
+from dsv3_megatron.guards.decisions import EXIT_GUARD
 from dsv3_megatron.guards.hang import Watchdog
 from dsv3_megatron.guards.keeper import CheckpointKeeper
 from dsv3_megatron.guards.step_losses import StepLosses
-from dsv3_megatron.guards.guarded_step import StepFacts, guarded_step
 from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
-from dsv3_megatron.metrics.instruments import Instruments
 from dsv3_megatron.metrics.progress import TrainingDisplay
 from dsv3_megatron.metrics.run_records import StepReport, last_losses
 from dsv3_megatron.metrics.writer import MetricsWriter
-from dsv3_megatron.model.build import build_stages, wrap_stages
-from dsv3_megatron.model.language_model import TokenLosses
-from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
 from dsv3_megatron.model.rotary import change_context
-from dsv3_megatron.ops.fp8.held_weights import constant_weights
-from dsv3_megatron.optim.optimizer import build_optimizer, set_learning_rate
-from dsv3_megatron.optim.ema import WeightAverage
-from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
-from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_gradients, start_process_group
-from dsv3_megatron.platform import prepare, resolve_precision
+from dsv3_megatron.parallel.groups import destroy_groups, start_process_group
+from dsv3_megatron.platform import prepare
 from dsv3_megatron.process.logs import configure_logging
 from dsv3_megatron.process.stop import signal_name, stop_calls
-from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, iterate_chunks, read_step
+from dsv3_megatron.runs.learner import Learner, build_for_training
+from dsv3_megatron.schedule.forward_backward import iterate_chunks
 
 
-class Trainer:
+class Trainer(Learner):
     """The share of a training run that one process has.
 
     Args:
@@ -80,25 +59,9 @@ class Trainer:
         run = run.override(overwrite_run=False)
         load = self.start.load
         self.resumption = on_first_rank(partial(plan_resumption, run, load), f"load={load}")
-        self.run = run = self.resumption.run
         self.recipe = self.resumption.recipe
-        self.precision = resolve_precision(run.training.precision, self.device)
-        self.groups = create_groups(run.parallel, run.training.seed)
-        stages, self.mcore_config = build_stages(
-            run, self.groups, precision=self.precision,
-            delays_engine_weights=run.parallel.has_pairs or run.parallel.schedule in SPLIT_BACKWARD)
-        self.chunks = wrap_stages(stages, self.mcore_config, self.groups)
-        self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
-        self.average = WeightAverage(self.optimizer, list(self.chunks), self.groups, decay=run.training.ema_decay
-                                     ) if run.training.ema_decay else None
-        self.instruments = Instruments(run, self.chunks, self.optimizer, self.groups, self.device)
-        self.mcore_config.finalize_model_grads_func = self.instruments.around_reduction(
-            partial(finalize_model_grads, pg_collection=groups_of_gradients(run.model, run.parallel, self.groups)))
-        # No weight changes within a global batch: in FP8 each is quantized once for all its micro-batches.
-        self.forward_backward = constant_weights()(build_forward_backward(
-            run.parallel, self.groups, self.mcore_config, trace=run.logging.trace_schedule))
-        self.guard = Guard(run.guards)
-        self.guard_log = EventLog(run.logging.tensorboard_dir, enabled=self.rank == 0)
+        super().__init__(build_for_training(self.resumption.run))
+        run = self.run
         self.watchdog = Watchdog(run.guards.hang_timeout_s, folder=run.logging.tensorboard_dir)
         self.text_files = collect_text_files(run) if self.rank == 0 else None
         self.iteration = self.consumed_samples = self.consumed_tokens = 0
@@ -190,6 +153,10 @@ class Trainer:
             self.writer.write_config(self.run.as_dict(), environment={
                 "precision": self.precision, "world_size": self.world_size, "device": self.device.name})
 
+    def beat(self, doing: str) -> None:
+        """Tell the watchdog that the step goes on, and with what."""
+        self.watchdog.beat(doing)
+
     # -- a step ------------------------------------------------------------------------------------
 
     def train(self) -> int:
@@ -259,42 +226,11 @@ class Trainer:
         assert plan is not None, "the run has stopped"
         if plan.phase is not self.phase:
             self._enter_phase(plan.phase)
-        started, clock = time.perf_counter(), self.instruments.clock
+        started = time.perf_counter()
         self.watchdog.begin_step(self.iteration + 1)
-        self.instruments.begin_step(self.iteration + 1)
-        with clock.phase("forward-backward"):
-            for chunk in self.chunks:
-                chunk.train()
-                chunk.zero_grad_buffer()
-            self.optimizer.zero_grad()
-            set_learning_rate(self.optimizer, plan.learning_rate)
-            for batches in self.batches:
-                batches.set_global_batch_size(plan.global_batch_size)
-            first = self.data.position(self.data_position)
-            samples = range(first, first + plan.global_batch_size)
-            losses, collected, stopped = self._run_microbatches(
-                read_step([clock.waiting(batches, "data") for batches in self.batches], self.batches, self.chunks,
-                          self.groups, self.device.torch_device), plan.global_batch_size, forward_only=False)
-        with clock.phase("router-bias"):
-            loads_LE, balance_L = collect_expert_loads(
-                self.chunks, num_layers=run.model.num_layers, num_mtp_layers=run.model.mtp_num_layers,
-                num_experts=run.model.num_experts, device=self.device.torch_device)
-        self.watchdog.beat("optimizer")
-        with clock.phase("optimizer"):
-            balance_loss = self._mean_balance_loss(balance_L, plan.global_batch_size)
-            if self.average:
-                self.average.wait()
-            outcome = guarded_step(
-                self.guard, self.guard_log, self.optimizer, self.chunks, self.groups,
-                StepFacts(self.iteration + 1, losses.by_name(balance_loss), samples, collected))
-            if self.average and outcome.is_applied:
-                self.average.update()
-        with clock.phase("router-bias"):
-            if outcome.is_applied:
-                update_router_biases(self.chunks, loads_LE, num_layers=run.model.num_layers,
-                                     update_rate=plan.bias_update_rate)
-        with clock.phase("logging"):
-            measurements = self.instruments.end_step()
+        step = self.take_step(plan, self.batches, iteration=self.iteration + 1,
+                              first_sample=self.data.position(self.data_position))
+        stopped = self._agree_to_stop()
         self.iteration += 1
         self.consumed_samples += plan.global_batch_size
         self.consumed_tokens += plan.num_tokens
@@ -303,63 +239,30 @@ class Trainer:
             iteration=self.iteration,
             consumed_samples=self.consumed_samples,
             consumed_tokens=self.consumed_tokens,
-            lm_loss=losses.main,
-            mtp_losses=losses.mtp,
-            balance_loss=balance_loss,
-            grad_norm=outcome.grad_norm,
+            lm_loss=step.losses.main,
+            mtp_losses=step.losses.mtp,
+            balance_loss=step.balance_loss,
+            grad_norm=step.outcome.grad_norm,
             learning_rate=plan.learning_rate,
             batch_size=plan.global_batch_size,
             step_time_s=time.perf_counter() - started,
-            expert_load={row: counts for row, counts in enumerate(loads_LE.tolist()) if sum(counts)},
-            skipped=not outcome.is_applied,
-            is_spike=outcome.is_spike,
+            expert_load={row: counts for row, counts in enumerate(step.loads_LE.tolist()) if sum(counts)},
+            skipped=not step.outcome.is_applied,
+            is_spike=step.outcome.is_spike,
             num_spikes=self.guard.counters.spikes,
             num_rollbacks=self.guard.counters.rollbacks,
             seq_length=plan.phase.training.seq_length,
             mtp_weight=plan.mtp_weight if run.model.mtp_num_layers else None,
             bias_update_rate=plan.bias_update_rate,
             phase=plan.phase.name if run.training.phases else None,
-            measurements=measurements,
+            measurements=step.measurements,
         ), stopped
-
-    def _mean_balance_loss(self, balance_L: torch.Tensor, num_sequences: int) -> float | None:
-        """Balance loss before alpha, mean over sequences and over the MoE layers, MTP modules included."""
-        training, model = self.run.training, self.run.model
-        layers = model.num_moe_layers + model.mtp_num_layers
-        if not training.moe_aux_loss_coeff or not layers:
-            return None
-        return float(balance_L.sum()) / (training.moe_aux_loss_coeff * num_sequences * layers)
-
-    def _run_microbatches(self, batches: Sequence[Iterator[Batch]], num_sequences: int, *, forward_only: bool
-                          ) -> tuple[StepLosses, list[dict[str, Any]], int]:
-        """One global batch through the pipeline; mean losses, this rank's reports of it and any rank's signal."""
-        training = self.phase.training
-        collected = self.forward_backward(
-            forward_step_func=ForwardStep(self._next_batch, self.run.data, self._loss),
-            data_iterator=list(batches) if len(batches) > 1 else batches[0],
-            model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=num_sequences // (training.micro_batch_size * self.groups.dp.size()),
-            seq_length=training.seq_length,
-            micro_batch_size=training.micro_batch_size,
-            forward_only=forward_only,
-        )
-        tokens, *sums = sum_over_ranks(collected, self.groups, self.device,
-                                       num_mtp_layers=self.run.model.mtp_num_layers)
-        return StepLosses.of_sums(tokens, sums), collected, self._agree_to_stop()
 
     def _agree_to_stop(self) -> int:
         """The number of a signal that any rank has received, else 0; called by every rank at the same points."""
         stop_signal = torch.tensor(self.stop_signal or 0, device=self.device.torch_device)
         torch.distributed.all_reduce(stop_signal, op=torch.distributed.ReduceOp.MAX)
         return int(stop_signal)
-
-    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
-        self.watchdog.beat("micro-batch")
-        return next(batches).to(self.device.torch_device, is_non_blocking=True)
-
-    def _loss(self, batch: Batch, losses: TokenLosses) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        return sum_losses(batch.loss_mask_BS, losses, mtp_weight=self.phase.training.mtp_loss_scaling_factor,
-                          sample_ids_B=batch.sample_ids_B)
 
     def evaluate(self) -> StepLosses:
         """Mean losses over the first eval_iters global batches of the validation data; no state changes.
@@ -374,8 +277,8 @@ class Trainer:
         stopped = 0
         while len(losses) < self.run.training.eval_iters and not stopped:
             with torch.no_grad():
-                loss, _, stopped = self._run_microbatches(
-                    batches, self.phase.training.global_batch_size, forward_only=True)
+                loss, _ = self.run_microbatches(batches, self.phase.training.global_batch_size, forward_only=True)
+            stopped = self._agree_to_stop()
             losses.append(loss)
         self._left_off = stopped
         return StepLosses.mean(losses)

@@ -11,6 +11,7 @@ import torch
 
 from dsv3_megatron.commands.evaluate import EvaluationRequest, check_request
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.runs.build import build_model
 from dsv3_megatron.runs.evaluator import Evaluation, Evaluator
 from tests.routing import Notes, Routing
 
@@ -44,7 +45,9 @@ def evaluate_noted(requests: list[EvaluationRequest], given: Notes | None = None
     found = []
     for request in requests:
         checked = check_request(request, torch.distributed.get_world_size())
-        evaluator = Evaluator(checked.run, checked.load, eod_id=checked.eod_id)
+        built = build_model(checked.run)
+        built.load(checked.load)
+        evaluator = Evaluator(built, eod_id=checked.eod_id)
         routing = Routing(given)
         routing.begin("evaluation 1")
         with routing.watched():

@@ -153,8 +153,8 @@ class FaultyTrainer(Trainer):
         is_unmasked = any(self.phase_is_training == (fault.where != "validation") for fault in self.due("uncounted"))
         return replace(batch, loss_mask_BS=torch.zeros_like(batch.loss_mask_BS)) if is_unmasked else batch
 
-    def _run_microbatches(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._run_microbatches(*args, **kwargs)
+    def run_microbatches(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().run_microbatches(*args, **kwargs)
         self.apply("balance")
         return result
 

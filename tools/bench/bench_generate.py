@@ -58,15 +58,16 @@ def random_prompts(setting: Setting, vocab_size: int) -> Any:
 def ours_step(setting: Setting) -> Step:
     """This library's generator, as `dsv3 generate` runs it, on random weights."""
     from dsv3_megatron.config.presets import laptop
+    from dsv3_megatron.generation.forward import CachedModel
     from dsv3_megatron.generation.generator import Generator, Options
-    from dsv3_megatron.generation.loading import load_model
     from dsv3_megatron.ops.host_memory import keep_freed_memory
     from dsv3_megatron.platform import prepare
+    from dsv3_megatron.runs.build import build_model
 
     if not prepare().is_cuda:
         keep_freed_memory()
     run = laptop().override(precision=setting.precision, transformer_impl="local", mtp_num_layers=0)
-    model = load_model(run, lambda stages, groups: None)
+    model = CachedModel(build_model(run).stages[0].eval())
     prompts = random_prompts(setting, run.model.vocab_size).tolist()
     options = Options(setting.num_new, run.model.max_position_embeddings, kv_cache=OURS[setting.contender],
                       batch_size=setting.batch_size)

@@ -26,9 +26,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +58,9 @@ class NoInstruments:
         return items
 
     def begin_step(self, _iteration: int) -> None:
+        """Nothing."""
+
+    def measure_gradients(self) -> None:
         """Nothing."""
 
     def end_step(self) -> None:
@@ -117,14 +119,12 @@ class Kind:
     """One kind of step: what the trainer has in it, and its steps' seconds: wall clock, CPU, CPU of the instruments."""
 
     instruments: Any
-    finalize: Callable[..., None]
     writer: MetricsWriter | None
     seconds: list[tuple[float, float, float]] = field(default_factory=list)
 
     def step(self, trainer: Trainer) -> None:
         """Take one."""
         trainer.instruments = self.instruments
-        trainer.mcore_config.finalize_model_grads_func = self.finalize
         OWN_TIME.seconds = 0.0
         wall, cpu = time.perf_counter(), time.process_time()
         report, _ = trainer.train_step()
@@ -134,18 +134,18 @@ class Kind:
         self.seconds.append((time.perf_counter() - wall, time.process_time() - cpu, OWN_TIME.seconds))
 
 
-def kinds_of(trainer: Trainer, finalize: Callable[..., None], folder: Path) -> dict[str, Kind]:
+def kinds_of(trainer: Trainer, folder: Path) -> dict[str, Kind]:
     """The kinds of step by name, the bare one first."""
     from dsv3_megatron.metrics.instruments import Instruments
     from dsv3_megatron.metrics.writer import MetricsWriter
 
-    kinds = {"bare": Kind(NoInstruments(), finalize, None)}
+    kinds = {"bare": Kind(NoInstruments(), None)}
     for name, (log_interval, picture_interval) in zip(KINDS, ((NEVER, 1), (1, NEVER), (1, 1)), strict=True):
         run = trainer.run.override(log_interval=log_interval, tensorboard_dir=str(folder / name))
         instruments = Instruments(run, trainer.chunks, trainer.optimizer, trainer.groups, trainer.device)
         writer = MetricsWriter(folder / name, trainer.speed, num_layers=run.model.num_layers,
                                log_interval=log_interval, picture_interval=picture_interval)
-        kinds[name] = Kind(instruments, instruments.around_reduction(finalize), writer)
+        kinds[name] = Kind(instruments, writer)
     return kinds
 
 
@@ -167,15 +167,11 @@ def extra(kinds: dict[str, Kind], name: str, which: int) -> float:
 
 def measure(run: RunConfig, rounds: int, warm_up: int) -> dict[str, Kind]:
     """Take the steps."""
-    from megatron.core.distributed import finalize_model_grads
-
-    from dsv3_megatron.parallel.groups import destroy_groups, groups_of_gradients
+    from dsv3_megatron.parallel.groups import destroy_groups
 
     trainer = random_token_trainer(run)
-    finalize = partial(finalize_model_grads,
-                       pg_collection=groups_of_gradients(run.model, run.parallel, trainer.groups))
     with tempfile.TemporaryDirectory(prefix="bench-instruments-") as folder:
-        kinds = kinds_of(trainer, finalize, Path(folder))
+        kinds = kinds_of(trainer, Path(folder))
         for index in range(warm_up + rounds):
             if index == warm_up:
                 for kind in kinds.values():
