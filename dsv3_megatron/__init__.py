@@ -1,5 +1,12 @@
 """Pretraining of DeepSeek-V3-style models on Megatron-Core: from raw text to weights.
 
+In a notebook `dsv3_megatron.Model` is a whole model in this process: logits, losses, training steps, texts.
+
+    import dsv3_megatron as dsv3
+
+    model = dsv3.Model.from_preset("tiny", vocab_size=2048)
+    print(model.logits([[1, 2, 3]]).shape, model.train_step([[1, 2, 3, 4]]).loss)
+
 The packages in the order in which they build on each other; each may use those before it, never those after it:
 
     config/       what a run is, as checked dataclasses         process/     signals, ranks, cores; no torch
@@ -16,4 +23,32 @@ The packages in the order in which they build on each other; each may use those 
 `__main__.py` is the command `dsv3` for `python -m` and torchrun. Begin to read at runs/trainer.py.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dsv3_megatron.config.fields import ConfigError
+
+if TYPE_CHECKING:
+    from dsv3_megatron.runs.notebook import Model
+
+__all__ = ["ConfigError", "Model", "__version__"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import `Model`, and torch with it, when it is first asked for: `import dsv3_megatron` alone stays cheap."""
+    if name != "Model":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dsv3_megatron.runs.rank import prepare_rank
+
+    prepare_rank()  # before anything imports Megatron-Core
+    from dsv3_megatron.runs.notebook import Model
+
+    globals()["Model"] = Model
+    return Model
+
+
+def __dir__() -> list[str]:
+    """The names of the package, `Model` among them before it is imported."""
+    return sorted({*globals(), *__all__})

@@ -92,7 +92,7 @@ _OPTIMIZER_PREFIX = "optimizer."
 
 def save_checkpoint(
     directory: str | Path, progress: RunProgress, run: RunConfig, chunks: list[torch.nn.Module],
-    optimizer: MegatronOptimizer, groups: ProcessGroupCollection, *, keep_last: int,
+    optimizer: MegatronOptimizer | None, groups: ProcessGroupCollection, *, keep_last: int,
     average: WeightAverage | None = None, text_files: TextFiles | None = None, run_id: str | None = None
 ) -> Path:
     """Write the run's state as DIR/iter_<iteration>; called by every rank. A crash never costs an earlier one.
@@ -102,7 +102,7 @@ def save_checkpoint(
         progress: How far the run has come.
         run: Configuration of the run.
         chunks: This rank's stages.
-        optimizer: The distributed optimizer over them.
+        optimizer: The distributed optimizer over them; None writes the weights alone, to start a run from.
         groups: The run's process groups.
         keep_last: Checkpoints to keep; older ones are removed afterwards. 0 keeps all.
         average: The weights' moving average, if the run has one.
@@ -116,10 +116,12 @@ def save_checkpoint(
         CheckpointError: on every rank, if the folder cannot be written to or the disk is full.
     """
     started = time.monotonic()
-    allocate_all_moments(optimizer)
+    if optimizer is not None:
+        allocate_all_moments(optimizer)
     state = _state(chunks, optimizer, groups, is_loading=False, average=average)
-    state[_RNG] = _rng_state()
-    state[_STEP] = optimizer_step(optimizer)
+    state[_STEP] = 0 if optimizer is None else optimizer_step(optimizer)
+    if optimizer is not None:
+        state[_RNG] = _rng_state()
     if average is not None:
         state[_AVERAGE_UPDATES] = average.num_updates
     check_space(directory, _num_bytes(state))
@@ -152,7 +154,7 @@ def save_checkpoint(
             text_files.write(target)
         path = finish_save(
             directory, progress, run.as_dict(), world_size=torch.distributed.get_world_size(),
-            precision=_precision(chunks), run_id=run_id,
+            precision=_precision(chunks), run_id=run_id, contents=TRAINING if optimizer is not None else WEIGHTS,
             versions={"dsv3_megatron": __version__, "torch": torch.__version__,
                       "megatron_core": version("megatron-core")})
         removed = _remove_old(directory, progress.iteration, keep_last)

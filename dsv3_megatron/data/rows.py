@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.data.blend import check_data, without_suffix
 from dsv3_megatron.data.indexed import dataset_paths, read_header
 
@@ -93,16 +94,37 @@ def open_token_array(file: str | os.PathLike[str], *, vocab_size: int, max_lengt
                          ) from error
     if not isinstance(ids_BS, np.ndarray):
         raise ValueError(f"{name} is an archive of arrays; write one array with numpy.save(FILE, ids)")
-    if ids_BS.dtype.kind not in "iu":
-        raise ValueError(f"{name} has dtype {ids_BS.dtype}; token ids must be integers, as in ids.astype('int32')")
-    if ids_BS.ndim != 2 or ids_BS.shape[0] < 1 or ids_BS.shape[1] < 2:
-        raise ValueError(f"{name} has shape {list(ids_BS.shape)}; it must be [batch, seq] with at least one row of at "
-                         "least two tokens: the first predicts the second")
-    if ids_BS.shape[1] > max_length:
-        raise ValueError(f"{name} has rows of {ids_BS.shape[1]} tokens; they must not exceed the model's "
-                         f"max_position_embeddings={max_length}; cut them")
-    _check_ids(ids_BS, vocab_size, name)
+    check_token_array(ids_BS, vocab_size=vocab_size, max_length=max_length, name=name)
     return ids_BS
+
+
+def check_token_array(ids_BS: np.ndarray, *, vocab_size: int, max_length: int, name: str, least: int = 2,
+                      has_last: bool = False) -> None:
+    """Check that an array holds rows of token ids that a model can read.
+
+    Args:
+        ids_BS: Array to check.
+        vocab_size: Rows of the model's embedding: ids lie in 0..vocab_size - 1.
+        max_length: Largest S, the model's context.
+        name: Name of the array in messages.
+        least: Smallest S: 2 where each token predicts the next one of its row, 1 where rows are only read.
+        has_last: Whether a row may have one more token, which is predicted and not read.
+
+    Raises:
+        ConfigError: another dtype or shape, a row that is too long, or an id outside the vocabulary; names its row and
+            position.
+    """
+    if ids_BS.ndim != 2 or ids_BS.shape[0] < 1 or ids_BS.shape[1] < least:
+        tokens = "two tokens: the first predicts the second" if least == 2 else "one token, as in [[1, 2, 3]]"
+        raise ConfigError(f"{name} has shape {list(ids_BS.shape)}; it must be [batch, seq] with at least one row of at "
+                          f"least {tokens}")
+    if ids_BS.dtype.kind not in "iu":
+        raise ConfigError(f"{name} has dtype {ids_BS.dtype}; token ids must be integers, as in ids.astype('int32')")
+    if ids_BS.shape[1] > max_length + has_last:
+        raise ConfigError(f"{name} has rows of {ids_BS.shape[1]} tokens; they must not exceed the model's "
+                          f"max_position_embeddings={max_length}{' and the token after them' if has_last else ''}; cut "
+                          "them")
+    _check_ids(ids_BS, vocab_size, name)
 
 
 def _check_ids(ids_BS: np.ndarray, vocab_size: int, name: str) -> None:
@@ -111,6 +133,6 @@ def _check_ids(ids_BS: np.ndarray, vocab_size: int, name: str) -> None:
         wrong = (ids_BS[start : start + step] < 0) | (ids_BS[start : start + step] >= vocab_size)
         if wrong.any():
             row, position = (int(number) for number in np.argwhere(wrong)[0])
-            raise ValueError(f"{name}: id {ids_BS[start + row, position]} in row {start + row}, position {position} "
+            raise ConfigError(f"{name}: id {ids_BS[start + row, position]} in row {start + row}, position {position} "
                              f"must lie in 0..{vocab_size - 1} (the model's vocab_size={vocab_size}); use the "
                              "tokenizer that the model was trained with")

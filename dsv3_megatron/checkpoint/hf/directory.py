@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.checkpoint.folder import CheckpointError
+from dsv3_megatron.checkpoint.folder import TRACKER, CheckpointError
 from dsv3_megatron.checkpoint.hf.config_json import check_quantization, ignored_settings, model_config_from_json
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, hugging_face_tensors, layer_of
 from dsv3_megatron.checkpoint.hf.rotary_settings import check_stored_frequencies
@@ -57,7 +57,7 @@ class HuggingFaceDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.json = _read_json(self.path, CONFIG)
+        self.json = read_json(self.path, CONFIG)
         source = str(self.path / CONFIG)
         stated = model_config_from_json(self.json, source)
         self.model: ModelConfig = stated
@@ -231,7 +231,7 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(_without_weights(path))
         _check_one_set(path, {SINGLE}, "without an index")
         return read_header(path / SINGLE)
-    weight_map = _read_json(path, INDEX).get("weight_map")
+    weight_map = read_json(path, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path / INDEX}: weight_map must give the file of each tensor")
     stored: dict[str, StoredTensor] = {}
@@ -274,6 +274,12 @@ def _check_one_set(path: Path, named: set[str], how: str) -> None:
         f"{min(named)}{f' and {len(named) - 1} more' if len(named) > 1 else ''} {how}; {way_out}")
 
 
+def has_weights(path: Path) -> bool:
+    """Whether a folder has files of weights, of whatever kind, or a run's checkpoints."""
+    return any(file.name in (INDEX, ADAPTER, TRACKER) or file.name.endswith(SUFFIX) for file in path.iterdir()) or any(
+        next(path.glob(pattern), None) is not None for pattern in _PICKLED)
+
+
 def _without_weights(path: Path) -> str:
     pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
     if pickled:
@@ -282,7 +288,12 @@ def _without_weights(path: Path) -> str:
     return f"{path} has neither {INDEX} nor {SINGLE}: it is no Hugging Face checkpoint"
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """Read the JSON object in a file of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: the file is missing, or holds something else.
+    """
     file = path / name
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
