@@ -1,7 +1,7 @@
 """Pictures of a timeline, simulated or measured: a Gantt chart as PNG, a trace that Chrome and Perfetto open.
 
 Usage:
-    plot_timeline(plan, result.timeline, "schedule.png")
+    plot_timeline(plan, result.timeline, "schedule.png")        # or draw_timeline(...), a figure in a notebook
     write_trace(plan, result.timeline, "schedule.json")
 
 Rows are ranks. Colours tell forward, backward, its input part and its weight part; chunk 0 is the strong shade, later
@@ -53,25 +53,37 @@ def plot_timeline(plan: Plan, timeline: Timeline, path: str | Path, *, title: st
     Raises:
         ValueError: the timeline has no action, or not the plan's ranks.
     """
-    end = _check(plan, timeline)
-    import matplotlib
+    draw_timeline(plan, timeline, title=title).savefig(str(path))
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+
+def draw_timeline(plan: Plan, timeline: Timeline, *, title: str = "") -> Any:
+    """Draw a Gantt chart as a figure of matplotlib, which a notebook shows.
+
+    Args:
+        plan: The plan that was run.
+        timeline: Spans from `simulate`, or measured; any unit of time.
+        title: Heading; by default the schedule and its sizes.
+
+    Raises:
+        ValueError: the timeline has no action, or not the plan's ranks.
+    """
+    end = _check(plan, timeline)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # without pyplot: no window, and no backend is chosen for the caller
 
     shortest = min(float(span.end - span.start) for spans in timeline for span in spans if span.end > span.start)
     width = min(max(end / shortest * _CELL_INCHES, _MIN_INCHES), _MAX_INCHES)
     height = plan.num_ranks * _ROW_INCHES + 1.5
-    with plt.rc_context({"font.family": "DejaVu Sans", "axes.edgecolor": "#9ca3af"}):
-        figure, axes = plt.subplots(figsize=(width + 2.4, height), dpi=110)
+    with rc_context({"font.family": "DejaVu Sans", "axes.edgecolor": "#9ca3af"}):
+        figure = Figure(figsize=(width + 2.4, height), dpi=110)
+        axes = figure.subplots()
         figure.subplots_adjust(left=0.8 / (width + 2.4), right=(width + 0.8) / (width + 2.4),
                                bottom=0.85 / height, top=1 - 0.5 / height)
         _draw_blocks(axes, plan, timeline, inches_per_unit=width / end)
         _draw_frame(axes, plan, timeline, end)
         axes.set_title(title or _title(plan), loc="left", fontsize=12, fontweight="bold", color=_INK)
         _draw_legend(axes, plan, timeline, offset=-0.34 / (height - 1.35))
-        figure.savefig(str(path))
-        plt.close(figure)
+    return figure
 
 
 def write_trace(plan: Plan, timeline: Timeline, path: str | Path) -> None:
