@@ -28,12 +28,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.version import __version__
 
 if TYPE_CHECKING:
     from dsv3_megatron.runs.notebook import Model
 
 __all__ = ["ConfigError", "Model", "__version__"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -38,7 +38,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
-from dsv3_megatron import __version__
 from dsv3_megatron.checkpoint.agreement import (
     check_space,
     errors_logged_by,
@@ -77,6 +76,7 @@ from dsv3_megatron.checkpoint.optimizer_state import (
 from dsv3_megatron.checkpoint.tensor_index import READ_ERRORS, saved_tensors
 from dsv3_megatron.checkpoint.text_files import TextFiles
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.version import __version__
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.shards import distributed_parts
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from dsv3_megatron import __version__
 from dsv3_megatron.config.streams import run_command
+from dsv3_megatron.config.version import __version__
 from dsv3_megatron.process.stop import end_with_a_line
 
 EXIT_USAGE = 2

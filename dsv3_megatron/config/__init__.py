@@ -25,4 +25,5 @@ Megatron-LM's flags:
 What all commands share:
 
     output.py        JSON and output files                     streams.py       stdout and stderr that may be gone
+    version.py       the library's version
 """

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-from dsv3_megatron import __version__
 from dsv3_megatron.checkpoint.byte_ranges import copy_byte_ranges, write_tensor
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.audit import Audit, audit
@@ -43,6 +42,7 @@ from dsv3_megatron.checkpoint.hf.workplace import (
     ignore,
     memory_for,
 )
+from dsv3_megatron.config.version import __version__
 from dsv3_megatron.data.special_tokens import TOKENIZER
 from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, quantize_weight_blocks, requantize_weight_blocks
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron import __version__
 from dsv3_megatron.checkpoint.byte_ranges import copy_byte_ranges, write_tensor
 from dsv3_megatron.checkpoint.folder import (
     WEIGHTS,
@@ -56,6 +55,7 @@ from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.version import __version__
 from dsv3_megatron.ops.fp8.published import LARGEST_SCALE, SMALLEST_SCALE
 from dsv3_megatron.parallel.layout import stage_layouts
 
