@@ -137,7 +137,7 @@ def _main(request: EvaluationRequest) -> int:
 def _evaluate(checked: _CheckedRequest) -> Evaluation:
     prepare_rank()
     from dsv3_megatron.parallel.groups import destroy_groups
-    from dsv3_megatron.runs.build import build_model
+    from dsv3_megatron.runs.built_model import build_model
     from dsv3_megatron.runs.evaluator import Evaluator
 
     built = build_model(checked.run)

@@ -147,7 +147,7 @@ def _generate(checked: CheckedRequest, *, as_json: bool) -> int:
     from dsv3_megatron.generation.forward import CachedModel
     from dsv3_megatron.generation.generator import Generator
     from dsv3_megatron.parallel.groups import destroy_groups
-    from dsv3_megatron.runs.build import build_model
+    from dsv3_megatron.runs.built_model import build_model
 
     built = build_model(checked.run)
     built.load(checked.load)

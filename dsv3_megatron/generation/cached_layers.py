@@ -29,10 +29,10 @@ from dsv3_megatron.ops.rope import rotate_tail_
 from dsv3_megatron.ops.swiglu import swiglu
 
 # x [T, in], weight [out, in] -> [T, out].
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+ProductFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def product_like(weight: torch.Tensor) -> Product:
+def product_like(weight: torch.Tensor) -> ProductFunction:
     """How rows are multiplied by weights of this dtype and device."""
     if choose_product_backend("auto", weight.device, weight.dtype) == "via_fp32":
         return linear_forward

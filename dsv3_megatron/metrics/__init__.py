@@ -10,7 +10,7 @@ Nothing is imported here: the parts that need no torch stay without it. What is 
 What a logged step looks like from inside:
 
     instruments.py     collects, over all ranks  measurements.py    what they saw, as plain numbers
-    gradients.py       norms by component        phase_clock.py     where a step's time goes
+    gradients.py       norms by component        step_clock.py      where a step's time goes
     process_memory.py  of this process           shared_numbers.py  one collective for all of it
     scalars.py         TensorBoard's scalars     pictures.py        its histograms and heat maps
     heat_map.py        images                    event_files.py     a run's folder read back

@@ -8,9 +8,9 @@ each rank routes its own tokens.
 Usage (every process makes one; all of them log the same steps):
     instruments = Instruments(run, chunks, optimizer, groups, device)
     instruments.begin_step(iteration)
-    with instruments.clock.phase("gradient-reduction"): ...
+    with instruments.clock.part("gradient-reduction"): ...
     instruments.measure_gradients()
-    with instruments.clock.phase("optimizer"): ...
+    with instruments.clock.part("optimizer"): ...
     measurements = instruments.end_step()          # None unless the step is logged
 
 Shapes: L layers with MTP modules, E experts, G groups of experts, b score bins, c components.
@@ -27,16 +27,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.metrics.gradients import COMPONENTS, GradientNorms
 from dsv3_megatron.metrics.measurements import Measurements, RouterMeasurements, check_node_limit
-from dsv3_megatron.metrics.phase_clock import PhaseClock
 from dsv3_megatron.metrics.process_memory import memory_bytes
 from dsv3_megatron.metrics.run_records import is_logged
 from dsv3_megatron.metrics.shared_numbers import SharedNumbers
+from dsv3_megatron.metrics.step_clock import StepClock
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.observation import NUM_SCORE_BINS, HeadAgreement, RouterObserver
 from dsv3_megatron.optim.router_bias import routers
 from dsv3_megatron.platform import Device
 
-PHASES = ("data", "forward-backward", "gradient-reduction", "optimizer", "router-bias", "logging")
+STEP_PARTS = ("data", "forward-backward", "gradient-reduction", "optimizer", "router-bias", "logging")
 
 
 class Instruments:
@@ -50,7 +50,7 @@ class Instruments:
         device: Device of this process.
 
     Attributes:
-        clock: Clock of PHASES; the trainer marks them.
+        clock: Clock of STEP_PARTS; the trainer marks them.
     """
 
     def __init__(self, run: RunConfig, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer,
@@ -58,7 +58,7 @@ class Instruments:
         self._run = run
         self._device = device
         self._is_enabled = run.logging.tensorboard_dir is not None
-        self.clock = PhaseClock(PHASES, torch.cuda.synchronize if self._is_enabled and device.is_cuda else None)
+        self.clock = StepClock(STEP_PARTS, torch.cuda.synchronize if self._is_enabled and device.is_cuda else None)
         self._is_observing = False
         self._num_steps = 0
         self._squares_c = torch.zeros(len(COMPONENTS), dtype=torch.float64)
@@ -78,7 +78,7 @@ class Instruments:
     def measure_gradients(self) -> None:
         """Measure the gradients of a logged step; called when they have been added up over ranks."""
         if self._is_observing:
-            with self.clock.phase("logging"):
+            with self.clock.part("logging"):
                 self._squares_c = self._gradients.squares()
 
     def begin_step(self, iteration: int) -> None:
@@ -116,7 +116,7 @@ class Instruments:
         self._num_steps = 0
         memory = memory_bytes(self._device)
         sums = self._notes()
-        largest = SharedNumbers({"seconds": (len(PHASES),), "memory": (len(memory),)}, self._device.torch_device)
+        largest = SharedNumbers({"seconds": (len(STEP_PARTS),), "memory": (len(memory),)}, self._device.torch_device)
         sums["seconds"].copy_(seconds / torch.distributed.get_world_size())
         largest["seconds"].copy_(seconds)
         largest["memory"].copy_(torch.tensor(list(memory.values())))
@@ -127,8 +127,8 @@ class Instruments:
             grad_norms=dict(zip(COMPONENTS, sums["squares"].sqrt().tolist(), strict=True)),
             head_agreement=tuple(agreeing / sampled if sampled else None
                                  for agreeing, sampled in sums["agreement"].tolist()),
-            phase_seconds=dict(zip(PHASES, sums["seconds"].tolist(), strict=True)),
-            slowest_phase_seconds=dict(zip(PHASES, largest["seconds"].tolist(), strict=True)),
+            part_seconds=dict(zip(STEP_PARTS, sums["seconds"].tolist(), strict=True)),
+            slowest_part_seconds=dict(zip(STEP_PARTS, largest["seconds"].tolist(), strict=True)),
             memory_bytes={kind: int(size) for kind, size in zip(memory, largest["memory"].tolist(), strict=True)},
         )
 
@@ -139,7 +139,7 @@ class Instruments:
         notes = SharedNumbers({
             "scores": (layers, NUM_SCORE_BINS), "tokens_per_group": (layers, groups),
             "tokens_by_num_groups": (layers, groups + 1), "bias": (layers, model.num_experts), "holders": (layers,),
-            "squares": (len(COMPONENTS),), "agreement": (model.mtp_num_layers, 2), "seconds": (len(PHASES),),
+            "squares": (len(COMPONENTS),), "agreement": (model.mtp_num_layers, 2), "seconds": (len(STEP_PARTS),),
         }, self._device.torch_device)
         for layer, router, observer in self._routers:
             notes["scores"][layer] = observer.score_counts_b

@@ -47,16 +47,16 @@ class Measurements:
         grad_norms: L2 norm of each component's gradient before clipping; their squares add to the global norm's.
         head_agreement: Share, for each MTP depth, of sampled positions where its most likely token is the main head's;
             None where no position was sampled.
-        phase_seconds: Mean over ranks and over the steps since the last logged one, by phase; phases do not overlap.
-        slowest_phase_seconds: Seconds by phase of the rank that took longest in it, as a mean over the same steps.
+        part_seconds: Mean over ranks and steps since the last logged one, by part of a step; parts do not overlap.
+        slowest_part_seconds: Seconds by part of a step of the rank that took longest in it, as a mean over these steps.
         memory_bytes: Largest over ranks, by kind.
     """
 
     routers: Mapping[int, RouterMeasurements]
     grad_norms: Mapping[str, float]
     head_agreement: tuple[float | None, ...]
-    phase_seconds: Mapping[str, float]
-    slowest_phase_seconds: Mapping[str, float]
+    part_seconds: Mapping[str, float]
+    slowest_part_seconds: Mapping[str, float]
     memory_bytes: Mapping[str, int]
 
 

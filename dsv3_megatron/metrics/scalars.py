@@ -64,9 +64,9 @@ def measurement_scalars(measurements: Measurements) -> dict[str, float]:
     for depth, share in enumerate(measurements.head_agreement, start=1):
         if share is not None:
             scalars[f"mtp_{depth} agreement"] = share
-    scalars |= {f"time/{phase}": seconds for phase, seconds in measurements.phase_seconds.items()}
-    scalars |= {f"time-slowest-rank/{phase}": seconds
-                for phase, seconds in measurements.slowest_phase_seconds.items()}
+    scalars |= {f"time/{part}": seconds for part, seconds in measurements.part_seconds.items()}
+    scalars |= {f"time-slowest-rank/{part}": seconds
+                for part, seconds in measurements.slowest_part_seconds.items()}
     scalars |= {f"memory/{kind}": size for kind, size in measurements.memory_bytes.items()}
     routers = measurements.routers
     if any(len(router.tokens_per_group) > 1 for router in routers.values()):

@@ -21,7 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dsv3_megatron.model.linear import Fp8
+from dsv3_megatron.model.linear import Fp8Lines
 from dsv3_megatron.model.stage.weight_gradients import weight_grad_deferral
 from dsv3_megatron.ops.experts import swiglu_experts
 from dsv3_megatron.ops.fp8.experts import fp8_swiglu_experts
@@ -53,7 +53,7 @@ class GroupedExperts(MegatronModule):
         is_recomputed: The second product need not keep the activation's output for backward.
     """
 
-    fp8: Fp8 | None = None
+    fp8: Fp8Lines | None = None
     is_recomputed = False
 
     def __init__(self, num_local_experts: int, config: TransformerConfig,

@@ -24,10 +24,10 @@ from dsv3_megatron.ops.fp8.reference_backend import ReferenceBackend
 from dsv3_megatron.ops.linear import linear
 
 # Lines of the precision map, one for each weight of a module, and what computes them.
-Fp8 = tuple[tuple[LinearPrecision, ...], ReferenceBackend]
+Fp8Lines = tuple[tuple[LinearPrecision, ...], ReferenceBackend]
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, fp8: Fp8 | None = None) -> torch.Tensor:
+def product(x: torch.Tensor, weight: torch.Tensor, fp8: Fp8Lines | None = None) -> torch.Tensor:
     """y = x W^T, in FP8 where the precision map says so; its weight gradient goes or waits where the run wants it."""
     if fp8 is None:
         return linear(x, weight, accumulate_into_main_grad=True, defer_weight_grad=weight_grad_deferral())
@@ -39,7 +39,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, fp8: Fp8 | None = None) -> to
 class LocalColumnParallelLinear(ColumnParallelLinear):
     """Weight [out / TP, in]: each rank computes a slice of the output's features."""
 
-    fp8: Fp8 | None = None
+    fp8: Fp8Lines | None = None
 
     def forward(self, input_: torch.Tensor, weight: torch.Tensor | None = None,
                 runtime_gather_output: bool | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -55,7 +55,7 @@ class LocalColumnParallelLinear(ColumnParallelLinear):
 
 
 def column_parallel_product(input: torch.Tensor, weight: torch.Tensor, *, sequence_parallel: bool,
-                            allreduce_dgrad: bool, tp_group: Any, fp8: Fp8 | None = None) -> torch.Tensor:
+                            allreduce_dgrad: bool, tp_group: Any, fp8: Fp8Lines | None = None) -> torch.Tensor:
     """This rank's features of the output.
 
     Args:
@@ -76,7 +76,7 @@ def column_parallel_product(input: torch.Tensor, weight: torch.Tensor, *, sequen
 class LocalRowParallelLinear(RowParallelLinear):
     """Weight [out, in / TP]: each rank holds a slice of the input's features; outputs are summed."""
 
-    fp8: Fp8 | None = None
+    fp8: Fp8Lines | None = None
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This rank's [..., in / TP] to the sum [..., out]; and no bias."""
@@ -96,7 +96,7 @@ def _is_product_alone(layer: ColumnParallelLinear | RowParallelLinear) -> bool:
 class ReplicatedLinear(torch.nn.Module):
     """Weight [out, in], whole on every tensor-parallel rank, applied to the rank's part of the sequence."""
 
-    fp8: Fp8 | None = None
+    fp8: Fp8Lines | None = None
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 Nothing is imported here. In reading order:
 
     rank.py         the process, from its device to its exit code
-    build.py        a model, from the processes to its weights
+    built_model.py  a model, from the processes to its weights
     learner.py      a model that learns: one optimizer step
     trainer.py      the training loop of a run
     evaluator.py    rows of tokens scored with a model that only runs forward

@@ -31,7 +31,7 @@ from dsv3_megatron.data.document_ends import document_bounds, restarted_position
 from dsv3_megatron.data.rows import Rows
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
-from dsv3_megatron.runs.build import BuiltModel
+from dsv3_megatron.runs.built_model import BuiltModel
 from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, iterate_chunks
 
 logger = logging.getLogger(__name__)

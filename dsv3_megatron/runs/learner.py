@@ -42,7 +42,7 @@ from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.optimizer import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
 from dsv3_megatron.parallel.groups import groups_of_gradients
-from dsv3_megatron.runs.build import BuiltModel, build_model
+from dsv3_megatron.runs.built_model import BuiltModel, build_model
 from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, read_step
 
 
@@ -117,7 +117,7 @@ class Learner:
         """
         clock, self.phase = self.instruments.clock, plan.phase
         self.instruments.begin_step(iteration)
-        with clock.phase("forward-backward"):
+        with clock.part("forward-backward"):
             for chunk in self.chunks:
                 chunk.train()
                 chunk.zero_grad_buffer()
@@ -129,13 +129,13 @@ class Learner:
                                      self.groups, self.device.torch_device)
             # Forward, backward, and with the last micro-batch `reduce_gradients`.
             losses, collected = self.run_microbatches(microbatches, plan.global_batch_size, forward_only=False)
-        with clock.phase("router-bias"):
+        with clock.part("router-bias"):
             model = self.run.model
             loads_LE, balance_L = collect_expert_loads(
                 self.chunks, num_layers=model.num_layers, num_mtp_layers=model.mtp_num_layers,
                 num_experts=model.num_experts, device=self.device.torch_device)
         self.beat("optimizer")
-        with clock.phase("optimizer"):
+        with clock.part("optimizer"):
             balance_loss = self._mean_balance_loss(balance_L, plan.global_batch_size)
             if self.average:
                 self.average.wait()
@@ -145,11 +145,11 @@ class Learner:
                 StepFacts(iteration, losses.by_name(balance_loss), samples, collected))
             if self.average and outcome.is_applied:
                 self.average.update()
-        with clock.phase("router-bias"):
+        with clock.part("router-bias"):
             if outcome.is_applied:
                 update_router_biases(self.chunks, loads_LE, num_layers=model.num_layers,
                                      update_rate=plan.bias_update_rate)
-        with clock.phase("logging"):
+        with clock.part("logging"):
             measurements = self.instruments.end_step()
         return TakenStep(losses, balance_loss, outcome, loads_LE, measurements)
 
@@ -190,7 +190,7 @@ class Learner:
             num_tokens: Tokens that this rank's pipeline has counted, int32.
             force_all_reduce: Every rank gets all sums, not only its shard's.
         """
-        with self.instruments.clock.phase("gradient-reduction"):
+        with self.instruments.clock.part("gradient-reduction"):
             finalize_model_grads(chunks, num_tokens, pg_collection=self._groups_of_gradients,
                                  force_all_reduce=force_all_reduce)
         self.instruments.measure_gradients()

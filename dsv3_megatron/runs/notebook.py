@@ -8,7 +8,7 @@
         print(step.loss, step.grad_norm, model.loss([[1, 2, 3, 4, 5]]))
         print(model.generate([1, 2, 3], max_new_tokens=8))
 
-It is made of what the commands are made of: build.py builds the model and loads it, learner.py takes a step as in a
+It is made of what the commands are made of: built_model.py builds it and loads it, learner.py takes a step as in a
 run, evaluator.py scores rows, and generation/ continues them. Several models may be there at once; none changes
 another.
 
@@ -49,7 +49,7 @@ from dsv3_megatron.metrics.parameters import count_parameters
 from dsv3_megatron.parallel.groups import destroy_groups
 from dsv3_megatron.process.ranks import Processes
 from dsv3_megatron.runs.alone import Continuation, StepResult, open_tokenizer, require_memory, settings_alone
-from dsv3_megatron.runs.build import BuiltModel, LoadInto, build_model
+from dsv3_megatron.runs.built_model import BuiltModel, LoadInto, build_model
 from dsv3_megatron.runs.evaluator import Evaluation, Evaluator, RowSamples
 from dsv3_megatron.runs.learner import Learner
 from dsv3_megatron.schedule.forward_backward import iterate_chunks

@@ -180,7 +180,7 @@ class Trainer(Learner):
             while self.step_plan and not stopped and not self.guard.end_reason:
                 report, stopped = self.train_step()
                 self.watchdog.beat("reporting")
-                with self.instruments.clock.phase("logging"):
+                with self.instruments.clock.part("logging"):
                     self.display.update(report)
                     if self.writer:
                         self.writer.write_step(report)

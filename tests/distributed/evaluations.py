@@ -11,7 +11,7 @@ import torch
 
 from dsv3_megatron.commands.evaluate import EvaluationRequest, check_request
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.runs.build import build_model
+from dsv3_megatron.runs.built_model import build_model
 from dsv3_megatron.runs.evaluator import Evaluation, Evaluator
 from tests.routing import Notes, Routing
 

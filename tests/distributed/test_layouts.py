@@ -297,8 +297,8 @@ def check_measurements(expected: RankStep, ranks: list[RankStep], gradients: dic
         for component, norm in seen.grad_norms.items():
             assert norm == pytest.approx(squares[component] ** 0.5, rel=GRADIENT_TOLERANCE), f"norm of {component}"
         assert math.hypot(*seen.grad_norms.values()) == pytest.approx(rank.report.grad_norm, rel=1e-6)
-        assert seen.phase_seconds == ranks[0].report.measurements.phase_seconds
-        in_step = sum(seconds for phase, seconds in seen.slowest_phase_seconds.items() if phase != "logging")
+        assert seen.part_seconds == ranks[0].report.measurements.part_seconds
+        in_step = sum(seconds for part, seconds in seen.slowest_part_seconds.items() if part != "logging")
         assert 0.5 * rank.report.step_time_s < in_step
 
 

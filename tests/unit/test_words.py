@@ -21,13 +21,18 @@ SAME_THING = {
 
 
 def classes_named_twice(root: Path) -> dict[str, list[str]]:
-    """Names of public classes that more than one module defines, with these modules; classes in classes count too."""
-    modules: dict[str, list[str]] = defaultdict(list)
+    """Public classes and named types that more than one module defines, with these modules; inner classes count too."""
+    modules: dict[str, set[str]] = defaultdict(set)
     for path in sorted(path for room in ROOMS for path in (root / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                modules[node.name].append(path.relative_to(root).as_posix())
-    return {name: places for name, places in modules.items() if len(places) > 1}
+            # A class, or a type that has a name: `Steps = Generator[...]`.
+            names = [node.name] if isinstance(node, ast.ClassDef) else [
+                target.id for target in node.targets if isinstance(target, ast.Name) and not target.id.isupper()
+                and target.id[0].isupper()] if isinstance(node, ast.Assign) else []
+            for name in names:
+                if not name.startswith("_"):
+                    modules[name].add(path.relative_to(root).as_posix())
+    return {name: sorted(places) for name, places in modules.items() if len(places) > 1}
 
 
 def renamed_imports(root: Path) -> list[str]:
@@ -75,13 +80,14 @@ def test_a_class_has_one_name_everywhere() -> None:
 
 def test_planted_words_are_found(tmp_path: Path) -> None:
     for file, text in {"dsv3_megatron/ops/one.py": "class Plan:\n    class Inner: ...\nclass _Own: ...\n",
-                       "kernels/two.py": "class Inner: ...\nclass _Own: ...\nclass Alone: ...\n",
+                       "kernels/two.py": "class Inner: ...\nclass _Own: ...\nclass Alone: ...\nPlan = int\nONE = 1\n",
                        "kernels/__init__.py": "", "kernels/ops.py": "", "dsv3_megatron/ops/__init__.py": "",
                        "dsv3_megatron/config/ops.py": "", "dsv3_megatron/data/one.py": "",
                        "dsv3_megatron/data/three.py": "from dsv3_megatron.ops.one import Plan as Order\n"}.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(text)
-    assert classes_named_twice(tmp_path) == {"Inner": ["dsv3_megatron/ops/one.py", "kernels/two.py"]}
+    assert classes_named_twice(tmp_path) == {"Inner": ["dsv3_megatron/ops/one.py", "kernels/two.py"],
+                                             "Plan": ["dsv3_megatron/ops/one.py", "kernels/two.py"]}
     assert renamed_imports(tmp_path) == ["dsv3_megatron/data/three.py:1 Plan as Order"]
     assert modules_named_twice(tmp_path) == {
         "one": ["dsv3_megatron/data/one.py", "dsv3_megatron/ops/one.py"],

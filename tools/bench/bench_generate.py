@@ -62,7 +62,7 @@ def ours_step(setting: Setting) -> Step:
     from dsv3_megatron.generation.generator import Generator, Options
     from dsv3_megatron.ops.host_memory import keep_freed_memory
     from dsv3_megatron.platform import prepare
-    from dsv3_megatron.runs.build import build_model
+    from dsv3_megatron.runs.built_model import build_model
 
     if not prepare().is_cuda:
         keep_freed_memory()

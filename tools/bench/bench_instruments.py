@@ -104,12 +104,12 @@ def watch_the_instruments() -> None:
 
 def clock_time(num_phases: int) -> float:
     """CPU seconds that timing as many phases takes."""
-    from dsv3_megatron.metrics.phase_clock import PhaseClock
+    from dsv3_megatron.metrics.step_clock import StepClock
 
-    clock = PhaseClock(("work",))
+    clock = StepClock(("work",))
     started = time.process_time()
     for _ in range(1000):
-        with clock.phase("work"):
+        with clock.part("work"):
             pass
     return (time.process_time() - started) / 1000 * num_phases
 
@@ -129,7 +129,7 @@ class Kind:
         wall, cpu = time.perf_counter(), time.process_time()
         report, _ = trainer.train_step()
         if self.writer is not None:
-            with self.instruments.clock.phase("logging"):
+            with self.instruments.clock.part("logging"):
                 self.writer.write_step(report)
         self.seconds.append((time.perf_counter() - wall, time.process_time() - cpu, OWN_TIME.seconds))
 

@@ -38,7 +38,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Counts:
+class ExportedCounts:
     """Parameters of a model.
 
     Attributes:
@@ -52,7 +52,7 @@ class Counts:
     mtp: int
 
 
-def count_exported(model: ModelConfig) -> Counts:
+def count_exported(model: ModelConfig) -> ExportedCounts:
     """Parameters of a model, from the shapes of its tensors."""
     main = active = mtp = 0
     for tensor in hugging_face_tensors(model):
@@ -65,7 +65,7 @@ def count_exported(model: ModelConfig) -> Counts:
         is_routed = ".mlp.experts." in tensor.name
         # Every expert of a layer is as large as the others.
         active += tensor.num_elements * model.moe_router_topk if is_routed else tensor.num_elements * model.num_experts
-    return Counts(main, active // model.num_experts, mtp)
+    return ExportedCounts(main, active // model.num_experts, mtp)
 
 
 def model_card(model: ModelConfig, manifest: Manifest, shards: Sequence[WeightFile], *, dtype: str, license_id: str,

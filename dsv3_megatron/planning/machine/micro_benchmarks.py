@@ -32,7 +32,7 @@ from dsv3_megatron.planning.machine.hardware import AttentionPoint, Figure, Hard
 from dsv3_megatron.planning.machine.narrow_pass import narrow_pass
 from dsv3_megatron.planning.machine.operand_pools import OperandPools
 from dsv3_megatron.planning.time.layer_operations import stage_operations
-from dsv3_megatron.planning.time.operations import Collective, CoreAttention, Operation, Product, Shape, TokenExchange
+from dsv3_megatron.planning.time.operations import Collective, CoreAttention, Product, Shape, TokenExchange, WorkItem
 from dsv3_megatron.process.cores import usable_cores
 
 _SOURCE = "measured on this machine"
@@ -157,7 +157,7 @@ class MicroBenchmarks:
     def _add(self, call: Call, *key: object, is_transfer: bool = False) -> None:
         self.cases.append(Case(key, call, is_transfer))
 
-    def _add_products(self, operations: list[Operation]) -> None:
+    def _add_products(self, operations: list[WorkItem]) -> None:
         model, tp = self.run.model, self.shape.tp
         head = {self.shape.tokens, model.vocab_size // tp, model.hidden_size}
         found: dict[tuple[object, ...], tuple[str, int, int, int, int]] = {}
@@ -173,7 +173,7 @@ class MicroBenchmarks:
             for name, (purpose, *sizes) in found.items():
                 self._add(pools.product(purpose, *sizes), *name)
 
-    def _add_attention(self, operations: list[Operation]) -> None:
+    def _add_attention(self, operations: list[WorkItem]) -> None:
         model, heads = self.run.model, self.run.model.num_attention_heads // self.shape.tp
         first = next((operation for operation in operations if isinstance(operation, CoreAttention)), None)
         if first is None:
@@ -288,7 +288,7 @@ class MicroBenchmarks:
 
         self._add(update, "optimizer")
 
-    def _add_communication(self, operations: list[Operation]) -> None:
+    def _add_communication(self, operations: list[WorkItem]) -> None:
         size = self.num_processes
         model = self.run.model
         has_exchange = any(isinstance(operation, TokenExchange) for operation in operations)

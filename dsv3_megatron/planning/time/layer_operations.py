@@ -20,10 +20,10 @@ from dsv3_megatron.planning.time.operations import (
     CoreAttention,
     Linears,
     Movement,
-    Operation,
     Product,
     Shape,
     TokenExchange,
+    WorkItem,
     WorkPart,
     layer_linears,
     linear_operations,
@@ -34,7 +34,7 @@ from dsv3_megatron.planning.time.operations import (
 
 
 @lru_cache(maxsize=8192)
-def layer_operations(model: ModelConfig, linears: Linears, shape: Shape) -> tuple[Operation, ...]:
+def layer_operations(model: ModelConfig, linears: Linears, shape: Shape) -> tuple[WorkItem, ...]:
     """Everything a transformer layer does for a micro-batch on one rank; dense or MoE, as its linears say."""
     operations = [*_attention(model, linears, shape)]
     if linears.shape("experts.linear_fc1") is not None:
@@ -46,11 +46,11 @@ def layer_operations(model: ModelConfig, linears: Linears, shape: Shape) -> tupl
     return tuple(operations)
 
 
-def _again(operation: Operation) -> Operation:
+def _again(operation: WorkItem) -> WorkItem:
     return dataclasses.replace(operation, part=WorkPart.INPUT, is_again=True)
 
 
-def _attention(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[Operation]:
+def _attention(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[WorkItem]:
     whole, local, wide, hidden = shape.tokens, shape.local_tokens, shape.value_bytes, model.hidden_size
     heads = model.num_attention_heads // shape.tp
     prefix = ""
@@ -86,7 +86,7 @@ def _attention(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[O
         yield Movement(part, "residual", "add", 3 * local * hidden * wide)
 
 
-def _core_attention(model: ModelConfig, heads: int, shape: Shape) -> Iterator[Operation]:
+def _core_attention(model: ModelConfig, heads: int, shape: Shape) -> Iterator[WorkItem]:
     # A query meets S/2 keys on average; backward has the scores and the gradient of the probabilities to make, and
     # the gradients of queries, keys and values.
     pairs = shape.tokens * shape.seq_length / 2 * heads
@@ -98,7 +98,7 @@ def _core_attention(model: ModelConfig, heads: int, shape: Shape) -> Iterator[Op
     yield Movement(WorkPart.INPUT, "core_attention", "attention_backward", shape.tokens * heads * moved)
 
 
-def _ffn(prefix: str, linears: Linears, rows: float, shape: Shape) -> Iterator[Operation]:
+def _ffn(prefix: str, linears: Linears, rows: float, shape: Shape) -> Iterator[WorkItem]:
     """SwiGLU between two linears."""
     first = linears.shape(f"{prefix}linear_fc1")
     assert first is not None
@@ -109,7 +109,7 @@ def _ffn(prefix: str, linears: Linears, rows: float, shape: Shape) -> Iterator[O
     yield Movement(WorkPart.INPUT, f"{prefix}swiglu", "swiglu_backward", rows * 5 * width * wide)
 
 
-def _dense(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[Operation]:
+def _dense(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[WorkItem]:
     whole, local, hidden, wide = shape.tokens, shape.local_tokens, model.hidden_size, shape.value_bytes
     yield from norm_operations("pre_mlp_layernorm", local, hidden, shape)
     yield from _gathered("ffn input", whole * hidden * wide, shape)
@@ -119,7 +119,7 @@ def _dense(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[Opera
         yield Movement(part, "residual", "add", 3 * local * hidden * wide)
 
 
-def _moe(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[Operation]:
+def _moe(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[WorkItem]:
     whole, local, hidden, wide = shape.tokens, shape.local_tokens, model.hidden_size, shape.value_bytes
     rows = local * model.moe_router_topk * shape.etp * shape.imbalance
     groups = model.num_experts // shape.ep
@@ -154,7 +154,7 @@ def _sends_fp8(linears: Linears, shape: Shape) -> bool:
     return shape.dispatches_fp8 and linears.precision("experts.linear_fc1").fprop == "fp8"
 
 
-def _experts(linears: Linears, rows: float, groups: int, shape: Shape) -> Iterator[Operation]:
+def _experts(linears: Linears, rows: float, groups: int, shape: Shape) -> Iterator[WorkItem]:
     first = linears.shape("experts.linear_fc1")
     assert first is not None
     width, wide = first[0] // 2, shape.value_bytes
@@ -170,7 +170,7 @@ def _experts(linears: Linears, rows: float, groups: int, shape: Shape) -> Iterat
     yield Movement(WorkPart.INPUT, "experts.swiglu", "swiglu_backward", rows * 5 * width * wide)
 
 
-def _gathered(name: str, num_bytes: float, shape: Shape) -> Iterator[Operation]:
+def _gathered(name: str, num_bytes: float, shape: Shape) -> Iterator[WorkItem]:
     """All-gather forward, reduce-scatter backward, over the tensor-parallel ranks."""
     if shape.tp > 1:
         yield Collective(WorkPart.FORWARD, name, num_bytes)
@@ -183,7 +183,7 @@ _scattered = _gathered  # the other way round, and as many bytes
 # -- the ends ----------------------------------------------------------------------------------------------------
 
 
-def _head(model: ModelConfig, name: str, shape: Shape) -> Iterator[Operation]:
+def _head(model: ModelConfig, name: str, shape: Shape) -> Iterator[WorkItem]:
     """Output head and cross-entropy, both in the run's own precision."""
     tokens, hidden, rows = shape.tokens, model.hidden_size, model.vocab_size // shape.tp
     yield Product(WorkPart.FORWARD, name, shape.plain_kind, "fprop", 1, tokens, rows, hidden)
@@ -200,14 +200,14 @@ def _head(model: ModelConfig, name: str, shape: Shape) -> Iterator[Operation]:
     yield from _gathered(f"{name} input", tokens * hidden * shape.value_bytes, shape)
 
 
-def _embedding(model: ModelConfig, name: str, shape: Shape) -> Iterator[Operation]:
+def _embedding(model: ModelConfig, name: str, shape: Shape) -> Iterator[WorkItem]:
     moved = 2 * shape.tokens * model.hidden_size
     yield Movement(WorkPart.FORWARD, name, "copy", moved * shape.value_bytes)
     yield Movement(WorkPart.WEIGHT, name, "copy", moved * 4)
     yield from _scattered(name, shape.tokens * model.hidden_size * shape.value_bytes, shape)
 
 
-def _mtp(model: ModelConfig, linears: dict[str, Linears], depth: int, shape: Shape) -> Iterator[Operation]:
+def _mtp(model: ModelConfig, linears: dict[str, Linears], depth: int, shape: Shape) -> Iterator[WorkItem]:
     prefix, name = f"mtp.layers.{depth}", f"mtp {depth + 1}"
     local, hidden = shape.local_tokens, model.hidden_size
     yield from _embedding(model, f"{name} embedding", shape)
@@ -223,8 +223,8 @@ def _mtp(model: ModelConfig, linears: dict[str, Linears], depth: int, shape: Sha
 
 @lru_cache(maxsize=4096)
 def _end_operations(model: ModelConfig, linears: tuple[tuple[str, Linears], ...], shape: Shape, has_embedding: bool,
-                    mtp_layer_ids: tuple[int, ...], has_norm: bool, has_loss: bool) -> tuple[Operation, ...]:
-    operations: list[Operation] = []
+                    mtp_layer_ids: tuple[int, ...], has_norm: bool, has_loss: bool) -> tuple[WorkItem, ...]:
+    operations: list[WorkItem] = []
     if has_embedding:
         operations += _embedding(model, "embedding", shape)
     if has_norm:
@@ -243,14 +243,14 @@ def _end_operations(model: ModelConfig, linears: tuple[tuple[str, Linears], ...]
     return tuple(operations)
 
 
-def end_operations(run: RunConfig, stage: StageLayout, shape: Shape) -> tuple[Operation, ...]:
+def end_operations(run: RunConfig, stage: StageLayout, shape: Shape) -> tuple[WorkItem, ...]:
     """What a stage does beside its transformer layers: embedding, final norm, MTP modules, head and losses."""
     linears = tuple((name, own) for name, own in layer_linears(run).items() if name.startswith("mtp."))
     return _end_operations(run.model, linears, shape, stage.has_embedding, stage.mtp_layer_ids,
                            has_final_norm(run.model, stage), stage.has_loss)
 
 
-def stage_operations(run: RunConfig, stage: StageLayout, shape: Shape) -> Iterator[tuple[Operation, ...]]:
+def stage_operations(run: RunConfig, stage: StageLayout, shape: Shape) -> Iterator[tuple[WorkItem, ...]]:
     """The operations of each layer of a stage, then of its ends."""
     linears = layer_linears(run)
     for layer in stage.layer_ids:

@@ -109,7 +109,7 @@ class Collective:
     is_again: bool = False
 
 
-Operation = Product | CoreAttention | Movement | TokenExchange | Collective
+WorkItem = Product | CoreAttention | Movement | TokenExchange | Collective
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _found(precisions: dict[str, LinearPrecision], prefix: str, rest: str) -> It
 
 
 def linear_operations(name: str, linears: Linears, rows: float, shape: Shape, *, groups: int = 1, casts: bool = True,
-            is_again: bool = False) -> Iterator[Operation]:
+            is_again: bool = False) -> Iterator[WorkItem]:
     """Forward, dgrad and wgrad of a linear on `rows` rows in all, with the casts to FP8 around them.
 
     Args:
@@ -263,7 +263,7 @@ def linear_operations(name: str, linears: Linears, rows: float, shape: Shape, *,
     yield Product(WorkPart.WEIGHT, name, kind(precision.wgrad), "wgrad", groups, out, inner, per_group)
 
 
-def norm_operations(name: str, rows: float, width: int, shape: Shape) -> Iterator[Operation]:
+def norm_operations(name: str, rows: float, width: int, shape: Shape) -> Iterator[WorkItem]:
     """RMSNorm. The gradient of its weight is counted with the input's, as one kernel makes both."""
     wide = shape.value_bytes
     forward = Movement(WorkPart.FORWARD, name, "norm", 2 * rows * width * wide, 2 * rows * width)
@@ -273,7 +273,7 @@ def norm_operations(name: str, rows: float, width: int, shape: Shape) -> Iterato
     yield Movement(WorkPart.INPUT, name, "norm_backward", 3 * rows * width * wide, 4 * rows * width)
 
 
-def model_flops(operations: Iterator[Operation] | tuple[Operation, ...]) -> float:
+def model_flops(operations: Iterator[WorkItem] | tuple[WorkItem, ...]) -> float:
     """Operations that `metrics.flops` counts."""
     return sum(operation.flops for operation in operations
                if not operation.is_again and isinstance(operation, Product | CoreAttention | Movement))

@@ -23,10 +23,10 @@ from dsv3_megatron.planning.time.operations import (
     Collective,
     CoreAttention,
     Linears,
-    Operation,
     Product,
     Shape,
     TokenExchange,
+    WorkItem,
     WorkPart,
     layer_linears,
 )
@@ -140,7 +140,7 @@ class Setting:
         return {"device": "cpu" if self.hardware.is_cpu else "cuda", "imbalance": Imbalance.of(run, self).pair}
 
 
-def _work(operations: Iterable[Operation], setting: Setting, network: Network, model: ModelConfig, sm_share: float
+def _work(operations: Iterable[WorkItem], setting: Setting, network: Network, model: ModelConfig, sm_share: float
           ) -> dict[WorkPart, Work]:
     """Seconds of operations, by part."""
     hardware = setting.hardware
@@ -170,7 +170,7 @@ def _work(operations: Iterable[Operation], setting: Setting, network: Network, m
     return {part: Work(*values) for part, values in sums.items()}
 
 
-def _stage_work(alone: tuple[Operation, ...], shared: tuple[Operation, ...], setting: Setting, network: Network,
+def _stage_work(alone: tuple[WorkItem, ...], shared: tuple[WorkItem, ...], setting: Setting, network: Network,
                 model: ModelConfig) -> StageWork:
     hardware = setting.hardware
     left = 1.0 if hardware.is_cpu else 1 - hardware["communication_sms"] / hardware["num_sms"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsv3_megatron.metrics.phase_clock import PhaseClock
+from dsv3_megatron.metrics.step_clock import StepClock
 
 
 class Time:
@@ -19,17 +19,17 @@ class Time:
 
 def test_a_phase_does_not_count_what_lies_within_it() -> None:
     time = Time()
-    clock = PhaseClock(("outer", "inner", "innermost", "unused"), now=time)
+    clock = StepClock(("outer", "inner", "innermost", "unused"), now=time)
     time.now += 7  # between steps: nobody's
-    with clock.phase("outer"):
+    with clock.part("outer"):
         time.now += 1
-        with clock.phase("inner"):
+        with clock.part("inner"):
             time.now += 2
-            with clock.phase("innermost"):
+            with clock.part("innermost"):
                 time.now += 4
             time.now += 8
         time.now += 16
-    with clock.phase("inner"):
+    with clock.part("inner"):
         time.now += 32
     assert clock.take() == {"outer": 17.0, "inner": 42.0, "innermost": 4.0, "unused": 0.0}
     assert set(clock.take().values()) == {0.0}
@@ -37,8 +37,8 @@ def test_a_phase_does_not_count_what_lies_within_it() -> None:
 
 def test_taking_within_a_phase_leaves_the_rest_for_later() -> None:
     time = Time()
-    clock = PhaseClock(("logging",), now=time)
-    with clock.phase("logging"):
+    clock = StepClock(("logging",), now=time)
+    with clock.part("logging"):
         time.now += 3
         assert clock.take() == {"logging": 3.0}
         time.now += 5
@@ -47,8 +47,8 @@ def test_taking_within_a_phase_leaves_the_rest_for_later() -> None:
 
 def test_an_error_ends_its_phases() -> None:
     time = Time()
-    clock = PhaseClock(("outer", "inner"), now=time)
-    with pytest.raises(ValueError, match="stop"), clock.phase("outer"), clock.phase("inner"):
+    clock = StepClock(("outer", "inner"), now=time)
+    with pytest.raises(ValueError, match="stop"), clock.part("outer"), clock.part("inner"):
         time.now += 2
         raise ValueError("stop")
     time.now += 4
@@ -57,7 +57,7 @@ def test_an_error_ends_its_phases() -> None:
 
 def test_waiting_counts_until_an_item_is_there() -> None:
     time = Time()
-    clock = PhaseClock(("data", "work"), now=time)
+    clock = StepClock(("data", "work"), now=time)
 
     def slow_items():
         for item in range(3):
@@ -65,7 +65,7 @@ def test_waiting_counts_until_an_item_is_there() -> None:
             yield item
 
     seen = []
-    with clock.phase("work"):
+    with clock.part("work"):
         for item in clock.waiting(slow_items(), "data"):
             time.now += 1
             seen.append(item)
@@ -81,10 +81,10 @@ def test_the_device_is_waited_for_at_both_ends_but_not_for_data() -> None:
         calls.append(time.now)
         time.now += 5  # the device finishes
 
-    clock = PhaseClock(("optimizer", "data"), synchronize, now=time)
-    with clock.phase("optimizer"):
+    clock = StepClock(("optimizer", "data"), synchronize, now=time)
+    with clock.part("optimizer"):
         time.now += 1
-    with clock.phase("data", waits_for_device=False):
+    with clock.part("data", waits_for_device=False):
         time.now += 2
     assert len(calls) == 2
     assert clock.take() == {"optimizer": 6.0, "data": 2.0}
