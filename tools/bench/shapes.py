@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.presets import dsv3_671b, laptop
+from dsv3_megatron.config.weights import Fp8, Place, weights_at
 
 
 @dataclass(frozen=True)
@@ -31,22 +32,25 @@ LAPTOP: ModelConfig = laptop().model
 V3: ModelConfig = dsv3_671b().model
 
 
+# Names that the benchmarks' rows have had for modules, from their first results on.
+_NAMES = {
+    "self_attention.linear_q_down_proj": "q_down", "self_attention.linear_q_up_proj": "q_up",
+    "self_attention.linear_kv_down_proj": "kv_down", "self_attention.linear_kv_up_proj": "kv_up",
+    "self_attention.linear_proj": "attention_out", "mlp.linear_fc1": "dense_gate_up", "mlp.linear_fc2": "dense_down",
+    "mlp.experts.linear_fc1": "expert_gate_up", "mlp.experts.linear_fc2": "expert_down", "output_layer": "head",
+}
+
+
 def product_shapes(model: ModelConfig) -> list[ProductShape]:
-    """Every distinct product of a model with a query latent, in the order a token meets them."""
-    assert model.q_lora_rank is not None, "the benchmarked models have a query latent"
-    hidden, heads, expert = model.hidden_size, model.num_attention_heads, model.moe_ffn_hidden_size
-    return [
-        ProductShape("q_down", model.q_lora_rank, hidden),
-        ProductShape("q_up", heads * (model.qk_nope_head_dim + model.qk_rope_head_dim), model.q_lora_rank),
-        ProductShape("kv_down", model.kv_lora_rank + model.qk_rope_head_dim, hidden),
-        ProductShape("kv_up", heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank),
-        ProductShape("attention_out", hidden, heads * model.v_head_dim),
-        ProductShape("dense_gate_up", 2 * model.ffn_hidden_size, hidden),
-        ProductShape("dense_down", hidden, model.ffn_hidden_size),
-        ProductShape("expert_gate_up", 2 * expert, hidden),
-        ProductShape("expert_down", hidden, expert),
-        ProductShape("head", model.vocab_size, hidden),
-    ]
+    """Every product of a model that FP8 computes, in the order a token meets them, and the head's.
+
+    Those of shared experts are left out: their shapes are an expert's, as many times wider as they are several.
+    """
+    places = (Place.ATTENTION, Place.FFN_INPUT, Place.DENSE_LAYER, Place.MOE_LAYER)
+    weights = [weight for weight in weights_at(model, *places)
+               if weight.fp8 is Fp8.AS_PUBLISHED and weight.component != "shared_experts"]
+    return [ProductShape(_NAMES.get(weight.module, weight.module), *weight.shape(model))
+            for weight in (*weights, *weights_at(model, Place.HEAD))]
 
 
 def attention_shape(model: ModelConfig, seq_length: int) -> AttentionShape:
