@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.weights import Fp8, Place, Weight, weights_at
 
 # What a reader does: will not load it; loads it and computes something else; loads it without a part.
 REFUSES, DIFFERS, LEAVES_OUT = "refuses", "other results", "leaves out"
@@ -75,13 +76,15 @@ def _epsilon(model: ModelConfig, dtype: str) -> str:
 
 def _merged_widths(model: ModelConfig) -> dict[str, int]:
     """Widths of projections that programs put on top of each other, gate on up."""
-    widths = {}
-    if model.num_dense_layers:
-        widths["ffn_hidden_size"] = model.ffn_hidden_size
-    if model.num_moe_layers:
-        widths["moe_ffn_hidden_size"] = model.moe_ffn_hidden_size
-        widths["num_shared_experts * moe_ffn_hidden_size"] = model.num_shared_experts * model.moe_ffn_hidden_size
-    return widths
+    return {weight.widths[0].text: weight.widths[0].of(model) for weight in _matrices(model) if len(weight.parts) > 1}
+
+
+def _matrices(model: ModelConfig) -> list[Weight]:
+    """Matrices that an FP8 export has in FP8, a layer of each kind."""
+    places = [Place.ATTENTION, Place.FFN_INPUT]
+    places += [Place.DENSE_LAYER] if model.num_dense_layers else []
+    places += [Place.MOE_LAYER] if model.num_moe_layers else []
+    return [weight for weight in weights_at(model, *places) if weight.fp8 is Fp8.AS_PUBLISHED]
 
 
 def _no_blocks(widths: dict[str, int]) -> str:
@@ -100,15 +103,7 @@ def _fp8_uneven(model: ModelConfig, dtype: str) -> str:
     """Widths of FP8 matrices that are more than one block and no whole number of blocks."""
     if dtype != "fp8":
         return ""
-    heads = model.num_attention_heads
-    widths = _merged_widths(model) | {
-        "hidden_size": model.hidden_size, "kv_lora_rank": model.kv_lora_rank,
-        "kv_lora_rank + qk_rope_head_dim": model.kv_lora_rank + model.qk_rope_head_dim,
-        "num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)": heads * model.qk_head_dim,
-        "num_attention_heads * (qk_nope_head_dim + v_head_dim)": heads * (model.qk_nope_head_dim + model.v_head_dim),
-        "num_attention_heads * v_head_dim": heads * model.v_head_dim}
-    if model.q_lora_rank:
-        widths["q_lora_rank"] = model.q_lora_rank
+    widths = {width.text: width.of(model) for weight in _matrices(model) for width in weight.widths}
     return _no_blocks({name: width for name, width in widths.items() if width > _BLOCK})
 
 
