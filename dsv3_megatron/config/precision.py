@@ -176,11 +176,7 @@ def linear_shapes(model: ModelConfig, parallel: ParallelConfig | None = None) ->
     The experts of a layer are two names; each stands for all of them.
     """
     split = parallel or ParallelConfig()
-    shapes = {}
-    for name, weight in fp8_weights(model).items():
-        rows, columns = weight.local_shape(model, split)
-        shapes[name] = (rows, columns)
-    return shapes
+    return {name: weight.local_matrix(model, split) for name, weight in fp8_weights(model).items()}
 
 
 def precision_map(fp8: Fp8Config, model: ModelConfig) -> dict[str, LinearPrecision]:

@@ -71,15 +71,18 @@ class Place(Enum):
     """The part of the model that a row stands in, in the order of the forward pass."""
 
     EMBEDDING = "before the first layer; an MTP module begins with the same weight"
-    EVERY_LAYER = "each transformer layer, those of MTP modules too"
-    DENSE_LAYER = "a layer with one FFN"
-    MOE_LAYER = "a layer with a router and experts"
+    ATTENTION = "the attention of each transformer layer, those of MTP modules too, and the norm before it"
+    FFN_INPUT = "each transformer layer, behind its attention"
+    DENSE_LAYER = "the FFN of a layer that has one"
+    MOE_LAYER = "router and experts of a layer that has them"
     AFTER_LAYERS = "behind the last layer"
     HEAD = "at the end; an MTP module ends with the same weight"
     MTP_BEGIN = "an MTP module before its layer"
     MTP_END = "an MTP module behind its layer"
 
 
+# The places of transformer layers.
+IN_LAYERS = (Place.ATTENTION, Place.FFN_INPUT, Place.DENSE_LAYER, Place.MOE_LAYER)
 # Components, in the order in which a layer's are listed.
 COMPONENTS = ("embedding", "attention", "dense_ffn", "router", "routed_experts", "shared_experts", "norms",
               "final_norm", "head", "mtp")
@@ -139,6 +142,11 @@ class Weight:
         return len(self.widths) == 2
 
     @property
+    def reads_hidden_states(self) -> bool:
+        """Whether the weight is the matrix of a product with hidden states, not with a latent or with heads."""
+        return self.is_matrix and self.widths[1] is _HIDDEN
+
+    @property
     def is_expert(self) -> bool:
         """Whether each routed expert has one."""
         return "{expert}" in self.name
@@ -179,6 +187,11 @@ class Weight:
             shape[0 if self.split is Split.COLUMN else 1] //= ranks
         return tuple(shape)
 
+    def local_matrix(self, model: ModelConfig, parallel: ParallelConfig) -> tuple[int, int]:
+        """Rows (out) and columns (in) of what one tensor-parallel rank holds of a matrix; of one expert."""
+        rows, columns = self.local_shape(model, parallel)
+        return rows, columns
+
     def local_numel(self, model: ModelConfig, parallel: ParallelConfig) -> int:
         """Elements that one rank holds: its part, of each of its experts."""
         experts = model.num_experts // parallel.expert_model_parallel_size if self.is_expert else 1
@@ -200,7 +213,7 @@ WEIGHTS: dict[Place, tuple[Weight, ...]] = {
         Weight("embedding.word_embeddings.weight", (_VOCABULARY, _HIDDEN), ("model.embed_tokens.weight",), "embedding",
                split=Split.COLUMN, copied_as="embed_tokens.weight"),
     ),
-    Place.EVERY_LAYER: (
+    Place.ATTENTION: (
         Weight("input_layernorm.weight", (_HIDDEN,), ("input_layernorm.weight",), "norms", "layer_norms"),
         Weight("self_attention.linear_q_proj.weight", (_QUERIES, _HIDDEN), ("self_attn.q_proj.weight",), "attention",
                "q_proj", Split.COLUMN, Fp8.AS_PUBLISHED, _has_full_rank_queries),
@@ -218,6 +231,8 @@ WEIGHTS: dict[Place, tuple[Weight, ...]] = {
                ("self_attn.kv_b_proj.weight",), "attention", "kv_b_proj", Split.COLUMN, Fp8.AS_PUBLISHED),
         Weight("self_attention.linear_proj.weight", (_HIDDEN, _HEADS * field("v_head_dim")),
                ("self_attn.o_proj.weight",), "attention", "o_proj", Split.ROW, Fp8.AS_PUBLISHED),
+    ),
+    Place.FFN_INPUT: (
         Weight("pre_mlp_layernorm.weight", (_HIDDEN,), ("post_attention_layernorm.weight",), "norms", "layer_norms",
                fused_into="mlp.linear_fc1"),
     ),
@@ -278,7 +293,8 @@ def weights_at(model: ModelConfig, *places: Place, has_empty: bool = False) -> t
 
 def layer_weights(model: ModelConfig, *, is_moe: bool, has_empty: bool = False) -> tuple[Weight, ...]:
     """Rows of one transformer layer with experts, or with a dense FFN."""
-    return weights_at(model, Place.EVERY_LAYER, Place.MOE_LAYER if is_moe else Place.DENSE_LAYER, has_empty=has_empty)
+    return weights_at(model, Place.ATTENTION, Place.FFN_INPUT, Place.MOE_LAYER if is_moe else Place.DENSE_LAYER,
+                      has_empty=has_empty)
 
 
 @dataclass(frozen=True)
@@ -353,7 +369,7 @@ def find_weight(name: str) -> Weight:
     places: tuple[Place, ...] = (Place.EMBEDDING, Place.AFTER_LAYERS, Place.HEAD)
     rest = name
     if found := _LAYER.match(name):
-        places, rest = (Place.EVERY_LAYER, Place.DENSE_LAYER, Place.MOE_LAYER), name[found.end():]
+        places, rest = IN_LAYERS, name[found.end():]
     elif found := _MTP.match(name):
         places, rest = (Place.MTP_BEGIN, Place.MTP_END), name[found.end():]
     own = re.sub(r"\.experts\.\d+\.", ".experts.", rest)

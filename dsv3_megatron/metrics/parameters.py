@@ -161,7 +161,8 @@ def _sharding(weight: Weight) -> str:
 
 def _blocks(model: ModelConfig, num_dense: int, num_moe: int) -> list[Component]:
     """Components of `num_dense` dense and `num_moe` MoE transformer layers."""
-    counts = {Place.EVERY_LAYER: num_dense + num_moe, Place.DENSE_LAYER: num_dense, Place.MOE_LAYER: num_moe}
+    counts = {Place.ATTENTION: num_dense + num_moe, Place.FFN_INPUT: num_dense + num_moe,
+              Place.DENSE_LAYER: num_dense, Place.MOE_LAYER: num_moe}
     lines = _lines(model, [(weight, times) for place, times in counts.items() for weight in weights_at(model, place)])
     return sorted(lines, key=lambda line: COMPONENTS.index(line.part))
 

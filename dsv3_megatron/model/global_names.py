@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from dsv3_megatron.config.weights import WEIGHTS, Place, find_weight
+from dsv3_megatron.config.weights import WEIGHTS, find_weight
 
 # Transformer Engine fuses a norm into the linear that follows it: the name of the norm's weight there, and ours.
-_FUSED_NORMS = {weight.engine_name: weight.name for weight in WEIGHTS[Place.EVERY_LAYER] if weight.fused_into}
+_FUSED_NORMS = {weight.engine_name: weight.name for rows in WEIGHTS.values() for weight in rows if weight.fused_into}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.presets import dsv3_671b, laptop
-from dsv3_megatron.config.weights import Fp8, Place, weights_at
+from dsv3_megatron.config.weights import IN_LAYERS, Fp8, Place, weights_at
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ def product_shapes(model: ModelConfig) -> list[ProductShape]:
 
     Those of shared experts are left out: their shapes are an expert's, as many times wider as they are several.
     """
-    places = (Place.ATTENTION, Place.FFN_INPUT, Place.DENSE_LAYER, Place.MOE_LAYER)
-    weights = [weight for weight in weights_at(model, *places)
+    weights = [weight for weight in weights_at(model, *IN_LAYERS)
                if weight.fp8 is Fp8.AS_PUBLISHED and weight.component != "shared_experts"]
     return [ProductShape(_NAMES.get(weight.module, weight.module), *weight.shape(model))
             for weight in (*weights, *weights_at(model, Place.HEAD))]

@@ -148,7 +148,7 @@ class MTPInput:
         both = ledger.make("MTP inputs side by side", 2 * s.hidden_bytes)
         ledger.drop(self.embedded_norm.output, self.hidden_norm.output)
         gathered = ops.gather(both, 2 * s.hidden)
-        self.projection = ops.linear(gathered, "MTP hidden states", s.tokens, 2 * s.hidden, s.hidden // s.tp, "eh_proj")
+        self.projection = ops.linear(gathered, "MTP hidden states", s.tokens, "eh_proj")
         ledger.drop(gathered, both)
         self.output = self.projection.output
         if s.tp > 1:

@@ -31,11 +31,9 @@ class LatentAttentionPass:
         self.query_down: LinearPass | None = None
         source = normed
         if s.query_latent:
-            self.query_down = ops.linear(normed, "query latent", s.local_tokens, s.hidden, s.query_latent,
-                                         "self_attention.linear_q_down_proj")
+            self.query_down = ops.linear(normed, "query latent", s.local_tokens, "self_attention.linear_q_down_proj")
             source = self.query_down.output
-        self.latent_down = ops.linear(normed, "latent", s.local_tokens, s.hidden, s.latent + s.rope,
-                                      "self_attention.linear_kv_down_proj")
+        self.latent_down = ops.linear(normed, "latent", s.local_tokens, "self_attention.linear_kv_down_proj")
         query, key, key_value = self._decompress(source, self.latent_down.output)
         if s.is_recomputed("mla_up_proj"):
             latents = s.tokens * ((s.query_latent or 0) + s.latent) * s.narrow
@@ -43,8 +41,7 @@ class LatentAttentionPass:
         kind = AttentionPass if s.device == "cpu" else FusedAttentionPass
         self.core = kind(ops, query, key, key_value)
         context = self.core.output
-        self.projection = ops.linear(context, "attention output", s.tokens, s.heads * s.value, s.hidden,
-                                     "self_attention.linear_proj")
+        self.projection = ops.linear(context, "attention output", s.tokens, "self_attention.linear_proj")
         ledger.drop(context)
         projected = ops.scatter(self.projection.output, s.hidden)
         ledger.drop(query, key, key_value, self.latent_down.output)
@@ -64,9 +61,8 @@ class LatentAttentionPass:
             query_source = self.query_norm.output
         width = s.query_latent or s.hidden
         gathered = ops.gather(query_source, width)
-        self.query_up = ops.linear(
-            gathered, "query", s.tokens, width, s.heads * s.query,
-            "self_attention.linear_q_up_proj" if s.query_latent else "self_attention.linear_q_proj")
+        self.query_up = ops.linear(gathered, "query", s.tokens, "self_attention.linear_q_up_proj" if s.query_latent
+                                   else "self_attention.linear_q_proj")
         ledger.drop(gathered)
         self.rotations = [ledger.make("rotations", rotation)]
         self._rotate()
@@ -78,8 +74,7 @@ class LatentAttentionPass:
         self.rotations.append(ledger.make("rotations", rotation))
         shared_key = ledger.make("shared key", s.tokens * s.rope * s.narrow)
         gathered = ops.gather(self.latent_norm.output, s.latent)
-        self.latent_up = ops.linear(gathered, "keys and values", s.tokens, s.latent, s.heads * (s.nope + s.value),
-                                    "self_attention.linear_kv_up_proj")
+        self.latent_up = ops.linear(gathered, "keys and values", s.tokens, "self_attention.linear_kv_up_proj")
         key = ledger.make("key", heads * s.query * s.narrow)
         ledger.drop(gathered, self.latent_norm.output, shared_key)
         return query, key, self.latent_up.output
@@ -147,18 +142,16 @@ def add_residual(ops: Operations, grad: Tensor, branch: Tensor) -> Tensor:
 class FeedForward:
     """SwiGLU FFN of a rank's part of its intermediate width; `output` is the caller's."""
 
-    def __init__(self, ops: Operations, x: Tensor, name: str, width: int, module: str, *, is_recomputed: bool = False
-                 ) -> None:
+    def __init__(self, ops: Operations, x: Tensor, name: str, module: str, *, is_recomputed: bool = False) -> None:
         ledger, s = ops.ledger, ops.s
         self.ops = ops
+        _, width = s.matrices.of(f"{module}.linear_fc2")
         gathered = ops.gather(x, s.hidden)
-        self.up: LinearPass = ops.linear(gathered, f"{name} gate and up", s.tokens, s.hidden, 2 * width,
-                                         f"{module}.linear_fc1")
+        self.up: LinearPass = ops.linear(gathered, f"{name} gate and up", s.tokens, f"{module}.linear_fc1")
         ledger.drop(gathered)
         self.activation: SwiGLUPass = ops.swiglu(self.up.output, f"{name} active", s.tokens, width,
                                                  is_recomputed=is_recomputed)
-        self.down: LinearPass = ops.linear(self.activation.output, f"{name} output", s.tokens, width, s.hidden,
-                                           f"{module}.linear_fc2")
+        self.down: LinearPass = ops.linear(self.activation.output, f"{name} output", s.tokens, f"{module}.linear_fc2")
         ledger.drop(self.up.output, self.activation.output)
         self.output = ops.scatter(self.down.output, s.hidden)
 
@@ -185,7 +178,7 @@ class DenseLayer:
         self.ops = ops
         self.attention = LatentAttentionPass(ops, x)
         self.norm = ops.norm(self.attention.output, "FFN input", s.local_tokens, s.hidden)
-        self.ffn = FeedForward(ops, self.norm.output, "FFN", s.ffn, "mlp")
+        self.ffn = FeedForward(ops, self.norm.output, "FFN", "mlp")
         self.output = ledger.make("hidden states", s.hidden_bytes)
         ledger.drop(self.ffn.output, self.norm.output, self.attention.output)
 

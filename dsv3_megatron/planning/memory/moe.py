@@ -34,9 +34,9 @@ class MoELayer:
 
     def _shared(self) -> None:
         s = self.ops.s
-        if s.shared_ffn:
-            self.shared = FeedForward(self.ops, self.norm.output, "shared experts", s.shared_ffn,
-                                      "mlp.shared_experts", is_recomputed=s.is_recomputed("moe_act"))
+        if s.matrices.has("mlp.shared_experts.linear_fc1"):
+            self.shared = FeedForward(self.ops, self.norm.output, "shared experts", "mlp.shared_experts",
+                                      is_recomputed=s.is_recomputed("moe_act"))
 
     def _sum(self) -> None:
         """Tokens' sums over their experts, shared experts and residual; drops what they are made of."""

@@ -43,8 +43,9 @@ class Operations:
 
     # -- products ----------------------------------------------------------------------------------
 
-    def linear(self, x: Tensor, name: str, rows: int, inputs: int, outputs: int, module: str = "") -> LinearPass:
-        """y = x W^T: keeps x, in FP8 if the precision map says so of the module."""
+    def linear(self, x: Tensor, name: str, rows: int, module: str) -> LinearPass:
+        """y = x W^T with the module's weight: keeps x, in FP8 if the precision map says so of the module."""
+        outputs, inputs = self.s.matrices.of(module)
         return LinearPass(self, x, name, rows, inputs, outputs, module)
 
     def swiglu(self, x: Tensor, name: str, rows: int, width: int, *, is_recomputed: bool = False) -> SwiGLUPass:

@@ -11,13 +11,49 @@ from dataclasses import dataclass
 
 from dsv3_megatron.config.memory import recomputed_modules
 from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.precision import Fp8Config, LinearPrecision, precision_map
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.weights import IN_LAYERS, Place, weights_at
 
 WIDE = 4  # bytes of fp32
 INDEX = 8  # of int64
 # Modules of a layer by the end of their names.
 EXPERTS_FC1, EXPERTS_FC2 = "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixWidths:
+    """Rows (out) and columns (in) of a model's matrices on one rank. Those that are alike share one object.
+
+    Attributes:
+        by_module: Widths by the module's name within a layer or an MTP module; of experts, those of one.
+    """
+
+    by_module: tuple[tuple[str, tuple[int, int]], ...]
+
+    def of(self, module: str) -> tuple[int, int]:
+        """Look up rows and columns of a module's matrix."""
+        return self._found[module]
+
+    def has(self, module: str) -> bool:
+        """Whether the model has a module of this name."""
+        return module in self._found
+
+    @functools.cached_property
+    def _found(self) -> dict[str, tuple[int, int]]:
+        return dict(self.by_module)
+
+
+# Compared by identity: settings are keys of caches.
+_shared_widths = functools.cache(MatrixWidths)
+
+
+def matrix_widths(model: ModelConfig, parallel: ParallelConfig) -> MatrixWidths:
+    """Widths of the matrices of a model's layers and MTP modules on one rank."""
+    return _shared_widths(tuple((weight.module, weight.local_matrix(model, parallel))
+                                for weight in weights_at(model, *IN_LAYERS, Place.MTP_BEGIN, Place.MTP_END)
+                                if weight.is_matrix))
 
 
 @dataclass(frozen=True)
@@ -42,12 +78,11 @@ class PassSettings:
         value: Width of a value head.
         query_latent: Width of the queries' latent; None: full-rank queries.
         latent: Width of the latent of keys and values.
-        ffn: Intermediate width of a dense layer on this rank.
         experts: Routed experts of a layer, on all ranks.
         top_k: Experts a token goes to.
         groups: Groups that a layer's routed experts are in.
         expert_ffn: Intermediate width of an expert on this rank.
-        shared_ffn: Intermediate width of the shared experts together, on this rank; 0: none.
+        matrices: Widths of the matrices of layers and MTP modules on this rank.
         vocabulary: Rows of the embedding on this rank.
         recomputed: Names of modules whose outputs are computed again.
         recomputes_layers: Whole layers are.
@@ -73,12 +108,11 @@ class PassSettings:
     value: int
     query_latent: int | None
     latent: int
-    ffn: int
     experts: int
     top_k: int
     groups: int
     expert_ffn: int
-    shared_ffn: int
+    matrices: MatrixWidths
     vocabulary: int
     recomputed: tuple[str, ...]
     recomputes_layers: bool
@@ -153,17 +187,16 @@ def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_produc
         imbalance: Rows of this rank's experts, as a multiple of the mean over ranks.
     """
     model, parallel, training = run.model, run.parallel, run.training
-    tp = parallel.tensor_model_parallel_size
+    tp, matrices = parallel.tensor_model_parallel_size, matrix_widths(model, parallel)
     return PassSettings(
         device=device, is_engine=device == "cuda" and is_engine(run), narrow=4 if precision == "fp32" else 2,
         is_wide_product=is_wide_product and precision != "fp32", sequences=training.micro_batch_size,
         length=training.seq_length, tp=tp, ep=parallel.expert_model_parallel_size,
         etp=parallel.expert_tensor_parallel_size, hidden=model.hidden_size, heads=model.num_attention_heads // tp,
         query=model.qk_head_dim, nope=model.qk_nope_head_dim, rope=model.qk_rope_head_dim, value=model.v_head_dim,
-        query_latent=model.q_lora_rank, latent=model.kv_lora_rank, ffn=model.ffn_hidden_size // tp,
+        query_latent=model.q_lora_rank, latent=model.kv_lora_rank,
         experts=model.num_experts, top_k=model.moe_router_topk, groups=model.moe_router_num_groups,
-        expert_ffn=model.moe_ffn_hidden_size // parallel.expert_tensor_parallel_size,
-        shared_ffn=model.num_shared_experts * model.moe_ffn_hidden_size // tp,
+        expert_ffn=matrices.of(EXPERTS_FC2)[1], matrices=matrices,
         vocabulary=model.vocab_size // tp, recomputed=recomputed_modules(training),
         recomputes_layers=training.recompute_granularity == "full",
         is_piped=parallel.pipeline_model_parallel_size > 1, has_balance_loss=training.moe_aux_loss_coeff > 0,

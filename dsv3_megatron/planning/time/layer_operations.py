@@ -7,11 +7,12 @@ how many times the mean the busiest rank has.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.weights import Place, Split, Weight, layer_weights, weights_at
 from dsv3_megatron.metrics.rank_state import has_final_norm
 from dsv3_megatron.parallel.layout import StageLayout
 from dsv3_megatron.planning.time.operations import (
@@ -28,6 +29,7 @@ from dsv3_megatron.planning.time.operations import (
     layer_linears,
     linear_operations,
     norm_operations,
+    short_name,
 )
 
 # -- a layer -----------------------------------------------------------------------------------------------------
@@ -37,10 +39,11 @@ from dsv3_megatron.planning.time.operations import (
 def layer_operations(model: ModelConfig, linears: Linears, shape: Shape) -> tuple[WorkItem, ...]:
     """Everything a transformer layer does for a micro-batch on one rank; dense or MoE, as its linears say."""
     operations = [*_attention(model, linears, shape)]
-    if linears.shape("experts.linear_fc1") is not None:
-        operations += _moe(model, linears, shape)
-    else:
-        operations += _dense(model, linears, shape)
+    is_moe = linears.shape("experts.linear_fc1") is not None
+    operations += (_moe if is_moe else _dense)(model, linears, shape)
+    placed = {operation.name for operation in operations}
+    operations += _with_weights(model, (weight for weight in layer_weights(model, is_moe=is_moe)
+                                        if short_name(weight) not in placed), linears, shape)
     if "full" in shape.recomputed:
         operations += [_again(operation) for operation in operations if operation.part is WorkPart.FORWARD]
     return tuple(operations)
@@ -50,28 +53,33 @@ def _again(operation: WorkItem) -> WorkItem:
     return dataclasses.replace(operation, part=WorkPart.INPUT, is_again=True)
 
 
+def _with_weights(model: ModelConfig, weights: Iterable[Weight], linears: Linears, shape: Shape
+                  ) -> Iterator[WorkItem]:
+    """Norms and products: on the rank's part of the sequence, or where the weight is split, on all of it."""
+    for weight in weights:
+        rows = shape.local_tokens if weight.split is Split.REPLICATED else shape.tokens
+        if weight.is_expert:
+            yield from linear_operations(short_name(weight), linears, _routed_rows(model, shape), shape,
+                                         groups=model.num_experts // shape.ep)
+        elif weight.is_matrix:
+            yield from linear_operations(short_name(weight), linears, rows, shape)
+        elif weight.is_trained:
+            yield from norm_operations(short_name(weight), rows, weight.numel(model), shape)
+
+
 def _attention(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[WorkItem]:
     whole, local, wide, hidden = shape.tokens, shape.local_tokens, shape.value_bytes, model.hidden_size
     heads = model.num_attention_heads // shape.tp
-    prefix = ""
-    yield from norm_operations("input_layernorm", local, hidden, shape)
-    gathered = model.kv_lora_rank + model.qk_rope_head_dim
-    ups = ["linear_kv_up_proj"]
-    if linears.shape("linear_q_proj"):
-        yield from linear_operations("linear_q_proj", linears, whole, shape)
-        gathered += hidden
-    else:
-        yield from linear_operations("linear_q_down_proj", linears, local, shape)
-        yield from norm_operations("q_layernorm", local, model.q_lora_rank or 0, shape)
-        gathered += model.q_lora_rank or 0
-        ups.append("linear_q_up_proj")
-    yield from linear_operations("linear_kv_down_proj", linears, local, shape)
-    yield from norm_operations("kv_layernorm", local, model.kv_lora_rank, shape)
+    weights = weights_at(model, Place.ATTENTION)
+    # A tensor-parallel rank norms its part of the sequence and takes it down to the latents.
+    yield from _with_weights(model, (weight for weight in weights if weight.split is Split.REPLICATED), linears, shape)
+    gathered = model.kv_lora_rank + model.qk_rope_head_dim + (model.q_lora_rank or hidden)
     yield from _gathered("latents", whole * gathered * wide, shape)
-    for name in ups:
-        yield from linear_operations(f"{prefix}{name}", linears, whole, shape)
-        if "mla_up_proj" in shape.recomputed:
-            yield from linear_operations(name, linears, whole, shape, is_again=True)
+    for weight in weights:
+        if weight.split is Split.COLUMN:
+            yield from _with_weights(model, [weight], linears, shape)
+            if "mla_up_proj" in shape.recomputed and not weight.reads_hidden_states:
+                yield from linear_operations(short_name(weight), linears, whole, shape, is_again=True)
     # Queries turned; keys put together from their two parts, and values cut off.
     read_and_written = (2 * model.qk_rope_head_dim + model.qk_head_dim + model.qk_nope_head_dim + 2 * model.v_head_dim)
     assembled = whole * heads * read_and_written * wide
@@ -80,7 +88,7 @@ def _attention(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[W
         yield Movement(WorkPart.INPUT, "rotary and heads", "copy", assembled, is_again=True)
     yield Movement(WorkPart.INPUT, "rotary and heads", "copy", assembled)
     yield from _core_attention(model, heads, shape)
-    yield from linear_operations("linear_proj", linears, whole, shape)
+    yield from _with_weights(model, (weight for weight in weights if weight.split is Split.ROW), linears, shape)
     yield from _scattered("attention output", whole * hidden * wide, shape)
     for part in (WorkPart.FORWARD, WorkPart.INPUT):
         yield Movement(part, "residual", "add", 3 * local * hidden * wide)
@@ -111,7 +119,7 @@ def _ffn(prefix: str, linears: Linears, rows: float, shape: Shape) -> Iterator[W
 
 def _dense(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[WorkItem]:
     whole, local, hidden, wide = shape.tokens, shape.local_tokens, model.hidden_size, shape.value_bytes
-    yield from norm_operations("pre_mlp_layernorm", local, hidden, shape)
+    yield from _with_weights(model, weights_at(model, Place.FFN_INPUT), linears, shape)
     yield from _gathered("ffn input", whole * hidden * wide, shape)
     yield from _ffn("", linears, whole, shape)
     yield from _scattered("ffn output", whole * hidden * wide, shape)
@@ -121,14 +129,12 @@ def _dense(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[WorkI
 
 def _moe(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[WorkItem]:
     whole, local, hidden, wide = shape.tokens, shape.local_tokens, model.hidden_size, shape.value_bytes
-    rows = local * model.moe_router_topk * shape.etp * shape.imbalance
+    rows = _routed_rows(model, shape)
     groups = model.num_experts // shape.ep
     sends_fp8 = _sends_fp8(linears, shape)
     travelling = FP8_BYTES if sends_fp8 else wide
-    yield from norm_operations("pre_mlp_layernorm", local, hidden, shape)
-    yield Product(WorkPart.FORWARD, "router", shape.plain_kind, "fprop", 1, local, model.num_experts, hidden)
-    yield Product(WorkPart.INPUT, "router", shape.plain_kind, "dgrad", 1, local, hidden, model.num_experts)
-    yield Product(WorkPart.WEIGHT, "router", shape.plain_kind, "wgrad", 1, model.num_experts, hidden, local)
+    yield from _with_weights(model, weights_at(model, Place.FFN_INPUT), linears, shape)
+    yield from linear_operations("router", linears, local, shape)
     yield Movement(WorkPart.FORWARD, "router", "routing", 8 * local * model.num_experts)
     if sends_fp8:
         yield Movement(WorkPart.FORWARD, "dispatch cast", "cast", local * hidden * (wide + FP8_BYTES))
@@ -147,6 +153,10 @@ def _moe(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[WorkIte
         yield from _scattered("shared experts' output", whole * hidden * wide, shape)
     for part in (WorkPart.FORWARD, WorkPart.INPUT):
         yield Movement(part, "residual", "add", 4 * local * hidden * wide)
+
+
+def _routed_rows(model: ModelConfig, shape: Shape) -> float:
+    return shape.local_tokens * model.moe_router_topk * shape.etp * shape.imbalance
 
 
 def _sends_fp8(linears: Linears, shape: Shape) -> bool:
@@ -211,12 +221,12 @@ def _mtp(model: ModelConfig, linears: dict[str, Linears], depth: int, shape: Sha
     prefix, name = f"mtp.layers.{depth}", f"mtp {depth + 1}"
     local, hidden = shape.local_tokens, model.hidden_size
     yield from _embedding(model, f"{name} embedding", shape)
-    for norm in ("enorm", "hnorm"):
-        yield from norm_operations(norm, local, hidden, shape)
+    begin = weights_at(model, Place.MTP_BEGIN)
+    yield from _with_weights(model, (weight for weight in begin if not weight.is_matrix), linears[prefix], shape)
     for part in (WorkPart.FORWARD, WorkPart.INPUT):
         yield Movement(part, "concatenation", "copy", 4 * local * hidden * shape.value_bytes)
     yield from _gathered("eh_proj input", shape.tokens * 2 * hidden * shape.value_bytes, shape)
-    yield from linear_operations("eh_proj", linears[prefix], shape.tokens, shape)
+    yield from _with_weights(model, (weight for weight in begin if weight.is_matrix), linears[prefix], shape)
     yield from layer_operations(model, linears[f"{prefix}.mtp_model_layer"], shape)
     yield from norm_operations("final_layernorm", local, hidden, shape)
 

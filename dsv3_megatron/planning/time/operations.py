@@ -20,8 +20,9 @@ from dsv3_megatron.config.memory import recomputed_modules
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import SPLIT_BACKWARD
-from dsv3_megatron.config.precision import Fp8Config, LinearPrecision, linear_shapes, precision_map
+from dsv3_megatron.config.precision import Fp8Config, LinearPrecision, precision_map
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.weights import Weight, sections
 
 # Bytes of a value in FP8 with its scale for 128 of them, in fp32.
 FP8_BYTES = 1 + 4 / 128
@@ -169,7 +170,7 @@ _PLAIN = LinearPrecision("bf16", "bf16", "bf16", "bf16")
 
 @dataclass(frozen=True)
 class Linears:
-    """Shapes [out, in] of a layer's linears on one rank, and their precisions; by the end of their names."""
+    """Shapes [out, in] of a layer's matrices on one rank, and precisions of those in FP8's map; by `short_name`."""
 
     shapes: tuple[tuple[str, tuple[int, int]], ...]
     precisions: tuple[tuple[str, LinearPrecision], ...]
@@ -184,7 +185,7 @@ class Linears:
 
 
 def layer_linears(run: RunConfig) -> dict[str, Linears]:
-    """The linears of each layer, by the layer's global name; equal layers have the same object."""
+    """The linears of each layer and MTP module, by its global name; equal layers have the same object."""
     parallel = run.parallel
     return _layer_linears(run.model, parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size,
                           run.fp8)
@@ -194,28 +195,22 @@ def layer_linears(run: RunConfig) -> dict[str, Linears]:
 def _layer_linears(model: ModelConfig, tp: int, etp: int, fp8: Fp8Config) -> dict[str, Linears]:
     parallel = ParallelConfig(tensor_model_parallel_size=tp, expert_tensor_parallel_size=etp)
     precisions = precision_map(fp8, model) if fp8.is_enabled else {}
-    layers: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, shape in linear_shapes(model, parallel).items():
-        prefix, _, rest = name.partition(".self_attention.")
-        if not rest:
-            prefix, _, rest = name.partition(".mlp.")
-        if not rest:
-            prefix, _, rest = name.rpartition(".")
-        layers.setdefault(prefix, {})[rest] = shape
     known: dict[Linears, Linears] = {}  # equal layers share one object, so that it can stand for them
     found = {}
-    for prefix, shapes in layers.items():
-        own = Linears(tuple(shapes.items()), tuple(
-            (rest, precision) for rest in shapes for precision in _found(precisions, prefix, rest)))
-        found[prefix] = known.setdefault(own, own)
+    for section in sections(model):
+        matrices = [weight for weight in section.weights if weight.is_matrix]
+        if not section.ours or not matrices:
+            continue
+        own = Linears(tuple((short_name(weight), weight.local_matrix(model, parallel)) for weight in matrices), tuple(
+            (short_name(weight), precisions[section.ours + weight.module]) for weight in matrices
+            if section.ours + weight.module in precisions))
+        found[section.ours.removesuffix(".")] = known.setdefault(own, own)
     return found
 
 
-def _found(precisions: dict[str, LinearPrecision], prefix: str, rest: str) -> Iterator[LinearPrecision]:
-    for between in (".self_attention.", ".mlp.", "."):
-        name = f"{prefix}{between}{rest}"
-        if name in precisions:
-            yield precisions[name]
+def short_name(weight: Weight) -> str:
+    """Name of the operations with a weight: that of its module within attention or FFN."""
+    return weight.module.removeprefix("self_attention.").removeprefix("mlp.")
 
 
 # -- a linear ----------------------------------------------------------------------------------------------------

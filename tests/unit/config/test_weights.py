@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+from dsv3_megatron.checkpoint.hf.names import hugging_face_tensors
+from dsv3_megatron.checkpoint.hf.shards import plan_shards
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.precision import Fp8Config, precision_map
 from dsv3_megatron.config.presets import PRESETS, preset
+from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.weights import (
     COMPONENTS,
     WEIGHTS,
@@ -20,10 +24,18 @@ from dsv3_megatron.config.weights import (
     Split,
     Weight,
     each_expert,
+    field,
     find_weight,
     model_shapes,
     sections,
 )
+from dsv3_megatron.metrics.flops import flops_per_token
+from dsv3_megatron.metrics.parameters import count_parameters, rank_parameters
+from dsv3_megatron.metrics.rank_state import rank_states
+from dsv3_megatron.parallel.layout import stage_layouts
+from dsv3_megatron.planning.time.layer_operations import stage_operations
+from dsv3_megatron.planning.time.operations import Shape, model_flops
+from dsv3_megatron.reports.model_table import model_table
 from tests.reference_weights import weight_shapes
 from tests.unit.model.test_counts import build_without_memory, megatron_core, one_of
 
@@ -150,3 +162,80 @@ def test_every_component_has_a_weight() -> None:
     assert {weight.component for weight in ROWS} == set(COMPONENTS)
     assert len({(place, weight.name) for place, rows in WEIGHTS.items() for weight in rows}) == len(ROWS)
     assert all(isinstance(weight, Weight) for weight in ROWS)
+
+
+# -- a fresh weight is one row and one module --------------------------------------------------------------------
+
+GATE = Weight("self_attention.linear_gate_proj.weight", (field("num_attention_heads") * field("v_head_dim"),
+                                                         field("hidden_size")),
+              ("self_attn.g_proj.weight",), "attention", "g_proj", Split.COLUMN, Fp8.AS_PUBLISHED)
+
+
+@pytest.fixture
+def gated(monkeypatch: pytest.MonkeyPatch, megatron_core: None) -> RunConfig:
+    """A run whose attention multiplies what the heads read by a gate, a matrix that this library does not have."""
+    from dsv3_megatron.model import specs
+    from dsv3_megatron.model.attention import LocalMLASelfAttention
+    from dsv3_megatron.model.linear import LocalColumnParallelLinear
+
+    class GatedAttention(LocalMLASelfAttention):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            self.linear_gate_proj = LocalColumnParallelLinear(
+                config.hidden_size, config.num_attention_heads * config.v_head_dim, config=config,
+                init_method=config.init_method, bias=False, gather_output=False, skip_bias_add=True,
+                tp_group=self.tp_group)
+
+    monkeypatch.setattr(specs, "LocalMLASelfAttention", GatedAttention)
+    monkeypatch.setitem(WEIGHTS, Place.ATTENTION, (*WEIGHTS[Place.ATTENTION], GATE))
+    # Answers are remembered by model: this one has a norm that no other test's has.
+    return preset("tiny").override(layernorm_epsilon=1.0625e-6)
+
+
+def test_a_fresh_weight_is_one_row_and_one_module(gated: RunConfig) -> None:
+    """Counts, bytes, shares of ranks, names, FP8, FLOPs and plans know it, with nothing else changed."""
+    from dsv3_megatron.metrics.gradients import component_of
+    from dsv3_megatron.model.parameters import whole_parameters
+
+    model = gated.model
+    numel, layers = 4 * 32 * 128, 4 + 1  # one of them an MTP module's
+    # Those of `tiny`, by tests/unit/metrics/test_rank_state.py; and tensors of five layers, four of them with experts.
+    assert count_parameters(model).total == 1_876_480 + 417_504 + numel * layers
+    assert len(hugging_face_tensors(model)) == 3 + 5 * 9 + 3 + 4 * (2 + 9 * 3) + 6 + layers
+    table = model_table(gated, 1, stage_layouts(model, gated.parallel))
+    assert re.search(r"^attention g_proj +16,384 +4 +4 +65,536 +65,536$", table, re.MULTILINE), table
+
+    with one_of(2, 1, ParallelConfig(tensor_model_parallel_size=2)) as groups:
+        split = gated.override(tensor_model_parallel_size=2)
+        (stage,) = build_without_memory(split, groups)
+        shapes = {whole.name: (whole.shape, tuple(whole.local.shape)) for whole in whole_parameters(stage, groups)}
+        held = sum(parameter.numel() for parameter in stage.parameters())
+    name = "decoder.layers.0.self_attention.linear_gate_proj.weight"
+    assert shapes[name] == ((128, 128), (64, 128)) and component_of(name) == "attention"
+    (state,) = rank_states(split, 2, precision="bf16")
+    (parameters,) = rank_parameters(split, stage_layouts(model, split.parallel))
+    assert state.parameters == parameters.parameters == held
+
+    tensors = {tensor.name: tensor for tensor in hugging_face_tensors(model)}
+    theirs = "model.layers.4.self_attn.g_proj.weight"  # of the MTP module
+    assert tensors[theirs].shape == (128, 128)
+    assert tensors[theirs].parameter == "mtp.layers.0.mtp_model_layer.self_attention.linear_gate_proj.weight"
+    assert theirs + "_scale_inv" in {entry.name for shard in plan_shards(model, "fp8") for entry in shard.entries}
+    assert precision_map(Fp8Config(fp8="blockwise"), model)[name.removesuffix(".weight")].is_fp8
+
+    flops = flops_per_token(model, 256)
+    assert flops.mtp_linear == 6 * (417_504 + numel + 2048 * 128 - 6 * 3 * 96 * 128)  # two of eight experts
+    shape = Shape.of(gated)
+    operations = [operation for stage in stage_layouts(model, gated.parallel)
+                  for group in stage_operations(gated, stage, shape) for operation in group]
+    assert model_flops(operations) == pytest.approx(flops.training * shape.tokens, rel=1e-12)
+
+
+def test_a_module_without_a_row_is_named(gated: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsv3_megatron.model.parameters import whole_parameters
+
+    monkeypatch.setitem(WEIGHTS, Place.ATTENTION, WEIGHTS[Place.ATTENTION][:-1])
+    with one_of(1, 0, ParallelConfig()) as groups:
+        (stage,) = build_without_memory(gated, groups)
+        with pytest.raises(AssertionError, match=r"linear_gate_proj\.weight has 0 rows"):
+            list(whole_parameters(stage, groups))
