@@ -71,15 +71,16 @@ def _attention(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[W
     whole, local, wide, hidden = shape.tokens, shape.local_tokens, shape.value_bytes, model.hidden_size
     heads = model.num_attention_heads // shape.tp
     weights = weights_at(model, Place.ATTENTION)
-    # A tensor-parallel rank norms its part of the sequence and takes it down to the latents.
-    yield from _with_weights(model, (weight for weight in weights if weight.split is Split.REPLICATED), linears, shape)
+    ups = [weight for weight in weights if weight.split is Split.COLUMN and not weight.reads_hidden_states]
+    # Norms, the ways down to the latents, and full-rank queries.
+    first = (weight for weight in weights if weight not in ups and weight.split is not Split.ROW)
+    yield from _with_weights(model, first, linears, shape)
     gathered = model.kv_lora_rank + model.qk_rope_head_dim + (model.q_lora_rank or hidden)
     yield from _gathered("latents", whole * gathered * wide, shape)
-    for weight in weights:
-        if weight.split is Split.COLUMN:
-            yield from _with_weights(model, [weight], linears, shape)
-            if "mla_up_proj" in shape.recomputed and not weight.reads_hidden_states:
-                yield from linear_operations(short_name(weight), linears, whole, shape, is_again=True)
+    for weight in reversed(ups):  # in any order: this one keeps the last bits of sums over a layer
+        yield from _with_weights(model, [weight], linears, shape)
+        if "mla_up_proj" in shape.recomputed:
+            yield from linear_operations(short_name(weight), linears, whole, shape, is_again=True)
     # Queries turned; keys put together from their two parts, and values cut off.
     read_and_written = (2 * model.qk_rope_head_dim + model.qk_head_dim + model.qk_nope_head_dim + 2 * model.v_head_dim)
     assembled = whole * heads * read_and_written * wide
