@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dsv3_megatron.checkpoint.hf.names import hugging_face_tensors
-from dsv3_megatron.checkpoint.hf.shards import plan_shards
+from dsv3_megatron.checkpoint.hf.weight_files import plan_shards
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.precision import Fp8Config, precision_map
@@ -195,7 +195,7 @@ def gated(monkeypatch: pytest.MonkeyPatch, megatron_core: None) -> RunConfig:
 def test_a_fresh_weight_is_one_row_and_one_module(gated: RunConfig) -> None:
     """Counts, bytes, shares of ranks, names, FP8, FLOPs and plans know it, with nothing else changed."""
     from dsv3_megatron.metrics.gradients import component_of
-    from dsv3_megatron.model.parameters import whole_parameters
+    from dsv3_megatron.model.global_names import whole_parameters
 
     model = gated.model
     numel, layers = 4 * 32 * 128, 4 + 1  # one of them an MTP module's
@@ -232,7 +232,7 @@ def test_a_fresh_weight_is_one_row_and_one_module(gated: RunConfig) -> None:
 
 
 def test_a_module_without_a_row_is_named(gated: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsv3_megatron.model.parameters import whole_parameters
+    from dsv3_megatron.model.global_names import whole_parameters
 
     monkeypatch.setitem(WEIGHTS, Place.ATTENTION, WEIGHTS[Place.ATTENTION][:-1])
     with one_of(1, 0, ParallelConfig()) as groups:
