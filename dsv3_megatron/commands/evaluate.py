@@ -36,8 +36,7 @@ from dsv3_megatron.data.text_form import form_of_dataset
 from dsv3_megatron.data.tokenizer import fingerprint
 from dsv3_megatron.process.logs import configure_logging
 from dsv3_megatron.process.ranks import Processes
-from dsv3_megatron.process.stop import StopListener
-from dsv3_megatron.runs.rank import EXIT_CONFIG, end_of, prepare_rank, refuse, run_rank, say_error
+from dsv3_megatron.runs.rank import check_and_run, prepare_rank, refuse
 
 if TYPE_CHECKING:
     from dsv3_megatron.runs.evaluator import Evaluation
@@ -104,34 +103,22 @@ def carry_out(request: EvaluationRequest) -> int:
     """Run one process of an evaluation; the first one prints the result to stdout.
 
     Returns:
-        Exit code: 0 done, 2 something that was asked for is wrong, 128 and the number of a signal that asked to stop;
-        any other error ends the process.
+        Exit code, as `runs.rank.check_and_run` gives it.
     """
-    with StopListener("nothing was written"):
-        return end_of(lambda: _main(request))
-
-
-def _main(request: EvaluationRequest) -> int:
-    processes = Processes()
-    try:
-        processes = Processes.from_environment()
+    def check(processes: Processes) -> _CheckedRequest:
         processes.require_rank()
-        checked = check_request(request, processes.world_size)
-    except ValueError as error:
-        say_error(str(error), processes)
-        return EXIT_CONFIG
-    rank = processes.rank
-    configure_logging(rank)
-    if rank == 0:
-        print(checked.documents, file=sys.stderr)
+        return check_request(request, processes.world_size)
 
-    def work() -> int:
+    def work(rank: int, checked: _CheckedRequest) -> int:
+        configure_logging(rank)
+        if rank == 0:
+            print(checked.documents, file=sys.stderr)
         result = _evaluate(checked)
         if rank == 0:
             print(as_json(result) if request.as_json else as_text(result))
         return 0
 
-    return run_rank(rank, work)
+    return check_and_run(check, work, left="nothing was written")
 
 
 def _evaluate(checked: _CheckedRequest) -> Evaluation:

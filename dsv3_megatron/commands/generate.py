@@ -24,8 +24,7 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import PRECISIONS, TrainingConfig
 from dsv3_megatron.generation.text import TextCodec, TextStream, check_text, open_codec, read_prompts
 from dsv3_megatron.process.ranks import Processes
-from dsv3_megatron.process.stop import StopListener
-from dsv3_megatron.runs.rank import EXIT_CONFIG, end_of, prepare_rank, run_rank, say_error
+from dsv3_megatron.runs.rank import check_and_run, prepare_rank, refuse
 
 if TYPE_CHECKING:
     from dsv3_megatron.generation.generator import GenerationStatistics, NewTokens, Options
@@ -82,23 +81,14 @@ def carry_out(request: GenerationRequest) -> int:
     """Generate, and print as it comes.
 
     Returns:
-        Exit code: 0 done, 2 something that was asked for is wrong, 128 and the number of a signal that asked to stop;
-        any other error ends the process.
+        Exit code, as `runs.rank.check_and_run` gives it.
     """
-    with StopListener("the text is as far as it is printed"):
-        return end_of(lambda: _main(request))
-
-
-def _main(request: GenerationRequest) -> int:
-    processes = Processes()
-    try:
-        processes = Processes.from_environment()
+    def check(processes: Processes) -> CheckedRequest:
         prepare_rank()
-        checked = check_request(request, processes.world_size)
-    except ValueError as error:
-        say_error(str(error), processes)
-        return EXIT_CONFIG
-    return run_rank(0, lambda: _generate(checked, as_json=request.as_json))
+        return check_request(request, processes.world_size)
+
+    return check_and_run(check, lambda _rank, checked: _generate(checked, as_json=request.as_json),
+                         left="the text is as far as it is printed")
 
 
 def check_request(request: GenerationRequest, world_size: int = 1) -> CheckedRequest:
@@ -271,6 +261,5 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         request = _parse_arguments(arguments)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(str(error))
     return carry_out(request)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.process.ranks import Processes
-from dsv3_megatron.process.stop import Stopped
+from dsv3_megatron.process.stop import StopListener, Stopped
 
 EXIT_CONFIG = 2
 # Ranks that fail because another one did wait this long, so that the first error is printed first.
@@ -70,6 +70,34 @@ def end_of(work: Callable[[], int]) -> int:
         if "torch.distributed" in sys.modules:
             os._exit(stop.exit_code)  # threads of collectives that nobody will finish
         return stop.exit_code
+
+
+def check_and_run[Checked](check: Callable[[Processes], Checked], work: Callable[[int, Checked], int], *, left: str
+                            ) -> int:
+    """Check what is asked of this process, then do it, from the launch's variables to the exit code.
+
+    Args:
+        check: Says of a request what is to be done, given the processes of the launch; raises ValueError for what is
+            wrong with it. Nothing is allocated yet.
+        work: Does it, given this process's rank; see `run_rank`.
+        left: What a signal leaves behind, for the line that says so.
+
+    Returns:
+        Exit code: 0 done, 2 something that was asked for is wrong, 128 and the number of a signal that asked to stop;
+        any other error ends the process.
+    """
+    def checked_work() -> int:
+        processes = Processes()
+        try:
+            processes = Processes.from_environment()
+            checked = check(processes)
+        except ValueError as error:
+            say_error(str(error), processes)
+            return EXIT_CONFIG
+        return run_rank(processes.rank, lambda: work(processes.rank, checked))
+
+    with StopListener(left):
+        return end_of(checked_work)
 
 
 def run_rank(rank: int, work: Callable[[], int]) -> int:
