@@ -85,6 +85,16 @@ class TrainingConfig(StepConfig):
         """Tokens of one optimizer step."""
         return self.global_batch_size * self.seq_length
 
+    def precision_on(self, *, is_cpu: bool) -> str:
+        """The precision, "bf16" or "fp32", on a device of which only the kind is known, as in a plan.
+
+        "auto" is bf16 on a GPU and fp32 on a CPU. A process that runs asks its own device, which may be a CPU that is
+        fast in bf16 (`platform.resolve_precision`).
+        """
+        if self.precision != "auto":
+            return self.precision
+        return "fp32" if is_cpu else "bf16"
+
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Forward passes of one replica in one optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * data_parallel_size)

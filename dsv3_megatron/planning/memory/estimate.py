@@ -102,7 +102,7 @@ def estimate_memory(run: RunConfig, world_size: int | None = None, *, device: st
     if device not in DEVICES:
         raise ValueError(f"device={device!r} of a memory estimate must be one of {', '.join(DEVICES)}")
     size = run.parallel.minimum_world_size if world_size is None else world_size
-    precision = "bf16" if run.training.precision == "auto" else run.training.precision
+    precision = run.training.precision_on(is_cpu=device == "cpu")
     settings = pass_settings(run, device=device, precision=precision, is_wide_product=is_wide_product,
                              imbalance=imbalance)
     num_microbatches = _most_microbatches(run, size)

@@ -147,7 +147,7 @@ class Shape:
     def of(cls, run: RunConfig, *, is_cpu: bool = False, imbalance: float = 1.0) -> Shape:
         """Make the shape of a run, with what `auto` precision is on the device."""
         training, parallel = run.training, run.parallel
-        is_wide = training.precision == "fp32" or (is_cpu and training.precision == "auto")
+        is_wide = training.precision_on(is_cpu=is_cpu) == "fp32"
         recomputed = {"full"} if training.recompute_granularity == "full" else recomputed_modules(training)
         return cls(training.micro_batch_size, training.seq_length, parallel.tensor_model_parallel_size,
                    parallel.expert_tensor_parallel_size, parallel.expert_model_parallel_size, 4 if is_wide else 2,

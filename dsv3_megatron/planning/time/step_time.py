@@ -130,9 +130,7 @@ class StepTime:
 
 def update_time(run: RunConfig, setting: Setting) -> UpdateTime:
     """What follows the pipeline, on the rank with most to do."""
-    training = run.training
-    if setting.hardware.is_cpu and training.precision == "auto":
-        training = dataclasses.replace(training, precision="fp32")
+    training = dataclasses.replace(run.training, precision=setting.precision(run))
     return _update_time(run.model, run.parallel, weight_bytes_per_parameter(training.precision),
                         optimizer_bytes_per_parameter(training), setting)
 

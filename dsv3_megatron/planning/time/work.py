@@ -132,6 +132,10 @@ class Setting:
         """Whether all-to-alls run beside compute: on a CPU they take its cores."""
         return not self.hardware.is_cpu
 
+    def precision(self, run: RunConfig) -> str:
+        """A run's precision on the machine, "bf16" or "fp32"."""
+        return run.training.precision_on(is_cpu=self.hardware.is_cpu)
+
     def memory_terms(self, run: RunConfig) -> MemoryTerms:
         """What `memory.estimate_memory` wants to know of it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -11,9 +12,13 @@ import pytest
 
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.memory.estimate import RankMemory, estimate_memory, kept_by_name
 from dsv3_megatron.planning.memory.remedies import advise, describe
 from dsv3_megatron.planning.memory.settings import model_precisions
+from dsv3_megatron.planning.time.operations import Shape
+from dsv3_megatron.planning.time.work import Setting
+from dsv3_megatron.reports.model_table import describe_model
 
 
 def run_of(name: str = "tiny", **settings: Any) -> RunConfig:
@@ -41,6 +46,30 @@ def test_no_torch_is_needed() -> None:
 def test_a_device_must_be_known() -> None:
     with pytest.raises(ValueError, match="device='tpu' of a memory estimate must be one of cuda, cpu"):
         estimate_memory(run_of(), device="tpu")
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
+@pytest.mark.parametrize("changes", [{}, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}, {
+    "pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipe", "global_batch_size": 16, "ema_decay": 0.9}])
+def test_bytes_between_steps_are_those_of_the_model_table(changes: dict[str, Any], precision: str) -> None:
+    """The estimate and --print-model tell the bytes of a rank to the byte alike, their buffers' padding counted."""
+    run = run_of(precision=precision, **changes)
+    told = describe_model(run, 4, as_json=True)
+    assert isinstance(told, dict)
+    for rank, row in zip(estimate_memory(run, 4), told["ranks"], strict=True):
+        assert (rank.parameter_bytes, rank.gradient_bytes, rank.optimizer_bytes, rank.host_bytes) == (
+            row["weight_bytes"], row["gradient_bytes"], row["optimizer_bytes"], row["host_bytes"])
+
+
+def test_auto_is_what_the_device_is_planned_with() -> None:
+    for device, precision in (("cuda", "bf16"), ("cpu", "fp32")):
+        auto, named = (estimate_memory(run_of(precision=name), 1, device=device) for name in ("auto", precision))
+        assert auto == named
+    h800 = find_hardware("h800")
+    cpu = dataclasses.replace(h800, figures={**h800.figures, "is_cpu": next(iter(h800.figures.values()))})
+    for hardware, precision in ((h800, "bf16"), (cpu, "fp32")):
+        assert Setting(hardware, 1).precision(run_of(precision="auto")) == precision
+        assert Shape.of(run_of(precision="auto"), is_cpu=hardware.is_cpu).plain_kind == precision
 
 
 def test_components_add_up_and_kept_tensors_are_named() -> None:
