@@ -36,6 +36,24 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         epilog="Flags that Megatron-LM's tool has keep its meaning.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
     )
+    _add_input_flags(parser)
+    _add_tokenization_flags(parser)
+    _add_transform_flags(parser)
+    _add_output_flags(parser)
+    _add_runtime_flags(parser)
+    options = parser.parse_args(arguments)
+    if options.log_interval < 1:
+        parser.error(f"--log-interval {options.log_interval} must be at least 1; try 1000")
+    if options.split_sentences and (options.fim_rate or options.split_combined_rate):
+        parser.error(
+            "--split-sentences cannot be combined with --fim-rate or --split-combined-rate: those are for documents"
+        )
+    if options.keep_newlines and not options.split_sentences:
+        parser.error("--keep-newlines is for --split-sentences")
+    return options
+
+
+def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("input data").add_argument
     add(
         "--input",
@@ -69,6 +87,9 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="at a document that cannot be taken: stop, or leave "
         "it out and list it in PREFIX.rejects.jsonl (%(default)s)",
     )
+
+
+def _add_tokenization_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("tokenization").add_argument
     add("--tokenizer-type", choices=["HuggingFaceTokenizer"], default="HuggingFaceTokenizer", help="(%(default)s)")
     add("--tokenizer-model", required=True, metavar="DIR", help="folder with a tokenizer.json")
@@ -86,6 +107,9 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="put around every text what the tokenizer itself puts there, such as a begin token, as Megatron-LM's tool "
         "does; most tokenizers put nothing",
     )
+
+
+def _add_transform_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("DeepSeek-V3's data").add_argument
     add(
         "--fim-rate",
@@ -104,6 +128,9 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="share of tokens joining punctuation and line breaks that are split (0)",
     )
     add("--seed", type=int, default=1234, metavar="N", help="of the two above; they depend on it and on the text alone")
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output data").add_argument
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin, .idx and .json")
     add("--overwrite", action="store_true", help="replace an existing output, drop unfinished work")
@@ -114,6 +141,9 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="I/N",
         help="make part I of N (from 1); dsv3 merge joins the parts",
     )
+
+
+def _add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("runtime").add_argument
     add(
         "--workers",
@@ -133,16 +163,6 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--partitions", type=int, default=1, help=argparse.SUPPRESS
     )  # Megatron-LM's; the workers share the input anyway
     add("--keep-sequential-samples", action="store_true", help=argparse.SUPPRESS)  # the order is always kept
-    options = parser.parse_args(arguments)
-    if options.log_interval < 1:
-        parser.error(f"--log-interval {options.log_interval} must be at least 1; try 1000")
-    if options.split_sentences and (options.fim_rate or options.split_combined_rate):
-        parser.error(
-            "--split-sentences cannot be combined with --fim-rate or --split-combined-rate: those are for documents"
-        )
-    if options.keep_newlines and not options.split_sentences:
-        parser.error("--keep-newlines is for --split-sentences")
-    return options
 
 
 class _Progress:
