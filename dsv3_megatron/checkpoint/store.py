@@ -127,25 +127,7 @@ def save_checkpoint(
     check_space(directory, _num_bytes(state))
     target = on_first_rank(lambda: begin_save(directory, progress.iteration), f"save={directory}")
     wait_for_folder(target)
-    # A save that is not asynchronous needs no second process: without a queue of ours Megatron-Core would
-    # start one to hold its queue.
-    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
-    strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), groups.dp_cp)
-    unsaved = f"save={directory}: iteration {progress.iteration} could not be saved: "
-    failed_alone: OSError | None = None
-    with errors_logged_by(filesystem_async.__name__) as reasons:
-        try:
-            dist_checkpointing.save(state, str(target), strategy)
-        except (CheckpointException, OSError) as error:
-            if isinstance(error, OSError):
-                failed_alone = meet_others(error)
-                reasons.append(why(error))
-            if failed_alone is None:
-                # A rank could not write; all of them are told, without the reason.
-                told = from_all_ranks(reasons, str(error))
-                remove_partial(target)
-                raise CheckpointError(f"{unsaved}{told}; the newest checkpoint is still that of iteration "
-                                      f"{latest_iteration(directory)}") from error
+    failed_alone = _write_state(state, target, groups, directory, progress.iteration)
 
     def publish() -> Path:
         if failed_alone is not None:
@@ -167,6 +149,38 @@ def save_checkpoint(
     except CheckpointError:
         remove_partial(target)
         raise
+
+
+def _write_state(state: dict[str, Any], target: Path, groups: ProcessGroupCollection, directory: str | Path,
+                 iteration: int) -> OSError | None:
+    """Write every rank's part of a checkpoint into its folder.
+
+    Returns:
+        An error that this rank alone met; the others wait to hear of it in the agreement that follows.
+
+    Raises:
+        CheckpointError: on every rank, if one of them could not write and all were told.
+    """
+    # A save that is not asynchronous needs no second process: without a queue of ours Megatron-Core would
+    # start one to hold its queue.
+    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
+    strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), groups.dp_cp)
+    unsaved = f"save={directory}: iteration {iteration} could not be saved: "
+    failed_alone: OSError | None = None
+    with errors_logged_by(filesystem_async.__name__) as reasons:
+        try:
+            dist_checkpointing.save(state, str(target), strategy)
+        except (CheckpointException, OSError) as error:
+            if isinstance(error, OSError):
+                failed_alone = meet_others(error)
+                reasons.append(why(error))
+            if failed_alone is None:
+                # A rank could not write; all of them are told, without the reason.
+                told = from_all_ranks(reasons, str(error))
+                remove_partial(target)
+                raise CheckpointError(f"{unsaved}{told}; the newest checkpoint is still that of iteration "
+                                      f"{latest_iteration(directory)}") from error
+    return failed_alone
 
 
 def _remove_old(directory: str | Path, newest: int, keep_last: int) -> list[int]:
