@@ -79,7 +79,7 @@ def check_and_run[Checked](check: Callable[[Processes], Checked], work: Callable
     Args:
         check: Says of a request what is to be done, given the processes of the launch; raises ValueError for what is
             wrong with it. Nothing is allocated yet.
-        work: Does it, given this process's rank; see `run_rank`.
+        work: Function that does it, given this process's rank; its result is the exit code (`run_rank`).
         left: What a signal leaves behind, for the line that says so.
 
     Returns:

@@ -133,7 +133,7 @@ class Setting:
         return not self.hardware.is_cpu
 
     def precision(self, run: RunConfig) -> str:
-        """A run's precision on the machine, "bf16" or "fp32"."""
+        """Say in which precision, "bf16" or "fp32", the machine trains a run."""
         return run.training.precision_on(is_cpu=self.hardware.is_cpu)
 
     def memory_terms(self, run: RunConfig) -> MemoryTerms:
