@@ -153,14 +153,7 @@ def save_checkpoint(
 
 def _write_state(state: dict[str, Any], target: Path, groups: ProcessGroupCollection, directory: str | Path,
                  iteration: int) -> OSError | None:
-    """Write every rank's part of a checkpoint into its folder.
-
-    Returns:
-        An error that this rank alone met; the others wait to hear of it in the agreement that follows.
-
-    Raises:
-        CheckpointError: on every rank, if one of them could not write and all were told.
-    """
+    """Write every rank's part; returns an error of this rank alone, which the others hear of in the next agreement."""
     # A save that is not asynchronous needs no second process: without a queue of ours Megatron-Core would
     # start one to hold its queue.
     filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
