@@ -22,7 +22,7 @@ from dsv3_megatron.checkpoint.text_files import collect_text_files
 from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import BatchIterator
-from dsv3_megatron.data.current import open_current_data
+from dsv3_megatron.data.current import CurrentData, open_current_data
 from dsv3_megatron.guards.claims import RunClaim
 from dsv3_megatron.guards.decisions import EXIT_GUARD
 from dsv3_megatron.guards.hang import Watchdog
@@ -46,9 +46,10 @@ class Trainer(Learner):
 
     Args:
         run: A run validated against the number of processes (torchrun's WORLD_SIZE, 1 without it).
+        data: Data to read in place of the run's, in every phase; None: those that its fields name.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, *, data: CurrentData | None = None) -> None:
         self.device = prepare()
         start_process_group(self.device)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -78,6 +79,7 @@ class Trainer(Learner):
         self._left_off = 0  # the signal for which the last validation ended early
         self.step_plan = self._plan_step()
         self.phase = self.step_plan.phase if self.step_plan else self.recipe.phases_to_run[-1]
+        self._given_data = data
         self._open_data()
         if self.resumption.position and self.recipe.span_of(self.phase).index == self.resumption.span:
             self.data.check(self.resumption.position, load)
@@ -117,7 +119,7 @@ class Trainer(Learner):
 
     def _open_data(self) -> None:
         first_sample = self.resumption.start_of(self.recipe.span_of(self.phase))
-        self.data = open_current_data(self.run, self.phase, first_sample)
+        self.data = self._given_data or open_current_data(self.run, self.phase, first_sample)
         self._iterate_from_here()
 
     @property

@@ -170,13 +170,8 @@ class OneStepTrainer(Trainer):
     """The trainer on random samples, of which `mask` says what counts, without reports."""
 
     def __init__(self, run: RunConfig, mask: str = "random") -> None:
-        self.mask = mask
-        super().__init__(run)
-
-    def _open_data(self) -> None:
-        samples = RandomSamples(self.run.model.vocab_size, self.run.data.reset_attention_mask, self.mask)
-        self.data = CurrentData(samples, None, EOD, {}, 0)
-        self._iterate_from_here()
+        samples = RandomSamples(run.model.vocab_size, run.data.reset_attention_mask, mask)
+        super().__init__(run, data=CurrentData(samples, None, EOD, {}, 0))
 
     def _build_reports(self) -> None:
         pass

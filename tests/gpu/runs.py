@@ -176,10 +176,9 @@ class RandomSamples:
 class RandomTrainer(Trainer):
     """The trainer on random samples, without reports."""
 
-    def _open_data(self) -> None:
-        samples = RandomSamples(self.run.model.vocab_size, self.run.training.seq_length)
-        self.data = CurrentData(samples, None, None, {}, 0)
-        self._iterate_from_here()
+    def __init__(self, run: RunConfig) -> None:
+        samples = RandomSamples(run.model.vocab_size, run.training.seq_length)
+        super().__init__(run, data=CurrentData(samples, None, None, {}, 0))
 
     def _build_reports(self) -> None:
         pass

@@ -45,10 +45,6 @@ def random_token_trainer(run: RunConfig) -> Trainer:
 
     keep_freed_memory()
 
-    class RandomTokenTrainer(Trainer):
-        def _open_data(self) -> None:
-            self.data = CurrentData(RandomTokens(run.model.vocab_size, run.training.seq_length), None, None, {}, 0)
-            self._iterate_from_here()
-
     run.validate(world_size_from_environment())
-    return RandomTokenTrainer(run)
+    tokens = RandomTokens(run.model.vocab_size, run.training.seq_length)
+    return Trainer(run, data=CurrentData(tokens, None, None, {}, 0))
