@@ -14,8 +14,9 @@ SHELL := /bin/bash
 # Processes of the tests that are one process each; those that start several run one after the other.
 PYTEST_WORKERS ?= 2
 FIND_PYTHON := python=$$(bash examples/setup_environment.sh --extras test)
-# Several processes share the cores, and equal thread counts make equal sums.
-TEST_ENV := env -u RANK -u WORLD_SIZE -u LOCAL_RANK OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONPATH="$$PWD"
+# Several processes share the cores, and equal thread counts make equal sums. Hundreds of processes import the same
+# modules: they find them compiled.
+TEST_ENV := env -u PYTHONDONTWRITEBYTECODE -u RANK -u WORLD_SIZE -u LOCAL_RANK OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONPATH="$$PWD"
 
 # A warning, such as a link to nowhere, is an error.
 MKDOCS := NO_MKDOCS_2_WARNING=1 "$$python" -m mkdocs build --quiet --strict

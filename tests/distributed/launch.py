@@ -6,21 +6,26 @@ the error of the test.
 
 Importing torch and Megatron-Core takes seconds per process, so it is done once: the first call starts a
 server process that imports them and forks every rank, of this call and of later ones. Each rank is still
-a process of its own on one thread, in which nothing has run before.
+a process of its own on one thread, in which nothing has run before. A command (`run_ranks` with a module's
+name, `run_command`) is run in such a process too, as `python -m` would; that it also starts from nothing
+is shown by the tests that start it with torchrun or by hand.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
 import pickle
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -31,8 +36,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Ranks that fail because another did fail a moment later: wait for the first error before ending the rest.
 _GRACE_S = 1.0
 _TAIL_CHARACTERS = 4000
-_PRELOADED = ("torch", "megatron.core.dist_checkpointing", "megatron.core.transformer.moe.token_dispatcher",
-              "megatron.core.optimizer", "dsv3_megatron.parallel.groups")
+# What runs, evaluations and the tests' own modules import, and what torch imports where it is first used.
+_PRELOADED = ("dsv3_megatron.runs.trainer", "dsv3_megatron.runs.evaluator", "dsv3_megatron.commands.train",
+              "dsv3_megatron.commands.evaluate", "dsv3_megatron.commands.generate", "torch._dynamo", "pytest",
+              "tests.distributed.small_run")
 
 _server: subprocess.Popen | None = None
 
@@ -48,8 +55,8 @@ def run_ranks(num_ranks: int, function_or_module: Callable[..., Any] | str, *arg
     Args:
         num_ranks: Processes.
         function_or_module: A function at the top level of a module, called where `prepare()` and
-            `start_process_group()` have run; or the name of a module, run as `python -m NAME *args` with
-            torchrun's environment, which starts its own group.
+            `start_process_group()` have run; or the name of a module, run as `python -m NAME *args` would be,
+            with torchrun's environment, which starts its own group.
         args: Picklable arguments, the same for every rank.
         timeout_s: Seconds after which the ranks are killed; their stacks are in the error.
         environment: Variables to set besides torchrun's; they win. For a function they are set after torch
@@ -64,9 +71,9 @@ def run_ranks(num_ranks: int, function_or_module: Callable[..., Any] | str, *arg
     """
     import torch
 
+    is_module = isinstance(function_or_module, str)
     # This process holds the ranks' store, so that no port has to be guessed free.
     store = torch.distributed.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
-    is_module = isinstance(function_or_module, str)
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         if not isinstance(function_or_module, str):
@@ -77,7 +84,11 @@ def run_ranks(num_ranks: int, function_or_module: Callable[..., Any] | str, *arg
         answer = _ask_server({
             "folder": name, "num_ranks": num_ranks, "timeout_s": timeout_s,
             "module": [function_or_module, *map(str, args)] if is_module else None,
-            "environment": {"MASTER_PORT": str(store.port), **(environment or {})}})
+            # As under torchrun: ranks are clients of a store that somebody else serves.
+            "environment": {"LOCAL_WORLD_SIZE": str(num_ranks), "WORLD_SIZE": str(num_ranks),
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+                            "TORCHELASTIC_RUN_ID": "run_ranks", **(environment or {})}})
         if answer["error"] == "timeout":
             raise TimeoutError(answer["text"])
         if answer["error"]:
@@ -85,6 +96,25 @@ def run_ranks(num_ranks: int, function_or_module: Callable[..., Any] | str, *arg
         if is_module:
             return [_output(folder, rank, "stdout") for rank in range(num_ranks)]
         return [pickle.loads((folder / f"result-{rank}.pickle").read_bytes()) for rank in range(num_ranks)]
+
+
+def run_command(module: str, *args: Any, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE *args` in one process without torchrun's environment, whatever its exit code is.
+
+    Returns:
+        Arguments, exit code, stdout and stderr.
+
+    Raises:
+        TimeoutError: it took longer than timeout_s.
+    """
+    command = [module, *map(str, args)]
+    with tempfile.TemporaryDirectory(prefix="command-") as name:
+        answer = _ask_server({"folder": name, "num_ranks": 1, "timeout_s": timeout_s, "module": command,
+                              "environment": None})
+        if answer["error"] == "timeout":
+            raise TimeoutError(answer["text"])
+        stdout, stderr = (_output(Path(name), 0, stream) for stream in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(command, int(answer["code"]), stdout, stderr)
 
 
 def _ask_server(request: dict[str, Any]) -> dict[str, Any]:
@@ -124,8 +154,13 @@ def _stop_server() -> None:
 
 def _serve() -> None:
     """Import what every rank needs, then fork ranks for each request until the asking process ends."""
+    from dsv3_megatron.platform import prepare
+
+    prepare()  # before anything imports Megatron-Core, as every entry point does
     for name in _PRELOADED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what is imported is no garbage of a rank's, and need not be looked through there
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -163,20 +198,17 @@ def _fork_rank(request: dict[str, Any], rank: int, folder: Path, answers: IO[str
         for descriptor, name in ((0, None), (1, f"stdout-{rank}"), (2, f"stderr-{rank}")):
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             os.dup2(os.open(os.devnull, os.O_RDONLY) if name is None else os.open(folder / name, flags), descriptor)
-        os.environ.update({
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["num_ranks"]),
-            "LOCAL_WORLD_SIZE": str(request["num_ranks"]), "MASTER_ADDR": "127.0.0.1",
-            # As under torchrun: ranks are clients of a store that somebody else serves.
-            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-            "TORCHELASTIC_RUN_ID": "run_ranks", **request["environment"]})
-        if request["module"]:
-            os.execv(sys.executable, [sys.executable, "-m", *request["module"]])
-        os._exit(_run_function(folder, rank))
+        if request["environment"] is None:
+            for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+                os.environ.pop(variable, None)
+        else:
+            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), **request["environment"]})
+        os._exit(_run_module(*request["module"]) if request["module"] else _run_function(folder, rank))
     finally:
         os._exit(1)
 
 
-def _supervise(running: dict[int, int], folder: Path, timeout_s: float) -> dict[str, str]:
+def _supervise(running: dict[int, int], folder: Path, timeout_s: float) -> dict[str, Any]:
     """Wait until every rank has ended well, one has failed, or time is up."""
     deadline = time.monotonic() + timeout_s
     parent = os.getppid()
@@ -190,20 +222,21 @@ def _supervise(running: dict[int, int], folder: Path, timeout_s: float) -> dict[
         if os.getppid() != parent:
             sys.exit("the process that asked for the ranks is gone")
         if any(codes.values()):
-            return {"error": "failed", "text": _first_error(running, codes, folder)}
+            return {"error": "failed", "text": _first_error(running, codes, folder), "code": codes[min(codes)]}
         if running and time.monotonic() > deadline:
             for pid in running.values():
                 os.kill(pid, signal.SIGUSR1)
             time.sleep(_GRACE_S)
-            texts = "\n".join(f"--- rank {rank}:\n{_output(folder, rank, 'stderr')}" for rank in running)
+            texts = "\n".join(f"--- rank {rank}:\n{_tail(folder, rank)}" for rank in running)
             return {"error": "timeout", "text": f"rank(s) {list(running)} did not end within {timeout_s} s\n{texts}"}
         time.sleep(0.01)
-    return {"error": "", "text": ""}
+    return {"error": "", "text": "", "code": 0}
 
 
 def _first_error(running: dict[int, int], codes: dict[int, int], folder: Path) -> str:
     """The earliest error among the ranks, after those that follow from it had time to appear."""
-    time.sleep(_GRACE_S)
+    if running:
+        time.sleep(_GRACE_S)
     num_ranks = len(running) + len(codes)
     for rank, pid in running.items():
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -219,14 +252,18 @@ def _first_error(running: dict[int, int], codes: dict[int, int], folder: Path) -
     _when, rank, text = min(errors)
     others = [other for _, other, _ in errors if other != rank]
     note = f" (rank(s) {others} failed after it)" if others else ""
-    output = _output(folder, rank, "stderr") + _output(folder, rank, "stdout")
+    output = _tail(folder, rank) + _output(folder, rank, "stdout")
     return f"rank {rank} of {num_ranks} failed{note}:\n{text}\n--- its output:\n{output}"
 
 
 def _output(folder: Path, rank: int, stream: str) -> str:
     file = folder / f"{stream}-{rank}"
-    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-    return text if stream == "stdout" else text[-_TAIL_CHARACTERS:]
+    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+
+
+def _tail(folder: Path, rank: int) -> str:
+    """The end of what a rank said."""
+    return _output(folder, rank, "stderr")[-_TAIL_CHARACTERS:]
 
 
 # ---- one rank ----
@@ -275,7 +312,30 @@ def _run_function(folder: Path, rank: int) -> int:
     return code
 
 
+def _run_module(name: str, *arguments: str) -> int:
+    """Run a module as `python -m` does; returns its exit code, after what an interpreter does as it ends."""
+    sys.argv[:] = [name, *arguments]
+    code = 0
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+    except BaseException:  # noqa: BLE001 - told as the interpreter tells it
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
 if __name__ == "__main__":
     # The folder of this file, which holds tests, must not shadow modules.
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
-    _serve()
+    try:
+        _serve()
+    finally:
+        gc.unfreeze()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
-from tests.distributed.launch import RankError, run_ranks
+from tests.distributed.launch import ROOT, RankError, run_command, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -53,10 +55,33 @@ def test_death_of_a_rank_ends_the_others():
 
 
 def test_timeout_shows_the_stacks():
-    with pytest.raises(TimeoutError, match="(?s)did not end within 5.*wait_for_ever"):
-        run_ranks(1, wait_for_ever, timeout_s=5)
+    with pytest.raises(TimeoutError, match="(?s)did not end within 2.*wait_for_ever"):
+        run_ranks(1, wait_for_ever, timeout_s=2)
 
 
 def test_module_runs_with_torchrun_environment():
     outputs = run_ranks(2, "platform", "--help-is-not-a-flag")
     assert len(outputs) == 2 and all("Linux" in output for output in outputs)
+
+
+@pytest.mark.parametrize(("ending", "code", "said"), [("none", 0, ""), ("three", 3, ""), ("text", 1, "why\n")])
+def test_a_command_ends_as_under_python(ending, code, said):
+    """After its threads and what it wants done at the end."""
+    command = ["tests.distributed.told_to_end", ending]
+    started = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False, cwd=ROOT)
+    forked = run_command(*command)
+    assert (forked.returncode, forked.stdout, forked.stderr) == (started.returncode, started.stdout, started.stderr)
+    assert (code, f"['{ending}'] rank None of None\na thread\nthe end\n", said) == (
+        forked.returncode, forked.stdout, forked.stderr)
+
+
+def test_a_commands_error_is_told():
+    done = run_command("tests.distributed.told_to_end", "raise")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "RuntimeError: as told"
+    with pytest.raises(RankError, match="(?s)rank . of 2 failed.*exit code 1.*RuntimeError: as told"):
+        run_ranks(2, "tests.distributed.told_to_end", "raise")
+
+
+def test_ranks_of_a_command_have_torchruns_environment():
+    assert run_ranks(2, "tests.distributed.told_to_end", "none") == [
+        f"['none'] rank {rank} of 2\na thread\nthe end\n" for rank in range(2)]

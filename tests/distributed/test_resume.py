@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.reports.summary import read_run_config, resume_command
-from tests.distributed.launch import ROOT
+from tests.distributed.launch import run_command
 
 pytestmark = pytest.mark.distributed
 
@@ -50,11 +48,8 @@ def write(prefix: Path, seed: int) -> str:
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    """One process of training, as a launcher starts it."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [sys.executable, "-m", "dsv3_megatron", "train", *flags], capture_output=True, text=True, timeout=240, cwd=ROOT,
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, check=False)
+    """One process of training, without a launcher."""
+    return run_command("dsv3_megatron", "train", *flags)
 
 
 def train(*flags: str) -> str:
