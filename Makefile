@@ -11,8 +11,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-gpu lint docs clean
 
-# Processes of the tests that are one process each; those that start several run one after the other.
+# Tests at a time: those that are one process each; those that start several, of which one mostly waits for another.
 PYTEST_WORKERS ?= 2
+DISTRIBUTED_WORKERS ?= 2
 FIND_PYTHON := python=$$(bash examples/setup_environment.sh --extras test)
 # Several processes share the cores, and equal thread counts make equal sums. Hundreds of processes import the same
 # modules: they find them compiled.
@@ -46,8 +47,8 @@ test: lint
 	start=$$SECONDS
 	echo "== pytest, one process each, $(PYTEST_WORKERS) at a time"
 	$(TEST_ENV) "$$python" -m pytest -n $(PYTEST_WORKERS) -m "not gpu and not distributed" --durations=5
-	echo "== pytest, several processes each, one at a time"
-	$(TEST_ENV) "$$python" -m pytest -m "distributed and not gpu" --durations=5
+	echo "== pytest, several processes each, $(DISTRIBUTED_WORKERS) files at a time"
+	$(TEST_ENV) "$$python" -m pytest -n $(DISTRIBUTED_WORKERS) --dist loadfile -m "distributed and not gpu" --durations=5
 	echo "== all passed: tests took $$((SECONDS - start)) s"
 
 test-gpu:
