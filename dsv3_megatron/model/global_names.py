@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from dsv3_megatron.config.weights import WEIGHTS, find_weight
+from dsv3_megatron.config.weights import WEIGHTS, Split, find_weight
 
 # Transformer Engine fuses a norm into the linear that follows it: the name of the norm's weight there, and ours.
 _FUSED_NORMS = {weight.engine_name: weight.name for rows in WEIGHTS.values() for weight in rows if weight.fused_into}
@@ -114,7 +114,9 @@ def _experts(name: str, parameter: torch.nn.Parameter, groups: ProcessGroupColle
     before, after = base.split(".experts.")
     for index, data in local_experts:
         expert = groups.ep.rank() * per_rank + index
-        axis = (0 if after.startswith("linear_fc1") else 1) if groups.expt_tp.size() > 1 else None
+        axis = None
+        if groups.expt_tp.size() > 1:
+            axis = 0 if find_weight(base).split is Split.COLUMN else 1
         yield _split(f"{before}.experts.{expert}.{after}", parameter, data, axis, groups.expt_tp, expert=index)
 
 

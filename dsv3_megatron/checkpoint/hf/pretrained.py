@@ -10,8 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.directory import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.names import tensors_by_parameter
-from dsv3_megatron.model.global_names import whole_parameters
-from dsv3_megatron.optim.router_bias import routers
+from dsv3_megatron.model.global_names import global_name, whole_parameters
 
 
 def load_hugging_face(directory: HuggingFaceDirectory | str | Path, chunks: list[torch.nn.Module],
@@ -47,5 +46,6 @@ def load_hugging_face(directory: HuggingFaceDirectory | str | Path, chunks: list
                         f"{list(full.shape)}, this model's {whole.name} has {list(whole.shape)}: it is of another "
                         "architecture")
                 whole.local.copy_(whole.take(full))
-        for row, router in routers(chunks, directory.model.num_layers):
-            router.expert_bias.copy_(directory.tensor(f"model.layers.{row}.mlp.gate.e_score_correction_bias"))
+            for path, buffer in chunk.named_buffers():  # the routers' biases
+                for part in parts.get(global_name(path, chunk), ()):
+                    buffer.copy_(directory.tensor(part.name))
