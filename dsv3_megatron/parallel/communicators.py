@@ -9,18 +9,21 @@ Two rules are the price. The ranks of a group find each other by a name that tor
 groups the process has made before: all of them must have made equally many. And ranks that wait for each other in
 different groups would wait for good. So every rank goes through all groups of the run in one order, though it makes
 only its own; it counts what each of the others has made by then; and where some ranks of a group have made fewer
-groups than others, they first make groups of themselves alone, which cost nothing.
+groups than others, they first make groups of themselves alone, which cost nothing. In the end all are made level, for
+whoever makes a group by torch's own rules.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
-__all__ = ["Ledger", "communicator_options", "ledger", "process_group"]
+__all__ = ["Ledger", "communicator_options", "ledger", "megatron_groups_of_own_ranks", "process_group"]
 
 # Waiting time of a collective whose peer does not come, in seconds.
 COLLECTIVE_TIMEOUT_S = 600
@@ -87,12 +90,21 @@ class Ledger:
             self._groups[key] = self._new(key[1], purpose, make or self._make)
         return self._groups[key]
 
+    def level(self) -> None:
+        """Let all ranks have made equally many groups, as torch takes it for groups that others make; called by all."""
+        level = max(self.num_made)
+        self._catch_up(level)
+        self.num_made = [level] * len(self.num_made)
+
+    def _catch_up(self, level: int) -> None:
+        for _ in range(level - self.num_made[self.rank]):
+            self._make([self.rank], "to count as many as others")
+
     def _new(self, ranks: tuple[int, ...], purpose: str, make: Callable[..., Any]) -> Any:
         level = max(self.num_made[rank] for rank in ranks)
         own = None
         if self.rank in ranks:
-            for _ in range(level - self.num_made[self.rank]):
-                self._make([self.rank], "to count as many as others")
+            self._catch_up(level)
             own = make(ranks, purpose or None)
         for rank in ranks:
             self.num_made[rank] = level + 1
@@ -110,3 +122,31 @@ def ledger() -> Ledger:
     if _ledger is None or _ledger.world is not world:
         _ledger = Ledger(torch.distributed.get_rank(), world)
     return _ledger
+
+
+@contextlib.contextmanager
+def megatron_groups_of_own_ranks() -> Iterator[None]:
+    """Let Megatron-Core make its groups through the ledger inside the block.
+
+    It asks every rank for every group, in one order, so for each of them as many times as the run has groups; and for
+    several groups of the same ranks, for parallel dimensions that are 1.
+    """
+    original = parallel_state.create_group
+
+    def create(ranks: Sequence[int], timeout: datetime.timedelta | None = None, backend: None = None,
+               pg_options: Any = None, use_local_synchronization: bool = False, group_desc: str | None = None) -> Any:
+        assert backend is None, "groups are of the run's own backend"
+
+        def make(members: Sequence[int], _purpose: str | None) -> Any:
+            return original(list(members), timeout=timeout, use_local_synchronization=True, group_desc=group_desc,
+                            pg_options=pg_options or communicator_options(torch.distributed.get_backend()))
+
+        group = ledger().group(ranks, make=make)
+        return torch.distributed.GroupMember.NON_GROUP_MEMBER if group is None else group
+
+    parallel_state.create_group = create
+    try:
+        yield
+        ledger().level()
+    finally:
+        parallel_state.create_group = original

@@ -1,5 +1,7 @@
 """Process groups of a run: made once, handed on as Megatron-Core's ProcessGroupCollection.
 
+Ranks make only the groups that they are in, one for a set of ranks (`communicators`).
+
 Megatron-Core 0.19 still reads its global `parallel_state` in places, so the groups are created
 there; this library's own code takes them from the collection it is passed.
 
@@ -15,7 +17,7 @@ import contextlib
 import copy
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -24,7 +26,12 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.parallel.communicators import COLLECTIVE_TIMEOUT_S, process_group
+from dsv3_megatron.parallel.communicators import (
+    COLLECTIVE_TIMEOUT_S,
+    communicator_options,
+    ledger,
+    megatron_groups_of_own_ranks,
+)
 from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.parallel.placement import placement
 from dsv3_megatron.parallel.roll_call import meet_ranks
@@ -57,10 +64,12 @@ def start_process_group(device: Device) -> None:
         # What it reads, where it may be left out.
         os.environ.setdefault("MASTER_ADDR", processes.address)
         os.environ.setdefault("MASTER_PORT", str(processes.port))
-        torch.distributed.init_process_group(device.backend, timeout=timeout)
+        torch.distributed.init_process_group(device.backend, timeout=timeout,
+                                             pg_options=communicator_options(device.backend))
     else:
         store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
+        torch.distributed.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout,
+                                             pg_options=communicator_options(device.backend))
 
 
 def create_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:
@@ -79,15 +88,16 @@ def create_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection
         model_parallel_cuda_manual_seed(seed)
         return ProcessGroupCollection.use_mpu_process_groups()
     chunks = parallel.stages_per_rank
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        create_gloo_process_groups=False,
-    )
+    with megatron_groups_of_own_ranks():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+            create_gloo_process_groups=False,
+        )
     _num_holders = 1
     model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -97,19 +107,39 @@ def create_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection
 
 
 def pipelines(groups: ProcessGroupCollection) -> list[list[int]]:
-    """Global ranks of every pipeline of the run, each in the order of its stages: pipeline ranks are the outermost."""
-    stride = torch.distributed.get_world_size() // groups.pp.size()
-    return [list(range(first, torch.distributed.get_world_size(), stride)) for first in range(stride)]
+    """Global ranks of every pipeline of the run, each in the order of its stages."""
+    return _all_sets(groups.pp)
+
+
+def _all_sets(group: torch.distributed.ProcessGroup) -> list[list[int]]:
+    """The ranks of this group and of all its like: together all ranks of the run, for they are the lines of a grid."""
+    own = torch.distributed.get_process_group_ranks(group)
+    sets: list[list[int]] = []
+    seen: set[int] = set()
+    for first in range(torch.distributed.get_world_size()):
+        if first not in seen:
+            sets.append([first + rank - own[0] for rank in own])
+            seen.update(sets[-1])
+    assert seen == set(range(torch.distributed.get_world_size())) and sum(map(len, sets)) == len(seen)
+    return sets
+
+
+def _own_group(sets: Iterable[Sequence[int]]) -> torch.distributed.ProcessGroup:
+    """The group of the set that this rank is in; every rank of the run calls with the same sets."""
+    groups = [ledger().group(ranks) for ranks in sets]
+    ledger().level()
+    return next(group for group in groups if group is not None)
 
 
 def _join_mirrored_ranks(groups: ProcessGroupCollection) -> None:
     """Let the data-parallel groups of pipeline ranks r and P-1-r be one."""
-    rank, ranks = groups.pp.rank(), torch.distributed.get_process_group_ranks(groups.pp)
-    offset = ranks[len(ranks) - 1 - rank] - ranks[rank]  # the same for all: pipeline ranks are the outermost
+    num_ranks = groups.pp.size()
+    stride = torch.distributed.get_world_size() // num_ranks  # pipeline ranks are the outermost
 
     def joined(group: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup:
-        own = torch.distributed.get_process_group_ranks(group)
-        return process_group(sorted([*own, *(peer + offset for peer in own)]))
+        offsets = [(num_ranks - 1 - 2 * (ranks[0] // stride)) * stride for ranks in _all_sets(group)]
+        return _own_group([*ranks, *(rank + offset for rank in ranks)]
+                          for ranks, offset in zip(_all_sets(group), offsets, strict=True))
 
     groups.dp_cp = groups.intra_dp_cp = groups.dp_cp_gtp_remat = joined(groups.dp_cp)
     groups.expt_dp = groups.intra_expt_dp = groups.expt_dp_gtp_remat = joined(groups.expt_dp)
@@ -125,13 +155,14 @@ def groups_of_gradients(model: ModelConfig, parallel: ParallelConfig, groups: Pr
     Args:
         model: The run's model.
         parallel: How the model is split.
-        groups: The run's process groups; called by every rank of them, for it makes a group.
+        groups: The run's process groups; called by every rank of the run, for it makes a group.
     """
     finishing = copy.copy(groups)
     finishing.dp_cp = finishing.dp_cp_gtp_remat = groups.dp
-    ranks = torch.distributed.get_process_group_ranks(groups.pp)
     # Alone where there is no other copy. Without a group Megatron-Core would take that of the first and the last rank.
-    finishing.embd = process_group([ranks[rank] for rank in embedding_copies(model, parallel)[groups.pp.rank()]])
+    lines = pipelines(groups)
+    finishing.embd = _own_group([ranks[position] for position in copies]
+                                for copies in embedding_copies(model, parallel) for ranks in lines)
     return finishing
 
 

@@ -160,25 +160,6 @@ def _reduce_scatter_of_any_sizes(original: Callable[..., torch.Tensor]) -> Calla
     return reduce_scatter
 
 
-def _one_group_per_set_of_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`create_group` that gives the group it has already made for the same ranks of the same run."""
-    made: dict[tuple[int, ...], Any] = {}
-    made_in: list[Any] = [None]
-
-    @functools.wraps(original)
-    def create(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
-        world = torch.distributed.GroupMember.WORLD
-        if made_in[0] is not world:
-            made.clear()
-            made_in[0] = world
-        key = tuple(ranks)
-        if key not in made:
-            made[key] = original(ranks, *args, **kwargs)
-        return made[key]
-
-    return create
-
-
 def _unless_alone(original: Callable[..., Any]) -> Callable[..., Any]:
     """A reduce-scatter or all-gather between views of one buffer that does nothing in a group of one."""
 
@@ -285,10 +266,6 @@ STAND_INS: tuple[StandIn, ...] = (
             ("tensor_parallel.mappings:_GatherFromSequenceParallelRegion",
              "tensor_parallel.mappings:_ReduceScatterToSequenceParallelRegion"),
             "the same on the way back", wraps=True),
-    StandIn("megatron.core.parallel_state", "create_group", _one_group_per_set_of_ranks,
-            ("parallel_state:initialize_model_parallel",),
-            "makes 20 or more groups for a rank, many of the same ranks; each costs gloo three threads and a "
-            "connection to every peer", wraps=True),
     *(StandIn("megatron.core.distributed.param_and_grad_buffer", collective, _unless_alone,
               ("distributed.param_and_grad_buffer:_ParamAndGradBucketGroup",),
               "copies a whole gradient or parameter buffer onto itself where a rank has no replica; NCCL sees that "

@@ -131,6 +131,7 @@ class PipelineChannels:
                 group = ledger().group((source, destination), f"pipeline, {way}")
                 if group is not None:
                     self._groups[edge] = group
+        ledger().level()
         self._meet([edge for edge in meetings if edge in self._groups], device)
 
     def _meet(self, edges: Iterable[Edge], device: torch.device) -> None:

@@ -12,6 +12,7 @@ from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from dsv3_megatron.parallel.communicators import megatron_groups_of_own_ranks
 from dsv3_megatron.schedule.plan import Plan
 from tools.bench.timed_combined import combined_forward_step
 from tools.bench.timed_stages import SHAPE, ChunkTimes, Rank
@@ -82,9 +83,10 @@ def measure_megatron_core(plan: Plan, times: ChunkTimes, repeats: int, *, is_com
         Of the fastest step the longest time of a rank, milliseconds; the same on every rank.
     """
     virtual = plan.num_chunks if plan.num_chunks > 1 else None
-    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=plan.num_ranks,
-                                             virtual_pipeline_model_parallel_size=virtual,
-                                             create_gloo_process_groups=False)
+    with megatron_groups_of_own_ranks():
+        parallel_state.initialize_model_parallel(pipeline_model_parallel_size=plan.num_ranks,
+                                                 virtual_pipeline_model_parallel_size=virtual,
+                                                 create_gloo_process_groups=False)
     config = TransformerConfig(
         num_layers=plan.num_stages, hidden_size=SHAPE[2], num_attention_heads=1,
         pipeline_model_parallel_size=plan.num_ranks, virtual_pipeline_model_parallel_size=virtual,
