@@ -313,7 +313,7 @@ def _plan(index: int, phase: Phase, before: tuple[ModelConfig, TrainingConfig, D
     num_steps = end.iteration - place.iteration
     if phase.train_tokens is not None and phase.lr_warmup_iters > num_steps:
         raise ConfigError(f"lr_warmup_iters={phase.lr_warmup_iters} must not exceed the {num_steps} steps that "
-                          f"train_tokens={phase.train_tokens} make")
+                          f"train_tokens={phase.train_tokens} make; make the warm-up shorter or the phase longer")
     # The way of the learning rate begins after the warm-up: with the planned tokens of the phase if there is none.
     first_token = planned_token if phase.train_tokens is not None else place.tokens
     if phase.lr_warmup_iters:

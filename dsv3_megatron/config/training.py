@@ -137,7 +137,8 @@ class TrainingConfig(StepConfig):
             raise ConfigError(f"lr_decay_iters={decay_iters} must be at least 1; leave it out for train_iters")
         if self.lr_warmup_iters > decay_iters:
             raise ConfigError(f"lr_warmup_iters={self.lr_warmup_iters} must not exceed the "
-                              f"{decay_iters} steps of lr_decay_iters (train_iters by default)")
+                              f"{decay_iters} steps of lr_decay_iters (train_iters by default); make the warm-up "
+                              f"shorter (--lr-warmup-iters {decay_iters // 10}) or the run longer")
 
     def _validate_batch(self, parallel: ParallelConfig, world_size: int) -> None:
         replicas = parallel.data_parallel_size(world_size)

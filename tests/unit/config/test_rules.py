@@ -181,9 +181,11 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"adam_eps": 0.0}, 1, "adam_eps=0.0 must be greater than 0"),
     ("tiny", {"eval_iters": 0}, 1, "eval_iters=0 must be at least 1; eval_interval=0 turns validation off"),
     ("tiny", {"lr_warmup_iters": 301}, 1,
-     "lr_warmup_iters=301 must not exceed the 300 steps of lr_decay_iters (train_iters by default)"),
+     "lr_warmup_iters=301 must not exceed the 300 steps of lr_decay_iters (train_iters by default); make the warm-up "
+     "shorter (--lr-warmup-iters 30) or the run longer"),
     ("tiny", {"lr_decay_iters": 19}, 1,
-     "lr_warmup_iters=20 must not exceed the 19 steps of lr_decay_iters (train_iters by default)"),
+     "lr_warmup_iters=20 must not exceed the 19 steps of lr_decay_iters (train_iters by default); make the warm-up "
+     "shorter (--lr-warmup-iters 1) or the run longer"),
     ("tiny", {"precision": "fp16"}, 1, "precision='fp16' must be one of auto, bf16, fp32"),
     ("tiny", {"transformer_impl": "te"}, 1, "transformer_impl='te' must be one of auto, local, transformer_engine"),
     ("tiny", {"lr_decay_style": "wsd"}, 1, "lr_decay_style='wsd' must be one of constant, cosine, linear"),
