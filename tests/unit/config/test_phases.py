@@ -156,8 +156,8 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
      "cosine or linear"),
     ([{**A, "lr_warmup_iters": 11}], "phase 'a': lr_warmup_iters=11 must not exceed train_iters=10"),
     ([{"name": "a", "train_tokens": 20_000, "lr_warmup_iters": 11}],
-     "phase 'a': lr_warmup_iters=11 must not exceed the 10 steps that train_tokens=20000 make; make the warm-up shorter "
-     "or the phase longer"),
+     "phase 'a': lr_warmup_iters=11 must not exceed the 10 steps that train_tokens=20000 make; make the warm-up "
+     "shorter or the phase longer"),
     ([{**A, "global_batch_size_increment": 4}],
      "phase 'a': global_batch_size_increment=4 ramps the batch up to global_batch_size over the phase's train_tokens; "
      "give global_batch_size and train_tokens"),

@@ -49,7 +49,8 @@ def test_batches_that_the_schedule_cannot_do_are_costed_under_another(run) -> No
 def test_a_phase_that_the_layout_cannot_do(run) -> None:
     cost = run_cost(run, SETTING)
     assert cost.phases[2].seconds is None and cost.phases[2].gpu_hours is None
-    assert cost.phases[2].note.startswith("the layout cannot do it: pipeline_schedule=dualpipe")
+    assert cost.phases[2].note.startswith("the layout cannot do it: global_batch_size=96 over micro_batch_size=1 x ")
+    assert "under pipeline_schedule=dualpipe" in cost.phases[2].note
     asked = []
 
     def find(part, setting):
