@@ -29,6 +29,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,7 +50,7 @@ class RankError(AssertionError):
 
 
 def run_ranks(num_ranks: int, function_or_module: Callable[..., Any] | str, *args: Any, timeout_s: float = 240.0,
-              environment: dict[str, str] | None = None) -> list[Any]:
+              environment: dict[str, str] | None = None, backend: str | None = None) -> list[Any]:
     """Run `function(*args)` in `num_ranks` processes that share a gloo process group.
 
     Args:
@@ -61,6 +62,7 @@ def run_ranks(num_ranks: int, function_or_module: Callable[..., Any] | str, *arg
         timeout_s: Seconds after which the ranks are killed; their stacks are in the error.
         environment: Variables to set besides torchrun's; they win. For a function they are set after torch
             is imported.
+        backend: Name of a backend of `tests/nccl_like.py` for the process group of a function; None: gloo.
 
     Returns:
         What each rank returned, by rank; for a module, what each printed to stdout.
@@ -72,6 +74,7 @@ def run_ranks(num_ranks: int, function_or_module: Callable[..., Any] | str, *arg
     import torch
 
     is_module = isinstance(function_or_module, str)
+    assert backend is None or not is_module, "a module starts its own process group"
     # This process holds the ranks' store, so that no port has to be guessed free.
     store = torch.distributed.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
@@ -83,7 +86,7 @@ def run_ranks(num_ranks: int, function_or_module: Callable[..., Any] | str, *arg
             (folder / "call.pickle").write_bytes(pickle.dumps((target, args)))
         answer = _ask_server({
             "folder": name, "num_ranks": num_ranks, "timeout_s": timeout_s,
-            "module": [function_or_module, *map(str, args)] if is_module else None,
+            "module": [function_or_module, *map(str, args)] if is_module else None, "backend": backend,
             # As under torchrun: ranks are clients of a store that somebody else serves.
             "environment": {"LOCAL_WORLD_SIZE": str(num_ranks), "WORLD_SIZE": str(num_ranks),
                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
@@ -203,7 +206,8 @@ def _fork_rank(request: dict[str, Any], rank: int, folder: Path, answers: IO[str
                 os.environ.pop(variable, None)
         else:
             os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), **request["environment"]})
-        os._exit(_run_module(*request["module"]) if request["module"] else _run_function(folder, rank))
+        os._exit(_run_module(*request["module"]) if request["module"] else _run_function(
+            folder, rank, request["backend"]))
     finally:
         os._exit(1)
 
@@ -281,7 +285,7 @@ def _load(target: tuple[str, str, str]) -> Callable[..., Any]:
     return found
 
 
-def _run_function(folder: Path, rank: int) -> int:
+def _run_function(folder: Path, rank: int, backend: str | None) -> int:
     """Start the group, call the function, leave its result or its traceback; returns the exit code."""
     import faulthandler
 
@@ -294,7 +298,13 @@ def _run_function(folder: Path, rank: int) -> int:
         from dsv3_megatron.platform import prepare
 
         torch.set_num_threads(1)
-        start_process_group(prepare())
+        device = prepare()
+        if backend is not None:
+            from tests.nccl_like import register
+
+            register()
+            device = replace(device, backend=backend)
+        start_process_group(device)
         target, args = pickle.loads((folder / "call.pickle").read_bytes())
         result = pickle.dumps(_load(target)(*args))
         torch.distributed.barrier()

@@ -25,6 +25,7 @@ from tests.distributed.layout_step import (
     RankStep,
     run_layouts,
 )
+from tests.nccl_like import ONE_STREAM
 from tests.parity.architectures import BALANCE_LOSS_ALPHA, reference_weights
 from tests.parity.compare import relative_error
 from tests.parity.isolated_documents import document_step
@@ -177,6 +178,8 @@ PLANTED = [
     (Layout("fault-leak", 2, split(pp=2), is_isolated=True, fault="stage-leaks"), "lm_loss|expert loads"),
     (Layout("fault-stale", 2, split(ep=2), fault="parameter-stale"), "parameter .*router.weight"),
 ]
+# Layouts of four ranks that also run where operations wait for one another as on NCCL.
+ON_STREAMS = ["pp4", "dualpipe-pp4-uneven", "pp2-tp2-ep2", "dualpipe-pp2-ep2", "dualpipev-pp2-ep2-two-mtp"]
 
 
 # MTP modules, and whether documents are isolated.
@@ -327,6 +330,21 @@ def test_equals_one_process(steps, layout):
     assert len(seen) == layout.mtp_num_layers and None not in seen
     if layout.parallel.num_model_copies == 1 and layout.micro_batch_size == Layout("one process", 1).micro_batch_size:
         assert seen == expected, "the same first micro-batch"
+
+
+@pytest.fixture(scope="module")
+def on_streams() -> dict[str, list[RankStep]]:
+    """Steps on the backend that keeps NCCL's rules, by layout and rank."""
+    layouts = [layout for layout in LAYOUTS if layout.name in ON_STREAMS]
+    results = run_ranks(4, run_layouts, layouts, backend=ONE_STREAM)
+    return {layout.name: [result[layout.name] for result in results] for layout in layouts}
+
+
+@pytest.mark.parametrize("name", ON_STREAMS)
+def test_equals_one_process_on_streams(steps, on_streams, name):
+    (layout,) = [layout for layout in LAYOUTS if layout.name == name]
+    expected = one_process(steps, layout)
+    compare(expected, on_streams[name], initial_parameters(layout, [part.name for part in expected.values]))
 
 
 @pytest.mark.parametrize(("layout", "message"), PLANTED, ids=lambda value: getattr(value, "fault", None))
