@@ -12,9 +12,7 @@ import importlib
 import importlib.util
 import os
 import re
-import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,50 +20,13 @@ import pytest
 
 from dsv3_megatron.commands.dispatch import COMMANDS
 from dsv3_megatron.config.load import parse_command
+from tools.run_documented_commands import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*(path for path in ROOT.glob("*.md")), *(ROOT / "docs").rglob("*.md")])
 SOURCES = ("tools/", "examples/", "tests/", "dsv3_megatron/", "kernels/", ".ci/")
-# What a page in a fence of another language holds is output, a drawing or a file.
-COMMAND_FENCES = ("", "bash", "sh", "shell", "console")
 # A path as text names one: folders and a file with an ending, or a folder; not a pattern, a flag or an address.
 PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*\.(?:py|sh|sbatch|md|toml|jsonl|csv|png)|(?:[\w.-]+/)+")
-
-
-@dataclass(frozen=True)
-class Fence:
-    """A fenced block: the language after its backticks, and its lines."""
-
-    language: str
-    text: str
-
-
-def fences(text: str) -> list[Fence]:
-    """The fenced blocks of a page, in order."""
-    return [Fence(match[2].strip(), match[3]) for match in
-            re.finditer(r"^( *)```([^`\n]*)\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL)]
-
-
-def commands(text: str) -> Iterator[list[str]]:
-    """The words of every command in a page's blocks, without the variables before it; a block's own variables are put
-    in."""
-    for fence in fences(text):
-        if fence.language not in COMMAND_FENCES:
-            continue
-        variables: dict[str, str] = {}
-        for line in re.sub(r"\\\n", " ", fence.text).splitlines():
-            with contextlib.suppress(ValueError):  # output with an apostrophe in it: no command
-                for name, value in variables.items():
-                    line = line.replace(f"${name}", value)
-                words = shlex.split(line, comments=True)
-                assigned = re.compile(r"(\w+)=(.*)", re.DOTALL)
-                if len(words) == 1 and (match := assigned.fullmatch(words[0])):
-                    variables[match[1]] = match[2]
-                while words and assigned.fullmatch(words[0]):
-                    words.pop(0)
-                end = next((index for index, word in enumerate(words) if word in (">", "|", "&&", ";")), None)
-                if words[:end]:
-                    yield words[:end]
 
 
 class Parsed(BaseException):
@@ -184,11 +145,11 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
 def test_commands_are_taken(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command shown names a script that is there and flags that its parser takes."""
     monkeypatch.chdir(tmp_path)
-    for words in commands(document.read_text(encoding="utf-8")):
+    for command in commands(document.read_text(encoding="utf-8")):
         try:
-            check(list(words), monkeypatch)
+            check(list(command.words), monkeypatch)
         except (AssertionError, ValueError, SystemExit) as error:
-            pytest.fail(f"{document.relative_to(ROOT)}: {shlex.join(words)}: {error}", pytrace=False)
+            pytest.fail(f"{document.relative_to(ROOT)}: {command}: {error}", pytrace=False)
 
 
 def test_most_commands_are_of_a_kind_that_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,13 +159,13 @@ def test_most_commands_are_of_a_kind_that_is_checked(tmp_path: Path, monkeypatch
     others: set[str] = set()
     num_checked = 0
     for page in pages:
-        for words in commands(page.read_text(encoding="utf-8")):
-            if check(list(words), monkeypatch):
+        for command in commands(page.read_text(encoding="utf-8")):
+            if check(list(command.words), monkeypatch):
                 num_checked += 1
             else:
-                others.add(words[0])
+                others.add(command.words[0])
     assert num_checked > 40
-    assert others <= {"error:", "tensorboard", "source", "sbatch"}, others
+    assert others <= {"tensorboard", "source", "sbatch"}, others
 
 
 def named_paths(text: str) -> Iterator[str]:
@@ -214,8 +175,8 @@ def named_paths(text: str) -> Iterator[str]:
         for word in span.split():
             if PATH.fullmatch(word):
                 yield word
-    for words in commands(text):
-        yield from (word for word in words if word.startswith(SOURCES) and PATH.fullmatch(word))
+    for command in commands(text):
+        yield from (word for word in command.words if word.startswith(SOURCES) and PATH.fullmatch(word))
 
 
 # Files that a command of the pages makes, or that a user has: not of this repository.
@@ -260,9 +221,9 @@ def test_a_wrong_command_is_found(line: str, why: str, tmp_path: Path, monkeypat
                                   capsys: pytest.CaptureFixture[str]) -> None:
     """The check fails on what it is there to find."""
     monkeypatch.chdir(tmp_path)
-    (words,) = commands(f"```\n{line}\n```\n")
+    (command,) = commands(f"```\n{line}\n```\n")
     with pytest.raises((AssertionError, ValueError, SystemExit)) as error:
-        check(words, monkeypatch)
+        check(command.words, monkeypatch)
     assert why in str(error.value) + capsys.readouterr().err
 
 
