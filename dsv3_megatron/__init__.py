@@ -18,7 +18,8 @@ The packages in the order in which they build on each other; each may use those 
     checkpoint/   saving, loading, Hugging Face's layout        metrics/     counts and measurements
     generation/   text from a model                             reports/     tables, pictures and pages of a run
     planning/     time and memory before a run                  guards/      bad steps, hangs, folders of a run
-    runs/         the training loop, where all rooms meet       commands/    one module a command of `dsv3`
+    runs/         the training loop, where all rooms meet       rehearsal/   ranks of a GPU run without a GPU
+    commands/     one module a command of `dsv3`
 
 `__main__.py` is the command `dsv3` for `python -m` and torchrun. Begin to read at runs/trainer.py.
 """

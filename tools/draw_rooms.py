@@ -26,6 +26,7 @@ ROWS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("planning", "time and memory, before a run"),),
     (("guards", "what watches over a run"),),
     (("runs", "the training loop; where all rooms meet"),),
+    (("rehearsal", "ranks of a GPU run without a GPU"),),
     (("commands", "one module a command of dsv3"),),
 )
 WIDTH, BOX, GAP, MARGIN = 760, 34, 10, 16

@@ -10,6 +10,7 @@ Every module has `main(arguments)`, which returns the exit code. Nothing is impo
     preprocess.py   text to tokens on disk                 train_tokenizer.py   a tokenizer learned from text
     merge.py        datasets joined end to end             inspect.py      a dataset looked at, or verified
 
-    plan.py         time, memory and cost of a run         simulate.py     a schedule on paper
+    plan.py         time, memory and cost of a run         rehearse.py     ranks of a GPU run without a GPU
+    simulate.py     a schedule on paper
     draw_schedule.py  what ranks did when                  plot.py         a run's measurements as one page
 """

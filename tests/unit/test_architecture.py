@@ -22,7 +22,7 @@ MAX_LINES = 450
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("config",), ("process",), ("platform",), ("kernels",), ("ops",), ("data",), ("parallel",), ("model",),
     ("schedule",), ("optim",), ("checkpoint", "metrics"), ("generation", "reports"), ("planning",), ("guards",),
-    ("runs",), ("commands",),
+    ("runs",), ("rehearsal",), ("commands",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # The only modules beside the packages above; they may import every stage.
@@ -195,7 +195,9 @@ def stand_ins_named(path: Path) -> list[str]:
 
 
 def test_nothing_outside_platform_names_a_stand_in() -> None:
-    files = [path for name, path in modules_of(ROOT).items() if name.partition(".")[0] != "platform"]
+    # A rehearsal's own table of what it replaces, in its own processes, is the one other place.
+    files = [path for name, path in modules_of(ROOT).items()
+             if name.partition(".")[0] != "platform" and name != "rehearsal.stand_ins"]
     files += sorted((ROOT / "tools").rglob("*.py"))
     assert [found for path in files for found in stand_ins_named(path)] == []
 

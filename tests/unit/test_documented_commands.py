@@ -85,6 +85,10 @@ def check_command(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) 
     elif name == "plan":  # its flags are a run's too
         options, _ = module._parse_arguments([word for word in words if word != "..."])
         assert options.calibrate or options.num_gpus
+    elif name == "rehearse":
+        options, flags = module._parse_arguments([word for word in words if word != "..."])
+        assert options.world_size
+        check_run(flags)
     elif "--help" not in words:
         with parsing_only(monkeypatch):
             module.main(words)

@@ -1,0 +1,207 @@
+"""`dsv3 rehearse` on the tiny model and a world of 8: what it sees of a sound run, and faults that are planted.
+
+A rank's process takes some ten seconds, most of them imports; so one rehearsal serves several tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv3_megatron.commands.rehearse import _parse_arguments, main
+from dsv3_megatron.commands.rehearse import rehearse as rehearse_ranks_of
+from dsv3_megatron.rehearsal.findings import Rehearsal, as_text
+
+ROOT = Path(__file__).resolve().parents[3]
+FLAGS = ("--preset", "tiny", "--micro-batch-size", "1", "--pipeline-model-parallel-size", "2",
+         "--expert-model-parallel-size", "2", "--global-batch-size", "16")
+COMMAND = ["--world-size", "8", *FLAGS]
+# Micro-batches of the step: 1.5 times the pipeline's ranks.
+NUM_MICROBATCHES = 3
+# Of the first stage.
+NUM_MOE_LAYERS = 2
+
+
+def rehearse(*words: str) -> tuple[int, dict[str, Any]]:
+    done = subprocess.run([sys.executable, "-m", "dsv3_megatron", "rehearse", *words, "--json"], capture_output=True,
+                          text=True, timeout=600)
+    assert done.returncode in (0, 1), done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def sound() -> tuple[int, dict[str, Any]]:
+    return rehearse(*COMMAND, "--ranks", "0", "4", "--imbalance", "1.5", "--processes", "1")
+
+
+@pytest.mark.slow
+def test_a_sound_run_has_nothing_found(sound: tuple[int, dict[str, Any]]) -> None:
+    code, report = sound
+    assert report["found"] == [] and code == 0
+    assert (report["num_microbatches"], report["run_microbatches"]) == (NUM_MICROBATCHES, 4)
+    assert [(rank["pipeline_rank"], rank["expert_rank"]) for rank in report["ranks"]] == [(0, 0), (1, 0)]
+
+
+@pytest.mark.slow
+def test_states_are_the_planners_to_the_byte_and_passes_nearly(sound: tuple[int, dict[str, Any]]) -> None:
+    for rank in sound[1]["ranks"]:
+        parts = {part["name"]: part for part in rank["components"]}
+        for name in ("parameters", "gradients"):
+            assert parts[name]["bytes"] == parts[name]["planned_bytes"] > 0
+        # Shards are padded, and AdamW counts its steps in a number on the device for each parameter.
+        assert abs(parts["optimizer"]["bytes"] - parts["optimizer"]["planned_bytes"]) < 4096
+        assert rank["peak_bytes"] == pytest.approx(rank["planned_peak_bytes"], rel=0.08)
+        assert rank["peak_bytes"] <= rank["allocated_bytes"] < rank["peak_bytes"] * 1.02
+        assert sum(line["bytes"] for line in rank["lines"]) <= rank["peak_bytes"]
+
+
+@pytest.mark.slow
+def test_messages_waits_and_kernels_are_counted(sound: tuple[int, dict[str, Any]]) -> None:
+    for rank in sound[1]["ranks"]:
+        count = {}
+        for row in rank["messages"]:
+            count[row["operation"]] = count.get(row["operation"], 0) + row["count"]
+        assert count["send"] == count["receive"] == NUM_MICROBATCHES
+        # Two MoE layers a stage, forward and backward; rows go and come, and their gates go.
+        assert count["all_to_all"] % (2 * NUM_MICROBATCHES) == 0
+        waits = {(wait["what"], wait["line"].partition(":")[0]): wait["count"] for wait in rank["waits"]}
+        assert waits["a number is read", "schedule/forward_backward.py"] == 1
+        assert sum(rank["launches"].values()) > 1000 and rank["launches"]["mm"] > 50
+        assert rank["new_group_calls"] >= 5 and rank["groups"] > rank["groups_alone"]
+
+
+# All faults at once, those of one rank in rank 4; each is looked for in its own test.
+PLANTED = '''
+import json, os, sys
+
+sys.path.insert(0, ROOT)
+import torch
+from dsv3_megatron.rehearsal.rehearsed_rank import Job, environment, main
+
+job = json.loads(open(sys.argv[1]).read())
+os.environ.update(environment(Job(**job)))
+from dsv3_megatron.platform import prepare
+
+prepare()
+from dsv3_megatron.model.experts import GroupedExperts
+from dsv3_megatron.runs.trainer import Trainer
+
+mean, forward, reduce = Trainer._mean_balance_loss, GroupedExperts.forward, torch.distributed.all_reduce
+kept = []
+
+
+def with_host_tensor(self, *args):
+    torch.distributed.all_reduce(torch.zeros(3), group=self.groups.dp)
+    return mean(self, *args)
+
+
+def with_other_dtype(tensor, *args, **kwargs):
+    return reduce(tensor.long() if tensor.dtype == torch.int32 else tensor, *args, **kwargs)
+
+
+def allocates_twice_and_reads(self, x, *args):
+    x.sum().item()
+    kept.append(x.repeat(32, 1))
+    return forward(self, x, *args)
+
+
+def moves_to_the_host(self, x, *args):
+    return forward(self, x.cpu(), *args)
+
+
+if job["rank"] == 3:
+    GroupedExperts.forward = moves_to_the_host
+else:
+    GroupedExperts.forward = allocates_twice_and_reads
+    Trainer._mean_balance_loss = with_host_tensor
+if job["rank"] == 4:
+    Trainer._agree_to_stop = lambda self: 0
+    torch.distributed.all_reduce = with_other_dtype
+sys.exit(main(sys.argv[1:]))
+'''
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
+    script = tmp_path_factory.mktemp("faults") / "planted.py"
+    script.write_text(PLANTED.replace("ROOT", repr(str(ROOT))))
+    options, flags = _parse_arguments([*COMMAND, "--ranks", "0", "3", "4", "--imbalance", "1.5", "--processes", "1"])
+    return rehearse_ranks_of(options, flags, command=[str(script)])
+
+
+@pytest.mark.slow
+def test_a_tensor_of_the_host_given_to_a_collective_is_found(faulty: Rehearsal) -> None:
+    assert any(text.startswith("rank 0: all_reduce of a tensor of the cpu (3,): NCCL takes a GPU's alone\n"
+                               "      at runs/trainer.py:") for text in faulty.findings())
+
+
+@pytest.mark.slow
+def test_a_rank_that_skips_an_all_reduce_is_found(faulty: Rehearsal) -> None:
+    (found,) = [text for text in faulty.findings() if "the group of 8 ranks (0, 1, ... 7)" in text]
+    assert "rank 0: all_reduce of 1 elements, int64 at runs/trainer.py:" in found
+    assert "rank 4: all_reduce of " in found and "at optim/router_bias.py:" in found
+    assert found in as_text(faulty)
+
+
+@pytest.mark.slow
+def test_a_tensor_of_another_dtype_is_found(faulty: Rehearsal) -> None:
+    (found,) = [text for text in faulty.findings() if ": other dtypes\n" in text]
+    assert "the group of 2 ranks (0, 4" in found
+    assert "rank 0: all_reduce of 1 elements, int32 at schedule/forward_backward.py:" in found
+    assert "rank 4: all_reduce of 1 elements, int64 at schedule/forward_backward.py:" in found
+
+
+@pytest.mark.slow
+def test_a_layer_that_allocates_twice_is_found(faulty: Rehearsal) -> None:
+    assert any(text.startswith("rank 0: the peak is +") and "something that the other has not" in text
+               for text in faulty.findings())
+    largest = max((line for line in faulty.ranks[0].step.lines if line[2] == "passes"), key=lambda line: line[3])
+    assert largest[0].startswith("model/stage/"), "the line that called what was planted"
+    assert f"{largest[0]}  {largest[1]}" in as_text(faulty)
+
+
+@pytest.mark.slow
+def test_a_number_read_in_a_layer_is_found(faulty: Rehearsal, sound: tuple[int, dict[str, Any]]) -> None:
+    def reads(waits: Iterable[tuple[str, str, int]]) -> int:
+        return sum(count for what, line, count in waits
+                   if what == "a number is read" and line.startswith("model/stage"))
+
+    before = [(wait["what"], wait["line"], wait["count"]) for wait in sound[1]["ranks"][0]["waits"]]
+    assert reads(before) == 0
+    assert reads(faulty.ranks[0].waits) == NUM_MOE_LAYERS * NUM_MICROBATCHES
+
+
+@pytest.mark.slow
+def test_an_error_of_the_gpus_branch_is_told_with_its_lines(faulty: Rehearsal) -> None:
+    failure = faulty.ranks[1].failure
+    assert failure is not None and "cpu" in failure and "model/experts.py:" in failure
+    assert any(text.startswith("rank 3 ends in an error: ") for text in faulty.findings())
+    assert os.environ.get("RANK") is None, "the rehearsal's variables are its processes' alone"
+
+
+@pytest.mark.parametrize(("words", "text"), [
+    ([*FLAGS], "--world-size must be given: how many GPUs the run has"),
+    (["--world-size", "0", *FLAGS], "--world-size=0 must be at least 1"),
+    (["--world-size", "7", *FLAGS], "world_size=7"),
+    ([*COMMAND, "--ranks", "8"], "--ranks 8 must be from 0 to 7, below --world-size=8"),
+    ([*COMMAND, "--ranks", "1", "--all-kinds"], "--all-kinds chooses ranks itself; leave out --ranks, or it"),
+    ([*COMMAND, "--imbalance", "3"], "--imbalance=3 must be at least 1, which is balance, and at most 2"),
+    ([*COMMAND, "--num-microbatches", "0"], "--num-microbatches=0 must be at least 1"),
+    ([*COMMAND, "--device-memory-gb", "0"], "--device-memory-gb=0 must be above 0"),
+    ([*COMMAND, "--pipeline-schedule", "nonsense"], "pipeline-schedule"),
+    ([*COMMAND, "--no-such-flag"], "--no-such-flag is not a flag"),
+])
+def test_bad_input_is_refused_before_anything_starts(words: list[str], text: str, capsys: pytest.CaptureFixture[str]
+                                                     ) -> None:
+    try:
+        code = main(words)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2 and text in capsys.readouterr().err

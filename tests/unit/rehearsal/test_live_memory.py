@@ -1,0 +1,51 @@
+"""Bytes that are alive, and the most: compared with sums written by hand."""
+
+from __future__ import annotations
+
+import torch
+
+from dsv3_megatron.rehearsal.live_memory import Label, LiveMemory, block
+from dsv3_megatron.rehearsal.watch import Watch, fake_mode
+
+GPU = torch.device("cuda", 0)
+
+
+def test_a_block_is_of_512_bytes() -> None:
+    assert [block(size) for size in (0, 1, 512, 513)] == [0, 512, 512, 1024]
+
+
+def test_tensors_come_and_go_and_views_are_no_memory_of_their_own() -> None:
+    with fake_mode(), Watch() as watch:
+        kept = torch.empty(256, device=GPU)  # 1024 bytes
+        view = kept.view(16, 16)
+        gone = torch.empty(100, device=GPU)  # 400 bytes, 512 in blocks
+        del gone
+        assert watch.memory.total_at(watch.memory.now) == 1024
+        peak = watch.memory.peak(0, watch.memory.now)
+        assert (peak.num_bytes, peak.allocated) == (1424, 1536)
+        del kept
+        assert watch.memory.total_at(watch.memory.now) == 1024, "the view holds it"
+        del view
+        assert watch.memory.total_at(watch.memory.now) == 0
+
+
+def test_what_a_step_leaves_counts_from_its_beginning() -> None:
+    """A first step makes the optimizer's state at its end; the peak wanted is that of the second."""
+    with fake_mode(), Watch() as watch:
+        weights = torch.empty(256, device=GPU)
+        start = watch.memory.now
+        passes = torch.empty(512, device=GPU)
+        del passes
+        state = torch.empty(1024, device=GPU)
+        watch.memory.name(weights, "parameters")
+        watch.memory.name(state, "optimizer")
+        peak = watch.memory.peak(start, watch.memory.now)
+    assert peak.num_bytes == 4 * (256 + 512 + 1024)
+    by_component = {label.component: size for label, size in peak.by_label.items()}
+    assert by_component == {"parameters": 1024, "optimizer": 4096, "": 2048}
+    assert peak.at.operation == "empty"
+
+
+def test_a_moment_without_anything_has_a_peak_of_nothing() -> None:
+    peak = LiveMemory().peak(0, 0)
+    assert peak.num_bytes == 0 and peak.by_label == {} and peak.at == Label("", "", "")
