@@ -44,8 +44,8 @@ NOT_RUN = [
 ]
 
 SHORT = "--train-iters 2 --lr-warmup-iters 1 --eval-iters 1"
-SMALL = "--num-layers 2 --seq-length 64 --micro-batch-size 1 --global-batch-size 2"
-# What a command has in it, what it lacks, and the words that are put behind it: of two equal flags the last one counts.
+SMALL = "--num-layers 2 --vocab-size 2048 --seq-length 64 --micro-batch-size 1 --global-batch-size 2"
+# What a command has in it, what it lacks, and the flags that it gets: in the place of its own, or behind it.
 NO_TRAINING = r"--(print-model|check-only|print-schedule|plot-schedule|help)"
 SMALLER = [
     (rf"^{RUN} .*--preset laptop", NO_TRAINING, f"{SHORT} {SMALL}"),
@@ -124,7 +124,16 @@ def smaller(words: list[str]) -> list[list[str]]:
         return [[*words[:place], part, *words[place + 1:]] for part in ("1/2", "2/2")]
     text = shlex.join(words)
     more = [flags for has, lacks, flags in SMALLER if re.search(has, text) and not re.search(lacks, text)]
-    return [[*words, *shlex.split(" ".join(more))]]
+    flags = shlex.split(" ".join(more))
+    words = list(words)
+    while flags:
+        flag, *values = flags[:next((index for index, word in enumerate(flags[1:], 1) if word.startswith("--")), None)]
+        flags = flags[1 + len(values):]
+        if flag in words:  # a flag may be given once
+            words[words.index(flag) + 1:words.index(flag) + 1 + len(values)] = values
+        else:
+            words += [flag, *values]
+    return [words]
 
 
 def make_room(words: list[str], folder: Path) -> None:

@@ -69,8 +69,7 @@ def test_a_failing_page_is_the_exit_code(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("line", "run"), [
     ("bash examples/pretrain_dsv3.sh --preset tiny --train-iters 20",
-     ["bash examples/pretrain_dsv3.sh --preset tiny --train-iters 20 "
-      "--train-iters 2 --lr-warmup-iters 1 --eval-iters 1"]),
+     ["bash examples/pretrain_dsv3.sh --preset tiny --train-iters 2 --lr-warmup-iters 1 --eval-iters 1"]),
     ("bash examples/pretrain_dsv3.sh --preset laptop --print-model",
      ["bash examples/pretrain_dsv3.sh --preset laptop --print-model"]),
     ("dsv3 preprocess --shard 3/64 --append-eod",
