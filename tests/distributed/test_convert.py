@@ -29,6 +29,7 @@ pytestmark = pytest.mark.distributed
 PP2_EP2 = {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 MTP_ALONE = PP2 | {"pipeline_model_parallel_layout": "Etttt|mL"}
+LOSS_APART = {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "Ett|tt|m|L"}
 TP2_EP2_ETP2 = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
 MODEL = small_run().model
 
@@ -42,8 +43,9 @@ def train_from(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     return {"state": training.whole_state(), "losses": [training.step(number) for number in range(2)]}
 
 
-@pytest.mark.parametrize(("ranks", "changes"), [(4, PP2_EP2), (1, {"precision": "bf16"}), (2, MTP_ALONE)],
-                         ids=["PP2xEP2", "bf16", "MTP-alone"])
+@pytest.mark.parametrize(("ranks", "changes"), [(4, PP2_EP2), (1, {"precision": "bf16"}), (2, MTP_ALONE),
+                                               (4, LOSS_APART)],
+                         ids=["PP2xEP2", "bf16", "MTP-alone", "loss-apart"])
 def test_a_run_starts_from_hugging_face(tmp_path, ranks, changes):
     """Weights in the modules' dtype, the optimizer's in FP32 without a rounding between, moments zero."""
     weights = published_weights(MODEL, torch.float32)
@@ -77,8 +79,9 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("ranks", "changes"), [(4, TP2_EP2_ETP2), (2, PP2 | {"precision": "bf16"}),
-                                               (2, MTP_ALONE | {"precision": "bf16"})],
-                         ids=["TP2xEP2xETP2", "PP2-bf16", "MTP-alone-bf16"])
+                                               (2, MTP_ALONE | {"precision": "bf16"}),
+                                               (4, LOSS_APART | {"precision": "bf16"})],
+                         ids=["TP2xEP2xETP2", "PP2-bf16", "MTP-alone-bf16", "loss-apart-bf16"])
 def test_a_run_becomes_hugging_face(tmp_path, ranks, changes):
     """Whatever layout wrote the checkpoint: the weights as trained, and in FP32 the optimizer's."""
     state = merge(run_ranks(ranks, train_and_save, tmp_path / "ours", changes))

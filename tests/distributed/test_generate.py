@@ -1,4 +1,7 @@
-"""The command on whole checkpoints: of a run under PP2 x EP2, of its conversion, against Transformers' `generate`."""
+"""The command on whole checkpoints: of a run under PP2 x EP2, of its conversion, against Transformers' `generate`.
+
+The run's MTP module is in the stage before that of the head and the loss.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_ranks(4, "dsv3_megatron", "train", *architecture_arguments(run), *(
         "--seq-length 16 --micro-batch-size 1 --global-batch-size 4 --train-iters 4 --lr 1e-2 --min-lr 1e-3 "
         "--lr-warmup-iters 0 --precision fp32 --eval-interval 0 --pipeline-model-parallel-size 2 "
-        f"--expert-model-parallel-size 2 --data-path {folder}/train --tokenizer-model {folder}/tokenizer "
-        f"--save {folder}/run").split())
+        "--pipeline-model-parallel-layout Ettttm|L --expert-model-parallel-size 2 "
+        f"--data-path {folder}/train --tokenizer-model {folder}/tokenizer --save {folder}/run").split())
     convert_to_hugging_face(folder / "run", folder / "hf", dtype="fp32")
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     return folder
