@@ -55,8 +55,12 @@ class ParameterShard:
 
 
 def distributed_parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """The distributed optimizers of a chain: dense parameters and experts are reduced over different ranks."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+    """The distributed optimizers of a chain: dense parameters and experts are reduced over different ranks.
+
+    Left out is one that has nothing on this rank. Megatron-Core makes the experts' on every rank if any has experts,
+    and a stage with the embedding or the head alone has none; its own saving and loading fail on such a one.
+    """
+    return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if part.buffers]
 
 
 def master_shards(optimizer: MegatronOptimizer, chunks: Iterable[torch.nn.Module], groups: ProcessGroupCollection
