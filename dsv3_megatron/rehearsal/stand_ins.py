@@ -10,6 +10,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,8 @@ def replacements(watch: Watch, groups: GroupCount, *, rank: int, world_size: int
         *(Replacement(owner, "synchronize", _waits(watch, what), "waits for the device; noted here")
           for owner, what in ((torch.cuda, "for the device"), (torch.cuda.Stream, "for a stream"),
                               (torch.cuda.Event, "for an event"))),
+        Replacement("dsv3_megatron.optim.ema", "ThreadPoolExecutor", lambda original: _AtOnce,
+                    "takes the weights in beside the step; a mode of fake tensors is one thread's"),
         Replacement("dsv3_megatron.model.router.DeepSeekRouter", "best_experts", _routing(imbalance),
                     "chooses experts by values; the operations are carried out, their result is made up"),
     )
@@ -127,6 +130,18 @@ def _owner(name: str) -> Any:
 
 def _nothing(*_: Any, **__: Any) -> None:
     return None
+
+
+class _AtOnce:
+    """An executor that has done its work when `submit` returns."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(work(*args))
+        return done
 
 
 def _uncompiled(function: Any = None, **_: Any) -> Any:

@@ -38,7 +38,7 @@ def rehearse(*words: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def sound() -> tuple[int, dict[str, Any]]:
-    return rehearse(*COMMAND, "--ranks", "0", "4", "--imbalance", "1.5", "--processes", "1")
+    return rehearse(*COMMAND, "--ranks", "0", "4", "--imbalance", "1.5", "--ema-decay", "0.999", "--processes", "1")
 
 
 @pytest.mark.slow
