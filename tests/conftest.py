@@ -7,7 +7,8 @@ Megatron-Core does.
 
 Property tests have no deadline for an example: how long it takes is the machine's affair.
 
-A shell has its jobs in the background ignore SIGINT, and so would everything that a test starts and then interrupts.
+A shell has its jobs in the background ignore SIGINT, and nohup has SIGHUP ignored: so would everything that a test
+starts and then signals.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from dsv3_megatron.platform import prepare
 
 prepare()
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # On what is there already: where CI is set, Hypothesis takes the same examples each time.
 hypothesis.settings.register_profile("untimed", hypothesis.settings(), deadline=None)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -26,6 +25,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from dsv3_megatron.config.output import json_text
+from dsv3_megatron.config.streams import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("docs", "docs/guides", "docs/contributing", "docs/schedules", "docs/planning", "docs/export")
@@ -238,7 +240,7 @@ class Workplace:
             shutil.copy2(ROOT / name, folder / name)
         texts = [(ROOT / name).read_text(encoding="utf-8") for name in names if name.endswith((".md", ".py"))]
         documents = [{"text": text, "summary": text[:80]} for text in texts if text][:300]
-        lines = "".join(json.dumps(document) + "\n" for document in documents)
+        lines = "".join(json_text(document) + "\n" for document in documents)
         (folder / "corpus.jsonl").write_text(lines)
         (folder / "pages").mkdir()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(documents[:50]), folder / "pages" / "1.parquet")
@@ -294,4 +296,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -26,7 +26,7 @@ from dsv3_megatron.rehearsal.findings import Rehearsal, as_json, as_text
 from dsv3_megatron.rehearsal.made_routing import imbalance_of, require_imbalance
 from dsv3_megatron.rehearsal.rank_kinds import ranks_of_all_kinds, require_ranks
 from dsv3_megatron.rehearsal.rank_processes import RANK_COMMAND, rehearse_ranks
-from dsv3_megatron.rehearsal.rehearsed_rank import Job, RankResult
+from dsv3_megatron.rehearsal.rehearsed_rank import RankResult, RankTask
 from dsv3_megatron.rehearsal.rehearsed_run import rehearsed_run
 
 EXIT_FOUND = 1
@@ -87,7 +87,7 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str], command: Sequenc
     ranks = (ranks_of_all_kinds(run.parallel, options.world_size) if options.all_kinds
              else require_ranks(options.ranks or [0], options.world_size))
     device_bytes = round(options.device_memory_gb * 1e9)
-    jobs = [Job(tuple(flags), rank, options.world_size, options.gpus_per_node, options.num_microbatches,
+    jobs = [RankTask(tuple(flags), rank, options.world_size, options.gpus_per_node, options.num_microbatches,
                 options.imbalance, device_bytes) for rank in ranks]
     results = rehearse_ranks(jobs, num_processes=options.processes or min(usable_cores(), len(jobs)), command=command)
     return Rehearsal(

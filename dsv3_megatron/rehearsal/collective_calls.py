@@ -27,7 +27,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
-class Call:
+class RankCall:
     """A message that a rank posts.
 
     Attributes:
@@ -67,7 +67,7 @@ class Call:
         return f"{self.operation} of {size}, {self.dtype}" + ("" if self.peer is None else f"{to} {self.peer}")
 
 
-def calls_as_json(calls: Sequence[Call]) -> dict[str, Any]:
+def calls_as_json(calls: Sequence[RankCall]) -> dict[str, Any]:
     """Calls as plain values, each group once."""
     groups = list(dict.fromkeys(call.group for call in calls))
     places = {group: place for place, group in enumerate(groups)}
@@ -76,10 +76,10 @@ def calls_as_json(calls: Sequence[Call]) -> dict[str, Any]:
                        call.is_of_step] for call in calls]}
 
 
-def calls_of_json(content: dict[str, Any]) -> list[Call]:
+def calls_of_json(content: dict[str, Any]) -> list[RankCall]:
     """The calls that `calls_as_json` wrote."""
     groups = [(tuple(ranks), number) for ranks, number in content["groups"]]
-    return [Call(operation, groups[group][0], groups[group][1], dtype, tuple(tuple(size) for size in sizes), peer,
+    return [RankCall(operation, groups[group][0], groups[group][1], dtype, tuple(tuple(size) for size in sizes), peer,
                  num_bytes, line, is_of_step)
             for operation, group, dtype, sizes, peer, num_bytes, line, is_of_step in content["calls"]]
 
@@ -93,7 +93,7 @@ class CollectiveCalls:
     """
 
     def __init__(self, fault: Callable[[str], None]) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[RankCall] = []
         self.is_of_step = False
         self._fault = fault
         self._numbers: dict[str, int] = {}
@@ -114,7 +114,7 @@ class CollectiveCalls:
         """Note a message that is posted on a group."""
         self.group_made(group)
         name = group.group_name
-        self.calls.append(Call(operation, self._ranks[name], self._numbers[name], dtype, sizes, peer, num_bytes,
+        self.calls.append(RankCall(operation, self._ranks[name], self._numbers[name], dtype, sizes, peer, num_bytes,
                                source_line(), self.is_of_step))
 
     def carry_out(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.planning.memory.estimate import RankMemory
-from dsv3_megatron.rehearsal.collective_calls import Call, calls_of_json
+from dsv3_megatron.rehearsal.collective_calls import RankCall, calls_of_json
 from dsv3_megatron.rehearsal.message_comparison import Mismatch, compare_calls, name_group
 from dsv3_megatron.rehearsal.rehearsed_rank import RankResult
 
@@ -141,7 +141,7 @@ def message_rows(rank: RankResult) -> dict[tuple[str, str, str], tuple[int, floa
     return {key: (number, size[key] / number) for key, number in count.most_common()}
 
 
-def _step_calls(rank: RankResult) -> Sequence[Call]:
+def _step_calls(rank: RankResult) -> Sequence[RankCall]:
     return [call for call in calls_of_json(rank.calls) if call.is_of_step]
 
 

@@ -32,7 +32,7 @@ class Label:
 
 
 @dataclass(frozen=True)
-class Peak:
+class MemoryPeak:
     """The moment with most memory.
 
     Attributes:
@@ -93,7 +93,7 @@ class LiveMemory:
         """Number of events so far: a moment to ask about later."""
         return len(self.events)
 
-    def peak(self, start: int, end: int) -> Peak:
+    def peak(self, start: int, end: int) -> MemoryPeak:
         """Most memory between two moments, if what came in between and stayed had been there from the first on.
 
         A first step makes what all later ones find, such as the optimizer's state; so this is the peak of a later
@@ -116,7 +116,7 @@ class LiveMemory:
             elif event < 0 and piece in passing:
                 passing.remove(piece)
                 level, blocks = level - self.sizes[piece], blocks - block(self.sizes[piece])
-        return Peak(best, best_blocks, self.labels[self.events[best_at]] if best_at >= 0 else Label("", "", ""),
+        return MemoryPeak(best, best_blocks, self.labels[self.events[best_at]] if best_at >= 0 else Label("", "", ""),
                     self._by_label(stays, start, best_at))
 
     def _alive(self, end: int) -> set[int]:

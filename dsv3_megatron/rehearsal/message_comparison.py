@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, zip_longest
 
-from dsv3_megatron.rehearsal.collective_calls import Call
+from dsv3_megatron.rehearsal.collective_calls import RankCall
 
 _POINT_TO_POINT = ("send", "receive")
 
@@ -31,13 +31,13 @@ class Mismatch:
     ranks: tuple[int, int]
     group: str
     place: int
-    first: Call | None
-    second: Call | None
+    first: RankCall | None
+    second: RankCall | None
     why: str
 
     def describe(self) -> str:
         """The mismatch in words, with both lines."""
-        def said(rank: int, call: Call | None) -> str:
+        def said(rank: int, call: RankCall | None) -> str:
             return f"rank {rank}: " + ("nothing more" if call is None else f"{call.describe()} at {call.line}")
 
         return (f"message {self.place} of {self.group}: {self.why}\n      {said(self.ranks[0], self.first)}\n"
@@ -52,7 +52,7 @@ def name_group(group: tuple[tuple[int, ...], int]) -> str:
     return f"the group of {len(ranks)} ranks ({listed}{which})"
 
 
-def compare_calls(calls: Mapping[int, Sequence[Call]]) -> list[Mismatch]:
+def compare_calls(calls: Mapping[int, Sequence[RankCall]]) -> list[Mismatch]:
     """Compare the messages of every two rehearsed ranks on every group that both are in.
 
     Args:
@@ -61,7 +61,7 @@ def compare_calls(calls: Mapping[int, Sequence[Call]]) -> list[Mismatch]:
     Returns:
         The first mismatch of each two ranks on each group; empty: none.
     """
-    groups: dict[tuple[tuple[int, ...], int], dict[int, list[Call]]] = {}
+    groups: dict[tuple[tuple[int, ...], int], dict[int, list[RankCall]]] = {}
     for rank, posted in calls.items():
         for call in posted:
             groups.setdefault(call.group, {}).setdefault(rank, []).append(call)
@@ -77,21 +77,21 @@ def compare_calls(calls: Mapping[int, Sequence[Call]]) -> list[Mismatch]:
     return found
 
 
-def _is_collective(rank: int, call: Call) -> bool:
+def _is_collective(rank: int, call: RankCall) -> bool:
     return call.operation not in _POINT_TO_POINT
 
 
-def _sent(source: int, destination: int) -> Callable[[int, Call], bool]:
+def _sent(source: int, destination: int) -> Callable[[int, RankCall], bool]:
     """Messages from one rank to the other: what the one sends and the other receives."""
-    def is_one(rank: int, call: Call) -> bool:
+    def is_one(rank: int, call: RankCall) -> bool:
         wanted = ("send", destination) if rank == source else ("receive", source)
         return (call.operation, call.peer) == wanted
 
     return is_one
 
 
-def _compare(group: tuple[tuple[int, ...], int], one: int, other: int, by_rank: Mapping[int, Sequence[Call]],
-             is_wanted: Callable[[int, Call], bool], differ: Callable[..., str | None]) -> list[Mismatch]:
+def _compare(group: tuple[tuple[int, ...], int], one: int, other: int, by_rank: Mapping[int, Sequence[RankCall]],
+             is_wanted: Callable[[int, RankCall], bool], differ: Callable[..., str | None]) -> list[Mismatch]:
     posted = [[call for call in by_rank.get(rank, ()) if is_wanted(rank, call)] for rank in (one, other)]
     for place, (first, second) in enumerate(zip_longest(*posted), 1):
         why = "one of them posts fewer" if first is None or second is None else differ(group[0], one, other, first,
@@ -101,7 +101,7 @@ def _compare(group: tuple[tuple[int, ...], int], one: int, other: int, by_rank: 
     return []
 
 
-def _differ(ranks: tuple[int, ...], one: int, other: int, first: Call, second: Call) -> str | None:
+def _differ(ranks: tuple[int, ...], one: int, other: int, first: RankCall, second: RankCall) -> str | None:
     if first.operation != second.operation:
         return "other operations"
     if first.dtype != second.dtype:
@@ -119,7 +119,7 @@ def _differ(ranks: tuple[int, ...], one: int, other: int, first: Call, second: C
     return "other roots" if first.peer != second.peer else None
 
 
-def _differ_on_the_way(ranks: tuple[int, ...], one: int, other: int, first: Call, second: Call) -> str | None:
+def _differ_on_the_way(ranks: tuple[int, ...], one: int, other: int, first: RankCall, second: RankCall) -> str | None:
     if first.dtype != second.dtype:
         return "other dtypes"
     return "other sizes" if first.sizes != second.sizes else None

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.rehearsal.device_library import require_cuda_build, runtime_library
-from dsv3_megatron.rehearsal.rehearsed_rank import Job, RankResult, result_of_json
+from dsv3_megatron.rehearsal.rehearsed_rank import RankResult, RankTask, result_of_json
 
 # Replaced by tests that plant a fault in the run before it.
 RANK_COMMAND = ("-m", "dsv3_megatron.rehearsal.rehearsed_rank")
 _NUM_LAST_LINES = 12
 
 
-def rehearse_ranks(jobs: Sequence[Job], *, num_processes: int, command: Sequence[str] = RANK_COMMAND
+def rehearse_ranks(jobs: Sequence[RankTask], *, num_processes: int, command: Sequence[str] = RANK_COMMAND
                    ) -> list[RankResult]:
     """Rehearse ranks, so many at a time.
 
@@ -50,9 +51,9 @@ def rehearse_ranks(jobs: Sequence[Job], *, num_processes: int, command: Sequence
                 process.kill()
 
 
-def _rehearse(job: Job, folder: Path, library: Path, command: Sequence[str], running: list[Any]) -> RankResult:
+def _rehearse(job: RankTask, folder: Path, library: Path, command: Sequence[str], running: list[Any]) -> RankResult:
     wanted, result, log = (folder / f"rank{job.rank}.{kind}" for kind in ("job", "json", "log"))
-    wanted.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    wanted.write_text(json_text(asdict(job)), encoding="utf-8")
     variables = {**os.environ, "LD_PRELOAD": " ".join(filter(None, (str(library), os.environ.get("LD_PRELOAD")))),
                  "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
     with log.open("wb") as output:

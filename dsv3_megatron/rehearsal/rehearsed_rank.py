@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.config.load import parse_command
+from dsv3_megatron.config.output import json_text
 from dsv3_megatron.process.parent import end_with_parent
 from dsv3_megatron.rehearsal.rehearsed_run import rehearsed_run
 
@@ -26,7 +27,7 @@ _NUM_LINES = 24
 
 
 @dataclass(frozen=True)
-class Job:
+class RankTask:
     """What a process is to rehearse.
 
     Attributes:
@@ -111,7 +112,7 @@ def result_of_json(content: dict[str, Any]) -> RankResult:
     return RankResult(**{**content, "building": Memory(**content["building"]), "step": Memory(**content["step"])})
 
 
-def environment(job: Job) -> dict[str, str]:
+def environment(job: RankTask) -> dict[str, str]:
     """The variables that torchrun would set for this rank, and those that the preloaded runtime reads."""
     nodes = min(job.gpus_per_node, job.world_size)
     return {"RANK": str(job.rank), "WORLD_SIZE": str(job.world_size), "LOCAL_RANK": str(job.rank % nodes),
@@ -119,7 +120,7 @@ def environment(job: Job) -> dict[str, str]:
             "DSV3_REHEARSAL_GPUS": str(nodes), "DSV3_REHEARSAL_BYTES": str(job.device_bytes)}
 
 
-def rehearse(job: Job) -> RankResult:
+def rehearse(job: RankTask) -> RankResult:
     """Build the run's Trainer as this rank, and take a step.
 
     Raises:
@@ -218,14 +219,14 @@ def main(arguments: list[str]) -> int:
     end_with_parent()
     job, result = arguments
     content = json.loads(Path(job).read_text(encoding="utf-8"))
-    wanted = Job(**{**content, "arguments": tuple(content["arguments"])})
+    wanted = RankTask(**{**content, "arguments": tuple(content["arguments"])})
     os.environ.update(environment(wanted))
     try:
         found = rehearse(wanted)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    Path(result).write_text(json.dumps(asdict(found)), encoding="utf-8")
+    Path(result).write_text(json_text(asdict(found)), encoding="utf-8")
     return 0
 
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.metrics.gradients import COMPONENTS
-from dsv3_megatron.metrics.instruments import PHASES
+from dsv3_megatron.metrics.instruments import STEP_PARTS
 from dsv3_megatron.metrics.tags import TAGS
 from tests.distributed.launch import ROOT, run_ranks
 from tests.routing import compare_routing, in_steps, read_notes
@@ -103,7 +103,8 @@ def written_tags(folder: Path) -> set[tuple[str, str]]:
 
 def test_a_run_writes_the_tags_of_the_table_and_no_others(twenty_steps: Path) -> None:
     """All but those of a GPU and of validations, which `tests/unit/metrics/test_writer.py` looks at."""
-    names = {"layer": ("1", "2", "3"), "group": ("0", "1"), "depth": ("1",), "component": COMPONENTS, "phase": PHASES}
+    names = {"layer": ("1", "2", "3"), "group": ("0", "1"), "depth": ("1",), "component": COMPONENTS,
+             "phase": STEP_PARTS}
     expected = set()
     for tag in TAGS:
         if tag.when in ("gpu", "peak", "validation", "average"):

@@ -83,7 +83,7 @@ def test_auto_follows_the_matrix_units(monkeypatch, caplog):
         backend._choose_automatically.cache_clear()
         backend.log_choice.cache_clear()
         monkeypatch.setattr(backend, "has_bf16_matrix_units", lambda has_units=has_units: has_units)
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", "dsv3_megatron"):
             assert choose_product_backend("auto", torch.device("cpu"), torch.bfloat16) == expected
         assert f"backend {expected}" in caplog.text
     monkeypatch.undo()

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from dsv3_megatron.rehearsal.collective_calls import Call, calls_as_json, calls_of_json
+from dsv3_megatron.rehearsal.collective_calls import RankCall, calls_as_json, calls_of_json
 from dsv3_megatron.rehearsal.message_comparison import compare_calls, name_group
 
-SUM = Call("all_reduce", (0, 1), 0, "float32", ((8,),), None, 32, "a.py:1", True)
-SENT = Call("send", (0, 1), 1, "bfloat16", ((16,),), 1, 32, "a.py:2", True)
+SUM = RankCall("all_reduce", (0, 1), 0, "float32", ((8,),), None, 32, "a.py:1", True)
+SENT = RankCall("send", (0, 1), 1, "bfloat16", ((16,),), 1, 32, "a.py:2", True)
 RECEIVED = dataclasses.replace(SENT, operation="receive", peer=0, line="a.py:3")
-ROWS = Call("all_to_all", (0, 1), 0, "bfloat16", ((1, 2), (1, 5)), None, 6, "a.py:4", True)
+ROWS = RankCall("all_to_all", (0, 1), 0, "bfloat16", ((1, 2), (1, 5)), None, 6, "a.py:4", True)
 ROWS_OF_OTHER = dataclasses.replace(ROWS, sizes=((5, 7), (2, 7)))
 
 
@@ -31,7 +31,8 @@ def test_the_same_messages_are_no_mismatch() -> None:
     ([SENT], [dataclasses.replace(RECEIVED, dtype="float32")], "other dtypes"),
     ([SENT], [], "one of them posts fewer"),
 ])
-def test_a_difference_is_named_with_both_ranks_and_lines(first: list[Call], second: list[Call], why: str) -> None:
+def test_a_difference_is_named_with_both_ranks_and_lines(first: list[RankCall], second: list[RankCall], why: str
+                                                         ) -> None:
     (found,) = compare_calls({0: first, 1: second})
     assert found.why.startswith(why) and found.ranks == (0, 1)
     text = found.describe()
