@@ -263,23 +263,23 @@ def finish_save(directory: str | Path, progress: RunProgress, run: dict[str, Any
     folder, written = Path(directory), saving_path(directory, progress.iteration)
     sizes = {}
     for file in sorted(written.iterdir()):
-        _flush(file)
+        flush(file)
         sizes[file.name] = file.stat().st_size
     content = {
         "format_version": FORMAT_VERSION, "progress": dataclasses.asdict(progress), "precision": precision,
         "contents": contents, "run_id": run_id, "world_size": world_size, "versions": versions, "run": run,
         "files": sizes}
     _write(written / MANIFEST, json_text(content, indent=2) + "\n")
-    _flush(written)
+    flush(written)
     final = iteration_path(directory, progress.iteration)
     if final.exists():
         os.rename(final, final.with_name(final.name + _REPLACED))
     os.rename(written, final)
-    _flush(folder)
+    flush(folder)
     partial = folder / (TRACKER + ".partial")
     _write(partial, f"{progress.iteration}\n")
     os.replace(partial, folder / TRACKER)
-    _flush(folder)
+    flush(folder)
     replaced = final.with_name(final.name + _REPLACED)
     if replaced.exists():
         shutil.rmtree(replaced)
@@ -308,7 +308,7 @@ def record_guards(directory: str | Path, iteration: int, guards: dict[str, Any])
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    _flush(path)
+    flush(path)
 
 
 def remove_old(directory: str | Path, newest: int, keep_last: int) -> list[int]:
@@ -380,7 +380,7 @@ def _write(file: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have a file's content, or a folder's entries, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Draw what pipeline ranks did when, from a file of a run's --trace-schedule (or of simulate_pipeline.py --trace).
+"""Draw what pipeline ranks did when, from a file of a run's --trace-schedule (or of dsv3 simulate --trace).
 
     dsv3 draw-schedule trace.json --png schedule.png
 

@@ -46,7 +46,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "training; bytes per token is measured on them.",
     )
     add = parser.add_argument_group("input data").add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="files, globs or folders, as for preprocess_data.py")
+    add("--input", nargs="+", required=True, metavar="PATH", help="files, globs or folders, as for dsv3 preprocess")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of the texts (text)")
     add = parser.add_argument_group("training").add_argument
     size = f"ids in total, special tokens included: {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}; DeepSeek-V3 has 129280"

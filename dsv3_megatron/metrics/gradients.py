@@ -18,6 +18,7 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from dsv3_megatron.config.weights import find_weight
 from dsv3_megatron.model.global_names import whole_parameters
+from dsv3_megatron.optim.shards import distributed_parts
 
 COMPONENTS = ("embedding", "attention", "dense-ffn", "experts", "shared-experts", "router", "norms", "mtp", "head")
 # Components of the table of weights under the names that a run's records have.
@@ -60,7 +61,7 @@ class GradientNorms:
         components = {whole.parameter: component_of(whole.name)
                       for chunk in chunks for whole in whole_parameters(chunk, groups)}
         self._shards: dict[str, list[_Shard]] = {component: [] for component in COMPONENTS}
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for part in distributed_parts(optimizer):
             for parameter in _counted_parameters(part):
                 held = part._get_model_param_range_map(parameter)["param"]
                 self._shards[components[parameter]].append(_Shard(parameter, held.start, held.end))

@@ -27,7 +27,7 @@ def mcore_config(run: RunConfig, precision: str, *, transformer_impl: str = "loc
         run: A validated run.
         precision: "bf16" or "fp32", resolved (not "auto").
         transformer_impl: Kind of modules, resolved: "local" or "transformer_engine". Local ones are told what to
-            recompute by `recompute.py`.
+            recompute by `recomputed_modules.py`.
     """
     model, parallel, training = run.model, run.parallel, run.training
     dtype = DTYPES[precision]

@@ -57,10 +57,12 @@ class ParameterShard:
 def distributed_parts(optimizer: MegatronOptimizer) -> list[Any]:
     """The distributed optimizers of a chain: dense parameters and experts are reduced over different ranks.
 
-    Left out is one that has nothing on this rank. Megatron-Core makes the experts' on every rank if any has experts,
-    and a stage with the embedding or the head alone has none; its own saving and loading fail on such a one.
+    Left out is one that has nothing on this rank: a stub, or one without buffers. Megatron-Core makes the experts' on
+    every rank if any has experts, and a stage with the embedding or the head alone has none; its own saving and loading
+    fail on such a one.
     """
-    return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if part.buffers]
+    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in chain if not part.is_stub_optimizer and part.buffers]
 
 
 def master_shards(optimizer: MegatronOptimizer, chunks: Iterable[torch.nn.Module], groups: ProcessGroupCollection

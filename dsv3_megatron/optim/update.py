@@ -13,6 +13,8 @@ import torch
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from dsv3_megatron.optim.shards import distributed_parts
+
 
 @torch.no_grad()
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
@@ -29,7 +31,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
 @torch.no_grad()
 def has_nonfinite_copy(optimizer: MegatronOptimizer) -> bool:
     """Whether NaN or Inf is in those of this rank's gradients that the norm leaves out; after `gradient_norm`."""
-    for part in _parts(optimizer):
+    for part in distributed_parts(optimizer):
         counted = {gradient.data_ptr() for gradient in part.get_grads_for_grad_norm()}
         for parameter in part.get_parameters():
             gradient = _gradient(part, parameter)
@@ -47,19 +49,13 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
         optimizer: The optimizer, after `gradient_norm` was called for it.
         norm: Norm that `gradient_norm` returned.
     """
-    for part in _parts(optimizer):
+    for part in distributed_parts(optimizer):
         parameters = part.get_parameters()
         if part.config.clip_grad > 0.0 and parameters:
             clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm,
                                          use_decoupled_grad=_is_decoupled(part))
     is_applied = optimizer.step_with_ready_grads()
     assert is_applied, "without a gradient scaler every update is applied"
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """The optimizers of a chain that have parameters on this rank."""
-    chain = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in chain if not getattr(part, "is_stub_optimizer", False)]
 
 
 def _gradient(part: Any, parameter: torch.nn.Parameter) -> torch.Tensor | None:

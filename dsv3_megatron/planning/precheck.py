@@ -193,7 +193,7 @@ def _beside_gpu(text: str, fullest: RankMemory, run: RunConfig, world_size: int,
 def check_folders(run: RunConfig) -> list[Told]:
     """Whether what the run writes can be written: by writing, since permissions do not tell (root, read-only mounts).
 
-    `save` is looked at where checkpoints are (`checkpoint.layout.check_save_directory`).
+    `save` is looked at where checkpoints are (`checkpoint.folder.check_save_directory`).
 
     Raises:
         ConfigError: a folder cannot be written to; names the field.

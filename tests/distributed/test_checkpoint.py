@@ -295,7 +295,7 @@ def fail_to_save(directory: Path) -> dict[str, str]:
     # Rank 1 writes a part of the tensors; rank 0 finds no reason of its own.
     with mock.patch("megatron.core.dist_checkpointing.strategies.filesystem_async.os.fsync", full):
         told["writing"] = message_of(save, training, directory, 2)
-    with mock.patch("dsv3_megatron.checkpoint.folder._flush", side_effect=OSError(errno.ENOSPC, "No space left")):
+    with mock.patch("dsv3_megatron.checkpoint.folder.flush", side_effect=OSError(errno.ENOSPC, "No space left")):
         told["flushing"] = message_of(save, training, directory, 3)
     # Rank 0 alone writes the index and the description, while the others wait for it in different places.
     with mock.patch.object(FileSystemWriterAsync, "finish", side_effect=OSError(errno.ENOSPC, "No space left")):

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from dsv3_megatron.checkpoint.folder import CheckpointError, check_empty
+from dsv3_megatron.checkpoint.folder import CheckpointError, check_empty, flush
 from dsv3_megatron.config.output import json_text
 
 # Told a number of bytes that have been written or read; called from any thread.
@@ -190,7 +190,7 @@ class Workplace:
         except OSError as error:
             raise CheckpointError(
                 f"{self.output}: {error.strerror}; the complete result is in {self.result}") from error
-        _flush(self.output.parent)
+        flush(self.output.parent)
         self.close()
         shutil.rmtree(self.root)
         return self.output
@@ -209,13 +209,13 @@ class Workplace:
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
             told = piece.write(partial, report)
-            _flush(partial)
+            flush(partial)
             os.rename(partial, final)
             record = self._record(piece)
             record.parent.mkdir(parents=True, exist_ok=True)
             written = record.with_name(record.name + _WRITING)
             written.write_text(json_text(told), encoding="utf-8")
-            _flush(written)
+            flush(written)
             os.rename(written, record)
         except OSError as error:
             way_out = ("free some space and give the same command again: it goes on from what is finished"
@@ -268,11 +268,3 @@ class _StoppedError(Exception):
 def _short(value: Any) -> str:
     text = json_text(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
