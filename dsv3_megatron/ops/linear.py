@@ -180,9 +180,15 @@ def add_to_grad(weight: torch.Tensor, grad: torch.Tensor | None) -> None:
 
 
 def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, in one call where the dtypes are equal."""
+    """total += left @ right, in one call where the dtypes are equal, and on CUDA.
+
+    There a narrow product is added to an fp32 total as it was summed, in fp32. A CPU's library has no such product: it
+    is rounded to the operands' dtype first.
+    """
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+    elif total.device.type == "cuda":
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(torch.mm(left, right))
 

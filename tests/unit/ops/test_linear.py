@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_megatron.ops.backend import choose_product_backend
 from dsv3_megatron.ops.linear import linear, linear_forward, linear_input_grad, linear_weight_grad, multiply_rows
@@ -105,3 +107,25 @@ def test_few_rows_without_gradients(num_outputs, dtype, tolerance):
             for found in (multiply_rows(x, weight), linear_forward(x.unsqueeze(1), weight, backend="native")[:, 0]):
                 assert found.dtype == dtype and found.is_contiguous()
                 torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=14 * tolerance)
+
+
+def test_on_cuda_a_narrow_product_is_added_to_the_main_gradient_in_fp32():
+    """As torch is asked for it; no tensor beside the sum is made. On fake tensors: no GPU is needed."""
+    asked = []
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            asked.append((str(function), kwargs))
+            return function(*args, **(kwargs or {}))
+
+    def on_cuda(*shape, dtype):
+        return FakeTensor(mode, torch.empty(shape, dtype=dtype, device="meta"), torch.device("cuda:0"))
+
+    with FakeTensorMode() as mode:
+        total = on_cuda(5, 6, dtype=torch.float32)
+        grad, x = (on_cuda(12, width, dtype=torch.bfloat16) for width in (5, 6))
+        with Asked():
+            assert linear_weight_grad(grad, x, main_grad=total) is None
+    products = [(name, kwargs) for name, kwargs in asked if "mm" in name or "add" in name]
+    assert [name for name, _ in products] == ["aten.addmm.dtype_out"], asked
+    assert products[0][1]["out"] is total
