@@ -5,8 +5,8 @@
     interleaved   V * P   P >= 2     a multiple of P, as Megatron-Core requires
     zb1p          P       any        any
     zbv           2P      any        any
-    dualpipe      P       even       even, at least 2P
-    dualpipev     2P      any        at least 2P
+    dualpipe      P       even       even
+    dualpipev     2P      any        any
 
 P is the number of pipeline ranks, V the chunks that each holds of an interleaved pipeline. Under dualpipe a rank holds
 two stages as well, of two copies of the model. The schedules themselves are in `schedule/`.
@@ -31,7 +31,6 @@ class ScheduleRules:
         stages: Stages of one copy of the model that a rank holds; None: V, as many as are asked for, at least 2.
         copies: Copies of the model along one pipeline, which share the ranks and the micro-batches.
         fewest_ranks: Least number of pipeline ranks.
-        microbatches_per_rank: Least number of micro-batches of a step, in pipeline ranks; 0: any number.
         is_in_rounds: Micro-batches come in rounds of as many as there are ranks.
         is_v_shaped: Stages go along the ranks and back, so that the last rank holds the two middle ones and rank 0 the
             first and the last.
@@ -42,7 +41,6 @@ class ScheduleRules:
     stages: int | None = 1
     copies: int = 1
     fewest_ranks: int = 1
-    microbatches_per_rank: int = 0
     is_in_rounds: bool = False
     is_v_shaped: bool = False
     is_paired: bool = False
@@ -51,12 +49,11 @@ class ScheduleRules:
 
 RULES: dict[str, ScheduleRules] = {
     "1f1b": ScheduleRules(),
-    "interleaved": ScheduleRules(stages=None, fewest_ranks=2, microbatches_per_rank=1, is_in_rounds=True),
+    "interleaved": ScheduleRules(stages=None, fewest_ranks=2, is_in_rounds=True),
     "zb1p": ScheduleRules(splits_backward=True),
     "zbv": ScheduleRules(stages=2, is_v_shaped=True, splits_backward=True),
-    "dualpipe": ScheduleRules(copies=2, microbatches_per_rank=2, is_paired=True, splits_backward=True),
-    "dualpipev": ScheduleRules(stages=2, microbatches_per_rank=2, is_v_shaped=True, is_paired=True,
-                               splits_backward=True),
+    "dualpipe": ScheduleRules(copies=2, is_paired=True, splits_backward=True),
+    "dualpipev": ScheduleRules(stages=2, is_v_shaped=True, is_paired=True, splits_backward=True),
 }
 SCHEDULES = tuple(RULES)
 V_SHAPED = tuple(name for name, rules in RULES.items() if rules.is_v_shaped)
@@ -126,30 +123,33 @@ def stages_problem(schedule: str, virtual_stages: int, field: str, *, name: str,
         f"stage{'s'[:held - 1]} each")
 
 
-def microbatch_rule(schedule: str, num_ranks: int) -> tuple[int, int]:
-    """The fewest micro-batches of a step that a schedule runs, and the number of which they must be a multiple."""
+def microbatches_multiple(schedule: str, num_ranks: int) -> int:
+    """The number of which the micro-batches of a step must be a multiple."""
     rules = RULES[schedule]
-    return max(1, rules.microbatches_per_rank * num_ranks), num_ranks if rules.is_in_rounds else rules.copies
+    return num_ranks if rules.is_in_rounds else rules.copies
+
+
+def microbatches_to_fill(schedule: str, num_ranks: int) -> int:
+    """Micro-batches of a step from which on every rank of a schedule reaches its steady state."""
+    rules = RULES[schedule]
+    return 2 * num_ranks if rules.is_paired or rules.is_v_shaped else num_ranks
 
 
 def microbatches_problem(schedule: str, num_ranks: int, num_microbatches: int, field: str) -> str:
     """What keeps a schedule from so many micro-batches in a step; "" if nothing does."""
-    fewest, multiple = microbatch_rule(schedule, num_ranks)
-    given, ranks = f"num_microbatches={num_microbatches}", f"pipeline_model_parallel_size={num_ranks}"
-    if RULES[schedule].is_in_rounds and num_microbatches % multiple:
-        return f"{given} must be a multiple of {ranks} under {field}={schedule}, as Megatron-Core requires"
-    if num_microbatches < fewest:
-        return (f"{given} must be at least {RULES[schedule].microbatches_per_rank} x {ranks} under {field}={schedule}, "
-                "or the steady state is never reached")
-    if num_microbatches % multiple:
-        return f"{given} must be even under {field}={schedule}, where half of them enter at each end"
-    return ""
+    given = f"num_microbatches={num_microbatches}"
+    if num_microbatches % microbatches_multiple(schedule, num_ranks) == 0:
+        return ""
+    if RULES[schedule].is_in_rounds:
+        return (f"{given} must be a multiple of pipeline_model_parallel_size={num_ranks} under {field}={schedule}, "
+                "as Megatron-Core requires")
+    return f"{given} must be even under {field}={schedule}, where half of them enter at each end"
 
 
 def nearest_microbatches(schedule: str, num_ranks: int, wanted: int) -> list[int]:
     """The possible numbers of micro-batches next to `wanted`, one or two, in ascending order."""
-    fewest, multiple = microbatch_rule(schedule, num_ranks)
-    if wanted <= fewest:
-        return [fewest]
+    multiple = microbatches_multiple(schedule, num_ranks)
+    if wanted <= multiple:
+        return [multiple]
     below = wanted // multiple * multiple
     return [below] if below == wanted else [below, below + multiple]

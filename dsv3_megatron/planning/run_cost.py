@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.pipeline import microbatch_rule
+from dsv3_megatron.config.pipeline import microbatches_problem
 from dsv3_megatron.config.recipe import PlannedPhase
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.planning.time.step_time import StepTime, step_seconds, step_time
@@ -192,10 +192,11 @@ def _another(part: RunConfig, setting: Setting, error: ConfigError, find_layout:
 
     On the way of a growing batch the layout stays, and another schedule takes the steps that the run's cannot take.
     """
-    fewest, _ = microbatch_rule(part.parallel.schedule, part.parallel.pipeline_model_parallel_size)
     replicas = part.parallel.data_parallel_size(setting.num_devices)
     unit = part.training.micro_batch_size * replicas
-    if is_ramp and part.training.global_batch_size % unit == 0 and part.training.num_microbatches(replicas) < fewest:
+    if is_ramp and part.training.global_batch_size % unit == 0 and microbatches_problem(
+            part.parallel.schedule, part.parallel.pipeline_model_parallel_size,
+            part.training.num_microbatches(replicas), "pipeline_schedule"):
         for schedule in _ANY_NUMBER:
             other = dataclasses.replace(part, parallel=dataclasses.replace(
                 part.parallel, pipeline_schedule=schedule, num_virtual_stages_per_pipeline_rank=1))
@@ -203,8 +204,8 @@ def _another(part: RunConfig, setting: Setting, error: ConfigError, find_layout:
                 require_possible(other, setting.num_devices)
             except ConfigError:
                 continue
-            return other, (f"batches below {fewest * unit} sequences, which {part.parallel.schedule} cannot do, "
-                           f"costed under {schedule}")
+            return other, (f"a growing batch whose micro-batches {part.parallel.schedule} cannot do, costed under "
+                           f"{schedule}")
     if find_layout is None:
         return None, f"the layout cannot do it: {error}"
     found, why = find_layout(part, setting)

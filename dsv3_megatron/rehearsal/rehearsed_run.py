@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.pipeline import microbatch_rule
+from dsv3_megatron.config.pipeline import microbatches_multiple, microbatches_to_fill
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
 
@@ -11,12 +11,11 @@ from dsv3_megatron.planning.run_cost import main_phase, only_phase
 def fewest_microbatches(run: RunConfig, world_size: int) -> int:
     """Micro-batches of a step in which every rank has held as much, and posted each kind of message, as in a full one.
 
-    A pipeline of P ranks is full after P of them, DualPipe after 2 P.
+    A pipeline of P ranks is full after P of them, one that goes along the ranks and back after 2 P.
     """
     ranks, parallel = run.parallel.pipeline_model_parallel_size, run.parallel
-    fewest, multiple = microbatch_rule(parallel.schedule, ranks)
-    wanted = max(fewest, ranks + ranks // 2, 2)
-    wanted += -wanted % multiple
+    wanted = max(microbatches_to_fill(parallel.schedule, ranks), ranks + ranks // 2, 2)
+    wanted += -wanted % microbatches_multiple(parallel.schedule, ranks)
     return min(wanted, run.training.num_microbatches(parallel.data_parallel_size(world_size)))
 
 

@@ -25,6 +25,7 @@ less, as they run fewer pairs and more single chunks: the formula is the longest
 DualPipeV, (PP/2-1)(F&B+B-3W), PP = 2P: the same, half as many ranks for the same stages; PP/2-1 is P-1. "PP/2 devices"
 of the published table is this P. A chunk is a stage, of which there are 2P; the same ranks holding P stages as DualPipe
 would have chunks of twice the time, so at equal ranks and model its bubble is (P-1) to DualPipe's 2 (P/2-1) = P-2.
+Both take at least 2P micro-batches: fewer leave pairs without their other half, and the rank stands still for longer.
 
 ZB-V has a closed form under its own condition F = I = W, with at least 2P-1 micro-batches: (P-1) F. The published zero
 does not count that rank r begins r forwards after rank 0 and ends as much later.
@@ -66,7 +67,8 @@ def published_bubble(plan: Plan, *, forward: Time, backward: Time, weight: Time,
         holds = forward == input_part == weight and plan.num_microbatches >= 2 * ranks - 1
         return (ranks - 1) * forward if holds else None
     stages = plan.num_stages  # PP: even, for dualpipe by its rule and for dualpipev by its cut
-    holds = weight <= forward <= input_part and max(forward, backward) <= overlapped <= forward + backward
+    holds = (plan.num_microbatches >= 2 * ranks and weight <= forward <= input_part
+             and max(forward, backward) <= overlapped <= forward + backward)
     return (stages // 2 - 1) * (overlapped + backward - 3 * weight) if holds else None
 
 

@@ -168,7 +168,13 @@ def dualpipe(distance: int, num_levels: int, microbatches_per_chunk: int) -> tup
     Args:
         distance: Ranks between this one and the near end, 0..num_levels - 1 (h of the report's notation).
         num_levels: Ranks from an end to where the pipeline folds: P / 2 of DualPipe, P of DualPipeV (H).
-        microbatches_per_chunk: Micro-batches of each direction; at least 2 * num_levels.
+        microbatches_per_chunk: Micro-batches of each direction.
+
+    The eight steps are for 2 * num_levels micro-batches of a direction or more. Fewer run in the same order with the
+    first ones left out. An operation waits for others of its own micro-batch only, so what is left waits for nothing
+    that is gone, and no rank holds more. A pair that has lost one half is the other half alone. To leave out the first
+    ones is the shortest of the ways tried (the last ones, those in the middle): what is late in the eight steps has
+    the split backward passes that a short pipeline needs.
 
     The released code runs the first pair of step 4 one after the other on the ranks at the fold; here it is a pair, as
     in the description of the steps. With that the published bubble is exact (see `formulas`), and the step is shorter
@@ -177,6 +183,7 @@ def dualpipe(distance: int, num_levels: int, microbatches_per_chunk: int) -> tup
     Source: DeepSeek-V3 report, section 3.2.1; the steps are those of the released DualPipe code.
     """
     order = _Order()
+    num_steady = max(microbatches_per_chunk, 2 * num_levels)
     num_levels_left = num_levels - distance - 1
     for _ in range(2 * num_levels_left):  # 1: F0
         order.forward(0)
@@ -187,7 +194,7 @@ def dualpipe(distance: int, num_levels: int, microbatches_per_chunk: int) -> tup
         order.backward_input(1)
         order.backward_weight()
         order.forward(1)
-    for _ in range(microbatches_per_chunk - 2 * num_levels + distance + 1):  # 4: F0&B1 F1&B0
+    for _ in range(num_steady - 2 * num_levels + distance + 1):  # 4: F0&B1 F1&B0
         order.pair(0, 1)
         order.pair(1, 0)
     for _ in range(num_levels_left):  # 5: B1 F1&B0
@@ -198,4 +205,11 @@ def dualpipe(distance: int, num_levels: int, microbatches_per_chunk: int) -> tup
     for _ in range(num_levels_left):  # 7: W I0
         order.backward_weight()
         order.backward_input(0)
-    return order.finish()  # 8: W
+    return _without_first(num_steady - microbatches_per_chunk, order.finish())  # 8: W
+
+
+def _without_first(number: int, actions: tuple[Action, ...]) -> tuple[Action, ...]:
+    """Actions without the first micro-batches of each chunk, and those behind them numbered from 0."""
+    left = (tuple(operation._replace(microbatch=operation.microbatch - number) for operation in action.operations
+                  if operation.microbatch >= number) for action in actions)
+    return tuple(Action(operations) for operations in left if operations)

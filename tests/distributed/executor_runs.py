@@ -19,7 +19,7 @@ from dsv3_megatron.schedule.timeline import Timeline
 from dsv3_megatron.schedule.transport import PipelineChannels
 from dsv3_megatron.schedule.validate import peak_activations
 from tests.unit.schedule.arithmetic_stages import Memory, MultiplyingStage, expected_weight_grad
-from tests.unit.schedule.sizes import FORMS, fewest, form, has_ranks, step
+from tests.unit.schedule.sizes import FORMS, any_number, form, has_ranks
 from tools.bench.timed_stages import ChunkTimes, measure_plan, ring_channels, step_time
 
 UNIT_S, NUM_MICROBATCHES, NUM_PARTS = 0.012, 8, 8
@@ -77,8 +77,7 @@ def run_compositions(number: int) -> tuple[int, int]:
     for _ in range(number):
         name = rng.choice(FORMS)
         num_ranks, num_columns = rng.choice([(ranks, columns) for ranks, columns in grids if has_ranks(name, ranks)])
-        plan = form(name, num_ranks, fewest(name, num_ranks) + rng.randrange(4) * step(name, num_ranks),
-                    rng.randint(2, 3))
+        plan = form(name, num_ranks, any_number(name, num_ranks, rng), rng.randint(2, 3))
         turns = [rng.randint(0, 3) for _ in range(plan.num_stages)]
         grid = grids[num_ranks, num_columns]
         if grid.experts is None:

@@ -34,8 +34,10 @@ PHASES: list[dict[str, Any]] = [
      "rotary_scaling_factor": 2.0, "original_max_position_embeddings": SEQ_LENGTH,
      "moe_router_bias_update_rate": 0.02},
 ]
-LAYOUTS: list[tuple[int, dict[str, int]]] = [
-    (1, {}), (4, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2})]
+# The ramp's first steps have fewer micro-batches than fill DualPipeV, its last ones as many.
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (1, {}), (4, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+    (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev", "micro_batch_size": 2})]
 
 
 def phased_run(prefix: str, **changes: Any) -> RunConfig:
@@ -115,8 +117,8 @@ def _state_hash(trainer: Any) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), LAYOUTS, ids=["one-process", "PP2xEP2"])
-def test_resume_anywhere_is_bit_for_bit(num_ranks: int, layout: dict[str, int], prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_ranks", "layout"), LAYOUTS, ids=["one-process", "PP2xEP2", "DualPipeV"])
+def test_resume_anywhere_is_bit_for_bit(num_ranks: int, layout: dict[str, Any], prefix: str, tmp_path: Path) -> None:
     run = phased_run(prefix, **layout)
     recipe = run.recipe()
     steps = recipe.num_steps

@@ -95,8 +95,6 @@ def test_files(simulate, tmp_path) -> None:
 
 @pytest.mark.parametrize(("flags", "sizes", "message"), [
     ((), {"ranks": 5}, "pipeline_model_parallel_size=5 must be even under schedule=dualpipe"),
-    ((), {"microbatches": 6}, "num_microbatches=6 must be at least 2 x pipeline_model_parallel_size=4 under "
-                              "schedule=dualpipe, or the steady state is never reached; try num_microbatches=8"),
     ((), {"microbatches": 9}, "try num_microbatches=8 or 10"),
     ((), {"schedule": "interleaved", "microbatches": 6}, "try num_microbatches=4 or 8"),
     ((), {"schedule": "gpipe"}, "schedule='gpipe' must be one of 1f1b, interleaved"),

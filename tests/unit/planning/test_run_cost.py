@@ -21,7 +21,7 @@ def run():
     base = preset("dsv3-16b").override(global_batch_size=256, pipeline_model_parallel_size=4,
                                        expert_model_parallel_size=8, pipeline_schedule="dualpipe")
     phases = (Phase("ramp", train_tokens=10 * 2**24, global_batch_size=512, global_batch_size_increment=64),
-              Phase("long", train_iters=20), Phase("other", train_iters=5, global_batch_size=96))
+              Phase("long", train_iters=20), Phase("other", train_iters=5, global_batch_size=80))
     return base.override(phases=phases).override(global_batch_size=128)
 
 
@@ -41,15 +41,21 @@ def test_phases_add_up(run) -> None:
 
 
 def test_batches_that_the_schedule_cannot_do_are_costed_under_another(run) -> None:
-    """64 sequences over 16 replicas are 4 micro-batches; DualPipe on 4 ranks needs 8."""
-    cost = run_cost(run.override(global_batch_size=64), SETTING)
-    assert "batches below 128 sequences, which dualpipe cannot do, costed under zb1p" in cost.phases[0].note
+    """Batches of 144, 176, ... sequences over 16 replicas are an odd number of micro-batches, which has no half."""
+    ramp = Phase("ramp", train_tokens=10 * 2**24, global_batch_size=512, global_batch_size_increment=16)
+    cost = run_cost(run.override(phases=()).override(phases=(ramp,), global_batch_size=144), SETTING)
+    assert "a growing batch whose micro-batches dualpipe cannot do, costed under zb1p" in cost.phases[0].note
+
+
+def test_a_ramp_begins_under_dualpipe(run) -> None:
+    """64 sequences over 16 replicas are 4 micro-batches, as many as there are ranks."""
+    assert run_cost(run.override(global_batch_size=64), SETTING).phases[0].note == ""
 
 
 def test_a_phase_that_the_layout_cannot_do(run) -> None:
     cost = run_cost(run, SETTING)
     assert cost.phases[2].seconds is None and cost.phases[2].gpu_hours is None
-    assert cost.phases[2].note.startswith("the layout cannot do it: global_batch_size=96 over micro_batch_size=1 x ")
+    assert cost.phases[2].note.startswith("the layout cannot do it: global_batch_size=80 over micro_batch_size=1 x ")
     assert "under pipeline_schedule=dualpipe" in cost.phases[2].note
     asked = []
 
@@ -58,7 +64,7 @@ def test_a_phase_that_the_layout_cannot_do(run) -> None:
         return dataclasses.replace(part, parallel=dataclasses.replace(part.parallel, pipeline_schedule="1f1b")), "1F1B"
 
     cost = run_cost(run, SETTING, find_layout=find)
-    assert asked == [96] and cost.phases[2].note == "under another layout: 1F1B"
+    assert asked == [80] and cost.phases[2].note == "under another layout: 1F1B"
     assert cost.phases[2].seconds is not None
     none = run_cost(run, SETTING, find_layout=lambda part, setting: (None, "too small"))
     assert none.phases[2].note == "no layout can do it: too small"

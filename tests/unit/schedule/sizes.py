@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import strategies as st
 
 from dsv3_megatron.schedule.plan import SCHEDULES, Plan, build_plan
@@ -20,9 +22,13 @@ def form(name: str, num_ranks: int, num_microbatches: int, virtual_stages: int |
 
 def fewest(name: str, num_ranks: int) -> int:
     """The smallest number of micro-batches it can be had with."""
-    if name.startswith("dualpipe"):
-        return 2 * num_ranks
-    return num_ranks if name.startswith("interleaved") else 1
+    return step(name, num_ranks)
+
+
+def any_number(name: str, num_ranks: int, rng: random.Random) -> int:
+    """A number of micro-batches, from the smallest to some more than twice as many as there are ranks."""
+    unit = step(name, num_ranks)
+    return unit * rng.randint(1, 2 * num_ranks // unit + 3)
 
 
 def step(name: str, num_ranks: int) -> int:

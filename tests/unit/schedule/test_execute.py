@@ -28,7 +28,7 @@ from tests.unit.schedule.arithmetic_stages import (
     expected_weight_grad,
     run_threads,
 )
-from tests.unit.schedule.sizes import FORMS, fewest, form, has_ranks, step
+from tests.unit.schedule.sizes import FORMS, any_number, fewest, form, has_ranks, step
 
 NUM_COMPOSITIONS = 500
 TIME_LIMIT_S = 120.0
@@ -145,8 +145,7 @@ def test_random_compositions_do_not_deadlock() -> None:
     for number in range(NUM_COMPOSITIONS):
         name = rng.choice(FORMS)
         num_ranks = rng.choice([ranks for ranks in range(1, 7) if has_ranks(name, ranks)])
-        num_microbatches = fewest(name, num_ranks) + rng.randrange(3) * step(name, num_ranks)
-        plan = form(name, num_ranks, num_microbatches, rng.randint(2, 3))
+        plan = form(name, num_ranks, any_number(name, num_ranks, rng), rng.randint(2, 3))
         turns = {stage: rng.randint(0, 3) for stage in range(plan.num_stages)}
         ranks, _ = run_plan(plan, num_steps=turns, num_columns=1 + (number % 4 == 0),
                             transport=rng.choice([ThreadTransport, StrictThreadTransport]))
@@ -154,6 +153,22 @@ def test_random_compositions_do_not_deadlock() -> None:
         seen.add((name, num_ranks))
         assert time.monotonic() - started < TIME_LIMIT_S, f"only {number} of {NUM_COMPOSITIONS} within the time"
     assert {name for name, _ in seen} == set(FORMS)
+
+
+def test_short_steps_of_dualpipe_do_not_deadlock() -> None:
+    """60 plans of fewer micro-batches than fill the pipeline, down to the first."""
+    rng = random.Random(2)
+    for number in range(60):
+        name = ("dualpipe", "dualpipev")[number % 2]
+        num_ranks = rng.choice((2, 4, 6))
+        count = rng.randrange(step(name, num_ranks), 2 * num_ranks, step(name, num_ranks))
+        plan = form(name, num_ranks, count)
+        turns = {stage: rng.randint(0, 3) for stage in range(plan.num_stages)}
+        ranks, memories = run_plan(plan, num_steps=turns, num_columns=1 + (number % 4 == 0),
+                                   transport=StrictThreadTransport)
+        check_results(plan, ranks)
+        if number % 4:
+            assert tuple(memory.peak for memory in memories) == peak_activations(plan)
 
 
 def test_turns_alternate_and_the_rest_comes_last() -> None:

@@ -12,6 +12,9 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from dsv3_megatron.schedule.actions import Action
 from dsv3_megatron.schedule.plan import PlacedStage, build_plan
+from dsv3_megatron.schedule.simulate import simulate
+from dsv3_megatron.schedule.validate import validate_plan
+from tests.unit.schedule.costs import uniform
 from tests.unit.schedule.sizes import form
 
 # The eight steps: how often (h: distance to the near end, H: levels, m: micro-batches of a chunk), and what.
@@ -175,3 +178,21 @@ def test_loss_of_v_shapes_is_on_rank_0() -> None:
         plan = build_plan(name, num_ranks=5, num_microbatches=12)
         assert plan.holders[PlacedStage(0, plan.num_stages - 1)] == plan.holders[PlacedStage(0, 0)] == 0
         assert plan.holders[PlacedStage(0, 4)] == plan.holders[PlacedStage(0, 5)] == 4  # the local hand-over
+
+
+@given(st.sampled_from(("dualpipe", "dualpipev")), st.integers(1, 8), st.data())
+@settings(max_examples=60)
+def test_a_short_step_of_dualpipe(schedule: str, half: int, data: st.DataObject) -> None:
+    """Fewer micro-batches than fill the pipeline: no longer than a filled one, no more held, near what must be."""
+    ranks = 2 * half
+    count = 2 * data.draw(st.integers(1, ranks - 1))
+    plan, filled = (build_plan(schedule, num_ranks=ranks, num_microbatches=number) for number in (count, 2 * ranks))
+    validate_plan(plan)
+    costs = {"forward": 2, "backward": 4, "weight": 2, "overlapped": 5}
+    result, longest = (simulate(each, uniform(each, **costs)) for each in (plan, filled))
+    assert result.step_time <= longest.step_time
+    assert all(held <= most for held, most in zip(result.peak_activations, longest.peak_activations, strict=True))
+    # One micro-batch has to go through all stages and back, and every rank has its work to do.
+    through = 4 * plan.num_stages + 2
+    work = 5 * count * plan.num_chunks // plan.num_directions
+    assert max(through, work) <= result.step_time <= through + work

@@ -16,15 +16,13 @@ from dsv3_megatron.schedule.plan import Output, PlacedStage, Plan, build_plan
 from dsv3_megatron.schedule.timeline import PlanError
 from dsv3_megatron.schedule.transfers import Program, Transfer, TransferBatch, with_transfers
 from dsv3_megatron.schedule.validate import check_rendezvous, check_work, peak_activations, validate_plan
-from tests.unit.schedule.sizes import FORMS, fewest, form, has_ranks, plans
+from tests.unit.schedule.sizes import FORMS, form, has_ranks, plans
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_every_number_of_ranks(name: str) -> None:
     for num_ranks in filter(lambda ranks: has_ranks(name, ranks), range(2, 33)):
-        smallest = fewest(name, num_ranks)
-        num_microbatches = max(smallest, num_ranks) if name != "dualpipe" else smallest
-        plan = form(name, num_ranks, num_microbatches)
+        plan = form(name, num_ranks, 2 * num_ranks if name.startswith("dualpipe") else num_ranks)
         validate_plan(plan)
         assert plan.num_ranks == num_ranks
 
