@@ -20,8 +20,10 @@ Source: DeepSeek-V3 report, section 3.3.2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv3_megatron.kernels.fp8_tuning import GemmConfig, config_for
 from dsv3_megatron.kernels.launch import num_processors
+from dsv3_megatron.platform.sending import send_integers
 
 
 @triton.jit
@@ -131,20 +134,21 @@ def grouped_gemm(a_RK: torch.Tensor, a_scales: torch.Tensor, b_eNK: torch.Tensor
     _check_operand("b", flat, b_scales[0], depth, rows=columns)
     c = torch.empty((a_RK.shape[0], columns), dtype=dtype, device=a_RK.device)
     chosen = config or config_for(a_RK.shape[0], columns, depth, num_experts=experts)
-    table = _tile_table(counts, chosen.block_m)
-    if table:
-        on_device = torch.tensor(table, dtype=torch.int32, device=a_RK.device)
-        _launch(a_RK, a_scales, flat, b_scales, c, on_device, len(table), columns, False, chosen)
+    table = _tile_table(tuple(counts), chosen.block_m, a_RK.device)
+    if len(table):
+        _launch(a_RK, a_scales, flat, b_scales, c, table, len(table), columns, False, chosen)
     return c
 
 
-def _tile_table(counts: Sequence[int], block_m: int) -> list[tuple[int, int, int]]:
-    """(expert, first row, end of its rows) of each row tile."""
-    table, start = [], 0
-    for expert, count in enumerate(counts):
-        table += [(expert, first, start + count) for first in range(start, start + count, block_m)]
-        start += count
-    return table
+@functools.lru_cache(maxsize=8)  # the two products of a pass have the same
+def _tile_table(counts: tuple[int, ...], block_m: int, device: torch.device) -> torch.Tensor:
+    """(expert, first row, end of its rows) of each row tile, int32 [tiles, 3]."""
+    of_expert = np.asarray(counts, dtype=np.int64)
+    ends, tiles = of_expert.cumsum(), -(-of_expert // block_m)
+    expert = np.repeat(np.arange(len(counts)), tiles)
+    number = np.arange(len(expert)) - (tiles.cumsum() - tiles)[expert]
+    first = (ends - of_expert)[expert] + number * block_m
+    return send_integers(np.stack((expert, first, ends[expert]), axis=1), device)
 
 
 def _launch(a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, c: torch.Tensor,

@@ -7,14 +7,19 @@ Megatron-Core does.
 
 Property tests have no deadline for an example: how long it takes is the machine's affair.
 
+The kernels are those of this checkout, though an editable install finds the ones of the checkout that was installed.
+
 A shell has its jobs in the background ignore SIGINT, and nohup has SIGHUP ignored: so would everything that a test
 starts and then signals.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import sys
+from pathlib import Path
 
 import hypothesis
 import torch
@@ -23,6 +28,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dsv3_megatron.platform import prepare
+
+_kernels = importlib.util.spec_from_file_location(
+    "dsv3_megatron.kernels", Path(__file__).resolve().parents[1] / "kernels" / "__init__.py")
+assert _kernels is not None and _kernels.loader is not None
+sys.modules["dsv3_megatron.kernels"] = importlib.util.module_from_spec(_kernels)
+_kernels.loader.exec_module(sys.modules["dsv3_megatron.kernels"])
 
 prepare()
 

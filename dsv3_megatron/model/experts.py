@@ -89,10 +89,8 @@ class GroupedExperts(MegatronModule):
             return fp8_swiglu_experts(
                 x_RH, counts, self.linear_fc1.weight, self.linear_fc2.weight, gates_R, (first, second),
                 backend=backend, accumulate_into_main_grad=True, defer_weight_grad=weight_grad_deferral()), None
-        # The products that a CPU takes expert by expert can add to main_grad as they go. The grouped ones of a GPU give
-        # one gradient of all experts, which Megatron-Core's hook adds; asking for more would rule them out.
         return swiglu_experts(x_RH, counts, self.linear_fc1.weight, self.linear_fc2.weight, gates_R,
-                              accumulate_into_main_grad=not x_RH.is_cuda,
+                              accumulate_into_main_grad=True,
                               is_activation_recomputed=self.is_recomputed,
                               defer_weight_grad=weight_grad_deferral()), None
 

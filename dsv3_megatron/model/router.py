@@ -191,14 +191,15 @@ class DeepSeekRouter(MegatronModule):
             routing_map_TE: bool, the chosen experts.
         """
         assert padding_mask is None, "padded tokens are not supported"
-        config = self.config
         length, batch = x_sBH.shape[:2]
         scores_TE, gates_TK, ids_TK = self.choose(x_sBH.flatten(0, 1))
         routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, ids_TK, True)
         probs_TE = torch.zeros_like(scores_TE).scatter(1, ids_TK, gates_TK)
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
-                self.tokens_per_expert += torch.bincount(ids_TK.flatten(), minlength=config.num_moe_experts)
+                # Not bincount: on a GPU the host waits for the largest id.
+                one = self.tokens_per_expert.new_ones(())
+                self.tokens_per_expert.index_add_(0, ids_TK.flatten(), one.expand(ids_TK.numel()))
             if self.observer is not None:
                 self.observer.observe(scores_TE, ids_TK)
             if self.balance_loss_coeff > 0:

@@ -9,8 +9,9 @@ Shapes: R routed rows, e local experts, H hidden, F expert hidden.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +33,7 @@ from dsv3_megatron.ops.linear import (
 )
 from dsv3_megatron.ops.recompute import recomputed, saving
 from dsv3_megatron.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
+from dsv3_megatron.platform.sending import send_integers
 
 BACKENDS = ("auto", "looped", "grouped_mm", "reference")
 # Without gradients the activation of up to this many rows is computed at once.
@@ -62,7 +64,8 @@ def swiglu_experts(
         backend: "looped", "grouped_mm" or "reference"; "auto" is grouped_mm for bf16 on CUDA, looped elsewhere.
         product_backend: "auto", "native" or "via_fp32" for the looped products, as `backend.choose_product_backend`
             takes it.
-        accumulate_into_main_grad: Add the weight gradients to `main_grad`, as in `linear.linear`; "looped" only.
+        accumulate_into_main_grad: Add the weight gradients to `main_grad`, as in `linear.linear`; "looped" and
+            "grouped_mm" only.
         is_activation_recomputed: Keep the activation's input alone for backward, as "looped" always does.
         defer_weight_grad: Gets the functions that compute the weight gradients, as in `linear.linear`; "looped" and
             "grouped_mm" only. The activation and the gradient of fc1's output wait with the input and the gradient of
@@ -88,7 +91,7 @@ def swiglu_experts(
             f"sum to the {x_RH.shape[0]} rows; pass the rows sorted by local expert"
         )
     if backend == "auto":
-        grouped = x_RH.device.type == "cuda" and x_RH.dtype == torch.bfloat16 and not accumulate_into_main_grad
+        grouped = x_RH.device.type == "cuda" and x_RH.dtype == torch.bfloat16
         backend = "grouped_mm" if grouped else "looped"
         log_choice("swiglu_experts", backend, f"{x_RH.device.type}, {x_RH.dtype}")
     if backend == "looped" and not torch.is_grad_enabled() and 1 <= x_RH.shape[0] <= _FEW_ROWS:
@@ -98,12 +101,13 @@ def swiglu_experts(
         plan = (counts, product_backend, accumulate_into_main_grad, defer_weight_grad)
         with saving():
             return _LoopedExperts.apply(x_RH, gates_R, fc1_eFH, fc2_eHF, plan)
-    if accumulate_into_main_grad:
-        raise ValueError(f"accumulate_into_main_grad=True needs backend 'looped', not {backend!r}; use it or 'auto'")
     if backend == "grouped_mm":
-        return _grouped_mm(x_RH, counts, fc1_eFH, fc2_eHF, gates_R, defer_weight_grad, is_activation_recomputed)
-    if defer_weight_grad is not None:
-        raise ValueError("defer_weight_grad needs backend 'looped' or 'grouped_mm', not 'reference'; use one or 'auto'")
+        return _grouped_mm(x_RH, counts, fc1_eFH, fc2_eHF, gates_R,
+                           _WeightGrads(accumulate_into_main_grad, defer_weight_grad), is_activation_recomputed)
+    for asked, name in ((accumulate_into_main_grad, "accumulate_into_main_grad=True"),
+                        (defer_weight_grad is not None, "defer_weight_grad")):
+        if asked:
+            raise ValueError(f"{name} needs backend 'looped' or 'grouped_mm', not 'reference'; use one or 'auto'")
     return reference_experts(x_RH, counts, fc1_eFH, fc2_eHF, gates_R)
 
 
@@ -130,48 +134,69 @@ def _grouped_mm(
     fc1_eFH: torch.Tensor,
     fc2_eHF: torch.Tensor,
     gates_R: torch.Tensor | None,
-    defer: WeightGradDeferral | None,
+    weight_grads: _WeightGrads,
     is_recomputed: bool,
 ) -> torch.Tensor:
-    ends = torch.tensor(counts, device=x_RH.device).cumsum(0).to(torch.int32)
+    ends = send_integers(list(itertools.accumulate(counts)), x_RH.device)
 
     def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with saving():
-            if defer is not None and torch.is_grad_enabled():
-                return _DeferringProduct.apply(rows, weight, ends, defer)
-            return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+            return _GroupedProduct.apply(rows, weight, counts, ends, weight_grads)
 
     gates = () if gates_R is None else (gates_R,)
     hidden = product(x_RH, fc1_eFH)
     return product(recomputed(swiglu, hidden, *gates) if is_recomputed else swiglu(hidden, *gates), fc2_eHF)
 
 
-class _DeferringProduct(torch.autograd.Function):
-    """rows weight[e]^T of each expert's rows, in grouped products; the weight's gradient waits."""
+class _WeightGrads(NamedTuple):
+    """Destination of the weight gradients of grouped products: `main_grad` or autograd; and who computes them later."""
+
+    accumulate: bool
+    defer: WeightGradDeferral | None
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """rows weight[e]^T of each expert's rows, in grouped products but for gradients that are added to `main_grad`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, defer: WeightGradDeferral
-    ) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, counts: tuple[int, ...], ends: torch.Tensor,
+                weight_grads: _WeightGrads) -> torch.Tensor:
         ctx.save_for_backward(rows, weight, ends)
-        ctx.weight, ctx.defer = weight, defer
+        ctx.weight, ctx.counts, ctx.weight_grads = weight, counts, weight_grads
         return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         rows, weight, ends = ctx.saved_tensors
-        grad_y = grads[0].contiguous()
+        grad_y, (accumulate, defer), grad_weight = grads[0].contiguous(), ctx.weight_grads, None
         if ctx.needs_input_grad[1]:
-            ctx.defer(DeferredWeightGrad(_add_grouped, ctx.weight, grad_y, rows, ends))
-        return torch.nn.functional.grouped_mm(grad_y, weight, offs=ends), None, None, None
+            main_grad = main_grad_of(ctx.weight, accumulate)
+            if defer is not None:
+                defer(DeferredWeightGrad(_add_grouped, ctx.weight, main_grad, grad_y, rows, ctx.counts, ends))
+            else:
+                grad_weight = _grouped_weight_grad(main_grad, grad_y, rows, ctx.counts, ends)
+                if grad_weight is None:
+                    mark_added_to_main_grad(ctx.weight)
+        grad_x = torch.nn.functional.grouped_mm(grad_y, weight, offs=ends) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_weight, None, None, None
 
 
-def _add_grouped(weight: torch.Tensor, grad_y: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> None:
-    grad = torch.nn.functional.grouped_mm(grad_y.t(), rows, offs=ends)
-    main_grad = main_grad_of(weight, True)
-    add_to_grad(weight, grad if main_grad is None else None)
-    if main_grad is not None:
-        main_grad.add_(grad)
+def _add_grouped(weight: torch.Tensor, *rest: Any) -> None:
+    add_to_grad(weight, _grouped_weight_grad(*rest))
+
+
+def _grouped_weight_grad(main_grad: torch.Tensor | None, grad_y: torch.Tensor, rows: torch.Tensor,
+                         counts: tuple[int, ...], ends: torch.Tensor) -> torch.Tensor | None:
+    """The gradient of a stacked weight in its dtype; None where `main_grad` took it.
+
+    A grouped product cannot be added to what is there, and has no sum in fp32 before torch's newest versions: into
+    `main_grad` go the products of one expert after the other, not rounded before.
+    """
+    if main_grad is None:
+        return torch.nn.functional.grouped_mm(grad_y.t(), rows, offs=ends)
+    for expert, part in _row_ranges(counts):
+        add_product_(main_grad[expert], grad_y[part].t(), rows[part])
+    return None
 
 
 def _row_ranges(counts: tuple[int, ...]) -> list[tuple[int, slice]]:

@@ -6,6 +6,7 @@ this package changes nothing. Where CUDA is available it changes nothing at all.
     device.py    the device, its precision and its collective backend
     cpu.py       stand-ins for CUDA, each with the call of Megatron-Core that needs it
     meta.py      models without memory, to be counted
+    sending.py   a few numbers of the host, sent to a GPU without waiting for it
     notices.py   other packages' notices that are left out
 """
 

@@ -15,12 +15,14 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from dsv3_megatron.ops.fp8.packed_rows import pack_rows, unpack_rows
 from dsv3_megatron.ops.fp8.quantize import Quantized, quantize
 from dsv3_megatron.ops.fp8.reference_backend import ReferenceBackend
 from dsv3_megatron.ops.fp8.scale_groups import SQUARE, TILE, Group
+from dsv3_megatron.platform.sending import send_integers
 
 
 class TritonBackend(ReferenceBackend):
@@ -168,13 +170,13 @@ def deep_gemm_grouped(a_RK: Quantized, b_eNK: Quantized, counts: Sequence[int]) 
     library = _deep_gemm_library()
     multiple, device = library.get_mk_alignment_for_contiguous_layout(), a_RK.values.device
     padded = [-(-count // multiple) * multiple for count in counts]
-    expert_of_row = torch.repeat_interleave(torch.arange(len(padded), dtype=torch.int32),
-                                            torch.tensor(padded)).to(device)
+    expert_of_row = send_integers(np.repeat(np.arange(len(padded)), padded), device)
     values, scales, places = a_RK.values, a_RK.scales, None
     if padded != list(counts):
         starts = [sum(padded[:expert]) for expert in range(len(padded))]
-        places = torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
-        places = places.to(device)
+        places = send_integers(np.concatenate([np.arange(start, start + count)
+                                               for start, count in zip(starts, counts, strict=True)]), device,
+                               torch.int64)
         # As bytes: rows of FP8 are copied like any others. What is between them is multiplied and not read.
         values = values.new_zeros(sum(padded), values.shape[1])
         values.view(torch.uint8)[places] = a_RK.values.view(torch.uint8)

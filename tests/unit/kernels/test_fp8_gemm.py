@@ -44,3 +44,14 @@ def test_grouped_gemm(backend, counts):
         expected = a_tiles.rows(rows).dequantize().double() @ b_blocks[expert].dequantize().double().T
         torch.testing.assert_close(got[rows].double(), expected, rtol=1e-5, atol=1e-4)
         start += count
+
+
+def test_tiles_of_experts_do_not_meet():
+    from dsv3_megatron.kernels.fp8_gemm import _tile_table
+
+    counts, block = (5, 0, 3, 9), 4
+    table = _tile_table(counts, block, torch.device("cpu"))
+    expected = [(0, 0, 5), (0, 4, 5), (2, 5, 8), (3, 8, 17), (3, 12, 17), (3, 16, 17)]
+    assert table.dtype == torch.int32 and [tuple(row) for row in table.tolist()] == expected
+    assert _tile_table(counts, block, torch.device("cpu")) is table, "made and sent once for both products of a pass"
+    assert not len(_tile_table((0, 0), block, torch.device("cpu")))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dsv3_megatron.ops.experts import few_rows_experts, reference_experts, swiglu_experts
+from dsv3_megatron.ops.experts import _grouped_weight_grad, few_rows_experts, reference_experts, swiglu_experts
+from tests.unit.ops.gpu_operations import noted_on_a_gpu
 
 COUNTS = [3, 0, 5, 1]
 
@@ -98,17 +99,33 @@ def test_runs_of_experts_in_any_order():
         torch.testing.assert_close(found, expected[order], rtol=1e-12, atol=1e-12)
 
 
-def test_main_grad():
-    inputs, grad = _case(torch.bfloat16)
+@pytest.mark.parametrize(("backend", "dtype"), [("looped", torch.bfloat16), ("grouped_mm", torch.float32)])
+def test_main_grad(backend, dtype):
+    inputs, grad = _case(dtype)
     x, fc1, fc2, gates = (t.requires_grad_() for t in inputs)
     for weight in (fc1, fc2):
         weight.main_grad = torch.ones(weight.shape, dtype=torch.float32)
-    out = swiglu_experts(x, COUNTS, fc1, fc2, gates, product_backend="via_fp32", accumulate_into_main_grad=True)
+    out = swiglu_experts(x, COUNTS, fc1, fc2, gates, backend=backend, product_backend="via_fp32",
+                         accumulate_into_main_grad=True)
     out.backward(grad)
     expected = _with_gradients(_reference, [t.detach().double() for t in inputs], grad.double())
     for weight, exact in ((fc1, expected[2]), (fc2, expected[3])):
         torch.testing.assert_close(weight.main_grad.double(), 1 + exact, rtol=1e-5, atol=1e-4)
-        assert weight.grad_added_to_main_grad
+        assert weight.grad_added_to_main_grad and weight.grad is None
+
+
+def test_on_a_gpu_gradients_are_added_in_fp32_one_expert_after_the_other():
+    """By the operations alone, on tensors without values: not run on a GPU."""
+    with noted_on_a_gpu() as log:
+        rows, grad_y = (torch.empty(sum(COUNTS), width, device="cuda", dtype=torch.bfloat16) for width in (16, 32))
+        main_grad = torch.empty(4, 32, 16, device="cuda")
+        ends = torch.empty(4, device="cuda", dtype=torch.int32)
+        assert _grouped_weight_grad(main_grad, grad_y, rows, tuple(COUNTS), ends) is None
+        # A product for each expert with rows, and no gradient in bf16 beside it.
+        assert log.dtypes("addmm.dtype_out") == [torch.float32] * 3
+        assert not log.dtypes("_grouped_mm.default") and not log.dtypes("add_.Tensor")
+        narrow = _grouped_weight_grad(None, grad_y, rows, tuple(COUNTS), ends)
+        assert narrow.dtype == torch.bfloat16 and log.noted[-1][0] == "_grouped_mm.default"
 
 
 def test_bad_input():
@@ -117,14 +134,14 @@ def test_bad_input():
         swiglu_experts(x, [9, 0, 0], fc1, fc2, gates)
     with pytest.raises(ValueError, match="backend='loop' of swiglu_experts must be one of auto, looped, grouped_mm"):
         swiglu_experts(x, COUNTS, fc1, fc2, gates, backend="loop")
-    with pytest.raises(ValueError, match="accumulate_into_main_grad=True needs backend 'looped'"):
-        swiglu_experts(x, COUNTS, fc1, fc2, gates, backend="grouped_mm", accumulate_into_main_grad=True)
+    with pytest.raises(ValueError, match="accumulate_into_main_grad=True needs backend 'looped' or 'grouped_mm', not"):
+        swiglu_experts(x, COUNTS, fc1, fc2, gates, backend="reference", accumulate_into_main_grad=True)
 
 
 @pytest.mark.parametrize(("backend", "product_backend", "dtype", "to_main_grad"), [
     ("looped", "native", torch.float32, True), ("looped", "native", torch.float32, False),
     ("looped", "via_fp32", torch.bfloat16, True), ("looped", "native", torch.bfloat16, False),
-    ("grouped_mm", "auto", torch.float32, False)])
+    ("grouped_mm", "auto", torch.float32, False), ("grouped_mm", "auto", torch.float32, True)])
 def test_deferred_weight_gradients_are_the_same_bit_for_bit(backend, product_backend, dtype, to_main_grad):
     (x, fc1, fc2, gates), grad = _case(dtype)
 
