@@ -26,7 +26,13 @@ The packages in the order in which they build on each other; each may use those 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+# An installation has the kernels inside the package. In a checkout they are beside it (setup.py says why), and a
+# checkout that is put on Python's path shall find its own, also where another one is installed.
+if (_checkout := Path(__file__).resolve().parents[1]).joinpath("kernels", "fp8_gemm.py").is_file():
+    __path__.append(str(_checkout))
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.version import __version__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -20,6 +21,17 @@ def test_the_kernels_are_installed_below_the_package(tmp_path: Path) -> None:
     kernels = {f"dsv3_megatron/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "kernels").rglob("*.py")}
     assert built == sources | kernels
     assert "dsv3_megatron/kernels/__init__.py" in built
+
+
+def test_a_checkout_on_the_path_finds_its_own_kernels(tmp_path: Path) -> None:
+    """Another checkout may be the one that is installed, and on a machine that is lent for minutes none is."""
+    shutil.copytree(REPOSITORY / "dsv3_megatron", tmp_path / "dsv3_megatron", ignore=shutil.ignore_patterns("*.pyc"))
+    shutil.copytree(REPOSITORY / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("*.pyc"))
+    code = "import dsv3_megatron.kernels as kernels; print(kernels.__file__)"
+    for flags in ([], ["-S"]):  # with and without what is installed
+        done = subprocess.run([sys.executable, *flags, "-c", code], cwd=tmp_path, check=True, capture_output=True,
+                              text=True, timeout=60, env={"PYTHONPATH": str(tmp_path)})
+        assert done.stdout.strip() == str(tmp_path.resolve() / "kernels" / "__init__.py")
 
 
 def test_every_dependency_is_pinned_within_its_range() -> None:
