@@ -11,6 +11,12 @@ from dsv3_megatron.config.fields import ConfigError, option, require_finite
 from dsv3_megatron.config.training import CheckpointConfig
 
 ON_SPIKE = ("log", "skip", "rollback")
+# What may take long without a sign of life (the first step, checkpoints, validation) has this many times as long.
+SLOW_FACTOR = 10.0
+# Seconds in which the watchdogs of all ranks report a hang and end their processes, at the most.
+REPORT_S = 60.0
+# Seconds that a message waits for its peer where nobody watches.
+UNWATCHED_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,17 @@ class GuardConfig:
     max_rollbacks: int = option(3, help="rollbacks that a run survives; one more ends it with a report")
     hang_timeout_s: float = option(300.0, most=1e7, help="seconds without a sign of life inside a step until a rank "
                                    "counts as hung, all stacks are written and the run ends; 0: never")
+
+    @property
+    def collective_timeout_s(self) -> float:
+        """Seconds after which NCCL or gloo gives up a message whose peer does not come, and ends the process.
+
+        Always behind the watchdog's report, which says which rank was where, as NCCL's error does not. A rank that
+        stops is reported `SLOW_FACTOR * hang_timeout_s` after its last sign of life, at the latest. What others wait
+        for from it they may have posted before, by as long as they too may go without a sign of life.
+        """
+        watched_s = (SLOW_FACTOR + 1) * self.hang_timeout_s
+        return max(UNWATCHED_TIMEOUT_S, watched_s + REPORT_S if watched_s else 0.0)
 
     def validate(self, checkpoint: CheckpointConfig) -> None:
         """Check the thresholds, and that a rollback has something to go back to.

@@ -31,13 +31,13 @@ from typing import Any
 
 import torch
 
+from dsv3_megatron.config.guards import SLOW_FACTOR
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.guards.endings import tell_launcher
 
 __all__ = ["EXIT_HANG", "Watchdog", "summary"]
 
 EXIT_HANG = 4
-SLOW_FACTOR = 10.0
 # Looks at the last sign of life this often, and at least that often in each timeout.
 _POLL_S, _POLLS_IN_TIMEOUT = 5.0, 10
 # Ranks wait for each other's answers for this many polls, and at least that long; then as many again as the last word
@@ -129,6 +129,11 @@ class Watchdog:
         if is_other_limit and self._thread is not None:
             self._arm()  # now: what begins may keep the interpreter's lock from the start
 
+    @property
+    def patience_s(self) -> float:
+        """Seconds from an alarm to the end of this process, if all goes well: for the report of all ranks."""
+        return self._answer_s + _LAST_WORD_POLLS * self._poll_s
+
     def _limit_s(self) -> float:
         return self._timeout_s * (SLOW_FACTOR if self._beat.is_slow else 1.0)
 
@@ -137,8 +142,7 @@ class Watchdog:
 
         After the others' summary, which ends the process's peers, and before they are gone.
         """
-        patience_s = self._answer_s + _LAST_WORD_POLLS * self._poll_s
-        faulthandler.dump_traceback_later(self._limit_s() + patience_s, exit=True, file=_STDERR)
+        faulthandler.dump_traceback_later(self._limit_s() + self.patience_s, exit=True, file=_STDERR)
 
     # -- the thread ------------------------------------------------------------------------------------
 

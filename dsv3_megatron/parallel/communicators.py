@@ -23,10 +23,23 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-__all__ = ["Ledger", "communicator_options", "ledger", "megatron_groups_of_own_ranks", "process_group"]
+from dsv3_megatron.config.guards import UNWATCHED_TIMEOUT_S
 
-# Waiting time of a collective whose peer does not come, in seconds.
-COLLECTIVE_TIMEOUT_S = 600
+__all__ = ["Ledger", "collective_timeout", "communicator_options", "ledger", "megatron_groups_of_own_ranks",
+           "process_group", "set_collective_timeout"]
+
+_timeout_s = UNWATCHED_TIMEOUT_S
+
+
+def set_collective_timeout(seconds: float) -> None:
+    """Let the groups that are made from now on give up a message whose peer does not come in so many seconds."""
+    global _timeout_s
+    _timeout_s = seconds
+
+
+def collective_timeout() -> datetime.timedelta:
+    """How long a message of this run's groups waits for its peer, the same in all of them."""
+    return datetime.timedelta(seconds=_timeout_s)
 
 
 def communicator_options(backend: str) -> Any:
@@ -51,7 +64,7 @@ def process_group(ranks: Sequence[int], name: str | None = None) -> torch.distri
     """
     group = torch.distributed.new_group(
         list(ranks), use_local_synchronization=True, group_desc=name,
-        timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        timeout=collective_timeout(),
         pg_options=communicator_options(torch.distributed.get_backend()))
     assert isinstance(group, torch.distributed.ProcessGroup)
     return group
@@ -138,8 +151,9 @@ def megatron_groups_of_own_ranks() -> Iterator[None]:
         assert backend is None, "groups are of the run's own backend"
 
         def make(members: Sequence[int], _purpose: str | None) -> Any:
-            return original(list(members), timeout=timeout, use_local_synchronization=True, group_desc=group_desc,
-                            pg_options=pg_options or communicator_options(torch.distributed.get_backend()))
+            options = pg_options or communicator_options(torch.distributed.get_backend())
+            return original(list(members), timeout=collective_timeout(), use_local_synchronization=True,
+                            group_desc=group_desc, pg_options=options)
 
         group = ledger().group(ranks, make=make)
         return torch.distributed.GroupMember.NON_GROUP_MEMBER if group is None else group

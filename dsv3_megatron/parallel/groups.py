@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import datetime
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -24,13 +23,15 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from dsv3_megatron.config.guards import UNWATCHED_TIMEOUT_S
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.parallel.communicators import (
-    COLLECTIVE_TIMEOUT_S,
+    collective_timeout,
     communicator_options,
     ledger,
     megatron_groups_of_own_ranks,
+    set_collective_timeout,
 )
 from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.parallel.placement import placement
@@ -47,8 +48,13 @@ def world_size_from_environment() -> int:
     return Processes.from_environment().world_size
 
 
-def start_process_group(device: Device) -> None:
+def start_process_group(device: Device, *, timeout_s: float = UNWATCHED_TIMEOUT_S) -> None:
     """Join this run's processes, once all have come; a process started without torchrun is a run of its own.
+
+    Args:
+        device: Device of this process.
+        timeout_s: Seconds that a message waits for its peer before the process ends, in every group of the run; of a
+            run that a watchdog watches, `GuardConfig.collective_timeout_s`. Nothing changes once processes have joined.
 
     Raises:
         ConfigError: torchrun's variables cannot be, or rank 0 cannot listen.
@@ -56,7 +62,8 @@ def start_process_group(device: Device) -> None:
     """
     if torch.distributed.is_initialized():
         return
-    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    set_collective_timeout(timeout_s)
+    timeout = collective_timeout()
     processes = Processes.from_environment()
     processes.require_rank()
     if processes.address is not None:

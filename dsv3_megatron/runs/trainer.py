@@ -51,7 +51,7 @@ class Trainer(Learner):
 
     def __init__(self, run: RunConfig, *, data: CurrentData | None = None) -> None:
         self.device = prepare()
-        start_process_group(self.device)
+        start_process_group(self.device, timeout_s=run.guards.collective_timeout_s)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         configure_logging(self.rank)
         self.claim = RunClaim(run.checkpoint, run.logging.tensorboard_dir)

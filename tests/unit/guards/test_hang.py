@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dsv3_megatron.guards.hang import all_stacks, describe, summary
+import pytest
+import torch
+
+from dsv3_megatron.config.guards import REPORT_S, SLOW_FACTOR, UNWATCHED_TIMEOUT_S, GuardConfig
+from dsv3_megatron.guards.hang import Watchdog, all_stacks, describe, summary
 
 
 def state(step: int, part: str, number: int = 1, silence_s: float = 7.0) -> dict:
@@ -31,3 +35,20 @@ def test_a_summary_of_many_ranks_is_short() -> None:
 
 def test_stacks_are_those_of_all_threads() -> None:
     assert "test_stacks_are_those_of_all_threads" in all_stacks()
+
+
+@pytest.mark.parametrize("hang_timeout_s", [1.0, 5.0, 300.0, 7200.0, 1e7])
+def test_the_report_comes_before_nccl_ends_the_process(hang_timeout_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank stops in a slow part right after its sign of life; another has waited for it since just after its own."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2048)
+    watchdog = Watchdog(hang_timeout_s, folder=None)
+    watchdog.slow("checkpoint")
+    assert watchdog._limit_s() == SLOW_FACTOR * hang_timeout_s
+    assert watchdog.patience_s < REPORT_S
+    ended_s = hang_timeout_s + watchdog._limit_s() + watchdog.patience_s
+    assert GuardConfig(hang_timeout_s=hang_timeout_s).collective_timeout_s > ended_s
+
+
+def test_without_a_watchdog_messages_wait_as_long_as_in_other_commands() -> None:
+    assert GuardConfig(hang_timeout_s=0.0).collective_timeout_s == UNWATCHED_TIMEOUT_S

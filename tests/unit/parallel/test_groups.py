@@ -12,9 +12,10 @@ from unittest import mock
 import pytest
 import torch
 
+from dsv3_megatron.config.guards import UNWATCHED_TIMEOUT_S, GuardConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import preset
-from dsv3_megatron.platform import cpu, prepare
+from dsv3_megatron.platform import Device, cpu, prepare
 
 TINY = preset("tiny").model
 WORLD_SIZE = 2048
@@ -39,12 +40,14 @@ class Made:
 
     Attributes:
         asked_of_torch: Ranks of each group that torch's new_group was called for.
+        timeouts_s: How long a message of each of these waits for its peer.
         asked_by_megatron: Ranks of each group that Megatron-Core asked for.
         groups: Megatron-Core's collection.
         finishing: Those with which gradients are finished.
     """
 
     asked_of_torch: list[tuple[int, ...]] = field(default_factory=list)
+    timeouts_s: list[float] = field(default_factory=list)
     asked_by_megatron: list[tuple[int, ...]] = field(default_factory=list)
     groups: Any = None
     finishing: Any = None
@@ -70,6 +73,7 @@ def rank_of(world_size: int, rank: int, parallel: ParallelConfig) -> Iterator[Ma
 
     def count(ranks: Any, *args: Any, **kwargs: Any) -> Any:
         made.asked_of_torch.append(tuple(ranks))
+        made.timeouts_s.append(kwargs["timeout"].total_seconds())
         return new_group(ranks, *args, **kwargs)
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
@@ -192,3 +196,29 @@ def test_without_mtp_modules_nobody_has_a_copy() -> None:
     for schedule in ("1f1b", "dualpipe", "dualpipev"):
         parallel = ParallelConfig(pipeline_model_parallel_size=2, pipeline_schedule=schedule)
         assert embedding_copies(model, parallel) == ((0,), (1,))
+
+
+def test_messages_of_all_groups_wait_until_the_watchdog_has_reported() -> None:
+    from dsv3_megatron.parallel.communicators import set_collective_timeout
+
+    limit_s = GuardConfig().collective_timeout_s
+    set_collective_timeout(limit_s)
+    try:
+        with rank_of(8, 5, ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2)) as made:
+            assert len(made.timeouts_s) > 3 and set(made.timeouts_s) == {limit_s}
+    finally:
+        set_collective_timeout(UNWATCHED_TIMEOUT_S)
+
+
+def test_the_world_waits_as_long_as_it_is_told() -> None:
+    from dsv3_megatron.parallel.communicators import collective_timeout, set_collective_timeout
+    from dsv3_megatron.parallel.groups import start_process_group
+
+    device, asked = Device(torch.device("cpu"), "gloo", "a processor"), []
+    with mock.patch.object(torch.distributed, "is_initialized", return_value=False), \
+            mock.patch.object(torch.distributed, "init_process_group", lambda *_, **kwargs: asked.append(kwargs)):
+        start_process_group(device, timeout_s=1234.0)
+        assert asked.pop()["timeout"].total_seconds() == collective_timeout().total_seconds() == 1234
+        start_process_group(device)
+        assert asked.pop()["timeout"].total_seconds() == UNWATCHED_TIMEOUT_S
+    set_collective_timeout(UNWATCHED_TIMEOUT_S)
