@@ -198,8 +198,8 @@ class Tape:
             if not defer_weights:
                 self.weights.compute()
             yield
-            for slot, transfer in posted:
-                slot.add(transfer.wait())
+            _receive(posted)
+            del posted  # and what came, in the form in which it travelled
 
     def _post_gradients(self, exchange: _Exchange) -> list[tuple[GradientSlot, Posted]]:
         """Every rank posts every transfer, with zeros where a value was not used here."""
@@ -210,6 +210,12 @@ class Tape:
                 grad = like.new_zeros((sum(splits.sent), *like.shape[1:]))
             posted.append((sent, self._start(grad, splits, exchange.narrow if index == 0 else None)))
         return posted
+
+
+def _receive(posted: Sequence[tuple[GradientSlot, Posted]]) -> None:
+    """Wait for gradients, and leave them where they belong."""
+    for slot, transfer in posted:
+        slot.add(transfer.wait())
 
 
 def _enter(value: Value) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -112,6 +113,35 @@ def test_an_exchange_without_a_user_here_takes_part():
     exhaust(tape.backward(defer_weights=False))
     rows, back = seen[1]
     assert rows.shape == (7, 2) and not rows.any() and (back.sent, back.received) == ((3, 4), (2, 1))
+
+
+def test_what_travelled_is_gone_when_the_segment_before_goes_back():
+    """Rows that travel in FP8 come as records, which nobody needs once they are widened."""
+    transfers = []
+
+    def post(rows: torch.Tensor, splits: Splits) -> Loopback:
+        transfer = Loopback(rows, splits)
+        transfers.append(weakref.ref(transfer))
+        return transfer
+
+    seen = []
+
+    class Looks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            seen.append([transfer() is None for transfer in transfers])
+            return grads[0]
+
+    tape = Tape(is_recording=True, post=post)
+    (first,) = tape.run(Looks.apply, tape.value(torch.ones(3, 4)))
+    (moved,) = exhaust(tape.exchange(first, splits=SPLITS))
+    moved.slot.add(torch.ones(3, 4))
+    exhaust(tape.backward(defer_weights=False))
+    assert seen == [[True, True]]
 
 
 def test_bindings_do_not_outlast_their_segment():
