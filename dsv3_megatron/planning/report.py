@@ -194,8 +194,9 @@ def _assumptions(report: PlanReport) -> str:
     """Which modules and which dispatch the numbers are of: the run's own flags decide about the one, the command's
     about the other."""
     setting, modules = report.step.setting, "local modules"
-    if not setting.hardware.is_cpu and is_engine(report.run):
-        modules = "Transformer Engine's modules (--transformer-impl local for this library's)"
+    if not setting.hardware.is_cpu:
+        modules = ("Transformer Engine's modules (--transformer-impl local for this library's)" if is_engine(report.run)
+                   else "this library's modules (--transformer-impl transformer_engine for Transformer Engine's)")
     if report.run.parallel.expert_model_parallel_size == 1:
         return modules
     if setting.sends_once_per_node:

@@ -41,9 +41,9 @@ class Embedding:
             self.added()
 
     def added(self) -> None:
-        """Add the gradient of the table to the main gradient."""
+        """Add the gradient of the table to the main gradient; a CPU makes a wide copy of a narrow one before."""
         ledger, s = self.ops.ledger, self.ops.s
-        ledger.pulse(0 if s.narrow == WIDE else s.vocabulary * s.hidden * WIDE)
+        ledger.pulse(0 if s.narrow == WIDE or s.device == "cuda" else s.vocabulary * s.hidden * WIDE)
         ledger.drop(self.table)
 
 

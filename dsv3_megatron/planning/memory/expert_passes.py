@@ -33,7 +33,7 @@ class RoutedExpertsPass:
         kind: type[LoopedExpertsPass] | type[Fp8ExpertsPass] | type[GroupedExpertsPass] = LoopedExpertsPass
         if ops.precisions.line(EXPERTS_FC1) or ops.precisions.line(EXPERTS_FC2):
             kind = Fp8ExpertsPass
-        elif s.device == "cuda":
+        elif s.device == "cuda" and s.narrow < WIDE:
             kind = GroupedExpertsPass
         self.core = kind(ops, rows, gates)
         ledger.drop(rows)
@@ -137,7 +137,7 @@ class GroupedExpertsPass:
         ledger.keep(rows, gates)
         self.hidden = ledger.make("experts gate and up", num * 2 * width * s.narrow)
         self.activation = ops.swiglu(self.hidden, "experts active", num, width,
-                                     is_recomputed=s.is_recomputed("moe_act"))
+                                     is_recomputed=s.is_recomputed("moe_act"), has_row_weights=True)
         ledger.keep(self.activation.output)
         self.output = ledger.make("expert output", num * s.hidden * s.narrow)
         ledger.drop(self.hidden, self.activation.output)
@@ -150,26 +150,21 @@ class GroupedExpertsPass:
         ledger.need(active)
         grad_active = ledger.make("gradient of experts active", num * width * s.narrow)
         grad.references += 1
-        self._weight_grad(width * s.hidden, grad, active)
+        self._weight_grad(grad, active)
         grad_hidden = self.activation.backward(grad_active)
         ledger.drop(grad_active, self.gates)
         grad_rows = ledger.make("gradient of expert input", num * s.hidden * s.narrow)
-        self._weight_grad(2 * width * s.hidden, grad_hidden, self.rows)
+        self._weight_grad(grad_hidden, self.rows)
         ledger.drop(grad)
         return grad_rows
 
-    def _weight_grad(self, numel: int, *held: Tensor) -> None:
-        """Take the gradient of all local experts at once, in the weights' dtype before it is added."""
-        ledger, s = self.ops.ledger, self.ops.s
-
-        def compute() -> None:
-            ledger.pulse(s.local_experts * numel * s.narrow)
-            ledger.drop(*held)
-
-        if s.is_piped:
-            ledger.waiting.append(compute)
+    def _weight_grad(self, *held: Tensor) -> None:
+        """Add the gradients of one expert after the other where they are summed; nothing is made."""
+        ledger = self.ops.ledger
+        if self.ops.s.is_piped:
+            ledger.waiting.append(lambda: ledger.drop(*held))
         else:
-            compute()
+            ledger.drop(*held)
 
 
 class Fp8ExpertsPass:

@@ -48,9 +48,10 @@ class Operations:
         outputs, inputs = self.s.matrices.of(module)
         return LinearPass(self, x, name, rows, inputs, outputs, module)
 
-    def swiglu(self, x: Tensor, name: str, rows: int, width: int, *, is_recomputed: bool = False) -> SwiGLUPass:
-        """silu(gate) * up of x [rows, 2 width]: keeps x."""
-        return SwiGLUPass(self, x, name, rows, width, is_recomputed)
+    def swiglu(self, x: Tensor, name: str, rows: int, width: int, *, is_recomputed: bool = False,
+               has_row_weights: bool = False) -> SwiGLUPass:
+        """silu(gate) * up of x [rows, 2 width], times a weight of each row if there are any: keeps x."""
+        return SwiGLUPass(self, x, name, rows, width, is_recomputed, has_row_weights)
 
     # -- tensor parallelism ------------------------------------------------------------------------
 
@@ -189,23 +190,24 @@ def weight_grad_work(s: PassSettings, numel: int) -> int:
 class SwiGLUPass:
     """silu(gate) * up; `output` is the caller's."""
 
-    def __init__(self, operations: Operations, x: Tensor, name: str, rows: int, width: int, is_recomputed: bool
-                 ) -> None:
+    def __init__(self, operations: Operations, x: Tensor, name: str, rows: int, width: int, is_recomputed: bool,
+                 has_row_weights: bool) -> None:
         ledger, s = operations.ledger, operations.s
-        self.operations, self.x, self.numel = operations, x, rows * width
+        self.operations, self.x, self.numel, self.has_row_weights = operations, x, rows * width, has_row_weights
         ledger.keep(x)
+        # Of a narrow input: its wide copy and the wide result, of which the narrow one is made alone.
         work = 0 if s.narrow == WIDE else self.numel * 3 * WIDE
-        ledger.pulse(work + self.numel * s.narrow)
+        ledger.pulse(work)
         self.output = ledger.make(name, self.numel * s.narrow)
         if is_recomputed:
-            ledger.make_again(self.output, work=work)
+            ledger.make_again(self.output, work=work - self.output.size)
 
     def backward(self, _grad: Tensor) -> Tensor:
-        """silu and a product beside the result; of narrow ones in wide copies."""
+        """The result, silu and a product; with row weights the output too; of narrow ones wide operands (3 parts)."""
         ledger, s = self.operations.ledger, self.operations.s
         ledger.need(self.x)
-        part = self.numel * WIDE
-        ledger.pulse(4 * part if s.narrow == WIDE else 7 * part)
+        num_parts = 4 + self.has_row_weights + (0 if s.narrow == WIDE else 3)
+        ledger.pulse(num_parts * self.numel * WIDE)
         result = ledger.make(f"gradient of {self.x.name}", self.numel * 2 * s.narrow)
         ledger.drop(self.x)
         return result

@@ -7,6 +7,7 @@ and remembered.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from dataclasses import dataclass
 
 from dsv3_megatron.config.memory import recomputed_modules
@@ -171,8 +172,15 @@ class PassSettings:
 
 
 def is_engine(run: RunConfig) -> bool:
-    """Whether a run's modules on a GPU are Transformer Engine's, where it is installed."""
-    return not run.data.has_document_attention and run.training.transformer_impl != "local"
+    """Whether a run's modules on a GPU are Transformer Engine's; `auto` is what this machine's packages make it."""
+    if run.training.transformer_impl == "auto":
+        return not run.data.has_document_attention and _engine_is_installed()
+    return run.training.transformer_impl == "transformer_engine"
+
+
+@functools.cache
+def _engine_is_installed() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_product: bool = False, imbalance: float = 1.0

@@ -167,6 +167,26 @@ def test_advice_is_what_estimating_again_gives() -> None:
     assert any(line.startswith("--recompute-granularity full --recompute-modules: ") for line in lines)
 
 
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_auto_modules_are_those_that_the_run_would_take_here(is_installed: bool, monkeypatch: pytest.MonkeyPatch
+                                                             ) -> None:
+    monkeypatch.setattr("dsv3_megatron.planning.memory.settings._engine_is_installed", lambda: is_installed)
+    auto, local, engine = (estimate_memory(report_run(transformer_impl=impl), 2048)
+                           for impl in ("auto", "local", "transformer_engine"))
+    assert local != engine and auto == (engine if is_installed else local)
+
+
+def test_the_experts_gate_and_up_are_kept_in_fp8_by_local_modules_and_as_they_are_by_the_engines() -> None:
+    """An inner rank of DeepSeek-V3: 16 chunks of four layers, 8 rows a token, 2 x 2048 numbers a row."""
+    local, engine = (kept_by_name(estimate_memory(report_run(transformer_impl=impl), 2048)[3])
+                     for impl in ("local", "transformer_engine"))
+    rows, width = 16 * 4 * 4096 * 8, 2 * 2048
+    assert local["experts gate and up in FP8"] == rows * (width + width // 128 * 4)
+    assert "experts gate and up" not in local and "experts active in FP8" not in local
+    assert engine["experts gate and up"] == rows * width * 2
+    assert engine["experts active in FP8"] == rows * (width // 2 + width // 2 // 128 * 4)
+
+
 # -- FP8, layer by layer ---------------------------------------------------------------------------------------------
 
 V3_1F1B = {"phases": (), "global_batch_size": 15360, "train_iters": 1000, "precision": "bf16", "fp8": "blockwise",
