@@ -3,7 +3,8 @@
 In reading order:
 
     launch.py           on a Hopper GPU, or under Triton's interpreter on a CPU
-    fp8_rounding.py     scales and rounding, which all kernels share
+    bf16_rounding.py    fp32 -> the dtype of a result
+    fp8_rounding.py     scales and rounding, which all FP8 kernels share
     fp8_quantize.py     activations, SwiGLU, weights -> narrow values and scales
     fp8_packed_rows.py  rows -> bytes for a transfer, and back
     fp8_gemm.py         products, single and grouped

@@ -6,14 +6,18 @@
 A program walks over output tiles (grouped ordering, so that neighbouring programs share rows of A and B in L2) and over
 K in steps of 128: tiles come through TMA descriptors into a software-pipelined ring of buffers; a step's 128 products
 are summed by the tensor core from zero, then scaled and added in fp32 registers. That is the promotion that the report
-asks for: no tensor-core sum is longer than 128.
+asks for: no tensor-core sum is longer than 128. There are as many programs as fit the multiprocessors that
+communication leaves (`launch.py`), or as there are tiles; the kernel is the same for any number of them.
+
+Where a tile's columns share a scale of B (128 rows of B have one, and the tile is no wider), each row's two scales are
+multiplied first, and a product costs one multiplication and addition; else two multiplications and an addition.
 
 Grouped: rows of A are sorted by expert. A table gives each row tile its expert and its rows; a tile that reaches beyond
 its expert's last row reads rows of the next one and does not store them.
 
 Configurations come from a table measured on the machine (`fp8_tuning.py`), else from a guess. Run under Triton's
-interpreter in tests. Compiled for Hopper without one (Triton 3.9): the 128x128 kernel with four stages takes 166,944
-bytes of shared memory and 160 registers, without spills. On a GPU: not run.
+interpreter in tests. `tools/bench/compile_fp8.py` compiles for Hopper what a launch would and notes registers, spills
+and shared memory in `tools/bench/results/compiled_kernels.csv`. On a GPU: not run.
 
 Source: DeepSeek-V3 report, section 3.3.2.
 """
@@ -29,8 +33,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dsv3_megatron.kernels.bf16_rounding import round_to
 from dsv3_megatron.kernels.fp8_tuning import GemmConfig, config_for
-from dsv3_megatron.kernels.launch import num_processors
+from dsv3_megatron.kernels.launch import IS_INTERPRETED, free_processors
 from dsv3_megatron.platform.sending import send_integers
 
 
@@ -43,13 +48,16 @@ def _tile_of(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return first + (index % in_group) % size, (index % in_group) // size
 
 
-@triton.jit
+# What only bounds a loop or a comparison compiles no second kernel, whatever its value.
+@triton.jit(do_not_specialize=["M", "tiles_m"])
 def _gemm_kernel(a_desc, b_desc, c_ptr, a_scales_ptr, b_scales_ptr, table_ptr, M, N, K, tiles_m, stride_c,
                  stride_am, stride_ak, stride_be, stride_bn, stride_bk, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
                  GROUPED: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                 GROUP_M: tl.constexpr, PROCESSORS: tl.constexpr, STAGES: tl.constexpr):
+                 GROUP_M: tl.constexpr, STAGES: tl.constexpr, SPECIALIZE: tl.constexpr, EXACT_FIRST: tl.constexpr):
+    ONE_B_SCALE: tl.constexpr = B_ROWS % BLOCK_N == 0
     tiles_n = tl.cdiv(N, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, PROCESSORS, flatten=True):
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0),
+                          flatten=not SPECIALIZE):
         tile_m, tile_n = _tile_of(index, tiles_m, tiles_n, GROUP_M)
         if GROUPED:
             expert = tl.load(table_ptr + 3 * tile_m)
@@ -62,20 +70,27 @@ def _gemm_kernel(a_desc, b_desc, c_ptr, a_scales_ptr, b_scales_ptr, table_ptr, M
         rows = first_row + tl.arange(0, BLOCK_M)
         columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         a_scales = a_scales_ptr + (rows // A_ROWS) * stride_am
-        b_scales = b_scales_ptr + expert * stride_be + (columns // B_ROWS) * stride_bn
+        b_scales = b_scales_ptr + expert * stride_be
+        if ONE_B_SCALE:
+            b_scales += (tile_n * BLOCK_N // B_ROWS) * stride_bn
+        else:
+            b_scales += (columns // B_ROWS) * stride_bn
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in tl.range(0, tl.cdiv(K, 128), num_stages=STAGES):
+        for step in tl.range(0, tl.cdiv(K, 128), num_stages=STAGES, warp_specialize=SPECIALIZE):
             a = a_desc.load([first_row, step * 128])
             b = b_desc.load([expert * N + tile_n * BLOCK_N, step * 128])
             partial = tl.dot(a, b.T)
             a_scale = tl.load(a_scales + step * stride_ak, mask=rows < last_row, other=0.0)
-            b_scale = tl.load(b_scales + step * stride_bk, mask=columns < N, other=0.0)
-            total += partial * a_scale[:, None] * b_scale[None, :]
+            if ONE_B_SCALE:
+                total += partial * (a_scale * tl.load(b_scales + step * stride_bk))[:, None]
+            else:
+                b_scale = tl.load(b_scales + step * stride_bk, mask=columns < N, other=0.0)
+                total += partial * a_scale[:, None] * b_scale[None, :]
         at = c_ptr + rows[:, None].to(tl.int64) * stride_c + columns[None, :]
         mask = (rows < last_row)[:, None] & (columns < N)[None, :]
         if ADD:
             total += tl.load(at, mask=mask, other=0.0)
-        tl.store(at, total.to(c_ptr.dtype.element_ty), mask=mask)
+        tl.store(at, round_to(total, c_ptr.dtype.element_ty, EXACT_FIRST), mask=mask)
 
 
 def gemm(a_MK: torch.Tensor, a_scales: torch.Tensor, b_NK: torch.Tensor, b_scales: torch.Tensor, *,
@@ -154,15 +169,15 @@ def _tile_table(counts: tuple[int, ...], block_m: int, device: torch.device) -> 
 def _launch(a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, c: torch.Tensor,
             table: torch.Tensor | None, tiles_m: int, columns: int, add: bool, config: GemmConfig) -> None:
     rows, depth = a.shape
-    processors = num_processors()
     tiles = tiles_m * triton.cdiv(columns, config.block_n)
-    _gemm_kernel[(min(processors, tiles),)](
+    _gemm_kernel[(min(free_processors() * config.programs_per_processor, tiles),)](
         TensorDescriptor.from_tensor(a, [config.block_m, 128]), TensorDescriptor.from_tensor(b, [config.block_n, 128]),
         c, a_scales, b_scales, table if table is not None else a_scales, rows, columns, depth, tiles_m, c.stride(0),
         a_scales.stride(0), a_scales.stride(1), *b_scales.stride(),
         A_ROWS=1 if a_scales.shape[0] == rows else 128, B_ROWS=1 if b_scales.shape[1] == columns else 128,
         GROUPED=table is not None, ADD=add, BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP_M=config.group_m,
-        PROCESSORS=min(processors, tiles), STAGES=config.stages, num_warps=config.warps)
+        STAGES=config.stages, SPECIALIZE=config.specializes_warps, EXACT_FIRST=IS_INTERPRETED,
+        num_warps=config.warps)
 
 
 def _check_operand(name: str, values: torch.Tensor, scales: torch.Tensor, depth: int, rows: int | None = None) -> None:

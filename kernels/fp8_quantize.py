@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv3_megatron.kernels.bf16_rounding import round_to
 from dsv3_megatron.kernels.fp8_rounding import from_e5m6, quantize_rows, row_scales, scale_of, to_e4m3, to_e5m6
 from dsv3_megatron.kernels.launch import IS_INTERPRETED, QUANTIZATION_WARPS
 
@@ -96,7 +97,7 @@ def _swiglu_kernel(hidden_ptr, gates_ptr, values_ptr, scales_ptr, kept_ptr, kept
     if HAS_GATES:
         active *= tl.load(gates_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
     # What Fprop multiplies is the activation in the run's precision, as without this fusion.
-    active = active.to(hidden_ptr.dtype.element_ty).to(tl.float32)
+    active = round_to(active, hidden_ptr.dtype.element_ty, EXACT_FIRST).to(tl.float32)
     values, scales = quantize_rows(active, POWER_OF_2, EXACT_FIRST)
     tl.store(values_ptr + rows[:, None] * stride_values + columns[None, :], values, mask=mask)
     tl.store(scales_ptr + tl.program_id(1) * stride_scales + rows, scales, mask=rows < M)

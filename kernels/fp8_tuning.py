@@ -33,6 +33,8 @@ class GemmConfig:
         stages: Steps of K in flight.
         warps: Warps of a program; 4 make a warp group.
         group_m: Row tiles that are walked together.
+        programs_per_processor: Programs that share a multiprocessor: one computes while another promotes.
+        specializes_warps: Some warps load and others compute, as far as the compiler can part them; 8 warps only.
     """
 
     block_m: int = 128
@@ -40,6 +42,8 @@ class GemmConfig:
     stages: int = 4
     warps: int = 8
     group_m: int = 8
+    programs_per_processor: int = 1
+    specializes_warps: bool = False
 
 
 # A step of K is (block_m + block_n) * 128 bytes of shared memory, of which an H100's processor has 227 KB; two fp32
@@ -50,6 +54,10 @@ CANDIDATES = tuple(
                                      (256, 64, 8), (64, 64, 4))
     for stages in (3, 4, 6)
     if stages * (block_m + block_n) * 128 <= 220_000)
+# Two programs on a processor, each with less than half of its shared memory; and parted warps, which triton 3.9
+# compiles with 8 warps and fails on with 4. Neither has met a GPU.
+CANDIDATES += tuple(GemmConfig(64, 128, stages, 4, programs_per_processor=2) for stages in (3, 4))
+CANDIDATES += (GemmConfig(128, 64, 4, 4, programs_per_processor=2), GemmConfig(specializes_warps=True))
 _INTERPRETED = GemmConfig(32, 32, 2, 4, 2)
 
 
@@ -69,7 +77,10 @@ def config_for(rows: int, columns: int, depth: int, *, num_experts: int, adds: b
     if tuned is not None:
         return tuned.config
     few_tiles = -(-rows // 128) * -(-columns // 128) < 132
-    return GemmConfig(64, 128, 4, 4) if few_tiles else GemmConfig()
+    if not few_tiles:
+        return GemmConfig()
+    # Two such programs fit a processor, but not with a gradient's second scales.
+    return GemmConfig(64, 128, 4, 4, programs_per_processor=1 if adds else 2)
 
 
 def tuned_for(rows: int, columns: int, depth: int, *, num_experts: int, adds: bool = False) -> Tuned | None:

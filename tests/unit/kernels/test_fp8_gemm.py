@@ -17,7 +17,7 @@ def test_gemm(backend, rows, columns, depth):
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     narrow = backend.gemm(a_tiles, b_blocks, dtype=torch.bfloat16)
     assert narrow.dtype == torch.bfloat16
-    torch.testing.assert_close(narrow.float(), got, rtol=2**-7, atol=0)
+    assert torch.equal(narrow, got.bfloat16())
     tiles = backend.quantize(weight)
     total = torch.ones(rows, columns)
     assert backend.gemm(a_tiles, tiles, dtype=torch.float32, add_to=total) is total
@@ -55,3 +55,24 @@ def test_tiles_of_experts_do_not_meet():
     assert table.dtype == torch.int32 and [tuple(row) for row in table.tolist()] == expected
     assert _tile_table(counts, block, torch.device("cpu")) is table, "made and sent once for both products of a pass"
     assert not len(_tile_table((0, 0), block, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("block_n", [64, 256])
+@pytest.mark.parametrize("processors", [1, 3])
+def test_any_tile_and_any_number_of_programs_give_the_same(backend, monkeypatch, block_n, processors):
+    """Columns of a tile with one scale of B, and with two; more tiles than programs, and fewer."""
+    from dsv3_megatron.kernels import launch
+    from dsv3_megatron.kernels.fp8_gemm import gemm, grouped_gemm
+    from dsv3_megatron.kernels.fp8_tuning import GemmConfig
+
+    monkeypatch.setattr(launch, "num_processors", lambda: processors)
+    config = GemmConfig(32, block_n, 2, 4, programs_per_processor=2, specializes_warps=True)
+    a, weight = random(70, 272), random(3, 300, 272, seed=1)
+    a_tiles, blocks = backend.quantize(a), backend.quantize(weight, SQUARE)
+    got = gemm(a_tiles.values, a_tiles.scales, blocks.values[0], blocks.scales[0], dtype=torch.float32, config=config)
+    expected = a_tiles.dequantize().double() @ blocks[0].dequantize().double().T
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    got = grouped_gemm(a_tiles.values, a_tiles.scales, blocks.values, blocks.scales, [20, 0, 50], dtype=torch.float32,
+                       config=config)
+    assert torch.equal(got[:20], gemm(a_tiles.values[:20], a_tiles.scales[:20], blocks.values[0], blocks.scales[0],
+                                      dtype=torch.float32, config=config))
