@@ -1,4 +1,5 @@
-"""Triton kernels, installed as `dsv3_megatron.kernels`; the reference of each one lives in `dsv3_megatron.ops`.
+"""Triton kernels, installed as `dsv3_megatron.kernels`; the reference of each one lives in `dsv3_megatron.ops`,
+that of the optimizer's in `dsv3_megatron.optim`.
 
 In reading order:
 
@@ -9,4 +10,5 @@ In reading order:
     fp8_packed_rows.py  rows -> bytes for a transfer, and back
     fp8_gemm.py         products, single and grouped
     fp8_tuning.py       their tile sizes, as measured on this machine
+    adamw.py            the optimizer's update, all weights in one launch
 """

@@ -10,7 +10,8 @@ where (1 - beta2) |g^2 / v - 1| is below that. At the report's beta2 = 0.95 it s
 
 Megatron-Core knows bf16 moments (`exp_avg_dtype`) only with Transformer Engine's FusedAdam, which rounds to nearest.
 This one is used for bf16 moments on every device, with or without Transformer Engine; fp32 moments use FusedAdam where
-it is installed and torch's fused AdamW elsewhere. On CUDA it runs the same calls block by block (not run there yet).
+it is installed and torch's fused AdamW elsewhere. On CUDA one kernel updates all weights of a parameter group
+(`fused_update.py`; not run there yet), with the same rounding of fp32 results that differ in their last bits.
 
 Source: DeepSeek-V3 report, section 3.3.1: BF16 for the moments, FP32 for master weights and accumulated gradients;
 Loshchilov and Hutter 2019, arXiv 1711.05101.
@@ -18,15 +19,14 @@ Loshchilov and Hutter 2019, arXiv 1711.05101.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from dsv3_megatron.optim.fused_update import MOMENTS, FusedUpdate, Operands, blocks
 from dsv3_megatron.optim.rounding import BLOCK, noise_key, noise_table, round_stochastically
-from dsv3_megatron.optim.shards import Named, ParameterShard
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from dsv3_megatron.optim.shards import ParameterShard
 
 
 class NarrowMomentAdamW(torch.optim.AdamW):
@@ -39,10 +39,11 @@ class NarrowMomentAdamW(torch.optim.AdamW):
         exp_avg_sq_dtype: Dtype of the second moment, fp32 or bf16.
         is_stochastic: Round bf16 moments stochastically instead of to nearest.
         seed: Seed of the stochastic rounding.
+        is_fused: Update a group by one kernel: True, False, or None: where the weights are on a GPU.
     """
 
     def __init__(self, groups: list[dict[str, Any]], shards: Iterable[ParameterShard], *, exp_avg_dtype: torch.dtype,
-                 exp_avg_sq_dtype: torch.dtype, is_stochastic: bool, seed: int) -> None:
+                 exp_avg_sq_dtype: torch.dtype, is_stochastic: bool, seed: int, is_fused: bool | None = None) -> None:
         # The weights of a distributed optimizer may be views with a history, which the constructor would refuse.
         super().__init__([torch.nn.Parameter(torch.zeros(0))], fused=True)
         self.param_groups = groups
@@ -50,6 +51,8 @@ class NarrowMomentAdamW(torch.optim.AdamW):
         self.is_stochastic, self.seed = is_stochastic, seed
         self._names = {shard.master: shard.names for shard in shards}
         self._scratch: dict[torch.device, _Scratch] = {}
+        self.is_fused = is_fused
+        self._fused = FusedUpdate(self._names, is_stochastic=is_stochastic, seed=seed)
 
     def allocate_state(self) -> None:
         """Give every weight without state the state of step 0."""
@@ -74,14 +77,18 @@ class NarrowMomentAdamW(torch.optim.AdamW):
         """
         if closure is not None:
             raise ValueError("NarrowMomentAdamW takes no closure: compute the gradients before step()")
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if not weights:
                 continue
             # Where Megatron-Core looks with Transformer Engine installed; and read from the device once a group.
             group["step"] = int(self._state_of(weights[0])["step"]) + 1
-            for weight in weights:
-                self._update(weight, group)
+            torch._foreach_add_([self._state_of(weight)["step"] for weight in weights], 1)
+            if self.is_fused if self.is_fused is not None else weights[0].is_cuda:
+                self._fused.update(index, [self._operands(weight) for weight in weights], group)
+            else:
+                for weight in weights:
+                    self._update(weight, group)
 
     def _state_of(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         state = self.state[weight]
@@ -90,9 +97,13 @@ class NarrowMomentAdamW(torch.optim.AdamW):
             state |= {moment: torch.zeros_like(weight, dtype=dtype) for moment, dtype in self.dtypes.items()}
         return state
 
+    def _operands(self, weight: torch.Tensor) -> Operands:
+        state, gradient = self._state_of(weight), weight.grad
+        assert gradient is not None
+        return Operands(weight, gradient.contiguous(), (state[MOMENTS[0]], state[MOMENTS[1]]))
+
     def _update(self, weight: torch.Tensor, group: dict[str, Any]) -> None:
         state = self._state_of(weight)
-        state["step"] += 1
         if weight.device not in self._scratch:
             self._scratch[weight.device] = _Scratch(weight.device, self.is_stochastic)
         scratch = self._scratch[weight.device]
@@ -100,7 +111,7 @@ class NarrowMomentAdamW(torch.optim.AdamW):
         gradient = weight.grad
         assert gradient is not None
         for named in self._names[weight]:
-            for block, offset, part in _blocks(named):
+            for block, offset, part in blocks(named):
                 wide = [scratch.widen(moment, state[moment][part]) for moment in MOMENTS]
                 torch._fused_adamw_(
                     [weight[part]], [gradient[part]], wide[:1], wide[1:], [], [state["step"]], lr=group["lr"],
@@ -133,19 +144,6 @@ class _Scratch:
     def noise(self, moment: str, key: int, offset: int, count: int) -> torch.Tensor:
         """The random bits of `count` elements from `offset` of a block on."""
         return torch.bitwise_xor(self.tables[moment][offset:offset + count], key, out=self.bits[:count])
-
-
-def _blocks(named: Named) -> Iterator[tuple[int, int, slice]]:
-    """Elements of a shard, cut at multiples of BLOCK of the parameter: an element's block is the same whoever owns it.
-
-    Yields the block's number, the offset in the block and the elements of the shard.
-    """
-    first, last = named.first, named.first + named.end - named.start
-    while first < last:
-        stop = min(last, (first // BLOCK + 1) * BLOCK)
-        start = named.start + first - named.first
-        yield first // BLOCK, first % BLOCK, slice(start, start + stop - first)
-        first = stop
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests.gpu.device import DEVICE
+
 pytestmark = pytest.mark.gpu
 
 # Unit roundoff is 2^-8 in bf16 (numbers are rounded to 8 bits) and 2^-24 in fp32; the products of fp32 tensors here are
@@ -28,10 +30,10 @@ def check_operation(actual_of: Callable[..., torch.Tensor], reference_of: Callab
     """Outputs and gradients on the GPU in `dtype`, against the reference on the GPU in float64."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    actual = [value.clone().cuda().requires_grad_() for value in values]
-    wide = [value.double().cuda().requires_grad_() for value in values]
+    actual = [value.clone().to(DEVICE).requires_grad_() for value in values]
+    wide = [value.double().to(DEVICE).requires_grad_() for value in values]
     output, expected = actual_of(*actual), reference_of(*wide)
-    weight = torch.randn(expected.shape, generator=generator).cuda()
+    weight = torch.randn(expected.shape, generator=generator).to(DEVICE)
     (output.double() * weight).sum().backward()
     (expected * weight).sum().backward()
     tolerance = OPERATION_TOLERANCE[dtype]
@@ -91,7 +93,7 @@ def test_rms_norm(runs, dtype):
 def test_rope(runs, dtype):
     from dsv3_megatron.ops.rope import apply_rope, reference_rope
 
-    angles_SP = torch.outer(torch.arange(64), 10000.0 ** (-torch.arange(16) / 16)).cuda()
+    angles_SP = torch.outer(torch.arange(64), 10000.0 ** (-torch.arange(16) / 16)).to(DEVICE)
     check_operation(lambda x: apply_rope(x, angles_SP.cos(), angles_SP.sin()),
                     lambda x: reference_rope(x, angles_SP.cos().double(), angles_SP.sin().double()),
                     [(64, 2, 4, 96)], dtype, runs.relative_error)
@@ -102,7 +104,7 @@ def test_rope(runs, dtype):
 def test_cross_entropy(runs, dtype, keep):
     from dsv3_megatron.ops.cross_entropy import linear_cross_entropy, reference_cross_entropy
 
-    targets_T = torch.randint(0, 1000, (600,), generator=torch.Generator().manual_seed(1)).cuda()
+    targets_T = torch.randint(0, 1000, (600,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     check_operation(
         lambda hidden, weight: linear_cross_entropy(hidden, weight * 0.1, targets_T, keep_probabilities=keep),
         lambda hidden, weight: reference_cross_entropy(hidden @ (weight * 0.1).t(), targets_T),

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 COLUMNS = ("name", "config", "metric", "value", "unit", "device", "versions", "commit", "date")
-RESULTS = Path(__file__).parent / "results"
+# Another folder where a GPU session collects what it measures (tools/gpu_session.py).
+RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Measurement:
 
 
 def append_rows(file_name: str, measurements: list[Measurement], device: str) -> Path:
-    """Append measurements to a CSV file under results/, with device, versions, commit and date.
+    """Append measurements to a CSV file under results/ or $BENCH_RESULTS, with device, versions, commit and date.
 
     Args:
         file_name: Such as "training_throughput.csv".
@@ -36,7 +37,7 @@ def append_rows(file_name: str, measurements: list[Measurement], device: str) ->
     Returns:
         The file.
     """
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / file_name
     is_new = not path.exists()
     stamp = (device, versions(), commit(), datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
@@ -50,9 +51,14 @@ def append_rows(file_name: str, measurements: list[Measurement], device: str) ->
 
 
 def versions() -> str:
-    """Versions of the packages that decide about speed."""
-    names = ("torch", "megatron-core", "transformers", "tokenizers", "gigatoken")
-    return " ".join(f"{name}={importlib.metadata.version(name)}" for name in names)
+    """Versions of the packages that decide about speed; of one that is not installed "none"."""
+    found = []
+    for name in ("torch", "triton", "megatron-core", "transformers", "tokenizers", "gigatoken"):
+        try:
+            found.append(f"{name}={importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name}=none")
+    return " ".join(found)
 
 
 def commit() -> str:
