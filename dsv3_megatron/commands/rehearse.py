@@ -25,8 +25,8 @@ from dsv3_megatron.process.cores import usable_cores
 from dsv3_megatron.rehearsal.findings import Rehearsal, as_json, as_text
 from dsv3_megatron.rehearsal.made_routing import imbalance_of, require_imbalance
 from dsv3_megatron.rehearsal.rank_kinds import ranks_of_all_kinds, require_ranks
-from dsv3_megatron.rehearsal.rank_processes import RANK_COMMAND, rehearse_ranks
-from dsv3_megatron.rehearsal.rehearsed_rank import RankResult, RankTask
+from dsv3_megatron.rehearsal.rank_processes import RANKS_COMMAND, rehearse_ranks
+from dsv3_megatron.rehearsal.rank_results import RankResult, RankTask
 from dsv3_megatron.rehearsal.rehearsed_run import rehearsed_run
 
 EXIT_FOUND = 1
@@ -46,6 +46,9 @@ def _parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespac
         "the mean (default: 1, balance)")
     add("--num-microbatches", type=int, metavar="N", help="micro-batches of the step (default: as few as fill the "
         "pipeline)")
+    add("--num-steps", type=int, choices=(1, 2), metavar="N", help="steps: 2 tell what the first one makes for all "
+        "later ones (default: 2; 1 with --all-kinds)")
+    add("--save-and-resume", action="store_true", help="save a checkpoint too, and resume from it")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (%(default)s)")
     add("--device-memory-gb", type=float, default=80 * 2**30 / 1e9, metavar="X",
         help="memory of a GPU, in GB of 10^9 bytes (default: 85.9, which is 80 GiB)")
@@ -68,17 +71,17 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--all-kinds chooses ranks itself; leave out --ranks, or it")
 
 
-def rehearse(options: argparse.Namespace, flags: Sequence[str], command: Sequence[str] = RANK_COMMAND) -> Rehearsal:
+def rehearse(options: argparse.Namespace, flags: Sequence[str], command: Sequence[str] = RANKS_COMMAND) -> Rehearsal:
     """Rehearse what the command's options ask for.
 
     Args:
         options: Options of this command.
         flags: Flags of the run.
-        command: Arguments of Python that start a rank's process.
+        command: Arguments of Python that start the process that ranks are forked from.
 
     Raises:
         ConfigError: the run cannot be, or the options.
-        RuntimeError: a rank's process died.
+        RuntimeError: the process that ranks are forked from died.
     """
     _check(options)
     asked = parse_command(flags).run
@@ -87,9 +90,11 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str], command: Sequenc
     ranks = (ranks_of_all_kinds(run.parallel, options.world_size) if options.all_kinds
              else require_ranks(options.ranks or [0], options.world_size))
     device_bytes = round(options.device_memory_gb * 1e9)
-    jobs = [RankTask(tuple(flags), rank, options.world_size, options.gpus_per_node, options.num_microbatches,
-                options.imbalance, device_bytes) for rank in ranks]
-    results = rehearse_ranks(jobs, num_processes=options.processes or min(usable_cores(), len(jobs)), command=command)
+    num_steps = options.num_steps or (1 if options.all_kinds else 2)
+    tasks = [RankTask(tuple(flags), rank, options.world_size, options.gpus_per_node, options.num_microbatches,
+                      num_steps, options.save_and_resume, options.imbalance, device_bytes) for rank in ranks]
+    results = rehearse_ranks(tasks, num_processes=options.processes or min(usable_cores(), len(tasks)),
+                             command=command)
     return Rehearsal(
         run=run, world_size=options.world_size, device_bytes=device_bytes, ranks=tuple(results),
         asked_microbatches=asked.training.num_microbatches(asked.parallel.data_parallel_size(options.world_size)),

@@ -9,6 +9,7 @@ here. In reading order:
     rank_kinds.py           which ranks differ
 
     watch.py                every operation of a rank, seen and answered
+    remembered_results.py   shapes of results, worked out once
     known_values.py         values of the few small tensors that the host reads
     live_memory.py          what is alive when
     collective_calls.py     messages between ranks

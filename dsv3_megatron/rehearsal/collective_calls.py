@@ -39,7 +39,7 @@ class RankCall:
         peer: Global rank of the other side of a "send" or "receive", or of the root of a "broadcast"; None: nobody's.
         num_bytes: Bytes that this rank gives.
         line: Line of the library.
-        is_of_step: True for a message posted in a step, not before it.
+        phase: What the rank did, one of `rank_results.PHASES`.
     """
 
     operation: str
@@ -50,7 +50,7 @@ class RankCall:
     peer: int | None
     num_bytes: int
     line: str
-    is_of_step: bool
+    phase: str
 
     @property
     def group(self) -> tuple[tuple[int, ...], int]:
@@ -73,15 +73,15 @@ def calls_as_json(calls: Sequence[RankCall]) -> dict[str, Any]:
     places = {group: place for place, group in enumerate(groups)}
     return {"groups": [[list(ranks), number] for ranks, number in groups],
             "calls": [[call.operation, places[call.group], call.dtype, call.sizes, call.peer, call.num_bytes, call.line,
-                       call.is_of_step] for call in calls]}
+                       call.phase] for call in calls]}
 
 
 def calls_of_json(content: dict[str, Any]) -> list[RankCall]:
     """The calls that `calls_as_json` wrote."""
     groups = [(tuple(ranks), number) for ranks, number in content["groups"]]
     return [RankCall(operation, groups[group][0], groups[group][1], dtype, tuple(tuple(size) for size in sizes), peer,
-                 num_bytes, line, is_of_step)
-            for operation, group, dtype, sizes, peer, num_bytes, line, is_of_step in content["calls"]]
+                 num_bytes, line, phase)
+            for operation, group, dtype, sizes, peer, num_bytes, line, phase in content["calls"]]
 
 
 class CollectiveCalls:
@@ -89,12 +89,12 @@ class CollectiveCalls:
 
     Attributes:
         calls: Messages in the order of posting.
-        is_of_step: True while a step runs; noted with each message.
+        phase: What the rank does now; noted with each message.
     """
 
     def __init__(self, fault: Callable[[str], None]) -> None:
         self.calls: list[RankCall] = []
-        self.is_of_step = False
+        self.phase = ""
         self._fault = fault
         self._numbers: dict[str, int] = {}
         self._known_groups: dict[tuple[int, ...], int] = {}
@@ -115,7 +115,7 @@ class CollectiveCalls:
         self.group_made(group)
         name = group.group_name
         self.calls.append(RankCall(operation, self._ranks[name], self._numbers[name], dtype, sizes, peer, num_bytes,
-                               source_line(), self.is_of_step))
+                               source_line(), self.phase))
 
     def carry_out(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a message and answer it."""

@@ -10,6 +10,7 @@ A value is forgotten when anything unknown is written into the tensor's memory, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -51,14 +52,21 @@ def _writes(tensor: torch.Tensor) -> int:
 def forget(tensor: torch.Tensor) -> None:
     """Something unknown was written into a tensor's memory."""
     storage = tensor.untyped_storage()
-    setattr(storage, _FRESH, getattr(storage, _FRESH, 0) + 1)
+    writes = getattr(storage, _FRESH, None)
+    if writes is not None:  # of other memory nothing is known
+        setattr(storage, _FRESH, writes + 1)
 
 
 def remember(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Let a fake tensor have the values of a real one on the CPU, of its shape and dtype."""
     assert not isinstance(value, FakeTensor), "values are real"
     assert tensor.shape == value.shape and tensor.dtype == value.dtype, (tensor.shape, value.shape)
-    setattr(tensor, _KNOWN, (value, _writes(tensor)))
+    storage = tensor.untyped_storage()
+    writes = getattr(storage, _FRESH, None)
+    if writes is None:
+        writes = 0
+        setattr(storage, _FRESH, 0)
+    setattr(tensor, _KNOWN, (value, writes))
 
 
 def known(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -72,11 +80,16 @@ def known(tensor: torch.Tensor) -> torch.Tensor | None:
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The tensors that an operation writes into, by its schema."""
     found: list[torch.Tensor] = []
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            found += tensors_in(value)
+    for index, name in _written_places(func):
+        found += tensors_in(args[index] if index < len(args) else kwargs.get(name))
     return found
+
+
+@functools.cache
+def _written_places(func: Any) -> tuple[tuple[int, str], ...]:
+    """Numbers and names of the arguments that an operation writes into."""
+    return tuple((index, argument.name) for index, argument in enumerate(func._schema.arguments)
+                 if argument.alias_info is not None and argument.alias_info.is_write)
 
 
 def follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

@@ -6,14 +6,22 @@ caches and cannot use is not seen.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from array import array
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
+from dsv3_megatron.rehearsal.source_lines import source_line
+
 BLOCK = 512
+# Components of a rank's memory, named as the planner's (planning/memory/estimate.py).
+PARAMETERS, GRADIENTS, OPTIMIZER, BUFFERS = "parameters", "gradients", "optimizer", "buffers"
+FP8_WEIGHTS, ACTIVATIONS, WORKING, COMMUNICATION = "FP8 weights", "activations", "working", "communication"
+COMPONENTS = (PARAMETERS, GRADIENTS, OPTIMIZER, BUFFERS, FP8_WEIGHTS, ACTIVATIONS, WORKING, COMMUNICATION)
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class Label:
     """What a piece of memory is.
 
     Attributes:
-        component: Kind of memory, such as "parameters"; "" for what passes make.
+        component: One of COMPONENTS; "" where it follows from the moment.
         line: Line of the library that allocated it.
         operation: Operation that did.
     """
@@ -29,6 +37,10 @@ class Label:
     component: str
     line: str
     operation: str
+
+
+# Few lines allocate many times.
+_label = functools.lru_cache(maxsize=None)(Label)
 
 
 @dataclass(frozen=True)
@@ -61,9 +73,13 @@ class LiveMemory:
         self.labels: list[Label] = []
         self.events = array("q")
         self._pieces: dict[int, tuple[weakref.ref, int]] = {}
+        # Moments: when each piece came, when passes began, and when what another rank sent was there.
+        self._came = array("q")
+        self._passes = array("q")
+        self._arrived: dict[int, int] = {}
 
-    def see(self, tensor: torch.Tensor, label: Label) -> None:
-        """Note a tensor's memory, unless it is known already."""
+    def see(self, tensor: torch.Tensor, operation: str) -> None:
+        """Note the memory of a tensor that an operation gave, unless it is known already."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         found = self._pieces.get(key)
@@ -71,7 +87,8 @@ class LiveMemory:
             return
         piece = len(self.sizes)
         self.sizes.append(storage.nbytes())
-        self.labels.append(label)
+        self.labels.append(_label("", source_line(), operation))
+        self._came.append(len(self.events))
         self.events.append(piece)
 
         def gone(_: object, key: int = key, piece: int = piece) -> None:
@@ -86,24 +103,43 @@ class LiveMemory:
         found = self._pieces.get(tensor.untyped_storage()._cdata)
         if found is not None:
             old = self.labels[found[1]]
-            self.labels[found[1]] = Label(component, old.line, old.operation)
+            self.labels[found[1]] = _label(component, old.line, old.operation)
+
+    def begin_pass(self) -> None:
+        """A pass of a micro-batch begins: what it makes is working memory until the next one begins."""
+        self._passes.append(self.now)
+
+    def receive(self, tensor: torch.Tensor) -> None:
+        """Note that a tensor is on its way from another rank."""
+        self.name(tensor, COMMUNICATION)
+
+    def arrived(self, tensor: torch.Tensor) -> None:
+        """Note that a tensor of another rank is there and a pass has it."""
+        found = self._pieces.get(tensor.untyped_storage()._cdata)
+        if found is not None:
+            self._arrived[found[1]] = self.now
 
     @property
     def now(self) -> int:
         """Number of events so far: a moment to ask about later."""
         return len(self.events)
 
-    def peak(self, start: int, end: int) -> MemoryPeak:
-        """Most memory between two moments, if what came in between and stayed had been there from the first on.
+    def peak(self, start: int, end: int, *, is_repeated: bool = True) -> MemoryPeak:
+        """Most memory between two moments.
 
-        A first step makes what all later ones find, such as the optimizer's state; so this is the peak of a later
-        step. What was there at the first moment and went in between is left out for the same reason.
+        Args:
+            start: First moment.
+            end: Last moment.
+            is_repeated: Whether what came in between and stayed is taken to have been there from the first on, and
+                what was there and went not at all. A first step makes what all later ones find, such as the
+                optimizer's state; so this is the peak of a later step.
         """
-        stays = self._alive(end)
-        level = sum(self.sizes[piece] for piece in stays)
-        blocks = sum(block(self.sizes[piece]) for piece in stays)
+        stays = self._alive(end) if is_repeated else set()
+        alive = set(stays) if is_repeated else self._alive(start)
+        level = sum(self.sizes[piece] for piece in alive)
+        blocks = sum(block(self.sizes[piece]) for piece in alive)
         best, best_blocks, best_at = level, blocks, -1
-        passing: set[int] = set()
+        passing = set() if is_repeated else set(alive)
         for index in range(start, end):
             event = self.events[index]
             piece = event if event >= 0 else -event - 1
@@ -116,8 +152,8 @@ class LiveMemory:
             elif event < 0 and piece in passing:
                 passing.remove(piece)
                 level, blocks = level - self.sizes[piece], blocks - block(self.sizes[piece])
-        return MemoryPeak(best, best_blocks, self.labels[self.events[best_at]] if best_at >= 0 else Label("", "", ""),
-                    self._by_label(stays, start, best_at))
+        at = self.labels[self.events[best_at]] if best_at >= 0 else Label("", "", "")
+        return MemoryPeak(best, best_blocks, at, self._by_label(alive, stays, start, best_at))
 
     def _alive(self, end: int) -> set[int]:
         alive: set[int] = set()
@@ -125,8 +161,7 @@ class LiveMemory:
             alive.add(event) if event >= 0 else alive.discard(-event - 1)
         return alive
 
-    def _by_label(self, stays: set[int], start: int, at: int) -> dict[Label, int]:
-        alive = set(stays)
+    def _by_label(self, alive: set[int], stays: set[int], start: int, at: int) -> dict[Label, int]:
         for index in range(start, at + 1):
             event = self.events[index]
             if event >= 0:
@@ -135,8 +170,19 @@ class LiveMemory:
                 alive.discard(-event - 1)
         total: Counter[Label] = Counter()
         for piece in alive:
-            total[self.labels[piece]] += self.sizes[piece]
+            total[self._label_at(piece, at)] += self.sizes[piece]
         return dict(total.most_common())
+
+    def _label_at(self, piece: int, moment: int) -> Label:
+        """What a piece is at a moment: some of it is not the same from its beginning to its end."""
+        label = self.labels[piece]
+        if label.component not in ("", COMMUNICATION):
+            return label
+        if label.component == COMMUNICATION and self._arrived.get(piece, moment + 1) > moment:
+            return label
+        began = bisect_right(self._passes, moment) - 1
+        is_kept = began >= 0 and self._came[piece] < self._passes[began]
+        return _label(ACTIVATIONS if is_kept else WORKING, label.line, label.operation)
 
     def total_at(self, moment: int) -> int:
         """Bytes alive at a moment."""

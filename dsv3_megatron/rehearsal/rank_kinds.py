@@ -26,6 +26,13 @@ def ranks_of_all_kinds(parallel: ParallelConfig, world_size: int) -> tuple[int, 
                  for stage in range(pipeline) for position in positions)
 
 
+def position_of(rank: int, parallel: ParallelConfig, world_size: int) -> tuple[int, int]:
+    """Position of a rank in the pipeline, and among the expert-parallel ranks."""
+    width = world_size // parallel.pipeline_model_parallel_size
+    within = rank % width // parallel.expert_tensor_parallel_size
+    return rank // width, within % parallel.expert_model_parallel_size
+
+
 def require_ranks(ranks: list[int], world_size: int) -> tuple[int, ...]:
     """The ranks asked for, each once and in order.
 

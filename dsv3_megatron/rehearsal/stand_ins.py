@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dsv3_megatron.rehearsal.known_values import remember
+from dsv3_megatron.rehearsal.live_memory import FP8_WEIGHTS
 from dsv3_megatron.rehearsal.made_data import make_current_data
 from dsv3_megatron.rehearsal.made_routing import made_routing
 from dsv3_megatron.rehearsal.watch import Watch, written_by_kernel
@@ -95,6 +96,13 @@ def replacements(watch: Watch, groups: GroupCount, *, rank: int, world_size: int
                               (torch.cuda.Event, "for an event"))),
         Replacement("dsv3_megatron.optim.ema", "ThreadPoolExecutor", lambda original: _AtOnce,
                     "takes the weights in beside the step; a mode of fake tensors is one thread's"),
+        Replacement("dsv3_megatron.schedule.execute.Executor", "run", _with_passes(watch),
+                    "runs passes without saying when; noted here"),
+        Replacement("dsv3_megatron.schedule.transport._Arrival", "__init__", _on_the_way(watch),
+                    "says nobody what is on its way between pipeline ranks; noted here"),
+        Replacement("dsv3_megatron.schedule.transport._Arrival", "wait", _arrived(watch), "likewise"),
+        Replacement("dsv3_megatron.ops.fp8.held_weights", "quantized_weight", _held(watch),
+                    "says nobody what it holds; noted here", is_everywhere=True),
         Replacement("dsv3_megatron.model.router.DeepSeekRouter", "best_experts", _routing(imbalance),
                     "chooses experts by values; the operations are carried out, their result is made up"),
     )
@@ -309,5 +317,75 @@ def _routing(imbalance: float) -> Callable[[Any], Any]:
             return ids_TK
 
         return best_experts
+
+    return make
+
+
+# -- what memory is --------------------------------------------------------------------------------------
+
+
+class _Passes:
+    """A recorder of an executor that notes when passes begin."""
+
+    def __init__(self, watch: Watch, inner: Any) -> None:
+        self._watch, self._inner = watch, inner
+
+    def begin(self, action: Any) -> None:
+        self._watch.memory.begin_pass()
+        if self._inner is not None:
+            self._inner.begin(action)
+
+    def end(self, action: Any) -> None:
+        if self._inner is not None:
+            self._inner.end(action)
+
+
+def _with_passes(watch: Watch) -> Callable[[Any], Any]:
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def run(self: Any, runners: Any, recorder: Any = None) -> None:
+            original(self, runners, _Passes(watch, recorder))
+
+        return run
+
+    return make
+
+
+def _on_the_way(watch: Watch) -> Callable[[Any], Any]:
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def __init__(self: Any, work: Any, tensor: torch.Tensor) -> None:
+            original(self, work, tensor)
+            watch.memory.receive(tensor)
+
+        return __init__
+
+    return make
+
+
+def _arrived(watch: Watch) -> Callable[[Any], Any]:
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def wait(self: Any) -> torch.Tensor:
+            tensor = original(self)
+            watch.memory.arrived(tensor)
+            return tensor
+
+        return wait
+
+    return make
+
+
+def _held(watch: Watch) -> Callable[[Any], Any]:
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def quantized_weight(*args: Any, **kwargs: Any) -> Any:
+            held = original(*args, **kwargs)
+            for part in vars(held).values():
+                if isinstance(part, torch.Tensor):
+                    watch.memory.name(part, FP8_WEIGHTS)
+            return held
+
+        return quantized_weight
 
     return make

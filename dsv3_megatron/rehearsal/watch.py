@@ -16,6 +16,7 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_megatron.rehearsal.collective_calls import CollectiveCalls
 from dsv3_megatron.rehearsal.known_values import follow, forget, is_small, known, run_on_host, tensors_in, written
-from dsv3_megatron.rehearsal.live_memory import Label, LiveMemory
+from dsv3_megatron.rehearsal.live_memory import LiveMemory
+from dsv3_megatron.rehearsal.remembered_results import RememberedResults, Result
 from dsv3_megatron.rehearsal.source_lines import source_line
 
+_DEVICE = torch.ops.prim.device.default
 # Host memory above this many bytes is fake too: a rehearsed rank may keep gigabytes there.
 _LARGE_HOST_BYTES = 64 << 20
 # Operations whose result's size depends on values: the host waits for them on a GPU.
@@ -53,28 +56,46 @@ def fake_mode() -> Iterator[None]:
         torch._C._set_only_lift_cpu_tensors(before)
 
 
+@dataclass
+class Counts:
+    """What is counted in a phase.
+
+    Attributes:
+        waits: Number of times that the host waited for the device, by what for and line.
+        copies: Copies between host and device that nobody waits for, by way and line.
+        launches: Operations that start at least one kernel, by name.
+    """
+
+    waits: Counter[tuple[str, str]] = field(default_factory=Counter)
+    copies: Counter[tuple[str, str]] = field(default_factory=Counter)
+    launches: Counter[str] = field(default_factory=Counter)
+
+
 class Watch(TorchDispatchMode):
     """Sees every operation of a process.
 
     Attributes:
         memory: Device memory.
         collectives: Messages between ranks.
-        waits: Number of times that the host waited for the device, by what for and line.
-        copies: Copies between host and device that nobody waits for, by kind and line.
-        launches: Operations that start at least one kernel, by name.
         faults: What a GPU or NCCL would refuse, by text and line.
-        is_counting: Whether waits, copies and launches are counted now.
+        counts: What was counted in each phase, by its name.
+        now: Counts of the phase under way.
+        results: Results of operations that were carried out before.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.memory = LiveMemory()
-        self.waits: Counter[tuple[str, str]] = Counter()
-        self.copies: Counter[tuple[str, str]] = Counter()
-        self.launches: Counter[str] = Counter()
         self.faults: Counter[tuple[str, str]] = Counter()
-        self.is_counting = False
+        self.counts: dict[str, Counts] = {}
+        self.now = Counts()
+        self.results = RememberedResults()
         self.collectives = CollectiveCalls(self.fault)
+
+    def begin(self, phase: str) -> None:
+        """Count for another phase from here on."""
+        self.now = self.counts[phase] = Counts()
+        self.collectives.phase = phase
 
     def fault(self, text: str) -> None:
         """Note something that would be an error on a GPU, with the line that does it."""
@@ -82,17 +103,17 @@ class Watch(TorchDispatchMode):
 
     def wait(self, what: str) -> None:
         """Note that the host waits for the device here."""
-        if self.is_counting:
-            self.waits[what, source_line()] += 1
+        self.now.waits[what, source_line()] += 1
 
     def launch(self, name: str) -> None:
         """Note that a kernel starts."""
-        if self.is_counting:
-            self.launches[name] += 1
+        self.now.launches[name] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
         """Carry out an operation: on real tensors as it is, on fake ones by their shapes."""
+        if func is _DEVICE and type(args[0]) is FakeTensor:  # autograd asks for it at every turn
+            return args[0].fake_device
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             return self.collectives.carry_out(func, args, kwargs)
@@ -119,24 +140,47 @@ class Watch(TorchDispatchMode):
             return self._see(func, args, kwargs, self._sized_by_values(name, func, args, kwargs))
         elif name == "index" and any(index.dtype in (torch.bool, torch.uint8) for index in tensors_in(args[1])):
             return self._see(func, args, kwargs, self._index_by_mask(args))
-        return self._see(func, args, kwargs, func(*args, **kwargs))
+        key, result = self.results.find(func, args, kwargs)
+        if result is not None:
+            return self._see_again(func, args, kwargs, self.results.made(result, args, kwargs), result)
+        out = func(*args, **kwargs)
+        self.results.note(key, args, kwargs, out)
+        return self._see(func, args, kwargs, out)
 
     def _see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         follow(func, args, kwargs, out)
-        name, is_kernel = func.overloadpacket.__name__, False
+        is_kernel = False
         for tensor in tensors_in(out):
             if tensor.device.type == "cuda":
                 is_kernel = True
-                self.memory.see(tensor, _label(tensor, name))
-        if self.is_counting and name not in _NO_KERNEL and not func.is_view:
+                self.memory.see(tensor, func.overloadpacket.__name__)
+        if _starts_kernel(func):
             if is_kernel or any(tensor.device.type == "cuda" for tensor in written(func, args, kwargs)):
-                self.launches[name] += 1
+                self.now.launches[func.overloadpacket.__name__] += 1
+        return out
+
+    def _see_again(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, result: Result) -> Any:
+        """The same of an operation whose result is remembered: what its description says need not be looked for."""
+        if result.is_small:
+            follow(func, args, kwargs, out)
+        else:
+            for tensor in written(func, args, kwargs):
+                forget(tensor)
+        if result.is_on_device:
+            for part, tensor in zip(result.parts, tensors_in(out), strict=True):
+                if part.operand < 0:
+                    self.memory.see(tensor, func.overloadpacket.__name__)
+        if _starts_kernel(func):
+            if result.is_on_device or any(tensor.device.type == "cuda" for tensor in written(func, args, kwargs)):
+                self.now.launches[func.overloadpacket.__name__] += 1
         return out
 
     # -- host and device -----------------------------------------------------------------------------
 
     def _is_of_host(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether all operands and results are real tensors of the host."""
+        if any(type(arg) is FakeTensor for arg in args):
+            return False
         device = kwargs.get("device")
         if device is not None and torch.device(device).type != "cpu":
             return False
@@ -170,12 +214,11 @@ class Watch(TorchDispatchMode):
             is_non_blocking = bool(kwargs.get("non_blocking", False))
         if source.device.type == target.type:
             return False, None
-        if self.is_counting:
-            way = "device to host" if target.type == "cpu" else "host to device"
-            if is_non_blocking:
-                self.copies[way, source_line()] += 1
-            else:
-                self.wait(f"a copy {way}")
+        way = "device to host" if target.type == "cpu" else "host to device"
+        if is_non_blocking:
+            self.now.copies[way, source_line()] += 1
+        else:
+            self.wait(f"a copy {way}")
         if target.type != "cpu":
             if name == "copy_" or isinstance(source, FakeTensor):
                 return False, None
@@ -244,5 +287,7 @@ def written_by_kernel(tensors: list[torch.Tensor]) -> None:
         forget(tensor)
 
 
-def _label(tensor: torch.Tensor, operation: str) -> Label:
-    return Label("", source_line(), operation)
+@functools.cache
+def _starts_kernel(func: Any) -> bool:
+    """Whether a GPU starts a kernel for the operation; one on the host's tensors does not."""
+    return func.overloadpacket.__name__ not in _NO_KERNEL and not func.is_view

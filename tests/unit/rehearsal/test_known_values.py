@@ -19,7 +19,6 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture
 def watch() -> Iterator[Watch]:
     with fake_mode(), Watch() as watch:
-        watch.is_counting = True
         yield watch
 
 
@@ -72,9 +71,9 @@ def test_large_and_random_tensors_are_not_known(watch: Watch) -> None:
 def test_unknown_numbers_read_as_one_and_each_read_is_noted(watch: Watch) -> None:
     unknown = torch.empty(3, device=GPU)
     assert float(unknown.sum()) == 1.0 and unknown.cpu().tolist() == [1.0] * 3
-    assert sorted(what for what, _ in watch.waits) == ["a copy device to host", "a number is read"]
+    assert sorted(what for what, _ in watch.now.waits) == ["a copy device to host", "a number is read"]
     unknown.to("cpu", non_blocking=True)
-    assert watch.copies.total() == 1 and watch.waits.total() == 2
+    assert watch.now.copies.total() == 1 and watch.now.waits.total() == 2
 
 
 def test_a_size_that_nobody_knows_is_an_error(watch: Watch) -> None:

@@ -42,10 +42,40 @@ def test_what_a_step_leaves_counts_from_its_beginning() -> None:
         peak = watch.memory.peak(start, watch.memory.now)
     assert peak.num_bytes == 4 * (256 + 512 + 1024)
     by_component = {label.component: size for label, size in peak.by_label.items()}
-    assert by_component == {"parameters": 1024, "optimizer": 4096, "": 2048}
+    assert by_component == {"parameters": 1024, "optimizer": 4096, "working": 2048}
     assert peak.at.operation == "empty"
 
 
 def test_a_moment_without_anything_has_a_peak_of_nothing() -> None:
     peak = LiveMemory().peak(0, 0)
     assert peak.num_bytes == 0 and peak.by_label == {} and peak.at == Label("", "", "")
+
+
+def test_what_a_pass_made_is_kept_once_the_next_begins_and_what_is_received_is_on_its_way_before() -> None:
+    with fake_mode(), Watch() as watch:
+        memory, start = watch.memory, watch.memory.now
+        received = torch.empty(16, device=GPU)
+        memory.receive(received)
+        memory.begin_pass()
+        kept = torch.empty(256, device=GPU)
+        memory.arrived(received)
+        memory.begin_pass()
+        work, later = torch.empty(512, device=GPU), torch.empty(32, device=GPU)
+        memory.receive(later)
+        moments = [memory.peak(start, end, is_repeated=False) for end in (1, 2, memory.now)]
+        assert len(kept) + len(work) + len(later) == 800
+    by_component = [{label.component: size for label, size in peak.by_label.items()} for peak in moments]
+    assert by_component[:2] == [{"communication": 64}, {"communication": 64, "working": 1024}]
+    assert by_component[2] == {"activations": 64 + 1024, "working": 2048, "communication": 128}
+
+
+def test_a_peak_that_is_not_repeated_takes_nothing_from_later() -> None:
+    with fake_mode(), Watch() as watch:
+        old = torch.empty(256, device=GPU)
+        start = watch.memory.now
+        passing = torch.empty(512, device=GPU)
+        del passing, old
+        state = torch.empty(128, device=GPU)
+        peak = watch.memory.peak(start, watch.memory.now, is_repeated=False)
+        assert (peak.num_bytes, sum(peak.by_label.values())) == (4 * (256 + 512), 4 * (256 + 512))
+        assert watch.memory.peak(start, watch.memory.now).num_bytes == 4 * (512 + 128) and len(state)

@@ -9,10 +9,10 @@ import pytest
 from dsv3_megatron.rehearsal.collective_calls import RankCall, calls_as_json, calls_of_json
 from dsv3_megatron.rehearsal.message_comparison import compare_calls, name_group
 
-SUM = RankCall("all_reduce", (0, 1), 0, "float32", ((8,),), None, 32, "a.py:1", True)
-SENT = RankCall("send", (0, 1), 1, "bfloat16", ((16,),), 1, 32, "a.py:2", True)
+SUM = RankCall("all_reduce", (0, 1), 0, "float32", ((8,),), None, 32, "a.py:1", "step")
+SENT = RankCall("send", (0, 1), 1, "bfloat16", ((16,),), 1, 32, "a.py:2", "step")
 RECEIVED = dataclasses.replace(SENT, operation="receive", peer=0, line="a.py:3")
-ROWS = RankCall("all_to_all", (0, 1), 0, "bfloat16", ((1, 2), (1, 5)), None, 6, "a.py:4", True)
+ROWS = RankCall("all_to_all", (0, 1), 0, "bfloat16", ((1, 2), (1, 5)), None, 6, "a.py:4", "step")
 ROWS_OF_OTHER = dataclasses.replace(ROWS, sizes=((5, 7), (2, 7)))
 
 
