@@ -4,7 +4,9 @@ What a rank allocates, posts to other ranks and waits for is recorded; what only
 here. In reading order:
 
     rank_processes.py       several ranks, each in a process of its own
-    rehearsed_rank.py       one of them: from a job to a result
+    forked_ranks.py         the process that they are forked from
+    rehearsed_rank.py       one of them: from a task to a result
+    rank_results.py         task and result as plain values
     rehearsed_run.py        the run that is rehearsed: one phase, few micro-batches, no folders
     rank_kinds.py           which ranks differ
 
@@ -21,5 +23,6 @@ here. In reading order:
     made_routing.py         experts of tokens
 
     message_comparison.py   whether ranks that share a group post the same
+    totals.py               a step in few numbers
     findings.py             what was found, as text and JSON
 """

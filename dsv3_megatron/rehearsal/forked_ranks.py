@@ -2,7 +2,7 @@
 
 `rank_processes.py` starts it as `python -m dsv3_megatron.rehearsal.forked_ranks FOLDER NUM`, with the CUDA runtime of
 `device_library.py` preloaded. FOLDER has tasks.json; so many ranks run at a time, each in a process of its own, in
-which nothing has run before. Each leaves rankR.json, or rankR.log with why there is none.
+which nothing has run before. Each leaves rankR.json, or rankR.log with why there is none and its status in rankR.ended.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def main(arguments: Sequence[str], prepare_rank: Callable[[RankTask], None] | No
     running: dict[int, RankTask] = {}
     try:
         for task in tasks:
-            if len(running) >= num_processes and _wait_for_one(running) == 2:
+            if len(running) >= num_processes and _wait_for_one(running, folder) == 2:
                 return 2
             running[_fork(task, folder, prepare_rank)] = task
         while running:
-            if _wait_for_one(running) == 2:
+            if _wait_for_one(running, folder) == 2:
                 return 2
     finally:
         for pid in running:
@@ -72,12 +72,12 @@ def _import() -> None:
     gc.freeze()  # what is imported is no garbage of a rank's, and need not be looked through there
 
 
-def _wait_for_one(running: dict[int, RankTask]) -> int:
+def _wait_for_one(running: dict[int, RankTask], folder: Path) -> int:
     """Wait until a rank has ended; its exit status, below 0 of one that a signal ended."""
     pid, status = os.wait()
     task, code = running.pop(pid), os.waitstatus_to_exitcode(status)
     if code:
-        print(f"rank {task.rank} ended with status {code}", flush=True)
+        (folder / f"rank{task.rank}.ended").write_text(f"{code}", encoding="utf-8")
     return code
 
 

@@ -74,9 +74,10 @@ def _result(task: RankTask, folder: Path) -> RankResult:
     result = folder / f"rank{task.rank}.json"
     if result.exists():
         return result_of_json(json.loads(result.read_text(encoding="utf-8")))
-    ended = [line for line in _last_lines(folder / "log") if line.startswith(f"rank {task.rank} ")]
+    status = (folder / f"rank{task.rank}.ended").read_text(encoding="utf-8")
+    why = f"was ended by signal {-int(status)}" if int(status) < 0 else f"ended with status {status}"
     return RankResult(task.rank, failure="\n  ".join([
-        *(ended or ["the process ended without a result"]), *_last_lines(folder / f"rank{task.rank}.log")]))
+        f"its process {why}", *_last_lines(folder / f"rank{task.rank}.log")]))
 
 
 def _last_lines(file: Path) -> list[str]:

@@ -91,7 +91,7 @@ class RankRehearsal:
                     self.trainer.train_step()
         except Exception as error:  # noqa: BLE001 - what a rehearsal is there to find; it is reported
             self.result.failure = _failure(error)
-            error.__traceback__ = None  # it would hold tensors
+            error.__traceback__ = None  # it would keep tensors alive
         if self.trainer is not None:
             name_states(self.trainer, memory)
         for phase, span in self._spans.items():

@@ -64,12 +64,14 @@ class Result:
         form: Makes of a list of them what is returned: a tensor, a tuple or a list.
         is_small: Whether values of all of them are kept, if they are known.
         is_on_device: Whether one of them is a GPU's.
+        is_fresh: Whether each has memory of its own.
     """
 
     parts: tuple[TensorResult, ...]
     form: Callable[[list[torch.Tensor]], Any]
     is_small: bool
     is_on_device: bool
+    is_fresh: bool = False
 
 
 class RememberedResults:
@@ -84,6 +86,7 @@ class RememberedResults:
         self.hits = self.misses = 0
         self._results: dict[Any, Result | None] = {}
         self._mode: Any = None
+        self._noted: dict[torch.device, dict[str, Any]] = {}
 
     def find(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Result | None]:
         """Look for the result of an operation.
@@ -121,21 +124,32 @@ class RememberedResults:
 
     def made(self, result: Result, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What an operation gives, made by its description."""
-        operands = _operands(args, kwargs)
-        mode = next((operand.fake_mode for operand in operands if type(operand) is FakeTensor), self._mode)
-        return result.form([_tensor(part, operands, mode) for part in result.parts])
+        operands = [] if result.is_fresh else _operands(args, kwargs)
+        return result.form([self._tensor(part, operands) for part in result.parts])
 
+    def _tensor(self, part: TensorResult, operands: list[torch.Tensor]) -> torch.Tensor:
+        if part.is_same:
+            return operands[part.operand]
+        with torch._C._DisableTorchDispatch():
+            if part.operand < 0:
+                content = torch.empty_strided(part.shape, part.strides, dtype=part.dtype, device="meta")
+            else:
+                content = torch.empty_strided((), (), dtype=part.dtype, device="meta")
+                content.set_(operands[part.operand].untyped_storage(), part.offset, part.shape, part.strides)
+        made = torch.Tensor._make_subclass(FakeTensor, content, False, dispatch_device=True,
+                                           device_for_backend_keys=part.device)
+        torch._C._set_throw_on_mutable_data_ptr(made)
+        made.__dict__.update(self._attributes(part.device))
+        return made
 
-def _tensor(part: TensorResult, operands: list[torch.Tensor], mode: Any) -> torch.Tensor:
-    if part.is_same:
-        return operands[part.operand]
-    with torch._C._DisableTorchDispatch():
-        if part.operand < 0:
-            content = torch.empty_strided(part.shape, part.strides, dtype=part.dtype, device="meta")
-        else:
-            content = torch.empty_strided((), (), dtype=part.dtype, device="meta")
-            content.set_(operands[part.operand].untyped_storage(), part.offset, part.shape, part.strides)
-    return FakeTensor(mode, content, part.device)
+    def _attributes(self, device: torch.device) -> dict[str, Any]:
+        """What torch notes with every new fake tensor of a device, as it does it itself."""
+        found = self._noted.get(device)
+        if found is None:
+            with torch._C._DisableTorchDispatch():
+                content = torch.empty((), device="meta")
+            found = self._noted[device] = dict(vars(FakeTensor(self._mode, content, device)))
+        return found
 
 
 def slice_result(given: torch.Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
@@ -198,9 +212,10 @@ def _describe(operands: list[torch.Tensor], out: Any) -> Result:
         raise _Undescribed
     form: Callable[[list[torch.Tensor]], Any] = (
         _only if isinstance(out, torch.Tensor) else _nothing if out is None else type(out))
-    return Result(tuple(_describe_tensor(operands, part) for part in parts), form,
+    described = tuple(_describe_tensor(operands, part) for part in parts)
+    return Result(described, form,
                   all(is_small(part.shape, part.dtype) for part in parts),
-                  any(part.device.type == "cuda" for part in parts))
+                  any(part.device.type == "cuda" for part in parts), all(part.operand < 0 for part in described))
 
 
 def _only(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -18,6 +18,7 @@ import pytest
 from dsv3_megatron.commands.rehearse import _parse_arguments, main
 from dsv3_megatron.commands.rehearse import rehearse as rehearse_ranks_of
 from dsv3_megatron.rehearsal.findings import Rehearsal, as_text
+from dsv3_megatron.rehearsal.totals import totals, work_of_step
 
 ROOT = Path(__file__).resolve().parents[3]
 FLAGS = ("--preset", "tiny", "--micro-batch-size", "1", "--pipeline-model-parallel-size", "2",
@@ -25,7 +26,7 @@ FLAGS = ("--preset", "tiny", "--micro-batch-size", "1", "--pipeline-model-parall
 COMMAND = ["--world-size", "8", *FLAGS]
 # Micro-batches of the step: 1.5 times the pipeline's ranks.
 NUM_MICROBATCHES = 3
-# Of the first stage.
+# Of either stage, with the MTP module of the last.
 NUM_MOE_LAYERS = 2
 
 
@@ -38,6 +39,7 @@ def rehearse(*words: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def sound() -> tuple[int, dict[str, Any]]:
+    """Ranks of both pipeline positions, two steps."""
     return rehearse(*COMMAND, "--ranks", "0", "4", "--imbalance", "1.5", "--ema-decay", "0.999", "--processes", "1")
 
 
@@ -53,6 +55,10 @@ def test_a_sound_run_has_nothing_found(sound: tuple[int, dict[str, Any]]) -> Non
 def test_states_are_the_planners_to_the_byte_and_passes_nearly(sound: tuple[int, dict[str, Any]]) -> None:
     for rank in sound[1]["ranks"]:
         parts = {part["name"]: part for part in rank["components"]}
+        assert list(parts) == ["parameters", "gradients", "optimizer", "buffers", "FP8 weights", "activations",
+                               "working", "communication"], "the planner's, line by line"
+        assert sum(part["bytes"] for part in parts.values()) == rank["peak_bytes"]
+        assert sum(part["planned_bytes"] for part in parts.values()) == rank["planned_peak_bytes"]
         for name in ("parameters", "gradients"):
             assert parts[name]["bytes"] == parts[name]["planned_bytes"] > 0
         # Shards are padded, and AdamW counts its steps in a number on the device for each parameter.
@@ -75,56 +81,60 @@ def test_messages_waits_and_kernels_are_counted(sound: tuple[int, dict[str, Any]
         assert waits["a number is read", "schedule/forward_backward.py"] == 1
         assert sum(rank["launches"].values()) > 1000 and rank["launches"]["mm"] > 50
         assert rank["new_group_calls"] >= 5 and rank["groups"] > rank["groups_alone"]
+        assert rank["moe_passes"] == NUM_MOE_LAYERS * NUM_MICROBATCHES and not rank["is_first_step"]
+        sums = rank["totals"]
+        assert sums["host_waits"] == sum(wait["count"] for wait in rank["waits"])
+        assert sums["messages_by_kind"]["send over 2"]["count"] == NUM_MICROBATCHES
+        # Rotary tables are made by the first step, once for a length; a later one has nothing of it.
+        once = {wait["line"].partition(":")[0] for wait in rank["made_once"]}
+        assert once == {"model/rotary.py"} and not any(file == "model/rotary.py" for _, file in waits)
 
 
 # All faults at once, those of one rank in rank 4; each is looked for in its own test.
 PLANTED = '''
-import json, os, sys
+import sys
 
 sys.path.insert(0, ROOT)
 import torch
-from dsv3_megatron.rehearsal.rehearsed_rank import RankTask, environment, main
+from dsv3_megatron.rehearsal.forked_ranks import main
 
-job = json.loads(open(sys.argv[1]).read())
-os.environ.update(environment(RankTask(**job)))
-from dsv3_megatron.platform import prepare
-
-prepare()
-from dsv3_megatron.model.experts import GroupedExperts
-from dsv3_megatron.runs.trainer import Trainer
-
-mean, forward, reduce = Trainer._mean_balance_loss, GroupedExperts.forward, torch.distributed.all_reduce
 kept = []
 
 
-def with_host_tensor(self, *args):
-    torch.distributed.all_reduce(torch.zeros(3), group=self.groups.dp)
-    return mean(self, *args)
+def plant(task):
+    from dsv3_megatron.model.experts import GroupedExperts
+    from dsv3_megatron.runs.trainer import Trainer
+
+    mean, forward, reduce = Trainer._mean_balance_loss, GroupedExperts.forward, torch.distributed.all_reduce
+
+    def with_host_tensor(self, *args):
+        torch.distributed.all_reduce(torch.zeros(3), group=self.groups.dp)
+        return mean(self, *args)
+
+    def with_other_dtype(tensor, *args, **kwargs):
+        return reduce(tensor.long() if tensor.dtype == torch.int32 else tensor, *args, **kwargs)
+
+    def allocates_twice_and_reads(self, x, *args):
+        x.sum().item()
+        kept.append(x.repeat(32, 1))
+        return forward(self, x, *args)
+
+    def moves_to_the_host(self, x, *args):
+        return forward(self, x.cpu(), *args)
+
+    if task.rank == 3:
+        GroupedExperts.forward = moves_to_the_host
+    elif task.rank == 7:
+        raise MemoryError("this rank's process dies")
+    else:
+        GroupedExperts.forward = allocates_twice_and_reads
+        Trainer._mean_balance_loss = with_host_tensor
+    if task.rank == 4:
+        Trainer._agree_to_stop = lambda self: 0
+        torch.distributed.all_reduce = with_other_dtype
 
 
-def with_other_dtype(tensor, *args, **kwargs):
-    return reduce(tensor.long() if tensor.dtype == torch.int32 else tensor, *args, **kwargs)
-
-
-def allocates_twice_and_reads(self, x, *args):
-    x.sum().item()
-    kept.append(x.repeat(32, 1))
-    return forward(self, x, *args)
-
-
-def moves_to_the_host(self, x, *args):
-    return forward(self, x.cpu(), *args)
-
-
-if job["rank"] == 3:
-    GroupedExperts.forward = moves_to_the_host
-else:
-    GroupedExperts.forward = allocates_twice_and_reads
-    Trainer._mean_balance_loss = with_host_tensor
-if job["rank"] == 4:
-    Trainer._agree_to_stop = lambda self: 0
-    torch.distributed.all_reduce = with_other_dtype
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:], plant))
 '''
 
 
@@ -132,7 +142,8 @@ sys.exit(main(sys.argv[1:]))
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
     script = tmp_path_factory.mktemp("faults") / "planted.py"
     script.write_text(PLANTED.replace("ROOT", repr(str(ROOT))))
-    options, flags = _parse_arguments([*COMMAND, "--ranks", "0", "3", "4", "--imbalance", "1.5", "--processes", "1"])
+    options, flags = _parse_arguments([*COMMAND, "--ranks", "0", "3", "4", "7", "--imbalance", "1.5", "--processes",
+                                       "1", "--num-steps", "1"])
     return rehearse_ranks_of(options, flags, command=[str(script)])
 
 
@@ -162,7 +173,8 @@ def test_a_tensor_of_another_dtype_is_found(faulty: Rehearsal) -> None:
 def test_a_layer_that_allocates_twice_is_found(faulty: Rehearsal) -> None:
     assert any(text.startswith("rank 0: the peak is +") and "something that the other has not" in text
                for text in faulty.findings())
-    largest = max((line for line in faulty.ranks[0].step.lines if line[2] == "passes"), key=lambda line: line[3])
+    largest = max((line for line in faulty.ranks[0].step.lines if line[2] in ("activations", "working")),
+                  key=lambda line: line[3])
     assert largest[0].startswith("model/stage/"), "the line that called what was planted"
     assert f"{largest[0]}  {largest[1]}" in as_text(faulty)
 
@@ -175,15 +187,31 @@ def test_a_number_read_in_a_layer_is_found(faulty: Rehearsal, sound: tuple[int, 
 
     before = [(wait["what"], wait["line"], wait["count"]) for wait in sound[1]["ranks"][0]["waits"]]
     assert reads(before) == 0
-    assert reads(faulty.ranks[0].waits) == NUM_MOE_LAYERS * NUM_MICROBATCHES
+    assert reads(work_of_step(faulty.ranks[0]).waits) == NUM_MOE_LAYERS * NUM_MICROBATCHES
+    assert ", 1 a micro-batch and MoE layer" in as_text(faulty)
 
 
 @pytest.mark.slow
-def test_an_error_of_the_gpus_branch_is_told_with_its_lines(faulty: Rehearsal) -> None:
-    failure = faulty.ranks[1].failure
-    assert failure is not None and "cpu" in failure and "model/experts.py:" in failure
+def test_an_error_of_the_gpus_branch_is_told_with_its_lines_and_what_was_seen_before_it(faulty: Rehearsal) -> None:
+    rank = faulty.ranks[1]
+    assert rank.failure is not None and "cpu" in rank.failure and "model/experts.py:" in rank.failure
     assert any(text.startswith("rank 3 ends in an error: ") for text in faulty.findings())
     assert os.environ.get("RANK") is None, "the rehearsal's variables are its processes' alone"
+    assert rank.failed_in == "first step" and (rank.pipeline_rank, rank.expert_rank) == (0, 1)
+    state = sum(rank.step.components[name] for name in ("parameters", "gradients"))
+    assert rank.step.peak > state > 0 and rank.built_bytes > 0, "as far as it came"
+    sums = totals(rank)
+    assert sums["launches"] > 10 and sums["host_waits"] > 0 and sums["messages"] > 0
+    text = as_text(faulty)
+    assert "  ended in an error in first step, see below; so far:\n  peak " in text
+
+
+@pytest.mark.slow
+def test_a_rank_whose_process_dies_costs_the_others_nothing(faulty: Rehearsal) -> None:
+    assert faulty.ranks[3].failure is not None and not faulty.ranks[3].peaks
+    assert "its process ended with status 1" in faulty.ranks[3].failure
+    assert "MemoryError: this rank's process dies" in faulty.ranks[3].failure
+    assert faulty.ranks[2].failure is None and faulty.ranks[2].step.peak > 0
 
 
 @pytest.mark.parametrize(("words", "text"), [

@@ -7,7 +7,7 @@ from megatron.core.parallel_state import RankGenerator
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.rehearsal.rank_kinds import ranks_of_all_kinds, require_ranks
+from dsv3_megatron.rehearsal.rank_kinds import position_of, ranks_of_all_kinds, require_ranks
 
 
 @pytest.mark.parametrize(("tp", "pp", "ep", "etp", "world"), [
@@ -22,6 +22,7 @@ def test_every_pipeline_position_has_its_first_and_last_expert_position(tp: int,
     found = [(pipelines[rank], experts[rank]) for rank in ranks_of_all_kinds(parallel, world)]
     wanted = range(ep) if pp * ep <= 16 else sorted({0, ep - 1})
     assert found == [(stage, place) for stage in range(pp) for place in wanted]
+    assert all(position_of(rank, parallel, world) == (pipelines[rank], experts[rank]) for rank in range(world))
 
 
 def test_ranks_asked_for_are_of_the_run() -> None:
