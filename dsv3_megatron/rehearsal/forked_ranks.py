@@ -21,7 +21,7 @@ from dsv3_megatron.rehearsal.rank_results import RankTask
 from dsv3_megatron.rehearsal.rehearsed_rank import environment, rehearse_to_file
 
 TASKS = "tasks.json"
-_IMPORTED = ("dsv3_megatron.runs.trainer", "dsv3_megatron.rehearsal.stand_ins", "torch._dynamo",
+_IMPORTED = ("dsv3_megatron.runs.trainer", "torch._dynamo",
              "torch.testing._internal.distributed.fake_pg")
 
 
@@ -57,17 +57,13 @@ def main(arguments: Sequence[str], prepare_rank: Callable[[RankTask], None] | No
 
 def _import() -> None:
     """Import what ranks need. CUDA must not be asked here even whether it is there: torch takes no fork after that."""
-    import torch
-
     from dsv3_megatron.platform.notices import drop_known_notices
+    from dsv3_megatron.rehearsal.stand_ins import while_importing
 
     drop_known_notices()
-    is_available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
-    try:
+    with while_importing():
         for name in _IMPORTED:
             importlib.import_module(name)
-    finally:
-        torch.cuda.is_available = is_available
     gc.collect()
     gc.freeze()  # what is imported is no garbage of a rank's, and need not be looked through there
 

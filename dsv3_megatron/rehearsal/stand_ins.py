@@ -109,6 +109,12 @@ def replacements(watch: Watch, groups: GroupCount, *, rank: int, world_size: int
     return (*cluster, *device)
 
 
+def while_importing() -> contextlib.AbstractContextManager[None]:
+    """A block in which modules are imported before ranks are forked."""
+    return replaced((Replacement(torch.cuda, "is_available", lambda original: lambda: True,
+                                 "asks the CUDA runtime, after which torch takes no fork"),))
+
+
 @contextlib.contextmanager
 def replaced(table: tuple[Replacement, ...]) -> Iterator[None]:
     """Replace everything in a table inside the block."""
