@@ -24,6 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dsv3_megatron.rehearsal.known_values import is_small, tensors_in
 
 _UNFIT_TAGS = {torch.Tag.data_dependent_output, torch.Tag.inplace_view}
+# Where a result begins does not follow from where the operand does.
+_BY_PLACE = {torch.ops.aten.as_strided.default, torch.ops.aten.view.dtype, torch.ops.aten.as_strided_scatter.default}
 _SLICE = torch.ops.aten.slice.Tensor
 _CONSTANTS = (torch.dtype, torch.layout, torch.memory_format, torch.device, str, type(None))
 
@@ -37,13 +39,13 @@ class TensorResult:
     """One tensor that an operation gives.
 
     Attributes:
-        operand: Number of the operand that it is, or whose memory it has; -1: it has its own.
-        is_same: It is that operand.
-        shape: Its shape.
-        strides: Strides of it, in elements.
-        offset: Where it begins in its memory, in elements.
-        dtype: Its dtype.
-        device: Device of it.
+        operand: Number of the operand that the tensor is, or whose memory it has; -1: it has its own.
+        is_same: Whether the tensor is that operand.
+        shape: Shape of the tensor.
+        strides: Strides of the tensor, in elements.
+        offset: Elements from the operand's beginning to the tensor's.
+        dtype: Dtype of the tensor.
+        device: Device of the tensor.
     """
 
     operand: int
@@ -60,7 +62,7 @@ class Result:
     """What an operation gives.
 
     Attributes:
-        parts: Its tensors.
+        parts: Tensors of the result.
         form: Makes of a list of them what is returned: a tensor, a tuple or a list.
         is_small: Whether values of all of them are kept, if they are known.
         is_on_device: Whether one of them is a GPU's.
@@ -135,7 +137,9 @@ class RememberedResults:
                 content = torch.empty_strided(part.shape, part.strides, dtype=part.dtype, device="meta")
             else:
                 content = torch.empty_strided((), (), dtype=part.dtype, device="meta")
-                content.set_(operands[part.operand].untyped_storage(), part.offset, part.shape, part.strides)
+                operand = operands[part.operand]
+                content.set_(operand.untyped_storage(), operand.storage_offset() + part.offset, part.shape,
+                             part.strides)
         made = torch.Tensor._make_subclass(FakeTensor, content, False, dispatch_device=True,
                                            device_for_backend_keys=part.device)
         torch._C._set_throw_on_mutable_data_ptr(made)
@@ -158,7 +162,7 @@ def slice_result(given: torch.Tensor, dim: int = 0, start: int | None = None, en
     shape, strides = list(given.shape), list(given.stride())
     dim %= len(shape)
     first, last, _ = slice(start, end).indices(shape[dim])
-    offset = int(given.storage_offset()) + first * strides[dim]
+    offset = first * strides[dim]
     shape[dim], strides[dim] = len(range(first, max(first, last), step)), strides[dim] * step
     part = TensorResult(0, False, tuple(shape), tuple(strides), offset, given.dtype, given.device)
     return Result((part,), _only, is_small(shape, given.dtype), given.device.type == "cuda")
@@ -170,7 +174,7 @@ def _number_places(func: Any) -> frozenset[int | str] | None:
 
     None: its result does not follow from its operands' shapes alone.
     """
-    if func.namespace not in ("aten", "prims") or _UNFIT_TAGS & set(func.tags):
+    if func.namespace not in ("aten", "prims") or func in _BY_PLACE or _UNFIT_TAGS & set(func.tags):
         return None
     numbers = [(index, argument.name) for index, argument in enumerate(func._schema.arguments)
                if str(argument.type) in ("number", "Optional[number]", "Tensor", "Optional[Tensor]")]
@@ -189,7 +193,7 @@ def _signature(value: Any, is_number: bool = False) -> Any:
     if kind is FakeTensor:
         if value.is_conj() or value.is_neg() or value.layout is not torch.strided:
             raise _Undescribed
-        return (FakeTensor, value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device)
+        return (FakeTensor, value.shape, value.stride(), value.dtype, value.fake_device)
     if kind is int or isinstance(value, _CONSTANTS):
         return value
     if kind is float or kind is bool:
@@ -197,7 +201,7 @@ def _signature(value: Any, is_number: bool = False) -> Any:
     if kind is tuple or kind is list:
         return (kind, *map(_signature, value))
     if kind in (torch.Tensor, torch.nn.Parameter):
-        return (torch.Tensor, value.shape, value.stride(), value.storage_offset(), value.dtype, value.device)
+        return (torch.Tensor, value.shape, value.stride(), value.dtype, value.device)
     raise _Undescribed
 
 
@@ -232,15 +236,18 @@ def _describe_tensor(operands: list[torch.Tensor], part: Any) -> TensorResult:
     for number, operand in enumerate(operands):
         if operand is part:
             return TensorResult(number, is_same=True)
-    place = (tuple(part.shape), part.stride(), int(part.storage_offset()), part.dtype, part.fake_device)
-    storage = part.untyped_storage()
-    for number, operand in enumerate(operands):
-        if operand.untyped_storage()._cdata == storage._cdata:
-            if type(operand) is not FakeTensor:
-                raise _Undescribed
-            return TensorResult(number, False, *place)
-    with torch._C._DisableTorchDispatch():
-        wanted = torch.empty_strided(place[0], place[1], dtype=part.dtype, device="meta").untyped_storage().nbytes()
-    if part.storage_offset() or storage.nbytes() != wanted:
+    storage, offset = part.untyped_storage(), int(part.storage_offset())
+    sharing = [number for number, operand in enumerate(operands)
+               if operand.untyped_storage()._cdata == storage._cdata]
+    if not sharing:
+        with torch._C._DisableTorchDispatch():
+            own = torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device="meta").untyped_storage()
+        is_plain = not offset and storage.nbytes() == own.nbytes()
+    else:
+        # Of two operands in one memory it could be a view of either.
+        is_plain = len(sharing) == 1 and type(operands[sharing[0]]) is FakeTensor
+        offset -= int(operands[sharing[0]].storage_offset())
+    if not is_plain:
         raise _Undescribed
-    return TensorResult(-1, False, *place)
+    return TensorResult(sharing[0] if sharing else -1, False, tuple(part.shape), part.stride(), offset, part.dtype,
+                        part.fake_device)

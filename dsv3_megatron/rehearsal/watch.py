@@ -160,7 +160,7 @@ class Watch(TorchDispatchMode):
         return out
 
     def _see_again(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, result: Result) -> Any:
-        """The same of an operation whose result is remembered: what its description says need not be looked for."""
+        """Note an operation with a remembered result: what is in its description need not be looked for."""
         if result.is_small:
             follow(func, args, kwargs, out)
         else:

@@ -53,7 +53,19 @@ def test_a_slice_is_computed_as_torch_does(start: int | None, end: int | None, s
     real = torch.arange(60).view(6, 10)[:, 1:]
     (part,) = slice_result(real, dim, start, end, step).parts
     wanted = torch.ops.aten.slice.Tensor(real, dim, start, end, step)
-    assert (part.shape, part.strides, part.offset) == (tuple(wanted.shape), wanted.stride(), wanted.storage_offset())
+    offset = wanted.storage_offset() - real.storage_offset()
+    assert (part.shape, part.strides, part.offset) == (tuple(wanted.shape), wanted.stride(), offset)
+
+
+@pytest.mark.parametrize("work", [
+    lambda x: x.view(torch.int32), lambda x: x.view(torch.int16), lambda x: x.as_strided((2, 2), (1, 2)),
+    lambda x: x.view(2, 2)[1:], lambda x: x.t(), lambda x: x + 1, lambda x: x.narrow(0, 1, 2)])
+def test_a_view_begins_where_it_does_whatever_its_operand_begins_at(work: Any) -> None:
+    whole = torch.rand(16)
+    with fake_mode(), Watch():
+        fake = torch.empty(16, device=GPU)
+        found = [place(work(fake[start:start + 4]))[:-1] for start in (4, 8, 0)]
+    assert found == [place(work(whole[start:start + 4]))[:-1] for start in (4, 8, 0)]
 
 
 def test_what_a_shape_follows_from_makes_another_result() -> None:
