@@ -35,23 +35,24 @@ def _pack_kernel(x_ptr, rows_ptr, values_ptr, scales_ptr, T, H, stride_x, stride
         tl.store(scales_ptr + row * stride_scales + tl.program_id(1), scales, mask=tokens < T)
 
 
-def pack_records(x_TH: torch.Tensor, rows_TK: torch.Tensor | None = None) -> torch.Tensor:
+def pack_records(x_TH: torch.Tensor, rows_TK: torch.Tensor | None = None, *, spare: int = 0) -> torch.Tensor:
     """Quantize each token once, in 1x128 tiles with power-of-two scales, and write its record wherever it belongs.
 
     Args:
         x_TH: Tokens, bf16 or fp32.
         rows_TK: int32, the rows of each token's choices, no row twice and none left out; None: one row, its own.
+        spare: Bytes behind each record that nothing is written to.
 
     Returns:
-        uint8 [T K, H + 4 ceil(H/128)].
+        uint8 [T K, H + 4 ceil(H/128) + spare].
 
     Raises:
         ValueError: A width at which scales would not start at multiples of 4 bytes.
     """
     tokens, width = x_TH.shape
-    _check_width("pack_records", width)
+    _check_width("pack_records", width, spare)
     choices = 1 if rows_TK is None else rows_TK.shape[1]
-    records = torch.empty((tokens * choices, width + 4 * triton.cdiv(width, 128)), dtype=torch.uint8,
+    records = torch.empty((tokens * choices, width + 4 * triton.cdiv(width, 128) + spare), dtype=torch.uint8,
                           device=x_TH.device)
     if tokens:
         values, scales = _parts(records, width)
@@ -74,15 +75,22 @@ def _unpack_kernel(values_ptr, scales_ptr, x_ptr, R, H, stride_values, stride_sc
     tl.store(x_ptr + rows[:, None] * stride_x + columns[None, :], x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def unpack_records(records: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+def unpack_records(records: torch.Tensor, width: int, dtype: torch.dtype, *, out: torch.Tensor | None = None
+                   ) -> torch.Tensor:
     """Undo `pack_records`: [R, width] in `dtype`, which holds E4M3 times a power of two exactly.
+
+    Args:
+        records: Records, with or without spare bytes behind them.
+        width: Values of a row.
+        dtype: Dtype of the result.
+        out: [R, width] in `dtype` to write to, and to return; its rows may lie apart.
 
     Raises:
         ValueError: A width that the records cannot have, as in `pack_records`.
     """
-    _check_width("unpack_records", width)
+    _check_width("unpack_records", width, records.shape[1])
     rows = records.shape[0]
-    x = torch.empty((rows, width), dtype=dtype, device=records.device)
+    x = torch.empty((rows, width), dtype=dtype, device=records.device) if out is None else out
     if rows:
         values, scales = _parts(records.contiguous(), width)
         grid = (triton.cdiv(rows, _ROWS), triton.cdiv(width, 128))
@@ -92,11 +100,11 @@ def unpack_records(records: torch.Tensor, width: int, dtype: torch.dtype) -> tor
 
 
 def _parts(records: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of records: E4M3 values [R, H] and fp32 scales [R, ceil(H/128)]."""
+    """Views of records: E4M3 values [R, H] and fp32 scales [R, ceil(H/128)], with what is spare behind these."""
     return records[:, :width].view(torch.float8_e4m3fn), records[:, width:].view(torch.float32)
 
 
-def _check_width(name: str, width: int) -> None:
-    if width % 4:
-        raise ValueError(f"{name}: width {width} must be a multiple of 4, so that scales can be read; take the "
-                         "reference")
+def _check_width(name: str, width: int, others: int) -> None:
+    if width % 4 or others % 4:
+        raise ValueError(f"{name}: width {width} and the bytes of a row {others} must be multiples of 4, so that "
+                         "scales can be read; take the reference")

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.config.precision import LinearPrecision, precision_map
@@ -22,7 +21,7 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.model.experts import GroupedExperts
 from dsv3_megatron.model.global_names import global_name
 from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear, ReplicatedLinear
-from dsv3_megatron.model.token_dispatcher import use_narrow_dispatch
+from dsv3_megatron.model.token_dispatcher import FrugalMoELayer
 from dsv3_megatron.ops.fp8.choice import local_backend, resolve_fp8_backend
 from dsv3_megatron.ops.fp8.engine import autocast, installed_recipe
 from dsv3_megatron.ops.fp8.reference_backend import ReferenceBackend
@@ -82,7 +81,7 @@ def apply_precision(stages: list[torch.nn.Module], run: RunConfig, groups: Proce
             if any(line.is_fp8 for line in lines):
                 setattr(placed.module, "fp8", (tuple(lines), backend))
         if run.fp8.dispatches_fp8:
-            _narrow_dispatch(stage, precisions, groups, backend)
+            _narrow_dispatch(stage, precisions, backend)
 
 
 def use_engine_fp8(config: MLATransformerConfig) -> None:
@@ -113,11 +112,11 @@ def run_in_engine_context(stage: torch.nn.Module, precisions: dict[str, LinearPr
     assert found, "every stage with a layer has linears"
 
 
-def _narrow_dispatch(stage: torch.nn.Module, precisions: dict[str, LinearPrecision], groups: ProcessGroupCollection,
-                     backend: ReferenceBackend) -> None:
+def _narrow_dispatch(stage: torch.nn.Module, precisions: dict[str, LinearPrecision], backend: ReferenceBackend
+                     ) -> None:
     """FP8 on the wire of every MoE layer whose experts take FP8."""
     for path, module in stage.named_modules():
-        if isinstance(module, MoELayer) and isinstance(module.experts, GroupedExperts):
+        if isinstance(module, FrugalMoELayer) and isinstance(module.experts, GroupedExperts):
             name = global_name(path + ".", stage) + "experts.linear_fc1"
             if precisions[name].fprop == "fp8":
-                use_narrow_dispatch(module, groups, backend)
+                module.token_dispatcher.backend = backend

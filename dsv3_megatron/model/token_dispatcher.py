@@ -3,7 +3,8 @@
 A dispatcher notes a micro-batch's gates on itself, and with them would hold the graph that they came from, inputs of
 recomputed layers and their gradients included, until the next micro-batch: `FrugalMoELayer` takes the notes away.
 
-In FP8 tokens are narrow on their way to the experts:
+Between ranks a gate travels behind its row (`parallel/gated_rows.py`): a layer sends rows four times, forward to their
+experts and back, backward likewise, and nothing else. In FP8 tokens are narrow on their way to the experts:
 
     forward    dispatch FP8, combine as it is
     backward   combine's gradients FP8 (they are dispatched), dispatch's as they are
@@ -18,17 +19,25 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from dsv3_megatron.ops.fp8.reference_backend import REFERENCE, ReferenceBackend
+from dsv3_megatron.ops.fp8.reference_backend import ReferenceBackend
 from dsv3_megatron.parallel.exchange import Splits
+from dsv3_megatron.parallel.gated_rows import GatedRow, join, part
 from dsv3_megatron.parallel.narrow_rows import Narrow, exchange_rows, permuted_records
 
 
 class FrugalMoELayer(MoELayer):
     """Megatron-Core's, of which nothing of a micro-batch is left when its forward pass is done."""
+
+    token_dispatcher: GatedDispatcher
+
+    def __init__(self, *args: Any, pg_collection: ProcessGroupCollection | None = None, **kwargs: Any) -> None:
+        assert pg_collection is not None, "process groups are passed, never global"
+        super().__init__(*args, pg_collection=pg_collection, **kwargs)
+        self.token_dispatcher = GatedDispatcher(self.num_local_experts, self.local_expert_indices, config=self.config,
+                                                pg_collection=pg_collection)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute what Megatron-Core's layer does, and let go of what its dispatcher would keep to no use."""
@@ -38,35 +47,54 @@ class FrugalMoELayer(MoELayer):
         return output
 
 
-class NarrowDispatcher(MoEAlltoAllTokenDispatcher):
-    """All-to-all dispatcher whose rows are quantized before they are sent.
+class GatedDispatcher(MoEAlltoAllTokenDispatcher):
+    """All-to-all dispatcher whose rows take their gates along, and may be quantized before they are sent.
 
     Attributes:
-        backend: Implementation that quantizes rows.
+        backend: Implementation that quantizes rows; None: they travel as they are.
     """
 
-    tokens_per_expert: torch.Tensor
-    backend: ReferenceBackend = REFERENCE
-    _records: torch.Tensor | None = None
+    tokens_per_expert: Any
+    backend: ReferenceBackend | None = None
+    _outward: Narrow | None = None
+    _row: GatedRow
 
     def dispatch_preprocess(self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
                             ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows [R, H] for the ranks of their experts, which stand for records noted here, and gates [R]."""
+        """Gated rows for the ranks of their experts, and the gates once more, which nobody needs any longer."""
         # Megatron-Core's own, on one channel: splits, the order of rows, gates.
         _, gates_R = super().dispatch_preprocess(hidden_states[..., :1].detach(), routing_map, probs)
         self.hidden_shape = hidden_states.shape
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         self.hidden_shape_before_permute = x_TH.shape
-        rows_RH, self._records = permuted_records(x_TH, self.reversed_local_input_permutation_mapping, self.backend)
-        return rows_RH, gates_R
+        self._row = GatedRow(x_TH.shape[1], x_TH.dtype, gates_R.dtype)
+        token_of_row_R = self.reversed_local_input_permutation_mapping
+        if self.backend is None:
+            return join(x_TH, token_of_row_R, gates_R), gates_R.detach()
+        gated, self._outward = permuted_records(x_TH, token_of_row_R, gates_R, self.backend)
+        return gated, gates_R.detach()
 
     def token_dispatch(self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor
                        ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows [R, H] and gates [R] to the ranks of their experts."""
-        assert self.shared_experts is None, "shared experts are computed beside the dispatcher"
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_ep_alltoall", self.tokens_per_expert)
-        rows = exchange_rows(permutated_local_input_tokens, self._splits(), self.outward())
-        return rows, all_to_all(self.ep_group, permuted_probs, self.output_splits, self.input_splits)
+        """Gated rows to the ranks of their experts; `permuted_probs` is given back."""
+        return exchange_rows(permutated_local_input_tokens, self.read_splits(), self.outward()), permuted_probs
+
+    def dispatch_postprocess(self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
+                             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows [R, H] in the order of the experts, the rows of each expert, and gates [R], of gated rows that came."""
+        if self.tp_size > 1:
+            # Gradients of the rows that expert-tensor ranks share are added up, and so are rows and gates apart.
+            rows, gates = part(global_input_tokens, self._row, [len(global_input_tokens)], [0])
+            return super().dispatch_postprocess(rows, gates)
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_2", self.tokens_per_expert)
+        sizes, order = [len(global_input_tokens)], [0]
+        if self.num_local_experts > 1:
+            sizes = self.num_global_tokens_per_local_expert.ravel().tolist()
+            order = self.sort_input_by_local_experts.tolist()
+        rows, gates = part(global_input_tokens, self._row, sizes, order)
+        tokens_per_expert = self._maybe_dtoh_and_synchronize("before_finish", self.tokens_per_expert)
+        self.tokens_per_expert = None
+        return rows, tokens_per_expert, gates
 
     def token_combine(self, hidden_states: torch.Tensor, async_finish: bool = True,
                       allocate_on_comm_stream: bool = True) -> torch.Tensor:
@@ -74,25 +102,22 @@ class NarrowDispatcher(MoEAlltoAllTokenDispatcher):
         splits = self._splits()
         return exchange_rows(hidden_states, None if splits is None else splits.reversed(), self.homeward())
 
-    def outward(self) -> Narrow:
-        """How the rows of the last `dispatch_preprocess` travel; once."""
-        records, self._records = self._records, None
-        assert records is not None, "dispatch_preprocess comes first"
-        return Narrow("forward", self.backend, records)
-
-    def homeward(self) -> Narrow:
-        """How the experts' outputs travel."""
-        return Narrow("backward", self.backend)
+    def read_splits(self) -> Splits | None:
+        """How many rows go where, known on the host from here on: it waits for the device. None with one rank."""
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_ep_alltoall", self.tokens_per_expert)
+        return self._splits()
 
     def _splits(self) -> Splits | None:
         if self.ep_group.size() == 1:
             return None
         return Splits.of(self.input_splits, self.output_splits, self.ep_group)
 
+    def outward(self) -> Narrow | None:
+        """How the rows of the last `dispatch_preprocess` travel; once. None: as they are."""
+        outward, self._outward = self._outward, None
+        assert (outward is None) == (self.backend is None), "dispatch_preprocess comes first"
+        return outward
 
-def use_narrow_dispatch(layer: MoELayer, groups: ProcessGroupCollection, backend: ReferenceBackend) -> None:
-    """Give a MoE layer the dispatcher that sends tokens in FP8."""
-    dispatcher = NarrowDispatcher(layer.num_local_experts, layer.local_expert_indices, config=layer.config,
-                                  pg_collection=groups)
-    dispatcher.backend = backend
-    layer.token_dispatcher = dispatcher
+    def homeward(self) -> Narrow | None:
+        """How the experts' outputs travel; None: as they are."""
+        return None if self.backend is None else Narrow("backward", self.backend)

@@ -8,6 +8,7 @@ In reading order:
     communicators.py  one group for a set of ranks, made by those alone
     groups.py         the process groups of a run
     exchange.py       rows between ranks while something else is computed
+    gated_rows.py     rows with their gates behind them
     narrow_rows.py    rows that travel in FP8
     chunk_runner.py   what a pipeline asks of a stage, whose steps take turns
 """

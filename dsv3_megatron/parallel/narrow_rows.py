@@ -5,7 +5,8 @@ back is in the run's precision: the sum over a token's experts, forward, and ove
 rank nothing travels, but rows are rounded all the same: the layout is not part of the experiment.
 
 A token goes to several experts, and is quantized once: `permuted_records` puts records, not rows, in the order of
-experts, and the rows themselves are never made.
+experts, and the rows themselves are never made. A gate travels in the record of its row, exactly; gated rows
+(`gated_rows.py`) are what comes out.
 
 Shapes: T tokens, R rows, H hidden.
 
@@ -19,8 +20,10 @@ from typing import Any
 
 import torch
 
+from dsv3_megatron.ops.fp8.packed_rows import record_bytes
 from dsv3_megatron.ops.fp8.reference_backend import REFERENCE, ReferenceBackend
 from dsv3_megatron.parallel.exchange import PostAllToAll, Posted, Splits, post_all_to_all
+from dsv3_megatron.parallel.gated_rows import GatedRow, gated_bytes, join, read_gates, write_gates
 
 
 @dataclass(frozen=True)
@@ -32,47 +35,53 @@ class Narrow:
         backend: Packs and unpacks.
         records: Records of the rows as `permuted_records` made them, with "forward"; None: the rows are packed when
             they are sent.
+        gated: Form of the gated rows that stand for the records; None: there are no gates in them.
     """
 
     direction: str
     backend: ReferenceBackend = REFERENCE
     records: torch.Tensor | None = None
+    gated: GatedRow | None = None
 
     def __post_init__(self) -> None:
         assert self.direction in ("forward", "backward"), self.direction
         assert self.records is None or self.direction == "forward"
 
 
-def permuted_records(x_TH: torch.Tensor, token_of_row_R: torch.Tensor, backend: ReferenceBackend
-                     ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A record for each row, and what stands for the rows in autograd.
+def permuted_records(x_TH: torch.Tensor, token_of_row_R: torch.Tensor, gates_R: torch.Tensor,
+                     backend: ReferenceBackend) -> tuple[torch.Tensor, Narrow]:
+    """A record for each row, with its gate; and what stands for gated rows in autograd.
 
     Args:
         x_TH: Tokens' hidden states, before they are put in the order of rows.
         token_of_row_R: int64, the token of each row, every token in equally many.
+        gates_R: Gate of each row.
         backend: Implementation that packs rows into records.
 
     Returns:
-        [R, H] in x's dtype without values (all NaN, no memory), to be exchanged together with the records: its
-        gradients are the rows'; and the records, uint8 [R, bytes].
+        Gated rows without values or memory, to be exchanged, whose gradients are those of rows and gates; and how they
+        are exchanged: by the records.
     """
-    records = backend.pack_rows(x_TH.detach(), token_of_row_R)
-    return _Rows.apply(x_TH, token_of_row_R), records
+    row = GatedRow(x_TH.shape[1], x_TH.dtype, gates_R.dtype)
+    size = record_bytes(row.width)
+    records = backend.pack_rows(x_TH.detach(), token_of_row_R,
+                                spare=gated_bytes(size, gates_R.dtype.itemsize) - size)
+    write_gates(records, size, gates_R.detach())
+    return join(x_TH, token_of_row_R, gates_R, has_values=False), Narrow("forward", backend, records, row)
 
 
 def post_narrow(rows_RH: torch.Tensor, splits: Splits, narrow: Narrow, post: PostAllToAll = post_all_to_all) -> Posted:
     """Start an all-to-all of rows in FP8; what is waited for is in their dtype again."""
-    records = narrow.backend.pack_rows(rows_RH) if narrow.records is None else narrow.records
-    return _Posted(post(records, splits), rows_RH.shape[1], rows_RH.dtype, narrow.backend)
+    return _Posted(post(_records(rows_RH, narrow), splits), rows_RH, narrow)
 
 
-def exchange_rows(rows_RH: torch.Tensor, splits: Splits | None, narrow: Narrow) -> torch.Tensor:
-    """A differentiable all-to-all of rows, in FP8 in one direction.
+def exchange_rows(rows_RH: torch.Tensor, splits: Splits | None, narrow: Narrow | None) -> torch.Tensor:
+    """A differentiable all-to-all of rows, in FP8 in one direction or none.
 
     Args:
-        rows_RH: Rows to send, in the order of the receiving ranks.
+        rows_RH: Rows to send, in the order of the receiving ranks; or gated rows.
         splits: How many rows go where; None with one rank.
-        narrow: Direction of the pass in which rows are narrow, and how they are packed.
+        narrow: Direction of the pass in which rows are narrow, and how they are packed; None: in neither.
 
     Returns:
         The rows that came.
@@ -83,39 +92,41 @@ def exchange_rows(rows_RH: torch.Tensor, splits: Splits | None, narrow: Narrow) 
 class _Posted:
     """A transfer of records under way."""
 
-    def __init__(self, posted: Posted, width: int, dtype: torch.dtype, backend: ReferenceBackend) -> None:
-        self.posted, self.width, self.dtype, self.backend = posted, width, dtype, backend
+    def __init__(self, posted: Posted, rows: torch.Tensor, narrow: Narrow) -> None:
+        # The records are the transfer's, which lets go of them.
+        self.posted, self.backend, self.gated = posted, narrow.backend, narrow.gated
+        self.width, self.dtype = rows.shape[1], rows.dtype
 
     def wait(self) -> torch.Tensor:
-        return self.backend.unpack_rows(self.posted.wait(), self.width, self.dtype)
+        return _rows(self.posted.wait(), self.width, self.dtype, self.backend, self.gated)
 
 
-class _Rows(torch.autograd.Function):
-    """x[token_of_row] for autograd, without its values."""
+def _records(rows: torch.Tensor, narrow: Narrow) -> torch.Tensor:
+    return narrow.backend.pack_rows(rows) if narrow.records is None else narrow.records
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, token_of_row: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(token_of_row)
-        ctx.num_tokens = x.shape[0]
-        return x.new_full((), float("nan")).expand(token_of_row.numel(), x.shape[1])
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (token_of_row,) = ctx.saved_tensors
-        return grads[0].new_zeros(ctx.num_tokens, grads[0].shape[1]).index_add_(0, token_of_row, grads[0]), None
+def _rows(records: torch.Tensor, width: int, dtype: torch.dtype, backend: ReferenceBackend, gated: GatedRow | None
+          ) -> torch.Tensor:
+    """The rows of records in `dtype`; or gated rows, if gates are in the records."""
+    if gated is None:
+        return backend.unpack_rows(records, width, dtype)
+    rows = gated.empty(records.shape[0], records.device)
+    backend.unpack_rows(records, gated.width, dtype, gated.rows(rows))
+    gated.set_gates(rows, read_gates(records, record_bytes(gated.width), gated.gate_dtype))
+    return rows
 
 
 class _ExchangeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, splits: Splits | None, narrow: Narrow) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, splits: Splits | None, narrow: Narrow | None) -> torch.Tensor:
         # The records are not needed backward.
-        ctx.splits, ctx.is_narrow, ctx.backend = splits, narrow.direction == "backward", narrow.backend
-        return _send(rows, splits, narrow if narrow.direction == "forward" else None)
+        ctx.splits = splits
+        ctx.narrow = Narrow("backward", narrow.backend) if narrow and narrow.direction == "backward" else None
+        return _send(rows, splits, narrow if narrow and narrow.direction == "forward" else None)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        back = None if ctx.splits is None else ctx.splits.reversed()
-        return _send(grads[0], back, Narrow("backward", ctx.backend) if ctx.is_narrow else None), None, None
+        return _send(grads[0], None if ctx.splits is None else ctx.splits.reversed(), ctx.narrow), None, None
 
 
 def _send(rows: torch.Tensor, splits: Splits | None, narrow: Narrow | None) -> torch.Tensor:
@@ -123,5 +134,4 @@ def _send(rows: torch.Tensor, splits: Splits | None, narrow: Narrow | None) -> t
         return (post_all_to_all(rows, splits) if narrow is None else post_narrow(rows, splits, narrow)).wait()
     if narrow is None:
         return rows.view_as(rows)
-    records = narrow.backend.pack_rows(rows) if narrow.records is None else narrow.records
-    return narrow.backend.unpack_rows(records, rows.shape[1], rows.dtype)
+    return _rows(_records(rows, narrow), rows.shape[1], rows.dtype, narrow.backend, narrow.gated)

@@ -37,9 +37,7 @@ from dsv3_megatron.model.language_model import DeepSeekV3Model, TokenLosses
 from dsv3_megatron.model.packed_documents import PackedDocuments
 from dsv3_megatron.model.stage.tape import Tape, Value
 from dsv3_megatron.model.stage.weight_gradients import delaying_modules
-from dsv3_megatron.model.token_dispatcher import NarrowDispatcher
-from dsv3_megatron.parallel.exchange import Splits
-from dsv3_megatron.parallel.narrow_rows import Narrow
+from dsv3_megatron.model.token_dispatcher import GatedDispatcher
 
 ValueSteps = Generator[None, None, Value]
 # Of a micro-batch's token losses: the sum to differentiate, which alone is a `Value` afterwards.
@@ -181,51 +179,37 @@ class _MoEPass:
         self.segmented = segmented
         self.layer = copy.copy(segmented.layer)
         self.moe = self.layer.mlp
-        self.dispatcher = copy.copy(self.moe.token_dispatcher)
+        self.dispatcher: GatedDispatcher = copy.copy(self.moe.token_dispatcher)
 
     def forward(self, tape: Tape, hidden_SBH: Value, documents: PackedDocuments | None) -> ValueSteps:
-        residual_SBH, normed_SBH, rows_RH, gates_R = tape.run(
+        residual_SBH, normed_SBH, gated = tape.run(
             lambda h_SBH: self.attend_and_route(h_SBH, documents), hidden_SBH,
             delaying=self.segmented.delaying_attention)
-        splits = self.splits()
-        outward, homeward = self.narrow()
-        rows_RH, gates_R = yield from tape.exchange(rows_RH, gates_R, splits=splits, narrow=outward)
+        splits = self.dispatcher.read_splits()
+        assert splits is not None, "its experts are on several ranks"
+        outward, homeward = self.dispatcher.outward(), self.dispatcher.homeward()
+        (gated,) = yield from tape.exchange(gated, splits=splits, narrow=outward)
         del outward  # and its records
-        rows_RH, *shared_SBH = tape.run(self.apply_experts, rows_RH, gates_R, normed_SBH,
+        rows_RH, *shared_SBH = tape.run(self.apply_experts, gated, normed_SBH,
                                         delaying=self.segmented.delaying_experts)
-        del gates_R, normed_SBH
+        del gated, normed_SBH
         (rows_RH,) = yield from tape.exchange(rows_RH, splits=splits.reversed(), narrow=homeward)
         (output_SBH,) = tape.run(self.add, rows_RH, residual_SBH, *shared_SBH)
         return output_SBH
 
     def attend_and_route(self, hidden_SBH: torch.Tensor, documents: PackedDocuments | None
                          ) -> tuple[torch.Tensor, ...]:
-        """Attention with its residual; that, its norm, and a row for each token and expert with its gate."""
+        """Attention with its residual; that, its norm, and a gated row for each token and expert."""
         hidden_SBH, _context = self.layer._forward_attention(
             hidden_states=hidden_SBH, attention_mask=None, packed_seq_params=documents)
         normed_SBH = self.layer._forward_pre_mlp_layernorm(hidden_SBH)
         probs_TE, routing_map_TE = self.moe.route(normed_SBH)
-        rows_RH, gates_R = self.dispatcher.dispatch_preprocess(normed_SBH, routing_map_TE, probs_TE)
-        return hidden_SBH, normed_SBH, rows_RH, gates_R
+        gated, _ = self.dispatcher.dispatch_preprocess(normed_SBH, routing_map_TE, probs_TE)
+        return hidden_SBH, normed_SBH, gated
 
-    def splits(self) -> Splits:
-        """How many rows go where, known on the host from here on."""
-        dispatcher = self.dispatcher
-        dispatcher.tokens_per_expert = dispatcher._maybe_dtoh_and_synchronize(
-            "before_ep_alltoall", dispatcher.tokens_per_expert)
-        return Splits.of(dispatcher.input_splits, dispatcher.output_splits, dispatcher.ep_group)
-
-    def narrow(self) -> tuple[Narrow | None, Narrow | None]:
-        """How rows travel to their experts and back, where that is in FP8."""
-        dispatcher = self.dispatcher
-        if not isinstance(dispatcher, NarrowDispatcher):
-            return None, None
-        return dispatcher.outward(), dispatcher.homeward()
-
-    def apply_experts(self, rows_RH: torch.Tensor, gates_R: torch.Tensor, normed_SBH: torch.Tensor
-                      ) -> tuple[torch.Tensor, ...]:
+    def apply_experts(self, gated: torch.Tensor, normed_SBH: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Routed experts on the rows that came, in the order in which they go back; shared experts, if any, on ours."""
-        rows_RH, counts_e, gates_R = self.dispatcher.dispatch_postprocess(rows_RH, gates_R)
+        rows_RH, counts_e, gates_R = self.dispatcher.dispatch_postprocess(gated, gated)
         outputs_RH, bias = self.moe.experts(rows_RH, counts_e, gates_R)
         assert bias is None
         outputs_RH = self.dispatcher.combine_preprocess(outputs_RH)

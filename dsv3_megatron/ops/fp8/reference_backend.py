@@ -52,13 +52,15 @@ class ReferenceBackend:
         active = swiglu(hidden_RF, gates_R)
         return self.quantize(active, power_of_2=power_of_2), self.quantize(hidden_RF, power_of_2=power_of_2)
 
-    def pack_rows(self, x_TH: torch.Tensor, token_of_row_R: torch.Tensor | None = None) -> torch.Tensor:
+    def pack_rows(self, x_TH: torch.Tensor, token_of_row_R: torch.Tensor | None = None, spare: int = 0
+                  ) -> torch.Tensor:
         """Quantize rows into records by `fp8_records.pack_rows`."""
-        return pack_rows(x_TH, token_of_row_R)
+        return pack_rows(x_TH, token_of_row_R, spare)
 
-    def unpack_rows(self, records: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    def unpack_rows(self, records: torch.Tensor, width: int, dtype: torch.dtype, out: torch.Tensor | None = None
+                    ) -> torch.Tensor:
         """Undo `pack_rows` by `fp8_records.unpack_rows`."""
-        return unpack_rows(records, width, dtype)
+        return unpack_rows(records, width, dtype, out)
 
     def gemm(self, a_MK: Quantized, b_NK: Quantized, *, dtype: torch.dtype, accumulation: str = "fp32",
              add_to: torch.Tensor | None = None) -> torch.Tensor:

@@ -78,26 +78,30 @@ class TritonBackend(ReferenceBackend):
             return active, self.quantize(hidden, power_of_2=power_of_2)
         return active, Quantized(kept[0], kept[1], TILE, "e4m3", tuple(hidden.shape))
 
-    def pack_rows(self, x_TH: torch.Tensor, token_of_row_R: torch.Tensor | None = None) -> torch.Tensor:
-        """Quantize rows into records of E4M3 and scales, uint8 [R, bytes]; by the reference where H is no multiple of
-        4.
+    def pack_rows(self, x_TH: torch.Tensor, token_of_row_R: torch.Tensor | None = None, spare: int = 0
+                  ) -> torch.Tensor:
+        """Quantize rows into records of E4M3 and scales, uint8 [R, bytes], with spare bytes behind each; by the
+        reference where these or H are no multiple of 4.
         """
         from dsv3_megatron.kernels import fp8_packed_rows as kernels
 
         tokens, width = x_TH.shape
-        if width % 4:
-            return pack_rows(x_TH, token_of_row_R)
+        if width % 4 or spare % 4:
+            return pack_rows(x_TH, token_of_row_R, spare)
         if token_of_row_R is None or not tokens:
-            return kernels.pack_records(x_TH.contiguous())
+            return kernels.pack_records(x_TH.contiguous(), spare=spare)
         # As many rows for each token: sorted by token they are a table.
         rows_TK = token_of_row_R.argsort(stable=True).view(tokens, -1)
-        return kernels.pack_records(x_TH.contiguous(), rows_TK.int())
+        return kernels.pack_records(x_TH.contiguous(), rows_TK.int(), spare=spare)
 
-    def unpack_rows(self, records: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    def unpack_rows(self, records: torch.Tensor, width: int, dtype: torch.dtype, out: torch.Tensor | None = None
+                    ) -> torch.Tensor:
         """Undo `pack_rows`: [R, width] in `dtype`; by the reference where the width is no multiple of 4."""
         from dsv3_megatron.kernels import fp8_packed_rows as kernels
 
-        return unpack_rows(records, width, dtype) if width % 4 else kernels.unpack_records(records, width, dtype)
+        if width % 4 or records.stride(0) % 4:
+            return unpack_rows(records, width, dtype, out)
+        return kernels.unpack_records(records, width, dtype, out=out)
 
     def gemm(self, a_MK: Quantized, b_NK: Quantized, *, dtype: torch.dtype, accumulation: str = "fp32",
              add_to: torch.Tensor | None = None) -> torch.Tensor:

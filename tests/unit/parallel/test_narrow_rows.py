@@ -9,6 +9,7 @@ from dsv3_megatron.ops.fp8.packed_rows import pack_rows, unpack_rows
 from dsv3_megatron.ops.fp8.quantize import quantize
 from dsv3_megatron.ops.fp8.reference_backend import REFERENCE
 from dsv3_megatron.parallel.exchange import Splits
+from dsv3_megatron.parallel.gated_rows import part
 from dsv3_megatron.parallel.narrow_rows import Narrow, exchange_rows, permuted_records, post_narrow
 
 
@@ -60,16 +61,21 @@ def test_one_direction_is_rounded():
 def test_records_in_the_order_of_experts_are_the_rows_in_that_order(dtype):
     """What is quantized before it is permuted is what is permuted before it is quantized; gradients add up the same."""
     token_of_row, grad = torch.tensor([3, 0, 1, 4, 2, 4, 1, 0, 2, 3]), torch.randn(10, 200).to(dtype)
+    grad_gates = torch.randn(10)
     results = []
     for is_early in (True, False):
-        x = rows(200, dtype).requires_grad_()
+        x, gates = rows(200, dtype).requires_grad_(), torch.rand(10).requires_grad_()
         if is_early:
-            made, records = permuted_records(x, token_of_row, REFERENCE)
+            made, narrow = permuted_records(x, token_of_row, gates, REFERENCE)
             assert made.isnan().all() and made.untyped_storage().nbytes() <= 4, "no memory, and no value to trust"
-            y = exchange_rows(made, None, Narrow("forward", records=records))
+            # 200 values, two scales and a gate, in a multiple of 16 bytes.
+            assert narrow.records.shape == (10, 224)
+            gated = exchange_rows(made, None, narrow)
+            y, y_gates = part(gated, narrow.gated, [10], [0])
         else:
-            y = exchange_rows(x.index_select(0, token_of_row), None, Narrow("forward"))
-        y.backward(grad)
+            y, y_gates = exchange_rows(x.index_select(0, token_of_row), None, Narrow("forward")), gates * 1
+        torch.autograd.backward([y, y_gates], [grad, grad_gates])
+        assert torch.equal(y_gates, gates) and torch.equal(gates.grad, grad_gates)
         results.append((y.detach(), x.grad))
     for early, late in zip(*results, strict=True):
         assert torch.equal(early, late)
