@@ -24,6 +24,11 @@ from dsv3_megatron.config.pipeline import (
     stages_problem,
 )
 
+# Of 132, which the DeepSeek-V3 report leaves to communication (section 3.2.2).
+COMMUNICATION_SMS = 20
+# NCCL has no more channels.
+_MOST_SMS = 64
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -46,6 +51,25 @@ class ParallelConfig:
     expert_model_parallel_size: int = option(1, help="ranks the experts of a layer are spread over")
     expert_tensor_parallel_size: int = option(1, help="ranks each expert is split over")
     context_parallel_size: int = option(1, help="ranks a sequence is split over; only 1 is supported")
+    num_communication_sms: int | None = option(
+        None, help="multiprocessors of a GPU that NCCL uses at most and that persistent kernels leave to it; 0: no "
+                   f"limit; none: {COMMUNICATION_SMS} with expert or pipeline parallelism, else 0")
+
+    @property
+    def communication_sms(self) -> int:
+        """Multiprocessors of a GPU that are for communication while something is computed; 0: none in particular.
+
+        Where messages go between ranks beside computation, which they do under expert and pipeline parallelism, kernels
+        that want every multiprocessor wait for those that NCCL holds.
+        """
+        if self.num_communication_sms is not None:
+            return self.num_communication_sms
+        return COMMUNICATION_SMS if self.has_messages_beside_computation else 0
+
+    @property
+    def has_messages_beside_computation(self) -> bool:
+        """Whether tokens or activations go between ranks."""
+        return self.expert_model_parallel_size > 1 or self.pipeline_model_parallel_size > 1
 
     @property
     def sequence_parallel(self) -> bool:
@@ -114,6 +138,9 @@ class ParallelConfig:
                      "expert_tensor_parallel_size", "context_parallel_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_communication_sms is not None and not 0 <= self.num_communication_sms <= _MOST_SMS:
+            raise ConfigError(f"num_communication_sms={self.num_communication_sms} must be 0 to {_MOST_SMS}, the most "
+                              "that NCCL uses; leave it out, or try 20")
         if self.context_parallel_size > 1:
             raise ConfigError(
                 f"context_parallel_size={self.context_parallel_size} is not supported: a sequence stays whole. "

@@ -6,6 +6,7 @@ In reading order:
     placement.py      stages -> pipeline ranks; no torch
     roll_call.py      processes meet before torch.distributed starts
     communicators.py  one group for a set of ranks, made by those alone
+    multiprocessors.py  which of a GPU's are for communication
     groups.py         the process groups of a run
     exchange.py       rows between ranks while something else is computed
     gated_rows.py     rows with their gates behind them

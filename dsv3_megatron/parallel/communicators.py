@@ -26,9 +26,10 @@ from megatron.core import parallel_state
 from dsv3_megatron.config.guards import UNWATCHED_TIMEOUT_S
 
 __all__ = ["Ledger", "collective_timeout", "communicator_options", "ledger", "megatron_groups_of_own_ranks",
-           "process_group", "set_collective_timeout"]
+           "process_group", "set_collective_timeout", "set_most_sms"]
 
 _timeout_s = UNWATCHED_TIMEOUT_S
+_most_sms = 0
 
 
 def set_collective_timeout(seconds: float) -> None:
@@ -37,13 +38,20 @@ def set_collective_timeout(seconds: float) -> None:
     _timeout_s = seconds
 
 
+def set_most_sms(count: int) -> None:
+    """Let each group that is made from now on use so many multiprocessors of a GPU at most; 0: as NCCL likes."""
+    global _most_sms
+    _most_sms = count
+
+
 def collective_timeout() -> datetime.timedelta:
     """How long a message of this run's groups waits for its peer, the same in all of them."""
     return datetime.timedelta(seconds=_timeout_s)
 
 
 def communicator_options(backend: str) -> Any:
-    """Options of a new group: with NCCL, that its communicator is made when it is first used; else None.
+    """Options of a new group: with NCCL, that its communicator is made when it is first used, and how many
+    multiprocessors it may hold (`set_most_sms`; a CTA is one); else None.
 
     torch 2.11 to 2.14 has no such option and makes communicators so by itself.
     """
@@ -52,6 +60,8 @@ def communicator_options(backend: str) -> Any:
     options = torch.distributed.ProcessGroupNCCL.Options()
     if hasattr(options, "lazy_init"):
         options.lazy_init = True
+    if _most_sms:
+        options.config.max_ctas = _most_sms
     return options
 
 

@@ -20,6 +20,7 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.model.build import build_stages
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.parallel.groups import create_groups, destroy_groups, start_process_group
+from dsv3_megatron.parallel.multiprocessors import divide_multiprocessors
 from dsv3_megatron.platform import Device, prepare, resolve_precision
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def build_model(run: RunConfig, *, delays_engine_weights: bool = False) -> Built
         delays_engine_weights: Whether a schedule may split the stages' backward passes; see `build_stages`.
     """
     device = prepare()
+    divide_multiprocessors(run.parallel, device)
     start_process_group(device)
     groups = create_groups(run.parallel, run.training.seed)
     try:

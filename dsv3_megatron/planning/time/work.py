@@ -174,18 +174,29 @@ def _work(operations: Iterable[WorkItem], setting: Setting, network: Network, mo
     return {part: Work(*values) for part, values in sums.items()}
 
 
+def sm_share_beside_communication(parallel: ParallelConfig, hardware: Hardware) -> float:
+    """Part of the multiprocessors that computes while ranks communicate.
+
+    What the run sets holds. Where it leaves the number open, the machine's figure does; on the GPUs that the default is
+    made for they are equal.
+    """
+    if hardware.is_cpu:
+        return 1.0
+    is_open = parallel.num_communication_sms is None and parallel.has_messages_beside_computation
+    count = hardware["communication_sms"] if is_open else parallel.communication_sms
+    return 1 - count / hardware["num_sms"]
+
+
 def _stage_work(alone: tuple[WorkItem, ...], shared: tuple[WorkItem, ...], setting: Setting, network: Network,
-                model: ModelConfig) -> StageWork:
-    hardware = setting.hardware
-    left = 1.0 if hardware.is_cpu else 1 - hardware["communication_sms"] / hardware["num_sms"]
-    return StageWork(_work(alone, setting, network, model, 1.0), _work(shared, setting, network, model, left))
+                model: ModelConfig, sm_share: float) -> StageWork:
+    return StageWork(_work(alone, setting, network, model, 1.0), _work(shared, setting, network, model, sm_share))
 
 
 @lru_cache(maxsize=4096)
-def _layer_work(model: ModelConfig, linears: Linears, alone: Shape, shared: Shape, setting: Setting, network: Network
-                ) -> StageWork:
+def _layer_work(model: ModelConfig, linears: Linears, alone: Shape, shared: Shape, setting: Setting, network: Network,
+                sm_share: float) -> StageWork:
     return _stage_work(layer_operations(model, linears, alone), layer_operations(model, linears, shared), setting,
-                       network, model)
+                       network, model, sm_share)
 
 
 @dataclass(frozen=True)
@@ -231,6 +242,7 @@ class WorkTable:
         if splits_backward is not None:
             self.shape = dataclasses.replace(self.shape, splits_backward=splits_backward)
         self.shared_shape = dataclasses.replace(self.shape, imbalance=imbalance.pair)
+        self.sm_share = sm_share_beside_communication(run.parallel, setting.hardware)
         self.network = Network(run.parallel, setting.hardware, setting.num_devices, setting.sends_once_per_node)
         # What a layer exchanges does not depend on the pipeline.
         split = ParallelConfig(tensor_model_parallel_size=self.shape.tp, expert_model_parallel_size=self.shape.ep,
@@ -245,13 +257,13 @@ class WorkTable:
         linears = self.linears[index]
         if id(linears) not in self._layers:
             self._layers[id(linears)] = _layer_work(self.run.model, linears, self.shape, self.shared_shape,
-                                                    self.setting, self._layer_network)
+                                                    self.setting, self._layer_network, self.sm_share)
         return self._layers[id(linears)]
 
     def end(self, stage: StageLayout) -> StageWork:
         """The work of what a stage has beside its transformer layers."""
         alone, shared = (end_operations(self.run, stage, shape) for shape in (self.shape, self.shared_shape))
-        return _stage_work(alone, shared, self.setting, self._layer_network, self.run.model)
+        return _stage_work(alone, shared, self.setting, self._layer_network, self.run.model, self.sm_share)
 
     def stage(self, stage: StageLayout) -> StageWork:
         """The work of a pipeline stage."""

@@ -75,6 +75,8 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"moe_router_group_mask": "inf"}, 1, "moe_router_group_mask='inf' must be one of exclude, zero"),
     # -- how it is split --
     ("tiny", {"tensor_model_parallel_size": 0}, 1, "tensor_model_parallel_size=0 must be at least 1"),
+    ("tiny", {"num_communication_sms": 65}, 1,
+     "num_communication_sms=65 must be 0 to 64, the most that NCCL uses; leave it out, or try 20"),
     ("tiny", {"context_parallel_size": 2}, 2,
      "context_parallel_size=2 is not supported: a sequence stays whole. Supported are tensor (with sequence), "
      "pipeline, expert, expert-tensor and data parallelism; leave context_parallel_size at 1"),

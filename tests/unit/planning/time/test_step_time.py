@@ -6,12 +6,13 @@ import dataclasses
 
 import pytest
 
-from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.parallel import COMMUNICATION_SMS, ParallelConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.run_cost import main_phase, only_phase, sensitivities
+from dsv3_megatron.planning.time.operations import WorkPart
 from dsv3_megatron.planning.time.step_time import _plan_and_costs, step_seconds, step_time
-from dsv3_megatron.planning.time.work import Setting, WorkTable
+from dsv3_megatron.planning.time.work import Setting, WorkTable, sm_share_beside_communication
 from tests.unit.planning.small_run import small_run
 
 
@@ -118,3 +119,14 @@ def test_hardware_of_other_kinds() -> None:
     run = small_run()
     times = {name: step_seconds(run, Setting(find_hardware(name), 64)) for name in ("a100", "h800", "h100", "b200")}
     assert times["a100"] > times["h800"] >= times["h100"] > times["b200"]
+
+
+def test_the_multiprocessors_for_communication_are_the_runs(v3, h800) -> None:
+    """What is set changes only work beside communication; what is left open is the machine's figure, 20 on Hopper."""
+    layers = {count: WorkTable(v3.override(num_communication_sms=count), h800).layer(10) for count in (None, 0, 20, 40)}
+    products = {count: layer.shared[WorkPart.FORWARD].products for count, layer in layers.items()}
+    assert products[0] < products[20] < products[40] and products[None] == products[20]
+    assert len({layer.alone[WorkPart.FORWARD].products for layer in layers.values()}) == 1
+    for name in ("h800", "h100", "h200"):
+        assert find_hardware(name)["communication_sms"] == COMMUNICATION_SMS
+    assert sm_share_beside_communication(ParallelConfig(), find_hardware("h800")) == 1
