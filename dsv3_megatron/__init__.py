@@ -10,7 +10,7 @@ In a notebook `dsv3_megatron.Model` is a whole model in this process: logits, lo
 The packages in the order in which they build on each other; each may use those before it, never those after it:
 
     config/       what a run is, as checked dataclasses         process/     signals, ranks, cores; no torch
-    platform/     the device, and stand-ins without CUDA        kernels/     Triton kernels for FP8
+    platform/     the device, and stand-ins without CUDA        kernels/     Triton kernels
     ops/          mathematics on tensors, each with a reference
     data/         text -> tokens on disk -> batches             parallel/    groups, layouts, exchanges of rows
     model/        modules of one pipeline stage                 schedule/    what a pipeline rank computes when

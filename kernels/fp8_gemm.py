@@ -36,19 +36,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dsv3_megatron.kernels.bf16_rounding import round_to
 from dsv3_megatron.kernels.fp8_tuning import GemmConfig, config_for
 from dsv3_megatron.kernels.launch import IS_INTERPRETED, free_processors
+from dsv3_megatron.kernels.tile_order import tile_of
 from dsv3_megatron.platform.sending import send_integers
 
 
-@triton.jit
-def _tile_of(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Row and column tile: GROUP_M rows of tiles are walked column by column."""
-    in_group = GROUP_M * tiles_n
-    first = (index // in_group) * GROUP_M
-    size = min(tiles_m - first, GROUP_M)
-    return first + (index % in_group) % size, (index % in_group) // size
-
-
-# What only bounds a loop or a comparison compiles no second kernel, whatever its value.
 @triton.jit(do_not_specialize=["M", "tiles_m"])
 def _gemm_kernel(a_desc, b_desc, c_ptr, a_scales_ptr, b_scales_ptr, table_ptr, M, N, K, tiles_m, stride_c,
                  stride_am, stride_ak, stride_be, stride_bn, stride_bk, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
@@ -58,7 +49,7 @@ def _gemm_kernel(a_desc, b_desc, c_ptr, a_scales_ptr, b_scales_ptr, table_ptr, M
     tiles_n = tl.cdiv(N, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0),
                           flatten=not SPECIALIZE):
-        tile_m, tile_n = _tile_of(index, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile_of(index, tiles_m, tiles_n, GROUP_M)
         if GROUPED:
             expert = tl.load(table_ptr + 3 * tile_m)
             first_row = tl.load(table_ptr + 3 * tile_m + 1)

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-from dsv3_megatron.model.linear import column_parallel_product
+from dsv3_megatron.model.linear import column_parallel_input
 from dsv3_megatron.model.observation import HeadAgreement
 from dsv3_megatron.model.packed_documents import PackedDocuments
 from dsv3_megatron.model.stage.weight_gradients import weight_grad_deferral
@@ -145,16 +144,11 @@ class DeepSeekV3Model(GPTModel):
 
     def token_losses(self, hidden_SBH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
         """-log softmax(head(h))[label] of each position, fp32 [B, S], in nats."""
-        labels_SB = labels_BS.transpose(0, 1).contiguous()
-        if self.pg_collection.tp.size() > 1:
-            logits_SBv = column_parallel_product(
-                hidden_SBH, self.output_layer.weight, sequence_parallel=self.config.sequence_parallel,
-                allreduce_dgrad=not self.config.sequence_parallel, tp_group=self.pg_collection.tp)
-            losses_SB = vocab_parallel_cross_entropy(logits_SBv.float(), labels_SB, tp_group=self.pg_collection.tp)
-        else:
-            losses_SB = linear_cross_entropy(hidden_SBH, self.output_layer.weight, labels_SB,
-                                             accumulate_into_main_grad=True,
-                                             defer_weight_grad=weight_grad_deferral())
+        labels_SB, tp_group = labels_BS.transpose(0, 1).contiguous(), self.pg_collection.tp
+        whole_SBH = column_parallel_input(hidden_SBH, sequence_parallel=self.config.sequence_parallel,
+                                          allreduce_dgrad=tp_group.size() > 1, tp_group=tp_group)
+        losses_SB = linear_cross_entropy(whole_SBH, self.output_layer.weight, labels_SB, vocabulary_group=tp_group,
+                                         accumulate_into_main_grad=True, defer_weight_grad=weight_grad_deferral())
         return losses_SB.transpose(0, 1).contiguous()
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -66,11 +66,17 @@ def column_parallel_product(input: torch.Tensor, weight: torch.Tensor, *, sequen
         tp_group: The ranks.
         fp8: The layer's line of the precision map.
     """
+    rows = column_parallel_input(input, sequence_parallel=sequence_parallel, allreduce_dgrad=allreduce_dgrad,
+                                 tp_group=tp_group)
+    return product(rows, weight, fp8)
+
+
+def column_parallel_input(input: torch.Tensor, *, sequence_parallel: bool, allreduce_dgrad: bool, tp_group: Any
+                          ) -> torch.Tensor:
+    """The input of a column-parallel layer as every rank reads it, whole; arguments as in `column_parallel_product`."""
     if sequence_parallel:
-        input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
-    elif allreduce_dgrad:
-        input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-    return product(input, weight, fp8)
+        return gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
+    return copy_to_tensor_model_parallel_region(input, group=tp_group) if allreduce_dgrad else input
 
 
 class LocalRowParallelLinear(RowParallelLinear):

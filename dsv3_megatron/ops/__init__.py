@@ -10,7 +10,9 @@ In reading order:
     rope.py             rotary embedding                       rotary_frequencies.py   its angles
     attention.py        causal core attention                  softmax.py        softmax in place
     router_scores.py    logits -> affinities                   experts.py        SwiGLU experts over sorted rows
-    cross_entropy.py    token losses                           recompute.py      tensors made again in backward
+    cross_entropy.py    the head and token losses              head_loss_choices.py   which way; no torch
+    chunked_head_loss.py   with torch alone                    fused_head_loss.py     with kernels
+    local_scores.py     a vocabulary split over ranks          recompute.py      tensors made again in backward
     host_memory.py      freed memory stays in the process
 
     fp8/                the same in FP8

@@ -1,47 +1,73 @@
-"""Cross-entropy per token, alone and fused with the output head in chunks of tokens.
+"""Cross-entropy per token, alone and together with the output head, whose logits of all tokens never exist.
 
-Fused, the fp32 logits of all tokens never exist: each chunk's logits are computed, turned into probabilities in place
-and, for backward, kept in the hidden state's dtype (as many bytes as the logits of an unfused head) or recomputed.
-Keeping saves one of four products over the vocabulary and the exponentials of backward; above `_KEPT_BYTES` "auto"
-recomputes.
+The head with its loss has two ways: "fused", of Triton kernels that keep logits in registers, and "chunked", the
+reference, of torch alone. Both can have the vocabulary split over tensor-parallel ranks, which then tell one another
+three numbers a token. The main head and the MTP modules' are calls of one function with one weight.
 
-Shapes: T tokens, H hidden, V vocabulary.
+Shapes: T tokens, H hidden, V vocabulary, v its rows on this rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dsv3_megatron.ops.backend import choose_product_backend, wide_dtype
+from dsv3_megatron.ops.backend import choose_product_backend, log_choice, unknown_backend, wide_dtype
+from dsv3_megatron.ops.chunked_head_loss import ChunkedGradients, chunked_scores
+from dsv3_megatron.ops.fused_head_loss import fused_gradients, fused_scores
+from dsv3_megatron.ops.head_loss_choices import BACKENDS, KEPT_BYTES, choose_head_loss, chunk_tokens_on
 from dsv3_megatron.ops.linear import (
     DeferredWeightGrad,
     WeightGradDeferral,
-    add_product_,
     add_to_grad,
     main_grad_of,
     mark_added_to_main_grad,
 )
+from dsv3_megatron.ops.local_scores import is_among, over_ranks
 from dsv3_megatron.ops.recompute import saving
-from dsv3_megatron.ops.softmax import softmax_and_logsumexp_
 
-# Tokens at a time, whether to keep probabilities, backend of the products, accumulation, deferral.
-_Plan = tuple[int, bool, str, bool, WeightGradDeferral | None]
+# A target that counts nothing, as torch has it.
+IGNORED = -100
 
-_CHUNK_TOKENS = 256
-_KEPT_BYTES = 1 << 30
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one call is computed.
+
+    Attributes:
+        is_fused: By the kernels, which use none of the next three, nor `defer`.
+        keep: Keep probabilities.
+        chunk_tokens: Tokens at a time.
+        dtype: Dtype of the products' operands.
+        accumulate: Add the weight gradient to the main gradient.
+        defer: Gets the weight gradient's computation.
+        group: Ranks that the vocabulary is split over, or None.
+    """
+
+    is_fused: bool
+    keep: bool
+    chunk_tokens: int
+    dtype: torch.dtype
+    accumulate: bool
+    defer: WeightGradDeferral | None
+    group: Any
+
+    def own(self, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Targets counted from this rank's first row."""
+        return targets if self.group is None else targets - self.group.rank() * weight.shape[0]
 
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
-    weight_VH: torch.Tensor,
+    weight_vH: torch.Tensor,
     targets: torch.Tensor,
     *,
+    backend: str = "auto",
+    vocabulary_group: Any = None,
     keep_probabilities: bool | None = None,
-    chunk_tokens: int = _CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     product_backend: str = "auto",
     accumulate_into_main_grad: bool = False,
     defer_weight_grad: WeightGradDeferral | None = None,
@@ -49,37 +75,77 @@ def linear_cross_entropy(
     """-log softmax(hidden W^T)[target] of each token, in nats.
 
     Args:
-        hidden: [..., H], bf16, fp32 or fp64.
-        weight_VH: The whole vocabulary's rows, same dtype.
-        targets: int64 [...], 0..V-1. Mask a token by its loss's weight: a zero gradient costs nothing else.
-        keep_probabilities: Keep T V numbers of hidden's dtype for backward; None keeps up to 1 GiB.
-        chunk_tokens: Tokens at a time; a chunk's fp32 logits should stay in the last-level cache.
-        product_backend: "auto", "native" or "via_fp32", as `backend.choose_product_backend` takes it.
-        accumulate_into_main_grad: Add the weight gradient to `weight_VH.main_grad`, as in `linear.linear`.
+        hidden: [..., H], bf16, fp32 or fp64; the same on all ranks of `vocabulary_group`.
+        weight_vH: This rank's rows of the vocabulary, without a group all of them, same dtype.
+        targets: int64 [...], 0..V-1, or -100: loss 0, no gradient. A token can also be masked by its loss's weight: a
+            zero gradient costs nothing else.
+        backend: "fused", "chunked" or "auto", which `head_loss_choices.choose_head_loss` resolves.
+        vocabulary_group: Ranks over which the vocabulary's rows are split in order, as many on each; all of them call.
+            The gradient of `hidden` is then this rank's part of a sum over them.
+        keep_probabilities: Of "chunked": keep T v numbers of hidden's dtype for backward; None keeps up to 1 GiB.
+        chunk_tokens: Of "chunked": tokens at a time; None takes the device's.
+        product_backend: Of "chunked": "auto", "native" or "via_fp32", as `backend.choose_product_backend` takes it.
+        accumulate_into_main_grad: Add the weight gradient to `weight_vH.main_grad`, as in `linear.linear`.
         defer_weight_grad: Gets the function that computes the weight gradient, as in `linear.linear`. What forward kept
             is held until then, and the gradients of the logits are computed a second time, from kept probabilities
-            without a product.
+            without a product. "fused" has it computed in backward all the same: to wait, it would have to make the
+            logits a third time, a product as large as the one that waits.
 
     Returns:
-        fp32 [...] (fp64 from fp64).
+        fp32 [...] (fp64 from fp64); NaN, on a GPU, for a target that is no token.
 
     Raises:
-        ValueError: Targets and hidden states of different shape, or `chunk_tokens` below 1.
+        ValueError: Targets and hidden states of different shape, a setting that does not exist, or, on a CPU, a target
+            that is no token.
     """
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(
             f"linear_cross_entropy: targets {tuple(targets.shape)} must have the shape of hidden {tuple(hidden.shape)} "
             "without its last dimension; bring both into one layout"
         )
+    rows, group = hidden.reshape(-1, hidden.shape[-1]), vocabulary_group
+    if group is not None and group.size() == 1:
+        group = None
+    if targets.device.type == "cpu":
+        _check_targets(targets, _vocabulary(weight_vH, group))
+    is_fused = _is_fused(backend, rows)
+    device = "cpu" if rows.device.type == "cpu" else "cuda"
+    if chunk_tokens is None:
+        chunk_tokens = chunk_tokens_on(device)
     if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1; the default is {_CHUNK_TOKENS}")
+        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1; the default is {chunk_tokens_on(device)}")
     if keep_probabilities is None:
-        keep_probabilities = targets.numel() * weight_VH.shape[0] * hidden.element_size() <= _KEPT_BYTES
-    backend = choose_product_backend(product_backend, hidden.device, hidden.dtype)
-    plan = (chunk_tokens, keep_probabilities, backend, accumulate_into_main_grad, defer_weight_grad)
+        keep_probabilities = targets.numel() * weight_vH.shape[0] * hidden.element_size() <= KEPT_BYTES
+    is_wide = choose_product_backend(product_backend, hidden.device, hidden.dtype) == "via_fp32"
+    dtype = wide_dtype(hidden.dtype) if is_wide else hidden.dtype
+    plan = _Plan(is_fused, keep_probabilities, chunk_tokens, dtype, accumulate_into_main_grad, defer_weight_grad, group)
     with saving():
-        losses = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight_VH, targets.reshape(-1), plan)
+        losses = _LinearCrossEntropy.apply(rows, weight_vH, targets.reshape(-1), plan)
     return losses.view(targets.shape)
+
+
+def _vocabulary(weight: torch.Tensor, group: Any) -> int:
+    return weight.shape[0] * (1 if group is None else group.size())
+
+
+def _check_targets(targets: torch.Tensor, vocabulary: int) -> None:
+    is_wrong = ~is_among(targets, vocabulary) & (targets != IGNORED)
+    if bool(is_wrong.any()):
+        raise ValueError(f"linear_cross_entropy: target {int(targets[is_wrong][0])} must be a token of the vocabulary, "
+                         f"0..{vocabulary - 1}, or {IGNORED}, which counts nothing; check the labels' tokenizer")
+
+
+def _is_fused(backend: str, rows: torch.Tensor) -> bool:
+    if backend not in BACKENDS:
+        raise unknown_backend("linear_cross_entropy", backend, BACKENDS)
+    if backend != "auto":
+        return backend == "fused"
+    device = rows.device.type
+    capability = torch.cuda.get_device_capability(rows.device)[0] if device == "cuda" else 0
+    chosen, reason = choose_head_loss(device, capability=capability, value_bytes=rows.element_size(),
+                                      hidden=rows.shape[1])
+    log_choice("linear_cross_entropy", chosen, reason)
+    return chosen == "fused"
 
 
 def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -100,116 +166,60 @@ def reference_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torc
     return -log_probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
-def _logits(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    if out.dtype == rows.dtype:
-        return torch.mm(rows, weight.t(), out=out)
-    return out.copy_(torch.mm(rows, weight.t()))
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, plan: _Plan
     ) -> torch.Tensor:
-        chunk_tokens, keep, backend, _accumulate, _defer = plan
-        wide = wide_dtype(hidden.dtype)
-        dtype = wide if backend == "via_fp32" else hidden.dtype
-        rows, wide_weight = hidden.to(dtype), weight.to(dtype)
-        num_tokens, vocab = hidden.shape[0], weight.shape[0]
-        losses = torch.empty(num_tokens, dtype=wide, device=hidden.device)
-        kept = torch.empty((num_tokens, vocab), dtype=hidden.dtype, device=hidden.device) if keep else None
-        # Kept probabilities of the wide dtype are computed where they stay, others in one buffer for all chunks.
-        in_place = kept is not None and kept.dtype == wide
-        scratch = kept if in_place else losses.new_empty((min(chunk_tokens, num_tokens), vocab))
-        assert scratch is not None
-        logsumexps = torch.empty_like(losses)
-        for start in range(0, num_tokens, chunk_tokens):
-            part = slice(start, min(start + chunk_tokens, num_tokens))
-            scores = _logits(rows[part], wide_weight, scratch[part] if in_place else scratch[: part.stop - start])
-            losses[part] = scores.gather(1, targets[part, None]).squeeze(1)
-            logsumexps[part] = softmax_and_logsumexp_(scores)
-            if kept is not None and not in_place:
-                kept[part] = scores
-        ctx.save_for_backward(hidden, weight, targets, logsumexps, kept)
-        ctx.plan, ctx.dtype, ctx.weight = plan, dtype, weight
-        return torch.sub(logsumexps, losses, out=losses)
+        own, kept = plan.own(targets, weight), None
+        if plan.is_fused:
+            scores = fused_scores(hidden, weight, own)
+        else:
+            scores, kept = chunked_scores(hidden, weight, own, chunk_tokens=plan.chunk_tokens, keep=plan.keep,
+                                          dtype=plan.dtype)
+        whole = over_ranks(scores, is_among(own, weight.shape[0]), plan.group)
+        log_sums = whole.sums.log()
+        # Of a rank's own sum, relative to which probabilities are kept, the part in that of all ranks.
+        shares = None
+        if kept is not None and plan.group is not None:
+            shares = torch.exp(scores.largest - whole.largest - log_sums)
+        losses = log_sums - whole.margins
+        if losses.device.type != "cpu":
+            losses.masked_fill_(~is_among(targets, _vocabulary(weight, plan.group)), float("nan"))
+        ctx.save_for_backward(hidden, weight, targets, whole.largest, log_sums, kept, shares)
+        ctx.plan, ctx.weight = plan, weight
+        return losses.masked_fill_(targets == IGNORED, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        hidden, weight, targets, logsumexps, kept = ctx.saved_tensors
-        chunk_tokens, _keep, _backend, accumulate, defer = ctx.plan
-        logits = _LogitGradients(hidden, weight, targets, logsumexps, kept, grads[0], chunk_tokens, ctx.dtype)
-        needs_weight = ctx.needs_input_grad[1]
-        if needs_weight and defer is None:
-            grad_hidden, grad_weight = _hidden_and_weight_grad(logits, ctx.weight, accumulate, needs_hidden=True)
-            if grad_weight is None:
-                mark_added_to_main_grad(ctx.weight)
-            return grad_hidden, grad_weight, None, None
-        grad_hidden, _ = _hidden_and_weight_grad(logits, None, accumulate, needs_hidden=True)
-        if needs_weight:
-            defer(DeferredWeightGrad(_add_deferred, logits, ctx.weight, accumulate))
-        return grad_hidden, None, None, None
+        hidden, weight, targets, largest, log_sums, kept, shares = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        own = plan.own(targets, weight)
+        grad_losses = grads[0].to(log_sums.dtype).masked_fill(targets == IGNORED, 0.0)
+        main_grad = main_grad_of(ctx.weight, plan.accumulate)
+        if plan.is_fused:
+            grad_hidden, grad_weight = fused_gradients(
+                hidden, weight, own, largest, log_sums, grad_losses, main_grad, needs_hidden=needs_hidden,
+                needs_weight=needs_weight)
+        else:
+            chunks = ChunkedGradients(hidden, weight, own, largest + log_sums, kept, shares, grad_losses,
+                                      plan.chunk_tokens, plan.dtype)
+            waits = needs_weight and plan.defer is not None
+            grad_hidden, grad_weight = chunks.of_hidden_and_weight(
+                main_grad, needs_hidden=needs_hidden, needs_weight=needs_weight and not waits)
+            if waits:
+                assert plan.defer is not None
+                plan.defer(DeferredWeightGrad(_add_deferred, chunks, ctx.weight, plan.accumulate))
+                return grad_hidden, None, None, None
+        if needs_weight and main_grad is not None:
+            mark_added_to_main_grad(ctx.weight)
+        return grad_hidden, grad_weight, None, None
 
 
-@dataclass(frozen=True)
-class _LogitGradients:
-    """Gradients of the logits, a chunk of tokens at a time, from what forward kept."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    targets: torch.Tensor
-    logsumexps: torch.Tensor
-    kept: torch.Tensor | None
-    grad_losses: torch.Tensor
-    chunk_tokens: int
-    dtype: torch.dtype
-
-    def chunks(self, rows: torch.Tensor, wide_weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(tokens, their gradients [tokens, V] in the products' dtype, in a buffer that the next chunk overwrites).
-
-        Args:
-            rows: Hidden states in the products' dtype.
-            wide_weight: Weight in the products' dtype, [V, H].
-        """
-        num_tokens, vocab = self.hidden.shape[0], self.weight.shape[0]
-        grad_losses = self.grad_losses.to(self.logsumexps.dtype).unsqueeze(1)
-        buffer = self.logsumexps.new_empty((min(self.chunk_tokens, num_tokens), vocab))
-        for start in range(0, num_tokens, self.chunk_tokens):
-            part = slice(start, min(start + self.chunk_tokens, num_tokens))
-            grad_logits = buffer[: part.stop - start]
-            if self.kept is not None and self.kept.dtype != grad_logits.dtype:
-                grad_logits.copy_(self.kept[part]).mul_(grad_losses[part])  # `mul` would make a wide copy
-            elif self.kept is not None:
-                torch.mul(self.kept[part], grad_losses[part], out=grad_logits)
-            else:
-                _logits(rows[part], wide_weight, grad_logits).sub_(self.logsumexps[part, None]).exp_()
-                grad_logits.mul_(grad_losses[part])
-            grad_logits.scatter_add_(1, self.targets[part, None], -grad_losses[part])
-            yield part, grad_logits.to(self.dtype)
-
-
-def _hidden_and_weight_grad(
-    logits: _LogitGradients, weight: torch.Tensor | None, accumulate: bool, *, needs_hidden: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the hidden states and of `weight`, if given: None where its `main_grad` took it."""
-    rows, wide_weight = logits.hidden.to(logits.dtype), logits.weight.to(logits.dtype)
-    grad_rows = torch.empty_like(rows) if needs_hidden else None
-    main_grad = None if weight is None else main_grad_of(weight, accumulate)
-    total = main_grad
-    if weight is not None and main_grad is None:
-        total = logits.logsumexps.new_zeros(weight.shape)
-    for part, narrow in logits.chunks(rows, wide_weight):
-        if grad_rows is not None:
-            torch.mm(narrow, wide_weight, out=grad_rows[part])
-        if total is not None:
-            add_product_(total, narrow.t(), rows[part])
-    grad_hidden = None if grad_rows is None else grad_rows.to(logits.hidden.dtype)
-    own = None if weight is None or main_grad is not None or total is None else total.to(weight.dtype)
-    return grad_hidden, own
-
-
-def _add_deferred(logits: _LogitGradients, weight: torch.Tensor, accumulate: bool) -> None:
-    add_to_grad(weight, _hidden_and_weight_grad(logits, weight, accumulate, needs_hidden=False)[1])
+def _add_deferred(chunks: ChunkedGradients, weight: torch.Tensor, accumulate: bool) -> None:
+    main_grad = main_grad_of(weight, accumulate)
+    add_to_grad(weight, chunks.of_hidden_and_weight(main_grad, needs_hidden=False, needs_weight=True)[1])
 
 
 class _TokenCrossEntropy(torch.autograd.Function):

@@ -5,14 +5,12 @@ Conventions as in `layer_passes.py`.
 
 from __future__ import annotations
 
+from dsv3_megatron.kernels.head_loss_tiles import HeadLossTiles, gradient_columns
+from dsv3_megatron.ops.head_loss_choices import KEPT_BYTES, chosen_head_loss, chunk_tokens_on
 from dsv3_megatron.planning.memory.layer_passes import add_gradients
 from dsv3_megatron.planning.memory.ledger import Tensor
 from dsv3_megatron.planning.memory.operation_passes import Operations, weight_grad_work
 from dsv3_megatron.planning.memory.settings import INDEX, WIDE, PassSettings
-
-# ops/cross_entropy.py: tokens at a time, and what is kept of probabilities at most.
-_CHUNK_TOKENS = 256
-_KEPT_BYTES = 1 << 30
 
 
 class Embedding:
@@ -59,24 +57,26 @@ class TokenLossesPass:
         ledger, s = ops.ledger, ops.s
         self.ops, self.x = ops, x
         numel = s.tokens * s.vocabulary
-        self.small = ledger.make("targets and losses", s.tokens * (INDEX + 3 * WIDE))
+        self.is_fused = chosen_head_loss(s.device, s.narrow, s.hidden) == "fused"
+        self.small = ledger.make("targets and losses", s.tokens * (INDEX + 4 * WIDE))
         if s.tp > 1:
             self.rows = ops.gather(x, s.hidden)
-            logits = ledger.make("logits", numel * s.narrow)
-            self.kept: Tensor | None = logits
-            if s.narrow < WIDE:
-                self.kept = ledger.make("softmax of the head", numel * WIDE)
-                ledger.drop(logits)
+        else:
+            ledger.keep(x)
+            self.rows = x
+        self.kept: Tensor | None = None
+        if self.is_fused:
+            # Maxima and sums of every tile.
+            ledger.pulse(2 * WIDE * s.tokens * -(-s.vocabulary // HeadLossTiles().block_v))
             return
-        ledger.keep(x)
-        self.rows = x
-        chunk = min(_CHUNK_TOKENS, s.tokens) * s.vocabulary * WIDE
-        keeps = numel * s.narrow <= _KEPT_BYTES
-        self.kept = ledger.make("probabilities of the head", numel * s.narrow) if keeps else None
+        self.chunk = min(chunk_tokens_on(s.device), s.tokens) * s.vocabulary
+        keeps = numel * s.narrow <= KEPT_BYTES
+        if keeps:
+            self.kept = ledger.make("probabilities of the head", numel * s.narrow)
         # Logits in fp32, and where products are narrow the chunk's before; wide copies of rows and weight.
-        work = 0 if keeps and s.narrow == WIDE else chunk
+        work = 0 if keeps and s.narrow == WIDE else self.chunk * WIDE
         if s.narrow < WIDE and not s.is_wide_product:
-            work += chunk // WIDE * s.narrow
+            work += self.chunk * s.narrow
         ledger.pulse(work + self._wide_copies())
 
     def _wide_copies(self) -> int:
@@ -86,21 +86,27 @@ class TokenLossesPass:
     def backward(self) -> Tensor:
         """Go back to the gradient of the hidden states."""
         ledger, s = self.ops.ledger, self.ops.s
-        numel = s.tokens * s.vocabulary
         ledger.need(self.rows)
-        if s.tp > 1:
-            return self._backward_split(numel)
         grad = ledger.make("gradient of the head's input", s.tokens * s.hidden * s.narrow)
+        if self.is_fused:
+            ledger.pulse(self._fused_work())
+            self._done()
+            return self.ops.scatter(grad, s.hidden)
         wide = s.tokens * s.hidden * WIDE if s.is_wide_product else 0
-        chunk = min(_CHUNK_TOKENS, s.tokens) * s.vocabulary * (WIDE if s.narrow == WIDE or s.is_wide_product
-                                                              else WIDE + s.narrow)
+        chunk = self.chunk * (WIDE if s.narrow == WIDE or s.is_wide_product else WIDE + s.narrow)
         in_place = 0 if s.is_wide_product else weight_grad_work(s, s.vocabulary * s.hidden)
         ledger.pulse(wide + self._wide_copies() + chunk + (0 if s.is_piped else in_place))
         if s.is_piped:
             ledger.waiting.append(lambda: self._weight_grad(chunk + in_place))
         else:
             self._done()
-        return grad
+        return self.ops.scatter(grad, s.hidden)
+
+    def _fused_work(self) -> int:
+        """Gradients of a chunk's columns, and the hidden gradient in fp32 where there are several chunks."""
+        s = self.ops.s
+        columns = min(gradient_columns(s.vocabulary, s.hidden, HeadLossTiles().block_v), s.vocabulary)
+        return s.tokens * (columns * s.narrow + (s.hidden * WIDE if columns < s.vocabulary else 0))
 
     def _weight_grad(self, work: int) -> None:
         self.ops.ledger.pulse(work + self._wide_copies())
@@ -110,26 +116,6 @@ class TokenLossesPass:
         if self.kept is not None:
             self.ops.ledger.drop(self.kept)
         self.ops.ledger.drop(self.rows, self.small)
-
-    def _backward_split(self, numel: int) -> Tensor:
-        """Softmax of the whole micro-batch becomes the logits' gradient in place."""
-        ledger, s, ops = self.ops.ledger, self.ops.s, self.ops
-        assert self.kept is not None
-        logits = self.kept
-        if s.narrow < WIDE:
-            logits = ledger.make("gradient of logits", numel * s.narrow)
-            ledger.drop(self.kept)
-        wide = (numel * WIDE + (s.tokens + s.vocabulary) * s.hidden * WIDE) if s.is_wide_product else 0
-        ledger.pulse(wide)
-        grad = ledger.make("gradient of the head's input", s.tokens * s.hidden * s.narrow)
-        work = weight_grad_work(s, s.vocabulary * s.hidden) if not s.is_wide_product else wide
-        self.kept = logits
-        if s.is_piped:
-            ledger.waiting.append(lambda: self._weight_grad(work))
-        else:
-            ledger.pulse(work)
-            self._done()
-        return ops.scatter(grad, s.hidden)
 
 
 class MTPInput:

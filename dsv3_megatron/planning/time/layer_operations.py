@@ -13,6 +13,7 @@ from functools import lru_cache
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.weights import Place, Split, Weight, layer_weights, weights_at
+from dsv3_megatron.kernels.head_loss_tiles import fused_bytes
 from dsv3_megatron.metrics.rank_state import has_final_norm
 from dsv3_megatron.ops.fp8.packed_rows import record_bytes
 from dsv3_megatron.parallel.gated_rows import gated_bytes
@@ -202,18 +203,31 @@ _scattered = _gathered  # the other way round, and as many bytes
 def _head(model: ModelConfig, name: str, shape: Shape) -> Iterator[WorkItem]:
     """Output head and cross-entropy, both in the run's own precision."""
     tokens, hidden, rows = shape.tokens, model.hidden_size, model.vocab_size // shape.tp
-    yield Product(WorkPart.FORWARD, name, shape.plain_kind, "fprop", 1, tokens, rows, hidden)
+    logits = Product(WorkPart.FORWARD, name, shape.plain_kind, "fprop", 1, tokens, rows, hidden)
+    yield logits
     yield Product(WorkPart.INPUT, name, shape.plain_kind, "dgrad", 1, tokens, hidden, rows)
-    yield Product(WorkPart.WEIGHT, name, shape.plain_kind, "wgrad", 1, rows, hidden, tokens)
-    # ops/cross_entropy.py: logits in fp32, their maximum, softmax in place, its maximum; kept in the run's precision,
-    # scaled in fp32 and brought back: 46 bytes. Megatron-Core's loss, under tensor parallelism, moves 52.
+    # Fused, the weight's gradient does not wait.
+    part = WorkPart.INPUT if shape.has_fused_head else WorkPart.WEIGHT
+    yield Product(part, name, shape.plain_kind, "wgrad", 1, rows, hidden, tokens)
+    if shape.has_fused_head:
+        yield _again(logits)
+        # The gradients of the logits are results and operands of these products.
+        moved = fused_bytes(tokens, hidden, rows, value_bytes=shape.value_bytes)
+        yield Movement(WorkPart.FORWARD, f"{name} loss", "loss", moved.partial_sums)
+        yield Movement(WorkPart.INPUT, f"{name} loss", "loss", moved.hidden_gradient)
+    else:
+        yield from _chunked_loss(name, tokens * rows, shape)
+    yield from _gathered(f"{name} input", tokens * hidden * shape.value_bytes, shape)
+
+
+def _chunked_loss(name: str, logits: float, shape: Shape) -> Iterator[WorkItem]:
+    # ops/chunked_head_loss.py: logits in fp32, their maximum, softmax in place, its maximum; kept in the run's
+    # precision, scaled in fp32 and brought back: 46 bytes.
     is_wide = shape.value_bytes == 4
-    logits = tokens * rows
     yield Movement(WorkPart.FORWARD, f"{name} loss", "loss", logits * (16 if is_wide else 34))
     yield Movement(WorkPart.INPUT, f"{name} loss", "loss", logits * (8 if is_wide else 12))
     if shape.splits_backward:  # the gradients of the logits are computed again
         yield Movement(WorkPart.WEIGHT, f"{name} loss", "loss", logits * (8 if is_wide else 12))
-    yield from _gathered(f"{name} input", tokens * hidden * shape.value_bytes, shape)
 
 
 def _embedding(model: ModelConfig, name: str, shape: Shape) -> Iterator[WorkItem]:

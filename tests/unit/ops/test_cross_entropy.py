@@ -94,6 +94,24 @@ def test_bad_input():
         linear_cross_entropy(hidden, weight, targets.T)
     with pytest.raises(ValueError, match="chunk_tokens=0 must be at least 1"):
         linear_cross_entropy(hidden, weight, targets, chunk_tokens=0)
+    for wrong in (40, -1):
+        targets[1, 1] = wrong
+        with pytest.raises(ValueError, match=rf"target {wrong} must be a token of the vocabulary, 0\.\.39, or -100"):
+            linear_cross_entropy(hidden, weight, targets)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_ignored_targets(keep):
+    hidden, weight, targets, grad = _case()
+    ignored = targets.clone()
+    ignored[1, 0] = ignored[4, 1] = -100
+    counts = ignored != -100
+    got = _with_gradients(lambda h, w: linear_cross_entropy(h, w, ignored, keep_probabilities=keep, chunk_tokens=3),
+                          [hidden, weight], grad)
+    expected = _expected(hidden, weight, targets, grad * counts)
+    torch.testing.assert_close(got[0], expected[0] * counts, rtol=1e-10, atol=1e-10)
+    for a, b in zip(got[1:], expected[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("keep", [True, False])

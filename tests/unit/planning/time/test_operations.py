@@ -12,8 +12,10 @@ from dsv3_megatron.metrics.flops import flops_per_token
 from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
 from dsv3_megatron.planning.time.layer_operations import stage_operations
-from dsv3_megatron.planning.time.operations import Product, WorkPart, model_flops
+from dsv3_megatron.planning.time.operations import Product, Shape, WorkPart, model_flops
 from tests.unit.planning.time.setting import operations_of
+
+HEADS = ("head", "mtp 1 head")
 
 
 @pytest.mark.parametrize("name", ["tiny", "laptop", "dsv3-16b", "dsv3-671b"])
@@ -39,7 +41,7 @@ def test_heads_are_where_the_losses_are(depth: int) -> None:
     expected = flops_per_token(run.model, run.training.seq_length).training * shape.tokens
     assert model_flops(operations) == pytest.approx(expected, rel=1e-12)
     heads = [[operation for group in stage_operations(run, stage, shape) for operation in group
-              if isinstance(operation, Product) and operation.name.endswith("head")]
+              if isinstance(operation, Product) and operation.name.endswith("head") and not operation.is_again]
              for stage in stage_layouts(run.model, run.parallel)]
     assert [len(own) for own in heads] == [0, 0, 0, 3 * (1 + depth)]
 
@@ -47,10 +49,31 @@ def test_heads_are_where_the_losses_are(depth: int) -> None:
 def test_recomputation_is_in_the_backward_and_beside_the_models_flops() -> None:
     run = preset("laptop").override(recompute_granularity="full")
     _, operations = operations_of(run)
-    again = [operation for operation in operations if operation.is_again]
+    again = [operation for operation in operations if operation.is_again and operation.name not in HEADS]
     assert again and all(operation.part is WorkPart.INPUT for operation in again)
     plain = operations_of(preset("laptop"))[1]
     assert len(operations) == len(plain) + len(again)
+
+
+def test_a_fused_head_makes_its_logits_twice_and_its_weight_gradient_at_once() -> None:
+    """As ops/fused_head_loss.py does on a GPU: of bytes, nothing beside the products but sums of tiles and tokens."""
+    run = dataclasses.replace(preset("dsv3-671b"), parallel=ParallelConfig(
+        pipeline_model_parallel_size=16, pipeline_schedule="zb1p"))
+    shape, operations = operations_of(run)
+    for name in HEADS:
+        own = [operation for operation in operations if operation.name == name]
+        assert [(o.part, o.purpose, o.is_again) for o in own] == [
+            (WorkPart.FORWARD, "fprop", False), (WorkPart.INPUT, "dgrad", False), (WorkPart.INPUT, "wgrad", False),
+            (WorkPart.INPUT, "fprop", True)]
+        losses = [operation for operation in operations if operation.name == f"{name} loss"]
+        moved = sum(operation.num_bytes for operation in losses) / (shape.tokens * run.model.vocab_size)
+        assert moved == pytest.approx(16 / 256 + (15 * 4 + 6) * 7168 / 129280, rel=1e-3)
+    on_cpu = Shape.of(run, is_cpu=True)
+    (stage,) = [stage for stage in stage_layouts(run.model, run.parallel) if stage.has_loss]
+    chunked = [operation for group in stage_operations(run, stage, on_cpu) for operation in group
+               if operation.name == "head loss"]
+    assert [operation.num_bytes / (shape.tokens * run.model.vocab_size) for operation in chunked] in (
+        [16, 8, 8], [34, 12, 12])  # in fp32 or bf16
 
 
 def test_tensor_parallelism_divides_the_products_of_attention_and_shared_experts() -> None:
