@@ -40,6 +40,7 @@ from dsv3_megatron.kernels.tile_order import tile_of
 from dsv3_megatron.platform.sending import send_integers
 
 
+# What only bounds a loop or a comparison compiles no second kernel, whatever its value.
 @triton.jit(do_not_specialize=["M", "tiles_m"])
 def _gemm_kernel(a_desc, b_desc, c_ptr, a_scales_ptr, b_scales_ptr, table_ptr, M, N, K, tiles_m, stride_c,
                  stride_am, stride_ak, stride_be, stride_bn, stride_bk, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,

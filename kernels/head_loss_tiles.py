@@ -1,6 +1,6 @@
 """Tile sizes of the fused head and loss, and the bytes that they make it move. No torch: the planner reads it too.
 
-Letters: T tokens, H hidden, V rows of the head's weight on this rank, C columns of logits at a time in backward.
+Shapes: T tokens, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class HeadLossBytes:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """All bytes that are moved."""
         return self.of_logits + self.weight + self.hidden + self.main_gradient
 
 
@@ -88,8 +88,8 @@ def fused_bytes(tokens: int, hidden: int, vocabulary: int, *, tiles: HeadLossTil
     """Count what the fused head and loss move.
 
     Args:
-        tokens: T of a micro-batch.
-        hidden: H.
+        tokens: Tokens of a micro-batch.
+        hidden: Width of the hidden states.
         vocabulary: Rows of the weight on this rank.
         tiles: Tile sizes; None takes the kernels'.
         value_bytes: Bytes of a hidden state or a weight.

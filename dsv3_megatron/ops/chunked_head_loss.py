@@ -4,7 +4,7 @@ The fp32 logits of all tokens never exist: each chunk's logits are computed, tur
 backward, kept in the hidden state's dtype (as many bytes as the logits of an unfused head) or recomputed. Keeping saves
 one of four products over the vocabulary and the exponentials of backward.
 
-Shapes: T tokens, H hidden, V rows of this rank's weight.
+Shapes: T tokens, H hidden, V vocabulary, v its part on this tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def chunked_scores(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
 
     Args:
         hidden: [T, H], bf16, fp32 or fp64.
-        weight: [V, H], same dtype.
+        weight: [v, H], same dtype.
         targets: int64 [T], a row of `weight`, or anything else where the target is not among them.
         chunk_tokens: Tokens at a time.
-        keep: Keep softmax over these columns, [T, V] in hidden's dtype.
+        keep: Keep softmax over these columns, [T, v] in hidden's dtype.
         dtype: Dtype of the products' operands.
     """
     wide = wide_dtype(hidden.dtype)
@@ -66,11 +66,11 @@ class ChunkedGradients:
     """Gradients of the logits, a chunk of tokens at a time, from what forward kept.
 
     Attributes:
-        hidden: [T, H].
-        weight: [V, H].
-        targets: As in `chunked_scores`.
+        hidden: Hidden states [T, H].
+        weight: This rank's rows of the head, [v, H].
+        targets: Each token's target, counted from this rank's first row; int64 [T].
         logsumexps: [T], over the columns of all ranks.
-        kept: Probabilities [T, V] that sum to 1 over this rank's columns, or None.
+        kept: Probabilities [T, v] that sum to 1 over this rank's columns, or None.
         shares: [T], part of the probability that this rank's columns have; None where they have all of it.
         grad_losses: [T], gradients of the losses.
         chunk_tokens: Tokens at a time.

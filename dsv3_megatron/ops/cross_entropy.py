@@ -4,7 +4,7 @@ The head with its loss has two ways: "fused", of Triton kernels that keep logits
 reference, of torch alone. Both can have the vocabulary split over tensor-parallel ranks, which then tell one another
 three numbers a token. The main head and the MTP modules' are calls of one function with one weight.
 
-Shapes: T tokens, H hidden, V vocabulary, v its rows on this rank.
+Shapes: T tokens, H hidden, V vocabulary, v its part on this tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Plan:
     """How one call is computed.
 
     Attributes:
-        is_fused: By the kernels, which use none of the next three, nor `defer`.
+        is_fused: Whether the kernels compute it, which use none of the next three, nor `defer`.
         keep: Keep probabilities.
         chunk_tokens: Tokens at a time.
         dtype: Dtype of the products' operands.
@@ -82,9 +82,10 @@ def linear_cross_entropy(
         backend: "fused", "chunked" or "auto", which `head_loss_choices.choose_head_loss` resolves.
         vocabulary_group: Ranks over which the vocabulary's rows are split in order, as many on each; all of them call.
             The gradient of `hidden` is then this rank's part of a sum over them.
-        keep_probabilities: Of "chunked": keep T v numbers of hidden's dtype for backward; None keeps up to 1 GiB.
-        chunk_tokens: Of "chunked": tokens at a time; None takes the device's.
-        product_backend: Of "chunked": "auto", "native" or "via_fp32", as `backend.choose_product_backend` takes it.
+        keep_probabilities: Keep T v numbers of hidden's dtype for backward; None keeps up to 1 GiB. "fused" never does.
+        chunk_tokens: Tokens at a time of "chunked"; None takes the device's.
+        product_backend: How "chunked" multiplies: "auto", "native" or "via_fp32", as `backend.choose_product_backend`
+            takes it.
         accumulate_into_main_grad: Add the weight gradient to `weight_vH.main_grad`, as in `linear.linear`.
         defer_weight_grad: Gets the function that computes the weight gradient, as in `linear.linear`. What forward kept
             is held until then, and the gradients of the logits are computed a second time, from kept probabilities

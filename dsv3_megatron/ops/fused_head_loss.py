@@ -5,7 +5,7 @@ time (`head_loss_tiles.gradient_columns`) and multiplies them with the weight's 
 row of the weight's gradient is read and written once, and what lives beside are these columns in the model's dtype and
 the hidden gradient in fp32. Kernels are tested under Triton's interpreter. On a GPU: not run.
 
-Shapes: T tokens, H hidden, V rows of this rank's weight.
+Shapes: T tokens, H hidden, V vocabulary, v its part on this tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def fused_scores(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tens
 
     Args:
         hidden: [T, H], bf16, fp16 or fp32.
-        weight: [V, H], same dtype.
+        weight: [v, H], same dtype.
         targets: int64 [T], a row of `weight`, or anything else where the target is not among them.
     """
     from dsv3_megatron.kernels.head_loss import head_scores
@@ -37,13 +37,13 @@ def fused_gradients(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.T
     """Gradients of the hidden states and of the weight; None where not needed, or where `main_grad` took it.
 
     Args:
-        hidden: As in `fused_scores`, like the next two.
-        weight: [V, H].
-        targets: int64 [T].
+        hidden: Hidden states [T, H].
+        weight: This rank's rows of the head, [v, H].
+        targets: Each token's target, counted from this rank's first row; int64 [T].
         largest: fp32 [T], over the columns of all ranks.
         log_sums: fp32 [T], log of the sum of exp(logit - largest) over the columns of all ranks.
         grad_losses: fp32 [T].
-        main_grad: [V, H] to add the weight's gradient to, or None.
+        main_grad: [v, H] to add the weight's gradient to, or None.
         needs_hidden: Whether the hidden gradient is wanted.
         needs_weight: Whether the weight's gradient is wanted.
     """
