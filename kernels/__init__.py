@@ -10,7 +10,7 @@ In reading order:
     fp8_packed_rows.py  rows -> bytes for a transfer, and back
     fp8_gemm.py         products, single and grouped
     fp8_tuning.py       their tile sizes, as measured on this machine
-    adamw.py            the optimizer's update, all weights in one launch
+    weight_update.py    the optimizer's update, all weights in one launch
     head_loss_tiles.py  tile sizes of the head and its loss, and the bytes they move; no torch
     head_loss.py        the output head and its loss, logits in registers
     tile_order.py       the order of a product's tiles

@@ -1,7 +1,7 @@
 """The update of many weights in one launch: where their pieces lie in a GPU's memory, and the keys of their rounding.
 
 A piece is what a parameter's block (`rounding.BLOCK` elements that share a key) has in one weight. Their table is sent
-to the GPU when an address has changed, the keys at each step. The kernel is `kernels/adamw.py`.
+to the GPU when an address has changed, the keys at each step. The kernel is `kernels/weight_update.py`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class FusedUpdate:
         Raises:
             ValueError: A gradient that is not fp32.
         """
-        from dsv3_megatron.kernels.adamw import Settings, update_pieces
+        from dsv3_megatron.kernels.weight_update import Settings, update_pieces
 
         table, device = self._table(index, operands), operands[0].weight.device
         keys = None

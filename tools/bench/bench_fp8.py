@@ -287,8 +287,11 @@ def main(arguments: list[str] | None = None) -> int:
         tune(chosen)
         return 0
     check_quantization("cuda", 4096, 7168)
-    rows = bench_quantization(max(options.tokens)) + bench_products(chosen)
-    print(f"written: {append_rows('fp8.csv', rows, torch.cuda.get_device_name())}")
+    # What is measured is on disk at once: a session with little time may end this at any moment.
+    for measure in (partial(bench_quantization, max(options.tokens)),
+                    *(partial(bench_products, [product]) for product in chosen)):
+        path = append_rows("fp8.csv", measure(), torch.cuda.get_device_name())
+    print(f"written: {path}")
     return 0
 
 

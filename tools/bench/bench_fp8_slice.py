@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -140,6 +141,8 @@ def measure_here(options: argparse.Namespace, contender: str, num_experts: int) 
         loss = trainer.train_step()[0].lm_loss or 0.0
         if device.is_cuda:
             torch.cuda.synchronize()
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"the loss of step {index + 1} is {loss}")
         if index >= options.warm_up:
             seconds.append(time.perf_counter() - started)
     return Result(seconds, _peak_bytes(device.is_cuda), loss, device.name, backend)
@@ -166,6 +169,29 @@ def measure_alone(arguments: list[str], contender: str, num_experts: int) -> Res
     return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
+def config_text(options: argparse.Namespace, run: RunConfig) -> str:
+    """The slice's sizes, as the results have them."""
+    model, training = run.model, run.training
+    return (f"V3 slice{' smoke' if options.smoke else ''} hidden={model.hidden_size} layers={model.num_layers} "
+            f"experts={model.num_experts} seq={training.seq_length} micro={training.micro_batch_size} "
+            f"micro-batches={options.num_microbatches}")
+
+
+def compare_memory(options: argparse.Namespace, name: str, num_experts: int, result: Result) -> list[tuple[str, float]]:
+    """Print a contender's peak beside what was planned and rehearsed for it; return the ratios."""
+    from tools.bench.slice_memory import planned_bytes, rehearsed_bytes
+
+    run = slice_run(options, name, num_experts)
+    ratios = [("peak_memory against planner", result.peak_bytes / planned_bytes(run))]
+    rehearsed = rehearsed_bytes(name, config_text(options, run))
+    if rehearsed is not None:
+        ratios.append(("peak_memory against rehearsal", result.peak_bytes / rehearsed))
+    print(f"         {result.peak_bytes / 1e9:.2f} GB: " + ", ".join(
+        f"{ratio:.3f} of the {what.rpartition(' ')[2]}'s" for what, ratio in ratios)
+        + ("" if rehearsed is not None else "; not rehearsed (tools/bench/slice_memory.py)"))
+    return ratios
+
+
 def report(options: argparse.Namespace, results: dict[str, Result], num_experts: int) -> list[Measurement]:
     """Print a table, and whether the target is met; return its numbers."""
     from dsv3_megatron.metrics.flops import RunSpeed, flops_per_token
@@ -173,9 +199,7 @@ def report(options: argparse.Namespace, results: dict[str, Result], num_experts:
     run = slice_run(options, "bf16", num_experts)
     model, training = run.model, run.training
     speed = RunSpeed(training.seq_length, flops_per_token(model, training.seq_length))
-    config = (f"V3 slice{' smoke' if options.smoke else ''} hidden={model.hidden_size} layers={model.num_layers} "
-              f"experts={model.num_experts} seq={training.seq_length} micro={training.micro_batch_size} "
-              f"micro-batches={options.num_microbatches}")
+    config = config_text(options, run)
     rows = []
     for name, result in results.items():
         rates = speed.rates(training.global_batch_size, result.median)
@@ -188,6 +212,8 @@ def report(options: argparse.Namespace, results: dict[str, Result], num_experts:
         numbers = [("step_time_median", result.median, "s"), ("step_time_min", min(result.seconds), "s"),
                    ("step_time_max", max(result.seconds), "s"), ("throughput", rates.tokens_per_second, "token/s"),
                    ("model_flops", rates.tflops_per_device, "TFLOP/s"), ("peak_memory", result.peak_bytes / 1e9, "GB")]
+        if options.device == "cuda":
+            numbers += [(what, value, "1") for what, value in compare_memory(options, name, num_experts, result)]
         if ratio:
             numbers.append(("speed against bf16", ratio, "1"))
             if not options.smoke:
@@ -196,28 +222,29 @@ def report(options: argparse.Namespace, results: dict[str, Result], num_experts:
     return rows
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu goes with --smoke alone")
-    parser.add_argument("--smoke", action="store_true", help="narrow widths: shows that it runs")
-    parser.add_argument("--layers", type=int, default=3, help="of which one is dense")
-    parser.add_argument("--experts", type=int, help="a layer; without it as many as fit")
-    parser.add_argument("--vocab-size", type=int, default=16384)
-    parser.add_argument("--seq-length", type=int, default=4096)
-    parser.add_argument("--micro-batch-size", type=int, default=2)
-    parser.add_argument("--num-microbatches", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each contender")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps before them")
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), help="all that can run here")
-    parser.add_argument("--no-csv", action="store_true", help="print only")
-    parser.add_argument("--serve", choices=list(CONTENDERS), help=argparse.SUPPRESS)
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """Options of this benchmark."""
+    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu goes with --smoke alone")
+    made.add_argument("--smoke", action="store_true", help="narrow widths: shows that it runs")
+    made.add_argument("--layers", type=int, default=3, help="of which one is dense")
+    made.add_argument("--experts", type=int, help="a layer; without it as many as fit")
+    made.add_argument("--vocab-size", type=int, default=16384)
+    made.add_argument("--seq-length", type=int, default=4096)
+    made.add_argument("--micro-batch-size", type=int, default=2)
+    made.add_argument("--num-microbatches", type=int, default=2)
+    made.add_argument("--steps", type=int, default=10, help="timed steps of each contender")
+    made.add_argument("--warm-up", type=int, default=3, help="steps before them")
+    made.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), help="all that can run here")
+    made.add_argument("--no-csv", action="store_true", help="print only")
+    made.add_argument("--serve", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    return made
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure each contender, print the table; exit code 1 if one failed, 2 where it cannot run."""
     given = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(given)
+    options = parser().parse_args(given)
     if options.serve:
         result = measure_here(options, options.serve, options.experts)
         print("\n" + json.dumps(result.__dict__))
@@ -237,12 +264,18 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         num_experts = options.experts or experts_that_fit(
             options, torch.cuda.get_device_properties(0).total_memory)
-    found = {name: measure_alone(given, name, num_experts) for name in names}
-    results = {name: result for name, result in found.items() if result}
+    results: dict[str, Result] = {}
+    for name in names:
+        measured = measure_alone(given, name, num_experts)
+        if measured:
+            results[name] = measured
+            # At once: a session with little time may end this at any moment.
+            print(f"{name}: {measured.median:.3f} s a step, {measured.peak_bytes / 1e9:.2f} GB, loss "
+                  f"{measured.loss:.4f}", flush=True)
     rows = report(options, results, num_experts)
     if rows and not options.no_csv:
         print(f"written: {append_rows('fp8_slice.csv', rows, next(iter(results.values())).device)}")
-    return int(len(results) < len(found))
+    return int(len(results) < len(names))
 
 
 if __name__ == "__main__":

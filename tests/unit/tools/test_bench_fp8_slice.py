@@ -9,7 +9,7 @@ from tools.bench import bench_fp8_slice as bench
 
 
 def options(*arguments):
-    return bench._parser().parse_args(arguments)
+    return bench.parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize("name", bench.CONTENDERS)
@@ -61,7 +61,7 @@ def test_smoke(capsys):
                          "0", "--micro-batch-size", "1"])
     captured = capsys.readouterr()
     assert status == 0, captured.err
-    assert captured.out.startswith("fp8      reference") and "1 steps" in captured.out
+    assert "\nfp8      reference" in captured.out and "1 steps" in captured.out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -70,3 +70,24 @@ def test_it_says_what_it_needs(capsys):
     assert capsys.readouterr().err == (
         "bench_fp8_slice needs CUDA: one Hopper GPU; --device cpu --smoke shows that it runs\n"
         "--device cpu runs narrow widths only; add --smoke\n")
+
+
+def test_memory_is_compared_with_the_planner_and_the_rehearsal(capsys, monkeypatch):
+    """The session's slice has been rehearsed; another has not, and that is said."""
+    from tools.bench import slice_memory
+    from tools.gpu_session import SLICE
+
+    session = options(*SLICE)
+    for name in session.contenders:
+        run = bench.slice_run(session, name, session.experts)
+        planned = slice_memory.planned_bytes(run)
+        rehearsed = slice_memory.rehearsed_bytes(name, bench.config_text(session, run))
+        assert rehearsed is not None, "python -m tools.bench.slice_memory rehearses it"
+        assert 40e9 < rehearsed < 130e9 and abs(planned / rehearsed - 1) < 0.05
+        peak = int(1.1 * rehearsed)
+        ratios = dict(bench.compare_memory(session, name, session.experts, bench.Result([1.0], peak, 9.7, "a GPU")))
+        assert ratios["peak_memory against rehearsal"] == pytest.approx(1.1)
+        assert ratios["peak_memory against planner"] == pytest.approx(peak / planned)
+    capsys.readouterr()
+    bench.compare_memory(options("--layers", "4"), "bf16", 16, bench.Result([1.0], 10**10, 9.7, "a GPU"))
+    assert "not rehearsed (tools/bench/slice_memory.py)" in capsys.readouterr().out

@@ -86,11 +86,11 @@ def test_nothing_beside_a_piece_is_touched_and_what_is_not_finite_stays_so():
 
 
 def test_a_group_is_one_launch_and_a_moved_gradient_is_found(monkeypatch):
-    from dsv3_megatron.kernels import adamw
+    from dsv3_megatron.kernels import weight_update
 
     optimizer, launches = make(True, "stochastic", (BF16, BF16)), []
-    original = adamw.update_pieces
-    monkeypatch.setattr(adamw, "update_pieces",
+    original = weight_update.update_pieces
+    monkeypatch.setattr(weight_update, "update_pieces",
                         lambda *given, **named: (launches.append(given[0]), original(*given, **named)))
     for weight in weights_of(optimizer):
         weight.grad = torch.ones_like(weight)
