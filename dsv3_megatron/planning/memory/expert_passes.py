@@ -18,25 +18,28 @@ from dsv3_megatron.planning.memory.settings import EXPERTS_FC1, EXPERTS_FC2, WID
 
 
 class RoutedExpertsPass:
-    """Routed experts on the rows that came, sorted by expert and, their outputs, back; `output` is the caller's."""
+    """Routed experts on the gated rows that came, sorted by expert and, their outputs, back; `output` is the caller's.
+    """
 
-    def __init__(self, ops: Operations, rows: Tensor, gates: Tensor) -> None:
+    def __init__(self, ops: Operations, given: Tensor) -> None:
         ledger, s = ops.ledger, ops.s
         self.ops = ops
-        num, given = s.expert_rows, rows
+        num = s.expert_rows
         self.has_sorting = s.local_experts > 1
-        rows.references += 1
+        # Rows and gates are taken apart, and put in the experts' order at once unless ranks share an expert.
+        rows = ledger.make("expert input", s.received_rows * s.hidden * s.narrow)
+        gates = ledger.make("gates", num * WIDE)
         if s.etp > 1:
             rows = self._in_place_of(rows, "expert input, all ranks", num)
-        if self.has_sorting:
-            rows = self._in_place_of(rows, "expert input", num)
+            if self.has_sorting:
+                rows = self._in_place_of(rows, "expert input", num)
         kind: type[LoopedExpertsPass] | type[Fp8ExpertsPass] | type[GroupedExpertsPass] = LoopedExpertsPass
         if ops.precisions.line(EXPERTS_FC1) or ops.precisions.line(EXPERTS_FC2):
             kind = Fp8ExpertsPass
         elif s.device == "cuda" and s.narrow < WIDE:
             kind = GroupedExpertsPass
         self.core = kind(ops, rows, gates)
-        ledger.drop(rows)
+        ledger.drop(rows, gates)
         assert given.references, "the caller's"
         output = self.core.output
         if self.has_sorting:
@@ -52,7 +55,7 @@ class RoutedExpertsPass:
         return new
 
     def backward(self, grad: Tensor) -> Tensor:
-        """Go back to the gradient of the rows as they came; `grad` is used up."""
+        """Go back to the gradient of the gated rows as they came; `grad` is used up."""
         s = self.ops.s
         num = s.expert_rows
         if s.etp > 1:
@@ -60,11 +63,13 @@ class RoutedExpertsPass:
         if self.has_sorting:
             grad = self._in_place_of(grad, "gradient of expert output", num)
         rows = self.core.backward(grad)
-        if self.has_sorting:
-            rows = self._in_place_of(rows, "gradient of rows", num)
         if s.etp > 1:
+            if self.has_sorting:
+                rows = self._in_place_of(rows, "gradient of rows", num)
             rows = self._in_place_of(rows, "gradient of rows", s.received_rows)
-        return rows
+        gated = self.ops.ledger.make("gradient of rows", s.received_rows * s.gated_row_bytes)
+        self.ops.ledger.drop(rows)
+        return gated
 
 
 class LoopedExpertsPass:

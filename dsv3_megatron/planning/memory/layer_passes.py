@@ -16,6 +16,7 @@ from dsv3_megatron.planning.memory.operation_passes import (
     NormPass,
     Operations,
     SwiGLUPass,
+    quantization_work,
 )
 from dsv3_megatron.planning.memory.settings import INDEX, WIDE
 
@@ -192,7 +193,10 @@ class DenseLayer:
 
 
 class Routing:
-    """The router's choice, and a row for each token and expert; `rows` and `gates` are the caller's."""
+    """The router's choice, and a row with its gate for each token and expert; `rows` is the caller's.
+
+    Where tokens travel in FP8, the rows are the records that do; in the run's precision they are never made.
+    """
 
     def __init__(self, ops: Operations, x: Tensor) -> None:
         ledger, s = ops.ledger, ops.s
@@ -213,9 +217,13 @@ class Routing:
         ledger.pulse(3 * table * INDEX + table)
         self.kept += [ledger.make("sorted choices", table * INDEX),
                       ledger.make("row numbers", s.sent_rows * INDEX)]
-        self.gates = ledger.make("gates", s.sent_rows * WIDE)
-        self.rows = ledger.make("routed rows", s.sent_rows * s.hidden * s.narrow)
-        ledger.drop(gates)
+        own = ledger.make("gates", s.sent_rows * WIDE)
+        if ops.precisions.sends_fp8:
+            # A token is quantized once.
+            ledger.pulse(quantization_work(s, tokens, s.hidden) + tokens * s.gated_record_bytes)
+        self.rows = ledger.make("routed rows", s.sent_rows * (
+            s.gated_record_bytes if ops.precisions.sends_fp8 else s.gated_row_bytes))
+        ledger.drop(gates, own)
 
     def backward(self, grad_rows: Tensor) -> Tensor:
         """Go back to the gradient of x, given those of rows and gates; `grad_rows` is used up."""

@@ -16,8 +16,7 @@ from dsv3_megatron.planning.memory.layer_passes import (
     add_residual,
 )
 from dsv3_megatron.planning.memory.ledger import Tensor
-from dsv3_megatron.planning.memory.operation_passes import Operations
-from dsv3_megatron.planning.memory.settings import WIDE
+from dsv3_megatron.planning.memory.operation_passes import Operations, quantization_work
 
 
 class MoELayer:
@@ -52,54 +51,60 @@ class MoELayer:
         ledger, s = self.ops.ledger, self.ops.s
         self._shared()
         self.routing = Routing(self.ops, self.norm.output)
-        rows, gates = self.routing.rows, self.routing.gates
-        if s.has_remote_experts:
-            received = self._exchanged("received rows", s.received_rows)
-            arrived = ledger.make("gates", s.received_rows * WIDE)
-            ledger.drop(gates)
-        else:
-            received, arrived = rows, gates
-        self.experts = RoutedExpertsPass(self.ops, received, arrived)
+        rows, is_narrow = self.routing.rows, self.ops.precisions.sends_fp8
+        held, received = [rows], rows
+        if is_narrow:  # also where nothing travels
+            coming = self._made("FP8 rows on their way", s.received_rows, s.gated_record_bytes
+                                ) if s.has_remote_experts else None
+            received = self._made("received rows", s.received_rows, s.gated_row_bytes)
+            ledger.drop(rows, *((coming,) if coming is not None else ()))
+            held = [received]
+        elif s.has_remote_experts:
+            received = self._made("received rows", s.received_rows, s.gated_row_bytes)
+            held.append(received)
+        self.experts = RoutedExpertsPass(self.ops, received)
         back = self.experts.output
         if s.has_remote_experts:
             back = self._exchanged("rows that came back", s.sent_rows)
-            ledger.drop(self.experts.output, received)
+            ledger.drop(self.experts.output)
         self._sum()
-        ledger.drop(back, rows, arrived, self.norm.output)
+        ledger.drop(back, *held, self.norm.output)
         self.output = ledger.make("hidden states", s.hidden_bytes)
         ledger.drop(self._combined, self.attention.output)
 
     def _forward_in_pieces(self) -> None:
         ledger, s = self.ops.ledger, self.ops.s
         self.routing = Routing(self.ops, self.norm.output)
-        received = self._transfer("received rows", s.received_rows, is_narrow=self.ops.precisions.sends_fp8)
-        arrived = ledger.make("gates", s.received_rows * WIDE)
-        ledger.drop(self.routing.rows, self.routing.gates)
-        self.experts = RoutedExpertsPass(self.ops, received, arrived)
+        received = self._dispatched(self.routing.rows)
+        self.experts = RoutedExpertsPass(self.ops, received)
         self._shared()
-        ledger.drop(received, arrived, self.norm.output)
-        back = self._transfer("rows that came back", s.sent_rows)
+        ledger.drop(received, self.norm.output)
+        back = self._exchanged("rows that came back", s.sent_rows)
+        ledger.pause()
         ledger.drop(self.experts.output)
         self._sum()
         self.output = ledger.make("hidden states", s.hidden_bytes)
         ledger.drop(self._combined, back, self.attention.output)
 
-    def _exchanged(self, name: str, rows: int) -> Tensor:
-        return self.ops.ledger.make(name, rows * self.ops.s.hidden * self.ops.s.narrow)
+    def _made(self, name: str, rows: int, row_bytes: int) -> Tensor:
+        return self.ops.ledger.make(name, rows * row_bytes)
 
-    def _transfer(self, name: str, rows: int, *, is_narrow: bool = False) -> Tensor:
-        """Let rows travel while others run; in FP8 narrow copies travel, and are widened when they are there."""
+    def _exchanged(self, name: str, rows: int) -> Tensor:
+        return self._made(name, rows, self.ops.s.hidden * self.ops.s.narrow)
+
+    def _dispatched(self, rows: Tensor) -> Tensor:
+        """Let gated rows travel while others run; in FP8 records travel, and are widened when they are there."""
         ledger, s = self.ops.ledger, self.ops.s
-        if not is_narrow:
-            arriving = self._exchanged(name, rows)
+        if not self.ops.precisions.sends_fp8:
+            received = self._made("received rows", s.received_rows, s.gated_row_bytes)
             ledger.pause()
-            return arriving
-        sent, coming = (ledger.make("FP8 rows on their way", num * (s.hidden + -(-s.hidden // 128) * WIDE))
-                        for num in (s.sent_rows + s.received_rows - rows, rows))
+            ledger.drop(rows)
+            return received
+        coming = self._made("FP8 rows on their way", s.received_rows, s.gated_record_bytes)
         ledger.pause()
-        arriving = self._exchanged(name, rows)
-        ledger.drop(sent, coming)
-        return arriving
+        received = self._made("received rows", s.received_rows, s.gated_row_bytes)
+        ledger.drop(rows, coming)
+        return received
 
     def backward(self, grad: Tensor) -> Tensor:
         """Go back to the gradient of the input; `grad`, that of the output, is used up."""
@@ -107,12 +112,14 @@ class MoELayer:
             return self._backward_in_pieces(grad)
         ledger, s = self.ops.ledger, self.ops.s
         rows = self._exchanged("gradient of rows", s.sent_rows)
-        if s.has_remote_experts:
+        if self.ops.precisions.sends_fp8:
+            ledger.pulse((s.sent_rows + (s.received_rows if s.has_remote_experts else 0)) * s.record_bytes)
+        if s.has_remote_experts or self.ops.precisions.sends_fp8:
             sent, rows = rows, self._exchanged("gradient of rows", s.received_rows)
             ledger.drop(sent)
         rows = self.experts.backward(rows)
         if s.has_remote_experts:
-            sent, rows = rows, self._exchanged("gradient of rows", s.sent_rows)
+            sent, rows = rows, self._made("gradient of rows", s.sent_rows, s.gated_row_bytes)
             ledger.drop(sent)
         routed = self.routing.backward(rows)
         return self._backward_attention(grad, self._backward_shared(grad, routed))
@@ -132,15 +139,15 @@ class MoELayer:
     def _backward_in_pieces(self, grad: Tensor) -> Tensor:
         ledger, s = self.ops.ledger, self.ops.s
         rows = self._exchanged("gradient of rows", s.sent_rows)
-        arrived = self._transfer_gradients(rows, s.received_rows, is_narrow=self.ops.precisions.sends_fp8)
+        arrived = self._returned(rows)
         # Autograd's call holds the gradients that a piece begins with until it returns.
         arrived.references += 1
         shared = self.shared.backward(grad) if self.shared is not None else None
         rows = self.experts.backward(arrived)
         ledger.drop(arrived)
-        gates = ledger.make("gradient of gates", s.received_rows * WIDE)
-        back = self._transfer_gradients(rows, s.sent_rows)
-        ledger.drop(gates)
+        back = self._made("gradient of rows", s.sent_rows, s.gated_row_bytes)
+        self._pause()
+        ledger.drop(rows)
         given = [tensor for tensor in (back, shared, grad) if tensor is not None]
         for tensor in given:
             tensor.references += 1
@@ -151,21 +158,25 @@ class MoELayer:
         ledger.drop(*given)
         return result
 
-    def _transfer_gradients(self, rows: Tensor, num: int, *, is_narrow: bool = False) -> Tensor:
-        """Weight gradients that need not wait any longer are computed behind the transfer that starts here."""
+    def _returned(self, rows: Tensor) -> Tensor:
+        """Let the gradients of the rows that came back travel to the experts, in FP8 where rows do."""
         ledger, s = self.ops.ledger, self.ops.s
-        if is_narrow:
-            other = s.sent_rows + s.received_rows - num
-            way = [ledger.make("FP8 rows on their way", count * (s.hidden + -(-s.hidden // 128) * WIDE))
-                   for count in (other, num)]
+        if not self.ops.precisions.sends_fp8:
+            arrived = self._exchanged("gradient of rows", s.received_rows)
+            self._pause()
             ledger.drop(rows)
-        else:
-            way = [rows]
-            arriving = self._exchanged("gradient of rows", num)
+            return arrived
+        ledger.pulse(quantization_work(s, s.sent_rows, s.hidden))
+        way = [self._made("FP8 rows on their way", num, s.record_bytes) for num in (s.sent_rows, s.received_rows)]
+        ledger.drop(rows)
+        self._pause()
+        arrived = self._exchanged("gradient of rows", s.received_rows)
+        ledger.drop(*way)
+        return arrived
+
+    def _pause(self) -> None:
+        """Weight gradients that need not wait any longer are computed behind the transfer that starts here."""
+        ledger = self.ops.ledger
         if not ledger.defers_all:
             ledger.compute_waiting()
         ledger.pause()
-        if is_narrow:
-            arriving = self._exchanged("gradient of rows", num)
-        ledger.drop(*way)
-        return arriving
