@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.reference_weights import Architecture, Weights, is_router_bias, random_weights
+from dsv3_megatron.certification.reference_weights import Architecture, Weights, is_router_bias, random_weights
 
 QUANTIZED = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj",
              "down_proj")

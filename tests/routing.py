@@ -1,234 +1,25 @@
-"""Two runs whose sums differ in order, compared through their routers' ties.
-
-A router chooses. Where two experts score alike within rounding, the order of fp32 sums decides, which differs between
-layouts, schedules, numbers of threads and CPUs. A token that goes elsewhere changes later losses by far more than
-rounding, so that two sound runs part at the first tie. Here one run notes what its routers see and choose, token by
-token; another takes those choices in place of its own and notes the same, its own choices too. `compare_routing` then
-holds one against the other:
-
-- every token that the first run routed was routed by the second, with the same balancing bias to the bit;
-- all affinities agree within what the test says that rounding does to them;
-- each run chose the best by its own affinities, and where the choices differ, the margin between the experts or groups
-  in question is at most twice what rounding did to this very token's affinities: a tie.
-
-What else a test compares stays comparable within rounding to the last step, and nothing there has to be loosened. The
-experts that tokens go to and those that the balance loss counts are treated alike.
+"""Two whole runs whose sums differ in order, compared through their routers' ties (`certification/routing_notes.py`).
 
     python -m tests.routing NOTES GIVEN ARGUMENTS     training, noted in the folder NOTES, with the choices in the
                                                       folder GIVEN ("-": its own)
-
-Shapes: S positions of a call, B micro-batch, E experts, K experts a token, T tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-# A tie of exact arithmetic may be decided by fp32's rounding of a score plus a bias, and of sums of a few of these:
-# values below 4, in units of 2^-22.
-FP32_SUMS = 4 * 2.0**-22
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a router chooses.
-
-    Attributes:
-        top_k: Experts a token.
-        num_groups: Of experts.
-        group_top_k: Groups a token may go to.
-        group_score_topk: Experts, a group's best, whose scores are its score.
-    """
-
-    top_k: int
-    num_groups: int = 1
-    group_top_k: int = 1
-    group_score_topk: int = 1
-
-
-@dataclass
-class Choices:
-    """One router's choices of one kind in one pass over the data, by sample and position.
-
-    Attributes:
-        kind: How they are made.
-        bias_E: fp32, added to the affinities; zeros for the balance loss.
-        scores: fp32 [E] of a token, by (sample, position).
-        ids: int64 [K] likewise: the router's own choice.
-    """
-
-    kind: Kind
-    bias_E: torch.Tensor
-    scores: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-    ids: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-
-
-# By (pass, router).
-Notes = dict[tuple[str, str], Choices]
-
-
-def margin(biased_E: list[float], chosen: set[int], kind: Kind) -> float:
-    """How much better than a choice another one is: 0 or less for a best choice.
-
-    It is the largest of two gaps: from the worst expert chosen to the best one not chosen of the groups kept, and from
-    the worst group kept to the best one dropped, for each of the scores summed to a group's. Where the chosen experts
-    leave open which groups were kept, those with the smallest margin were. A choice that is best for scores which each
-    differ from these by d at most has a margin of 2 d at most.
-    """
-    size = len(biased_E) // kind.num_groups
-    members = [range(group * size, (group + 1) * size) for group in range(kind.num_groups)]
-    best = kind.group_score_topk
-    group_scores = [sum(sorted((biased_E[e] for e in group), reverse=True)[:best]) for group in members]
-    used = {expert // size for expert in chosen}
-    smallest = float("inf")
-    for kept in itertools.combinations(range(kind.num_groups), kind.group_top_k):
-        if not used <= set(kept):
-            continue
-        gaps = [-float("inf")]
-        left = [biased_E[expert] for group in kept for expert in members[group] if expert not in chosen]
-        if left:
-            gaps.append(max(left) - min(biased_E[expert] for expert in chosen))
-        dropped = [score for group, score in enumerate(group_scores) if group not in kept]
-        if dropped:
-            gaps.append((max(dropped) - min(group_scores[group] for group in kept)) / best)
-        smallest = min(smallest, max(gaps))
-    return smallest
-
-
-class Routing:
-    """Notes of this process's routers, and choices for them from another run's.
-
-    Args:
-        given: Choices to take in place of the routers' own, of all ranks of another run; none: their own. Where
-            `given` has no such token, a router's own choice stands.
-
-    Attributes:
-        notes: What has been seen.
-    """
-
-    def __init__(self, given: Notes | None = None) -> None:
-        self.given, self.notes = given or {}, {}
-        self._pass = ""
-        # By router: samples of the micro-batches that came, and how many of them it has seen without and with
-        # gradients; where a layer is computed again in backward, the second time has them.
-        self._samples: dict[Any, list[list[int]]] = {}
-        self._seen: dict[tuple[Any, bool], int] = {}
-        # Where the choice for the balance loss belongs: the last call of its router.
-        self._last: dict[Any, tuple[list[int], int]] = {}
-
-    def begin(self, pass_name: str) -> None:
-        """Another pass over data begins: a step, or a validation."""
-        self._pass = pass_name
-        self._samples.clear()
-        self._seen.clear()
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[Routing]:
-        """Routers and micro-batches are noted, and choices are taken, until the end of the block."""
-        from dsv3_megatron.model.router import DeepSeekRouter
-        from dsv3_megatron.schedule.forward_backward import ForwardStep
-
-        own_experts, own_unbiased = DeepSeekRouter.best_experts, DeepSeekRouter.best_unbiased
-        own_call, own_chunk = ForwardStep.__call__, ForwardStep.chunk
-
-        def noting(step: ForwardStep, stage: torch.nn.Module) -> ForwardStep:
-            found = [module for module in stage.modules() if isinstance(module, DeepSeekRouter)]
-
-            def read(batches: Any) -> Any:
-                batch = step.read(batches)
-                for router in found:
-                    self._samples.setdefault(router, []).append(batch.sample_ids_B.tolist())
-                return batch
-
-            return dataclasses.replace(step, read=read)
-
-        with contextlib.ExitStack() as stack:
-            for owner, name, replacement in (
-                    (DeepSeekRouter, "best_experts", lambda router, scores_TE: self._experts(
-                        router, scores_TE, partial(own_experts, router))),
-                    (DeepSeekRouter, "best_unbiased", lambda router, scores_SBE: self._unbiased(
-                        router, scores_SBE, partial(own_unbiased, router))),
-                    (ForwardStep, "__call__", lambda step, batches, stage: own_call(
-                        noting(step, stage), batches, stage)),
-                    (ForwardStep, "chunk", lambda step, stage, batches: own_chunk(
-                        noting(step, stage), stage, batches))):
-                stack.enter_context(mock.patch.object(owner, name, replacement))
-            yield self
-
-    def _experts(self, router: Any, scores_TE: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]
-                 ) -> torch.Tensor:
-        number = self._seen.get((router, torch.is_grad_enabled()), 0)
-        self._seen[router, torch.is_grad_enabled()] = number + 1
-        samples = self._samples[router][number]
-        length = len(scores_TE) // len(samples)
-        self._last[router] = samples, router.tp_group.rank() * length if router.config.sequence_parallel else 0
-        config, options = router.config, router.options
-        assert options.group_mask == "exclude", "margins are those of groups that are kept out"
-        kept = config.moe_router_group_topk or 1
-        kind = Kind(config.moe_router_topk, config.moe_router_num_groups or 1, kept,
-                    options.group_score_topk or max(1, config.moe_router_topk // kept))
-        ids_TK = choose(scores_TE)
-        shape = (length, len(samples))
-        return self._note(router, "experts", kind, router.expert_bias, scores_TE.unflatten(0, shape),
-                          ids_TK.unflatten(0, shape)).flatten(0, 1)
-
-    def _unbiased(self, router: Any, scores_SBE: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]
-                  ) -> torch.Tensor:
-        return self._note(router, "balance", Kind(router.config.moe_router_topk), torch.zeros_like(router.expert_bias),
-                          scores_SBE, choose(scores_SBE))
-
-    def _note(self, router: Any, what: str, kind: Kind, bias_E: torch.Tensor, scores_SBE: torch.Tensor,
-              ids_SBK: torch.Tensor) -> torch.Tensor:
-        """The choices to take."""
-        samples, start = self._last[router]
-        depth = "MTP " if router.is_mtp_layer else ""
-        key = self._pass, f"{what} of {depth}layer {router.layer_number}"
-        noted = self.notes.setdefault(key, Choices(kind, bias_E.float().cpu().clone()))
-        given = self.given.get(key)
-        taken_SBK = ids_SBK.clone()
-        for row, sample in enumerate(samples):
-            for index in range(len(ids_SBK)):
-                place, scores_E, ids_K = (sample, start + index), scores_SBE[index, row], ids_SBK[index, row]
-                noted.scores[place], noted.ids[place] = scores_E.detach().float().cpu().clone(), ids_K.cpu().clone()
-                # The order among equals is the router's own where the experts are.
-                if given is not None and place in given.ids and set(ids_K.tolist()) != set(given.ids[place].tolist()):
-                    taken_SBK[index, row] = given.ids[place].to(ids_K.device)
-        return taken_SBK
-
-
-def merge_notes(ranks: list[Notes]) -> Notes:
-    """The notes of all ranks of a run as one."""
-    merged: Notes = {}
-    for notes in ranks:
-        for key, choices in notes.items():
-            whole = merged.setdefault(key, Choices(choices.kind, choices.bias_E))
-            assert torch.equal(whole.bias_E, choices.bias_E), f"{key}: ranks have different biases"
-            whole.scores |= choices.scores
-            whole.ids |= choices.ids
-    return merged
+from dsv3_megatron.certification.routing_notes import Notes, RoutingWatch, compare_notes, merge_notes
 
 
 def compare_routing(expected: Notes, found: Notes, *, rounding: float, common_steps: int = 0) -> int:
-    """Check the routing of a run that took another's choices against that other's.
-
-    Args:
-        expected: Of the first run, all ranks; passes that the second had no part in are left out by the caller.
-        found: Of the second.
-        rounding: How far the affinities of a token, in 0..1, may be apart in the first step of which the sums differ in
-            order; twice as far in the second, and so on: every update adds to it.
-        common_steps: Steps of the first run that the second goes on from.
+    """Check the routing of a run that took another's choices against that other's; see `compare_notes`.
 
     Returns:
         The number of ties: tokens of which the second run chose other experts.
@@ -237,47 +28,11 @@ def compare_routing(expected: Notes, found: Notes, *, rounding: float, common_st
         AssertionError: they are not the same run but for rounding, or what was compared is nothing.
     """
     assert expected, "the first run noted no choices"
-    ties, largest = 0, 0.0
-    for key, choices in expected.items():
-        name = ", ".join(key)
-        assert key in found, f"{name}: nothing noted in the second run"
-        other = found[key]
-        assert other.kind == choices.kind, f"{name}: {other.kind} instead of {choices.kind}"
-        assert torch.equal(other.bias_E, choices.bias_E), f"{name}: the balancing bias differs"
-        missing = choices.ids.keys() - other.ids.keys()
-        assert not missing, f"{name}: samples and positions {sorted(missing)[:5]} were not routed in the second run"
-        places = list(choices.ids)
-        scores_TE, others_TE = (torch.stack([part.scores[place] for place in places]) for part in (choices, other))
-        apart_T = (others_TE.double() - scores_TE.double()).abs().amax(-1)
-        worst = int(apart_T.argmax())
-        largest = max(largest, float(apart_T[worst]))
-        limit = rounding * (step_of(key[0]) - common_steps)
-        assert apart_T[worst] <= limit, (f"{name}: an affinity of sample and position {places[worst]} differs by "
-                                         f"{apart_T[worst]:.3g}, more than rounding's {limit:.3g}")
-        bias_E = choices.bias_E.double()
-        for place, scores_E, others_E, apart in zip(places, scores_TE, others_TE, apart_T.tolist(), strict=True):
-            ours, theirs = set(other.ids[place].tolist()), set(choices.ids[place].tolist())
-            if ours == theirs:
-                continue
-            ties += 1
-            for experts, scores, allowed in ((theirs, scores_E, 0.0), (ours, others_E, 0.0),
-                                             (theirs, others_E, 2 * apart)):
-                gap = margin((scores.double() + bias_E).tolist(), experts, choices.kind)
-                assert gap <= allowed + FP32_SUMS, (
-                    f"{name}: sample and position {place} went to experts {sorted(ours)} instead of {sorted(theirs)} "
-                    f"by a margin of {gap:.3g}, and rounding explains {allowed + FP32_SUMS:.3g}")
-    print(f"routing: {len(expected)} routers and passes, affinities within {largest:.2g}, {ties} ties")
-    return ties
-
-
-def step_of(pass_name: str) -> int:
-    """The step that a pass's name ends with: of a step, or of what is evaluated after it."""
-    return int(pass_name.split()[-1])
-
-
-def in_steps(notes: Notes, steps: range) -> Notes:
-    """The notes of some steps and of what was evaluated after them."""
-    return {key: choices for key, choices in notes.items() if step_of(key[0]) in steps}
+    result = compare_notes(expected, found, rounding=rounding, common_steps=common_steps)
+    assert not result.faults, result.faults[0]
+    print(f"routing: {len(expected)} routers and passes, affinities within {result.largest:.2g}, "
+          f"{len(result.ties)} ties")
+    return len(result.ties)
 
 
 def write_notes(notes: Notes, folder: Path, rank: int) -> None:
@@ -301,7 +56,7 @@ def train(notes: Path, given: Path | None, arguments: list[str]) -> int:
     prepare()  # before anything imports Megatron-Core
     from dsv3_megatron.runs.trainer import Trainer
 
-    routing = Routing(read_notes(given) if given else None)
+    routing = RoutingWatch(read_notes(given) if given else None)
     own_step, own_evaluate = Trainer.train_step, Trainer.evaluate
     validations = itertools.count(1)
 

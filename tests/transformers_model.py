@@ -1,7 +1,7 @@
 """Transformers' DeepseekV3 with the reference's weights: its configuration, its parameters' names, its MTP layers.
 
-Transformers stacks a layer's experts in two tensors; the reference (`tests/reference_weights.py`) and the published
-checkpoints have one a projection and expert.
+Transformers stacks a layer's experts in two tensors; the reference (`certification/reference_weights.py`) and the
+published checkpoints have one a projection and expert.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from tests.reference import shift_left
-from tests.reference_weights import Architecture, Weights
+from dsv3_megatron.certification.reference import shift_left
+from dsv3_megatron.certification.reference_weights import Architecture, Weights
 
 
 def huggingface_config(arch: Architecture, *, rope_interleave: bool = True) -> Any:

@@ -27,6 +27,7 @@ ROWS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("guards", "what watches over a run"),),
     (("runs", "the training loop; where all rooms meet"),),
     (("rehearsal", "ranks of a GPU run without a GPU"),),
+    (("certification", "a layout against one process"),),
     (("commands", "one module a command of dsv3"),),
 )
 WIDTH, BOX, GAP, MARGIN = 760, 34, 10, 16

@@ -46,6 +46,7 @@ COMMANDS = (
     Command("generate", "text from a checkpoint"),
     Command("plan", "time, memory and cost of a run before it starts", "nothing was written"),
     Command("rehearse", "ranks of a GPU run on a machine without a GPU", "nothing was written"),
+    Command("certify", "whether a layout computes what one process does", "nothing was written"),
     Command("simulate", "a pipeline schedule on paper", "nothing was written"),
     Command("draw-schedule", "what the ranks of a run did when", "nothing was written"),
     Command("plot", "a run's measurements as one page", "nothing was written"),

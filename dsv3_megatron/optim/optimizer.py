@@ -48,6 +48,9 @@ def build_optimizer(
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups)
+    for group in optimizer.param_groups:
+        # Megatron-Core marks the vectors' group and leaves the rest to its own scheduler of settings, which no run has.
+        group["weight_decay"] = training.weight_decay * group["wd_mult"]
     shards = list(master_shards(optimizer, chunks, groups))
     for part in distributed_parts(optimizer):
         if "bf16" in (training.exp_avg_dtype, training.exp_avg_sq_dtype):

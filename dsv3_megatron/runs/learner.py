@@ -198,7 +198,8 @@ class Learner:
     def _mean_balance_loss(self, balance_L: torch.Tensor, num_sequences: int) -> float | None:
         """Balance loss before alpha, mean over sequences and over the MoE layers, MTP modules included."""
         training, model = self.run.training, self.run.model
-        layers = model.num_moe_layers + model.mtp_num_layers
+        # An MTP module's layer is of the kind of the main model's last one.
+        layers = model.num_moe_layers and model.num_moe_layers + model.mtp_num_layers
         if not training.moe_aux_loss_coeff or not layers:
             return None
         return float(balance_L.sum()) / (training.moe_aux_loss_coeff * num_sequences * layers)

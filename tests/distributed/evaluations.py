@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from dsv3_megatron.certification.routing_notes import Notes, RoutingWatch
 from dsv3_megatron.commands.evaluate import EvaluationRequest, check_request
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.runs.built_model import build_model
 from dsv3_megatron.runs.evaluator import Evaluation, Evaluator
-from tests.routing import Notes, Routing
 
 # fp32 on both sides: sums in another order.
 TOLERANCE = 1e-5
@@ -48,7 +48,7 @@ def evaluate_noted(requests: list[EvaluationRequest], given: Notes | None = None
         built = build_model(checked.run)
         built.load(checked.load)
         evaluator = Evaluator(built, eod_id=checked.eod_id)
-        routing = Routing(given)
+        routing = RoutingWatch(given)
         routing.begin("evaluation 1")
         with routing.watched():
             found.append((evaluator.evaluate(checked.rows, logprobs=checked.logprobs), routing.notes))

@@ -14,7 +14,6 @@ is shown by the tests that start it with torchrun or by hand.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import gc
 import importlib
 import json
@@ -26,27 +25,23 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
+# The server imports the package before it has prepared for it; nothing of Megatron-Core is in this module.
+from dsv3_megatron.certification.forked_ranks import RankError as RankError
+from dsv3_megatron.certification.forked_ranks import end_ranks, fork_rank, leave_result, output_of, supervise
+
 ROOT = Path(__file__).resolve().parents[2]
-# Ranks that fail because another did fail a moment later: wait for the first error before ending the rest.
-_GRACE_S = 1.0
-_TAIL_CHARACTERS = 4000
 # What runs, evaluations and the tests' own modules import, and what torch imports where it is first used.
 _PRELOADED = ("dsv3_megatron.runs.trainer", "dsv3_megatron.runs.evaluator", "dsv3_megatron.commands.train",
               "dsv3_megatron.commands.evaluate", "dsv3_megatron.commands.generate", "torch._dynamo", "pytest",
               "tests.distributed.small_run")
 
 _server: subprocess.Popen | None = None
-
-
-class RankError(AssertionError):
-    """A rank failed; the message holds its traceback and the end of what it printed."""
 
 
 def run_ranks(num_ranks: int, function_or_module: Callable[..., Any] | str, *args: Any, timeout_s: float = 240.0,
@@ -97,7 +92,7 @@ def run_ranks(num_ranks: int, function_or_module: Callable[..., Any] | str, *arg
         if answer["error"]:
             raise RankError(answer["text"])
         if is_module:
-            return [_output(folder, rank, "stdout") for rank in range(num_ranks)]
+            return [output_of(folder, rank, "stdout") for rank in range(num_ranks)]
         return [pickle.loads((folder / f"result-{rank}.pickle").read_bytes()) for rank in range(num_ranks)]
 
 
@@ -116,7 +111,7 @@ def run_command(module: str, *args: Any, timeout_s: float = 240.0) -> subprocess
                               "environment": None})
         if answer["error"] == "timeout":
             raise TimeoutError(answer["text"])
-        stdout, stderr = (_output(Path(name), 0, stream) for stream in ("stdout", "stderr"))
+        stdout, stderr = (output_of(Path(name), 0, stream) for stream in ("stdout", "stderr"))
         return subprocess.CompletedProcess(command, int(answer["code"]), stdout, stderr)
 
 
@@ -173,101 +168,28 @@ def _serve() -> None:
         running: dict[int, int] = {}
         try:
             for rank in range(num_ranks):
-                running[rank] = _fork_rank(request, rank, folder, answers)
-            answer = _supervise(dict(running), folder, request["timeout_s"])
+                running[rank] = _start_rank(request, rank, folder, answers)
+            answer = asdict(supervise(dict(running), folder, request["timeout_s"], ends_with_parent=True))
         finally:
-            for pid in running.values():
-                # A rank's session outlives it while a helper process of it (a save's writer) still runs.
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(pid, signal.SIGKILL)
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
+            end_ranks(running)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def _fork_rank(request: dict[str, Any], rank: int, folder: Path, answers: IO[str]) -> int:
+def _start_rank(request: dict[str, Any], rank: int, folder: Path, answers: IO[str]) -> int:
     """Start one rank; returns its process id, which is its session's as well."""
-    pid = os.fork()
-    if pid:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.setpgid(pid, pid)
-        return pid
-    try:
-        with contextlib.suppress(PermissionError):
-            os.setsid()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    given = request["environment"]
+    environment: dict[str, str | None] = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if given is not None:
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), **given}
+
+    def body() -> int:
         answers.close()
-        for descriptor, name in ((0, None), (1, f"stdout-{rank}"), (2, f"stderr-{rank}")):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            os.dup2(os.open(os.devnull, os.O_RDONLY) if name is None else os.open(folder / name, flags), descriptor)
-        if request["environment"] is None:
-            for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-                os.environ.pop(variable, None)
-        else:
-            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), **request["environment"]})
-        os._exit(_run_module(*request["module"]) if request["module"] else _run_function(
-            folder, rank, request["backend"]))
-    finally:
-        os._exit(1)
+        if request["module"]:
+            return _run_module(*request["module"])
+        return leave_result(folder, rank, lambda: _call(folder, request["backend"]))
 
-
-def _supervise(running: dict[int, int], folder: Path, timeout_s: float) -> dict[str, Any]:
-    """Wait until every rank has ended well, one has failed, or time is up."""
-    deadline = time.monotonic() + timeout_s
-    parent = os.getppid()
-    codes: dict[int, int] = {}
-    while running:
-        for rank, pid in list(running.items()):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                del running[rank]
-                codes[rank] = os.waitstatus_to_exitcode(status)
-        if os.getppid() != parent:
-            sys.exit("the process that asked for the ranks is gone")
-        if any(codes.values()):
-            return {"error": "failed", "text": _first_error(running, codes, folder), "code": codes[min(codes)]}
-        if running and time.monotonic() > deadline:
-            for pid in running.values():
-                os.kill(pid, signal.SIGUSR1)
-            time.sleep(_GRACE_S)
-            texts = "\n".join(f"--- rank {rank}:\n{_tail(folder, rank)}" for rank in running)
-            return {"error": "timeout", "text": f"rank(s) {list(running)} did not end within {timeout_s} s\n{texts}"}
-        time.sleep(0.01)
-    return {"error": "", "text": "", "code": 0}
-
-
-def _first_error(running: dict[int, int], codes: dict[int, int], folder: Path) -> str:
-    """The earliest error among the ranks, after those that follow from it had time to appear."""
-    if running:
-        time.sleep(_GRACE_S)
-    num_ranks = len(running) + len(codes)
-    for rank, pid in running.items():
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            codes[rank] = os.waitstatus_to_exitcode(status)
-    errors = []
-    for rank, code in codes.items():
-        if code:
-            file = folder / f"error-{rank}.json"
-            # A rank without a report was ended from outside, which comes before what its peers noticed of it.
-            when, text = json.loads(file.read_text()) if file.exists() else (0.0, f"exit code {code}, no traceback")
-            errors.append((when, rank, text))
-    _when, rank, text = min(errors)
-    others = [other for _, other, _ in errors if other != rank]
-    note = f" (rank(s) {others} failed after it)" if others else ""
-    output = _tail(folder, rank) + _output(folder, rank, "stdout")
-    return f"rank {rank} of {num_ranks} failed{note}:\n{text}\n--- its output:\n{output}"
-
-
-def _output(folder: Path, rank: int, stream: str) -> str:
-    file = folder / f"{stream}-{rank}"
-    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-
-
-def _tail(folder: Path, rank: int) -> str:
-    """The end of what a rank said."""
-    return _output(folder, rank, "stderr")[-_TAIL_CHARACTERS:]
+    return fork_rank(rank, folder, environment, body)
 
 
 # ---- one rank ----
@@ -285,41 +207,26 @@ def _load(target: tuple[str, str, str]) -> Callable[..., Any]:
     return found
 
 
-def _run_function(folder: Path, rank: int, backend: str | None) -> int:
-    """Start the group, call the function, leave its result or its traceback; returns the exit code."""
-    import faulthandler
+def _call(folder: Path, backend: str | None) -> Any:
+    """Start the group and call the function; returns its result."""
+    import torch
 
-    faulthandler.enable(file=2)
-    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
-    try:
-        import torch
+    from dsv3_megatron.parallel.groups import destroy_groups, start_process_group
+    from dsv3_megatron.platform import prepare
 
-        from dsv3_megatron.parallel.groups import destroy_groups, start_process_group
-        from dsv3_megatron.platform import prepare
+    torch.set_num_threads(1)
+    device = prepare()
+    if backend is not None:
+        from tests.nccl_like import register
 
-        torch.set_num_threads(1)
-        device = prepare()
-        if backend is not None:
-            from tests.nccl_like import register
-
-            register()
-            device = replace(device, backend=backend)
-        start_process_group(device)
-        target, args = pickle.loads((folder / "call.pickle").read_bytes())
-        result = pickle.dumps(_load(target)(*args))
-        torch.distributed.barrier()
-        destroy_groups()
-        (folder / f"result-{rank}.pickle").write_bytes(result)
-    except BaseException:  # noqa: BLE001 - reported to the parent, which raises it
-        partial = folder / f"error-{rank}.partial"
-        partial.write_text(json.dumps((time.time(), traceback.format_exc())))
-        partial.rename(folder / f"error-{rank}.json")
-        code = 1
-    else:
-        code = 0
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code
+        register()
+        device = replace(device, backend=backend)
+    start_process_group(device)
+    target, args = pickle.loads((folder / "call.pickle").read_bytes())
+    result = _load(target)(*args)
+    torch.distributed.barrier()
+    destroy_groups()
+    return result
 
 
 def _run_module(name: str, *arguments: str) -> int:

@@ -1,31 +1,27 @@
 """One training step under one layout after another, in the processes of a launch: what `test_layouts.py` compares.
 
-A step is the trainer's own. Its data are random, its weights the reference's, and the gradients are read where
-Megatron-Core has reduced them over all ranks and divided them by the tokens, just before the optimizer step. There
-the distributed optimizer has left each data-parallel rank its shard of the sums only, so the shards are put together.
+A step is the trainer's own, as `dsv3 certify` takes it (`certification/rank_step.py`). Its data are random, its weights
+the reference's.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
+from dsv3_megatron.certification.random_samples import RandomSamples
+from dsv3_megatron.certification.rank_step import MadeDataTrainer, RankStep, StepHooks, take_step
+from dsv3_megatron.certification.weight_names import load_reference_weights
+from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.data.current import CurrentData
-from dsv3_megatron.metrics.run_records import StepReport
-from dsv3_megatron.model.global_names import WholeParameter, whole_parameters
 from dsv3_megatron.model.router import DeepSeekRouter
-from dsv3_megatron.optim.router_bias import routers
 from dsv3_megatron.runs.trainer import Trainer
 from tests.parity.architectures import GROUPED, reference_weights, run_of, variant
-from tests.parity.weights import load_reference_weights
 
 SEQ_LENGTH, GLOBAL_BATCH_SIZE = 16, 8
 EOD = 7
@@ -96,27 +92,6 @@ class Layout:
             tensorboard_dir=f"{tempfile.gettempdir()}/layouts-{os.environ.get('MASTER_PORT', 'alone')}")
 
 
-@dataclass(frozen=True)
-class RankStep:
-    """What one rank holds of a step's result.
-
-    Attributes:
-        report: Losses, gradient norm and expert loads, the same on every rank.
-        gradients: One entry a parameter that the rank holds or holds a part of; `local` is its gradient.
-        values: Likewise, `local` is the parameter after the step.
-        biases: Router biases after the step, by row of the load table.
-        sequence_parallel: Whether activations were split along the sequence.
-        num_micro_batches: Forward passes of each chunk of this rank.
-    """
-
-    report: StepReport
-    gradients: list[WholeParameter]
-    values: list[WholeParameter]
-    biases: dict[int, torch.Tensor]
-    sequence_parallel: bool
-    num_micro_batches: int
-
-
 def _one_sequence_alone() -> torch.Tensor:
     """All tokens of the fourth sequence and none of the others."""
     mask_BS = torch.zeros(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
@@ -132,49 +107,18 @@ MASKS: dict[str, Callable[[], torch.Tensor]] = {
 }
 
 
-class RandomSamples:
-    """Sequences of random tokens, of which some do not count; sample i is the same in every process.
-
-    Args:
-        vocab_size: Of the tokens.
-        is_isolated: Documents of 5 tokens on average, each sequence with its own; positions restart, and the token
-            after an EOD does not count.
-        mask: See `Layout`.
-    """
-
-    def __init__(self, vocab_size: int, is_isolated: bool = False, mask: str = "random") -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.tokens = torch.randint(0, vocab_size, (GLOBAL_BATCH_SIZE, SEQ_LENGTH + 1), generator=generator)
-        # A different number of tokens in each sequence: replicas do not have the same count.
-        self.mask = (torch.rand(GLOBAL_BATCH_SIZE, SEQ_LENGTH, generator=generator)
-                     > torch.rand(GLOBAL_BATCH_SIZE, 1, generator=generator) * 0.5).float()
-        if mask != "random":
-            self.mask = MASKS[mask]()
-        self.positions = torch.arange(SEQ_LENGTH).repeat(GLOBAL_BATCH_SIZE, 1)
-        if is_isolated:
-            self.tokens[torch.rand(self.tokens.shape, generator=generator) < 0.2] = EOD
-            is_end = self.tokens[:, :-1] == EOD
-            self.mask[is_end] = 0.0
-            starts = torch.nn.functional.pad((self.positions[:, :-1] + 1) * is_end[:, :-1], (1, 0))
-            self.positions -= starts.cummax(dim=1).values
-
-    def __len__(self) -> int:
-        return GLOBAL_BATCH_SIZE
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return {"tokens": self.tokens[index, :-1], "labels": self.tokens[index, 1:], "loss_mask": self.mask[index],
-                "position_ids": self.positions[index]}
+def random_samples(vocab_size: int, is_isolated: bool = False, mask: str = "random") -> RandomSamples:
+    """Samples of a step, the same in every process; with documents of 5 tokens on average where they are isolated."""
+    data = DataConfig(reset_attention_mask=is_isolated, reset_position_ids=is_isolated, eod_mask_loss=is_isolated)
+    return RandomSamples(GLOBAL_BATCH_SIZE, SEQ_LENGTH, vocab_size, data=data,
+                         mask_NS=None if mask == "random" else MASKS[mask]())
 
 
-class OneStepTrainer(Trainer):
-    """The trainer on random samples, of which `mask` says what counts, without reports."""
+class OneStepTrainer(MadeDataTrainer):
+    """The trainer on random samples, of which `mask` says what counts."""
 
     def __init__(self, run: RunConfig, mask: str = "random") -> None:
-        samples = RandomSamples(run.model.vocab_size, run.data.reset_attention_mask, mask)
-        super().__init__(run, data=CurrentData(samples, None, EOD, {}, 0))
-
-    def _build_reports(self) -> None:
-        pass
+        super().__init__(run, random_samples(run.model.vocab_size, run.data.reset_attention_mask, mask))
 
 
 def run_layouts(layouts: list[Layout]) -> dict[str, RankStep]:
@@ -195,63 +139,7 @@ def run_step(layout: Layout) -> RankStep:
     trainer = OneStepTrainer(run, layout.mask)
     load_reference_weights(trainer.chunks, trainer.groups, reference_weights(run.model), run.model.num_layers)
     trainer.optimizer.reload_model_params()
-    fault = FAULTS[layout.fault] if layout.fault else Fault()
-    fault.before_step(trainer)
-    gradients: list[WholeParameter] = []
-    finalize = trainer.mcore_config.finalize_model_grads_func
-
-    def finalize_and_note(*args: Any, **kwargs: Any) -> None:
-        fault.before_reduction(trainer)
-        finalize(*args, **kwargs)
-        for chunk in trainer.chunks:
-            gather_gradient_shards(chunk)
-        gradients.extend(local_parts(trainer, lambda parameter: parameter.main_grad))
-
-    trainer.mcore_config.finalize_model_grads_func = finalize_and_note
-    report, _signal = trainer.train_step()
-    fault.after_step(trainer)
-    return RankStep(
-        report=report,
-        gradients=gradients,
-        values=local_parts(trainer, lambda parameter: parameter.data),
-        biases={row: router.expert_bias.clone() for row, router in routers(trainer.chunks, run.model.num_layers)},
-        sequence_parallel=trainer.mcore_config.sequence_parallel,
-        num_micro_batches=trainer.batches[0].num_micro_batches,
-    )
-
-
-def gather_gradient_shards(chunk: Any) -> None:
-    """Give every data-parallel rank the sums that the distributed optimizer's reduce-scatter left on one."""
-    for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
-        group = buffer.data_parallel_group
-        for bucket in buffer.buckets:
-            shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-            torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
-
-
-def local_parts(trainer: Trainer, tensor_of: Callable[[torch.nn.Parameter], torch.Tensor]) -> list[WholeParameter]:
-    """A copy of this rank's part of some tensor of each parameter."""
-    parts = []
-    for chunk in trainer.chunks:
-        for whole in whole_parameters(chunk, trainer.groups):
-            tensor = tensor_of(whole.parameter)
-            local = tensor if whole.expert is None else tensor[whole.expert]
-            assert local.shape == whole.local.shape
-            parts.append(dataclasses.replace(whole, parameter=None, local=local.detach().cpu().clone()))
-    return parts
-
-
-class Fault:
-    """Something that goes wrong in a step; by default nothing does."""
-
-    def before_step(self, trainer: Trainer) -> None:
-        """With the model built."""
-
-    def before_reduction(self, trainer: Trainer) -> None:
-        """With the gradients of this rank's micro-batches summed."""
-
-    def after_step(self, trainer: Trainer) -> None:
-        """With the parameters updated."""
+    return take_step(trainer, FAULTS[layout.fault] if layout.fault else None)
 
 
 def _parameters(trainer: Trainer, ending: str) -> list[torch.nn.Parameter]:
@@ -261,7 +149,7 @@ def _parameters(trainer: Trainer, ending: str) -> list[torch.nn.Parameter]:
     return found
 
 
-class ScaledGradient(Fault):
+class ScaledGradient(StepHooks):
     """The last rank's contribution to some parameters counts `factor` times."""
 
     def __init__(self, ending: str, factor: float) -> None:
@@ -273,7 +161,7 @@ class ScaledGradient(Fault):
                 parameter.main_grad.mul_(self.factor)
 
 
-class UnmarkedNorm(Fault):
+class UnmarkedNorm(StepHooks):
     """The tensor-parallel ranks do not know that a norm's gradient is partial on each of them."""
 
     def before_step(self, trainer: Trainer) -> None:
@@ -281,7 +169,7 @@ class UnmarkedNorm(Fault):
             parameter.sequence_parallel = False
 
 
-class MiscountedLoad(Fault):
+class MiscountedLoad(StepHooks):
     """One token too many on one rank, for one expert."""
 
     def before_reduction(self, trainer: Trainer) -> None:
@@ -290,7 +178,7 @@ class MiscountedLoad(Fault):
             router.tokens_per_expert[3] += 1
 
 
-class StaleParameter(Fault):
+class StaleParameter(StepHooks):
     """One rank misses the update of its copy of a parameter."""
 
     def before_step(self, trainer: Trainer) -> None:
@@ -302,7 +190,7 @@ class StaleParameter(Fault):
                 parameter.data.copy_(before)
 
 
-class LeakyStage(Fault):
+class LeakyStage(StepHooks):
     """The last pipeline stage does not know where documents end."""
 
     def before_step(self, trainer: Trainer) -> None:
@@ -310,7 +198,7 @@ class LeakyStage(Fault):
             trainer.run = trainer.run.override(reset_attention_mask=False, reset_position_ids=False)
 
 
-FAULTS: dict[str, Fault] = {
+FAULTS: dict[str, StepHooks] = {
     "stage-leaks": LeakyStage(),
     "router-doubled": ScaledGradient("mlp.router.weight", 2.0),
     "router-slightly-off": ScaledGradient("mlp.router.weight", 1.001),

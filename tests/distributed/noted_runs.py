@@ -10,15 +10,15 @@ from unittest import mock
 import torch
 from megatron.core import parallel_state
 
+from dsv3_megatron.certification.routing_notes import Notes, RoutingWatch
 from dsv3_megatron.model.router import DeepSeekRouter
 from dsv3_megatron.optim.router_bias import routers
 from tests.distributed.small_run import Training, small_run, start
-from tests.routing import Notes, Routing
 
 
 def noted_steps(training: Training, numbers: range, given: Notes | None = None) -> tuple[list[float], Notes]:
     """Losses and notes of some steps; passes are named "step N" with N from 1."""
-    routing = Routing(given)
+    routing = RoutingWatch(given)
     losses = []
     with routing.watched():
         for number in numbers:

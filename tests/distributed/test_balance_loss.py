@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from dsv3_megatron.certification.rank_step import RankStep
+from dsv3_megatron.certification.reference import losses
+from dsv3_megatron.certification.weight_names import whole_from_reference
 from tests.distributed.launch import run_ranks
-from tests.distributed.layout_step import MASKS, Layout, RandomSamples, RankStep, run_layouts
+from tests.distributed.layout_step import MASKS, Layout, random_samples, run_layouts
 from tests.distributed.test_layouts import assemble, split
 from tests.parity.architectures import reference_weights
 from tests.parity.compare import relative_error
-from tests.parity.weights import whole_from_reference
-from tests.reference import losses
 
 pytestmark = pytest.mark.distributed
 
@@ -59,7 +60,7 @@ def steps() -> dict[str, list[RankStep]]:
 def expected() -> tuple[float, dict[str, torch.Tensor]]:
     """The mean balance loss of a layer before alpha, and the gradient of all layers' by the routers' weights."""
     model = Layout("", 1).run.model
-    samples = RandomSamples(model.vocab_size, mask="all")
+    samples = random_samples(model.vocab_size, mask="all")
     weights = {name: weight.requires_grad_(name.endswith("gate.weight"))
                for name, weight in reference_weights(model).items()}
     found = losses(weights, model, samples.tokens[:, :-1], samples.tokens[:, 1:], balance_loss_alpha=ALPHA)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from dsv3_megatron.certification.routing_notes import Notes, merge_notes
 from dsv3_megatron.checkpoint.folder import (
     TRACKER,
     CheckpointError,
@@ -29,7 +30,7 @@ from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
 from tests.distributed.launch import RankError, run_ranks
 from tests.distributed.noted_runs import noted_steps
 from tests.distributed.small_run import GLOBAL_BATCH, SEQ_LENGTH, Training, differences, merge, small_run, start
-from tests.routing import Notes, compare_routing, merge_notes
+from tests.routing import compare_routing
 
 pytestmark = pytest.mark.distributed
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
+from dsv3_megatron.certification.weight_names import reference_names, router_bias_name, whole_from_reference
 from dsv3_megatron.checkpoint.folder import latest_iteration
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
@@ -22,7 +23,6 @@ from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_t
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_run import SEQ_LENGTH, merge, small_run, start
 from tests.hugging_face import config_json, published_weights, write_checkpoint
-from tests.parity.weights import reference_names, router_bias_name, whole_from_reference
 
 pytestmark = pytest.mark.distributed
 

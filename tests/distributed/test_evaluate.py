@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from dsv3_megatron.certification.reference import losses
+from dsv3_megatron.certification.reference_weights import Architecture, weight_shapes
+from dsv3_megatron.certification.routing_notes import Notes, merge_notes
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
 from dsv3_megatron.commands.evaluate import EvaluationRequest
 from dsv3_megatron.data.indexed_writer import DatasetWriter
@@ -29,9 +32,7 @@ from tests.distributed.small_run import SEQ_LENGTH, small_run
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.architectures import YARN
 from tests.parity.compare import relative_error
-from tests.reference import losses
-from tests.reference_weights import Architecture, weight_shapes
-from tests.routing import Notes, compare_routing, merge_notes
+from tests.routing import compare_routing
 from tests.transformers_model import huggingface_model
 
 pytestmark = pytest.mark.distributed

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from dsv3_megatron.certification.reference_weights import Architecture, weight_shapes
 from dsv3_megatron.commands.evaluate import EvaluationRequest
 from dsv3_megatron.config.data import DOCUMENT_SWITCHES
 from dsv3_megatron.data.document_ends import document_bounds
@@ -27,7 +28,6 @@ from tests.distributed.launch import RankError, run_ranks
 from tests.distributed.small_run import SEQ_LENGTH, small_run
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.compare import relative_error
-from tests.reference_weights import Architecture, weight_shapes
 from tests.transformers_model import huggingface_model
 
 pytestmark = pytest.mark.distributed

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3_megatron.certification.weight_names import router_bias_name, whole_from_reference
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.pretrained import load_hugging_face
 from dsv3_megatron.model.build import build_stages
@@ -16,7 +17,6 @@ from dsv3_megatron.parallel.groups import create_groups
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_run import merge, small_run
 from tests.hugging_face import config_json, dequantized, published_weights, quantized, write_checkpoint
-from tests.parity.weights import router_bias_name, whole_from_reference
 
 pytestmark = pytest.mark.distributed
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsv3_megatron.certification.weight_names import load_reference_weights
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.metrics.measurements import NodeLimitError
 from dsv3_megatron.model.language_model import DeepSeekV3Model
@@ -21,7 +22,6 @@ from dsv3_megatron.optim.router_bias import routers
 from tests.distributed.launch import run_ranks
 from tests.distributed.layout_step import GLOBAL_BATCH_SIZE, SEQ_LENGTH, Layout, OneStepTrainer
 from tests.parity.architectures import reference_weights
-from tests.parity.weights import load_reference_weights
 
 pytestmark = pytest.mark.distributed
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from dsv3_megatron.certification.routing_notes import Notes, merge_notes
 from tests.distributed.launch import run_ranks
 from tests.distributed.noted_runs import runs
-from tests.routing import Notes, compare_routing, merge_notes
+from tests.routing import compare_routing
 
 pytestmark = pytest.mark.distributed
 

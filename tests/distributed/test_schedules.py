@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dsv3_megatron.certification.routing_notes import in_steps
 from dsv3_megatron.schedule.draw import read_trace
 from tests.distributed.test_trainer import (  # noqa: F401 - a fixture
     SCORE_ROUNDING,
@@ -16,7 +17,7 @@ from tests.distributed.test_trainer import (  # noqa: F401 - a fixture
     steps,
     train_noted,
 )
-from tests.routing import compare_routing, in_steps, read_notes
+from tests.routing import compare_routing, read_notes
 
 pytestmark = pytest.mark.distributed
 

@@ -21,12 +21,13 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from dsv3_megatron.certification.routing_notes import in_steps
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.metrics.gradients import COMPONENTS
 from dsv3_megatron.metrics.instruments import STEP_PARTS
 from dsv3_megatron.metrics.tags import TAGS
 from tests.distributed.launch import ROOT, run_ranks
-from tests.routing import compare_routing, in_steps, read_notes
+from tests.routing import compare_routing, read_notes
 
 pytestmark = pytest.mark.distributed
 

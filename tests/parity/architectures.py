@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from dsv3_megatron.certification.reference import Weights, random_weights
+from dsv3_megatron.certification.reference_weights import is_router_bias
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
-from tests.reference import Weights, random_weights
-from tests.reference_weights import is_router_bias
 
 BASE = ModelConfig(
     num_layers=3, num_dense_layers=1, hidden_size=32, num_attention_heads=4, q_lora_rank=20, kv_lora_rank=12,

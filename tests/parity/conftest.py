@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from dsv3_megatron.certification.reference import Weights
 from dsv3_megatron.config.model import ModelConfig
 from tests.parity.architectures import reference_weights, run_of
-from tests.reference import Weights
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def groups() -> Iterator[Any]:
 @pytest.fixture
 def build(groups: Any) -> Callable[..., tuple[torch.nn.Module, Weights]]:
     """Builds our model of an architecture in the given dtype, in training mode, and the weights it holds."""
+    from dsv3_megatron.certification.weight_names import load_reference_weights
     from dsv3_megatron.model.build import build_stages
-    from tests.parity.weights import load_reference_weights
 
     def build_model(model: ModelConfig, dtype: torch.dtype = torch.float64, **training: Any
                     ) -> tuple[torch.nn.Module, Weights]:

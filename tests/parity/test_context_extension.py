@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
+from dsv3_megatron.certification.reference_weights import Architecture
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.model.rotary import RotaryTables, change_context, inverse_frequencies, softmax_scale
 from tests.parity.architectures import variant
 from tests.parity.compare import assert_close
-from tests.reference_weights import Architecture
 from tests.transformers_model import huggingface_model
 
 V3 = {phase.name: phase.model for phase in preset("dsv3-671b").recipe().phases}

@@ -13,11 +13,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from dsv3_megatron.certification.document_step import Bounds, document_step
+from dsv3_megatron.certification.weight_names import whole_from_reference
 from dsv3_megatron.config.model import ModelConfig
-from tests.parity.architectures import MTP_LAMBDA, variant
+from tests.parity.architectures import BALANCE_LOSS_ALPHA, MTP_LAMBDA, variant
 from tests.parity.compare import assert_close, gradients_by_name, relative_error
-from tests.parity.isolated_documents import Bounds, document_step
-from tests.parity.weights import whole_from_reference
 
 LENGTH = 24
 BOUNDS: dict[int, Bounds] = {1: ((0, 5, 6, 20, 24),), 2: ((0, 5, 6, 20, 24), (0, 11, 13, 24))}
@@ -50,7 +50,8 @@ def check(build: Callable, groups: object, model_config: ModelConfig, bounds: Bo
     weights = {name: weight.clone().requires_grad_("bias" not in name) for name, weight in weights.items()}
     tokens_BS, labels_BS, positions_BS = batch(model_config.vocab_size, bounds)
     mask_BS = torch.ones(tokens_BS.shape) if is_eod_counted else (tokens_BS != EOD).float()
-    expected = document_step(weights, model_config, tokens_BS, labels_BS, mask_BS, bounds)
+    expected = document_step(weights, model_config, tokens_BS, labels_BS, mask_BS, bounds, mtp_weight=MTP_LAMBDA,
+                             balance_loss_alpha=BALANCE_LOSS_ALPHA)
     expected.total.backward()
 
     weigh_balance_losses([model], num_tokens=int(mask_BS.sum()), num_sequences=len(bounds))

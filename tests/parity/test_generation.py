@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsv3_megatron.certification.reference_weights import Architecture
 from dsv3_megatron.generation import speculative
 from dsv3_megatron.generation.forward import CachedModel, Prompts
 from dsv3_megatron.generation.generator import Generator, Options
@@ -24,7 +25,6 @@ from dsv3_megatron.generation.sampling import Sampling, distribution
 from dsv3_megatron.ops.router_scores import SCORE_FUNCTIONS
 from tests.parity.architectures import variant
 from tests.parity.compare import FLOAT64_TOLERANCE, assert_close
-from tests.reference_weights import Architecture
 from tests.transformers_model import huggingface_model
 
 CACHES = ("latent", "full")

@@ -13,13 +13,13 @@ import dataclasses
 import pytest
 import torch
 
+from dsv3_megatron.certification.reference import loss_and_gradients, losses
+from dsv3_megatron.certification.reference_weights import is_router_bias
+from dsv3_megatron.certification.weight_names import reference_names, whole_from_reference
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.optim.router_bias import collect_expert_loads
 from tests.parity.architectures import BALANCE_LOSS_ALPHA, MTP_LAMBDA, VARIANTS, variant
 from tests.parity.compare import assert_close, gradients_by_name
-from tests.parity.weights import reference_names, whole_from_reference
-from tests.reference import loss_and_gradients, losses
-from tests.reference_weights import is_router_bias
 
 BATCH, LENGTH = 2, 11
 # In fp32 both sides round to 6e-8 in every operation; through ten layers and a sum over 22 tokens the largest error

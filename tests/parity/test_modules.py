@@ -8,10 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.parity.architectures import BALANCE_LOSS_ALPHA, variant
-from tests.parity.compare import assert_close, gradients_by_name, relative_error
-from tests.parity.weights import whole_from_reference
-from tests.reference import (
+from dsv3_megatron.certification.reference import (
     Architecture,
     block,
     mla,
@@ -21,7 +18,10 @@ from tests.reference import (
     shift_left,
     swiglu,
 )
-from tests.reference_weights import is_router_bias
+from dsv3_megatron.certification.reference_weights import is_router_bias
+from dsv3_megatron.certification.weight_names import whole_from_reference
+from tests.parity.architectures import BALANCE_LOSS_ALPHA, variant
+from tests.parity.compare import assert_close, gradients_by_name, relative_error
 
 BATCH, LENGTH = 3, 13
 

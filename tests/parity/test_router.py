@@ -15,12 +15,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dsv3_megatron.certification.reference import Architecture, sequence_balance_loss, updated_router_bias
+from dsv3_megatron.certification.reference import select_experts as select_experts_of_one_token
 from dsv3_megatron.model.router import DeepSeekRouter, select_experts
 from dsv3_megatron.optim.router_bias import collect_expert_loads, routers, update_router_biases
 from tests.parity.architectures import BASE, variant
 from tests.parity.compare import assert_close
-from tests.reference import Architecture, sequence_balance_loss, updated_router_bias
-from tests.reference import select_experts as select_experts_of_one_token
 
 CHOICE = settings(max_examples=200)
 

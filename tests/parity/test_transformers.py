@@ -22,14 +22,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from dsv3_megatron.certification.reference import Weights, shift_left
+from dsv3_megatron.certification.reference_weights import Architecture, is_router_bias
+from dsv3_megatron.certification.weight_names import whole_from_reference
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.optim.router_bias import routers
 from tests.parity.architectures import MTP_LAMBDA
 from tests.parity.compare import assert_close, gradients_by_name
 from tests.parity.pairwise import all_pairs, covering_rows, pairs_of
-from tests.parity.weights import whole_from_reference
-from tests.reference import Weights, shift_left
-from tests.reference_weights import Architecture, is_router_bias
 from tests.transformers_model import (
     half_split_rotary,
     huggingface_gradients,

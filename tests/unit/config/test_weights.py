@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dsv3_megatron.certification.reference_weights import weight_shapes
 from dsv3_megatron.checkpoint.hf.names import hugging_face_tensors
 from dsv3_megatron.checkpoint.hf.weight_files import plan_shards
 from dsv3_megatron.config.model import ModelConfig
@@ -36,7 +37,6 @@ from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.planning.time.layer_operations import stage_operations
 from dsv3_megatron.planning.time.operations import Shape, model_flops
 from dsv3_megatron.reports.model_table import model_table
-from tests.reference_weights import weight_shapes
 from tests.unit.model.test_counts import build_without_memory, megatron_core, one_of
 
 __all__ = ["megatron_core"]  # a fixture

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsv3_megatron.certification.reference_weights import is_router_bias
 from dsv3_megatron.checkpoint.folder import CheckpointError, read_manifest
 from dsv3_megatron.checkpoint.hf.directory import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
@@ -34,7 +35,6 @@ from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.ops.fp8.published import quantize_weight_blocks
 from tests.hugging_face import QUANTIZED, config_json, dequantized, published_weights, quantized, write_checkpoint
 from tests.parity.architectures import variant
-from tests.reference_weights import is_router_bias
 
 ROOT = Path(__file__).resolve().parents[4]
 # Wider than one block, and no multiple of it.

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsv3_megatron.certification.reference_weights import is_router_bias, weight_shapes
+from dsv3_megatron.certification.weight_names import reference_names
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory, hugging_face_tensors, tensors_by_parameter
 from dsv3_megatron.config.presets import preset
 from tests.hugging_face import config_json, dequantized, published_weights, quantized, write_checkpoint
 from tests.parity.architectures import PUBLISHED, variant
-from tests.parity.weights import reference_names
-from tests.reference_weights import is_router_bias, weight_shapes
 
 SHARD = "model-00002-of-000003.safetensors"
 INDEX = "model.safetensors.index.json"

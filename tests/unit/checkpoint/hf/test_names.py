@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from dsv3_megatron.certification.reference_weights import weight_shapes
 from dsv3_megatron.checkpoint.hf.names import hugging_face_tensors, tensors_by_parameter
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.model.global_names import whole_parameters
-from tests.reference_weights import weight_shapes
 from tests.unit.model.test_counts import build_without_memory, megatron_core, one_of
 
 __all__ = ["megatron_core"]  # a fixture

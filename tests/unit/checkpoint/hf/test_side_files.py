@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM, GenerationConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
+from dsv3_megatron.certification.reference_weights import weight_shapes
 from dsv3_megatron.checkpoint.hf.config_json import export_refusals
 from dsv3_megatron.checkpoint.hf.model_card import Losses, count_exported
 from dsv3_megatron.checkpoint.hf.readers import reader_notes
@@ -26,7 +27,6 @@ from dsv3_megatron.metrics.run_records import last_losses
 from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, quantize_weight_blocks
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.architectures import variant
-from tests.reference_weights import weight_shapes
 from tests.unit.checkpoint.hf.trained import MODEL, trained
 
 

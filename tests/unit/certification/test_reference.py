@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from tests.reference import (
+from dsv3_megatron.certification.reference import (
     Architecture,
-    Routing,
+    ReferenceRouting,
     block,
     loss_and_gradients,
     losses,
@@ -453,7 +453,7 @@ def test_parts_compose_to_the_whole():
     tokens_BS, labels_BS = tokens(arch)
     result = losses(weights, arch, tokens_BS, labels_BS)
     normed, hidden, routings = main_model(weights, arch, tokens_BS)
-    assert list(routings) == [1] and isinstance(routings[1], Routing)
+    assert list(routings) == [1] and isinstance(routings[1], ReferenceRouting)
     assert torch.equal(block(weights, arch, 1, hidden[1])[0], hidden[2])
     deeper, routing = mtp_module(weights, arch, 1, normed, shift_left(tokens_BS, 1))
     assert torch.equal(deeper, result.normed_BSH[1])

@@ -1,6 +1,6 @@
 """The reference model's architecture and weights: every tensor's name, shape and a random value.
 
-Names and shapes are those of the published checkpoint, so that a test can hand one dict to `tests/reference.py`, to
+Names and shapes are those of the published checkpoint, so that a test can hand one dict to `reference.py`, to
 Hugging Face's model and, translated, to ours. No Megatron-Core, nothing from dsv3_megatron.
 """
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from dsv3_megatron.certification.reference import Weights
 from dsv3_megatron.model.global_names import whole_parameters
 from dsv3_megatron.optim.router_bias import routers
-from tests.reference import Weights
 
 _OUTSIDE_LAYERS = {
     "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
@@ -43,7 +43,7 @@ def reference_names(name: str, num_layers: int) -> tuple[str, ...]:
     """The reference's weights that are, on top of each other, our parameter `name`.
 
     Args:
-        name: As in `whole_parameters`.
+        name: Global name, as in `whole_parameters`.
         num_layers: Layers of the main model; MTP module k is the reference's layer num_layers + k.
     """
     if name in _OUTSIDE_LAYERS:

@@ -11,16 +11,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_megatron.certification.reference import select_experts
+from dsv3_megatron.certification.routing_notes import (
+    FP32_SUMS,
+    ChoiceKind,
+    Choices,
+    Notes,
+    in_steps,
+    margin,
+    merge_notes,
+)
 from tests.parity.test_router import architecture, is_a_best_choice, routing_problems
-from tests.reference import select_experts
-from tests.routing import FP32_SUMS, Choices, Kind, Notes, compare_routing, in_steps, margin, merge_notes
+from tests.routing import compare_routing
 
 ROUNDING = 1e-5
 KEY = ("step 1", "experts of layer 2")
 
 
-def kind_of(options: dict[str, Any]) -> Kind:
-    return Kind(options["top_k"], options["num_groups"], options["group_top_k"],
+def kind_of(options: dict[str, Any]) -> ChoiceKind:
+    return ChoiceKind(options["top_k"], options["num_groups"], options["group_top_k"],
                 options.get("group_score_topk") or max(1, options["top_k"] // options["group_top_k"]))
 
 
@@ -56,12 +65,12 @@ class TestMargin:
         score, and by a group's score (13 to 2) for each of its experts.
         """
         biased = [9.0, 8.0, 0.0, 0.0, 7.0, 6.0, 5.0, 0.0, 1.0, 1.0, 0.0, 0.0]
-        assert margin(biased, chosen, Kind(4, num_groups=3, group_top_k=2, group_score_topk=2)) == expected
+        assert margin(biased, chosen, ChoiceKind(4, num_groups=3, group_top_k=2, group_score_topk=2)) == expected
 
 
 def notes(scores: list[list[float]], ids: list[list[int]], bias: list[float] | None = None) -> Notes:
     """Tokens of sample 5, two of four experts each."""
-    choices = Choices(Kind(2), torch.tensor(bias or [0.0] * 4))
+    choices = Choices(ChoiceKind(2), torch.tensor(bias or [0.0] * 4))
     for position, (row, chosen) in enumerate(zip(scores, ids, strict=True)):
         choices.scores[5, position] = torch.tensor(row)
         choices.ids[5, position] = torch.tensor(chosen)
@@ -94,7 +103,7 @@ class TestComparison:
         (notes([[0.9, 0.5, 0.500003, 0.1], [0.2, 0.8, 0.7, 0.1]], [[0, 2], [1, 2]], [1e-7, 0.0, 0.0, 0.0]),
          "the balancing bias differs"),
         ({}, "step 1, experts of layer 2: nothing noted in the second run"),
-        ({KEY: Choices(Kind(3), torch.zeros(4))}, "instead of"),
+        ({KEY: Choices(ChoiceKind(3), torch.zeros(4))}, "instead of"),
     ], ids=["flip", "wrong", "drift", "lost token", "bias", "lost router", "kind"])
     def test_everything_else_is_a_fault(self, second, message):
         with pytest.raises(AssertionError, match=message):

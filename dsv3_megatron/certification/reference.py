@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.reference_weights import Architecture, Weights, is_router_bias
-from tests.reference_weights import random_weights as random_weights
-from tests.reference_weights import weight_shapes as weight_shapes
+from dsv3_megatron.certification.reference_weights import Architecture, Weights, is_router_bias
+from dsv3_megatron.certification.reference_weights import random_weights as random_weights
+from dsv3_megatron.certification.reference_weights import weight_shapes as weight_shapes
 
 
 @dataclass(frozen=True)
-class Routing:
+class ReferenceRouting:
     """What one router decided: gates_TK, expert_ids_TK (best biased score first) and the sigmoid scores_TE."""
 
     gates_TK: Tensor
@@ -37,20 +37,20 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Losses:
+class ReferenceLosses:
     """Everything one micro-batch produces.
 
     Attributes:
         lm_loss: mean cross-entropy over the counted tokens.
         mtp_losses: one mean cross-entropy per depth, without the factor lambda / D.
         balance_losses: layer -> eq. 17 with its factor alpha, mean over the sequences; MTP modules included.
-        balance_loss: their sum.
+        balance_loss: sum of balance_losses.
         total: lm_loss + (lambda / D) sum of mtp_losses + balance_loss.
         logits_BSV, mtp_logits_BSV: main model's, and one per depth.
         hidden_BSH: residual stream after the embedding (index 0) and after each main layer.
         normed_BSH: index 0 the main model's output after its final norm, index k the output of MTP depth k after
             its `shared_head.norm`: what the output head reads.
-        routings: layer -> Routing, MTP modules at num_layers + k.
+        routings: layer -> ReferenceRouting, MTP modules at num_layers + k.
     """
 
     lm_loss: Tensor
@@ -62,7 +62,7 @@ class Losses:
     mtp_logits_BSV: list[Tensor]
     hidden_BSH: list[Tensor]
     normed_BSH: list[Tensor]
-    routings: dict[int, Routing]
+    routings: dict[int, ReferenceRouting]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def mla(weights: Weights, prefix: str, arch: Architecture, x_BSH: Tensor) -> Ten
     """Multi-head latent attention, causal, not absorbed. Report eq. 1-11.
 
     Args:
-        prefix: `model.layers.N.self_attn`.
+        prefix: name in front of the weights, `model.layers.N.self_attn`.
         x_BSH: the normed input of the layer.
     """
     heads, nope, rotary, value = (
@@ -221,7 +221,7 @@ def select_experts(biased_E: list[float], arch: Architecture) -> list[int]:
     return sorted(candidates, key=lambda e: -biased_E[e])[: arch.moe_router_topk]
 
 
-def route(weights: Weights, prefix: str, arch: Architecture, x_TH: Tensor) -> Routing:
+def route(weights: Weights, prefix: str, arch: Architecture, x_TH: Tensor) -> ReferenceRouting:
     """Affinities, biased selection, unbiased gates. Report eq. 12-16; softmax affinities are DeepSeek-V2's.
 
     Gates are the selected affinities divided by their sum, times the scaling factor, for any K: also for K = 1,
@@ -238,10 +238,10 @@ def route(weights: Weights, prefix: str, arch: Architecture, x_TH: Tensor) -> Ro
     expert_ids_TK = torch.tensor([select_experts(biased_E, arch) for biased_E in biased_TE.tolist()])
     selected_TK = torch.gather(scores_TE, 1, expert_ids_TK)
     gates_TK = arch.moe_router_topk_scaling_factor * selected_TK / selected_TK.sum(dim=1, keepdim=True)
-    return Routing(gates_TK, expert_ids_TK, scores_TE)
+    return ReferenceRouting(gates_TK, expert_ids_TK, scores_TE)
 
 
-def moe(weights: Weights, prefix: str, arch: Architecture, x_BSH: Tensor) -> tuple[Tensor, Routing]:
+def moe(weights: Weights, prefix: str, arch: Architecture, x_BSH: Tensor) -> tuple[Tensor, ReferenceRouting]:
     """Shared experts plus the gated sum of the chosen ones; no token is dropped. Report eq. 12.
 
     The residual h' = u + ... is added by `block`. An expert that no token chose gets a zero gradient, not None.
@@ -286,7 +286,7 @@ def updated_router_bias(bias_E: Tensor, expert_ids_TK: Tensor, update_rate: floa
 # The model: report figures 2 and 3.
 
 
-def block(weights: Weights, arch: Architecture, layer: int, x_BSH: Tensor) -> tuple[Tensor, Routing | None]:
+def block(weights: Weights, arch: Architecture, layer: int, x_BSH: Tensor) -> tuple[Tensor, ReferenceRouting | None]:
     """One pre-norm transformer layer."""
     prefix, epsilon = f"model.layers.{layer}", arch.layernorm_epsilon
     normed = rms_norm(x_BSH, weights[f"{prefix}.input_layernorm.weight"], epsilon)
@@ -307,13 +307,13 @@ def shift_left(x_BS: Tensor, depth: int) -> Tensor:
 
 def mtp_module(
     weights: Weights, arch: Architecture, depth: int, h_BSH: Tensor, shifted_tokens_BS: Tensor
-) -> tuple[Tensor, Routing | None]:
+) -> tuple[Tensor, ReferenceRouting | None]:
     """MTP module of depth 1..D, without the head. Report eq. 21-23.
 
     Args:
-        h_BSH: at depth 1 the main model's output after its final norm; at depth k the return value of depth k - 1,
-            that is after that module's `shared_head.norm`. Megatron-Core and Transformers' MtpLayer pass the same;
-            the report does not say where the norms stand.
+        h_BSH: hidden states: at depth 1 the main model's output after its final norm; at depth k the return value of
+            depth k - 1, that is after that module's `shared_head.norm`. Megatron-Core and Transformers' MtpLayer pass
+            the same; the report does not say where the norms stand.
         shifted_tokens_BS: the input tokens shifted left by `depth`.
 
     Returns:
@@ -339,7 +339,7 @@ def mtp_module(
 
 def main_model(
     weights: Weights, arch: Architecture, tokens_BS: Tensor
-) -> tuple[Tensor, list[Tensor], dict[int, Routing]]:
+) -> tuple[Tensor, list[Tensor], dict[int, ReferenceRouting]]:
     """Output after the final norm, the residual stream after the embedding and each layer, and the routings."""
     hidden = [weights["model.embed_tokens.weight"][tokens_BS]]
     routings = {}
@@ -368,15 +368,15 @@ def losses(
     mtp_loss_scaling_factor: float = 0.3,
     balance_loss_alpha: float = 1e-4,
     mtp_mean_over: str = "counted",
-) -> Losses:
+) -> ReferenceLosses:
     """Forward pass and every loss of one micro-batch. Report eq. 17-25.
 
     Args:
         config: an Architecture, or any object with its attributes.
         tokens_BS, labels_BS: int64; labels[i] is the token that follows tokens[i].
         loss_mask_BS: 1 where the label counts, 0 where it does not; all by default.
-        mtp_loss_scaling_factor: lambda.
-        balance_loss_alpha: alpha.
+        mtp_loss_scaling_factor: weight lambda of the MTP losses.
+        balance_loss_alpha: weight alpha of the balance losses.
         mtp_mean_over: "counted" divides depth k's sum by the number of labels it counts, S - k in each sequence
             without a mask: Megatron-Core's. "main" divides by the main loss's number: the report's 1/T (eq. 24).
 
@@ -422,7 +422,7 @@ def losses(
     zero = torch.zeros_like(lm_loss)
     balance_loss = sum(balance_losses.values(), start=zero)
     mtp_term = sum(mtp_losses, start=zero) * (mtp_loss_scaling_factor / max(arch.mtp_num_layers, 1))
-    return Losses(
+    return ReferenceLosses(
         lm_loss=lm_loss,
         mtp_losses=mtp_losses,
         balance_losses=balance_losses,
@@ -436,7 +436,7 @@ def losses(
     )
 
 
-def loss_and_gradients(weights: Weights, config: object, *args: Any, **options: Any) -> tuple[Losses, Weights]:
+def loss_and_gradients(weights: Weights, config: object, *args: Any, **options: Any) -> tuple[ReferenceLosses, Weights]:
     """`losses`, and the gradient of its total by every weight but the routers' biases, under the same names."""
     leaves = {name: weight.detach().clone() for name, weight in weights.items()}
     trained = [name for name in leaves if not is_router_bias(name)]

@@ -1,0 +1,252 @@
+"""Certifies layouts: one process, the layout's processes, one process again; then everything compared.
+
+Layouts of the same number of processes take their turns in the same processes. Where one fails or hangs, those behind
+it go on in new ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib
+import pickle
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv3_megatron.certification.certified_layout import (
+    RankRecord,
+    Resumed,
+    RunToCertify,
+    definition_of,
+    resume,
+    run_layout,
+)
+from dsv3_megatron.certification.forked_ranks import RankError, call_in_ranks
+from dsv3_megatron.certification.rank_step import StepHooks
+from dsv3_megatron.certification.shrunk_run import ADAM_EPS, LEARNING_RATE
+from dsv3_megatron.certification.verdict import OneProcess, Verdict, both_precisions, judge
+from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.precision import Fp8Config
+from dsv3_megatron.config.run import RunConfig
+
+# What torch and Megatron-Core import where it is first used.
+_FIRST_USED = ("torch._dynamo", "torch.utils.serialization.config", "megatron.core.models.hybrid.hybrid_block",
+               "megatron.core.models.mimo", "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+               "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader")
+# Layouts that take their turns in the same processes.
+BATCH_SIZE = 12
+TIMEOUT_S = 900.0
+# Behind the name of a layout that is certified without FP8 besides.
+TWIN = " without FP8"
+
+
+class Certifier:
+    """Certifies runs in processes forked from this one, which must have imported the trainer and used no threads.
+
+    Args:
+        processes: Processes at a time.
+        hooks: By name of a run, things to do in its layout's steps; for tests.
+        alone_hooks: Likewise for the one process that it is compared with.
+        timeout_s: Seconds for the layouts of one launch.
+    """
+
+    def __init__(self, processes: int, *, hooks: dict[str, StepHooks] | None = None,
+                 alone_hooks: dict[str, StepHooks] | None = None, timeout_s: float = TIMEOUT_S) -> None:
+        self.processes, self.timeout_s = processes, timeout_s
+        self._hooks, self._alone_hooks = hooks or {}, alone_hooks or {}
+        self._alone: dict[Any, OneProcess | str] = {}
+
+    def certify(self, jobs: Sequence[RunToCertify], tell: Callable[[Verdict], None] = lambda verdict: None
+                ) -> list[Verdict]:
+        """Certify runs.
+
+        Args:
+            jobs: Runs with different names, small enough for `processes`.
+            tell: Called with each verdict when it is known.
+
+        Returns:
+            The verdicts in the order of the jobs.
+        """
+        verdicts: dict[str, Verdict] = {}
+        twins = {job.name: without_fp8(job) for job in jobs if job.run.fp8.is_enabled}
+        everything = [both for job in jobs for both in (job, twins.get(job.name)) if both is not None]
+        with tempfile.TemporaryDirectory(prefix="certify-") as folder:
+            for batch in batches(everything):
+                for verdict in self._certify_batch(batch, Path(folder)):
+                    name = verdict.job.name.removesuffix(TWIN)
+                    known = verdicts.get(name)
+                    verdicts[name] = verdict if known is None else both_precisions(known, verdict)
+                    if name not in twins or known is not None:
+                        tell(verdicts[name])
+        return [verdicts[job.name] for job in jobs]
+
+    def _certify_batch(self, jobs: Sequence[RunToCertify], folder: Path) -> list[Verdict]:
+        started = time.monotonic()
+        self._run_alone([self._alone_job(job) for job in jobs], folder)
+        verdicts = {job.name: Verdict(job) for job in jobs}
+        possible = []
+        for job in jobs:
+            alone = self._alone[self._key(job)]
+            if isinstance(alone, str):
+                verdicts[job.name].error = alone
+            else:
+                possible.append(job)
+        records = self._run_layouts(possible, folder, verdicts)
+        crossed = self._resume_alone([job for job in possible if job.name in records and job.num_steps > 1], folder,
+                                     verdicts)
+        for name, ranks in records.items():
+            if not verdicts[name].error:
+                alone = self._alone[self._key(verdicts[name].job)]
+                assert isinstance(alone, OneProcess)
+                judge(verdicts[name], alone, ranks, crossed.get(name))
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for verdict in verdicts.values():
+            verdict.seconds = (time.monotonic() - started) / len(jobs)
+        return list(verdicts.values())
+
+    # -- one process ---------------------------------------------------------------------------------
+
+    def _key(self, job: RunToCertify) -> Any:
+        """What the one process depends on; runs that are broken on purpose there have one of their own."""
+        alone = self._alone_job(job)
+        own = job.name if job.name in self._alone_hooks else ""
+        return alone.run, alone.seed, alone.num_steps, own
+
+    def _alone_job(self, job: RunToCertify) -> RunToCertify:
+        return dataclasses.replace(job, run=alone(job.run), world_size=1)
+
+    def _run_alone(self, jobs: Sequence[RunToCertify], folder: Path) -> None:
+        missing = {self._key(job): job for job in jobs if self._key(job) not in self._alone}
+        keys = list(missing)
+
+        def work(index: int) -> Any:
+            job, place = missing[keys[index]], folder / f"alone-{len(self._alone) + index}"
+            definition = definition_of(job)
+            given = None if definition is None or job.run.fp8.is_enabled else definition[1]
+            record = run_layout(job, place, given, None, self._alone_hooks.get(job.name))
+            return OneProcess(record, definition[0] if definition else None, record.notes if given is None else given,
+                              place)
+
+        found = self._in_processes(len(keys), work)
+        self._alone |= dict(zip(keys, found, strict=True))
+
+    def _resume_alone(self, jobs: Sequence[RunToCertify], folder: Path, verdicts: dict[str, Verdict]
+                      ) -> dict[str, Resumed]:
+        """Let one process resume from each layout's checkpoint."""
+        def work(index: int) -> Resumed:
+            job = self._alone_job(jobs[index])
+            one = self._alone[self._key(jobs[index])]
+            assert isinstance(one, OneProcess)
+            return resume(job, folder / jobs[index].name, one.given, self._alone_hooks.get(job.name))
+
+        resumed = {}
+        for job, found in zip(jobs, self._in_processes(len(jobs), work), strict=True):
+            if isinstance(found, str):
+                verdicts[job.name].error = f"one process cannot resume from the layout's checkpoint: {found}"
+            else:
+                resumed[job.name] = found
+        return resumed
+
+    def _in_processes(self, count: int, work: Callable[[int], Any]) -> list[Any]:
+        """What `work` gives for each number below `count`, in processes of one rank; a text where it failed."""
+        workers = min(self.processes, count)
+        with tempfile.TemporaryDirectory(prefix="certify-") as name:
+            def share(worker: int) -> None:
+                for index in range(worker, count, workers):
+                    try:
+                        result: Any = work(index)
+                    except Exception as error:  # noqa: BLE001 - told as this one's verdict; the others go on
+                        import traceback
+
+                        result = f"{error}\n{traceback.format_exc()}"
+                    _write(Path(name) / f"{index}.pickle", result)
+
+            if count:
+                call_in_ranks(workers, share, timeout_s=self.timeout_s, are_alone=True)
+            return [_read(Path(name) / f"{index}.pickle") for index in range(count)]
+
+    # -- the layouts ---------------------------------------------------------------------------------
+
+    def _run_layouts(self, jobs: Sequence[RunToCertify], folder: Path, verdicts: dict[str, Verdict]
+                     ) -> dict[str, list[RankRecord]]:
+        """The records of all ranks by layout; what failed has its verdict."""
+        records: dict[str, list[RankRecord]] = {}
+        waiting = list(jobs)
+        while waiting:
+            size = waiting[0].world_size
+
+            def turns(rank: int, waiting: list[RunToCertify] = waiting) -> None:
+                for job in waiting:
+                    one = self._alone[self._key(job)]
+                    assert isinstance(one, OneProcess)
+                    record = run_layout(job, folder / job.name, one.given, one.folder if job.num_steps > 1 else None,
+                                        self._hooks.get(job.name))
+                    _write(folder / f"{job.name}.{rank}.pickle", record)
+
+            error = ""
+            try:
+                call_in_ranks(size, turns, timeout_s=self.timeout_s)
+            except (RankError, TimeoutError) as failure:
+                error = str(failure)
+            done = []
+            for job in waiting:
+                files = [folder / f"{job.name}.{rank}.pickle" for rank in range(size)]
+                if not all(file.exists() for file in files):
+                    verdicts[job.name].error = error or "not all ranks have left what they did"
+                    done.append(job)
+                    break
+                records[job.name] = [_read(file) for file in files]
+                done.append(job)
+            for file in folder.glob("*.pickle"):
+                file.unlink()
+            waiting = waiting[len(done):]
+        return records
+
+
+def get_ready_to_fork() -> None:
+    """Import what ranks use, once for all of them, and keep this process from starting threads.
+
+    `platform.prepare` must have been called.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    for name in _FIRST_USED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what is imported is no garbage of a rank's, and need not be looked through there
+
+
+def alone(run: RunConfig) -> RunConfig:
+    """The run in one process: without any split, and without recomputation."""
+    return dataclasses.replace(run, parallel=ParallelConfig()).override(recompute_granularity=None,
+                                                                         recompute_modules=())
+
+
+def without_fp8(job: RunToCertify) -> RunToCertify:
+    """The same layout without FP8, whose tolerances are those of fp32."""
+    plain = dataclasses.replace(job.run, fp8=Fp8Config()).override(lr=LEARNING_RATE, min_lr=LEARNING_RATE,
+                                                                   adam_eps=ADAM_EPS)
+    return dataclasses.replace(job, name=job.name + TWIN, run=plain)
+
+
+def batches(jobs: Iterable[RunToCertify]) -> list[list[RunToCertify]]:
+    """The jobs in lots of the same number of processes."""
+    by_size: dict[int, list[RunToCertify]] = {}
+    for job in jobs:
+        by_size.setdefault(job.world_size, []).append(job)
+    return [same[start:start + BATCH_SIZE] for same in by_size.values() for start in range(0, len(same), BATCH_SIZE)]
+
+
+def _write(file: Path, value: Any) -> None:
+    partial_file = file.with_suffix(".partial")
+    partial_file.write_bytes(pickle.dumps(value))
+    partial_file.rename(file)
+
+
+def _read(file: Path) -> Any:
+    return pickle.loads(file.read_bytes())

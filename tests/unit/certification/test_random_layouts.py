@@ -1,0 +1,33 @@
+"""Layouts at random are valid, the same for a seed, and over all dimensions."""
+
+from __future__ import annotations
+
+from dsv3_megatron.certification.random_layouts import random_layouts
+from dsv3_megatron.certification.shrunk_run import shrink
+from dsv3_megatron.config.load import parse_command
+from dsv3_megatron.config.pipeline import SCHEDULES
+
+
+def test_a_seed_gives_the_same_layouts_whatever_their_number() -> None:
+    assert list(random_layouts(3, 7, 4)) == list(random_layouts(6, 7, 4))[:3]
+    assert list(random_layouts(3, 7, 4)) != list(random_layouts(3, 8, 4))
+
+
+def test_every_dimension_is_among_them_and_every_layout_is_possible() -> None:
+    runs = []
+    for world_size, flags in random_layouts(150, 1, 8):
+        assert 1 <= world_size <= 8
+        runs.append(shrink(parse_command(flags).run, world_size, 8).run)
+    parallel, training = [run.parallel for run in runs], [run.training for run in runs]
+    assert {part.schedule for part in parallel if part.pipeline_model_parallel_size > 1} == set(SCHEDULES)
+    for name, values in (("tensor_model_parallel_size", {1, 2}), ("pipeline_model_parallel_size", {1, 2, 4}),
+                         ("expert_model_parallel_size", {1, 2, 4}), ("expert_tensor_parallel_size", {1, 2}),
+                         ("num_virtual_stages_per_pipeline_rank", {1, 2, 3}),
+                         ("overlap_moe_expert_parallel_comm", {False, True})):
+        assert values <= {getattr(part, name) for part in parallel}, name
+    assert {run.model.mtp_num_layers for run in runs} == {0, 1, 2}
+    assert {part.recompute_granularity for part in training} == {None, "selective", "full"}
+    assert {run.fp8.is_enabled for run in runs} == {run.data.reset_attention_mask for run in runs} == {False, True}
+    layouts = {part.pipeline_model_parallel_layout for part in parallel} - {None}
+    assert any(layout.startswith("E|") for layout in layouts) and any(layout.endswith("|L") for layout in layouts)
+    assert any(layout.endswith("|mL") for layout in layouts) and len(layouts) > 20
