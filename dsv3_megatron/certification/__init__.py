@@ -6,7 +6,7 @@ In reading order:
     shrunk_run.py           the small run that stands for a large one, and what that does not prove
     certified_layout.py     what the processes of a layout do: two steps, two resumes
     rank_step.py            what one rank holds of a step
-    forked_ranks.py         processes forked from one that has imported everything
+    rank_forks.py           processes forked from one that has imported everything
     random_samples.py       the tokens
 
     verdict.py              what is compared with what

@@ -80,7 +80,7 @@ class RankRecord:
         steps: Steps from the given weights.
         notes: What routers saw and chose in them.
         resumed: A resume from the checkpoint that the layout itself wrote after its first step; None: not asked for.
-        resumed_from_other: Likewise, from one process's checkpoint.
+        resumed_from_other: A resume from one process's checkpoint; None likewise.
         initial: Parameters before the first step.
     """
 

@@ -25,7 +25,7 @@ from dsv3_megatron.certification.certified_layout import (
     resume,
     run_layout,
 )
-from dsv3_megatron.certification.forked_ranks import RankError, call_in_ranks
+from dsv3_megatron.certification.rank_forks import RankError, call_in_ranks
 from dsv3_megatron.certification.rank_step import StepHooks
 from dsv3_megatron.certification.shrunk_run import ADAM_EPS, LEARNING_RATE
 from dsv3_megatron.certification.verdict import OneProcess, Verdict, both_precisions, judge
@@ -49,8 +49,8 @@ class Certifier:
 
     Args:
         processes: Processes at a time.
-        hooks: By name of a run, things to do in its layout's steps; for tests.
-        alone_hooks: Likewise for the one process that it is compared with.
+        hooks: Things to do in the steps of a layout, by the name of its run; for tests.
+        alone_hooks: Things to do in the steps of the one process that it is compared with.
         timeout_s: Seconds for the layouts of one launch.
     """
 
@@ -62,7 +62,7 @@ class Certifier:
 
     def certify(self, jobs: Sequence[RunToCertify], tell: Callable[[Verdict], None] = lambda verdict: None
                 ) -> list[Verdict]:
-        """Certify runs.
+        """Certify runs, those of as many processes in the same ones.
 
         Args:
             jobs: Runs with different names, small enough for `processes`.
@@ -228,7 +228,7 @@ def alone(run: RunConfig) -> RunConfig:
 
 
 def without_fp8(job: RunToCertify) -> RunToCertify:
-    """The same layout without FP8, whose tolerances are those of fp32."""
+    """A layout in FP8 as it is without, where the tolerances are those of fp32."""
     plain = dataclasses.replace(job.run, fp8=Fp8Config()).override(lr=LEARNING_RATE, min_lr=LEARNING_RATE,
                                                                    adam_eps=ADAM_EPS)
     return dataclasses.replace(job, name=job.name + TWIN, run=plain)

@@ -25,9 +25,9 @@ class Tolerances:
     """Largest errors that rounding may make, relative to the largest entry of a tensor.
 
     Attributes:
-        loss: Of the mean losses.
-        gradient: Of each parameter's gradient, and of the gradient's norm.
-        update: Of what the steps changed in a parameter, relative to the largest change.
+        loss: Error of the mean losses.
+        gradient: Error of each parameter's gradient, and of the gradient's norm.
+        update: Error of what the steps changed in a parameter, relative to the largest change.
         affinity: Distance of a router's affinities, which lie in 0..1, in the first step.
         is_by_norm: Whether the error of a tensor is the norm of the difference over the expected norm, instead of the
             largest difference over the largest entry: where single entries are rounded coarsely.
@@ -55,7 +55,7 @@ class Difference:
 
     Attributes:
         quantity: Name of it, such as "gradient of decoder.layers.0.mlp.router.weight".
-        moment: When and in comparison with what, such as "step 1".
+        moment: Step, and what it is compared with, such as "step 1".
         place: The rank that has it.
         error: Largest error, relative to the largest expected entry; infinite where numbers are missing or no numbers.
         tolerance: Largest error that rounding may make.
@@ -85,12 +85,12 @@ class Comparison:
 
     def check(self, kind: str, quantity: str, moment: str, place: RankPlace | None, actual: torch.Tensor,
               expected: torch.Tensor, tolerance: float, detail: Callable[[], str], scale: Scale | None = None) -> None:
-        """Compare two tensors.
+        """Compare two tensors, and keep the error.
 
         Args:
             kind: Name under which the largest error is kept.
             quantity: Name of what is compared.
-            moment: When, and with what.
+            moment: Words for the difference: which step, and with what.
             place: The rank whose it is.
             actual: Tensor that was found.
             expected: Tensor that it should be.
@@ -115,8 +115,8 @@ class Scale:
     """Magnitude that an error is relative to.
 
     Attributes:
-        value: Of the whole expected tensor.
-        is_norm: Whether it is the tensor's norm, and the error that of the difference; else the largest entry is.
+        value: Magnitude of the whole expected tensor.
+        is_norm: Whether the tensor's norm is meant, and that of the difference; else the largest entry is.
     """
 
     value: float
@@ -151,7 +151,7 @@ def compare_steps(expected: RankStep, ranks: Sequence[RankStep], initial: dict[s
         expected: The step of one process.
         ranks: The step of all ranks of the layout.
         initial: Whole parameters before the first step, by global name.
-        moment: When, for the differences.
+        moment: Words for the differences: which step.
         tolerances: Largest errors allowed.
     """
     result = Comparison()
@@ -184,7 +184,7 @@ def compare_with_definition(step: RankStep, defined: DefinedStep, initial: Weigh
         defined: Numbers by definition.
         initial: The reference's weights before the first step.
         num_layers: Layers of the main model.
-        moment: When, for the differences.
+        moment: Words for the differences: which step.
         tolerances: Largest errors allowed.
     """
     result = Comparison()
@@ -213,7 +213,7 @@ def compare_bits(expected: dict[str, torch.Tensor], parts: Sequence[tuple[RankPl
     Args:
         expected: Whole parameters by global name.
         parts: Parts of them that each rank holds.
-        moment: When, for the differences.
+        moment: Words for the differences: which step.
     """
     result = Comparison()
     for place, held in parts:

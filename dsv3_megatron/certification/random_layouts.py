@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dsv3_megatron.certification.shrunk_run import shrink
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import parse_command
-from dsv3_megatron.config.pipeline import RULES, microbatch_rule, stages_per_rank
+from dsv3_megatron.config.pipeline import RULES, microbatches_multiple, stages_per_rank
 
 _ATTEMPTS = 1000
 
@@ -99,8 +99,8 @@ def _draw_flags(generator: random.Random, split: _Split) -> list[str]:
     words |= {"num-layers": str(layers), "num-dense-layers": str(min(dense, layers)), "mtp-num-layers": str(modules)}
     words |= _model_words(generator)
     micro_batch_size = pick([1, 1, 2])
-    fewest, multiple = microbatch_rule(schedule, pp)
-    count = fewest + multiple * pick([0, 1, 2])
+    # Fewer than fill the pipeline, and more.
+    count = microbatches_multiple(schedule, pp) * pick([1, 2, 3, 4])
     replicas = split.world_size // (split.tp * pp)
     words |= {"micro-batch-size": str(micro_batch_size),
               "global-batch-size": str(count * micro_batch_size * replicas)}

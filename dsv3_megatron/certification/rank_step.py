@@ -25,7 +25,7 @@ from dsv3_megatron.runs.trainer import Trainer
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Where in a layout a rank is.
+    """Place of a rank in a layout.
 
     Attributes:
         rank: Global rank.
@@ -54,7 +54,7 @@ class RankStep:
         place: Place of the rank.
         report: Losses, gradient norm and expert loads, the same on every rank.
         gradients: Entries for the parameters that the rank holds or holds a part of; `local` is the gradient.
-        values: Likewise; `local` is the parameter after the step.
+        values: Entries likewise; `local` is the parameter after the step.
         biases: Router biases after the step, by row of the load table.
         counters: Dtype of what counts the tokens of each expert, by row.
         sequence_parallel: Whether activations were split along the sequence.
@@ -140,7 +140,7 @@ def take_step(trainer: Trainer, hooks: StepHooks | None = None) -> RankStep:
 
 
 def place_of(trainer: Trainer) -> RankPlace:
-    """Where in the layout the trainer's process is."""
+    """Place of the trainer's process in the layout."""
     groups = trainer.groups
     return RankPlace(trainer.rank, groups.pp.rank(), groups.tp.rank(), groups.ep.rank(), groups.dp.rank())
 

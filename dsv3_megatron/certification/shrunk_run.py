@@ -195,7 +195,7 @@ def _smaller_model(run: RunConfig, parallel: ParallelConfig) -> tuple[ModelConfi
 
 
 def _kept_stages(stages: list[StageLayout], num_stages: int, num_modules: int) -> list[StageLayout]:
-    """So many of the stages of a layout, the first and the last ones, with few layers each."""
+    """Some stages of a layout, the first and the last ones, with few layers each."""
     first = (num_stages + 1) // 2
     picked = stages[:first] + stages[len(stages) - (num_stages - first):]
     most = 3 if num_stages <= 4 else 2

@@ -11,6 +11,6 @@ Every module has `main(arguments)`, which returns the exit code. Nothing is impo
     merge.py        datasets joined end to end             inspect.py      a dataset looked at, or verified
 
     plan.py         time, memory and cost of a run         rehearse.py     ranks of a GPU run without a GPU
-    simulate.py     a schedule on paper
+    certify.py      a layout against one process        simulate.py     a schedule on paper
     draw_schedule.py  what ranks did when                  plot.py         a run's measurements as one page
 """

@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import IO, Any
 
 # The server imports the package before it has prepared for it; nothing of Megatron-Core is in this module.
-from dsv3_megatron.certification.forked_ranks import RankError as RankError
-from dsv3_megatron.certification.forked_ranks import end_ranks, fork_rank, leave_result, output_of, supervise
+from dsv3_megatron.certification.rank_forks import RankError as RankError
+from dsv3_megatron.certification.rank_forks import end_ranks, fork_rank, leave_result, output_of, supervise
 
 ROOT = Path(__file__).resolve().parents[2]
 # What runs, evaluations and the tests' own modules import, and what torch imports where it is first used.

@@ -16,7 +16,7 @@ ROOMS = ("dsv3_megatron", "kernels")
 # Module names that may be used twice, by the reason: in each place the word means the same thing.
 SAME_THING = {
     "an operation, the same in FP8, and the module that calls it": {"attention", "experts", "linear"},
-    "a command, and the module that does its work": {"merge", "plan", "plot", "preprocess", "simulate"},
+    "a command, and the module that does its work": {"certify", "merge", "plan", "plot", "preprocess", "simulate"},
 }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from dsv3_megatron.certification.random_samples import RandomSamples
 from dsv3_megatron.certification.rank_step import MadeDataTrainer
 from dsv3_megatron.certification.shrunk_run import shrink
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.optim.shards import master_shards
+from dsv3_megatron.parallel.groups import destroy_groups
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -23,4 +23,4 @@ def test_matrices_are_decayed_and_vectors_are_not(dtype: str) -> None:
                     if any(weight is shard.master for weight in group["params"])]
         decays.setdefault(shard.parameter.dim(), set()).add(group["weight_decay"])
     assert decays == {1: {0.0}, 2: {0.3}, 3: {0.3}}
-    torch.distributed.destroy_process_group()
+    destroy_groups()

@@ -64,7 +64,7 @@ def call_in_ranks(num_ranks: int, function: Callable[[int], Any], *, timeout_s: 
 
     Raises:
         RankError: a rank raised, exited with an error, or was killed.
-        TimeoutError: they took longer than timeout_s.
+        TimeoutError: the ranks took longer than timeout_s.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
@@ -117,7 +117,7 @@ def fork_rank(rank: int, folder: Path, environment: Mapping[str, str | None], bo
         rank: Number in the names of its files.
         folder: Folder for what it prints, `stdout-RANK` and `stderr-RANK`.
         environment: Variables to set in it; None: to take away.
-        body: What it does; returns the exit code.
+        body: Function that the rank calls; returns the exit code.
     """
     pid = os.fork()
     if pid:
