@@ -109,6 +109,8 @@ def parts() -> list[Part]:
                   "--warm-up", "0", "--contenders", "bf16", "fp8")),)),
         Part("speed", "How fast are the kernels beside their peers?", 150, (
             Step("AdamW", ("-m", "tools.bench.bench_adamw"), ("-m", "tools.bench.bench_adamw", "--smoke", "--no-csv")),
+            Step("head and loss", ("-m", "tools.bench.bench_head_loss"),
+                 ("-m", "tools.bench.bench_head_loss", "--smoke", "--no-csv")),
             Step("FP8 products", (*bench, "--tokens", "4096", "--experts", "8"), (*bench, "--check-on-cpu")),)),
         Part("rest", "Do checkpoints, training and the other tests pass?", 60, (
             Step("platform", (*PYTEST, "tests/gpu/test_platform.py"), ("-c", "print('a GPU is needed')")),

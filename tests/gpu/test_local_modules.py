@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.gpu.device import DEVICE
+from tests.gpu.device import DEVICE, IS_REHEARSED
 
 pytestmark = pytest.mark.gpu
 
@@ -99,14 +99,18 @@ def test_rope(runs, dtype):
                     [(64, 2, 4, 96)], dtype, runs.relative_error)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
-def test_cross_entropy(runs, dtype, keep):
+@pytest.mark.parametrize("backend, dtype, keep", [
+    ("fused", torch.bfloat16, False), ("chunked", torch.bfloat16, True), ("chunked", torch.bfloat16, False),
+    ("chunked", torch.float32, True), ("chunked", torch.float32, False)], ids=str)
+def test_cross_entropy(runs, backend, dtype, keep):
+    if backend == "fused" and IS_REHEARSED:
+        pytest.skip("tests/unit/kernels/test_head_loss.py runs these kernels under the interpreter, at smaller sizes")
     from dsv3_megatron.ops.cross_entropy import linear_cross_entropy, reference_cross_entropy
 
     targets_T = torch.randint(0, 1000, (600,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     check_operation(
-        lambda hidden, weight: linear_cross_entropy(hidden, weight * 0.1, targets_T, keep_probabilities=keep),
+        lambda hidden, weight: linear_cross_entropy(hidden, weight * 0.1, targets_T, keep_probabilities=keep,
+                                                    backend=backend),
         lambda hidden, weight: reference_cross_entropy(hidden @ (weight * 0.1).t(), targets_T),
         [(600, 128), (1000, 128)], dtype, runs.relative_error)
 
