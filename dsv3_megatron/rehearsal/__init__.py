@@ -18,6 +18,8 @@ here. In reading order:
     source_lines.py         the line that is at work
 
     stand_ins.py            all that is replaced in torch, Triton and the library
+    checkpoint_stand_ins.py the same for saving and loading
+    replacement.py          one thing that is replaced
     device_library.py       the CUDA runtime that a process is preloaded with (cuda_runtime.c)
     made_data.py            samples
     made_routing.py         experts of tokens

@@ -109,6 +109,10 @@ class CollectiveCalls:
             self._numbers[name] = self._known_groups.get(ranks, 0)
             self._known_groups[ranks] = self._numbers[name] + 1
 
+    def forget_groups(self) -> None:
+        """Number groups from 0 again: the process begins anew."""
+        self._numbers, self._known_groups, self._ranks = {}, {}, {}
+
     def record(self, operation: str, group: Any, dtype: str, sizes: tuple[tuple[int, ...], ...], *,
                peer: int | None = None, num_bytes: int = 0) -> None:
         """Note a message that is posted on a group."""

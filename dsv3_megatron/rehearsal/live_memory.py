@@ -73,10 +73,12 @@ class LiveMemory:
         self.labels: list[Label] = []
         self.events = array("q")
         self._pieces: dict[int, tuple[weakref.ref, int]] = {}
-        # Moments: when each piece came, when passes began, and when what another rank sent was there.
+        # Moments: when each piece came, when passes began, when what another rank sent was there, and
+        # when a tensor was sent to one.
         self._came = array("q")
         self._passes = array("q")
         self._arrived: dict[int, int] = {}
+        self._sent: dict[int, int] = {}
 
     def see(self, tensor: torch.Tensor, operation: str) -> None:
         """Note the memory of a tensor that an operation gave, unless it is known already."""
@@ -118,6 +120,12 @@ class LiveMemory:
         found = self._pieces.get(tensor.untyped_storage()._cdata)
         if found is not None:
             self._arrived[found[1]] = self.now
+
+    def sent(self, tensor: torch.Tensor) -> None:
+        """Note that a tensor is on its way to another rank from here on."""
+        found = self._pieces.get(tensor.untyped_storage()._cdata)
+        if found is not None:
+            self._sent[found[1]] = self.now
 
     @property
     def now(self) -> int:
@@ -180,6 +188,8 @@ class LiveMemory:
             return label
         if label.component == COMMUNICATION and self._arrived.get(piece, moment + 1) > moment:
             return label
+        if self._sent.get(piece, moment + 1) <= moment:
+            return _label(COMMUNICATION, label.line, label.operation)
         began = bisect_right(self._passes, moment) - 1
         is_kept = began >= 0 and self._came[piece] < self._passes[began]
         return _label(ACTIVATIONS if is_kept else WORKING, label.line, label.operation)

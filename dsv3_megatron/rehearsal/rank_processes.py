@@ -43,6 +43,7 @@ def rehearse_ranks(tasks: Sequence[RankTask], *, num_processes: int, command: Se
     variables = {**os.environ, "LD_PRELOAD": " ".join(filter(None, (str(library), os.environ.get("LD_PRELOAD")))),
                  "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore",
                  **environment(tasks[0])}
+    variables.pop("TRITON_INTERPRET", None)  # a GPU's kernels are compiled, not interpreted on the host
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as name:
         folder = Path(name)
         (folder / TASKS).write_text(json_text([asdict(task) for task in tasks]), encoding="utf-8")

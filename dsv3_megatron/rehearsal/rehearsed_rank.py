@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -10,12 +11,23 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.rehearsal.rank_kinds import position_of
-from dsv3_megatron.rehearsal.rank_results import BUILDING, FIRST_STEP, STEP, Memory, RankResult, RankTask, Work
+from dsv3_megatron.rehearsal.rank_results import (
+    BUILDING,
+    FIRST_STEP,
+    RESUMING,
+    SAVING,
+    STEP,
+    Memory,
+    RankResult,
+    RankTask,
+    Work,
+)
 from dsv3_megatron.rehearsal.rehearsed_run import rehearsed_run
 
 # Lines of memory that a result lists.
@@ -36,28 +48,32 @@ def rehearse(task: RankTask) -> RankResult:
     Raises:
         ConfigError: the run cannot be.
     """
+    from dsv3_megatron.rehearsal.checkpoint_stand_ins import CheckpointNotes, checkpoint_replacements
     from dsv3_megatron.rehearsal.collective_calls import calls_as_json
-    from dsv3_megatron.rehearsal.stand_ins import GroupCount, replaced, replacements
+    from dsv3_megatron.rehearsal.replacement import replaced
+    from dsv3_megatron.rehearsal.stand_ins import GroupCount, replacements
     from dsv3_megatron.rehearsal.watch import Watch, fake_mode
 
-    run = rehearsed_run(parse_command(task.arguments).run, task.world_size, task.num_microbatches)
-    watch, groups = Watch(), GroupCount()
-    result = RankResult(task.rank, *position_of(task.rank, run.parallel, task.world_size))
+    asked = parse_command(task.arguments).run
+    watch, groups, notes = Watch(), GroupCount(), CheckpointNotes()
+    result = RankResult(task.rank, *position_of(task.rank, asked.parallel, task.world_size))
     started, cpu_started = time.perf_counter(), time.process_time()
     # Megatron-Core compiles functions as it is imported.
     from dsv3_megatron.platform import prepare
 
     prepare()
     with ExitStack() as stack:
-        stack.enter_context(replaced(replacements(watch, groups, rank=task.rank, world_size=task.world_size,
-                                                  imbalance=task.imbalance)))
+        folder = stack.enter_context(TemporaryDirectory(prefix="rehearsed-checkpoint-")) if task.saves else None
+        run = rehearsed_run(asked, task.world_size, task.num_microbatches, folder)
+        table = replacements(watch, groups, rank=task.rank, world_size=task.world_size, imbalance=task.imbalance)
+        stack.enter_context(replaced(table + checkpoint_replacements(watch, notes)))
         stack.enter_context(fake_mode())
         stack.enter_context(watch)
-        RankRehearsal(task, run, watch, result).go()
+        RankRehearsal(task, run, watch, result, groups).go()
+    result.saved_bytes = notes.num_bytes
     result.faults = [(text, line, count) for (text, line), count in watch.faults.most_common()]
     result.work = {phase: _work(counts) for phase, counts in watch.counts.items()}
     result.calls = calls_as_json(watch.collectives.calls)
-    result.group_calls, result.groups = groups.calls, (groups.joined, groups.alone)
     result.seconds, result.cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     return result
 
@@ -70,10 +86,11 @@ class RankRehearsal:
         run: The run as it is rehearsed.
         watch: Watch that is on.
         result: Receives what is found.
+        groups: Process groups, as they are counted.
     """
 
-    def __init__(self, task: RankTask, run: Any, watch: Any, result: RankResult) -> None:
-        self.task, self.run, self.watch, self.result = task, run, watch, result
+    def __init__(self, task: RankTask, run: Any, watch: Any, result: RankResult, groups: Any) -> None:
+        self.task, self.run, self.watch, self.result, self.groups = task, run, watch, result, groups
         self.trainer: Any = None
         self._spans: dict[str, tuple[int, int]] = {}
 
@@ -86,9 +103,17 @@ class RankRehearsal:
             with self._phase(BUILDING):
                 self.trainer = Trainer(self.run)
             self.result.built_bytes = memory.total_at(memory.now)
+            self.result.group_calls = self.groups.calls
+            self.result.groups = self.groups.joined, self.groups.alone
             for phase in (FIRST_STEP, STEP)[:self.task.num_steps]:
                 with self._phase(phase):
                     self.trainer.train_step()
+            if self.task.saves:
+                with self._phase(SAVING):
+                    self.trainer.save(is_needed=True)
+                self._end_run()
+                with self._phase(RESUMING):
+                    self.trainer = Trainer(self.run)
         except Exception as error:  # noqa: BLE001 - what a rehearsal is there to find; it is reported
             self.result.failure = _failure(error)
             error.__traceback__ = None  # it would keep tensors alive
@@ -98,6 +123,16 @@ class RankRehearsal:
             # Of a phase that did not end nothing is known to be there from the first on.
             is_repeated = phase in (FIRST_STEP, STEP) and phase != self.result.failed_in
             self.result.peaks[phase] = _memory(memory.peak(*span, is_repeated=is_repeated))
+
+    def _end_run(self) -> None:
+        """End the run as a process would that is started again afterwards."""
+        from dsv3_megatron.parallel.groups import destroy_groups
+
+        name_states(self.trainer, self.watch.memory)
+        self.trainer.claim.release()
+        self.trainer = None
+        destroy_groups()
+        gc.collect()
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -19,20 +19,22 @@ def fewest_microbatches(run: RunConfig, world_size: int) -> int:
     return min(wanted, run.training.num_microbatches(parallel.data_parallel_size(world_size)))
 
 
-def rehearsed_run(run: RunConfig, world_size: int, num_microbatches: int | None = None) -> RunConfig:
-    """The run of its main phase, with a step of so many micro-batches, that writes and reads no folders.
+def rehearsed_run(run: RunConfig, world_size: int, num_microbatches: int | None = None, folder: str | None = None
+                  ) -> RunConfig:
+    """The run of its main phase, with a step of so many micro-batches, that writes and reads none of its folders.
 
     Args:
         run: A run.
         world_size: Processes of the run.
         num_microbatches: Micro-batches of a step; None: as few as fill the pipeline.
+        folder: Folder that it saves to and loads from instead of its own; None: it does neither.
 
     Raises:
         ConfigError: the run itself cannot be, or cannot have so many micro-batches.
     """
     run.validate(world_size)
     run = only_phase(run, main_phase(run)).override(
-        load=None, save=None, tensorboard_dir=None, trace_schedule=None, export_hf=None)
+        load=folder, save=folder, tensorboard_dir=None, trace_schedule=None, export_hf=None)
     count = fewest_microbatches(run, world_size) if num_microbatches is None else num_microbatches
     replicas = run.parallel.data_parallel_size(world_size)
     run = run.override(global_batch_size=count * run.training.micro_batch_size * replicas)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -22,26 +20,8 @@ from dsv3_megatron.rehearsal.known_values import remember
 from dsv3_megatron.rehearsal.live_memory import FP8_WEIGHTS
 from dsv3_megatron.rehearsal.made_data import make_current_data
 from dsv3_megatron.rehearsal.made_routing import made_routing
+from dsv3_megatron.rehearsal.replacement import Replacement, nothing, replaced
 from dsv3_megatron.rehearsal.watch import Watch, written_by_kernel
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """An attribute that is replaced during a rehearsal.
-
-    Attributes:
-        owner: The object that has it; or the name of its module, imported when it is replaced.
-        name: The attribute.
-        make: Makes the replacement from the original.
-        reason: What the original does that a rehearsal cannot.
-        is_everywhere: Whether other modules of the library have imported it by name: replaced there too.
-    """
-
-    owner: Any
-    name: str
-    make: Callable[[Any], Any]
-    reason: str
-    is_everywhere: bool = False
 
 
 @dataclass
@@ -63,7 +43,7 @@ def replacements(watch: Watch, groups: GroupCount, *, rank: int, world_size: int
                  ) -> tuple[Replacement, ...]:
     """Everything that is replaced, for one rank."""
     cluster = (
-        Replacement("dsv3_megatron.parallel.groups", "meet_ranks", lambda original: _nothing,
+        Replacement("dsv3_megatron.parallel.groups", "meet_ranks", lambda original: nothing,
                     "waits for the other ranks, which do not exist"),
         Replacement(torch.distributed, "init_process_group", _fake_world(watch, groups, rank, world_size),
                     "connects to the other ranks"),
@@ -101,6 +81,9 @@ def replacements(watch: Watch, groups: GroupCount, *, rank: int, world_size: int
         Replacement("dsv3_megatron.schedule.transport._Arrival", "__init__", _on_the_way(watch),
                     "says nobody what is on its way between pipeline ranks; noted here"),
         Replacement("dsv3_megatron.schedule.transport._Arrival", "wait", _arrived(watch), "likewise"),
+        Replacement("dsv3_megatron.schedule.transport.PipelineChannels", "isend", _sent(watch),
+                    "gives what is complete at once without another rank; on a GPU a send waits for the other side, and "
+                    "here for the next one to it"),
         Replacement("dsv3_megatron.ops.fp8.held_weights", "quantized_weight", _held(watch),
                     "says nobody what it holds; noted here", is_everywhere=True),
         Replacement("dsv3_megatron.model.router.DeepSeekRouter", "best_experts", _routing(imbalance),
@@ -113,37 +96,6 @@ def while_importing() -> contextlib.AbstractContextManager[None]:
     """A block in which modules are imported before ranks are forked."""
     return replaced((Replacement(torch.cuda, "is_available", lambda original: lambda: True,
                                  "asks the CUDA runtime, after which torch takes no fork"),))
-
-
-@contextlib.contextmanager
-def replaced(table: tuple[Replacement, ...]) -> Iterator[None]:
-    """Replace everything in a table inside the block."""
-    with contextlib.ExitStack() as stack:
-        for item in table:
-            owner = _owner(item.owner) if isinstance(item.owner, str) else item.owner
-            original = getattr(owner, item.name)
-            replacement = item.make(original)
-            places = [owner]
-            if item.is_everywhere:
-                places = [module for name, module in list(sys.modules.items())
-                          if name.startswith("dsv3_megatron") and getattr(module, item.name, None) is original]
-            for place in places:
-                stack.callback(setattr, place, item.name, original)
-                setattr(place, item.name, replacement)
-        yield
-
-
-def _owner(name: str) -> Any:
-    """A module, or a class in one, by its dotted name."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        module, _, attribute = name.rpartition(".")
-        return getattr(importlib.import_module(module), attribute)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
 
 
 class _AtOnce:
@@ -170,6 +122,7 @@ def _fake_world(watch: Watch, groups: GroupCount, rank: int, world_size: int) ->
         @functools.wraps(original)
         def init_process_group(*_: Any, **__: Any) -> None:
             original("fake", store=FakeStore(), rank=rank, world_size=world_size)
+            watch.collectives.forget_groups()
             watch.collectives.group_made(torch.distributed.GroupMember.WORLD)
             groups.joined += 1
 
@@ -378,6 +331,38 @@ def _arrived(watch: Watch) -> Callable[[Any], Any]:
             return tensor
 
         return wait
+
+    return make
+
+
+class _Sending:
+    """A send that is complete once the next one to the same rank is posted, or is waited for."""
+
+    def __init__(self) -> None:
+        self._is_complete = False
+
+    def is_completed(self) -> bool:
+        return self._is_complete
+
+    def wait(self) -> bool:
+        self._is_complete = True
+        return True
+
+
+def _sent(watch: Watch) -> Callable[[Any], Any]:
+    last: dict[int, _Sending] = {}
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def isend(self: Any, tensor: torch.Tensor, destination: int) -> _Sending:
+            original(self, tensor, destination)
+            if destination in last:
+                last[destination].wait()
+            last[destination] = _Sending()
+            watch.memory.sent(tensor)
+            return last[destination]
+
+        return isend
 
     return make
 

@@ -17,6 +17,9 @@ import pytest
 
 from dsv3_megatron.commands.rehearse import _parse_arguments, main
 from dsv3_megatron.commands.rehearse import rehearse as rehearse_ranks_of
+from dsv3_megatron.config.load import parse_command
+from dsv3_megatron.metrics.parameters import count_parameters
+from dsv3_megatron.planning.memory.estimate import estimate_memory
 from dsv3_megatron.rehearsal.findings import Rehearsal, as_text
 from dsv3_megatron.rehearsal.totals import totals, work_of_step
 
@@ -40,7 +43,8 @@ def rehearse(*words: str) -> tuple[int, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def sound() -> tuple[int, dict[str, Any]]:
     """Ranks of both pipeline positions, two steps."""
-    return rehearse(*COMMAND, "--ranks", "0", "4", "--imbalance", "1.5", "--ema-decay", "0.999", "--processes", "1")
+    return rehearse(*COMMAND, "--ranks", "0", "4", "--imbalance", "1.5", "--ema-decay", "0.999", "--processes", "1",
+                    "--save-and-resume")
 
 
 @pytest.mark.slow
@@ -88,6 +92,25 @@ def test_messages_waits_and_kernels_are_counted(sound: tuple[int, dict[str, Any]
         # Rotary tables are made by the first step, once for a length; a later one has nothing of it.
         once = {wait["line"].partition(":")[0] for wait in rank["made_once"]}
         assert once == {"model/rotary.py"} and not any(file == "model/rotary.py" for _, file in waits)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_saved_and_resumed(sound: tuple[int, dict[str, Any]]) -> None:
+    for rank in sound[1]["ranks"]:
+        peaks = rank["peak_bytes_by_phase"]
+        assert list(peaks) == ["building", "first step", "step", "saving", "resuming"]
+        state = sum(part["bytes"] for part in rank["components"][:3])
+        # Saving gathers the optimizer's state on every rank, a bucket at a time.
+        assert state < peaks["saving"] < peaks["step"]
+        phases: dict[str, set[str]] = {}
+        for row in rank["messages"]:
+            phases.setdefault(row["phase"], set()).add(row["operation"])
+        assert {"all_gather", "gather of objects", "barrier", "broadcast"} <= phases["saving"]
+        assert {"broadcast", "all_gather of objects"} <= phases["resuming"]
+        # Four replicas of the dense part and two of the experts write what one rank holds, each about as much: bf16
+        # weights, fp32 weights, two fp32 moments and a moving average, beside what they hold in bf16.
+        parameters = next(part["bytes"] for part in rank["components"] if part["name"] == "parameters") / 2
+        assert parameters * 18 / 4 < rank["saved_bytes"] < parameters * 18 / 2
 
 
 # All faults at once, those of one rank in rank 4; each is looked for in its own test.
@@ -212,6 +235,56 @@ def test_a_rank_whose_process_dies_costs_the_others_nothing(faulty: Rehearsal) -
     assert "its process ended with status 1" in faulty.ranks[3].failure
     assert "MemoryError: this rank's process dies" in faulty.ranks[3].failure
     assert faulty.ranks[2].failure is None and faulty.ranks[2].step.peak > 0
+
+
+@pytest.mark.slow
+def test_one_gpu_in_fp8_with_mtp_writes_its_whole_state_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact numbers: one rank writes everything, in the dtypes that it has it in."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the caller's: a rehearsed GPU has compiled kernels
+    code, report = rehearse("--world-size", "1", "--preset", "tiny", "--micro-batch-size", "1", "--global-batch-size",
+                            "4", "--fp8", "blockwise", "--num-steps", "1", "--save-and-resume")
+    assert code == 0, report["found"]
+    (rank,) = report["ranks"]
+    parts = {part["name"]: part["bytes"] for part in rank["components"]}
+    assert parts["FP8 weights"] > 0 and rank["moe_passes"] == 4 * 2, "three layers and an MTP module, 2 micro-batches"
+    run = parse_command(["--preset", "tiny"]).run
+    table = count_parameters(run.model)
+    number = sum(part.total for part in (*table.main, *table.mtp))
+    assert 0 <= parts["parameters"] - 2 * number < 4096, "buffers of parameters are padded"
+    biases = 4 * 4 * run.model.num_experts
+    assert rank["saved_bytes"] == number * (2 + 4 + 4 + 4) + biases
+
+
+SLURM = ROOT / "examples/slurm/pretrain_dsv3_2048.sbatch"
+
+
+def slurm_flags() -> list[str]:
+    """The flags of the example, with folders in place of its variables, as the shell itself takes them apart."""
+    text = SLURM.read_text(encoding="utf-8")
+    array = text[text.index("flags=("):text.index("latest() {")]
+    done = subprocess.run(["bash", "-c", f"{array}\nprintf '%s\\n' \"${{flags[@]}}\""], text=True, check=True,
+                          capture_output=True, env={"DATA": "/d", "VALID": "/v", "TOKENIZER": "/t", "OUTPUT": "/o"})
+    return done.stdout.splitlines()
+
+
+def test_the_slurm_examples_flags_fit_its_gpus() -> None:
+    run = parse_command(slurm_flags()).run
+    run.validate(2048)
+    assert (run.fp8.fp8, run.training.recompute_granularity) == ("blockwise", "selective")
+    assert max(rank.peak_bytes for rank in estimate_memory(run, 2048)) < 80 * 2**30
+
+
+@pytest.mark.slow
+def test_the_slurm_examples_flags_are_rehearsed_with_fewer_layers_and_narrow() -> None:
+    """The layout, schedule and formats as they are: PP8 x TP2, EP64 on 2048 ranks; a layer or two a stage."""
+    narrow = ["--hidden-size", "256", "--num-attention-heads", "4", "--q-lora-rank", "64", "--kv-lora-rank", "64",
+              "--ffn-hidden-size", "256", "--moe-ffn-hidden-size", "128", "--vocab-size", "1280", "--num-layers", "16",
+              "--max-position-embeddings", "4096"]
+    code, report = rehearse("--world-size", "2048", *slurm_flags(), *narrow, "--ranks", "0", "2", "256", "1792",
+                            "--num-steps", "1", "--num-microbatches", "16")
+    errors = [text for text in report["found"] if "the peak is" not in text]
+    assert errors == [] and len(report["ranks"]) == 4
+    assert all(rank["failure"] is None and rank["moe_passes"] for rank in report["ranks"])
 
 
 @pytest.mark.parametrize(("words", "text"), [

@@ -69,6 +69,21 @@ def test_what_a_pass_made_is_kept_once_the_next_begins_and_what_is_received_is_o
     assert by_component[2] == {"activations": 64 + 1024, "working": 2048, "communication": 128}
 
 
+def test_what_is_sent_is_on_its_way_from_then_on() -> None:
+    with fake_mode(), Watch() as watch:
+        memory = watch.memory
+        memory.begin_pass()
+        output = torch.empty(256, device=GPU)
+        before = memory.peak(0, memory.now, is_repeated=False)
+        memory.sent(output)
+        memory.begin_pass()
+        later = torch.empty(16, device=GPU)
+        after = memory.peak(0, memory.now, is_repeated=False)
+        assert len(output) + len(later) == 272
+    assert [{label.component: size for label, size in peak.by_label.items()} for peak in (before, after)] == [
+        {"working": 1024}, {"communication": 1024, "working": 64}]
+
+
 def test_a_peak_that_is_not_repeated_takes_nothing_from_later() -> None:
     with fake_mode(), Watch() as watch:
         old = torch.empty(256, device=GPU)
