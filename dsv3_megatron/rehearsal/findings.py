@@ -27,7 +27,7 @@ from dsv3_megatron.rehearsal.totals import calls_in, made_once, moe_passes, tota
 NOT_SEEN = ("values, and so what NaN or a real router would do; time; what kernels do inside, and whether they "
             "compile; workspaces, fragmentation and NCCL's buffers; other ranks than those rehearsed")
 # A peak further from the planner's than this part of it and so many bytes: one has something that the other has not.
-TOLERANCE, TOLERANCE_BYTES = 0.05, 1 << 20
+TOLERANCE, TOLERANCE_BYTES = 0.02, 1 << 20
 _NUM_LINES = 12
 # More ranks than these are a line each, and one of them, the fullest, in full.
 _NUM_IN_FULL = 4

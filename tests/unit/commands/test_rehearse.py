@@ -67,7 +67,7 @@ def test_states_are_the_planners_to_the_byte_and_passes_nearly(sound: tuple[int,
             assert parts[name]["bytes"] == parts[name]["planned_bytes"] > 0
         # Shards are padded, and AdamW counts its steps in a number on the device for each parameter.
         assert abs(parts["optimizer"]["bytes"] - parts["optimizer"]["planned_bytes"]) < 4096
-        assert rank["peak_bytes"] == pytest.approx(rank["planned_peak_bytes"], rel=0.08)
+        assert rank["peak_bytes"] == pytest.approx(rank["planned_peak_bytes"], rel=0.02)
         assert rank["peak_bytes"] <= rank["allocated_bytes"] < rank["peak_bytes"] * 1.02
         assert sum(line["bytes"] for line in rank["lines"]) <= rank["peak_bytes"]
 
@@ -76,7 +76,7 @@ def test_states_are_the_planners_to_the_byte_and_passes_nearly(sound: tuple[int,
 def test_messages_waits_and_kernels_are_counted(sound: tuple[int, dict[str, Any]]) -> None:
     for rank in sound[1]["ranks"]:
         count = {}
-        for row in rank["messages"]:
+        for row in (row for row in rank["messages"] if row["phase"] == "step"):
             count[row["operation"]] = count.get(row["operation"], 0) + row["count"]
         assert count["send"] == count["receive"] == NUM_MICROBATCHES
         # Two MoE layers a stage, forward and backward; rows go and come, and their gates go.
@@ -107,10 +107,10 @@ def test_a_checkpoint_is_saved_and_resumed(sound: tuple[int, dict[str, Any]]) ->
             phases.setdefault(row["phase"], set()).add(row["operation"])
         assert {"all_gather", "gather of objects", "barrier", "broadcast"} <= phases["saving"]
         assert {"broadcast", "all_gather of objects"} <= phases["resuming"]
-        # Four replicas of the dense part and two of the experts write what one rank holds, each about as much: bf16
-        # weights, fp32 weights, two fp32 moments and a moving average, beside what they hold in bf16.
-        parameters = next(part["bytes"] for part in rank["components"] if part["name"] == "parameters") / 2
-        assert parameters * 18 / 4 < rank["saved_bytes"] < parameters * 18 / 2
+        # Four ranks have the dense part and two each of the experts; they share the writing, whole tensors each. Of a
+        # parameter there are bf16 and fp32 weights, two fp32 moments and a moving average.
+        number = next(part["bytes"] for part in rank["components"] if part["name"] == "parameters") / 2
+        assert number * 18 / 8 < rank["saved_bytes"] < number * 18 / 2
 
 
 # All faults at once, those of one rank in rank 4; each is looked for in its own test.
