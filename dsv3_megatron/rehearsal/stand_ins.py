@@ -82,8 +82,8 @@ def replacements(watch: Watch, groups: GroupCount, *, rank: int, world_size: int
                     "says nobody what is on its way between pipeline ranks; noted here"),
         Replacement("dsv3_megatron.schedule.transport._Arrival", "wait", _arrived(watch), "likewise"),
         Replacement("dsv3_megatron.schedule.transport.PipelineChannels", "isend", _sent(watch),
-                    "gives what is complete at once without another rank; on a GPU a send waits for the other side, and "
-                    "here for the next one to it"),
+                    "gives what is complete at once without another rank; on a GPU a send waits for the other side, "
+                    "and here for the next one to it"),
         Replacement("dsv3_megatron.ops.fp8.held_weights", "quantized_weight", _held(watch),
                     "says nobody what it holds; noted here", is_everywhere=True),
         Replacement("dsv3_megatron.model.router.DeepSeekRouter", "best_experts", _routing(imbalance),
