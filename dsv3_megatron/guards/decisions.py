@@ -60,7 +60,7 @@ class Counters:
 class Guard:
     """Judges each step, and keeps what later decisions depend on.
 
-    Per step: `judge` on every rank, agreement between them (guarded_step.py), `decide`.
+    Per step: `judge`, then `decide`, on every rank and from the same numbers (guarded_step.py).
 
     Attributes:
         counters: Totals of the run.
@@ -95,7 +95,7 @@ class Guard:
         return Judgement(Finding.SPIKE if spikes else Finding.NOTHING, tuple(map(str, spikes)))
 
     def decide(self, finding: Finding, loss: float, grad_norm: float) -> bool:
-        """Take in a step whose finding all ranks agreed on; whether its update is to be applied.
+        """Take in a step with its finding, the same on every rank; whether its update is to be applied.
 
         May set `must_roll_back` or `end_reason`.
         """

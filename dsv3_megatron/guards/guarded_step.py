@@ -1,9 +1,9 @@
-"""One optimizer step under guard: each rank looks, all decide the same, and what is left out leaves no trace.
+"""One optimizer step under guard: each rank judges the same numbers, and what is left out leaves no trace.
 
-Losses and the gradient norm are reduced over all ranks, so NaN or Inf on any one of them is seen by each; what the norm
-leaves out is looked at apart. The ranks then agree on the worst that any of them found, in one small reduction. Only
-after that is anything changed: an update that is left out leaves parameters, the optimizer's state and its step counter
-as they were, bit for bit.
+Losses and the gradient norm are sums over all ranks, so NaN or Inf on any one of them is seen by each; what the norm
+leaves out is among the sums too. From the same numbers all ranks come to the same decision, without asking each other.
+Only after that is anything changed: an update that is left out leaves parameters, the optimizer's state and its step
+counter as they were, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_megatron.guards.decisions import Finding, Guard, Judgement
 from dsv3_megatron.guards.events import Event, EventLog
 from dsv3_megatron.guards.spikes import LOSS
-from dsv3_megatron.optim.update import apply_gradients, gradient_norm, has_nonfinite_copy
+from dsv3_megatron.optim.update import apply_gradients
 
 # Names in a log line; the rest are counted.
 _NUM_NAMED = 3
@@ -49,52 +48,47 @@ class StepFacts:
         losses: Losses by name, reduced over all ranks; "lm loss" is among them unless no token of the step counts.
         samples: The dataset's samples in the global batch.
         micro_batches: This rank's reports, each with "sums" and "sample_ids"; none but on the last pipeline stage.
+        grad_norm: Global L2 norm of the gradient before clipping.
+        has_nonfinite_copy: NaN or Inf is in a gradient that the norm leaves out, on some rank.
     """
 
     iteration: int
     losses: Mapping[str, float]
     samples: range
     micro_batches: Sequence[Mapping[str, Any]]
+    grad_norm: float
+    has_nonfinite_copy: bool
 
 
 def guarded_step(guard: Guard, log: EventLog, optimizer: MegatronOptimizer, chunks: Iterable[torch.nn.Module],
-                 groups: ProcessGroupCollection, facts: StepFacts) -> StepOutcome:
-    """Update the parameters unless the guard finds a reason not to; every rank calls.
+                 facts: StepFacts) -> StepOutcome:
+    """Update the parameters unless the guard finds a reason not to; every rank calls, with the same facts.
 
     Args:
         guard: Judges, and remembers.
         log: Told of what is found.
-        optimizer: Optimizer whose gradients are complete.
+        optimizer: Optimizer whose gradients are ready, by `optim.update.squared_norm`.
         chunks: This rank's stages.
-        groups: The run's process groups.
-        facts: What is known of this step.
+        facts: What is known of this step; the micro-batches' reports are this rank's.
     """
-    norm = gradient_norm(optimizer)
+    norm = facts.grad_norm
     if LOSS not in facts.losses:  # what gradients there are, of balance losses, are of no token that is to be learned
         guard.pass_over()
         log.write(Event(facts.iteration, "uncounted", "skipped", ("no token of the step counts in the loss",),
                         (facts.samples.start, facts.samples.stop - 1), (), None, norm))
         return StepOutcome(False, False, norm)
     judgement = guard.judge(facts.losses, norm)
-    if (groups.tp.size() > 1 or groups.expt_tp.size() > 1) and has_nonfinite_copy(optimizer):
+    if facts.has_nonfinite_copy and judgement.finding is not Finding.NONFINITE:
         judgement = Judgement(Finding.NONFINITE, ("a tensor-parallel rank's copy of a gradient is not finite",))
-    finding = _worst(judgement.finding)
+    finding = judgement.finding
     is_applied = guard.decide(finding, facts.losses[LOSS], norm)
     if finding is not Finding.NOTHING:
-        reasons, sources = _collect(judgement, finding, facts, chunks)
+        reasons, sources = judgement.reasons, _collect_sources(finding, facts, chunks)
         log.write(Event(facts.iteration, finding.name.lower(), _action(guard, is_applied), reasons,
                         (facts.samples.start, facts.samples.stop - 1), sources, facts.losses[LOSS], norm))
     if is_applied:
         apply_gradients(optimizer, norm)
     return StepOutcome(is_applied, finding is Finding.SPIKE, norm)
-
-
-def _worst(finding: Finding) -> Finding:
-    """The largest finding of any rank."""
-    # Where collectives take their tensors: the CPU in a run without CUDA (platform/cpu.py).
-    worst = torch.tensor(int(finding), device=torch.cuda.current_device())
-    torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
-    return Finding(int(worst))
 
 
 def _action(guard: Guard, is_applied: bool) -> str:
@@ -105,10 +99,8 @@ def _action(guard: Guard, is_applied: bool) -> str:
     return "logged" if is_applied else "skipped"
 
 
-def _collect(judgement: Judgement, finding: Finding, facts: StepFacts, chunks: Iterable[torch.nn.Module]
-             ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Reasons, and sources of NaN or Inf, that any rank knows of, each once; only where there is something to tell."""
-    reasons = judgement.reasons if judgement.finding is finding else ()
+def _collect_sources(finding: Finding, facts: StepFacts, chunks: Iterable[torch.nn.Module]) -> tuple[str, ...]:
+    """Sources of NaN or Inf that any rank knows of, each once."""
     sources: list[str] = []
     if finding is Finding.NONFINITE:
         rank = torch.distributed.get_rank()
@@ -120,9 +112,8 @@ def _collect(judgement: Judgement, finding: Finding, facts: StepFacts, chunks: I
             more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
             sources.append(f"gradients on rank {rank}: {', '.join(names[:_NUM_NAMED])}{more}")
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, (reasons, sources))
-    return (tuple(dict.fromkeys(reason for mine, _ in gathered for reason in mine)),
-            tuple(dict.fromkeys(source for _, mine in gathered for source in mine)))
+    torch.distributed.all_gather_object(gathered, sources)
+    return tuple(dict.fromkeys(source for mine in gathered for source in mine))
 
 
 def _span(sample_ids: list[int]) -> str:

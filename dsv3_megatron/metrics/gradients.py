@@ -75,9 +75,9 @@ class GradientNorms:
         for shards in self._shards.values():
             gradients = [getattr(shard.parameter, "main_grad").view(-1)[shard.start:shard.stop]  # noqa: B009 - a mark
                          for shard in shards]
-            norms.append(torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(()))
-        device = next((norm.device for norm in norms if norm.device.type != "cpu"), torch.device("cpu"))
-        return torch.stack([norm.to(device).double() for norm in norms]).square()
+            norms.append(torch.nn.utils.get_total_norm(gradients) if gradients
+                         else torch.zeros((), device=torch.cuda.current_device()))
+        return torch.stack([norm.double() for norm in norms]).square()
 
 
 def _counted_parameters(part: Any) -> Iterable[torch.nn.Parameter]:

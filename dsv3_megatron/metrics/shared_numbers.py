@@ -39,6 +39,10 @@ class SharedNumbers:
         torch.distributed.all_reduce(self._flat, operation)
         self._parts = self._split(self._flat.cpu())
 
+    def on_device(self, name: str) -> torch.Tensor:
+        """The part of that name where ranks exchange it; after `reduce`, what the host has a copy of."""
+        return self._split(self._flat)[name]
+
     def _split(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         parts = flat.split([math.prod(shape) for shape in self._shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}

@@ -46,19 +46,33 @@ def sum_losses(loss_mask_BS: torch.Tensor, losses: TokenLosses, *, mtp_weight: f
     return total, tokens.to(torch.int), {"sums": sums, "sample_ids": sample_ids_B}
 
 
-def sum_over_ranks(collected: list[dict[str, Any]], groups: ProcessGroupCollection, device: Device, *,
-                   num_mtp_layers: int) -> list[float]:
-    """The sums that `sum_losses` reported, over micro-batches and replicas; the same on every rank, all of which call.
+def sum_reports(collected: list[dict[str, Any]], groups: ProcessGroupCollection, device: Device, *,
+                num_mtp_layers: int) -> torch.Tensor:
+    """The sums that `sum_losses` reported, over this rank's micro-batches; to be added up over all ranks.
 
     Args:
         collected: This rank's reports; none but on the last pipeline stage.
-        groups: The run's process groups; tensor-parallel ranks report the same numbers.
+        groups: The run's process groups; tensor-parallel ranks report the same numbers, of which the first's count.
         device: Device of this process.
         num_mtp_layers: MTP losses in a report.
+
+    Returns:
+        fp64 [2 + num_mtp_layers], on the device.
     """
     sums = torch.zeros(2 + num_mtp_layers, dtype=torch.float64, device=device.torch_device)
     if groups.tp.rank() == 0:
         for report in collected:
             sums += report["sums"]
+    return sums
+
+
+def sum_over_ranks(collected: list[dict[str, Any]], groups: ProcessGroupCollection, device: Device, *,
+                   num_mtp_layers: int) -> list[float]:
+    """Add up over all ranks what `sum_reports`, with the same arguments, gives on each; every rank calls.
+
+    Returns:
+        As many numbers, the same on every rank.
+    """
+    sums = sum_reports(collected, groups, device, num_mtp_layers=num_mtp_layers)
     torch.distributed.all_reduce(sums)
     return sums.tolist()

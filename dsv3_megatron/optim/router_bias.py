@@ -25,10 +25,10 @@ def collect_expert_loads(
     chunks: Iterable[torch.nn.Module], *, num_layers: int, num_mtp_layers: int, num_experts: int,
     device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens each expert got, and balance losses, since the last call, over all ranks; resets the counters.
+    """Tokens each expert got on this rank, and balance losses, since the last call; resets the counters.
 
-    Each token is counted once: ranks of a tensor-parallel group route different parts of the sequence, and
-    each layer lives on one pipeline stage.
+    To be added up over all ranks. Each token is counted once: ranks of a tensor-parallel group route different parts
+    of the sequence, and each layer lives on one pipeline stage.
 
     Returns:
         loads_LE: int64 [num_layers + num_mtp_layers, E]; rows of dense layers are zero.
@@ -41,8 +41,6 @@ def collect_expert_loads(
         losses_L[row] = router.balance_loss_sum
         router.tokens_per_expert.zero_()
         router.balance_loss_sum.zero_()
-    torch.distributed.all_reduce(loads_LE)
-    torch.distributed.all_reduce(losses_L)
     return loads_LE, losses_L
 
 
@@ -53,7 +51,7 @@ def update_router_biases(
 
     Args:
         chunks: This rank's stages.
-        loads_LE: int64, from `collect_expert_loads`.
+        loads_LE: int64, on the stages' device, from `collect_expert_loads`, added up over all ranks.
         num_layers: Transformer layers of the main model, without MTP modules.
         update_rate: gamma; at 0 the biases keep every bit.
     """

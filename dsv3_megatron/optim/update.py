@@ -1,7 +1,8 @@
 """An optimizer step in two halves, so that something can be decided between them: the norm, then the update.
 
 Megatron-Core's optimizers do both in one `step()`, and in bf16 and fp32 they apply whatever gradient there is, NaN too.
-These are its pieces in its order; nothing is computed twice, and a step that is applied gives the same bits.
+These are its pieces in its order; nothing is computed twice, and a step that is applied gives the same bits. Without
+Transformer Engine or apex its norm has the host read a number for each tensor; this one reads none.
 """
 
 from __future__ import annotations
@@ -17,28 +18,36 @@ from dsv3_megatron.optim.shards import distributed_parts
 
 
 @torch.no_grad()
-def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Make the gradients ready for `apply_gradients`; their L2 norm over all ranks, which all call.
+def squared_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """Make the gradients ready for `apply_gradients`; the squared L2 norm of those that this rank counts.
 
-    NaN or Inf anywhere makes it so, but for a rank's copy of a parameter that tensor-parallel ranks share: that counts
-    once, as `has_nonfinite_copy` says. No parameter and no state of the optimizer changes.
+    A fp32 number on the device, to be added up over all ranks; nothing is read. NaN or Inf anywhere makes the sum so,
+    but for a rank's copy of a parameter that tensor-parallel ranks share: that counts once, and `nonfinite_copies`
+    looks at the others. No parameter and no state of the optimizer changes.
     """
     if optimizer.prepare_grads():  # a gradient scaler, which neither bf16 nor fp32 has, found one that is not finite
-        return math.nan
-    return float(optimizer.get_grad_norm())
+        return torch.full((), math.nan, device=torch.cuda.current_device())
+    gradients = [gradient for part in _chain(optimizer) for gradient in part.get_grads_for_grad_norm()]
+    if not gradients:
+        return torch.zeros((), device=torch.cuda.current_device())
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).square()
 
 
 @torch.no_grad()
-def has_nonfinite_copy(optimizer: MegatronOptimizer) -> bool:
-    """Whether NaN or Inf is in those of this rank's gradients that the norm leaves out; after `gradient_norm`."""
+def nonfinite_copies(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """NaN if NaN or Inf is in those of this rank's gradients that the norm leaves out, else 0; after `squared_norm`.
+
+    A number on the device, of which the sum over ranks says the same of all; nothing is read.
+    """
+    copies = []
     for part in distributed_parts(optimizer):
         counted = {gradient.data_ptr() for gradient in part.get_grads_for_grad_norm()}
-        for parameter in part.get_parameters():
-            gradient = _gradient(part, parameter)
-            if gradient is not None and gradient.numel() and gradient.data_ptr() not in counted \
-                    and not bool(gradient.isfinite().all()):
-                return True
-    return False
+        gradients = [_gradient(part, parameter) for parameter in part.get_parameters()]
+        copies += [gradient for gradient in gradients
+                   if gradient is not None and gradient.numel() and gradient.data_ptr() not in counted]
+    if not copies:
+        return torch.zeros((), device=torch.cuda.current_device())
+    return torch.stack(torch._foreach_norm(copies, math.inf)).max() * 0
 
 
 @torch.no_grad()
@@ -46,8 +55,8 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
     """Clip the gradients by their norm and update the parameters; all ranks call.
 
     Args:
-        optimizer: The optimizer, after `gradient_norm` was called for it.
-        norm: Norm that `gradient_norm` returned.
+        optimizer: The optimizer, after `squared_norm` was called for it.
+        norm: Root of the sum of all ranks' `squared_norm`.
     """
     for part in distributed_parts(optimizer):
         parameters = part.get_parameters()
@@ -56,6 +65,10 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
                                          use_decoupled_grad=_is_decoupled(part))
     is_applied = optimizer.step_with_ready_grads()
     assert is_applied, "without a gradient scaler every update is applied"
+
+
+def _chain(optimizer: MegatronOptimizer) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _gradient(part: Any, parameter: torch.nn.Parameter) -> torch.Tensor | None:

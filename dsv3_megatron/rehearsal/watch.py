@@ -32,6 +32,8 @@ from dsv3_megatron.rehearsal.source_lines import source_line
 _DEVICE = torch.ops.prim.device.default
 # Host memory above this many bytes is fake too: a rehearsed rank may keep gigabytes there.
 _LARGE_HOST_BYTES = 64 << 20
+# Elements that the host may read of unknown numbers: a step's loads of all experts are among them.
+_MAX_READ = 1 << 16
 # Operations whose result's size depends on values: the host waits for them on a GPU.
 _SIZED_BY_VALUES = {"nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "unique_consecutive",
                     "repeat_interleave"}
@@ -225,7 +227,7 @@ class Watch(TorchDispatchMode):
             # Torch would take a real tensor's copy for a real one too.
             out = torch.empty(source.shape, dtype=kwargs.get("dtype") or source.dtype, device=target)
             return True, self._see(func, args, kwargs, out)
-        if not is_small(source.shape, source.dtype):
+        if not is_small(source.shape, source.dtype) and source.numel() > _MAX_READ:
             return False, None
         with unset_fake_temporarily():
             value = known(source)

@@ -4,6 +4,7 @@ Nothing is imported here. In reading order:
 
     rank.py         the process, from its device to its exit code
     built_model.py  a model, from the processes to its weights
+    step_sums.py    what ranks add up of a step, in one collective
     learner.py      a model that learns: one optimizer step
     trainer.py      the training loop of a run
     evaluator.py    rows of tokens scored with a model that only runs forward

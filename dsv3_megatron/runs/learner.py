@@ -36,13 +36,14 @@ from dsv3_megatron.metrics.instruments import Instruments
 from dsv3_megatron.metrics.measurements import Measurements
 from dsv3_megatron.model.build import wrap_stages
 from dsv3_megatron.model.language_model import TokenLosses
-from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
+from dsv3_megatron.model.losses import sum_losses
 from dsv3_megatron.ops.fp8.held_weights import constant_weights
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.optimizer import build_optimizer, set_learning_rate
-from dsv3_megatron.optim.router_bias import collect_expert_loads, update_router_biases
+from dsv3_megatron.optim.router_bias import update_router_biases
 from dsv3_megatron.parallel.groups import groups_of_gradients
 from dsv3_megatron.runs.built_model import BuiltModel, build_model
+from dsv3_megatron.runs.step_sums import sum_step
 from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, read_step
 
 
@@ -54,7 +55,7 @@ class TakenStep:
         losses: Mean losses of the step's tokens.
         balance_loss: Balance loss before alpha, mean over sequences and MoE layers; None where there is none.
         outcome: What the guards made of the step: whether the update was applied, and the gradient's norm.
-        loads_LE: int64 [L, E], tokens that each expert got; rows of dense layers are zero.
+        loads_LE: int64 [L, E], on the host: tokens that each expert got; rows of dense layers are zero.
         measurements: What the instruments saw; None unless they look at this step.
     """
 
@@ -128,33 +129,30 @@ class Learner:
             microbatches = read_step([clock.waiting(batches, "data") for batches in iterators], iterators, self.chunks,
                                      self.groups, self.device.torch_device)
             # Forward, backward, and with the last micro-batch `reduce_gradients`.
-            losses, collected = self.run_microbatches(microbatches, plan.global_batch_size, forward_only=False)
-        with clock.part("router-bias"):
-            model = self.run.model
-            loads_LE, balance_L = collect_expert_loads(
-                self.chunks, num_layers=model.num_layers, num_mtp_layers=model.mtp_num_layers,
-                num_experts=model.num_experts, device=self.device.torch_device)
+            collected = self.run_microbatches(microbatches, plan.global_batch_size, forward_only=False)
         self.beat("optimizer")
         with clock.part("optimizer"):
-            balance_loss = self._mean_balance_loss(balance_L, plan.global_batch_size)
+            sums = sum_step(self.run.model, self.chunks, self.optimizer, collected, self.groups, self.device)
+            balance_loss = self._mean_balance_loss(sums.balance_loss, plan.global_batch_size)
             if self.average:
                 self.average.wait()
             samples = range(first_sample, first_sample + plan.global_batch_size)
             outcome = guarded_step(
-                self.guard, self.guard_log, self.optimizer, self.chunks, self.groups,
-                StepFacts(iteration, losses.by_name(balance_loss), samples, collected))
+                self.guard, self.guard_log, self.optimizer, self.chunks,
+                StepFacts(iteration, sums.losses.by_name(balance_loss), samples, collected, sums.grad_norm,
+                          sums.has_nonfinite_copy))
             if self.average and outcome.is_applied:
                 self.average.update()
         with clock.part("router-bias"):
             if outcome.is_applied:
-                update_router_biases(self.chunks, loads_LE, num_layers=model.num_layers,
+                update_router_biases(self.chunks, sums.loads_on_device_LE, num_layers=self.run.model.num_layers,
                                      update_rate=plan.bias_update_rate)
         with clock.part("logging"):
             measurements = self.instruments.end_step()
-        return TakenStep(losses, balance_loss, outcome, loads_LE, measurements)
+        return TakenStep(sums.losses, balance_loss, outcome, sums.loads_LE, measurements)
 
     def run_microbatches(self, batches: Sequence[Iterator[Batch]], num_sequences: int, *, forward_only: bool
-                         ) -> tuple[StepLosses, list[dict[str, Any]]]:
+                         ) -> list[dict[str, Any]]:
         """Take one global batch through the pipeline; called by every rank.
 
         Args:
@@ -163,12 +161,12 @@ class Learner:
             forward_only: No backward pass, and no reduction of gradients.
 
         Returns:
-            Mean losses, the same on every rank, and this rank's reports of its micro-batches.
+            This rank's reports of its micro-batches.
         """
         training = self.phase.training
         # No weight changes within a global batch: in FP8 each is quantized once for all its micro-batches.
         with constant_weights():
-            collected = self.forward_backward(
+            return self.forward_backward(
                 forward_step_func=ForwardStep(self._next_batch, self.run.data, self._loss),
                 data_iterator=list(batches) if len(batches) > 1 else batches[0],
                 model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
@@ -177,9 +175,6 @@ class Learner:
                 micro_batch_size=training.micro_batch_size,
                 forward_only=forward_only,
             )
-        tokens, *sums = sum_over_ranks(collected, self.groups, self.device,
-                                       num_mtp_layers=self.run.model.mtp_num_layers)
-        return StepLosses.of_sums(tokens, sums), collected
 
     def reduce_gradients(self, chunks: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, *,
                          force_all_reduce: bool = False, **_groups: Any) -> None:
@@ -195,14 +190,14 @@ class Learner:
                                  force_all_reduce=force_all_reduce)
         self.instruments.measure_gradients()
 
-    def _mean_balance_loss(self, balance_L: torch.Tensor, num_sequences: int) -> float | None:
+    def _mean_balance_loss(self, balance_loss: float, num_sequences: int) -> float | None:
         """Balance loss before alpha, mean over sequences and over the MoE layers, MTP modules included."""
         training, model = self.run.training, self.run.model
         # An MTP module's layer is of the kind of the main model's last one.
         layers = model.num_moe_layers and model.num_moe_layers + model.mtp_num_layers
         if not training.moe_aux_loss_coeff or not layers:
             return None
-        return float(balance_L.sum()) / (training.moe_aux_loss_coeff * num_sequences * layers)
+        return balance_loss / (training.moe_aux_loss_coeff * num_sequences * layers)
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         self.beat("micro-batch")

@@ -32,6 +32,7 @@ from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_t
 from dsv3_megatron.metrics.progress import TrainingDisplay
 from dsv3_megatron.metrics.run_records import StepReport, last_losses
 from dsv3_megatron.metrics.writer import MetricsWriter
+from dsv3_megatron.model.losses import sum_over_ranks
 from dsv3_megatron.model.rotary import change_context
 from dsv3_megatron.parallel.groups import destroy_groups, start_process_group
 from dsv3_megatron.platform import prepare
@@ -262,7 +263,7 @@ class Trainer(Learner):
 
     def _agree_to_stop(self) -> int:
         """The number of a signal that any rank has received, else 0; called by every rank at the same points."""
-        stop_signal = torch.tensor(self.stop_signal or 0, device=self.device.torch_device)
+        stop_signal = torch.full((), self.stop_signal or 0, device=self.device.torch_device)
         torch.distributed.all_reduce(stop_signal, op=torch.distributed.ReduceOp.MAX)
         return int(stop_signal)
 
@@ -279,9 +280,11 @@ class Trainer(Learner):
         stopped = 0
         while len(losses) < self.run.training.eval_iters and not stopped:
             with torch.no_grad():
-                loss, _ = self.run_microbatches(batches, self.phase.training.global_batch_size, forward_only=True)
+                reports = self.run_microbatches(batches, self.phase.training.global_batch_size, forward_only=True)
+            tokens, *sums = sum_over_ranks(reports, self.groups, self.device,
+                                           num_mtp_layers=self.run.model.mtp_num_layers)
             stopped = self._agree_to_stop()
-            losses.append(loss)
+            losses.append(StepLosses.of_sums(tokens, sums))
         self._left_off = stopped
         return StepLosses.mean(losses)
 

@@ -106,7 +106,8 @@ def read_step(batches: Sequence[Iterator[Batch]], iterators: Sequence[BatchItera
     # Chunks with the same part of the data have the same tokens; those of DualPipe's two directions have not.
     counts = {iterator.data_parallel_rank: sum(int(batch.loss_mask_BS.sum()) for batch in part)
               for part, iterator in zip(read, iterators, strict=True)}
-    tokens = torch.tensor(sum(counts.values()), device=device)
+    # Filled in, not copied: a GPU's host would wait for the copy.
+    tokens = torch.full((), sum(counts.values()), device=device)
     torch.distributed.all_reduce(tokens, group=groups.dp)
     weigh_balance_losses(chunks, num_tokens=int(tokens), num_sequences=iterators[0].global_batch_size)
     return [iter(part) for part in read]

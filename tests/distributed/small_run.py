@@ -87,7 +87,7 @@ class Training:
         if self.average:
             self.average.update()
         model = self.run.model
-        loads, _ = collect_expert_loads(
+        loads, _ = all_expert_loads(
             self.chunks, num_layers=model.num_layers, num_mtp_layers=model.mtp_num_layers,
             num_experts=model.num_experts, device=torch.device("cpu"))
         update_router_biases(self.chunks, loads, num_layers=model.num_layers, update_rate=0.01 * (number + 1))
@@ -123,6 +123,14 @@ class Training:
         for row, router in routers(self.chunks, self.run.model.num_layers):
             state[f"bias:{row}"] = router.expert_bias.clone()
         return state
+
+
+def all_expert_loads(chunks: list[Any], **sizes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loads of experts and balance losses by layer, over all ranks."""
+    sums = collect_expert_loads(chunks, **sizes)
+    for part in sums:
+        torch.distributed.all_reduce(part)
+    return sums
 
 
 def start(run: RunConfig) -> Training:

@@ -74,7 +74,7 @@ def steps_in_every_mode(changes: dict[str, Any]) -> list[dict[str, Any]]:
     for _, router in routers(training.chunks, training.run.model.num_layers):
         router.register_forward_pre_hook(note)
     steps = []
-    collect = harness.collect_expert_loads
+    collect = harness.all_expert_loads
     for number, mode in enumerate(MODES * 2):
         set_mode(training, mode)
         inputs.clear()
@@ -88,7 +88,7 @@ def steps_in_every_mode(changes: dict[str, Any]) -> list[dict[str, Any]]:
 
         # The weights that routed are gone after the step.
         weights = [(router, router.weight.detach().clone()) for _, router in routers(training.chunks, 0)]
-        with mock.patch.object(harness, "collect_expert_loads", keep):
+        with mock.patch.object(harness, "all_expert_loads", keep):
             training.step(number)
         after = [router.weight.detach().clone() for router, _ in weights]
         for router, weight in weights:
