@@ -114,7 +114,7 @@ FLAGS: tuple[MegatronFlag, ...] = (
            "no-gradient-accumulation-fusion attention-softmax-in-fp32 moe-router-padding-for-fp8 "
            "moe-router-padding-for-quantization enable-experimental"),
     *_each(NO_EFFECT, "1", "which kernels compute is chosen by --transformer-impl and the device",
-           "attention-backend cross-entropy-fusion-impl"),
+           "cross-entropy-fusion-impl"),
     *_each(NO_EFFECT, "0", "what overlaps with what follows from --pipeline-schedule and "
            "--overlap-moe-expert-parallel-comm",
            "overlap-grad-reduce overlap-param-gather overlap-param-gather-with-optimizer-step tp-comm-overlap "
@@ -181,8 +181,8 @@ BY_NAME = {flag.name: flag for flag in FLAGS}
 
 # Flags that both have, with one name and one meaning.
 SAME_NAME: tuple[str, ...] = tuple((
-    "--adam-beta1 --adam-beta2 --adam-eps --clip-grad --context-parallel-size --data-cache-path --data-path "
-    "--eod-mask-loss --eval-interval --eval-iters --exit-on-missing-checkpoint --exp-avg-dtype "
+    "--adam-beta1 --adam-beta2 --adam-eps --attention-backend --clip-grad --context-parallel-size --data-cache-path "
+    "--data-path --eod-mask-loss --eval-interval --eval-iters --exit-on-missing-checkpoint --exp-avg-dtype "
     "--exp-avg-sq-dtype --expert-model-parallel-size --expert-tensor-parallel-size --ffn-hidden-size "
     "--global-batch-size --hidden-size --init-method-std --kv-lora-rank --load --log-interval --lr "
     "--lr-decay-iters --lr-decay-style --lr-warmup-iters --max-position-embeddings --micro-batch-size --min-lr "

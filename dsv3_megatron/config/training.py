@@ -28,6 +28,7 @@ MOMENT_ROUNDINGS = ("stochastic", "nearest")
 RECOMPUTE_GRANULARITIES = ("selective", "full")
 PRECISIONS = ("auto", "bf16", "fp32")
 TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
+ATTENTION_BACKENDS = ("auto", "flash", "fused", "unfused", "local")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class TrainingConfig(StepConfig):
                             help="of weights and activations; auto: bf16 where the device computes it fast")
     transformer_impl: str = option("auto", choices=TRANSFORMER_IMPLS,
                                    help="modules to build from; auto: transformer_engine where installed with CUDA")
+    attention_backend: str = option("auto", choices=ATTENTION_BACKENDS,
+                                    help="core attention: fused (Transformer Engine's or cuDNN's), flash "
+                                         "(FlashAttention), unfused (the matrix of scores in memory), local (this "
+                                         "library's own); auto: the first that is possible, on a CPU local")
     recompute_granularity: str | None = option(None, choices=(*RECOMPUTE_GRANULARITIES,), help="computed again in "
                                                "backward: selective (by name) or full (whole layers); none: all kept")
     recompute_modules: tuple[str, ...] = option(
@@ -123,9 +128,13 @@ class TrainingConfig(StepConfig):
         if not self.phases:
             self._validate_decay()
         for name, allowed in (("precision", PRECISIONS), ("transformer_impl", TRANSFORMER_IMPLS),
+                              ("attention_backend", ATTENTION_BACKENDS),
                               ("lr_decay_style", LR_DECAY_STYLES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        if self.attention_backend == "local" and self.transformer_impl == "transformer_engine":
+            raise ConfigError("attention_backend=local is this library's own attention, in local modules, not "
+                              "transformer_impl=transformer_engine; set transformer_impl=local, or another backend")
         if world_size is not None:
             self._validate_batch(parallel, world_size)
 

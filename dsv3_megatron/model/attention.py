@@ -11,6 +11,7 @@ D head width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear, ReplicatedLinear
 from dsv3_megatron.model.norm import RMSNorm
 from dsv3_megatron.model.packed_documents import PackedDocuments
 from dsv3_megatron.model.rotary import RotaryTables, softmax_scale
-from dsv3_megatron.ops.attention import causal_attention
+from dsv3_megatron.ops.attention import attention_case, causal_attention
+from dsv3_megatron.ops.attention_choices import choose_attention
+from dsv3_megatron.ops.backend import log_choice
 from dsv3_megatron.ops.recompute import recomputed
 from dsv3_megatron.ops.rope import apply_rope
 
@@ -40,14 +44,37 @@ class LocalMLASubmodules:
     norm: type = RMSNorm
 
 
+def set_attention_backend(stages: Iterable[torch.nn.Module], run: RunConfig, precision: str) -> None:
+    """Choose what computes core attention for a run on this process's device, log it, and tell local modules.
+
+    Args:
+        stages: Modules with `LocalMLASelfAttention` in them.
+        run: A validated run.
+        precision: "bf16" or "fp32".
+
+    Raises:
+        ConfigError: The run's attention_backend is not possible here.
+    """
+    modules = [module for stage in stages for module in stage.modules() if isinstance(module, LocalMLASelfAttention)]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    case = attention_case(device, 2 if precision == "bf16" else 4, run.model.qk_head_dim, run.model.v_head_dim,
+                          has_documents=run.data.has_document_attention)
+    chosen, reason = choose_attention(run.training.attention_backend, case)
+    log_choice(f"attention_backend {run.training.attention_backend}", chosen, reason)
+    for module in modules:
+        module.attention_backend = chosen
+
+
 class LocalMLASelfAttention(MegatronModule):
     """Causal multi-head latent attention. Source: DeepSeek-V3 report, section 2.1.1, eq. 1-11.
 
     Attributes:
         is_recomputed: Core attention need not keep queries, keys and values for backward.
+        attention_backend: What computes core attention, one of `ops.attention.BACKENDS`.
     """
 
     is_recomputed = False
+    attention_backend = "auto"
 
     def __init__(
         self,
@@ -108,7 +135,7 @@ class LocalMLASelfAttention(MegatronModule):
         assert isinstance(documents, PackedDocuments), "Megatron-Core's own packed format is not supported"
         query_SBND, key_SBND, value_SBND = self.query_key_value(hidden_states, documents.position_ids_BS)
         context_SBND = causal_attention(query_SBND, key_SBND, value_SBND, softmax_scale=self.softmax_scale,
-                                        document_bounds=documents.bounds)
+                                        document_bounds=documents.bounds, backend=self.attention_backend)
         output_sBH, _bias = self.linear_proj(context_SBND.flatten(2))
         return output_sBH, None
 

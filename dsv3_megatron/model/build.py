@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.config.memory import recomputed_modules
 from dsv3_megatron.config.run import RunConfig, require_engine_epsilon
+from dsv3_megatron.model.attention import set_attention_backend
 from dsv3_megatron.model.fp8_modules import apply_precision, use_engine_fp8
 from dsv3_megatron.model.init import initialize_weights
 from dsv3_megatron.model.language_model import DeepSeekV3Model
@@ -54,6 +55,7 @@ def build_stages(
     if run.fp8.is_enabled:
         apply_precision(list(stages), run, groups, transformer_impl=transformer_impl)
     if transformer_impl == "local":
+        set_attention_backend(stages, run, precision)
         set_recomputed(stages, recomputed_modules(run.training))
     if torch.get_default_device().type != "meta":
         initialize_weights(list(stages), groups, std=run.model.init_method_std, seed=run.training.seed)

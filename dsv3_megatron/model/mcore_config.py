@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
@@ -98,6 +99,8 @@ def mcore_config(run: RunConfig, precision: str, *, transformer_impl: str = "loc
         params_dtype=dtype,
         pipeline_dtype=dtype,
         attention_softmax_in_fp32=True,
+        # For Transformer Engine, which is told by the environment; local modules have a choice of their own.
+        attention_backend=AttnBackend["auto" if transformer_impl == "local" else training.attention_backend],
         gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,
         # A stage sends its whole output and drops the tensor's data once the receiver has it.

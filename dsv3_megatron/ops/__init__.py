@@ -8,7 +8,8 @@ In reading order:
     linear.py           y = x W^T and its gradients            backend.py        which way a product is computed
     rms_norm.py         RMSNorm                                swiglu.py         silu(gate) * up
     rope.py             rotary embedding                       rotary_frequencies.py   its angles
-    attention.py        causal core attention                  softmax.py        softmax in place
+    attention.py        causal core attention                  attention_choices.py   what computes it; no torch
+    softmax.py          softmax in place
     router_scores.py    logits -> affinities                   experts.py        SwiGLU experts over sorted rows
     cross_entropy.py    the head and token losses              head_loss_choices.py   which way; no torch
     chunked_head_loss.py   with torch alone                    fused_head_loss.py     with kernels

@@ -3,7 +3,7 @@
 `scaled_dot_product_attention` leaves its fused kernels when the value width differs. Forward + backward of
 [S=512, B=4, N=8, 96/64] in fp32 on one AVX2 core took 313 ms so, 200 to 223 ms with values padded to 96, and 94 ms with
 the blocked version below (138 ms in bf16), which skips the blocks above the diagonal, works on tiles that stay in cache
-and computes in fp32. On CUDA values are padded for the fused kernel; that choice is not measured.
+and computes in fp32. What a GPU runs is chosen in `attention_choices.py`; none of it has been run.
 
 Documents that are packed into one sequence and shall not see each other are attended to one by one: no [S, S] mask is
 made, and tiles of scores between documents are not computed. Each sequence of the micro-batch has documents of its own.
@@ -13,17 +13,22 @@ Shapes: S sequence, B micro-batch, N heads, D query and key width, U value width
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dsv3_megatron.ops.attention_choices import PADDED, AttentionCase, choose_attention
 from dsv3_megatron.ops.backend import log_choice, unknown_backend, wide_dtype
 from dsv3_megatron.ops.recompute import is_recomputed, recomputed, saving
 from dsv3_megatron.ops.softmax import softmax_and_logsumexp_
 
-BACKENDS = ("auto", "blocked", "sdpa_padded", "sdpa", "reference")
+BACKENDS = ("auto", "blocked", "engine", "cudnn", "flash3", "flash_padded", "sdpa_padded", "sdpa", "reference")
 
 # Of each sequence: where its documents begin, from 0, and at the end its length.
 DocumentBounds = tuple[tuple[int, ...], ...]
@@ -56,7 +61,8 @@ def causal_attention(
         document_bounds: One row for each of the B sequences, 0 = b_0 <= b_1 <= ... <= b_n = S: positions b_i to
             b_(i+1) - 1 see each other and nothing else. Plain numbers, so that no layer waits for the device to read
             them. None is one document a sequence.
-        backend: "blocked", "sdpa_padded", "sdpa" or "reference"; "auto" is blocked on CPU, sdpa_padded elsewhere.
+        backend: One of `BACKENDS`, as `attention_choices.py` explains them; "sdpa" leaves the choice to torch. "auto"
+            is what is chosen there for a run that sets nothing.
 
     Returns:
         [S, B, N, U] (or [S, N, U]), contiguous, in v's dtype.
@@ -70,8 +76,10 @@ def causal_attention(
     if backend not in BACKENDS:
         raise unknown_backend("causal_attention", backend, BACKENDS)
     if backend == "auto":
-        backend = "blocked" if q_SBND.device.type == "cpu" else "sdpa_padded"
-        log_choice("causal_attention", backend, q_SBND.device.type)
+        case = attention_case(q_SBND.device.type, q_SBND.element_size(), q_SBND.shape[-1], v_SBNU.shape[-1],
+                              has_documents=document_bounds is not None)
+        backend, reason = choose_attention("auto", case)
+        log_choice("causal_attention", backend, reason)
     if q_SBND.shape != k_SBND.shape or k_SBND.shape[:-1] != v_SBNU.shape[:-1]:
         raise ValueError(
             f"causal_attention: shapes q {tuple(q_SBND.shape)}, k {tuple(k_SBND.shape)}, v {tuple(v_SBNU.shape)} "
@@ -90,10 +98,22 @@ def causal_attention(
         return _attend_by_document(q_SBND, k_SBND, v_SBNU, softmax_scale, groups, backend)
 
 
+@functools.cache
+def attention_case(device: str, value_bytes: int, query_width: int, value_width: int, *, has_documents: bool
+                   ) -> AttentionCase:
+    """What attention is computed on in this process: its GPU, packages and cuDNN; arguments as in `AttentionCase`."""
+    if device != "cuda":
+        return AttentionCase("cpu", (0, 0), value_bytes, query_width, value_width, has_documents, frozenset(), 0)
+    packages = frozenset(name for name in ("transformer_engine", "flash_attn_interface")
+                         if importlib.util.find_spec(name) is not None)
+    return AttentionCase("cuda", torch.cuda.get_device_capability(), value_bytes, query_width, value_width,
+                         has_documents, packages, torch.backends.cudnn.version() or 0)
+
+
 def _attend_by_document(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNU: torch.Tensor, softmax_scale: float,
                         groups: tuple[_Group, ...], backend: str) -> torch.Tensor:
-    attend = reference_attention if backend == "reference" else _sdpa
-    padded_width = q_SBND.shape[-1] if backend == "sdpa_padded" else v_SBNU.shape[-1]
+    attend = _ATTENDS[backend]
+    padded_width = q_SBND.shape[-1] if backend in PADDED else v_SBNU.shape[-1]
     columns = []
     for (first, last), documents in groups:
         parts = []
@@ -149,6 +169,45 @@ def _sdpa(
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q_SBND, k_SBND, v_SBNU))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale)
     return out[..., :width].permute(2, 0, 1, 3)
+
+
+def _sdpa_by(kernel: SDPBackend) -> _Attend:
+    def attend(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNU: torch.Tensor, softmax_scale: float,
+               padded_width: int) -> torch.Tensor:
+        with sdpa_kernel([kernel]):
+            return _sdpa(q_SBND, k_SBND, v_SBNU, softmax_scale, padded_width)
+
+    return attend
+
+
+def _flash3(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNU: torch.Tensor, softmax_scale: float, _: int
+            ) -> torch.Tensor:
+    from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
+
+    out = flash_attn_func(*(t.transpose(0, 1) for t in (q_SBND, k_SBND, v_SBNU)), softmax_scale=softmax_scale,
+                          causal=True)
+    return (out[0] if isinstance(out, tuple) else out).transpose(0, 1)
+
+
+def _engine(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNU: torch.Tensor, softmax_scale: float, _: int
+            ) -> torch.Tensor:
+    attention = _engine_module(q_SBND.shape[2], q_SBND.shape[3], v_SBNU.shape[3], softmax_scale)
+    return attention(q_SBND.contiguous(), k_SBND.contiguous(), v_SBNU.contiguous()).view(v_SBNU.shape)
+
+
+@functools.cache
+def _engine_module(heads: int, query_width: int, value_width: int, softmax_scale: float) -> Any:
+    from transformer_engine.pytorch import DotProductAttention
+
+    return DotProductAttention(heads, (query_width, value_width), attention_dropout=0.0, qkv_format="sbhd",
+                               attn_mask_type="causal", softmax_scale=softmax_scale)
+
+
+_Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, int], torch.Tensor]
+_ATTENDS: dict[str, _Attend] = {
+    "reference": reference_attention, "sdpa": _sdpa, "sdpa_padded": _sdpa, "engine": _engine, "flash3": _flash3,
+    "cudnn": _sdpa_by(SDPBackend.CUDNN_ATTENTION), "flash_padded": _sdpa_by(SDPBackend.FLASH_ATTENTION),
+}
 
 
 def _head_major(x_SBND: torch.Tensor) -> torch.Tensor:

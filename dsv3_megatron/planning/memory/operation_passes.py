@@ -264,39 +264,42 @@ class AttentionPass:
 class FusedAttentionPass:
     """A fused kernel on CUDA: keeps its operands, its result and a number a row and head. Not run: from the code.
 
-    This library's modules pad the values to the keys' width for it (`ops/attention.py`); Transformer Engine's do not.
+    Where values have to be padded to the keys' width (`ops/attention_choices.py`), the padded ones are kept. Else this
+    library's modules keep them as they are, a part of the tensor of keys and values; Transformer Engine's copy them.
     """
 
     def __init__(self, operations: Operations, query: Tensor, key: Tensor, key_value: Tensor) -> None:
         ledger, s = operations.ledger, operations.s
-        self.operations, self.inputs = operations, (query, key)
         rows = s.tokens * s.heads
-        width = s.value if s.is_engine else s.query
+        width = s.query if s.pads_values else s.value
         self.sizes = {"query": query.size, "key": key.size, "value": rows * width * s.narrow}
+        self.value = ledger.make("values", self.sizes["value"]) if s.is_engine or s.pads_values else key_value
+        self.operations, self.inputs = operations, (query, key, self.value)
         ledger.keep(query, key)
-        self.value = ledger.make("values", self.sizes["value"])
-        if s.is_recomputed("mla_up_proj"):
+        if self.value is key_value:
+            ledger.keep(key_value)
+        elif s.is_recomputed("mla_up_proj"):
             ledger.make_again(self.value, work=0)
             ledger.keep(self.value)
             ledger.drop(self.value)
         self.result = ledger.make("attention result", rows * width * s.narrow)
         self.statistics = ledger.make("attention log-sum-exp", rows * WIDE)
-        if s.is_engine:  # it is what the projection keeps too
+        if s.pads_values:
+            self.output = ledger.make("context", rows * s.value * s.narrow)
+        else:  # it is what the projection keeps too
             self.result.references += 1
             self.output = self.result
-        else:
-            self.output = ledger.make("context", rows * s.value * s.narrow)
 
     def backward(self, grad: Tensor) -> dict[str, Tensor]:
         """Go back to the gradients of queries, keys and values, by name; `grad` is used up."""
         ledger, s = self.operations.ledger, self.operations.s
-        for tensor in (*self.inputs, self.value):
+        for tensor in self.inputs:
             ledger.need(tensor)
-        padded = 0 if s.is_engine else self.sizes["value"]
+        padded = self.sizes["value"] if s.pads_values else 0
         # The kernel sums the gradient of the queries in fp32.
         ledger.pulse(sum(self.sizes.values()) + padded + s.tokens * s.heads * s.query * WIDE)
         results = {name: ledger.make(f"gradient of {name}", size) for name, size in self.sizes.items()}
-        ledger.drop(*self.inputs, self.value, self.result, self.statistics, grad)
+        ledger.drop(*self.inputs, self.result, self.statistics, grad)
         return results
 
 

@@ -16,6 +16,7 @@ from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.precision import Fp8Config, LinearPrecision, precision_map
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.weights import IN_LAYERS, Place, weights_at
+from dsv3_megatron.ops.attention_choices import PADDED, AttentionCase, choose_attention
 
 WIDE = 4  # bytes of fp32
 INDEX = 8  # of int64
@@ -88,6 +89,7 @@ class PassSettings:
         vocabulary: Rows of the embedding on this rank.
         recomputed: Names of modules whose outputs are computed again.
         recomputes_layers: Whole layers are.
+        pads_values: Values are brought to the keys' width for core attention.
         is_piped: Passes run on a tape, in pieces, and weight gradients may wait.
         has_balance_loss: The routers have a balance loss.
         imbalance: Rows of this rank's experts, as a multiple of the mean over ranks.
@@ -118,6 +120,7 @@ class PassSettings:
     vocabulary: int
     recomputed: tuple[str, ...]
     recomputes_layers: bool
+    pads_values: bool
     is_piped: bool
     has_balance_loss: bool
     imbalance: float
@@ -198,6 +201,15 @@ def is_engine(run: RunConfig) -> bool:
     return run.training.transformer_impl == "transformer_engine"
 
 
+def pads_values(run: RunConfig, *, device: str, precision: str) -> bool:
+    """Whether core attention has its values brought to the keys' width, on a CPU or a Hopper GPU."""
+    if device != "cuda" or is_engine(run):
+        return False
+    case = AttentionCase("cuda", value_bytes=4 if precision == "fp32" else 2, query_width=run.model.qk_head_dim,
+                         value_width=run.model.v_head_dim, has_documents=run.data.has_document_attention)
+    return choose_attention(run.training.attention_backend, case)[0] in PADDED
+
+
 @functools.cache
 def _engine_is_installed() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
@@ -227,6 +239,7 @@ def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_produc
         expert_ffn=matrices.of(EXPERTS_FC2)[1], matrices=matrices,
         vocabulary=model.vocab_size // tp, recomputed=recomputed_modules(training),
         recomputes_layers=training.recompute_granularity == "full",
+        pads_values=pads_values(run, device=device, precision=precision),
         is_piped=parallel.pipeline_model_parallel_size > 1, has_balance_loss=training.moe_aux_loss_coeff > 0,
         imbalance=imbalance)
 

@@ -103,8 +103,10 @@ def _core_attention(model: ModelConfig, heads: int, shape: Shape) -> Iterator[Wo
     # the gradients of queries, keys and values.
     pairs = shape.tokens * shape.seq_length / 2 * heads
     forward = 2 * pairs * (model.qk_head_dim + model.v_head_dim)
-    computed = 2 * pairs * (3 * model.qk_head_dim + 2 * model.v_head_dim)
-    yield CoreAttention(WorkPart.FORWARD, "core_attention", forward, forward, shape.seq_length, False)
+    width = model.qk_head_dim if shape.pads_values else model.v_head_dim
+    computed_forward = 2 * pairs * (model.qk_head_dim + width)
+    computed = 2 * pairs * (3 * model.qk_head_dim + 2 * width)
+    yield CoreAttention(WorkPart.FORWARD, "core_attention", forward, computed_forward, shape.seq_length, False)
     yield CoreAttention(WorkPart.INPUT, "core_attention", 2 * forward, computed, shape.seq_length, True)
     moved = 2 * model.v_head_dim * shape.value_bytes + model.qk_head_dim * (4 + shape.value_bytes)
     yield Movement(WorkPart.INPUT, "core_attention", "attention_backward", shape.tokens * heads * moved)

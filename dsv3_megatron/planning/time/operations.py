@@ -24,6 +24,7 @@ from dsv3_megatron.config.precision import Fp8Config, LinearPrecision, precision
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.weights import Weight, sections
 from dsv3_megatron.ops.head_loss_choices import chosen_head_loss
+from dsv3_megatron.planning.memory.settings import pads_values
 
 # Bytes of a value in FP8 with its scale for 128 of them, in fp32.
 FP8_BYTES = 1 + 4 / 128
@@ -131,6 +132,7 @@ class Shape:
         splits_backward: Whether the schedule has weight gradients wait.
         imbalance: Rows of the busiest rank over the mean.
         has_fused_head: The head and its loss are one operation, whose logits are never in memory.
+        pads_values: Values are brought to the keys' width for core attention.
     """
 
     micro_batch_size: int
@@ -145,19 +147,21 @@ class Shape:
     splits_backward: bool
     imbalance: float = 1.0
     has_fused_head: bool = False
+    pads_values: bool = False
 
     @classmethod
     def of(cls, run: RunConfig, *, is_cpu: bool = False, imbalance: float = 1.0) -> Shape:
         """Make the shape of a run, with what `auto` precision is on the device."""
         training, parallel = run.training, run.parallel
         is_wide = training.precision_on(is_cpu=is_cpu) == "fp32"
-        is_fused = chosen_head_loss("cpu" if is_cpu else "cuda", 4 if is_wide else 2, run.model.hidden_size) == "fused"
+        device = "cpu" if is_cpu else "cuda"
+        is_fused = chosen_head_loss(device, 4 if is_wide else 2, run.model.hidden_size) == "fused"
         recomputed = {"full"} if training.recompute_granularity == "full" else recomputed_modules(training)
         return cls(training.micro_batch_size, training.seq_length, parallel.tensor_model_parallel_size,
                    parallel.expert_tensor_parallel_size, parallel.expert_model_parallel_size, 4 if is_wide else 2,
                    "fp32" if is_wide else "bf16", run.fp8.dispatches_fp8, frozenset(recomputed),
                    parallel.pipeline_model_parallel_size > 1 and parallel.schedule in SPLIT_BACKWARD, imbalance,
-                   is_fused)
+                   is_fused, pads_values(run, device=device, precision="fp32" if is_wide else "bf16"))
 
     @property
     def tokens(self) -> int:

@@ -189,6 +189,11 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "shorter (--lr-warmup-iters 1) or the run longer"),
     ("tiny", {"precision": "fp16"}, 1, "precision='fp16' must be one of auto, bf16, fp32"),
     ("tiny", {"transformer_impl": "te"}, 1, "transformer_impl='te' must be one of auto, local, transformer_engine"),
+    ("tiny", {"attention_backend": "eager"}, 1,
+     "attention_backend='eager' must be one of auto, flash, fused, unfused, local"),
+    ("tiny", {"attention_backend": "local", "transformer_impl": "transformer_engine"}, 1,
+     "attention_backend=local is this library's own attention, in local modules, not "
+     "transformer_impl=transformer_engine; set transformer_impl=local, or another backend"),
     ("tiny", {"lr_decay_style": "wsd"}, 1, "lr_decay_style='wsd' must be one of constant, cosine, linear"),
     ("tiny", {"transformer_impl": "transformer_engine", "reset_attention_mask": True, "reset_position_ids": True,
               "eod_mask_loss": True}, 1,
