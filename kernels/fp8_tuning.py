@@ -45,6 +45,12 @@ class GemmConfig:
     programs_per_processor: int = 1
     specializes_warps: bool = False
 
+    def __str__(self) -> str:
+        """The configuration as tables of results have it."""
+        return (f"{self.block_m}x{self.block_n} stages={self.stages} warps={self.warps}"
+                + " two programs a processor" * (self.programs_per_processor == 2)
+                + " parted warps" * self.specializes_warps)
+
 
 # A step of K is (block_m + block_n) * 128 bytes of shared memory, of which an H100's processor has 227 KB; two fp32
 # tiles (the sum and the step's product) must fit its registers.
@@ -58,6 +64,9 @@ CANDIDATES = tuple(
 # compiles with 8 warps and fails on with 4. Neither has met a GPU.
 CANDIDATES += tuple(GemmConfig(64, 128, stages, 4, programs_per_processor=2) for stages in (3, 4))
 CANDIDATES += (GemmConfig(128, 64, 4, 4, programs_per_processor=2), GemmConfig(specializes_warps=True))
+# Guessed where nothing is measured, and the two that may be better; parted warps last, as a compiler may fail on them.
+NAMED_CONFIGURATIONS = (GemmConfig(), GemmConfig(64, 128, 4, 4), GemmConfig(64, 128, 4, 4, programs_per_processor=2),
+                        GemmConfig(specializes_warps=True))
 _INTERPRETED = GemmConfig(32, 32, 2, 4, 2)
 
 

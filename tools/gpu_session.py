@@ -111,7 +111,9 @@ def parts() -> list[Part]:
             Step("AdamW", ("-m", "tools.bench.bench_adamw"), ("-m", "tools.bench.bench_adamw", "--smoke", "--no-csv")),
             Step("head and loss", ("-m", "tools.bench.bench_head_loss"),
                  ("-m", "tools.bench.bench_head_loss", "--smoke", "--no-csv")),
-            Step("FP8 products", (*bench, "--tokens", "4096", "--experts", "8"), (*bench, "--check-on-cpu")),)),
+            Step("FP8 products", (*bench, "--tokens", "4096", "--experts", "8"), (*bench, "--check-on-cpu")),
+            Step("ways of the FP8 kernel", (*bench, "--configurations", "--tokens", "4096", "--experts", "8"),
+                 ("-m", "tools.bench.bench_fp8", "--compile")))),
         Part("rest", "Do checkpoints, training and the other tests pass?", 60, (
             Step("platform", (*PYTEST, "tests/gpu/test_platform.py"), ("-c", "print('a GPU is needed')")),
             Step("checkpoints", (*PYTEST, "tests/gpu/test_checkpoint.py", "-k", "not implementations"),

@@ -249,6 +249,26 @@ def tune(chosen: list[Product], time: Timer = milliseconds, device: str = "cuda"
     print(f"written: {fp8_tuning.write_tuning(results, name)}")
 
 
+def compare_configurations(chosen: list[Product], time: Timer = milliseconds, device: str = "cuda"
+                           ) -> list[Measurement]:
+    """Check and time the kernel's few named configurations, of which the table of tile sizes may come to have any."""
+    from dsv3_megatron.kernels.fp8_tuning import NAMED_CONFIGURATIONS
+
+    rows = []
+    for config in NAMED_CONFIGURATIONS:
+        for product in chosen:
+            given = operands(product, device)
+            try:
+                check_product(product, multiply(product, given, config), given, str(config))
+                speed = product.flops / time(partial(multiply, product, given, config)) * 1e-9
+            except (RuntimeError, ValueError) as error:  # too much shared memory, and the like: said, and left out
+                print(f"{product}: {config}: {str(error).splitlines()[0]}", flush=True)
+                continue
+            print(f"{product}: {config}: {speed:.0f} TFLOP/s", flush=True)
+            rows.append(Measurement(f"fp8_gemm triton {config}", str(product), "speed", speed, "TFLOP/s"))
+    return rows
+
+
 def check_on_cpu() -> None:
     """Every comparison on small shapes, under the interpreter."""
     check_quantization("cpu", 70, 512)
@@ -264,6 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192], help="rows of the single products")
     parser.add_argument("--experts", type=int, nargs="+", default=[4, 8, 16, 32], help="experts of the grouped ones")
     parser.add_argument("--tune", action="store_true", help="measure tile sizes and implementations; write the table")
+    parser.add_argument("--configurations", action="store_true", help="time the kernel's few named configurations")
     parser.add_argument("--check-on-cpu", action="store_true", help="small shapes, Triton's interpreter, no timing")
     parser.add_argument("--compile", action="store_true", help="compile for Hopper, without a GPU; no timing")
     options = parser.parse_args(arguments)
@@ -285,6 +306,10 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = products(options.tokens, options.experts)
     if options.tune:
         tune(chosen)
+        return 0
+    if options.configurations:
+        shown = [product for product in chosen if product.name in ("attention_out", "expert_gate_up")]
+        append_rows("fp8.csv", compare_configurations(shown), torch.cuda.get_device_name())
         return 0
     check_quantization("cuda", 4096, 7168)
     # What is measured is on disk at once: a session with little time may end this at any moment.

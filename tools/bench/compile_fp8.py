@@ -53,7 +53,27 @@ def compile_for_hopper() -> None:
 
 def cases() -> dict[str, Callable[[], Any]]:
     """Calls of the library, by what they are."""
-    return {**_products(), **_quantizations()}
+    return {**_products(), **_quantizations(), **_weight_updates()}
+
+
+def _weight_updates() -> dict[str, Callable[[], Any]]:
+    """The optimizer's update with each form of moments and rounding."""
+    import torch
+
+    from dsv3_megatron.kernels.weight_update import PIECE_COLUMNS, Settings, update_pieces
+
+    pieces = torch.empty(1000, PIECE_COLUMNS, dtype=torch.int64, device="meta")
+    keys = torch.empty(1000, 2, dtype=torch.int32, device="meta")
+    table = torch.empty(1 << 17, dtype=torch.int32, device="meta")
+    settings = Settings(1e-4, 0.9, 0.95, 1e-8, 0.1, 10)
+
+    def update(is_stochastic: bool, are_narrow: tuple[bool, bool]) -> Callable[[], Any]:
+        return lambda: update_pieces(pieces, keys if is_stochastic else None, (table, table) if is_stochastic else (),
+                                     settings, are_narrow=are_narrow, longest=1 << 17)
+
+    return {"AdamW, bf16 moments, stochastic": update(True, (True, True)),
+            "AdamW, bf16 moments, to nearest": update(False, (True, True)),
+            "AdamW, second moment in bf16, stochastic": update(True, (False, True))}
 
 
 def _products() -> dict[str, Callable[[], Any]]:
@@ -61,7 +81,7 @@ def _products() -> dict[str, Callable[[], Any]]:
     import torch
 
     from dsv3_megatron.kernels.fp8_gemm import gemm, grouped_gemm
-    from dsv3_megatron.kernels.fp8_tuning import GemmConfig
+    from dsv3_megatron.kernels.fp8_tuning import NAMED_CONFIGURATIONS
 
     def narrow(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
@@ -85,13 +105,9 @@ def _products() -> dict[str, Callable[[], Any]]:
                             add_to=torch.empty(WIDTH, HIDDEN, device="meta"), config=config)
 
     found: dict[str, Callable[[], Any]] = {}
-    for config in (GemmConfig(), GemmConfig(64, 128, 4, 4), GemmConfig(64, 128, 4, 4, programs_per_processor=2),
-                   GemmConfig(specializes_warps=True)):
-        way = (f"{config.block_m}x{config.block_n} stages={config.stages} warps={config.warps}"
-               + " two programs a processor" * (config.programs_per_processor == 2)
-               + " parted warps" * config.specializes_warps)
+    for config in NAMED_CONFIGURATIONS:
         for kind, make in (("single", single), ("grouped", grouped), ("wgrad", wgrad)):
-            found[f"GEMM {way} {kind}"] = make(config)
+            found[f"GEMM {config} {kind}"] = make(config)
     return found
 
 

@@ -146,3 +146,23 @@ def test_rows_are_set_apart_for_deep_gemm(library, counts):
     expected = REFERENCE.grouped_gemm(a, b, counts, dtype=torch.bfloat16)
     assert torch.equal(deep_gemm_grouped(a, b, counts), expected)
     assert library.rows == [sum(-(-count // 16) * 16 for count in counts)]
+
+
+def test_named_configurations_are_compared(capsys, monkeypatch):
+    pytest.importorskip("triton")
+    from dsv3_megatron.kernels import fp8_tuning
+
+    wide, small = fp8_tuning.GemmConfig(specializes_warps=True), fp8_tuning.GemmConfig(32, 32, 2, 4)
+    monkeypatch.setattr(fp8_tuning, "NAMED_CONFIGURATIONS", (small, wide))
+    original = bench_fp8.multiply
+
+    def multiply(product, given, config):
+        if config is wide:
+            raise RuntimeError("no resources\nfor it")
+        return original(product, given, config)
+
+    monkeypatch.setattr(bench_fp8, "multiply", multiply)
+    product = fp8_products.small_products()[0]
+    rows = bench_fp8.compare_configurations([product], lambda _: 1.0, "cpu")
+    assert [row.name for row in rows] == ["fp8_gemm triton 32x32 stages=2 warps=4"]
+    assert "128x128 stages=4 warps=8 parted warps: no resources\n" in capsys.readouterr().out
