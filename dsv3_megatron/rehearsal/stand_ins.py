@@ -220,7 +220,11 @@ def _tensor(original: Any, data: Any, *args: Any, device: Any = None, requires_g
 
 
 def _tolist(self: torch.Tensor) -> Any:
-    return torch.Tensor.tolist(self.cpu())
+    copied = self.cpu()
+    if isinstance(copied, FakeTensor):  # too large for its values to be kept
+        with unset_fake_temporarily():
+            copied = torch.ones(copied.shape, dtype=copied.dtype)
+    return torch.Tensor.tolist(copied)
 
 
 def _address(original: Any) -> Any:
