@@ -56,8 +56,6 @@ def _parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespac
     add("--price-per-gpu-hour", type=float, metavar="X", help="in any currency")
     add("--imbalance", type=float, metavar="X", help="routed rows of the busiest expert-parallel rank over the mean "
         "(default: from the machine's deviation)")
-    add("--row-per-expert", action="store_true", help="tokens cross the network once for each expert, as plain "
-        "all-to-all sends them, not once for each node")
     add("--memory-headroom-gb", type=float, metavar="X", help="memory of each device that the run's tensors cannot "
         "have: CUDA context, NCCL buffers, fragmentation (default: by the machine's figures, stated in the output)")
     add("--calibrate", metavar="LOGDIR", help="compare with a run's --tensorboard-dir, and fit this machine's rates to "
@@ -148,8 +146,7 @@ def _run(options: argparse.Namespace, run: RunConfig) -> int:
         save_hardware(hardware, options.save_hardware)
     headroom = options.memory_headroom_gb
     setting = Setting(hardware, options.num_gpus, imbalance=options.imbalance,
-                      headroom_bytes=None if headroom is None else headroom * 1e9,
-                      sends_once_per_node=not (options.row_per_expert or hardware.is_cpu))
+                      headroom_bytes=None if headroom is None else headroom * 1e9)
     report = plan(run, setting, options)
     if options.png:
         plot(report, options.png)

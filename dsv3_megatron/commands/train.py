@@ -158,9 +158,10 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
     from dsv3_megatron.data.tokenizer import fingerprint
     from dsv3_megatron.guards.claims import RunClaim
     from dsv3_megatron.planning import precheck
+    from dsv3_megatron.planning.dispatch_check import check_dispatch
 
     run = command.run
-    told = precheck.check_layout(run, world_size)
+    told = precheck.check_layout(run, world_size) + check_dispatch(run, _ranks_per_node(command, world_size))
     # Each phase to run may have data of its own.
     data = [phase.data for phase in run.recipe().phases_to_run]
     if not run.data.data_path:
@@ -188,6 +189,13 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
             run, world_size, is_planned=command.world_size is not None, hardware=command.hardware,
             allows_overflow=command.allow_memory_overflow)
     return told
+
+
+def _ranks_per_node(command: TrainingRequest, world_size: int) -> int | None:
+    """Processes of this node, as far as whoever started this one has said it."""
+    if NODES in os.environ:
+        return world_size // _num_nodes()
+    return None if command.world_size is not None else Processes.from_environment().local_size
 
 
 def _train(command: TrainingRequest, rank: int) -> int:

@@ -55,7 +55,7 @@ _FSDP = ("Megatron-FSDP is not supported: optimizer states are split over data-p
          "over tensor, pipeline and expert ranks; leave it out")
 _OFFLOAD = "nothing is kept in host memory but the weights' average; see --recompute-granularity and --exp-avg-dtype"
 _PHASES = "give phases, which change batch and learning rate over the run (--phases FILE)"
-_FLEX = "tokens go to their experts by all-to-all; leave it out"
+_FLEX = "use --moe-token-dispatcher-type flex, whose library decides about its SMs; leave it out"
 _WANDB = "use --tensorboard-dir: TensorBoard, metrics.jsonl and config.json in a folder"
 _PROFILE = "use --trace-schedule for what each rank does when, or tools/bench for operations"
 
@@ -95,7 +95,6 @@ FLAGS: tuple[MegatronFlag, ...] = (
     _only("moe-router-load-balancing-type", "seq_aux_loss", "the sequence-wise balance loss, beside the balancing "
           "bias; without it: --moe-aux-loss-coeff 0", nargs="+"),
     _only("moe-router-dtype", "fp32", "the router computes in fp32"),
-    _only("moe-token-dispatcher-type", "alltoall", "tokens go to their experts by all-to-all"),
     _only("main-grads-dtype", "fp32", "main gradients are fp32"),
     _only("main-params-dtype", "fp32", "master weights are fp32"),
     _only("lr-warmup-init", "0", "the warm-up begins at 0"),
@@ -140,8 +139,9 @@ FLAGS: tuple[MegatronFlag, ...] = (
     *_each(REFUSED, "1", "use --num-virtual-stages-per-pipeline-rank", "num-layers-per-virtual-pipeline-stage"),
     *_each(REFUSED, "0", "use --recompute-granularity selective, with --recompute-modules layernorm, mla_up_proj or "
            "moe_act", "recompute-activations moe-layer-recompute"),
-    *_each(REFUSED, "0", _FLEX, "moe-enable-deepep"),
-    *_each(REFUSED, "1", _FLEX, "moe-flex-dispatcher-backend moe-deepep-num-sms moe-hybridep-num-sms"),
+    *_each(REFUSED, "0", "use --moe-token-dispatcher-type flex with --moe-flex-dispatcher-backend deepep",
+           "moe-enable-deepep"),
+    *_each(REFUSED, "1", _FLEX, "moe-deepep-num-sms moe-hybridep-num-sms"),
     *_each(REFUSED, "0", "a benchmark's setting: the model would learn nothing of routing; leave it out",
            "moe-router-force-load-balancing"),
     *_each(REFUSED, "1", "no token is dropped, and there are no other router losses; leave it out",
@@ -186,7 +186,8 @@ SAME_NAME: tuple[str, ...] = tuple((
     "--exp-avg-sq-dtype --expert-model-parallel-size --expert-tensor-parallel-size --ffn-hidden-size "
     "--global-batch-size --hidden-size --init-method-std --kv-lora-rank --load --log-interval --lr "
     "--lr-decay-iters --lr-decay-style --lr-warmup-iters --max-position-embeddings --micro-batch-size --min-lr "
-    "--moe-aux-loss-coeff --moe-ffn-hidden-size --moe-router-bias-update-rate --moe-router-group-topk "
+    "--moe-aux-loss-coeff --moe-ffn-hidden-size --moe-flex-dispatcher-backend --moe-token-dispatcher-type "
+    "--moe-router-bias-update-rate --moe-router-group-topk "
     "--moe-router-num-groups --moe-router-score-function --moe-router-topk --moe-router-topk-scaling-factor --mscale "
     "--mscale-all-dim --mtp-loss-scaling-factor --mtp-num-layers --norm-epsilon --num-attention-heads --num-experts "
     "--num-layers --num-virtual-stages-per-pipeline-rank --overlap-moe-expert-parallel-comm "

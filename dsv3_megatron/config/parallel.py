@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from dsv3_megatron.config.dispatch import DISPATCHERS, FLEX_BACKENDS, members_of_nodes, resolve_dispatcher
 from dsv3_megatron.config.fields import ConfigError, divisors, nearest, option
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.pipeline import (
@@ -51,6 +52,15 @@ class ParallelConfig:
     expert_model_parallel_size: int = option(1, help="ranks the experts of a layer are spread over")
     expert_tensor_parallel_size: int = option(1, help="ranks each expert is split over")
     context_parallel_size: int = option(1, help="ranks a sequence is split over; only 1 is supported")
+    moe_token_dispatcher_type: str = option(
+        "auto", choices=DISPATCHERS,
+        help="how tokens get to their experts. node: over the network once for each node, and on to each rank there; "
+             "alltoall: a row for each expert; flex: by the library of moe_flex_dispatcher_backend; auto: node where "
+             "the experts are on several nodes, else alltoall")
+    moe_flex_dispatcher_backend: str = option(
+        "deepep", choices=FLEX_BACKENDS, help="library of the dispatcher flex, which must be installed; not tested")
+    ranks_per_node: int | None = option(
+        None, help="ranks of a node, for the dispatcher node; none: as many as the launcher started on this one")
     num_communication_sms: int | None = option(
         None, help="multiprocessors of a GPU that NCCL uses at most and that persistent kernels leave to it; 0: no "
                    f"limit; none: {COMMUNICATION_SMS} with expert or pipeline parallelism, else 0")
@@ -118,6 +128,18 @@ class ParallelConfig:
             size += self.model_parallel_size
         return size
 
+    def token_dispatcher(self, ranks_per_node: int) -> str:
+        """Which way tokens get to their experts: "node", "alltoall" or "flex".
+
+        Args:
+            ranks_per_node: Ranks of a node where the setting of that name does not say it.
+
+        Raises:
+            ConfigError: the ranks are not spread evenly over nodes, and "node" was asked for.
+        """
+        return resolve_dispatcher(self.moe_token_dispatcher_type, self.expert_model_parallel_size,
+                                  self.expert_tensor_parallel_size, self.ranks_per_node or ranks_per_node)
+
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the attention layers among `world_size` processes."""
         return world_size // self.model_parallel_size
@@ -156,6 +178,7 @@ class ParallelConfig:
             ("seq_length", seq_length)])
         _must_divide("expert_model_parallel_size", ep, [("num_experts", model.num_experts)])
         _must_divide("expert_tensor_parallel_size", etp, [("moe_ffn_hidden_size", model.moe_ffn_hidden_size)])
+        self._validate_dispatch()
         self._validate_schedule(model)
         # In a layout of its own the first and the last stage may do without transformer layers, and that of the MTP
         # modules.
@@ -168,6 +191,21 @@ class ParallelConfig:
                 + (f" with embedding{', MTP modules' * (ends > 2)} and loss in stages of their own"
                    if most > model.num_layers else "")
             )
+
+    def _validate_dispatch(self) -> None:
+        for name, allowed in (("moe_token_dispatcher_type", DISPATCHERS),
+                              ("moe_flex_dispatcher_backend", FLEX_BACKENDS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        if self.ranks_per_node is not None:
+            if self.ranks_per_node < 1:
+                raise ConfigError(f"ranks_per_node={self.ranks_per_node} must be at least 1")
+            # Also where another dispatcher asks for none: the number would be wrong.
+            members_of_nodes(self.expert_model_parallel_size, self.expert_tensor_parallel_size, self.ranks_per_node)
+        if self.moe_token_dispatcher_type == "flex" and self.has_pairs:
+            raise ConfigError(
+                f"moe_token_dispatcher_type=flex cannot be hidden by a pair of passes, and this run's schedule, "
+                f"{self.schedule}, has pairs; set moe_token_dispatcher_type=node, or a schedule without pairs")
 
     @property
     def stages_per_rank_field(self) -> str:

@@ -130,6 +130,9 @@ class Fp8Config:
                                       "set fp8=blockwise or leave it out")
             return
         precision_map(self, model)
+        if self.dispatches_fp8 and parallel.moe_token_dispatcher_type == "flex":
+            raise ConfigError("fp8_dispatch=fp8 sends this library's own records, and moe_token_dispatcher_type=flex "
+                              "sends none; set fp8_dispatch=bf16, or moe_token_dispatcher_type=node")
         self._validate_backend(model, parallel, transformer_impl)
 
     def _validate_backend(self, model: ModelConfig, parallel: ParallelConfig, transformer_impl: str) -> None:

@@ -10,6 +10,7 @@ The parts of a layer:
     attention.py         multi-head latent attention       rotary.py   positions
     router.py            which experts, with which gates   experts.py  routed, shared and dense FFN
     token_dispatcher.py  tokens to their experts and back  mtp.py      multi-token prediction
+    node_dispatcher.py   the same, once for each node
     linear.py            linears, split and whole          norm.py     RMSNorm
     packed_documents.py  packed documents kept apart       losses.py   token losses -> a step's sums
 

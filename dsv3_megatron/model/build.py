@@ -15,13 +15,16 @@ from dsv3_megatron.model.fp8_modules import apply_precision, use_engine_fp8
 from dsv3_megatron.model.init import initialize_weights
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.mcore_config import mcore_config
+from dsv3_megatron.model.node_dispatcher import use_node_dispatch
 from dsv3_megatron.model.recomputed_modules import set_recomputed
 from dsv3_megatron.model.router import RouterOptions
 from dsv3_megatron.model.specs import block_specs, resolve_transformer_impl
 from dsv3_megatron.model.stage.weight_gradients import delay_engine_weight_gradients
+from dsv3_megatron.parallel.expert_nodes import expert_nodes
 from dsv3_megatron.parallel.groups import as_pipeline_rank, at_pipeline_rank
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
 from dsv3_megatron.parallel.placement import placement
+from dsv3_megatron.process.ranks import Processes
 
 
 def build_stages(
@@ -52,6 +55,11 @@ def build_stages(
             delay_engine_weight_gradients(config)
     stages = [_build_stage(run, config, groups, layout, transformer_impl) for layout in mine]
     _share_embedding(stages)
+    ranks_per_node = run.parallel.ranks_per_node or Processes.from_environment().local_size
+    if run.parallel.token_dispatcher(ranks_per_node) == "node" and groups.ep.size() > 1:
+        nodes = expert_nodes(run.parallel, groups, ranks_per_node)
+        for stage in stages:
+            use_node_dispatch(stage, groups, nodes)
     if run.fp8.is_enabled:
         apply_precision(list(stages), run, groups, transformer_impl=transformer_impl)
     if transformer_impl == "local":

@@ -65,7 +65,9 @@ def mcore_config(run: RunConfig, precision: str, *, transformer_impl: str = "loc
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_router_dtype="fp32",
-        moe_token_dispatcher_type="alltoall",
+        # "node" takes the place of "alltoall" in the layers that are built (model/node_dispatcher.py).
+        moe_token_dispatcher_type="flex" if parallel.moe_token_dispatcher_type == "flex" else "alltoall",
+        moe_flex_dispatcher_backend=parallel.moe_flex_dispatcher_backend,
         moe_grouped_gemm=True,
         moe_permute_fusion=False,
         # Multi-token prediction.

@@ -36,8 +36,9 @@ class FrugalMoELayer(MoELayer):
     def __init__(self, *args: Any, pg_collection: ProcessGroupCollection | None = None, **kwargs: Any) -> None:
         assert pg_collection is not None, "process groups are passed, never global"
         super().__init__(*args, pg_collection=pg_collection, **kwargs)
-        self.token_dispatcher = GatedDispatcher(self.num_local_experts, self.local_expert_indices, config=self.config,
-                                                pg_collection=pg_collection)
+        if self.config.moe_token_dispatcher_type != "flex":
+            self.token_dispatcher = GatedDispatcher(self.num_local_experts, self.local_expert_indices,
+                                                    config=self.config, pg_collection=pg_collection)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute what Megatron-Core's layer does, and let go of what its dispatcher would keep to no use."""

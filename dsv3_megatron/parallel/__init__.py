@@ -11,5 +11,9 @@ In reading order:
     exchange.py       rows between ranks while something else is computed
     gated_rows.py     rows with their gates behind them
     narrow_rows.py    rows that travel in FP8
+    expert_nodes.py   which of the experts' ranks share a node
+    hops.py           two transfers as one
+    route.py          how many rows go where, once for each node and rank
+    node_journey.py   tokens to their experts by way of their nodes, and sums home
     chunk_runner.py   what a pipeline asks of a stage, whose steps take turns
 """

@@ -19,13 +19,7 @@ from typing import Any
 
 import torch
 
-ALIGNMENT = 16
-GATE_BYTES = 4
-
-
-def gated_bytes(row_bytes: int, gate_bytes: int = GATE_BYTES) -> int:
-    """Bytes that a row of `row_bytes` takes with its gate behind it."""
-    return -(-(row_bytes + gate_bytes) // ALIGNMENT) * ALIGNMENT
+from dsv3_megatron.ops.row_bytes import gated_bytes
 
 
 def write_gates(rows: torch.Tensor, first_byte: int, gates_R: torch.Tensor) -> None:

@@ -115,10 +115,10 @@ def create_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection
 
 def pipelines(groups: ProcessGroupCollection) -> list[list[int]]:
     """Global ranks of every pipeline of the run, each in the order of its stages."""
-    return _all_sets(groups.pp)
+    return all_sets(groups.pp)
 
 
-def _all_sets(group: torch.distributed.ProcessGroup) -> list[list[int]]:
+def all_sets(group: torch.distributed.ProcessGroup) -> list[list[int]]:
     """The ranks of this group and of all its like: together all ranks of the run, for they are the lines of a grid."""
     own = torch.distributed.get_process_group_ranks(group)
     sets: list[list[int]] = []
@@ -131,7 +131,7 @@ def _all_sets(group: torch.distributed.ProcessGroup) -> list[list[int]]:
     return sets
 
 
-def _own_group(sets: Iterable[Sequence[int]]) -> torch.distributed.ProcessGroup:
+def own_group(sets: Iterable[Sequence[int]]) -> torch.distributed.ProcessGroup:
     """The group of the set that this rank is in; every rank of the run calls with the same sets."""
     groups = [ledger().group(ranks) for ranks in sets]
     ledger().level()
@@ -144,9 +144,9 @@ def _join_mirrored_ranks(groups: ProcessGroupCollection) -> None:
     stride = torch.distributed.get_world_size() // num_ranks  # pipeline ranks are the outermost
 
     def joined(group: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup:
-        offsets = [(num_ranks - 1 - 2 * (ranks[0] // stride)) * stride for ranks in _all_sets(group)]
-        return _own_group([*ranks, *(rank + offset for rank in ranks)]
-                          for ranks, offset in zip(_all_sets(group), offsets, strict=True))
+        offsets = [(num_ranks - 1 - 2 * (ranks[0] // stride)) * stride for ranks in all_sets(group)]
+        return own_group([*ranks, *(rank + offset for rank in ranks)]
+                          for ranks, offset in zip(all_sets(group), offsets, strict=True))
 
     groups.dp_cp = groups.intra_dp_cp = groups.dp_cp_gtp_remat = joined(groups.dp_cp)
     groups.expt_dp = groups.intra_expt_dp = groups.expt_dp_gtp_remat = joined(groups.expt_dp)
@@ -168,7 +168,7 @@ def groups_of_gradients(model: ModelConfig, parallel: ParallelConfig, groups: Pr
     finishing.dp_cp = finishing.dp_cp_gtp_remat = groups.dp
     # Alone where there is no other copy. Without a group Megatron-Core would take that of the first and the last rank.
     lines = pipelines(groups)
-    finishing.embd = _own_group([ranks[position] for position in copies]
+    finishing.embd = own_group([ranks[position] for position in copies]
                                 for copies in embedding_copies(model, parallel) for ranks in lines)
     return finishing
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.ops.fp8.packed_rows import record_bytes
 from dsv3_megatron.ops.fp8.reference_backend import REFERENCE, ReferenceBackend
+from dsv3_megatron.ops.row_bytes import gated_bytes, record_bytes
 from dsv3_megatron.parallel.exchange import PostAllToAll, Posted, Splits, post_all_to_all
-from dsv3_megatron.parallel.gated_rows import GatedRow, gated_bytes, join, read_gates, write_gates
+from dsv3_megatron.parallel.gated_rows import GatedRow, join, read_gates, write_gates
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Nothing is imported here.
 
     search.py       all layouts, ranked or rejected           report.py     text, JSON, picture
     run_cost.py     phases, days, device-hours, money         flags.py      settings as flags to paste
-    precheck.py     will a run find what it needs?
+    precheck.py     will a run find what it needs?        dispatch_check.py  and its tokens their experts?
 
 What a rank holds between steps is metrics/rank_state.py, which --print-model reads too.
 """

@@ -15,6 +15,8 @@ from dsv3_megatron.planning.memory.headroom import Headroom, lacking_memory
 from dsv3_megatron.planning.memory.settings import is_engine
 from dsv3_megatron.planning.run_cost import RunCost
 from dsv3_megatron.planning.search import MEMORY, RULE, SLOWER, SearchResult
+from dsv3_megatron.planning.time.dispatch import bytes_of_straddling_groups
+from dsv3_megatron.planning.time.network import Network
 from dsv3_megatron.planning.time.step_time import StepTime
 from dsv3_megatron.reports.model_table import format_bytes
 
@@ -199,10 +201,21 @@ def _assumptions(report: PlanReport) -> str:
                    else "this library's modules (--transformer-impl transformer_engine for Transformer Engine's)")
     if report.run.parallel.expert_model_parallel_size == 1:
         return modules
-    if setting.sends_once_per_node:
-        return (f"{modules}; tokens cross the network once for each node, as DeepEP sends them (--row-per-expert: once "
-                "for each expert)")
-    return f"{modules}; a row for each expert crosses the network, as plain all-to-all sends them"
+    return f"{modules}; {_dispatch_words(report)}"
+
+
+def _dispatch_words(report: PlanReport) -> str:
+    """How tokens get to their experts, by the run's flag, and what groups that straddle nodes cost."""
+    run, network = report.run, Network(report.run.parallel, report.hardware, report.step.setting.num_devices)
+    words = {"node": "tokens cross the network once for each node (--moe-token-dispatcher-type node)",
+             "alltoall": "a row for each expert is sent (--moe-token-dispatcher-type alltoall)",
+             "flex": f"tokens are sent by {run.parallel.moe_flex_dispatcher_backend}, taken to send them once for each "
+                     "node (--moe-token-dispatcher-type flex)"}[network.dispatcher]
+    beyond = bytes_of_straddling_groups(run.model, network.expert_nodes[0], 1.0)
+    if beyond and network.dispatcher != "alltoall":
+        words += (f"; the router's {run.model.moe_router_num_groups} groups are not whole on {network.expert_nodes[0]} "
+                  f"nodes, so that a token goes to {beyond:.2f} nodes more")
+    return words
 
 
 def _head(report: PlanReport) -> str:

@@ -144,7 +144,7 @@ def search(run: RunConfig, setting: Setting, *, num_best: int = 10) -> SearchRes
     """
     started = time.perf_counter()
     rejected: list[Rejected] = []
-    candidates = [(layout, layout.apply(run)) for layout in _layouts(run, setting.num_devices, rejected)]
+    candidates = [(layout, layout.apply(run)) for layout in _layouts(run, setting, rejected)]
     num_layouts = len(candidates) + sum(group.count for group in rejected)
     possible = []
     for layout, candidate in candidates:
@@ -189,9 +189,9 @@ def _problem(candidate: RunConfig, num_devices: int) -> str:
     return ""
 
 
-def _layouts(run: RunConfig, num_devices: int, rejected: list[Rejected]) -> Iterator[Layout]:
+def _layouts(run: RunConfig, setting: Setting, rejected: list[Rejected]) -> Iterator[Layout]:
     """All that are worth a look at their own rules; degrees that no schedule could have are rejected together."""
-    model, training = run.model, run.training
+    model, training, num_devices = run.model, run.training, setting.num_devices
     schedules = [("1f1b", 1), *(("interleaved", number) for number in range(2, _MOST_VIRTUAL_STAGES + 1)),
                  *((name, 1) for name in SCHEDULES if name not in ("1f1b", "interleaved"))]
     granularities = (None, *RECOMPUTE_GRANULARITIES)
@@ -203,10 +203,13 @@ def _layouts(run: RunConfig, num_devices: int, rejected: list[Rejected]) -> Iter
             for ep in (number for number in all_divisors(model.num_experts) if number <= num_devices):
                 count = len(own) * len(sizes) * len(granularities)
                 parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
-                                          expert_model_parallel_size=ep)
+                                          expert_model_parallel_size=ep,
+                                          moe_token_dispatcher_type=run.parallel.moe_token_dispatcher_type,
+                                          ranks_per_node=run.parallel.ranks_per_node)
                 try:
                     parallel.validate(model, training.seq_length)
                     parallel.validate_world_size(num_devices)
+                    parallel.token_dispatcher(int(setting.hardware["gpus_per_node"]))
                     if tp not in tiled:
                         run.fp8.validate(model, parallel, training.transformer_impl)
                         tiled.add(tp)

@@ -30,6 +30,7 @@ class Processes:
         rank: Number among all processes, 0 to world_size - 1.
         world_size: Processes of the run.
         local_rank: Number among the processes of this host.
+        local_size: Processes of this host; those of the run where nobody said.
         address: Host of rank 0, empty if nobody said; None: the process was started alone, without RANK.
         port: Port at which rank 0, or torchrun on its host, listens.
         has_agent: torchrun started it, and serves the store.
@@ -43,6 +44,7 @@ class Processes:
     port: int = _DEFAULT_PORT
     has_agent: bool = False
     attempt: str = "0"
+    local_size: int = 1
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str] | None = None) -> Processes:
@@ -55,7 +57,8 @@ class Processes:
         if "RANK" not in variables:
             # WORLD_SIZE alone says for how many processes --check-only and --print-model look at a layout.
             size = _number(variables, "WORLD_SIZE", 1, _MAX_PROCESSES, default=1)
-            return cls(world_size=size, local_rank=_number(variables, "LOCAL_RANK", 0, size - 1, default=0))
+            return cls(world_size=size, local_rank=_number(variables, "LOCAL_RANK", 0, size - 1, default=0),
+                       local_size=size)
         if "WORLD_SIZE" not in variables:
             raise ConfigError(f"RANK={variables['RANK']!r} is set without WORLD_SIZE: give the number of processes "
                               "too, or unset RANK for one process; torchrun sets both")
@@ -70,7 +73,7 @@ class Processes:
                               "torchrun sets it")
         return cls(rank, size, local, address, _number(variables, "MASTER_PORT", 1, _MAX_PORT, default=_DEFAULT_PORT),
                    variables.get(_AGENT_STORE) == "True",
-                   f"{variables.get(_RUN_ID, 'none')}/{variables.get(_RESTARTS, '0')}")
+                   f"{variables.get(_RUN_ID, 'none')}/{variables.get(_RESTARTS, '0')}", local_size)
 
     def require_rank(self) -> None:
         """Refuse to start one process where WORLD_SIZE says that there are others.

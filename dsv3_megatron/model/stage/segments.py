@@ -31,9 +31,11 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 
 from dsv3_megatron.data.batches import Batch
 from dsv3_megatron.model.language_model import DeepSeekV3Model, TokenLosses
+from dsv3_megatron.model.node_dispatcher import NodeDispatcher
 from dsv3_megatron.model.packed_documents import PackedDocuments
 from dsv3_megatron.model.stage.tape import Tape, Value
 from dsv3_megatron.model.stage.weight_gradients import delaying_modules
@@ -151,7 +153,9 @@ class SegmentedLayer:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self.has_remote_experts = isinstance(layer.mlp, MoELayer) and layer.mlp.ep_group.size() > 1
+        # A dispatcher of another library is not taken apart: its layers are a segment each, and block.
+        self.has_remote_experts = (isinstance(layer.mlp, MoELayer) and layer.mlp.ep_group.size() > 1
+                                   and not isinstance(layer.mlp.token_dispatcher, MoEFlexTokenDispatcher))
         self.delaying = delaying_modules(layer)
         if self.has_remote_experts:
             self.delaying_attention = delaying_modules(layer.self_attention)
@@ -179,37 +183,44 @@ class _MoEPass:
         self.segmented = segmented
         self.layer = copy.copy(segmented.layer)
         self.moe = self.layer.mlp
-        self.dispatcher: GatedDispatcher = copy.copy(self.moe.token_dispatcher)
+        self.dispatcher: GatedDispatcher | NodeDispatcher = copy.copy(self.moe.token_dispatcher)
 
     def forward(self, tape: Tape, hidden_SBH: Value, documents: PackedDocuments | None) -> ValueSteps:
-        residual_SBH, normed_SBH, gated = tape.run(
+        residual_SBH, normed_SBH, routed = tape.run(
             lambda h_SBH: self.attend_and_route(h_SBH, documents), hidden_SBH,
             delaying=self.segmented.delaying_attention)
-        splits = self.dispatcher.read_splits()
-        assert splits is not None, "its experts are on several ranks"
-        outward, homeward = self.dispatcher.outward(), self.dispatcher.homeward()
-        (gated,) = yield from tape.exchange(gated, splits=splits, narrow=outward)
-        del outward  # and its records
-        rows_RH, *shared_SBH = tape.run(self.apply_experts, gated, normed_SBH,
+        dispatcher = self.dispatcher
+        if isinstance(dispatcher, NodeDispatcher):
+            arrived = yield from tape.carry(dispatcher.outward(), normed_SBH, routed)
+        else:
+            splits = dispatcher.read_splits()
+            assert splits is not None, "its experts are on several ranks"
+            outward, homeward, back = dispatcher.outward(), dispatcher.homeward(), splits.reversed()
+            arrived = yield from tape.exchange(routed, splits=splits, narrow=outward)
+            del outward  # and its records
+        rows_RH, *shared_SBH = tape.run(self.apply_experts, normed_SBH, *arrived,
                                         delaying=self.segmented.delaying_experts)
-        del gated, normed_SBH
-        (rows_RH,) = yield from tape.exchange(rows_RH, splits=splits.reversed(), narrow=homeward)
+        del arrived, normed_SBH, routed
+        if isinstance(dispatcher, NodeDispatcher):
+            (rows_RH,) = yield from tape.carry(dispatcher.homeward(), rows_RH)
+        else:
+            (rows_RH,) = yield from tape.exchange(rows_RH, splits=back, narrow=homeward)
         (output_SBH,) = tape.run(self.add, rows_RH, residual_SBH, *shared_SBH)
         return output_SBH
 
     def attend_and_route(self, hidden_SBH: torch.Tensor, documents: PackedDocuments | None
                          ) -> tuple[torch.Tensor, ...]:
-        """Attention with its residual; that, its norm, and a gated row for each token and expert."""
+        """Attention with its residual; that, its norm, and a gated row for each token and expert, or tokens' gates."""
         hidden_SBH, _context = self.layer._forward_attention(
             hidden_states=hidden_SBH, attention_mask=None, packed_seq_params=documents)
         normed_SBH = self.layer._forward_pre_mlp_layernorm(hidden_SBH)
         probs_TE, routing_map_TE = self.moe.route(normed_SBH)
-        gated, _ = self.dispatcher.dispatch_preprocess(normed_SBH, routing_map_TE, probs_TE)
-        return hidden_SBH, normed_SBH, gated
+        gated, gates = self.dispatcher.dispatch_preprocess(normed_SBH, routing_map_TE, probs_TE)
+        return hidden_SBH, normed_SBH, gates if isinstance(self.dispatcher, NodeDispatcher) else gated
 
-    def apply_experts(self, gated: torch.Tensor, normed_SBH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def apply_experts(self, normed_SBH: torch.Tensor, *arrived: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Routed experts on the rows that came, in the order in which they go back; shared experts, if any, on ours."""
-        rows_RH, counts_e, gates_R = self.dispatcher.dispatch_postprocess(gated, gated)
+        rows_RH, counts_e, gates_R = self.dispatcher.dispatch_postprocess(arrived[0], arrived[-1])
         outputs_RH, bias = self.moe.experts(rows_RH, counts_e, gates_R)
         assert bias is None
         outputs_RH = self.dispatcher.combine_preprocess(outputs_RH)

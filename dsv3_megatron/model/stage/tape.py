@@ -13,7 +13,7 @@ node that passes the gradient on, not a leaf tensor, and outputs are remembered 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -103,6 +103,34 @@ class _Exchange(NamedTuple):
     narrow: Narrow | None
 
 
+class Arriving(Protocol):
+    """Tensors that are under way to this rank."""
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        """Wait for the tensors, once."""
+        ...
+
+
+class Carrier(Protocol):
+    """Carries tensors to other ranks, by one transfer or several, and gradients back."""
+
+    def start(self, post: PostAllToAll, *tensors: torch.Tensor) -> Arriving:
+        """Start on the way there; holds the tensors no longer than they travel."""
+        ...
+
+    def start_backward(self, post: PostAllToAll, *grads: torch.Tensor | None) -> Arriving:
+        """Start on the way back with the gradients of what came, None where a value was not used here."""
+        ...
+
+
+class _Carriage(NamedTuple):
+    """Values that have been carried: their slots before and after."""
+
+    carrier: Carrier
+    sent: list[GradientSlot | None]
+    received: list[GradientSlot]
+
+
 class Tape:
     """The pass of one micro-batch through one stage.
 
@@ -117,7 +145,7 @@ class Tape:
     def __init__(self, *, is_recording: bool, post: PostAllToAll = post_all_to_all) -> None:
         self.weights = WeightGradients()
         self.is_recording, self._post = is_recording, post
-        self._nodes: list[_Island | _Exchange] = []
+        self._nodes: list[_Island | _Exchange | _Carriage] = []
 
     def value(self, tensor: torch.Tensor) -> Value:
         """A tensor from outside whose gradient is wanted."""
@@ -170,6 +198,16 @@ class Tape:
                 backward))
         return outputs
 
+    def carry(self, carrier: Carrier, *inputs: Value) -> Generator[None, None, tuple[Value, ...]]:
+        """Let values travel as a carrier has them; yields once, with them under way."""
+        arriving = carrier.start(self._post, *(value.tensor for value in inputs))
+        yield
+        outputs = tuple(Value(tensor, GradientSlot() if self.is_recording else None) for tensor in arriving.wait())
+        if self.is_recording:
+            self._nodes.append(_Carriage(carrier, [value.slot for value in inputs],
+                                         [output.slot for output in outputs if output.slot is not None]))
+        return outputs
+
     def _start(self, rows: torch.Tensor, splits: Splits, narrow: Narrow | None) -> Posted:
         return self._post(rows, splits) if narrow is None else post_narrow(rows, splits, narrow, self._post)
 
@@ -184,7 +222,7 @@ class Tape:
         Args:
             defer_weights: All weight gradients are left for `weights.compute`.
         """
-        exchanges_left = sum(isinstance(node, _Exchange) for node in self._nodes)
+        exchanges_left = sum(not isinstance(node, _Island) for node in self._nodes)
         while self._nodes:
             node = self._nodes.pop()
             if isinstance(node, _Island):
@@ -194,14 +232,24 @@ class Tape:
                     node.backward(self.weights)
                 continue
             exchanges_left -= 1
-            posted = self._post_gradients(node)
+            finish = self._carry_gradients(node) if isinstance(node, _Carriage) else self._post_gradients(node)
             if not defer_weights:
                 self.weights.compute()
             yield
-            _receive(posted)
-            del posted  # and what came, in the form in which it travelled
+            finish()
+            del finish  # and what came, in the form in which it travelled
 
-    def _post_gradients(self, exchange: _Exchange) -> list[tuple[GradientSlot, Posted]]:
+    def _carry_gradients(self, carriage: _Carriage) -> Callable[[], None]:
+        arriving = carriage.carrier.start_backward(self._post, *(slot.take() for slot in carriage.received))
+
+        def finish() -> None:
+            for slot, grad in zip(carriage.sent, arriving.wait(), strict=True):
+                if slot is not None:
+                    slot.add(grad)
+
+        return finish
+
+    def _post_gradients(self, exchange: _Exchange) -> Callable[[], None]:
         """Every rank posts every transfer, with zeros where a value was not used here."""
         posted, splits = [], exchange.splits.reversed()
         for index, (sent, received, like) in enumerate(exchange.slots):
@@ -209,13 +257,12 @@ class Tape:
             if grad is None:
                 grad = like.new_zeros((sum(splits.sent), *like.shape[1:]))
             posted.append((sent, self._start(grad, splits, exchange.narrow if index == 0 else None)))
-        return posted
 
+        def finish() -> None:
+            for slot, transfer in posted:
+                slot.add(transfer.wait())
 
-def _receive(posted: Sequence[tuple[GradientSlot, Posted]]) -> None:
-    """Wait for gradients, and leave them where they belong."""
-    for slot, transfer in posted:
-        slot.add(transfer.wait())
+        return finish
 
 
 def _enter(value: Value) -> torch.Tensor:

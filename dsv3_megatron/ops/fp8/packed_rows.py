@@ -15,11 +15,7 @@ import torch
 
 from dsv3_megatron.ops.fp8.quantize import Quantized, quantize
 from dsv3_megatron.ops.fp8.scale_groups import BLOCK, TILE, num_groups
-
-
-def record_bytes(width: int) -> int:
-    """Bytes of the record of a row of `width` values."""
-    return width + 4 * num_groups(width, BLOCK)
+from dsv3_megatron.ops.row_bytes import record_bytes
 
 
 def pack_rows(x_TH: torch.Tensor, token_of_row_R: torch.Tensor | None = None, spare: int = 0) -> torch.Tensor:

@@ -97,7 +97,7 @@ def calibrate(folder: Path, hardware_name: str | None = None) -> Calibration:
     hardware = _machine(hardware_name, str(environment["device"]), one, num_devices)
     if hardware.is_cpu:  # a CPU's products are measured in fp32: what bf16 makes of them is in the fitted factors
         one = one.override(precision="fp32")
-    setting = Setting(hardware, num_devices, sends_once_per_node=not hardware.is_cpu)
+    setting = Setting(hardware, num_devices)
     step = step_time(one, setting)
     predicted = {"step": step.seconds, _PASSES: step.pipeline, _REDUCTION: step.update.gradient_reduction,
                  _OPTIMIZER: step.update.optimizer + step.update.weight_gathering}

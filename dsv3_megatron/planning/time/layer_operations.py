@@ -15,9 +15,9 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.weights import Place, Split, Weight, layer_weights, weights_at
 from dsv3_megatron.kernels.head_loss_tiles import fused_bytes
 from dsv3_megatron.metrics.rank_state import has_final_norm
-from dsv3_megatron.ops.fp8.packed_rows import record_bytes
-from dsv3_megatron.parallel.gated_rows import gated_bytes
+from dsv3_megatron.ops.row_bytes import record_bytes
 from dsv3_megatron.parallel.layout import StageLayout
+from dsv3_megatron.planning.time.dispatch import Carried
 from dsv3_megatron.planning.time.operations import (
     FP8_BYTES,
     Collective,
@@ -145,16 +145,16 @@ def _moe(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[WorkIte
     if sends_fp8:
         yield Movement(WorkPart.FORWARD, "dispatch cast", "cast", local * hidden * (wide + FP8_BYTES))
         yield Movement(WorkPart.INPUT, "dispatch cast", "cast", local * hidden * (wide + FP8_BYTES))
-    # Forward: rows go out, to be computed, and come back. Backward: gradients likewise. A gate is behind its row on the
-    # way out, and its gradient behind the row's on the way back.
-    out, back = record_bytes(hidden) if sends_fp8 else hidden * wide, hidden * wide
-    for part, row_out, row_back in ((WorkPart.FORWARD, gated_bytes(out), back),
-                                    (WorkPart.INPUT, out, gated_bytes(back))):
-        yield TokenExchange(part, "dispatch", local * shape.imbalance, row_out)
+    # Forward: rows go out, to be computed, and come back. Backward: gradients likewise. Gates are behind their row on
+    # the way out, and their gradients behind the row's on the way back.
+    out = record_bytes(hidden) if sends_fp8 else hidden * wide
+    for part, with_out, with_back in ((WorkPart.FORWARD, Carried.ROUTING, Carried.NOTHING),
+                                      (WorkPart.INPUT, Carried.NOTHING, Carried.GATES)):
+        yield TokenExchange(part, "dispatch", local * shape.imbalance, out, with_out)
         yield Movement(part, "rows in experts' order", "permute_narrow" if sends_fp8 else "permute",
                        2 * rows * hidden * travelling)
         yield Movement(part, "rows in tokens' order", "permute", 2 * rows * hidden * wide)
-        yield TokenExchange(part, "combine", local * shape.imbalance, row_back)
+        yield TokenExchange(part, "combine", local * shape.imbalance, hidden * wide, with_back)
     yield from _experts(linears, rows, groups, shape)
     if model.num_shared_experts:
         yield from _gathered("shared experts' input", whole * hidden * wide, shape)

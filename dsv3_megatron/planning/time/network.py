@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
+from dsv3_megatron.config.dispatch import LEGS_ON_GPU, members_of_nodes
+from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.planning.machine.hardware import Hardware
+from dsv3_megatron.planning.time.dispatch import Carried, bytes_of_row, destinations, rows_of_a_token
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,11 @@ class Network:
         parallel: The layout.
         hardware: The machine.
         num_devices: Devices of the whole run.
-        sends_once_per_node: Rows travel once per node and rank, not once per expert, as in `step_time.Setting`.
     """
 
     parallel: ParallelConfig
     hardware: Hardware
     num_devices: int
-    sends_once_per_node: bool
 
     @property
     def node(self) -> int:
@@ -45,35 +45,62 @@ class Network:
         return int(self.hardware["gpus_per_node"])
 
     @property
-    def num_expert_nodes(self) -> int:
-        """Nodes that an expert-parallel group lies on."""
-        return max(1, self.parallel.expert_model_parallel_size * self.parallel.expert_tensor_parallel_size // self.node)
+    def dispatcher(self) -> str:
+        """How tokens get to their experts, by the run's setting.
 
-    def exchange_traffic(self, model: ModelConfig, tokens: float, row_bytes: float) -> Traffic:
-        """What one rank sends of `tokens` to their experts, each row once per node and rank or once per expert.
-
-        Tokens are spread evenly, so the part of a rank or a node that stays at home is its part of the whole.
+        Raises:
+            ConfigError: the experts' ranks are not spread evenly over nodes, and "node" was asked for.
         """
-        ranks = self.parallel.expert_model_parallel_size
-        if ranks * self.parallel.expert_tensor_parallel_size == 1:
-            return Traffic(0.0, 0.0)
-        nodes = self.num_expert_nodes
-        to_ranks = expected_destinations(model, ranks) if self.sends_once_per_node else float(model.moe_router_topk)
-        to_nodes = expected_destinations(model, nodes) if self.sends_once_per_node else float(model.moe_router_topk)
-        to_ranks *= self.parallel.expert_tensor_parallel_size
-        network = tokens * row_bytes * to_nodes * (1 - 1 / nodes) if nodes > 1 else 0.0
-        own = 1 / ranks if nodes == 1 else 1 / self.node
-        return Traffic(network, tokens * row_bytes * to_ranks * (1 - own))
+        return self.parallel.token_dispatcher(self.node)
 
-    def exchange_seconds(self, model: ModelConfig, tokens: float, row_bytes: float) -> float:
-        """An all-to-all among the ranks of the experts: its slower link, for the two work at once, and one latency."""
-        traffic = self.exchange_traffic(model, tokens, row_bytes)
-        if not traffic.network and not traffic.nvlink:
-            return 0.0
+    @property
+    def expert_nodes(self) -> tuple[int, int]:
+        """Nodes that an expert-parallel group lies on, and its ranks on each of them."""
+        ep, etp = self.parallel.expert_model_parallel_size, self.parallel.expert_tensor_parallel_size
+        node = self.parallel.ranks_per_node or self.node
+        try:
+            return members_of_nodes(ep, etp, node)
+        except ConfigError:  # not evenly, which only a dispatcher that counts nodes refuses
+            nodes = math.gcd(ep, max(1, ep * etp // node))
+            return nodes, ep // nodes
+
+    def exchange_traffic(self, model: ModelConfig, tokens: float, row_bytes: int,
+                         carried: Carried = Carried.NOTHING) -> Traffic:
+        """What one rank sends of `tokens` to their experts, or passes on for others; on average the same.
+
+        Args:
+            model: The model.
+            tokens: Tokens of the rank.
+            row_bytes: Bytes of a row's values.
+            carried: What travels with the rows.
+        """
+        ranks, etp = self.parallel.expert_model_parallel_size, self.parallel.expert_tensor_parallel_size
+        if ranks == 1 and etp == 1:
+            return Traffic(0.0, 0.0)
+        of_one = tokens * bytes_of_row(self.dispatcher, row_bytes, carried, model.moe_router_topk)
+        sent = destinations(model, self.dispatcher, *self.expert_nodes)
+        # Ranks that an expert is split over gather what has come to each of them.
+        gathered = rows_of_a_token(model, self.dispatcher, ranks) * (etp - 1)
+        return Traffic(of_one * sent.network, of_one * (sent.node + gathered))
+
+    def exchange_seconds(self, model: ModelConfig, tokens: float, row_bytes: int,
+                         carried: Carried = Carried.NOTHING) -> float:
+        """An exchange among the ranks of the experts, over links that work at once.
+
+        Rows for each expert take the slower link and one latency. Rows that are passed on within the node wait for the
+        network first: of the faster link the last leg's part is added, and both latencies.
+        """
+        traffic = self.exchange_traffic(model, tokens, row_bytes, carried)
         hardware = self.hardware
-        latency = hardware["network_latency"] if traffic.network else hardware["nvlink_latency"]
-        return latency + max(traffic.network / hardware["all_to_all_network_bandwidth"],
-                             traffic.nvlink / hardware["all_to_all_nvlink_bandwidth"])
+        seconds = [(traffic.network / hardware["all_to_all_network_bandwidth"], hardware["network_latency"]),
+                   (traffic.nvlink / hardware["all_to_all_nvlink_bandwidth"], hardware["nvlink_latency"])]
+        used = sorted(((taken, latency) for taken, latency in seconds if taken), reverse=True)
+        if not used:
+            return 0.0
+        longest, latency = used[0]
+        if self.dispatcher != "node" or len(used) == 1:
+            return longest + max(latency for _, latency in used)
+        return longest + LEGS_ON_GPU * latency + used[1][0] / LEGS_ON_GPU + used[1][1]
 
     def tensor_parallel_seconds(self, num_bytes: float) -> float:
         """An all-gather or a reduce-scatter of so many bytes in all over the tensor-parallel ranks."""
@@ -114,32 +141,3 @@ class Network:
             bandwidth = min(bandwidth, across) if on_node > 1 else across
             latency = hardware["network_latency"]
         return num_bytes * (num_ranks - 1) / num_ranks / bandwidth + latency * math.ceil(math.log2(num_ranks))
-
-
-@lru_cache(maxsize=1024)
-def expected_destinations(model: ModelConfig, num_parts: int) -> float:
-    """Number of the `num_parts` equal parts of the experts that a token goes to on average, its own part among them.
-
-    Experts are chosen evenly among those of the groups that are kept, and groups evenly. Parts are nodes, or ranks.
-
-    Source: DeepSeek-V3 report, section 2.1.2: a token goes to at most `moe_router_group_topk` groups.
-    """
-    experts, groups, kept, top = (model.num_experts, model.moe_router_num_groups, model.moe_router_group_topk,
-                                  model.moe_router_topk)
-    if num_parts <= 1:
-        return 1.0
-    size, part = experts // groups, experts // num_parts
-    in_reach = size * kept
-    if part <= size:  # within one group, which is kept with probability kept / groups
-        return num_parts * kept / groups * (1 - _none(part, in_reach, top))
-    held = part // size  # groups of a part
-    touched = 0.0
-    for of_part in range(1, min(held, kept) + 1):
-        chance = math.comb(held, of_part) * math.comb(groups - held, kept - of_part) / math.comb(groups, kept)
-        touched += chance * (1 - _none(of_part * size, in_reach, top))
-    return num_parts * touched
-
-
-def _none(marked: int, total: int, draws: int) -> float:
-    """Probability that none of `draws` without replacement is among the marked."""
-    return math.comb(total - marked, draws) / math.comb(total, draws) if total - marked >= draws else 0.0

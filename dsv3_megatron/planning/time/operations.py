@@ -25,6 +25,7 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.weights import Weight, sections
 from dsv3_megatron.ops.head_loss_choices import chosen_head_loss
 from dsv3_megatron.planning.memory.settings import pads_values
+from dsv3_megatron.planning.time.dispatch import Carried
 
 # Bytes of a value in FP8 with its scale for 128 of them, in fp32.
 FP8_BYTES = 1 + 4 / 128
@@ -93,12 +94,21 @@ class Movement:
 
 @dataclass(frozen=True)
 class TokenExchange:
-    """Tokens to or from the ranks of their experts: rows of `row_bytes` for each of T tokens and destination."""
+    """Tokens to or from the ranks of their experts: rows of `row_bytes` for each of T tokens and destination.
+
+    Attributes:
+        part: Part of the micro-batch's work in which it is done.
+        name: Name of the operation.
+        tokens: Tokens of the rank.
+        row_bytes: Bytes of a row's values.
+        carried: What travels with the rows.
+    """
 
     part: WorkPart
     name: str
     tokens: float
-    row_bytes: float
+    row_bytes: int
+    carried: Carried = Carried.NOTHING
     is_again: bool = False
 
 

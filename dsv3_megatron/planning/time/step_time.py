@@ -147,7 +147,7 @@ def _dense_and_experts(model: ModelConfig, parallel: ParallelConfig) -> tuple[tu
 def _update_time(model: ModelConfig, parallel: ParallelConfig, weight_bytes: int, state_bytes: int, setting: Setting
                  ) -> UpdateTime:
     hardware, num_devices = setting.hardware, setting.num_devices
-    network = Network(parallel, hardware, num_devices, setting.sends_once_per_node)
+    network = Network(parallel, hardware, num_devices)
     copies = parallel.num_model_copies
     times = []
     for dense, experts in _dense_and_experts(model, parallel):

@@ -115,15 +115,12 @@ class Setting:
     Attributes:
         hardware: The machine.
         num_devices: Devices, or processes on a CPU.
-        sends_once_per_node: Tokens cross the network once for each node, and NVLink once for each rank, as DeepEP has
-            them; else a row for each expert, as plain all-to-all does.
         imbalance: Rows of the busiest expert-parallel rank over the mean; None: see `Imbalance`.
         headroom_bytes: Memory of each device that the run's tensors cannot have; None: see `headroom.Headroom`.
     """
 
     hardware: Hardware
     num_devices: int
-    sends_once_per_node: bool = True
     imbalance: float | None = None
     headroom_bytes: float | None = None
 
@@ -154,7 +151,7 @@ def _work(operations: Iterable[WorkItem], setting: Setting, network: Network, mo
     for operation in operations:
         own = sums[operation.part]
         if isinstance(operation, TokenExchange):
-            own[5] += network.exchange_seconds(model, operation.tokens, operation.row_bytes)
+            own[5] += network.exchange_seconds(model, operation.tokens, operation.row_bytes, operation.carried)
             continue
         if isinstance(operation, Collective):
             own[4] += network.tensor_parallel_seconds(operation.num_bytes)
@@ -243,10 +240,12 @@ class WorkTable:
             self.shape = dataclasses.replace(self.shape, splits_backward=splits_backward)
         self.shared_shape = dataclasses.replace(self.shape, imbalance=imbalance.pair)
         self.sm_share = sm_share_beside_communication(run.parallel, setting.hardware)
-        self.network = Network(run.parallel, setting.hardware, setting.num_devices, setting.sends_once_per_node)
+        self.network = Network(run.parallel, setting.hardware, setting.num_devices)
         # What a layer exchanges does not depend on the pipeline.
         split = ParallelConfig(tensor_model_parallel_size=self.shape.tp, expert_model_parallel_size=self.shape.ep,
-                               expert_tensor_parallel_size=self.shape.etp)
+                               expert_tensor_parallel_size=self.shape.etp,
+                               moe_token_dispatcher_type=run.parallel.moe_token_dispatcher_type,
+                               ranks_per_node=run.parallel.ranks_per_node)
         self._layer_network = dataclasses.replace(self.network, parallel=split, num_devices=0)
         linears = layer_linears(run)
         self.linears = [linears[f"decoder.layers.{index}"] for index in range(run.model.num_layers)]

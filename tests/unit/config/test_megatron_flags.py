@@ -105,12 +105,10 @@ SCRIPT = """
 ASKED = [
     (["--distributed-timeout-minutes is not supported: use --hang-timeout-s, in seconds",
       "--exit-duration-in-mins is not supported: send SIGTERM", "--lr-warmup-init 3.9e-7 is not supported, only 0",
-      "--moe-token-dispatcher-type flex is not supported, only alltoall", "--moe-flex-dispatcher-backend is not",
       "--moe-router-force-load-balancing is not supported", "--log-num-zeros-in-grad is not supported",
       "--log-params-norm is not supported"],
      [("--distributed-timeout-minutes 60", "--hang-timeout-s 3600"), ("--exit-duration-in-mins 220", ""),
-      ("--lr-warmup-init 3.9e-7", ""), ("--moe-token-dispatcher-type flex", "--moe-token-dispatcher-type alltoall"),
-      ("--moe-flex-dispatcher-backend hybridep", ""), ("--moe-router-force-load-balancing", ""),
+      ("--lr-warmup-init 3.9e-7", ""), ("--moe-router-force-load-balancing", ""),
       ("--log-num-zeros-in-grad", ""), ("--log-params-norm", "")]),
     (["--make-vocab-size-divisible-by 3232 must divide vocab_size=2048", "give --vocab-size", "129280"],
      [("--num-layers 61", "--num-layers 61 --vocab-size 129280")]),
@@ -118,6 +116,9 @@ ASKED = [
      [("--rotary-scaling-factor 40", "--rope-type yarn --rotary-scaling-factor 40")]),
     (["recompute_modules=mlp moe: the modules that can be recomputed are layernorm, mla_up_proj, moe_act"],
      [("mlp moe mla_up_proj layernorm", "mla_up_proj layernorm moe_act")]),
+    (["needs the package deep_ep, which is not installed"],
+     [("--moe-token-dispatcher-type flex", "--moe-token-dispatcher-type node"),
+      ("--moe-flex-dispatcher-backend hybridep", "")]),
 ]
 
 

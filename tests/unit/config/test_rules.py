@@ -129,6 +129,20 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 6,
      "tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = 2 x 2 x 1 = 4 must divide "
      "world_size=6; start a multiple of 4 processes or lower a degree"),
+    ("tiny", {"expert_model_parallel_size": 4, "ranks_per_node": 3}, 4,
+     "expert_model_parallel_size=4 = 4 ranks do not lie evenly on nodes of ranks_per_node=3: one number must divide "
+     "the other; try ranks_per_node=1, 2 or 4, or moe_token_dispatcher_type=alltoall, which asks for no nodes"),
+    ("tiny", {"ranks_per_node": 0}, 1, "ranks_per_node=0 must be at least 1"),
+    ("tiny", {"moe_token_dispatcher_type": "allgather"}, 1,
+     "moe_token_dispatcher_type='allgather' must be one of auto, node, alltoall, flex"),
+    ("tiny", {"moe_flex_dispatcher_backend": "nccl"}, 1,
+     "moe_flex_dispatcher_backend='nccl' must be one of deepep, hybridep"),
+    ("tiny", {"moe_token_dispatcher_type": "flex", "pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipe"},
+     2, "moe_token_dispatcher_type=flex cannot be hidden by a pair of passes, and this run's schedule, dualpipe, has "
+     "pairs; set moe_token_dispatcher_type=node, or a schedule without pairs"),
+    ("tiny", {"moe_token_dispatcher_type": "flex", "fp8": "blockwise"}, 1,
+     "fp8_dispatch=fp8 sends this library's own records, and moe_token_dispatcher_type=flex sends none; set "
+     "fp8_dispatch=bf16, or moe_token_dispatcher_type=node"),
     ("tiny", {"expert_model_parallel_size": 4, "pipeline_model_parallel_size": 2}, 4,
      "expert_tensor_parallel_size x expert_model_parallel_size x pipeline_model_parallel_size = 1 x 4 x 2 = 8 must "
      "divide world_size=4; start a multiple of 8 processes or lower a degree"),

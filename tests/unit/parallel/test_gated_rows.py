@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv3_megatron.parallel.gated_rows import GatedRow, gated_bytes, join, part
+from dsv3_megatron.ops.row_bytes import gated_bytes
+from dsv3_megatron.parallel.gated_rows import GatedRow, join, part
 
 TOKEN_OF_ROW = torch.tensor([3, 0, 1, 4, 2, 4, 1, 0, 2, 3])
 SIZES, ORDER = [2, 0, 3, 1, 4], [4, 1, 0, 3, 2]

@@ -18,7 +18,7 @@ from dsv3_megatron.config.presets import preset
 from dsv3_megatron.platform import Device, cpu, prepare
 
 TINY = preset("tiny").model
-WORLD_SIZE = 2048
+WORLD_SIZE, RANKS_PER_NODE = 2048, 8
 # The report's: 16 pipeline ranks, experts over 64 ranks; 128 pipelines beside each other.
 REPORT: dict[str, Any] = {"pipeline_model_parallel_size": 16, "expert_model_parallel_size": 64}
 NUM_CALLS_BEFORE = 13_957  # of torch's new_group, at each rank, when every rank made every group that Megatron-Core has
@@ -44,6 +44,7 @@ class Made:
         asked_by_megatron: Ranks of each group that Megatron-Core asked for.
         groups: Megatron-Core's collection.
         finishing: Those with which gradients are finished.
+        nodes: Where the experts' ranks are, if tokens travel by nodes.
     """
 
     asked_of_torch: list[tuple[int, ...]] = field(default_factory=list)
@@ -51,6 +52,7 @@ class Made:
     asked_by_megatron: list[tuple[int, ...]] = field(default_factory=list)
     groups: Any = None
     finishing: Any = None
+    nodes: Any = None
 
     @property
     def num_communicators(self) -> int:
@@ -63,6 +65,7 @@ def rank_of(world_size: int, rank: int, parallel: ParallelConfig) -> Iterator[Ma
     """One rank that makes its groups and the edges of its pipeline; the other ranks do not exist."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from dsv3_megatron.parallel.expert_nodes import expert_nodes
     from dsv3_megatron.parallel.groups import create_groups, destroy_groups, groups_of_gradients, pipelines
     from dsv3_megatron.parallel.placement import placement
     from dsv3_megatron.schedule.transfers import edges_of
@@ -89,6 +92,8 @@ def rank_of(world_size: int, rank: int, parallel: ParallelConfig) -> Iterator[Ma
 
         with mock.patch.object(torch.distributed, "new_group", count), mock.patch.object(Ledger, "group", ask):
             made.groups = create_groups(parallel, seed=1)
+            if parallel.token_dispatcher(RANKS_PER_NODE) == "node":
+                made.nodes = expert_nodes(parallel, made.groups, parallel.ranks_per_node or RANKS_PER_NODE)
             made.finishing = groups_of_gradients(TINY, parallel, made.groups)
             if parallel.pipeline_model_parallel_size > 1:
                 PipelineChannels(pipelines(made.groups), edges_of(placement(parallel)), device=torch.device("cpu"))
@@ -108,7 +113,7 @@ def test_calls_and_communicators_of_2048_ranks(schedule: str, rank: int) -> None
     with rank_of(WORLD_SIZE, rank, ParallelConfig(**REPORT, pipeline_schedule=schedule)) as made:
         assert len(made.asked_by_megatron) == NUM_CALLS_BEFORE
         assert all(rank in ranks for ranks in made.asked_of_torch), "only the groups that it is in"
-        assert len(made.asked_of_torch) <= 13 and made.num_communicators <= 12
+        assert len(made.asked_of_torch) <= 15 and made.num_communicators <= 14
         alone = [ranks for ranks in made.asked_of_torch if len(ranks) == 1]
         assert len(alone) <= 4, "one for itself, and where others have more groups some to count as many"
         # Twice: a pair of neighbours has an edge for each way. Nothing else.
@@ -130,6 +135,9 @@ def test_a_rank_is_in_the_groups_of_its_layout() -> None:
         assert ranks_of(groups.tp) == ranks_of(groups.expt_tp) == ranks_of(groups.cp) == [300]
         assert ranks_of(made.finishing.embd) == [300]
         assert groups.mp is groups.pp, "one group for a set of ranks"
+        across, within = made.nodes.hops
+        assert (made.nodes.num_nodes, made.nodes.size, made.nodes.node, made.nodes.place) == (8, 8, 5, 4)
+        assert ranks_of(across) == list(range(260, 320, 8)) and ranks_of(within) == list(range(296, 304))
     with rank_of(WORLD_SIZE, 44, ParallelConfig(**REPORT)) as made:
         assert ranks_of(made.finishing.embd) == [44, 15 * 128 + 44]
     with rank_of(WORLD_SIZE, 300, ParallelConfig(**REPORT, pipeline_schedule="dualpipe")) as made:
@@ -143,6 +151,8 @@ def test_a_rank_is_in_the_groups_of_its_layout() -> None:
 @pytest.mark.parametrize("degrees", [
     {}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 4}, {"expert_model_parallel_size": 8},
     {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    {"expert_model_parallel_size": 8, "ranks_per_node": 4}, {"expert_model_parallel_size": 4, "ranks_per_node": 2},
+    {"expert_model_parallel_size": 4, "expert_tensor_parallel_size": 2, "ranks_per_node": 4},
     {"pipeline_model_parallel_size": 4, "expert_model_parallel_size": 2, "pipeline_schedule": "dualpipe"},
     {"pipeline_model_parallel_size": 2, "expert_tensor_parallel_size": 2, "pipeline_schedule": "dualpipev"},
     {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "pipeline_model_parallel_size": 2,

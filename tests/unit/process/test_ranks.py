@@ -21,7 +21,7 @@ def test_torchruns_variables() -> None:
         "RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "node0",
         "MASTER_PORT": "1234", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "run",
         "TORCHELASTIC_RESTART_COUNT": "2"})
-    assert processes == Processes(9, 16, 1, "node0", 1234, True, "run/2")
+    assert processes == Processes(9, 16, 1, "node0", 1234, True, "run/2", local_size=8)
     assert processes.place == f"rank 9 of 16, on {socket.gethostname()}"
 
 

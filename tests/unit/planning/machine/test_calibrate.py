@@ -74,7 +74,7 @@ def test_micro_benchmarks_time_every_operation_of_a_run() -> None:
     benchmarks.round()
     for clock in ("wall", "cpu"):
         hardware = benchmarks.hardware(clock)
-        step = step_time(run, Setting(hardware, 1, sends_once_per_node=False))
+        step = step_time(run, Setting(hardware, 1))
         # Each product of the run was measured: its time is that of the micro-benchmark.
         for key, seconds in ((case.key, case.seconds[clock][0]) for case in benchmarks.cases):
             if key[0] == "product":

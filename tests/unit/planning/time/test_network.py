@@ -11,7 +11,8 @@ from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
-from dsv3_megatron.planning.time.network import Network, expected_destinations
+from dsv3_megatron.planning.time.dispatch import Carried, expected_destinations
+from dsv3_megatron.planning.time.network import Network
 from dsv3_megatron.planning.time.operations import TokenExchange, WorkPart
 from tests.unit.planning.time.setting import operations_of
 
@@ -42,35 +43,51 @@ def test_bytes_of_a_token_are_those_of_the_report() -> None:
     run = preset("dsv3-671b")
     run = only_phase(run, main_phase(run)).override(fp8="blockwise")
     _, operations = operations_of(run)
-    sizes = {(operation.part, operation.name, operation.row_bytes) for operation in operations
+    sizes = {(operation.part, operation.name, operation.row_bytes, operation.carried) for operation in operations
              if isinstance(operation, TokenExchange)}
-    assert sizes == {(WorkPart.FORWARD, "dispatch", 7408), (WorkPart.FORWARD, "combine", 14336),
-                     (WorkPart.INPUT, "dispatch", 7392), (WorkPart.INPUT, "combine", 14352)}
-    network = Network(run.parallel, find_hardware("h800"), 2048, True)
-    assert network.num_expert_nodes == 8
-    nodes = expected_destinations(run.model, 8)
+    assert sizes == {(WorkPart.FORWARD, "dispatch", 7392, Carried.ROUTING),
+                     (WorkPart.FORWARD, "combine", 14336, Carried.NOTHING),
+                     (WorkPart.INPUT, "dispatch", 7392, Carried.NOTHING),
+                     (WorkPart.INPUT, "combine", 14336, Carried.GATES)}
+    network = Network(run.parallel, find_hardware("h800"), 2048)
+    assert network.expert_nodes == (8, 8) and network.dispatcher == "node"
+    nodes, ranks = (expected_destinations(run.model, parts) for parts in (8, 64))
     assert 3.5 < nodes < 4
+    traffic = network.exchange_traffic(run.model, 4096, 7392, Carried.ROUTING)
+    assert traffic.network == pytest.approx(4096 * (7392 + 8 * 6) * nodes * 7 / 8)
+    assert traffic.nvlink == pytest.approx(4096 * (7392 + 8 * 6) * ranks * 7 / 8)
+    every = dataclasses.replace(run.parallel, moe_token_dispatcher_type="alltoall")
+    every = dataclasses.replace(network, parallel=every).exchange_traffic(run.model, 4096, 7392, Carried.ROUTING)
+    assert every.network == pytest.approx(4096 * 7408 * 8 * 7 / 8)
+    assert every.nvlink == pytest.approx(4096 * 7408 * 8 * 7 / 64)
+
+
+def test_an_exchange_takes_the_longer_link_and_a_leg_of_the_other() -> None:
+    run = preset("dsv3-671b")
+    hardware = find_hardware("h800")
+    network = Network(run.parallel, hardware, 2048)
     traffic = network.exchange_traffic(run.model, 4096, 7392)
-    assert traffic.network == pytest.approx(4096 * 7392 * nodes * 7 / 8)
-    # DeepEP counts what stays on its node too: 51 GB/s.
-    seconds = network.exchange_seconds(run.model, 4096, 7392)
-    assert 4096 * 7392 * nodes / seconds == pytest.approx(51e9, rel=0.01)
-    every = dataclasses.replace(network, sends_once_per_node=False).exchange_traffic(run.model, 4096, 7392)
-    assert every.network == pytest.approx(4096 * 7392 * 8 * 7 / 8)
+    links = (traffic.network / hardware["all_to_all_network_bandwidth"],
+             traffic.nvlink / hardware["all_to_all_nvlink_bandwidth"])
+    assert network.exchange_seconds(run.model, 4096, 7392) == pytest.approx(max(links) + min(links) / 4, rel=0.02)
+    # DeepEP's kernels pass rows on one by one; it counts what stays on its node too: 51 GB/s.
+    flex = dataclasses.replace(network, parallel=dataclasses.replace(run.parallel, moe_token_dispatcher_type="flex"))
+    seconds = flex.exchange_seconds(run.model, 4096, 7392)
+    assert 4096 * 7392 * expected_destinations(run.model, 8) / seconds == pytest.approx(51e9, rel=0.01)
 
 
 def test_experts_on_one_node_use_no_network() -> None:
     run = preset("dsv3-16b")
-    network = Network(run.parallel, find_hardware("h800"), 8, True)
+    network = Network(run.parallel, find_hardware("h800"), 8)
     traffic = network.exchange_traffic(run.model, 4096, 4096)
     assert traffic.network == 0 and traffic.nvlink > 0
-    alone = Network(ParallelConfig(), find_hardware("h800"), 8, True)
+    alone = Network(ParallelConfig(), find_hardware("h800"), 8)
     assert alone.exchange_seconds(run.model, 4096, 4096) == 0
 
 
 def test_rings_share_the_cards_of_a_node() -> None:
     parallel = ParallelConfig(expert_model_parallel_size=8)
-    network = Network(parallel, find_hardware("h800"), 64, True)
+    network = Network(parallel, find_hardware("h800"), 64)
     # 64 dense replicas, eight on a node: NVLink bounds; experts' 8 replicas, one on a node: a card each.
     dense, experts = network.reduction_seconds(1e9, 0), network.reduction_seconds(0, 1e9)
     assert dense == pytest.approx(1e9 * 63 / 64 / 160e9, rel=0.01)
