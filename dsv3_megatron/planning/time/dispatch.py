@@ -8,7 +8,8 @@ With experts on N nodes of L ranks each, d(P) the mean number of P equal parts o
     alltoall     K (1 - 1/N)               K (1/N - 1/(N L))
 
 times: a part of 1/N of what is sent stays on the node, and of what is passed on there 1/L is where it came to. At
-V3's routing and EP64 on 8 nodes, d(8) = 3.65 of at most 4, d(64) = 6.59 and K = 8.
+V3's routing and EP64 on 8 nodes, d(8) = 3.63 of at most 4, d(64) = 7.36 and K = 8. The router keeps the groups with the
+best experts, so that its tokens go to a few more: 3.96 nodes (tools/bench/bench_dispatch_bytes.py).
 
 Source: DeepSeek-V3 report, section 3.2.2.
 """
