@@ -141,6 +141,27 @@ def memory_table(name: str) -> str:
     return "\n".join([*lines, *(line for _, line in worst.values())])
 
 
+def rehearsal_table(name: str) -> str:
+    """Estimated against rehearsed memory of a GPU run: a line a run, a rank of its pipeline in each column."""
+    runs: dict[tuple[str, str, str], dict[int, str]] = {}
+    stages: dict[str, int] = {}
+    for (config, schedule), metrics in newest(name).items():
+        preset, *words = config.split()
+        settings = dict(word.split("=") for word in words)
+        estimated, seen = (float(metrics[metric]["value"]) for metric in ("peak_estimated", "peak"))
+        runs.setdefault((preset, settings["precision"], schedule), {})[int(settings["stage"])] = (
+            f"{estimated:.2f} GiB, {estimated / seen - 1:+.2%}")
+        stages[preset] = int(settings["stages"])
+    lines = ["| Model | precision | schedule | first rank | an inner rank | last rank |",
+             "| --- | --- | --- | ---: | ---: | ---: |"]
+    for (preset, precision, schedule), ranks in sorted(runs.items()):
+        last = stages[preset] - 1
+        inner = [text for stage, text in sorted(ranks.items()) if 0 < stage < last]
+        lines.append(f"| {preset} | {precision} | {schedule} | {ranks.get(0, '')} | {inner[0] if inner else ''} | "
+                     f"{ranks.get(last, '')} |")
+    return "\n".join(lines)
+
+
 # Of the README: what was done, the results file, the metric, the configuration, whom ours is beside.
 _SUMMARY = (
     ("preprocess 100 MB of JSON lines", "preprocess", "time_median", "100 MB JSON lines", OURS, "Megatron-LM"),
@@ -181,6 +202,7 @@ def summary_table(name: str) -> str:
 TABLES = {
     "summary": summary_table,
     "memory": memory_table,
+    "rehearsal": rehearsal_table,
     "schedules": schedule_table,
     "overlap": overlap_table,
     "training_throughput": throughput_table,
