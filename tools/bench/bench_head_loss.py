@@ -2,10 +2,10 @@
 
     python -m tools.bench.bench_head_loss
 
-On a CPU it takes the head of `laptop` in fp32 and bf16, on a GPU that of DeepSeek-V3 in bf16. Contenders take turns, so
-that a disturbance meets all. This library's adds the weight's gradient to an fp32 sum; of the others the gradient in the
-weight's dtype is what is left. The bytes that the fused way moves at V3's size are counted, on any machine. On a GPU: not
-run.
+On a CPU it takes the head of `laptop` in fp32 and bf16, on a GPU that of DeepSeek-V3 in bf16. Contenders take turns,
+so that a disturbance meets all. This library's adds the weight's gradient to an fp32 sum; of the others the gradient
+in the weight's dtype is what is left. The bytes that the fused way moves at V3's size are counted, on any machine. On
+a GPU: not run.
 """
 
 from __future__ import annotations
