@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ _FIRST_USED = ("torch._dynamo", "torch.utils.serialization.config", "megatron.co
                "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader")
 # Layouts that take their turns in the same processes.
 BATCH_SIZE = 12
-TIMEOUT_S = 900.0
+TIMEOUT_S = 600.0
 # Behind the name of a layout that is certified without FP8 besides.
 TWIN = " without FP8"
 
@@ -51,7 +52,7 @@ class Certifier:
         processes: Processes at a time.
         hooks: Things to do in the steps of a layout, by the name of its run; for tests.
         alone_hooks: Things to do in the steps of the one process that it is compared with.
-        timeout_s: Seconds for the layouts of one launch.
+        timeout_s: Seconds in which a layout, or one process, must be done.
     """
 
     def __init__(self, processes: int, *, hooks: dict[str, StepHooks] | None = None,
@@ -165,9 +166,15 @@ class Certifier:
                         result = f"{error}\n{traceback.format_exc()}"
                     _write(Path(name) / f"{index}.pickle", result)
 
+            error = "the process has left nothing"
             if count:
-                call_in_ranks(workers, share, timeout_s=self.timeout_s, are_alone=True)
-            return [_read(Path(name) / f"{index}.pickle") for index in range(count)]
+                try:
+                    call_in_ranks(workers, share, timeout_s=self.timeout_s, are_alone=True,
+                                  progress=partial(_count, Path(name)))
+                except (RankError, TimeoutError) as failure:
+                    error = str(failure)
+            files = [Path(name) / f"{index}.pickle" for index in range(count)]
+            return [_read(file) if file.exists() else error for file in files]
 
     # -- the layouts ---------------------------------------------------------------------------------
 
@@ -189,7 +196,7 @@ class Certifier:
 
             error = ""
             try:
-                call_in_ranks(size, turns, timeout_s=self.timeout_s)
+                call_in_ranks(size, turns, timeout_s=self.timeout_s, progress=partial(_count, folder))
             except (RankError, TimeoutError) as failure:
                 error = str(failure)
             done = []
@@ -240,6 +247,11 @@ def batches(jobs: Iterable[RunToCertify]) -> list[list[RunToCertify]]:
     for job in jobs:
         by_size.setdefault(job.world_size, []).append(job)
     return [same[start:start + BATCH_SIZE] for same in by_size.values() for start in range(0, len(same), BATCH_SIZE)]
+
+
+def _count(folder: Path) -> int:
+    """How much is done: files that are complete."""
+    return sum(1 for _ in folder.glob("*.pickle"))
 
 
 def _write(file: Path, value: Any) -> None:

@@ -95,7 +95,8 @@ def defined_steps(run: RunConfig, samples: RandomSamples, weights: Weights, num_
             weights[name] = updated_router_bias(weights[name].float(), ids_BSK.flatten(0, 1),
                                                 training.moe_router_bias_update_rate).double()
         steps.append(DefinedStep(
-            lm_loss=float(result.main) / count, mtp_losses=[float(loss) / count for loss in result.mtp],
+            lm_loss=float(result.main.detach()) / count,
+            mtp_losses=[float(loss.detach()) / count for loss in result.mtp],
             balance_loss=_balance_loss(run, result), grad_norm=norm, gradients=gradients, values=weights, loads=loads,
             biases={row: weights[router_bias_name(row)].float() for row in loads}))
     return steps, notes
@@ -105,7 +106,7 @@ def _balance_loss(run: RunConfig, result: DocumentStep) -> float | None:
     alpha = run.training.moe_aux_loss_coeff
     if not alpha or not result.balance:
         return None
-    return float(sum(result.balance.values())) / alpha / run.training.global_batch_size / len(result.balance)
+    return float(sum(loss.detach() for loss in result.balance.values())) / alpha / run.training.global_batch_size / len(result.balance)
 
 
 def _updated(run: RunConfig, weights: Weights, gradients: Weights,

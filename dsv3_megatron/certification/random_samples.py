@@ -3,7 +3,7 @@
 Each sequence has another share of tokens that count, so that no two replicas, and no two micro-batches, have the same
 number: whoever divides by a number of tokens of its own is seen.
 
-Shapes: N samples, S positions.
+Shapes: B sequences, S positions.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ class RandomSamples:
         vocab_size: Number of token ids.
         data: The run's data settings, of which the document switches count; documents have 5 tokens on average, each
             sequence its own.
-        mask_NS: Mask of what counts in place of a random one.
+        mask_BS: Mask of what counts in place of a random one.
         seed: Seed of tokens and masks.
 
     Attributes:
-        tokens: int64 [N, S + 1], the label after the last position with them.
-        mask: fp32 [N, S], 1 where the label counts.
-        positions: int64 [N, S].
+        tokens: int64 [B, S + 1], the label after the last position with them.
+        mask: fp32 [B, S], 1 where the label counts.
+        positions: int64 [B, S].
     """
 
     def __init__(self, num_samples: int, seq_length: int, vocab_size: int, *, data: DataConfig | None = None,
-                 mask_NS: torch.Tensor | None = None, seed: int = 0) -> None:
+                 mask_BS: torch.Tensor | None = None, seed: int = 0) -> None:
         data = data or DataConfig()
         generator = torch.Generator().manual_seed(seed)
         self.tokens = torch.randint(0, vocab_size, (num_samples, seq_length + 1), generator=generator)
         self.mask = (torch.rand(num_samples, seq_length, generator=generator)
                      > torch.rand(num_samples, 1, generator=generator) * 0.5).float()
-        if mask_NS is not None:
-            self.mask = mask_NS
+        if mask_BS is not None:
+            self.mask = mask_BS
         self.positions = torch.arange(seq_length).repeat(num_samples, 1)
         if data.document_flags:
             self.tokens[torch.rand(self.tokens.shape, generator=generator) < _END_SHARE] = EOD

@@ -49,8 +49,8 @@ class Ending:
     code: int = 0
 
 
-def call_in_ranks(num_ranks: int, function: Callable[[int], Any], *, timeout_s: float, are_alone: bool = False
-                  ) -> list[Any]:
+def call_in_ranks(num_ranks: int, function: Callable[[int], Any], *, timeout_s: float, are_alone: bool = False,
+                  progress: Callable[[], Any] | None = None) -> list[Any]:
     """Call a function of the rank in so many processes forked from this one, which share a gloo process group.
 
     Args:
@@ -58,6 +58,7 @@ def call_in_ranks(num_ranks: int, function: Callable[[int], Any], *, timeout_s: 
         function: Anything that can be called; forked with this process, it need not be picklable.
         timeout_s: Seconds after which the ranks are killed; their stacks are in the error.
         are_alone: Whether each process is a world of its own instead, of one rank.
+        progress: Gives something that changes as the ranks get on; timeout_s are counted from its last change.
 
     Returns:
         What each rank returned, by rank.
@@ -78,7 +79,7 @@ def call_in_ranks(num_ranks: int, function: Callable[[int], Any], *, timeout_s: 
                 store = folder / (f"store-{rank}" if are_alone else "store")
                 running[rank] = fork_rank(rank, folder, environment, partial(
                     leave_result, folder, rank, partial(_in_group, store, *place, partial(function, rank))))
-            ending = supervise(dict(running), folder, timeout_s)
+            ending = supervise(dict(running), folder, timeout_s, progress=progress)
         finally:
             end_ranks(running)
         if ending.error == "timeout":
@@ -150,7 +151,8 @@ def end_ranks(pids: Mapping[int, int]) -> None:
             os.waitpid(pid, 0)
 
 
-def supervise(running: dict[int, int], folder: Path, timeout_s: float, *, ends_with_parent: bool = False) -> Ending:
+def supervise(running: dict[int, int], folder: Path, timeout_s: float, *, ends_with_parent: bool = False,
+              progress: Callable[[], Any] | None = None) -> Ending:
     """Wait until every rank has ended well, one has failed, or time is up.
 
     Args:
@@ -158,12 +160,13 @@ def supervise(running: dict[int, int], folder: Path, timeout_s: float, *, ends_w
         folder: Folder of their files.
         timeout_s: Seconds to wait.
         ends_with_parent: Whether to stop where the process that started this one is gone.
+        progress: Gives something that changes as the ranks get on; timeout_s are counted from its last change.
 
     Raises:
         SystemExit: the process that started this one is gone.
     """
     deadline = time.monotonic() + timeout_s
-    parent = os.getppid()
+    parent, seen = os.getppid(), progress() if progress else None
     codes: dict[int, int] = {}
     while running:
         for rank, pid in list(running.items()):
@@ -175,6 +178,8 @@ def supervise(running: dict[int, int], folder: Path, timeout_s: float, *, ends_w
             sys.exit("the process that asked for the ranks is gone")
         if any(codes.values()):
             return Ending("failed", _first_error(running, codes, folder), codes[min(codes)])
+        if progress and progress() != seen:
+            seen, deadline = progress(), time.monotonic() + timeout_s
         if running and time.monotonic() > deadline:
             for pid in running.values():
                 os.kill(pid, signal.SIGUSR1)

@@ -56,7 +56,7 @@ class Verdict:
     @property
     def is_equal(self) -> bool:
         """Whether the layout computes what one process computes."""
-        return not self.differences and not self.error
+        return bool(self.checks) and not self.differences and not self.error
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def random_samples(vocab_size: int, is_isolated: bool = False, mask: str = "rand
     """Samples of a step, the same in every process; with documents of 5 tokens on average where they are isolated."""
     data = DataConfig(reset_attention_mask=is_isolated, reset_position_ids=is_isolated, eod_mask_loss=is_isolated)
     return RandomSamples(GLOBAL_BATCH_SIZE, SEQ_LENGTH, vocab_size, data=data,
-                         mask_NS=None if mask == "random" else MASKS[mask]())
+                         mask_BS=None if mask == "random" else MASKS[mask]())
 
 
 class OneStepTrainer(MadeDataTrainer):

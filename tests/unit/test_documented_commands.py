@@ -89,6 +89,10 @@ def check_command(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) 
         options, flags = module._parse_arguments([word for word in words if word != "..."])
         assert options.world_size
         check_run(flags)
+    elif name == "certify":
+        options, flags = module._parse_arguments([word for word in words if word != "..."])
+        assert options.random or flags
+        check_run(flags)
     elif "--help" not in words:
         with parsing_only(monkeypatch):
             module.main(words)

@@ -37,7 +37,8 @@ def test_processes_follow_memory(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_a_certificate_in_text_and_json() -> None:
-    flags = "--preset tiny --expert-model-parallel-size 2 --world-size 64 --global-batch-size 64 --processes 2".split()
+    flags = ("--preset tiny --expert-model-parallel-size 2 --world-size 64 --global-batch-size 64 --micro-batch-size 1 "
+             "--processes 2").split()
     done = run_command("dsv3_megatron", "certify", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("EQUAL: 2 processes: pp 1 x tp 1, ep 2, etp 1, dp 2\n")
