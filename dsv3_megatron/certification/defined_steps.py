@@ -106,7 +106,8 @@ def _balance_loss(run: RunConfig, result: DocumentStep) -> float | None:
     alpha = run.training.moe_aux_loss_coeff
     if not alpha or not result.balance:
         return None
-    return float(sum(loss.detach() for loss in result.balance.values())) / alpha / run.training.global_batch_size / len(result.balance)
+    total = float(sum(loss.detach() for loss in result.balance.values()))
+    return total / alpha / run.training.global_batch_size / len(result.balance)
 
 
 def _updated(run: RunConfig, weights: Weights, gradients: Weights,
