@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 MAX_COUNTS, MAX_NUMBERS = 1 << 22, 1 << 12
 _FRESH = "_dsv3_writes"
 _KNOWN = "_dsv3_known"
+_WHOLE = "_dsv3_whole"
 # Results without values, or with values that depend on a generator.
 _UNKNOWABLE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted", "resize_"}
 # Results that depend on their operand's shape alone.
@@ -67,6 +68,9 @@ def remember(tensor: torch.Tensor, value: torch.Tensor) -> None:
         writes = 0
         setattr(storage, _FRESH, 0)
     setattr(tensor, _KNOWN, (value, writes))
+    if _fills_memory(tensor):
+        with unset_fake_temporarily():
+            setattr(storage, _WHOLE, (value.reshape(-1), writes))
 
 
 def known(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -74,7 +78,18 @@ def known(tensor: torch.Tensor) -> torch.Tensor | None:
     if not isinstance(tensor, FakeTensor):
         return tensor if tensor.device.type == "cpu" else None
     value, writes = getattr(tensor, _KNOWN, (None, 0))
-    return value if value is not None and writes == _writes(tensor) else None
+    if value is not None and writes == _writes(tensor):
+        return value
+    # What was written through another view of the same memory, all of it.
+    whole, writes = getattr(tensor.untyped_storage(), _WHOLE, (None, 0))
+    if whole is None or writes != _writes(tensor) or whole.dtype != tensor.dtype or not _fills_memory(tensor):
+        return None
+    with unset_fake_temporarily():
+        return whole.view(tensor.shape)
+
+
+def _fills_memory(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -119,7 +134,7 @@ def _overwrite(name: str, target: torch.Tensor, args: tuple[Any, ...]) -> bool:
     """A tensor that fills its memory is known again once all of it is overwritten by what is known."""
     if not isinstance(target, FakeTensor) or not is_small(target.shape, target.dtype):
         return False
-    if target.numel() * target.element_size() != target.untyped_storage().nbytes() or not target.is_contiguous():
+    if not _fills_memory(target):
         return False
     source = args[1] if len(args) > 1 else 0
     if isinstance(source, torch.Tensor):

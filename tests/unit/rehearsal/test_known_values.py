@@ -51,13 +51,15 @@ def test_an_unknown_write_is_seen_through_every_view(watch: Watch) -> None:
     assert known(zeros).tolist() == [0] * 4 and known(view) is None
 
 
-def test_a_view_made_before_the_values_forgets_them(watch: Watch) -> None:
+def test_a_view_made_before_the_values_knows_and_forgets_them(watch: Watch) -> None:
     buffer = torch.empty(4, dtype=torch.int64, device=GPU)
     view = buffer.view(2, 2)
     buffer.fill_(7)
     assert known(buffer).tolist() == [7] * 4
-    view.add_(1)  # of values that are not known
-    assert known(buffer) is None
+    view.add_(1)
+    assert known(buffer).tolist() == [8] * 4 and known(view).tolist() == [[8, 8], [8, 8]]
+    view.add_(torch.empty(2, 2, dtype=torch.int64, device=GPU))
+    assert known(buffer) is None and known(view) is None
     buffer.fill_(1)
     forget(buffer)
     assert known(buffer) is None
@@ -85,3 +87,11 @@ def test_tensors_of_the_host_stay_real(watch: Watch) -> None:
     real = torch.arange(5)
     assert type(real) is torch.Tensor and real.numpy().sum() == 10
     assert type(real * 2) is torch.Tensor and (real * 2).tolist() == [0, 2, 4, 6, 8]
+
+
+def test_what_fills_a_memory_is_known_by_every_view_of_all_of_it(watch: Watch) -> None:
+    table = torch.empty(2, 3, dtype=torch.int64, device=GPU)
+    table.view(-1).copy_(torch.tensor([3, 1, 2, 0, 5, 4]))
+    assert known(table).tolist() == [[3, 1, 2], [0, 5, 4]] and table.cpu().sum(1).tolist() == [6, 9]
+    table.view(-1)[:2].copy_(torch.empty(2, dtype=torch.int64, device=GPU))
+    assert known(table) is None
