@@ -8,7 +8,7 @@ In reading order; a wrong setting raises `fields.ConfigError` before anything is
     step.py          what a step takes: batch, rate, weights   training.py      length, optimizer, checkpoints, logs
     memory.py        what trades memory for arithmetic
     pipeline.py      names and sizes of schedules              parallel.py      how a run is split, and whether it fits
-    dispatch.py      ways of tokens to their experts
+    expert_dispatch.py   ways of tokens to their experts
     guards.py        what is done about bad steps              run.py           RunConfig: all of these together
     presets.py       named runs                                files.py         TOML, YAML, JSON -> plain values
     load.py          command line and file -> RunConfig

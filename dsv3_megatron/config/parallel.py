@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dsv3_megatron.config.dispatch import DISPATCHERS, FLEX_BACKENDS, members_of_nodes, resolve_dispatcher
+from dsv3_megatron.config.expert_dispatch import DISPATCHERS, FLEX_BACKENDS, members_of_nodes, resolve_dispatcher
 from dsv3_megatron.config.fields import ConfigError, divisors, nearest, option
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.pipeline import (

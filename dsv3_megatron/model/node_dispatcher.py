@@ -3,7 +3,8 @@
 A layer in one piece calls it as it does Megatron-Core's dispatchers. A stage in pieces (`stage/segments.py`) lets
 `outward` and `homeward` travel on its tape, and calls what lies before, between and behind.
 
-Shapes: T tokens, R rows that came to this rank, each token once, U rows of experts, E experts, K top-k, H hidden.
+Shapes: T tokens, R rows that came to this rank, each token once, r rows of the experts here, E experts,
+K top-k, H hidden.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
-from dsv3_megatron.config.dispatch import LEGS_ON_GPU
+from dsv3_megatron.config.expert_dispatch import LEGS_ON_GPU
 from dsv3_megatron.ops.backend import wide_dtype
 from dsv3_megatron.ops.fp8.reference_backend import ReferenceBackend
 from dsv3_megatron.ops.routes import chosen_experts, slots_of_experts
@@ -80,7 +81,7 @@ class NodeDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor
                              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows [U, H] sorted by expert, rows of each expert, and a gate for each row."""
+        """Rows [r, H] sorted by expert, rows of each expert, and a gate for each row."""
         outward = self.outward()
         ids_RK, route = outward.arrived_ids, outward.route
         assert ids_RK is not None, "rows have come"
@@ -88,15 +89,15 @@ class NodeDispatcher(MoETokenDispatcher):
             sizes = list(route.rows_of_splits)
             hidden_states, probs, ids_RK = (gather_from_sequence_parallel_region(
                 rows, group=self.tp_group, output_split_sizes=sizes) for rows in (hidden_states, probs, ids_RK.int()))
-        slots_U = slots_of_experts(ids_RK, self.first_expert, self.num_local_experts, sum(route.rows_of_experts))
+        slots_r = slots_of_experts(ids_RK, self.first_expert, self.num_local_experts, sum(route.rows_of_experts))
         outward.arrived_ids = None
-        self._row_of_copy = slots_U.div(ids_RK.shape[1], rounding_mode="floor")
+        self._row_of_copy = slots_r.div(ids_RK.shape[1], rounding_mode="floor")
         self._num_gathered = len(ids_RK)
         return (copy_rows(hidden_states, self._row_of_copy), torch.tensor(route.rows_of_experts),
-                probs.flatten().index_select(0, slots_U))
+                probs.flatten().index_select(0, slots_r))
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Sums [R, H] of the outputs [U, H] of each row's experts here."""
+        """Sums [R, H] of the outputs [r, H] of each row's experts here."""
         assert self._row_of_copy is not None, "dispatch_postprocess comes first"
         dtype = hidden_states.dtype
         row_of_copy, self._row_of_copy = self._row_of_copy, None

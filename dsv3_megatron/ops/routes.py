@@ -2,7 +2,7 @@
 
 The host knows how many there will be (it has the counts of all ranks), so that no size has to be waited for.
 
-Shapes: T tokens, R rows, E experts, K top-k, C rows that are made.
+Shapes: T tokens, R rows, E experts, K top-k, p parts of the experts (nodes or ranks).
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def parts_of_tokens(routing_map_TE: torch.Tensor, num_parts: int) -> torch.Tenso
     return routing_map_TE.view(tokens, num_parts, experts // num_parts).any(-1)
 
 
-def rows_of_parts(is_in_RP: torch.Tensor, count: int) -> torch.Tensor:
+def rows_of_parts(is_in_Rp: torch.Tensor, count: int) -> torch.Tensor:
     """List the rows that go to each part, by part and then in their order.
 
     Args:
-        is_in_RP: bool, whether a row goes to a part.
+        is_in_Rp: bool, whether a row goes to a part.
         count: Number of those that do.
 
     Returns:
         int64 [count], rows.
     """
-    places = torch.nonzero_static(is_in_RP.t().reshape(-1), size=count).squeeze(1)
-    return places % max(1, is_in_RP.shape[0])
+    places = torch.nonzero_static(is_in_Rp.t().reshape(-1), size=count).squeeze(1)
+    return places % max(1, is_in_Rp.shape[0])
 
 
 def parts_of_rows(ids_RK: torch.Tensor, first: int, part_size: int, num_parts: int) -> torch.Tensor:

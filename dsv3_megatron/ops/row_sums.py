@@ -1,6 +1,6 @@
 """Rows copied to several places, and rows of several places added up in fp32: each is the other's backward pass.
 
-Shapes: N rows that are copied, or sums; R copies, or rows that are added; H hidden.
+Shapes: m rows that are copied, or sums; R copies, or rows that are added; H hidden.
 
 Source: DeepSeek-V3 report, section 3.2.2 (dispatch and combine).
 """
@@ -17,14 +17,14 @@ from dsv3_megatron.ops.backend import wide_dtype
 _CHUNK = 4096
 
 
-def copy_rows(x_NH: torch.Tensor, row_R: torch.Tensor) -> torch.Tensor:
+def copy_rows(x_mH: torch.Tensor, row_R: torch.Tensor) -> torch.Tensor:
     """Copy rows: x[row], [R, H]; the gradients of copies are added in fp32 and rounded once.
 
     Args:
-        x_NH: Rows that are copied.
+        x_mH: Rows that are copied.
         row_R: int64, the row that each copy is of.
     """
-    return _Copies.apply(x_NH, row_R)
+    return _Copies.apply(x_mH, row_R)
 
 
 def sum_rows(x_RH: torch.Tensor, row_R: torch.Tensor, num_rows: int, dtype: torch.dtype | None = None) -> torch.Tensor:

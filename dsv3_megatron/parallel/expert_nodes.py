@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from dsv3_megatron.config.dispatch import members_of_nodes
+from dsv3_megatron.config.expert_dispatch import members_of_nodes
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.parallel.groups import all_sets, own_group
 

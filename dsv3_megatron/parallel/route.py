@@ -3,7 +3,7 @@
 Every rank's counts, gathered once, give all numbers of rows. Tokens may go in several legs, one after the other: while
 those of one leg go on within their nodes, those of the next one are on the network.
 
-Shapes: T tokens, E experts, K top-k, R rows, P parts of the experts (nodes or ranks), L legs, C counts of a leg.
+Shapes: T tokens, E experts, K top-k, R rows, p parts of the experts (nodes or ranks).
 """
 
 from __future__ import annotations
@@ -76,15 +76,15 @@ class Route:
                  counted_group: torch.distributed.ProcessGroup, num_legs: int = 1) -> None:
         self.nodes, self.num_tokens, self.num_experts = nodes, *routing_map_TE.shape
         self.num_ranks = nodes.num_nodes * nodes.size
-        self._is_for_TP = parts_of_tokens(routing_map_TE, nodes.num_nodes if len(nodes.hops) == 2 else self.num_ranks)
-        wanted = (self._is_for_TP, parts_of_tokens(routing_map_TE, self.num_ranks), routing_map_TE)
+        self._is_for_Tp = parts_of_tokens(routing_map_TE, nodes.num_nodes if len(nodes.hops) == 2 else self.num_ranks)
+        wanted = (self._is_for_Tp, parts_of_tokens(routing_map_TE, self.num_ranks), routing_map_TE)
         self._lengths = [what.shape[1] for what in wanted]
         self._bounds = _bounds(self.num_tokens, num_legs if len(nodes.hops) == 2 else 1)
-        counts_LC = torch.stack([torch.cat([what[leg].sum(0) for what in wanted]) for leg in self._bounds])
+        leg_counts = torch.stack([torch.cat([what[leg].sum(0) for what in wanted]) for leg in self._bounds])
         self._num_splits = counted_group.size() // self.num_ranks
         self._own_split = counted_group.rank() % self._num_splits
-        self._gathered = counts_LC.new_empty((counted_group.size(), *counts_LC.shape))
-        work = torch.distributed.all_gather_into_tensor(self._gathered.view(-1), counts_LC.view(-1),
+        self._gathered = leg_counts.new_empty((counted_group.size(), *leg_counts.shape))
+        work = torch.distributed.all_gather_into_tensor(self._gathered.view(-1), leg_counts.view(-1),
                                                         group=counted_group, async_op=True)
         assert work is not None, "this process is in the group"
         self._work = work
@@ -108,18 +108,18 @@ class Route:
         num_local = self.num_experts // self.num_ranks
         self.rows_of_experts = tuple(
             to_experts[..., nodes.rank * num_local:(nodes.rank + 1) * num_local].sum((0, 1, 2)).tolist())
-        del self._gathered, self._is_for_TP
+        del self._gathered, self._is_for_Tp
 
     def _leg(self, tokens: slice, first: torch.Tensor, to_ranks: torch.Tensor) -> Leg:
         hops = tuple(Splits.of(sent.tolist(), received.tolist(), group) for (sent, received), group in zip(
             _numbers(self.nodes, first, to_ranks), self.nodes.hops, strict=True))
-        return Leg(tokens, hops, rows_of_parts(self._is_for_TP[tokens], sum(hops[0].sent)))
+        return Leg(tokens, hops, rows_of_parts(self._is_for_Tp[tokens], sum(hops[0].sent)))
 
     def relay(self, leg: Leg, ids_RK: torch.Tensor) -> None:
         """Note which of the rows that came to this rank go on to which rank of its node."""
         nodes, num_local = self.nodes, self.num_experts // self.num_ranks
-        is_for_RP = parts_of_rows(ids_RK, nodes.node * nodes.size * num_local, num_local, nodes.size)
-        leg.row_of_relayed = rows_of_parts(is_for_RP, sum(leg.hops[1].sent))
+        is_for_Rp = parts_of_rows(ids_RK, nodes.node * nodes.size * num_local, num_local, nodes.size)
+        leg.row_of_relayed = rows_of_parts(is_for_Rp, sum(leg.hops[1].sent))
 
     @property
     def num_rows(self) -> int:

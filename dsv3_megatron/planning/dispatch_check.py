@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import importlib.util
 
-from dsv3_megatron.config.dispatch import members_of_nodes
+from dsv3_megatron.config.expert_dispatch import members_of_nodes
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.ops.row_bytes import record_bytes
 from dsv3_megatron.planning.precheck import Told
-from dsv3_megatron.planning.time.dispatch import Carried, bytes_of_row, bytes_of_straddling_groups
+from dsv3_megatron.planning.time.dispatch_bytes import Carried, bytes_of_row, bytes_of_straddling_groups
 
 
 def check_dispatch(run: RunConfig, ranks_per_node: int | None) -> list[Told]:

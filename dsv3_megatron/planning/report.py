@@ -15,7 +15,7 @@ from dsv3_megatron.planning.memory.headroom import Headroom, lacking_memory
 from dsv3_megatron.planning.memory.settings import is_engine
 from dsv3_megatron.planning.run_cost import RunCost
 from dsv3_megatron.planning.search import MEMORY, RULE, SLOWER, SearchResult
-from dsv3_megatron.planning.time.dispatch import bytes_of_straddling_groups
+from dsv3_megatron.planning.time.dispatch_bytes import bytes_of_straddling_groups
 from dsv3_megatron.planning.time.network import Network
 from dsv3_megatron.planning.time.step_time import StepTime
 from dsv3_megatron.reports.model_table import format_bytes

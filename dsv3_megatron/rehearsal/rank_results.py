@@ -57,7 +57,7 @@ class Memory:
 
 
 @dataclass
-class Work:
+class PhaseWork:
     """What a rank did in a phase.
 
     Attributes:
@@ -83,7 +83,7 @@ class RankResult:
         cpu_seconds: Time of the processor that it took.
         built_bytes: Device memory after construction, in bytes.
         peaks: Memory at the peak of each phase, as far as it came.
-        work: Work of each phase.
+        work: PhaseWork of each phase.
         saved_bytes: Bytes that this rank writes into a checkpoint; None: none was saved.
         faults: What a GPU or NCCL would refuse: text, line, number.
         failure: The error that ended the rehearsal, with the lines of the library it came through; None: none did.
@@ -100,7 +100,7 @@ class RankResult:
     cpu_seconds: float = 0.0
     built_bytes: int = 0
     peaks: dict[str, Memory] = field(default_factory=dict)
-    work: dict[str, Work] = field(default_factory=dict)
+    work: dict[str, PhaseWork] = field(default_factory=dict)
     saved_bytes: int | None = None
     faults: list[tuple[str, str, int]] = field(default_factory=list)
     failure: str | None = None
@@ -123,4 +123,4 @@ class RankResult:
 def result_of_json(content: dict[str, Any]) -> RankResult:
     """The result that a rank's process wrote."""
     return RankResult(**{**content, "peaks": {phase: Memory(**peak) for phase, peak in content["peaks"].items()},
-                         "work": {phase: Work(**work) for phase, work in content["work"].items()}})
+                         "work": {phase: PhaseWork(**work) for phase, work in content["work"].items()}})

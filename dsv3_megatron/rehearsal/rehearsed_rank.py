@@ -24,9 +24,9 @@ from dsv3_megatron.rehearsal.rank_results import (
     SAVING,
     STEP,
     Memory,
+    PhaseWork,
     RankResult,
     RankTask,
-    Work,
 )
 from dsv3_megatron.rehearsal.rehearsed_run import rehearsed_run
 
@@ -183,8 +183,8 @@ def _memory(peak: Any) -> Memory:
     return Memory(peak.num_bytes, peak.allocated, components, lines, f"{peak.at.operation} at {peak.at.line}")
 
 
-def _work(counts: Any) -> Work:
-    return Work([(text, line, count) for (text, line), count in counts.waits.most_common()],
+def _work(counts: Any) -> PhaseWork:
+    return PhaseWork([(text, line, count) for (text, line), count in counts.waits.most_common()],
                 [(text, line, count) for (text, line), count in counts.copies.most_common()],
                 dict(counts.launches.most_common()))
 

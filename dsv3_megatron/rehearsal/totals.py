@@ -11,7 +11,7 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.metrics.rank_state import stages_of
 from dsv3_megatron.planning.memory.estimate import RankMemory
 from dsv3_megatron.rehearsal.collective_calls import RankCall, calls_of_json
-from dsv3_megatron.rehearsal.rank_results import FIRST_STEP, RankResult, Work
+from dsv3_megatron.rehearsal.rank_results import FIRST_STEP, PhaseWork, RankResult
 
 # Waits by what for and line: their number.
 WaitCounts = dict[tuple[str, str], int]
@@ -25,9 +25,9 @@ def moe_passes(run: RunConfig, planned: RankMemory, num_microbatches: int) -> in
     return layers * num_microbatches // RULES[run.parallel.schedule].copies
 
 
-def work_of_step(rank: RankResult) -> Work:
+def work_of_step(rank: RankResult) -> PhaseWork:
     """What a rank does in the last step that it took."""
-    return rank.work.get(rank.step_phase, Work())
+    return rank.work.get(rank.step_phase, PhaseWork())
 
 
 def made_once(rank: RankResult) -> WaitCounts:

@@ -59,7 +59,7 @@ def fake_mode() -> Iterator[None]:
 
 
 @dataclass
-class Counts:
+class PhaseCounts:
     """What is counted in a phase.
 
     Attributes:
@@ -89,14 +89,14 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.memory = LiveMemory()
         self.faults: Counter[tuple[str, str]] = Counter()
-        self.counts: dict[str, Counts] = {}
-        self.now = Counts()
+        self.counts: dict[str, PhaseCounts] = {}
+        self.now = PhaseCounts()
         self.results = RememberedResults()
         self.collectives = CollectiveCalls(self.fault)
 
     def begin(self, phase: str) -> None:
         """Count for another phase from here on."""
-        self.now = self.counts[phase] = Counts()
+        self.now = self.counts[phase] = PhaseCounts()
         self.collectives.phase = phase
 
     def fault(self, text: str) -> None:

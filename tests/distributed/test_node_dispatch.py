@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsv3_megatron.planning.time.dispatch import bytes_of_row
+from dsv3_megatron.planning.time.dispatch_bytes import bytes_of_row
 from dsv3_megatron.planning.time.layer_operations import layer_operations
 from dsv3_megatron.planning.time.operations import Shape, TokenExchange, layer_linears
 from tests.distributed.launch import run_ranks

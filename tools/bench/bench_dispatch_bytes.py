@@ -77,7 +77,7 @@ def report(tokens: int) -> list[Measurement]:
     """Print tables; return their numbers."""
     from dsv3_megatron.config.presets import preset
     from dsv3_megatron.ops.row_bytes import record_bytes
-    from dsv3_megatron.planning.time.dispatch import Carried, bytes_of_row, destinations
+    from dsv3_megatron.planning.time.dispatch_bytes import Carried, bytes_of_row, destinations
 
     model = preset("dsv3-671b").model
     found: dict[str, dict[str, tuple[float, float]]] = {"expected": {}}

@@ -3,6 +3,6 @@
 Nothing is imported here. In reading order:
 
     operations.py       what a linear, a norm does            layer_operations.py what layers and stages do
-    dispatch.py         destinations of tokens                network.py          bytes on the wire
+    dispatch_bytes.py   destinations of tokens                network.py          bytes on the wire
     work.py             operations as seconds on a machine    step_time.py        a step, through schedule/simulate
 """

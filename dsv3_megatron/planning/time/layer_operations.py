@@ -17,7 +17,7 @@ from dsv3_megatron.kernels.head_loss_tiles import fused_bytes
 from dsv3_megatron.metrics.rank_state import has_final_norm
 from dsv3_megatron.ops.row_bytes import record_bytes
 from dsv3_megatron.parallel.layout import StageLayout
-from dsv3_megatron.planning.time.dispatch import Carried
+from dsv3_megatron.planning.time.dispatch_bytes import Carried
 from dsv3_megatron.planning.time.operations import (
     FP8_BYTES,
     Collective,

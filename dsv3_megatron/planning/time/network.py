@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dsv3_megatron.config.dispatch import LEGS_ON_GPU, members_of_nodes
+from dsv3_megatron.config.expert_dispatch import LEGS_ON_GPU, members_of_nodes
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.planning.machine.hardware import Hardware
-from dsv3_megatron.planning.time.dispatch import Carried, bytes_of_row, destinations, rows_of_a_token
+from dsv3_megatron.planning.time.dispatch_bytes import Carried, bytes_of_row, destinations, rows_of_a_token
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.weights import Weight, sections
 from dsv3_megatron.ops.head_loss_choices import chosen_head_loss
 from dsv3_megatron.planning.memory.settings import pads_values
-from dsv3_megatron.planning.time.dispatch import Carried
+from dsv3_megatron.planning.time.dispatch_bytes import Carried
 
 # Bytes of a value in FP8 with its scale for 128 of them, in fp32.
 FP8_BYTES = 1 + 4 / 128

@@ -49,7 +49,7 @@ def test_text_and_picture(plan, tmp_path) -> None:
     status, out, _ = plan(*RUN, "--tokens", "1e12", "--png", picture)
     assert status == 0
     for line in ("dsv3-16b on 64 x h800, phase training: 512 sequences of 4096 tokens a step", "TP1 PP4 EP8 1f1b",
-                 "assumed: Transformer Engine's modules", "where the step goes", "memory by pipeline rank, GB: fits",
+                 "modules (--transformer-impl", "where the step goes", "memory by pipeline rank, GB: fits",
                  "84.9 GB visible less 5.1 GB headroom (CUDA context", "the run", "total", "a checkpoint takes",
                  "what 10% more of each does to the step time"):
         assert line in out

@@ -28,7 +28,7 @@ def test_groups_that_straddle_nodes_are_warned_of_with_their_bytes() -> None:
     assert "the router's 8 groups of experts are not whole on 16 nodes" in told[1].text
     # Out and home, forward and backward, in bf16: 4 x 14,336, with 8 gates and ids out and 8 gates home.
     bytes_of_a_row = 4 * 14336 + 48 + 32
-    from dsv3_megatron.planning.time.dispatch import bytes_of_straddling_groups
+    from dsv3_megatron.planning.time.dispatch_bytes import bytes_of_straddling_groups
 
     assert f"{bytes_of_straddling_groups(V3.model, 16, bytes_of_a_row):,.0f} bytes" in told[1].text
 

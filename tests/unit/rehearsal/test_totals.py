@@ -7,14 +7,14 @@ import pytest
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.planning.memory.estimate import estimate_memory
 from dsv3_megatron.rehearsal.collective_calls import RankCall, calls_as_json
-from dsv3_megatron.rehearsal.rank_results import FIRST_STEP, STEP, Memory, RankResult, Work
+from dsv3_megatron.rehearsal.rank_results import FIRST_STEP, STEP, Memory, PhaseWork, RankResult
 from dsv3_megatron.rehearsal.totals import made_once, moe_passes, totals
 
 CALLS = [RankCall("all_reduce", (0, 1), 0, "float32", ((8,),), None, 32, "a.py:1", FIRST_STEP),
          RankCall("all_reduce", (0, 1), 0, "float32", ((8,),), None, 32, "a.py:1", STEP),
          RankCall("all_reduce", (0, 1), 1, "int64", ((8,),), None, 64, "a.py:2", STEP)]
-FIRST = Work([("a number is read", "a.py:3", 5), ("bincount", "a.py:4", 2)], [], {"mm": 9})
-SECOND = Work([("a number is read", "a.py:3", 3), ("bincount", "a.py:4", 2)], [("host to device", "a.py:5", 4)],
+FIRST = PhaseWork([("a number is read", "a.py:3", 5), ("bincount", "a.py:4", 2)], [], {"mm": 9})
+SECOND = PhaseWork([("a number is read", "a.py:3", 3), ("bincount", "a.py:4", 2)], [("host to device", "a.py:5", 4)],
               {"mm": 7, "add": 1})
 
 

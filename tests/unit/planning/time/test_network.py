@@ -11,7 +11,7 @@ from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
-from dsv3_megatron.planning.time.dispatch import Carried, expected_destinations
+from dsv3_megatron.planning.time.dispatch_bytes import Carried, expected_destinations
 from dsv3_megatron.planning.time.network import Network
 from dsv3_megatron.planning.time.operations import TokenExchange, WorkPart
 from tests.unit.planning.time.setting import operations_of

@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from dsv3_megatron.config.presets import preset
-from dsv3_megatron.planning.time.dispatch import (
+from dsv3_megatron.planning.time.dispatch_bytes import (
     Carried,
     bytes_of_row,
     bytes_of_straddling_groups,

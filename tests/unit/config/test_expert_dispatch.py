@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from dsv3_megatron.config.dispatch import members_of_nodes, resolve_dispatcher
+from dsv3_megatron.config.expert_dispatch import members_of_nodes, resolve_dispatcher
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.parallel import ParallelConfig
 
