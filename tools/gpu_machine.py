@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import sys
 import tomllib
 from pathlib import Path
+
+from dsv3_megatron.config.streams import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 # Used where they are installed, and named in the report.
@@ -64,4 +65,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.config.streams import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 # A rehearsal is for a machine with little else to do and without a GPU: parts may take so many times their budgets.
@@ -238,4 +239,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.config.output import json_text
+
 # Ranks that fail because another did fail a moment later: wait for the first error before ending the rest.
 _GRACE_S = 1.0
 _TAIL_CHARACTERS = 4000
@@ -240,7 +242,7 @@ def leave_result(folder: Path, rank: int, function: Callable[[], Any]) -> int:
         code = 0
     except BaseException:  # noqa: BLE001 - reported to the parent, which raises it
         partial = folder / f"error-{rank}.partial"
-        partial.write_text(json.dumps((time.time(), traceback.format_exc())))
+        partial.write_text(json_text((time.time(), traceback.format_exc())))
         partial.rename(folder / f"error-{rank}.json")
         code = 1
     sys.stdout.flush()

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from dsv3_megatron.certification.rank_step import RankStep, StepHooks
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.model.node_dispatcher import NodeDispatcher
 from dsv3_megatron.model.router import DeepSeekRouter
-from tests.distributed.layout_step import FAULTS, Fault, Layout, RankStep, run_layouts
+from tests.distributed.layout_step import FAULTS, Layout, run_layouts
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class NodeLayout(Layout):
         return super().run.override(**dict(self.settings))
 
 
-class Skewed(Fault):
+class Skewed(StepHooks):
     """Routers that prefer some experts whatever the token.
 
     Args:
@@ -53,7 +54,7 @@ class Skewed(Fault):
                     module.expert_bias[:len(self.bias)] += self.bias
 
 
-class InLegs(Fault):
+class InLegs(StepHooks):
     """Tokens that go out in several legs, as on a GPU.
 
     Args:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from dsv3_megatron.certification.rank_step import RankStep
+from dsv3_megatron.certification.rank_step import RankStep, whole_tensors
 from dsv3_megatron.certification.reference import losses
 from dsv3_megatron.certification.weight_names import whole_from_reference
 from tests.distributed.launch import run_ranks
 from tests.distributed.layout_step import MASKS, Layout, random_samples, run_layouts
-from tests.distributed.test_layouts import assemble, split
+from tests.distributed.test_layouts import split
 from tests.parity.architectures import reference_weights
 from tests.parity.compare import relative_error
 
@@ -76,7 +76,8 @@ def test_value_and_gradient_do_not_know_the_mask(steps, expected, name, mask):
     for rank in ranks:
         assert rank.report.balance_loss == pytest.approx(value, rel=1e-6)
     assert sum(sum(load) for load in ranks[0].report.expert_load.values()) > 0
-    with_it, without = (assemble(steps[layout(name, mask, alpha).name], "gradients") for alpha in (ALPHA, 0.0))
+    with_it, without = (whole_tensors(rank.gradients for rank in steps[layout(name, mask, alpha).name])
+                        for alpha in (ALPHA, 0.0))
     routers = [parameter for parameter in with_it if parameter.endswith("router.weight")]
     assert len(routers) == len(gradients) == 4
     for parameter in routers:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from dsv3_megatron.certification.rank_step import RankStep, whole_tensors
 from dsv3_megatron.planning.time.dispatch_bytes import bytes_of_row
 from dsv3_megatron.planning.time.layer_operations import layer_operations
 from dsv3_megatron.planning.time.operations import Shape, TokenExchange, layer_linears
 from tests.distributed.launch import run_ranks
-from tests.distributed.layout_step import Layout, RankStep
+from tests.distributed.layout_step import Layout
 from tests.distributed.node_runs import NodeLayout, Sent, steps
-from tests.distributed.test_layouts import assemble, compare, initial_parameters, split
+from tests.distributed.test_layouts import compare, initial_parameters, split
 
 pytestmark = pytest.mark.distributed
 
@@ -97,7 +98,7 @@ def test_fp8_equals_one_process(found, other):
     ranks = [step for step, _ in found[other.name]]
     assert ranks[0].report.lm_loss == pytest.approx(expected.report.lm_loss, rel=1e-6)
     assert ranks[0].report.mtp_losses == pytest.approx(expected.report.mtp_losses, rel=1e-6)
-    gradients, wanted = assemble(ranks, "gradients"), assemble([expected], "gradients")
+    gradients, wanted = whole_tensors(rank.gradients for rank in ranks), whole_tensors([expected.gradients])
     errors = {name: ((gradients[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted}
     print(other.name, ranks[0].report.lm_loss / expected.report.lm_loss - 1, max(errors.values()))
     assert max(errors.values()) < 0.05
