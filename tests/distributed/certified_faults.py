@@ -28,7 +28,7 @@ from dsv3_megatron.certification.shrunk_run import shrink
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.model.router import DeepSeekRouter, choose_experts
 from dsv3_megatron.optim.router_bias import routers
-from dsv3_megatron.runs import learner
+from dsv3_megatron.runs import learner, step_sums
 from dsv3_megatron.runs.trainer import Trainer
 from dsv3_megatron.schedule import forward_backward
 
@@ -115,15 +115,14 @@ def over_data_ranks(trainer: Trainer) -> None:
 def local_bias_counts(trainer: Trainer) -> list[tuple[Any, str, Any]]:
     """The loads that are told are whole, those that move the biases are this rank's."""
     own: list[torch.Tensor] = []
-    collect, update = learner.collect_expert_loads, learner.update_router_biases
+    collect, update = step_sums.collect_expert_loads, learner.update_router_biases
 
     def collecting(chunks: Any, **sizes: Any) -> Any:
-        counts = {row: router.tokens_per_expert.clone() for row, router in routers(chunks, sizes["num_layers"])}
         loads_LE, losses_L = collect(chunks, **sizes)
-        own.append(torch.stack([counts.get(row, load_E) for row, load_E in enumerate(loads_LE)]))
+        own.append(loads_LE.clone())
         return loads_LE, losses_L
 
-    return [(learner, "collect_expert_loads", collecting),
+    return [(step_sums, "collect_expert_loads", collecting),
             (learner, "update_router_biases", lambda chunks, _loads, **rest: update(chunks, own[-1], **rest))]
 
 
