@@ -27,7 +27,7 @@ def squared_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
     """
     if optimizer.prepare_grads():  # a gradient scaler, which neither bf16 nor fp32 has, found one that is not finite
         return torch.full((), math.nan, device=torch.cuda.current_device())
-    gradients = [gradient for part in _chain(optimizer) for gradient in part.get_grads_for_grad_norm()]
+    gradients = [gradient for part in distributed_parts(optimizer) for gradient in part.get_grads_for_grad_norm()]
     if not gradients:
         return torch.zeros((), device=torch.cuda.current_device())
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).square()
@@ -65,10 +65,6 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
                                          use_decoupled_grad=_is_decoupled(part))
     is_applied = optimizer.step_with_ready_grads()
     assert is_applied, "without a gradient scaler every update is applied"
-
-
-def _chain(optimizer: MegatronOptimizer) -> list[Any]:
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _gradient(part: Any, parameter: torch.nn.Parameter) -> torch.Tensor | None:

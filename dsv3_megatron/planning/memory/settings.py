@@ -17,10 +17,10 @@ from dsv3_megatron.config.precision import Fp8Config, LinearPrecision, precision
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.weights import IN_LAYERS, Place, weights_at
 from dsv3_megatron.ops.attention_choices import PADDED, AttentionCase, choose_attention
+from dsv3_megatron.ops.row_bytes import gated_bytes, record_bytes
 
 WIDE = 4  # bytes of fp32
 INDEX = 8  # of int64
-_ROW_ALIGNMENT = 16  # parallel/gated_rows.py: a row and its gate take a multiple of it
 # Modules of a layer by the end of their names.
 EXPERTS_FC1, EXPERTS_FC2 = "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"
 
@@ -163,17 +163,17 @@ class PassSettings:
     @property
     def gated_row_bytes(self) -> int:
         """Bytes of a routed row with its gate behind it, in the form in which both travel to an expert."""
-        return _with_gate(self.hidden * self.narrow)
+        return gated_bytes(self.hidden * self.narrow)
 
     @property
     def record_bytes(self) -> int:
         """Bytes of a row that travels in FP8, without a gate."""
-        return self.hidden + -(-self.hidden // 128) * WIDE
+        return record_bytes(self.hidden)
 
     @property
     def gated_record_bytes(self) -> int:
         """Bytes of a row that travels in FP8 with its gate."""
-        return _with_gate(self.record_bytes)
+        return gated_bytes(self.record_bytes)
 
     @property
     def products_bytes(self) -> int:
@@ -188,10 +188,6 @@ class PassSettings:
     def is_recomputed(self, name: str) -> bool:
         """Whether modules of this name compute again in backward what others would keep."""
         return name in self.recomputed
-
-
-def _with_gate(row_bytes: int) -> int:
-    return -(-(row_bytes + WIDE) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
 
 
 def is_engine(run: RunConfig) -> bool:
