@@ -11,7 +11,7 @@ In reading order. What a folder holds:
     names.py             every tensor and our parameter  config_json.py      config.json <-> ModelConfig
     json_numbers.py      its numbers                     rotary_settings.py  its rotary settings
     safetensors_file.py  one file                        directory.py        the folder as a whole
-    spellings.py         other names of tensors
+    spellings.py         other names of tensors          row_strips.py       a tensor a few rows at a time
 
 From it and to it:
 

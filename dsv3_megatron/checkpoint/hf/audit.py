@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +12,10 @@ import torch
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.directory import SCALE_SUFFIX, HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, tensors_by_parameter
+from dsv3_megatron.checkpoint.hf.row_strips import row_strips, same_bits
 from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
-from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget, ProgressDisplay, ignore, memory_for
-
-# Elements that are compared at a time, where a tensor is not dequantized as a whole.
-_STRIP = 8_000_000
+from dsv3_megatron.checkpoint.hf.workplace import ProgressDisplay, ignore, single_threaded_workers
 
 
 @dataclass
@@ -90,7 +87,7 @@ def audit(directory: HuggingFaceDirectory, weights: MegatronWeights, *, is_maste
         directory: The one.
         weights: The other, of the same architecture.
         is_master: Compare with our fp32 master weights, where the checkpoint has them.
-        num_workers: Tensors compared at a time, within a bound on memory.
+        num_workers: Tensors compared at a time.
         progress: Told what is done.
 
     Raises:
@@ -100,24 +97,15 @@ def audit(directory: HuggingFaceDirectory, weights: MegatronWeights, *, is_maste
     _check_same_tensors(directory, weights)
     report = progress.start("verify", sum(directory.stored[tensor.name].num_bytes for tensor in tensors)) \
         if progress else ignore
-    fp8 = [tensor.name for tensor in tensors if directory.stored[tensor.name].dtype == torch.float8_e4m3fn]
-    budget = MemoryBudget(memory_for(2 * directory.tensors[name].num_elements for name in fp8))
     table: dict[tuple[str, str], AuditRow] = {}
     lock = threading.Lock()
 
     def compare(tensor: HuggingFaceTensor) -> None:
         entry, dtype = directory.stored[tensor.name], weights.dtype(tensor, is_master)
-        if entry.dtype == torch.float8_e4m3fn:
-            with budget.take(2 * dtype.itemsize * tensor.num_elements + entry.num_bytes):
-                is_identical, difference = _compare(weights.read(tensor, is_master),
-                                                    directory.tensor(tensor.name, dtype))
-        else:
-            is_identical, difference = True, 0.0
-            step = max(1, _STRIP // max(1, tensor.num_elements // tensor.shape[0]))
-            for row in range(0, tensor.shape[0], step):
-                count = min(step, tensor.shape[0] - row)
-                same, gap = _compare(weights.read(tensor, is_master, row, count), entry.read(row, count).to(dtype))
-                is_identical, difference = is_identical and same, max(difference, gap)
+        is_identical, difference = True, 0.0
+        for rows in row_strips(tensor.shape):
+            same, gap = _compare(weights.read(tensor, is_master, *rows), directory.tensor(tensor.name, dtype, *rows))
+            is_identical, difference = is_identical and same, max(difference, gap)
         scale = directory.stored.get(tensor.name + SCALE_SUFFIX)
         with lock:
             pair = NAMES[entry.dtype], NAMES[dtype]
@@ -130,7 +118,7 @@ def audit(directory: HuggingFaceDirectory, weights: MegatronWeights, *, is_maste
                 line.largest_difference, line.where = difference, tensor.name
         report(entry.num_bytes)
 
-    with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="audit") as pool:
+    with single_threaded_workers(num_workers, "audit") as pool:
         futures = [pool.submit(compare, tensor) for tensor in tensors]
         try:
             for future in futures:
@@ -143,13 +131,10 @@ def audit(directory: HuggingFaceDirectory, weights: MegatronWeights, *, is_maste
 
 def _compare(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[bool, float]:
     """Whether two tensors of one dtype are equal bit for bit, and their largest difference."""
-    if torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
+    if same_bits(ours, theirs):
         return True, 0.0
-    largest = 0.0
-    for one, other in zip(ours.flatten().split(_STRIP), theirs.flatten().split(_STRIP), strict=True):
-        difference = (one.double() - other.double()).abs().max().item()
-        largest = max(largest, math.inf if math.isnan(difference) else difference)
-    return False, largest
+    difference = (ours.double() - theirs.double()).abs().max().item()
+    return False, math.inf if math.isnan(difference) else difference
 
 
 def _check_same_tensors(directory: HuggingFaceDirectory, weights: MegatronWeights) -> None:

@@ -20,10 +20,12 @@ from dsv3_megatron.checkpoint.folder import TRACKER, CheckpointError
 from dsv3_megatron.checkpoint.hf.config_json import check_quantization, ignored_settings, model_config_from_json
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, hugging_face_tensors, layer_of
 from dsv3_megatron.checkpoint.hf.rotary_settings import check_stored_frequencies
+from dsv3_megatron.checkpoint.hf.row_strips import same_bits
 from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, SINGLE, SUFFIX, WEIGHT_DTYPES, StoredTensor, read_header
 from dsv3_megatron.checkpoint.hf.spellings import is_frequencies, is_fused, parts_of_fused
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, scale_shape
+from dsv3_megatron.ops.fp8.scale_groups import BLOCK, num_groups
 
 logger = logging.getLogger(__name__)
 
@@ -81,20 +83,27 @@ class HuggingFaceDirectory:
 
     # ---- reading -----------------------------------------------------------------------------------
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor of the model, dequantized, in memory of its own.
+    def tensor(self, name: str, dtype: torch.dtype | None = None, first_row: int = 0, num_rows: int | None = None
+               ) -> torch.Tensor:
+        """A tensor of the model, or some of its rows, dequantized, in memory of its own.
 
         Args:
             name: Hugging Face's name.
             dtype: Dtype to convert to; None keeps the stored one, BF16 for FP8. FP8 times scale is computed in FP32.
+            first_row: First row to read, of FP8 a multiple of 128.
+            num_rows: How many; None: all from there on.
 
         Raises:
             CheckpointError: a scale is not a positive finite number, or the file cannot be read.
         """
         entry = self.stored[name]
         if entry.dtype != _FP8:
-            return entry.read().to(dtype or entry.dtype)
-        return dequantize_weight_blocks(entry.read(), self.scales(name), dtype or torch.bfloat16)
+            return entry.read(first_row, num_rows).to(dtype or entry.dtype)
+        assert first_row % BLOCK == 0, first_row
+        values = entry.read(first_row, num_rows)
+        top = first_row // BLOCK
+        scales = self.scales(name)[top: top + num_groups(values.shape[0])]
+        return dequantize_weight_blocks(values, scales, dtype or torch.bfloat16)
 
     def scales(self, name: str) -> torch.Tensor:
         """Block scales of a tensor that is stored in FP8, fp32 [ceil(out/128), ceil(in/128)].
@@ -125,7 +134,7 @@ class HuggingFaceDirectory:
             step = max(1, _COMPARED_BYTES // max(1, copy.num_bytes // copy.shape[0]))
             for row in range(0, copy.shape[0], step):
                 rows = min(step, copy.shape[0] - row)
-                if copy.dtype != original.dtype or not _same_bits(copy.read(row, rows), original.read(row, rows)):
+                if copy.dtype != original.dtype or not same_bits(copy.read(row, rows), original.read(row, rows)):
                     raise CheckpointError(
                         f"{copy.file}: tensor {copy.name} differs from {original.name}; an MTP module shares "
                         "embedding and head with the main model, and this library holds one of each")
@@ -215,10 +224,6 @@ def _published_names(found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
                                       "too; keep one of the two")
             result[single.name] = single
     return result
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:

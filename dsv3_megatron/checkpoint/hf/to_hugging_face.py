@@ -28,23 +28,23 @@ from dsv3_megatron.checkpoint.hf.directory import SCALE_SUFFIX, HuggingFaceDirec
 from dsv3_megatron.checkpoint.hf.model_card import UNKNOWN_LICENSE, Losses
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, hugging_face_tensors
 from dsv3_megatron.checkpoint.hf.readers import reader_notes
+from dsv3_megatron.checkpoint.hf.row_strips import row_strips, same_bits
 from dsv3_megatron.checkpoint.hf.side_files import side_files
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
 from dsv3_megatron.checkpoint.hf.spellings import is_frequencies
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 from dsv3_megatron.checkpoint.hf.weight_files import MAX_SHARD_BYTES, FileEntry, WeightFile, plan_shards
 from dsv3_megatron.checkpoint.hf.workplace import (
-    MemoryBudget,
     OutputFile,
     ProgressDisplay,
     Report,
     Workplace,
     ignore,
-    memory_for,
 )
 from dsv3_megatron.config.version import __version__
 from dsv3_megatron.data.special_tokens import TOKENIZER
 from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, quantize_weight_blocks, requantize_weight_blocks
+from dsv3_megatron.ops.fp8.scale_groups import BLOCK, num_groups
 
 logger = logging.getLogger(__name__)
 
@@ -148,8 +148,7 @@ def prepare_export(source: str | Path, output: str | Path, *, iteration: int | N
         "max_shard_bytes": max_shard_bytes, "version": __version__, "is_average": is_average, "files": manifest.files,
         "is_without_mtp": is_without_mtp, "tokenizer": sorted(map(str, beside.copies.values()))})
     tensors = {tensor.name: tensor for tensor in hugging_face_tensors(model)}
-    writer = _ShardWriter(weights, tensors, is_again, chosen == "fp32",
-                          MemoryBudget(memory_for(entry.num_bytes for shard in shards for entry in shard.entries)))
+    writer = _ShardWriter(weights, tensors, is_again, chosen == "fp32")
     pieces = [OutputFile(shard.file, shard.num_bytes, partial(writer.write, shard)) for shard in shards]
 
     def finish() -> None:
@@ -172,7 +171,6 @@ class _ShardWriter:
     tensors: dict[str, HuggingFaceTensor]
     is_again: bool
     is_master: bool
-    budget: MemoryBudget
 
     def write(self, shard: WeightFile, path: Path, report: Report) -> None:
         """Write one file of weights, header first, to a path."""
@@ -199,26 +197,28 @@ class _ShardWriter:
         if ranges is not None and dtype == entry.dtype:
             copy_byte_ranges(ranges, target, entry.offset, entry.name, report)
             return
-        with self.budget.take(dtype.itemsize * tensor.num_elements + entry.num_bytes):
-            weight = self.weights.read(tensor, self.is_master)
+        place = entry.offset
+        for first_row, num_rows in row_strips(tensor.shape):
+            weight = self.weights.read(tensor, self.is_master, first_row, num_rows)
+            top = first_row // BLOCK
             if entry.dtype != _FP8:
-                write_tensor(target, entry.offset, weight.to(entry.dtype))
+                strip = weight.to(entry.dtype)
             elif self.is_again:
-                write_tensor(target, entry.offset, self._original(entry.name, weight))
+                strip = self._original(entry.name, weight, top)
             else:
-                values, scales = self._quantize(entry.name, weight)
-                write_tensor(target, entry.offset, values)
-                scale = places[entry.name + SCALE_SUFFIX]
-                write_tensor(target, scale.offset, scales)
-                report(scale.num_bytes)
-        report(entry.num_bytes)
+                strip, scales = self._quantize(entry.name, weight)
+                write_tensor(target, places[entry.name + SCALE_SUFFIX].offset + top * scales[0].nbytes, scales)
+                report(scales.nbytes)
+            write_tensor(target, place, strip)
+            place += strip.nbytes
+            report(strip.nbytes)
 
-    def _original(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The FP8 values that a dequantized weight came from, by the scales that were kept."""
+    def _original(self, name: str, weight: torch.Tensor, top: int) -> torch.Tensor:
+        """The FP8 values that rows of a dequantized weight came from, by the scales that were kept, from row `top`."""
         assert self.weights.source is not None
-        scales = self.weights.source.scales[name + SCALE_SUFFIX].read()
+        scales = self.weights.source.scales[name + SCALE_SUFFIX].read(top, num_groups(weight.shape[0]))
         values = requantize_weight_blocks(weight, scales)
-        if not torch.equal(dequantize_weight_blocks(values, scales, weight.dtype), weight):
+        if not same_bits(dequantize_weight_blocks(values, scales, weight.dtype), weight):
             raise CheckpointError(
                 f"checkpoint {self.weights.manifest.path}: {name} is not what was converted: its values are no FP8 "
                 "values times the kept scales; convert the source again, or export with --dtype bf16")

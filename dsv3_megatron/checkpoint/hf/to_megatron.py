@@ -30,6 +30,7 @@ from dsv3_megatron.checkpoint.folder import (
 from dsv3_megatron.checkpoint.hf.audit import Audit, audit
 from dsv3_megatron.checkpoint.hf.directory import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, checkpoint_place, tensors_by_parameter
+from dsv3_megatron.checkpoint.hf.row_strips import row_strips
 from dsv3_megatron.checkpoint.hf.safetensors_file import header_bytes
 from dsv3_megatron.checkpoint.hf.source import (
     DESCRIPTION,
@@ -41,13 +42,11 @@ from dsv3_megatron.checkpoint.hf.source import (
 )
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 from dsv3_megatron.checkpoint.hf.workplace import (
-    MemoryBudget,
     OutputFile,
     ProgressDisplay,
     Report,
     Workplace,
     ignore,
-    memory_for,
 )
 from dsv3_megatron.checkpoint.tensor_files import TensorPart, lay_out_file, write_index
 from dsv3_megatron.config.model import ModelConfig
@@ -102,9 +101,8 @@ def convert_to_megatron(source: str | Path, output: str | Path, *, parallel: Par
                   for entry in directory.stored.values()}})
     folder = saving_path(place.result, 0).name
     _undo_finish(place.result)
-    budget = MemoryBudget(memory_for(chunk.num_bytes for chunks in files.values() for _, chunk in chunks))
     pieces = [OutputFile(f"{folder}/{name}", sum(chunk.num_bytes for _, chunk in chunks),
-                         partial(_write_file, directory, chunks, budget)) for name, chunks in files.items()]
+                         partial(_write_file, directory, chunks)) for name, chunks in files.items()]
     pieces += _side_pieces(directory, folder)
     place.open(sum(piece.num_bytes for piece in pieces))
     try:
@@ -175,8 +173,8 @@ def _plan_files(directory: HuggingFaceDirectory, max_file_bytes: int
     return files
 
 
-def _write_file(directory: HuggingFaceDirectory, chunks: list[tuple[HuggingFaceTensor, TensorPart]],
-                budget: MemoryBudget, path: Path, report: Report) -> list[dict[str, Any]]:
+def _write_file(directory: HuggingFaceDirectory, chunks: list[tuple[HuggingFaceTensor, TensorPart]], path: Path,
+                report: Report) -> list[dict[str, Any]]:
     """One file of our checkpoint; its chunks with their places."""
     placed, positions = lay_out_file(path, [chunk for _, chunk in chunks])
     target = os.open(path, os.O_RDWR)
@@ -186,11 +184,13 @@ def _write_file(directory: HuggingFaceDirectory, chunks: list[tuple[HuggingFaceT
             if entry.dtype == dtype:
                 copy_byte_ranges([entry.byte_range()], target, position, tensor.name, report)
                 continue
-            with budget.take(entry.num_bytes + chunk.num_bytes):
-                if entry.dtype == torch.float8_e4m3fn:
-                    _check_scales(directory, tensor.name)
-                write_tensor(target, position, directory.tensor(tensor.name, dtype))
-            report(chunk.num_bytes)
+            if entry.dtype == torch.float8_e4m3fn:
+                _check_scales(directory, tensor.name)
+            for first_row, num_rows in row_strips(tensor.shape):
+                strip = directory.tensor(tensor.name, dtype, first_row, num_rows)
+                write_tensor(target, position, strip)
+                position += strip.nbytes
+                report(strip.nbytes)
     finally:
         os.close(target)
     return [dataclasses.asdict(chunk) for chunk in placed]

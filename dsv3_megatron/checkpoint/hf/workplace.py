@@ -17,12 +17,14 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
+
+import torch
 
 from dsv3_megatron.checkpoint.folder import CheckpointError, check_empty, flush
 from dsv3_megatron.config.output import json_text
@@ -32,7 +34,6 @@ Report = Callable[[int], None]
 _WRITING = ".writing"
 # Disk space beyond the tensors themselves: headers, index.
 _OVERHEAD = 1.01
-_LEAST_MEMORY = 256_000_000
 
 
 @dataclass(frozen=True)
@@ -62,32 +63,21 @@ def ignore(_num_bytes: int) -> None:
     """The Report that nobody reads."""
 
 
-def memory_for(sizes: Iterable[int]) -> int:
-    """Bytes that threads may hold together: twice the largest tensor, and at least a quarter of a gigabyte."""
-    return max(_LEAST_MEMORY, 2 * max(sizes, default=0))
+@contextmanager
+def single_threaded_workers(num_workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """Threads that compute by themselves: torch would otherwise start more of them for each.
 
-
-class MemoryBudget:
-    """Lets threads take memory up to a limit; one that needs more than all of it waits until it is alone."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes = num_bytes
-        self._free = num_bytes
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def take(self, num_bytes: int) -> Iterator[None]:
-        """Hold so many bytes of the budget inside the block."""
-        held = min(num_bytes, self.num_bytes)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= held)
-            self._free -= held
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += held
-                self._changed.notify_all()
+    Args:
+        num_workers: How many; at least one is started.
+        name: Prefix of the threads' names.
+    """
+    num_threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix=name, initializer=torch.set_num_threads,
+                                initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(num_threads)  # threads started from now on ask for the process's last setting
 
 
 class Workplace:
@@ -153,7 +143,7 @@ class Workplace:
                 report(piece.num_bytes)
             else:
                 todo.append(piece)
-        with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="convert") as pool:
+        with single_threaded_workers(num_workers, "convert") as pool:
             futures = [pool.submit(self._write, piece, careful) for piece in todo]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)

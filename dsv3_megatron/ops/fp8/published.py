@@ -2,7 +2,7 @@
 
 A weight [out, in] is stored as E4M3 values and FP32 scales [ceil(out/128), ceil(in/128)]; what they stand for
 is value * scale, in FP32. Blocks at the lower and right edge may be smaller. This is the reference: plain
-torch, any device, a strip of rows at a time so that the FP32 copy stays small.
+torch, any device, some rows at a time so that the FP32 copy stays in a core's cache.
 """
 
 from __future__ import annotations
@@ -11,18 +11,11 @@ from collections.abc import Iterator
 
 import torch
 
-from dsv3_megatron.ops.fp8.scale_groups import (
-    BLOCK,
-    E4M3_MAX,
-    SQUARE,
-    join_groups,
-    num_groups,
-    split_into_groups,
-    spread,
-)
+from dsv3_megatron.ops.fp8.quantize import decode_e4m3
+from dsv3_megatron.ops.fp8.scale_groups import BLOCK, E4M3_MAX, num_groups
 
-# Rows that are in FP32 at a time; a multiple of BLOCK.
-_STRIP = 1024
+# Elements that are in FP32 at a time.
+_STRIP_ELEMENTS = 1 << 18
 # Scales between which both the largest value (448 * scale) and the smallest (2^-9 * scale) are normal numbers of
 # BF16, whose exponents are FP32's. Within them `requantize_weight_blocks` undoes `dequantize_weight_blocks`.
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-117, 2.0**118
@@ -52,13 +45,16 @@ def quantize_weight_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     Source: DeepSeek-V3 report, section 3.3.2 (128 x 128 blocks, amax mapped to the largest E4M3 value).
     """
     scales = torch.empty(scale_shape(tuple(weight.shape)), dtype=torch.float32, device=weight.device)
-    for top in range(0, weight.shape[0], _STRIP):
-        blocks = split_into_groups(weight[top: top + _STRIP].float(), SQUARE)
-        amax = blocks.abs().amax(dim=(1, 3))
+    width = weight.shape[1]
+    for block_row, scale in enumerate(scales):
+        largest = torch.zeros(width, dtype=torch.float32, device=weight.device)
+        for rows in _strips(tuple(weight.shape), block_row):
+            torch.maximum(largest, weight[rows].float().abs().amax(dim=0), out=largest)
+        amax = torch.nn.functional.pad(largest, (0, -width % BLOCK)).view(-1, BLOCK).amax(dim=1)
         if not torch.isfinite(amax).all():
             raise ValueError("a weight that is infinite or not a number has no FP8 form")
-        scale = (amax / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-        scales[top // BLOCK: top // BLOCK + len(scale)] = torch.where(amax == 0, torch.ones_like(scale), scale)
+        smallest = (amax / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+        scale.copy_(torch.where(amax == 0, torch.ones_like(smallest), smallest))
     return requantize_weight_blocks(weight, scales), scales
 
 
@@ -78,10 +74,10 @@ def requantize_weight_blocks(weight: torch.Tensor, scales: torch.Tensor) -> torc
     """
     _check_scales(tuple(weight.shape), scales)
     values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
-    for top, strip in _strips(weight, scales):
-        rows = weight[top: top + _STRIP].float()
-        blocks = split_into_groups(rows, SQUARE) / strip  # not in place: rows may be the weight itself
-        values[top: top + _STRIP] = join_groups(blocks, rows.shape).to(torch.float8_e4m3fn)
+    for block_row, scale in enumerate(scales):
+        divisors = _of_columns(scale, weight.shape[1])
+        for rows in _strips(tuple(weight.shape), block_row):
+            values[rows] = torch.div(weight[rows].float(), divisors)
     return values
 
 
@@ -99,9 +95,10 @@ def dequantize_weight_blocks(values: torch.Tensor, scales: torch.Tensor, dtype: 
     """
     _check_scales(tuple(values.shape), scales)
     weight = torch.empty(values.shape, dtype=dtype, device=values.device)
-    for top, strip in _strips(values, scales):
-        rows = values[top: top + _STRIP].float()
-        weight[top: top + _STRIP] = join_groups(split_into_groups(rows, SQUARE) * strip, rows.shape)
+    for block_row, scale in enumerate(scales):
+        factors = _of_columns(scale, values.shape[1])
+        for rows in _strips(tuple(values.shape), block_row):
+            weight[rows] = decode_e4m3(values[rows]).mul_(factors)
     return weight
 
 
@@ -111,8 +108,14 @@ def _check_scales(shape: tuple[int, ...], scales: torch.Tensor) -> None:
                          f"it takes torch.float32 {scale_shape(shape)}")
 
 
-def _strips(weight: torch.Tensor, scales: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each strip's first row, and its scales in a shape that multiplies its blocks."""
-    step = _STRIP // BLOCK
-    for top in range(0, weight.shape[0], _STRIP):
-        yield top, spread(scales[top // BLOCK: top // BLOCK + step])
+def _of_columns(scale: torch.Tensor, width: int) -> torch.Tensor:
+    """The scales of a row of blocks, one for each of `width` columns."""
+    return scale.repeat_interleave(BLOCK)[:width]
+
+
+def _strips(shape: tuple[int, ...], block_row: int) -> Iterator[slice]:
+    """The rows of a row of blocks, so many at a time as stay in cache."""
+    last = min(BLOCK * (block_row + 1), shape[0])
+    step = max(1, _STRIP_ELEMENTS // max(1, shape[1]))
+    for first in range(BLOCK * block_row, last, step):
+        yield slice(first, min(first + step, last))

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,12 +22,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv3_megatron.certification.reference_weights import is_router_bias
+from dsv3_megatron.checkpoint.byte_ranges import write_tensor
 from dsv3_megatron.checkpoint.folder import CheckpointError, read_manifest
+from dsv3_megatron.checkpoint.hf import row_strips, to_hugging_face, to_megatron
 from dsv3_megatron.checkpoint.hf.directory import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
-from dsv3_megatron.checkpoint.hf.workplace import MemoryBudget
+from dsv3_megatron.checkpoint.hf.workplace import single_threaded_workers
 from dsv3_megatron.commands import convert as convert_checkpoint
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import parse_command
@@ -461,23 +463,44 @@ def test_the_command(tmp_path, capsys):
             "shape": [2048, 128]} in lines
 
 
-def test_memory_budget():
-    """No more is held at a time than there is, but one that is larger than all of it gets in alone."""
-    budget, held, peak, lock = MemoryBudget(10), 0, 0, threading.Lock()
+def test_tensors_of_several_strips(tmp_path):
+    """Nothing larger than a strip is computed with at a time, and the result is the same, in all directions."""
+    source = make_source(tmp_path / "hf", "fp8")
+    convert_to_megatron(source, tmp_path / "ours")
+    convert_to_hugging_face(tmp_path / "ours", tmp_path / "wide", dtype="fp32")
+    written: list[int] = []
 
-    def use(size: int) -> None:
-        nonlocal held, peak
-        with budget.take(size):
-            with lock:
-                held += min(size, 10)
-                peak = max(peak, held)
-            time.sleep(0.002)
-            with lock:
-                held -= min(size, 10)
+    def write(target: int, offset: int, tensor: torch.Tensor) -> None:
+        written.append(tensor.shape[0])
+        write_tensor(target, offset, tensor)
 
-    threads = [threading.Thread(target=use, args=(size,)) for size in (3, 4, 5, 25, 1, 2, 10, 6) * 3]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert held == 0 and 5 < peak <= 10
+    with (mock.patch.object(row_strips, "STRIP_ELEMENTS", 1), mock.patch.object(to_megatron, "write_tensor", write),
+          mock.patch.object(to_hugging_face, "write_tensor", write)):
+        convert_to_megatron(source, tmp_path / "ours in strips", is_verified=True)
+        convert_to_hugging_face(tmp_path / "ours in strips", tmp_path / "back", is_verified=True)
+        convert_to_hugging_face(tmp_path / "ours in strips", tmp_path / "wide in strips", dtype="fp32")
+        convert_to_megatron(tmp_path / "wide", tmp_path / "ours wide")
+        convert_to_hugging_face(tmp_path / "ours wide", tmp_path / "quantized", dtype="fp8", is_verified=True)
+    assert_same_files(source, tmp_path / "back")
+    assert_same_files(tmp_path / "wide", tmp_path / "wide in strips")
+    assert max(written) == 128 and written.count(2) > 10, "tensors have 130 rows"
+    quantized_again, wide = read_all(tmp_path / "quantized"), read_all(tmp_path / "wide")
+    for name, value in quantized_again.items():
+        if value.dtype == torch.float8_e4m3fn:
+            values, scales = quantize_weight_blocks(wide[name])
+            assert torch.equal(value.view(torch.uint8), values.view(torch.uint8)), name
+            assert torch.equal(quantized_again[name + "_scale_inv"], scales), name
+
+
+def test_workers_compute_alone():
+    """Each of several threads uses one core; afterwards the process, and what it starts, uses as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with single_threaded_workers(2, "worker") as pool:
+            assert list(pool.map(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
