@@ -171,6 +171,9 @@ def _work_lines(rehearsal: Rehearsal, rank: RankResult) -> list[str]:
     if once := made_once(rank):
         lines.append(f"  in the first step alone, {sum(once.values())} waits more:")
         lines += [f"    {count:>6}  {text}  {line}" for (text, line), count in list(once.items())[:_NUM_LINES]]
+    if work.assumed:
+        lines.append("  numbers that the host read and a rehearsal does not know, taken for ones:")
+        lines += [f"    {count:>6}  {text}  {line}" for text, line, count in work.assumed[:_NUM_LINES]]
     lines.append("  kernels, most by " + ", ".join(f"{name} {count}" for name, count
                                                    in list(work.launches.items())[:5]))
     lines.append(f"  groups: {rank.group_calls} calls of new_group, in {rank.groups[0]} of them, "
@@ -234,6 +237,7 @@ def _rank_json(rehearsal: Rehearsal, rank: RankResult) -> Mapping[str, Any]:
         "lines": [{"line": line, "operation": operation, "component": kind, "bytes": size}
                   for line, operation, kind, size in rank.step.lines],
         "waits": _counted(work.waits), "copies": _counted(work.copies), "launches": work.launches,
+        "assumed": _counted(work.assumed),
         "made_once": _counted([(what, line, count) for (what, line), count in made_once(rank).items()]),
         "faults": _counted(rank.faults), "new_group_calls": rank.group_calls, "groups": rank.groups[0],
         "groups_alone": rank.groups[1],

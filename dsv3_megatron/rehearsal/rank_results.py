@@ -64,11 +64,14 @@ class PhaseWork:
         waits: Times that the host waited: what for, line, number.
         copies: Copies that nobody waited for: way, line, number.
         launches: Operations that start a kernel, by name; some start several.
+        assumed: Numbers that the host was given as ones, because a rehearsal does not know them: what read them, line,
+            number of them.
     """
 
     waits: list[tuple[str, str, int]] = field(default_factory=list)
     copies: list[tuple[str, str, int]] = field(default_factory=list)
     launches: dict[str, int] = field(default_factory=dict)
+    assumed: list[tuple[str, str, int]] = field(default_factory=list)
 
 
 @dataclass

@@ -184,9 +184,9 @@ def _memory(peak: Any) -> Memory:
 
 
 def _work(counts: Any) -> PhaseWork:
-    return PhaseWork([(text, line, count) for (text, line), count in counts.waits.most_common()],
-                [(text, line, count) for (text, line), count in counts.copies.most_common()],
-                dict(counts.launches.most_common()))
+    waits, copies, assumed = ([(text, line, count) for (text, line), count in counter.most_common()]
+                              for counter in (counts.waits, counts.copies, counts.assumed))
+    return PhaseWork(waits, copies, dict(counts.launches.most_common()), assumed)
 
 
 def _failure(error: BaseException) -> str:

@@ -65,11 +65,13 @@ class PhaseCounts:
     Attributes:
         waits: Number of times that the host waited for the device, by what for and line.
         copies: Copies between host and device that nobody waits for, by way and line.
+        assumed: Numbers that the host was given without their being known, all ones, by what read them and line.
         launches: Operations that start at least one kernel, by name.
     """
 
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
     copies: Counter[tuple[str, str]] = field(default_factory=Counter)
+    assumed: Counter[tuple[str, str]] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
 
 
@@ -199,9 +201,18 @@ class Watch(TorchDispatchMode):
         """One number for the host."""
         if tensor.device.type == "cuda":
             self.wait("a number is read")
-        value = known(tensor)
+        value = self._values_or_ones(tensor, "a number is read")
         with unset_fake_temporarily():
-            return torch.ones((), dtype=tensor.dtype).item() if value is None else value.item()
+            return value.item()
+
+    def _values_or_ones(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """The values of a tensor on the CPU; ones where they are unknown, which is noted."""
+        value = known(tensor)
+        if value is not None:
+            return value
+        self.now.assumed[what, source_line()] += tensor.numel()
+        with unset_fake_temporarily():
+            return torch.ones(tensor.shape, dtype=tensor.dtype)
 
     def _copy(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Note a copy between host and device; carry it out if its result is real: (whether it was, the result)."""
@@ -229,9 +240,8 @@ class Watch(TorchDispatchMode):
             return True, self._see(func, args, kwargs, out)
         if not is_small(source.shape, source.dtype) and source.numel() > _MAX_READ:
             return False, None
+        value = self._values_or_ones(source, f"a copy {way}")
         with unset_fake_temporarily():
-            value = known(source)
-            value = torch.ones(source.shape, dtype=source.dtype) if value is None else value
             if name == "_to_copy":
                 return True, value.to(kwargs.get("dtype") or source.dtype, copy=True)
             if not isinstance(args[0], FakeTensor):

@@ -69,13 +69,19 @@ def rehearse(flags: list[str]) -> dict[str, Any]:
     """The report of `dsv3 rehearse` with these flags.
 
     Raises:
-        RuntimeError: The command failed.
+        RuntimeError: The command failed, or a rank ended in an error.
     """
     done = subprocess.run([sys.executable, "-m", "dsv3_megatron", "rehearse", *flags, "--json"], capture_output=True,
                           text=True)
     if done.returncode not in (0, EXIT_FOUND):
         raise RuntimeError(done.stderr.strip()[-2000:])
-    return json.loads(done.stdout)
+    report = json.loads(done.stdout)
+    failures = [f"rank {rank['rank']} in {rank['failed_in']}: {rank['failure']}" for rank in report["ranks"]
+                if rank["failure"] is not None]
+    if failures:
+        raise RuntimeError("the rehearsal ended in an error, so its counts are of a part of a step: "
+                           + "; ".join(failures))
+    return report
 
 
 def write(path: Path, setting: str, after: Mapping[str, float], before: Mapping[str, float] | None) -> None:

@@ -74,8 +74,11 @@ def test_unknown_numbers_read_as_one_and_each_read_is_noted(watch: Watch) -> Non
     unknown = torch.empty(3, device=GPU)
     assert float(unknown.sum()) == 1.0 and unknown.cpu().tolist() == [1.0] * 3
     assert sorted(what for what, _ in watch.now.waits) == ["a copy device to host", "a number is read"]
+    assert {what: count for (what, _), count in watch.now.assumed.items()} == {
+        "a copy device to host": 3, "a number is read": 1}
     unknown.to("cpu", non_blocking=True)
     assert watch.now.copies.total() == 1 and watch.now.waits.total() == 2
+    assert torch.zeros(2, device=GPU).cpu().tolist() == [0, 0] and watch.now.assumed.total() == 7
 
 
 def test_a_size_that_nobody_knows_is_an_error(watch: Watch) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
+import subprocess
 from pathlib import Path
 
-from tools.bench.bench_rehearsed_step import quantities, write
+import pytest
+
+from tools.bench.bench_rehearsed_step import quantities, rehearse, write
 
 RANK = {
     "waits": [{"what": "for an event", "line": "model/token_dispatcher.py:107", "count": 96},
@@ -39,3 +43,13 @@ def test_what_was_before_stays(tmp_path: Path) -> None:
     with path.open(newline="", encoding="utf-8") as file:
         rows = [(row["setting"], row["quantity"], row["before"], row["after"]) for row in csv.DictReader(file)]
     assert rows == [("two", "host waits", "", "1"), ("one", "host waits", "10", "8"), ("one", "messages", "3", "2")]
+
+
+def test_a_rehearsal_that_ended_in_an_error_gives_no_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = {"ranks": [{**RANK, "rank": 300, "failed_in": "step", "failure": "ValueError: no"}]}
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(
+        command, 1, json.dumps(report), ""))
+    with pytest.raises(RuntimeError, match="rank 300 in step: ValueError: no"):
+        rehearse([])
+    report["ranks"][0]["failure"] = None
+    assert rehearse([]) == report
