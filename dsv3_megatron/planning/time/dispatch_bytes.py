@@ -8,8 +8,8 @@ With experts on N nodes of L ranks each, d(P) the mean number of P equal parts o
     alltoall     K (1 - 1/N)               K (1/N - 1/(N L))
 
 times: a part of 1/N of what is sent stays on the node, and of what is passed on there 1/L is where it came to. At
-V3's routing and EP64 on 8 nodes, d(8) = 3.63 of at most 4, d(64) = 7.36 and K = 8. The router keeps the groups with the
-best experts, so that its tokens go to a few more: 3.96 nodes (tools/bench/bench_dispatch_bytes.py).
+V3's routing and EP64 on 8 nodes, d(8) = 3.97 of at most 4, d(64) = 7.48 and K = 8. The router keeps the groups with the
+best experts: so a token goes to nearly all that it may go to (were the groups chosen by lot, d(8) would be 3.63).
 
 Source: DeepSeek-V3 report, section 3.2.2.
 """
@@ -21,11 +21,15 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 
+import numpy as np
+
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.ops.row_bytes import GATE_BYTES, gated_bytes
 
 # Bytes of an expert's id, int16.
 ID_BYTES = 2
+# Affinities that are drawn: for 256 experts, of so many tokens that a mean number of destinations is right to 1 in 500.
+_DRAWN_NUMBERS = 1 << 21
 
 
 class Carried(Enum):
@@ -77,7 +81,7 @@ def rows_of_a_token(model: ModelConfig, dispatcher: str, ranks: int) -> float:
 
 
 def destinations(model: ModelConfig, dispatcher: str, num_nodes: int, size: int) -> Destinations:
-    """Expected destinations of a token, where experts are chosen evenly.
+    """Expected destinations of a token, where no expert is preferred.
 
     Args:
         model: The model, which says how experts are chosen.
@@ -114,24 +118,34 @@ def bytes_of_straddling_groups(model: ModelConfig, num_nodes: int, row_bytes: fl
 def expected_destinations(model: ModelConfig, num_parts: int) -> float:
     """Number of the `num_parts` equal parts of the experts that a token goes to on average, its own part among them.
 
-    Experts are chosen evenly among those of the groups that are kept, and groups evenly. Parts are nodes, or ranks.
+    Affinities are even and independent: no expert is preferred. Parts are nodes, or ranks.
 
-    Source: DeepSeek-V3 report, section 2.1.2: a token goes to at most `moe_router_group_topk` groups.
+    Source: DeepSeek-V3 report, section 2.1.2: a token goes to the `moe_router_group_topk` groups with the best sums of
+    their best experts, and in them to its best experts.
     """
     experts, groups, kept, top = (model.num_experts, model.moe_router_num_groups, model.moe_router_group_topk,
                                   model.moe_router_topk)
     if num_parts <= 1:
         return 1.0
-    size, part = experts // groups, experts // num_parts
-    in_reach = size * kept
-    if part <= size:  # within one group, which is kept with probability kept / groups
-        return num_parts * kept / groups * (1 - _none(part, in_reach, top))
-    held = part // size  # groups of a part
-    touched = 0.0
-    for of_part in range(1, min(held, kept) + 1):
-        chance = math.comb(held, of_part) * math.comb(groups - held, kept - of_part) / math.comb(groups, kept)
-        touched += chance * (1 - _none(of_part * size, in_reach, top))
-    return num_parts * touched
+    if groups <= 1 or kept == groups:  # every choice is equally likely: of a part's experts none is drawn, or one is
+        part = experts // num_parts
+        return num_parts * (1 - _none(part, experts, top))
+    part_TK = np.sort(_drawn_choices(experts, groups, kept, top) * num_parts // experts, axis=1)
+    return 1.0 + float(np.mean(np.count_nonzero(np.diff(part_TK, axis=1), axis=1)))
+
+
+@lru_cache(maxsize=16)
+def _drawn_choices(experts: int, groups: int, kept: int, top: int) -> np.ndarray:
+    """ids_TK: experts of tokens whose affinities are sigmoids of independent normal numbers, always the same ones."""
+    tokens = max(256, _DRAWN_NUMBERS // experts)
+    score_TE = 1 / (1 + np.exp(-np.random.default_rng(0).standard_normal((tokens, experts))))
+    score_TGS = score_TE.reshape(tokens, groups, experts // groups)
+    best_TG = np.sort(score_TGS, axis=2)[:, :, -max(1, top // kept):].sum(axis=2)
+    kept_TG = np.argsort(-best_TG, axis=1)[:, :kept]
+    is_kept_TG = np.zeros((tokens, groups), dtype=bool)
+    np.put_along_axis(is_kept_TG, kept_TG, True, axis=1)
+    score_TGS[~is_kept_TG] = -1.0
+    return np.argpartition(-score_TGS.reshape(tokens, experts), top - 1, axis=1)[:, :top]
 
 
 def _none(marked: int, total: int, draws: int) -> float:

@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 
 import pytest
+import torch
 
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import preset
+from dsv3_megatron.model.router import choose_experts
 from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
 from dsv3_megatron.planning.time.dispatch_bytes import Carried, expected_destinations
@@ -27,12 +29,26 @@ def _enumerated(experts: int, groups: int, kept: int, top: int, parts: int) -> f
     return total / number
 
 
-@pytest.mark.parametrize(("groups", "kept", "top"), [(4, 2, 2), (4, 2, 3), (2, 1, 2), (1, 1, 3), (4, 4, 2), (4, 3, 4)])
+@pytest.mark.parametrize(("groups", "kept", "top"), [(1, 1, 3), (1, 1, 2), (4, 4, 2)])
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_destinations_of_a_token_are_those_of_all_choices(groups: int, kept: int, top: int, parts: int) -> None:
     model = dataclasses.replace(preset("tiny").model, num_experts=8, moe_router_num_groups=groups,
                                 moe_router_group_topk=kept, moe_router_topk=top)
     assert expected_destinations(model, parts) == pytest.approx(_enumerated(8, groups, kept, top, parts))
+
+
+@pytest.mark.parametrize(("experts", "groups", "kept", "top"), [
+    (256, 8, 4, 8), (64, 8, 2, 6), (8, 4, 2, 3), (8, 2, 1, 2), (16, 4, 3, 4)])
+def test_destinations_of_tokens_that_keep_the_best_groups_are_those_that_the_router_gives(
+        experts: int, groups: int, kept: int, top: int) -> None:
+    """Other tokens than the planner's, and the run's own router."""
+    model = dataclasses.replace(preset("tiny").model, num_experts=experts, moe_router_num_groups=groups,
+                                moe_router_group_topk=kept, moe_router_topk=top)
+    scores_TE = torch.sigmoid(torch.randn(16384, experts, generator=torch.Generator().manual_seed(5)))
+    ids_TK = choose_experts(scores_TE, torch.zeros(experts), top_k=top, num_groups=groups, group_top_k=kept)
+    for parts in (2, groups, experts // 2, experts):
+        counted = sum(len(set(row)) for row in (ids_TK * parts // experts).tolist()) / len(ids_TK)
+        assert expected_destinations(model, parts) == pytest.approx(counted, rel=0.01)
 
 
 def test_bytes_of_a_token_are_those_of_the_report() -> None:
