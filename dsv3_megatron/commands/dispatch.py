@@ -50,6 +50,7 @@ COMMANDS = (
     Command("simulate", "a pipeline schedule on paper", "nothing was written"),
     Command("draw-schedule", "what the ranks of a run did when", "nothing was written"),
     Command("plot", "a run's measurements as one page", "nothing was written"),
+    Command("doctor", "what is installed and what is missing here", "nothing was changed"),
 )
 
 

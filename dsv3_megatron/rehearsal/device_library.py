@@ -42,6 +42,21 @@ def require_cuda_build(version: str | None) -> None:
                           "the build for CUDA (no GPU is needed), in an environment of its own if this one must stay")
 
 
+def find_compiler() -> str:
+    """Path of the C compiler: CC's, or the first of `COMPILERS` that is there.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    names = [os.environ["CC"]] if os.environ.get("CC") else list(COMPILERS)
+    found = next((path for path in map(shutil.which, names) if path), None)
+    if found is None:
+        raise ConfigError(f"a rehearsal compiles a small C file at its first use, and no C compiler is here (looked "
+                          f"for {', '.join(names)}): install one, such as the package gcc (apt-get install gcc, dnf "
+                          "install gcc)")
+    return found
+
+
 def runtime_library(cache: Path | None = None) -> Path:
     """The compiled library; compiled now if this version of it has not been yet.
 
@@ -56,12 +71,7 @@ def runtime_library(cache: Path | None = None) -> Path:
     library = folder / f"rehearsal-{digest}.so"
     if library.exists():
         return library
-    names = [os.environ["CC"]] if os.environ.get("CC") else list(COMPILERS)
-    compiler = next((path for path in map(shutil.which, names) if path), None)
-    if compiler is None:
-        raise ConfigError(f"a rehearsal compiles a small C file at its first use, and no C compiler is here (looked "
-                          f"for {', '.join(names)}): install one, such as the package gcc (apt-get install gcc, dnf "
-                          "install gcc)")
+    compiler = find_compiler()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Several processes may compile at once: each to a name of its own, which then takes the place.

@@ -2,8 +2,8 @@
 
 DeepSeek-V3's routing, 8 of 256 experts in 4 of 8 groups, on 64 ranks of 8 nodes. Tokens are chosen for by the router's
 own function: from even affinities, and from skewed ones, in which experts are preferred so that the busiest has several
-times the mean load. Each token is walked over its nodes and ranks. Beside it stands what the planner expects, from other
-tokens, of which no expert is preferred:
+times the mean load. Each token is walked over its nodes and ranks. Beside it stands what the planner expects, from
+other tokens, of which no expert is preferred:
 
     network    node: d(8) (1 - 1/8) (7,392 + 48)      alltoall: 8 (1 - 1/8) (7,392 + 16)
     in nodes   node: d(64) (1 - 1/8) (7,392 + 48)     alltoall: 8 (1/8 - 1/64) (7,392 + 16)
