@@ -11,7 +11,8 @@ In reading order:
     attention.py        causal core attention                  attention_choices.py   what computes it; no torch
     softmax.py          softmax in place
     router_scores.py    logits -> affinities                   experts.py        SwiGLU experts over sorted rows
-    routes.py           which rows go where                    row_sums.py       rows copied, and added up
+    row_blocks.py       an expert's rows among all             row_sums.py       rows copied, and added up
+    routes.py           which rows go where
     cross_entropy.py    the head and token losses              head_loss_choices.py   which way; no torch
     chunked_head_loss.py   with torch alone                    fused_head_loss.py     with kernels
     local_scores.py     a vocabulary split over ranks          recompute.py      tensors made again in backward

@@ -1,8 +1,9 @@
-"""SwiGLU experts over rows sorted by expert: up to three products for each expert, no padding, no dropping.
+"""SwiGLU experts over rows sorted by expert: up to three products for each expert, no dropping.
 
 On CPU the "looped" backend runs an ordinary product per expert into one output, with the activation while its operands
-are in cache, everything between the input and the output in fp32. On CUDA in bf16 the "grouped_mm" backend runs all
-experts in one grouped product each (not measured there).
+are in cache, everything between the input and the output in fp32. Narrow products there take some rows more than an
+expert has, so that their shapes repeat (`row_blocks.py`). On CUDA in bf16 the "grouped_mm" backend runs all experts in
+one grouped product each (not measured there).
 
 Shapes: R routed rows, e local experts, H hidden, F expert hidden.
 """
@@ -32,6 +33,7 @@ from dsv3_megatron.ops.linear import (
     multiply_rows,
 )
 from dsv3_megatron.ops.recompute import recomputed, saving
+from dsv3_megatron.ops.row_blocks import RowBlock, row_blocks
 from dsv3_megatron.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 from dsv3_megatron.platform.sending import send_integers
 
@@ -265,10 +267,10 @@ class _LoopedExperts(torch.autograd.Function):
         gates_wide = None if gates is None else gates.to(wide)
         fc1_out = torch.empty((x.shape[0], fc1.shape[1]), dtype=ctx.dtype, device=x.device)
         y = torch.empty((x.shape[0], fc2.shape[1]), dtype=ctx.dtype, device=x.device)
-        for expert, rows in _row_ranges(counts):
-            hidden = torch.mm(rows_x[rows], fc1[expert].to(ctx.dtype).t(), out=fc1_out[rows])
-            active = swiglu_forward(hidden.to(wide), None if gates_wide is None else gates_wide[rows])
-            torch.mm(active.to(ctx.dtype), fc2[expert].to(ctx.dtype).t(), out=y[rows])
+        for block in row_blocks(counts, x.shape[0], x.device, ctx.dtype):
+            hidden = block.multiply(block.of(rows_x), fc1[block.expert].to(ctx.dtype).t(), fc1_out)
+            active = swiglu_forward(hidden.to(wide), None if gates_wide is None else block.of(gates_wide))
+            block.multiply(active.to(ctx.dtype), fc2[block.expert].to(ctx.dtype).t(), y)
         ctx.save_for_backward(x, gates, fc1, fc2, fc1_out)
         ctx.counts, ctx.weights = counts, (fc1, fc2)
         return y.to(x.dtype)
@@ -282,19 +284,19 @@ class _LoopedExperts(torch.autograd.Function):
         grad_x = torch.empty_like(rows_x)
         grad_gates = None if gates_wide is None else torch.zeros_like(gates_wide)
         sink = _WaitingRows(fc1_out) if ctx.defer is not None else _WeightTotals(ctx.weights, ctx.accumulate, dtype)
-        for expert, rows in _row_ranges(ctx.counts):
-            grad_rows = grad_y[rows]
-            grad_active = torch.mm(grad_rows, fc2[expert].to(dtype)).to(wide)
-            row_gates = None if gates_wide is None else gates_wide[rows]
+        for block in row_blocks(ctx.counts, x.shape[0], x.device, dtype):
+            grad_rows = block.of(grad_y)
+            grad_active = torch.mm(grad_rows, fc2[block.expert].to(dtype)).to(wide)
+            row_gates = None if gates_wide is None else block.of(gates_wide)
             grad_hidden, grad_row_gates, active = swiglu_backward(
-                grad_active, fc1_out[rows].to(wide), row_gates, needs_output=True
+                grad_active, block.of(fc1_out).to(wide), row_gates, needs_output=True
             )
             assert active is not None, "asked for"
             if grad_gates is not None and grad_row_gates is not None:
-                grad_gates[rows] = grad_row_gates
-            grad_hidden = grad_hidden.to(dtype)
-            sink.add(expert, rows, grad_rows, active.to(dtype), grad_hidden, rows_x[rows])
-            torch.mm(grad_hidden, fc1[expert].to(dtype), out=grad_x[rows])
+                grad_gates[block.rows] = grad_row_gates[: block.count]
+            grad_hidden, active = block.with_zeros_(grad_hidden.to(dtype)), block.with_zeros_(active.to(dtype))
+            sink.add(block, grad_rows, active, grad_hidden, rows_x)
+            block.multiply(grad_hidden, fc1[block.expert].to(dtype), grad_x)
         grad_weights: tuple[torch.Tensor | None, ...] = (None, None)
         if isinstance(sink, _WeightTotals):
             grad_weights = sink.for_autograd()
@@ -312,10 +314,11 @@ class _WeightTotals:
     def __init__(self, weights: tuple[torch.Tensor, torch.Tensor], accumulate: bool, dtype: torch.dtype) -> None:
         self.fc1, self.fc2 = (_WeightTotal(weight, accumulate, dtype) for weight in weights)
 
-    def add(self, expert: int, _rows: slice, grad_y: torch.Tensor, active: torch.Tensor, grad_hidden: torch.Tensor,
+    def add(self, block: RowBlock, grad_rows: torch.Tensor, active: torch.Tensor, grad_hidden: torch.Tensor,
             x: torch.Tensor) -> None:
-        self.fc2.add(expert, grad_y.t(), active)
-        self.fc1.add(expert, grad_hidden.t(), x)
+        """One block's share; `active` and `grad_hidden` are zero behind its rows, `x` has the rows of all."""
+        self.fc2.add(block.expert, grad_rows.t(), active)
+        self.fc1.add(block.expert, grad_hidden.t(), block.of(x))
 
     def for_autograd(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return self.fc1.for_autograd(), self.fc2.for_autograd()
@@ -328,10 +331,10 @@ class _WaitingRows:
         self.active = fc1_out.new_empty((fc1_out.shape[0], fc1_out.shape[1] // 2))
         self.grad_hidden = torch.empty_like(fc1_out)
 
-    def add(self, _expert: int, rows: slice, _grad_y: torch.Tensor, active: torch.Tensor, grad_hidden: torch.Tensor,
+    def add(self, block: RowBlock, _grad_rows: torch.Tensor, active: torch.Tensor, grad_hidden: torch.Tensor,
             _x: torch.Tensor) -> None:
-        self.active[rows] = active
-        self.grad_hidden[rows] = grad_hidden
+        self.active[block.rows] = active[: block.count]
+        self.grad_hidden[block.rows] = grad_hidden[: block.count]
 
 
 def _add_waiting(
@@ -341,8 +344,8 @@ def _add_waiting(
     dtype = active.dtype
     totals = _WeightTotals(weights, accumulate, dtype)
     grad_y, x = grad_y.to(dtype), x.to(dtype)
-    for expert, rows in _row_ranges(counts):
-        totals.add(expert, rows, grad_y[rows], active[rows], grad_hidden[rows], x[rows])
+    for block in row_blocks(counts, x.shape[0], x.device, dtype):
+        totals.add(block, block.of(grad_y), block.padded(active), block.padded(grad_hidden), x)
     for total in (totals.fc1, totals.fc2):
         add_to_grad(total.weight, total.own)
 
