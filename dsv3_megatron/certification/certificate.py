@@ -60,7 +60,10 @@ def layout_words(parallel: ParallelConfig, world_size: int) -> str:
         if parallel.pipeline_model_parallel_layout:
             inside.append(f"layout {parallel.pipeline_model_parallel_layout}")
         pipeline += f" ({', '.join(inside)})"
-    return (f"{world_size} process{'es' * (world_size > 1)}: {pipeline} x tp {parallel.tensor_model_parallel_size}, ep "
+    split = f"tp {parallel.tensor_model_parallel_size}"
+    if parallel.context_parallel_size > 1:
+        split += f" x cp {parallel.context_parallel_size} ({parallel.cp_comm_type})"
+    return (f"{world_size} process{'es' * (world_size > 1)}: {pipeline} x {split}, ep "
             f"{parallel.expert_model_parallel_size}, etp {parallel.expert_tensor_parallel_size}, dp "
             f"{parallel.data_parallel_size(world_size)}")
 

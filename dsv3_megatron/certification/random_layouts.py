@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from dsv3_megatron.certification.shrunk_run import shrink
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import parse_command
+from dsv3_megatron.config.parallel import CP_COMM_TYPES
 from dsv3_megatron.config.pipeline import RULES, microbatches_multiple, stages_per_rank
 
 _ATTEMPTS = 1000
@@ -24,6 +25,7 @@ class _Split:
 
     world_size: int
     tp: int
+    cp: int
     pp: int
     ep: int
     etp: int
@@ -69,12 +71,13 @@ def _draw_split(generator: random.Random, max_processes: int) -> _Split:
     world_size = pick([size for size in (1, 2, 2, 2, 4, 4, 4, 4, 4, 8) if size <= max_processes])
     while True:
         tp, pp = pick([1, 2, 4] if world_size > 4 else [1, 1, 2]), pick([1, 2, 2, 4, 4])
+        cp = pick([1, 1, 2, 2, 4])
         ep, etp = pick([1, 2, 2, 4]), pick([1, 1, 2])
-        if world_size % (tp * pp) or world_size % (ep * etp * pp):
+        if world_size % (tp * cp * pp) or world_size % (ep * etp * pp):
             continue
         schedule = pick(list(RULES)) if pp > 1 else "1f1b"
         virtual = pick([2, 2, 3]) if schedule == "interleaved" else 1
-        return _Split(world_size, tp, pp, ep, etp, schedule, virtual)
+        return _Split(world_size, tp, cp, pp, ep, etp, schedule, virtual)
 
 
 def _draw_flags(generator: random.Random, split: _Split) -> list[str]:
@@ -84,6 +87,8 @@ def _draw_flags(generator: random.Random, split: _Split) -> list[str]:
     words: dict[str, str] = {
         "preset": "tiny", "tensor-model-parallel-size": str(split.tp), "pipeline-model-parallel-size": str(pp),
         "expert-model-parallel-size": str(split.ep), "expert-tensor-parallel-size": str(split.etp)}
+    if split.cp > 1:
+        words |= {"context-parallel-size": str(split.cp), "cp-comm-type": pick(["p2p", "p2p", *CP_COMM_TYPES])}
     switches: list[str] = []
     modules = pick([0, 1, 1, 2])
     if pp > 1:
@@ -101,7 +106,7 @@ def _draw_flags(generator: random.Random, split: _Split) -> list[str]:
     micro_batch_size = pick([1, 1, 2])
     # Fewer than fill the pipeline, and more.
     count = microbatches_multiple(schedule, pp) * pick([1, 2, 3, 4])
-    replicas = split.world_size // (split.tp * pp)
+    replicas = split.world_size // (split.tp * split.cp * pp)
     words |= {"micro-batch-size": str(micro_batch_size),
               "global-batch-size": str(count * micro_batch_size * replicas)}
     recomputed = pick(["", "", "selective", "modules", "full"])

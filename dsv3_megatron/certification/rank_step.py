@@ -33,6 +33,7 @@ class RankPlace:
         tensor: Position among the ranks that share its layers.
         expert: Position among the ranks that share its experts.
         data: Position among the replicas of its layers.
+        context: Position among the ranks that share its sequences.
     """
 
     rank: int
@@ -40,10 +41,12 @@ class RankPlace:
     tensor: int
     expert: int
     data: int
+    context: int = 0
 
     def __str__(self) -> str:
+        context = f", context {self.context}" if self.context else ""
         return (f"rank {self.rank} (pipeline {self.pipeline}, tensor {self.tensor}, expert {self.expert}, "
-                f"data {self.data})")
+                f"data {self.data}{context})")
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ def take_step(trainer: Trainer, hooks: StepHooks | None = None) -> RankStep:
 def place_of(trainer: Trainer) -> RankPlace:
     """Place of the trainer's process in the layout."""
     groups = trainer.groups
-    return RankPlace(trainer.rank, groups.pp.rank(), groups.tp.rank(), groups.ep.rank(), groups.dp.rank())
+    return RankPlace(trainer.rank, groups.pp.rank(), groups.tp.rank(), groups.ep.rank(), groups.dp.rank(),
+                     groups.cp.rank())
 
 
 def parameter_values(trainer: Trainer) -> list[WholeParameter]:

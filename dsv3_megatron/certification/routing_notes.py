@@ -142,8 +142,8 @@ class RoutingWatch:
         # gradients; where a layer is computed again in backward, the second time has them.
         self._samples: dict[Any, list[list[int]]] = {}
         self._seen: dict[tuple[Any, bool], int] = {}
-        # Where the choice for the balance loss belongs: the last call of its router.
-        self._last: dict[Any, tuple[list[int], int]] = {}
+        # Where the choice for the balance loss belongs: samples and positions of the last call of its router.
+        self._last: dict[Any, tuple[list[int], list[int]]] = {}
 
     def begin(self, pass_name: str) -> None:
         """Another pass over data begins: a step, or a validation."""
@@ -190,7 +190,10 @@ class RoutingWatch:
         self._seen[router, torch.is_grad_enabled()] = number + 1
         samples = self._samples[router][number]
         length = len(scores_TE) // len(samples)
-        self._last[router] = samples, router.tp_group.rank() * length if router.config.sequence_parallel else 0
+        tensor_rank, tensor_ranks = ((router.tp_group.rank(), router.tp_group.size())
+                                     if router.config.sequence_parallel else (0, 1))
+        positions = router.parts.positions(length * tensor_ranks * router.parts.size).tolist()
+        self._last[router] = samples, positions[tensor_rank * length : (tensor_rank + 1) * length]
         config, options = router.config, router.options
         assert options.group_mask == "exclude", "margins are those of groups that are kept out"
         kept = config.moe_router_group_topk or 1
@@ -209,7 +212,7 @@ class RoutingWatch:
     def _note(self, router: Any, what: str, kind: ChoiceKind, bias_E: torch.Tensor, scores_SBE: torch.Tensor,
               ids_SBK: torch.Tensor) -> torch.Tensor:
         """The choices to take."""
-        samples, start = self._last[router]
+        samples, positions = self._last[router]
         depth = "MTP " if router.is_mtp_layer else ""
         key = self._pass, f"{what} of {depth}layer {router.layer_number}"
         noted = self.notes.setdefault(key, Choices(kind, bias_E.float().cpu().clone()))
@@ -217,7 +220,7 @@ class RoutingWatch:
         taken_SBK = ids_SBK.clone()
         for row, sample in enumerate(samples):
             for index in range(len(ids_SBK)):
-                place, scores_E, ids_K = (sample, start + index), scores_SBE[index, row], ids_SBK[index, row]
+                place, scores_E, ids_K = (sample, positions[index]), scores_SBE[index, row], ids_SBK[index, row]
                 noted.scores[place], noted.ids[place] = scores_E.detach().float().cpu().clone(), ids_K.cpu().clone()
                 # The order among equals is the router's own where the experts are.
                 if given is not None and place in given.ids and set(ids_K.tolist()) != set(given.ids[place].tolist()):

@@ -76,7 +76,7 @@ def shrink(run: RunConfig, world_size: int, max_processes: int) -> ShrunkRun:
     micro_batch_size = min(run.training.micro_batch_size, 2)
     learning_rate, adam_eps = (FP8_LEARNING_RATE, FP8_ADAM_EPS) if run.fp8.is_enabled else (LEARNING_RATE, ADAM_EPS)
     changes: dict[str, Any] = {
-        "seq_length": _multiple(SEQ_LENGTH, parallel.tensor_model_parallel_size), "micro_batch_size": micro_batch_size,
+        "seq_length": _sequence_length(parallel), "micro_batch_size": micro_batch_size,
         "train_iters": NUM_STEPS, "lr": learning_rate, "min_lr": learning_rate, "lr_decay_iters": None,
         "clip_grad": CLIP_GRAD if run.training.clip_grad else 0.0, "adam_eps": adam_eps, "ema_decay": 0.0,
         "eval_ema": False, "exp_avg_dtype": "fp32", "exp_avg_sq_dtype": "fp32", "moment_rounding": "stochastic",
@@ -114,6 +114,7 @@ def _fewer_ranks(parallel: ParallelConfig, world_size: int, most: int) -> tuple[
 
     then("expert_model_parallel_size", 2)
     then("pipeline_model_parallel_size", _PIPELINE_OF_ALL_KINDS)
+    then("context_parallel_size", 2)
     then("tensor_model_parallel_size", 2)
     then("expert_tensor_parallel_size", 2)
     smaller.append((smaller[-1][0], has_replicas, False))
@@ -151,6 +152,8 @@ def _told(parallel: ParallelConfig, world_size: int, small: ParallelConfig, size
         ("pipeline ranks", parallel.pipeline_model_parallel_size, small.pipeline_model_parallel_size,
          "the order of a longer pipeline is not proved" if small.pipeline_model_parallel_size > 2
          else "middle ranks are not proved", ""),
+        ("context parallelism", parallel.context_parallel_size, small.context_parallel_size,
+         "blocks that are passed on more than once are not proved", ""),
         ("tensor parallelism", parallel.tensor_model_parallel_size, small.tensor_model_parallel_size,
          "finer cuts are not proved", ""),
         ("expert-tensor parallelism", parallel.expert_tensor_parallel_size, small.expert_tensor_parallel_size,
@@ -168,6 +171,11 @@ def _told(parallel: ParallelConfig, world_size: int, small: ParallelConfig, size
 def _multiple(wanted: int, of: int) -> int:
     """The smallest multiple of a number that is at least `wanted`."""
     return -(-wanted // of) * of
+
+
+def _sequence_length(parallel: ParallelConfig) -> int:
+    """A short sequence that the layout can split, into chunks of about a document's length."""
+    return _multiple(max(SEQ_LENGTH, 8 * parallel.context_parallel_size), parallel.sequence_multiple)
 
 
 def _smaller_model(run: RunConfig, parallel: ParallelConfig) -> tuple[ModelConfig, ParallelConfig, list[str]]:
@@ -210,16 +218,18 @@ def _kept_stages(stages: list[StageLayout], num_stages: int, num_modules: int) -
 
 def _widths(run: RunConfig, parallel: ParallelConfig) -> dict[str, Any]:
     tp, etp = parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size
+    cp = parallel.context_parallel_size
     widths: dict[str, Any] = {
         "hidden_size": _HIDDEN, "kv_lora_rank": 12, "q_lora_rank": None if run.model.q_lora_rank is None else 20,
         "vocab_size": _multiple(_VOCAB, tp), "num_shared_experts": min(run.model.num_shared_experts, 2),
         "init_method_std": 0.05}
     if run.fp8.is_enabled and max(tp, etp) > 1:
         return widths | {
-            "num_attention_heads": 4 * tp, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
+            "num_attention_heads": 4 * tp * cp, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
             "ffn_hidden_size": _FP8_BLOCK * tp, "moe_ffn_hidden_size": _FP8_BLOCK * math.lcm(tp, etp)}
     return widths | {
-        "num_attention_heads": _multiple(_HEADS, tp), "qk_nope_head_dim": 10, "qk_rope_head_dim": 8, "v_head_dim": 6,
+        "num_attention_heads": _multiple(_HEADS, tp * cp), "qk_nope_head_dim": 10, "qk_rope_head_dim": 8,
+        "v_head_dim": 6,
         "ffn_hidden_size": _multiple(_FFN, tp), "moe_ffn_hidden_size": _multiple(_EXPERT_FFN, math.lcm(tp, etp))}
 
 

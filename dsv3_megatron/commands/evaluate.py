@@ -27,7 +27,7 @@ from dsv3_megatron.config.load import Parser, add_section, given_fields
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import nearest_microbatches
-from dsv3_megatron.config.run import RunConfig, require_document_attention
+from dsv3_megatron.config.run import RunConfig, require_context_parallel, require_document_attention
 from dsv3_megatron.config.training import PRECISIONS, TRANSFORMER_IMPLS, TrainingConfig
 from dsv3_megatron.data.blend import without_suffix
 from dsv3_megatron.data.document_ends import named_eod_id, resolve_eod_id
@@ -150,14 +150,15 @@ def check_request(request: EvaluationRequest, world_size: int) -> _CheckedReques
     data, eod_id, documents = _open_documents(request, checkpoint)
     documents += _other_form(request, checkpoint)
     require_document_attention(data, request.transformer_impl)
+    require_context_parallel(ParallelConfig(**request.parallel), request.transformer_impl)
     if request.logprobs is not None:
         require_output_file("logprobs", request.logprobs)
         if Path(request.logprobs).exists():
             raise ConfigError(f"logprobs={request.logprobs} exists; remove it, or give another name")
     parallel = ParallelConfig(**request.parallel)
-    # Sequence parallelism cuts a sequence into equal parts; what is added at its end changes nothing before it.
-    tensor_ranks = max(1, parallel.tensor_model_parallel_size)
-    padded_length = math.ceil(length / tensor_ranks) * tensor_ranks
+    # Ranks have equal parts of a sequence; what is added at its end changes nothing before it.
+    unit = parallel.sequence_multiple
+    padded_length = math.ceil(length / unit) * unit
     parallel.validate(checkpoint.model, padded_length)
     parallel.validate_world_size(world_size)
     # No more rows in a pass than a replica has: what is beyond the last row would be padding.

@@ -181,7 +181,8 @@ BY_NAME = {flag.name: flag for flag in FLAGS}
 
 # Flags that both have, with one name and one meaning.
 SAME_NAME: tuple[str, ...] = tuple((
-    "--adam-beta1 --adam-beta2 --adam-eps --attention-backend --clip-grad --context-parallel-size --data-cache-path "
+    "--adam-beta1 --adam-beta2 --adam-eps --attention-backend --clip-grad --context-parallel-size "
+    "--cp-comm-type --data-cache-path "
     "--data-path --eod-mask-loss --eval-interval --eval-iters --exit-on-missing-checkpoint --exp-avg-dtype "
     "--exp-avg-sq-dtype --expert-model-parallel-size --expert-tensor-parallel-size --ffn-hidden-size "
     "--global-batch-size --hidden-size --init-method-std --kv-lora-rank --load --log-interval --lr "
@@ -207,7 +208,8 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
     ("--num-virtual-stages-per-pipeline-rank", "given beside --pipeline-model-parallel-layout, not taken from it"),
     ("--split", "99,1,0 by default"),
     ("--exp-avg-dtype, --exp-avg-sq-dtype", "fp32 or bf16"),
-    ("--context-parallel-size", "1"),
+    ("--cp-comm-type", "p2p, all_gather or a2a, the same in all layers; p2p and all_gather pass latents, not keys and "
+     "values"),
 )
 
 # Settings of Megatron-Bridge's recipes that Megatron-LM has no flag of the same name for.

@@ -25,6 +25,7 @@ from dsv3_megatron.config.pipeline import (
     stages_problem,
 )
 
+CP_COMM_TYPES = ("p2p", "all_gather", "a2a")
 # Of 132, which the DeepSeek-V3 report leaves to communication (section 3.2.2).
 COMMUNICATION_SMS = 20
 # NCCL has no more channels.
@@ -51,7 +52,12 @@ class ParallelConfig:
                    "the loss apart from the MTP modules; none: balanced")
     expert_model_parallel_size: int = option(1, help="ranks the experts of a layer are spread over")
     expert_tensor_parallel_size: int = option(1, help="ranks each expert is split over")
-    context_parallel_size: int = option(1, help="ranks a sequence is split over; only 1 is supported")
+    context_parallel_size: int = option(
+        1, help="ranks a sequence is split over, each with an early and a late part of it")
+    cp_comm_type: str = option(
+        "p2p", choices=CP_COMM_TYPES,
+        help="what ranks that share a sequence pass each other to attend. p2p: latents, block after block in a ring; "
+             "all_gather: all latents at once; a2a: expanded keys, values and queries, heads against tokens")
     moe_token_dispatcher_type: str = option(
         "auto", choices=DISPATCHERS,
         help="how tokens get to their experts. node: over the network once for each node, and on to each rank there; "
@@ -63,7 +69,7 @@ class ParallelConfig:
         None, help="ranks of a node, for the dispatcher node; none: as many as the launcher started on this one")
     num_communication_sms: int | None = option(
         None, help="multiprocessors of a GPU that NCCL uses at most and that persistent kernels leave to it; 0: no "
-                   f"limit; none: {COMMUNICATION_SMS} with expert or pipeline parallelism, else 0")
+                   f"limit; none: {COMMUNICATION_SMS} with expert, pipeline or context parallelism, else 0")
 
     @property
     def communication_sms(self) -> int:
@@ -78,13 +84,22 @@ class ParallelConfig:
 
     @property
     def has_messages_beside_computation(self) -> bool:
-        """Whether tokens or activations go between ranks."""
-        return self.expert_model_parallel_size > 1 or self.pipeline_model_parallel_size > 1
+        """Whether tokens, activations or latents go between ranks."""
+        return max(self.expert_model_parallel_size, self.pipeline_model_parallel_size, self.context_parallel_size) > 1
 
     @property
     def sequence_parallel(self) -> bool:
         """Whether activations between the tensor-parallel regions are split along the sequence."""
         return self.tensor_model_parallel_size > 1
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of a sequence must be a multiple of, so that each rank has equal parts of it.
+
+        A sequence that is split has two chunks for each rank, and a rank's part is cut again by tensor parallelism.
+        """
+        tp, cp = max(1, self.tensor_model_parallel_size), max(1, self.context_parallel_size)
+        return tp if cp == 1 else math.lcm(2 * cp, tp * cp)
 
     @property
     def schedule(self) -> str:
@@ -149,6 +164,26 @@ class ParallelConfig:
         return world_size // (self.expert_tensor_parallel_size * self.expert_model_parallel_size
                               * self.pipeline_model_parallel_size)
 
+    def replicas_of_weights(self, world_size: int) -> int:
+        """Ranks that hold the same attention weights among `world_size` processes, and add up their gradients.
+
+        Each replica has them once for each rank that a sequence is split over, and dualpipe twice as often.
+        """
+        return self.data_parallel_size(world_size) * self.context_parallel_size * self.num_model_copies
+
+    def require_whole_sequences(self, what: str) -> None:
+        """Refuse a layout that splits sequences, where something does not know it yet.
+
+        Args:
+            what: The thing, for the message.
+
+        Raises:
+            ConfigError: the layout splits sequences.
+        """
+        if self.context_parallel_size > 1:
+            raise ConfigError(f"context_parallel_size={self.context_parallel_size}: {what} does not know split "
+                              "sequences yet; leave context_parallel_size at 1 for it")
+
     def validate(self, model: ModelConfig, seq_length: int) -> None:
         """Check the rules between the layout and the model.
 
@@ -163,12 +198,6 @@ class ParallelConfig:
         if self.num_communication_sms is not None and not 0 <= self.num_communication_sms <= _MOST_SMS:
             raise ConfigError(f"num_communication_sms={self.num_communication_sms} must be 0 to {_MOST_SMS}, the most "
                               "that NCCL uses; leave it out, or try 20")
-        if self.context_parallel_size > 1:
-            raise ConfigError(
-                f"context_parallel_size={self.context_parallel_size} is not supported: a sequence stays whole. "
-                "Supported are tensor (with sequence), pipeline, expert, expert-tensor and data parallelism; "
-                "leave context_parallel_size at 1"
-            )
         tp, etp, ep = (self.tensor_model_parallel_size, self.expert_tensor_parallel_size,
                        self.expert_model_parallel_size)
         shared_width = model.num_shared_experts * model.moe_ffn_hidden_size
@@ -178,6 +207,7 @@ class ParallelConfig:
             ("seq_length", seq_length)])
         _must_divide("expert_model_parallel_size", ep, [("num_experts", model.num_experts)])
         _must_divide("expert_tensor_parallel_size", etp, [("moe_ffn_hidden_size", model.moe_ffn_hidden_size)])
+        self._validate_context(model, seq_length)
         self._validate_dispatch()
         self._validate_schedule(model)
         # In a layout of its own the first and the last stage may do without transformer layers, and that of the MTP
@@ -191,6 +221,27 @@ class ParallelConfig:
                 + (f" with embedding{', MTP modules' * (ends > 2)} and loss in stages of their own"
                    if most > model.num_layers else "")
             )
+
+    def _validate_context(self, model: ModelConfig, seq_length: int) -> None:
+        """The rules of a split sequence."""
+        if self.cp_comm_type not in CP_COMM_TYPES:
+            raise ConfigError(f"cp_comm_type={self.cp_comm_type!r} must be one of {', '.join(CP_COMM_TYPES)}")
+        tp, cp = self.tensor_model_parallel_size, self.context_parallel_size
+        if cp == 1:
+            return
+        unit = self.sequence_multiple
+        if seq_length % unit:
+            below = seq_length // unit * unit
+            ways = " or ".join(str(length) for length in (below, below + unit) if length)
+            raise ConfigError(
+                f"seq_length={seq_length} must be a multiple of {unit}: context_parallel_size={cp} cuts a sequence "
+                f"into {2 * cp} equal parts, two for each rank, and tensor_model_parallel_size={tp} cuts those of a "
+                f"rank again; try seq_length={ways}")
+        heads = model.num_attention_heads // tp
+        if self.cp_comm_type == "a2a" and heads % cp:
+            raise ConfigError(
+                f"context_parallel_size={cp} must divide num_attention_heads / tensor_model_parallel_size = {heads} "
+                f"with cp_comm_type=a2a, which divides heads; try {divisors(heads, near=cp)}, or cp_comm_type=p2p")
 
     def _validate_dispatch(self) -> None:
         for name, allowed in (("moe_token_dispatcher_type", DISPATCHERS),

@@ -92,6 +92,7 @@ class RunConfig:
                 self._validate_ramp(phase, size)
         self.fp8.validate(self.model, self.parallel, self.training.transformer_impl)
         require_document_attention(self.data, self.training.transformer_impl)
+        require_context_parallel(self.parallel, self.training.transformer_impl)
         require_recompute(self.training, self.model)
         if self.training.transformer_impl == "transformer_engine":
             require_engine_epsilon(self.model)
@@ -192,6 +193,18 @@ def require_document_attention(data: DataConfig, transformer_impl: str) -> None:
         raise ConfigError(
             f"{flags} cannot go with transformer_impl=transformer_engine, whose attention knows one document a "
             "sequence; set transformer_impl=local")
+
+
+def require_context_parallel(parallel: ParallelConfig, transformer_impl: str) -> None:
+    """Check that the modules a run asks for can compute with a part of a sequence where the layout splits it.
+
+    Raises:
+        ConfigError: Transformer Engine's attention is to do so.
+    """
+    if parallel.context_parallel_size > 1 and transformer_impl == "transformer_engine":
+        raise ConfigError(
+            f"context_parallel_size={parallel.context_parallel_size} cannot go with transformer_impl="
+            "transformer_engine, whose attention is not given latents; set transformer_impl=local")
 
 
 def section_of(name: str) -> str:

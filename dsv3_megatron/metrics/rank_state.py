@@ -151,7 +151,7 @@ class _Numels:
 def _rank_numels(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> tuple[_Numels, ...]:
     """Elements by pipeline rank; owned are those of the data-parallel rank that owns most."""
     stages = stages_of(model, parallel)
-    data_parallel = parallel.data_parallel_size(world_size) * parallel.num_model_copies
+    data_parallel = parallel.replicas_of_weights(world_size)
     expert_data_parallel = parallel.expert_data_parallel_size(world_size) * parallel.num_model_copies
     has_experts_apart = has_expert_buffers(parallel)
     ranks = []

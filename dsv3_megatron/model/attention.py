@@ -5,13 +5,17 @@ key and value widths). This one holds the same weights under the same names. The
 the norms of the latents are whole on every tensor-parallel rank and work on the rank's part of the
 sequence; the up-projections gather the sequence and split the heads.
 
+Where context-parallel ranks share a sequence, S is this rank's part of it, of which tensor-parallel ranks have parts
+again, and core attention gets to the tokens of other ranks as `cp_comm_type` says. Positions and document bounds are of
+the whole sequence.
+
 Shapes: S sequence (s its local part under sequence parallelism), B micro-batch, H hidden, N local heads,
 D head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +31,15 @@ from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParall
 from dsv3_megatron.model.norm import RMSNorm
 from dsv3_megatron.model.packed_documents import PackedDocuments
 from dsv3_megatron.model.rotary import RotaryTables, softmax_scale
+from dsv3_megatron.model.stage.weight_gradients import weight_grads_at_once
 from dsv3_megatron.ops.attention import attention_case, causal_attention
 from dsv3_megatron.ops.attention_choices import choose_attention
 from dsv3_megatron.ops.backend import log_choice
 from dsv3_megatron.ops.recompute import recomputed
 from dsv3_megatron.ops.rope import apply_rope
+from dsv3_megatron.parallel.head_exchange import heads_for_tokens, tokens_for_heads
+from dsv3_megatron.parallel.latent_ring import RingAttention
+from dsv3_megatron.parallel.sequence_parts import SequenceParts
 
 
 @dataclass
@@ -94,7 +102,8 @@ class LocalMLASelfAttention(MegatronModule):
         assert pg_collection is not None, "process groups are passed, never global"
         assert attn_mask_type == AttnMaskType.causal, "only causal attention is supported"
         self.layer_number = layer_number
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        self.parts, self.cp_comm_type = SequenceParts.of(pg_collection), cp_comm_type or "p2p"
         self.num_local_heads = config.num_attention_heads // self.tp_group.size()
         self.softmax_scale = softmax_scale(config)
         self.rotary = RotaryTables(config)
@@ -133,11 +142,35 @@ class LocalMLASelfAttention(MegatronModule):
         """
         documents = packed_seq_params or PackedDocuments()
         assert isinstance(documents, PackedDocuments), "Megatron-Core's own packed format is not supported"
-        query_SBND, key_SBND, value_SBND = self.query_key_value(hidden_states, documents.position_ids_BS)
-        context_SBND = causal_attention(query_SBND, key_SBND, value_SBND, softmax_scale=self.softmax_scale,
-                                        document_bounds=documents.bounds, backend=self.attention_backend)
+        sources = *self.compress(hidden_states), *self._tables(hidden_states, documents.position_ids_BS)
+        if self.parts.size == 1:
+            context_SBND = self._attend_to_whole(self._from(self._decompress, *sources), documents)
+        elif self.cp_comm_type == "a2a":
+            part_of_heads = self._attend_to_whole(self._from(self._decompress_whole, *sources), documents)
+            context_SBND = tokens_for_heads(part_of_heads, self.parts, self.cp_group)
+        else:
+            ring = RingAttention(self._expand_passed, self.config.v_head_dim, self.softmax_scale, self.parts,
+                                 self.cp_group, documents.bounds, gathers=self.cp_comm_type == "all_gather")
+            context_SBND = ring(*self._from(self._project_to_pass, *sources))
         output_sBH, _bias = self.linear_proj(context_SBND.flatten(2))
         return output_sBH, None
+
+    def _attend_to_whole(self, queries_keys_values: tuple[torch.Tensor, ...], documents: PackedDocuments
+                         ) -> torch.Tensor:
+        query_SBND, key_SBND, value_SBND = queries_keys_values
+        return causal_attention(query_SBND, key_SBND, value_SBND, softmax_scale=self.softmax_scale,
+                                document_bounds=documents.bounds, backend=self.attention_backend)
+
+    def _tables(self, x_sBH: torch.Tensor, position_ids_BS: torch.Tensor | None
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of this rank's part of the sequence."""
+        tensor_ranks = self.tp_group.size() if self.config.sequence_parallel else 1
+        tables = self.rotary(x_sBH.shape[0] * tensor_ranks * self.parts.size, x_sBH, position_ids_BS)
+        return self.parts.take(tables[0], 0), self.parts.take(tables[1], 0)
+
+    def _from(self, function: Callable[..., Any], *sources: torch.Tensor) -> Any:
+        """Call a function on what core attention is made of, again in backward where that is not kept."""
+        return recomputed(function, *sources) if self.is_recomputed else function(*sources)
 
     def query_key_value(self, x_sBH: torch.Tensor, position_ids_BS: torch.Tensor | None = None
                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -145,16 +178,32 @@ class LocalMLASelfAttention(MegatronModule):
 
         `position_ids_BS` are of the whole sequence, also under sequence parallelism; None is 0 .. S - 1.
         """
-        length = x_sBH.shape[0] * (self.tp_group.size() if self.config.sequence_parallel else 1)
-        tables = self.rotary(length, x_sBH, position_ids_BS)
-        compressed = self.compress(x_sBH)
-        return recomputed(self._decompress, *compressed, *tables) if self.is_recomputed else self._decompress(
-            *compressed, *tables)
+        queries_keys_values: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self._from(
+            self._decompress, *self.compress(x_sBH), *self._tables(x_sBH, position_ids_BS))
+        return queries_keys_values
 
     def _decompress(self, query_source: torch.Tensor, key_value_source: torch.Tensor, cos_SP: torch.Tensor,
                     sin_SP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, latent, shared_key = self._project(query_source, key_value_source, cos_SP, sin_SP)
         return query, *self.expand(latent, shared_key)
+
+    def _decompress_whole(self, *sources: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of the whole sequence, of a part of this rank's heads."""
+        return tuple(heads_for_tokens(tensor, self.parts, self.cp_group) for tensor in self._decompress(*sources))
+
+    def _project_to_pass(self, *sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries, and latents [s, B, kv_lora_rank + rope] with the shared key behind: what ranks pass each other."""
+        query, latent, shared_key = self._project(*sources)
+        return query, torch.cat([latent, shared_key], dim=-1)
+
+    def _expand_passed(self, passed_sBW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of what a rank has passed.
+
+        Weight gradients do not wait here: what they need is of one block, and would be kept of every block.
+        """
+        widths = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
+        with weight_grads_at_once():
+            return self.expand(*passed_sBW.split(widths, dim=-1))
 
     def project(self, x_sBH: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor
                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -168,7 +217,7 @@ class LocalMLASelfAttention(MegatronModule):
         Returns:
             query_SBND: [S, B, N, nope + rope], rotated.
             latent_sBC: Normed key/value latents [s, B, kv_lora_rank].
-            shared_key_SBR: The rotated part of the key [S, B, rope], one for all heads.
+            shared_key_sBR: The rotated part of the key [s, B, rope], one for all heads.
 
         Source: DeepSeek-V3 report, eq. 1, 3, 6-9.
         """
@@ -191,16 +240,20 @@ class LocalMLASelfAttention(MegatronModule):
         else:
             query, _ = self.linear_q_up_proj(self.q_layernorm(query_source))
         latent, shared_key = key_value_source.split([config.kv_lora_rank, rope], dim=-1)
+        own = slice(None)
         if config.sequence_parallel:
-            shared_key = gather_from_sequence_parallel_region(shared_key, group=self.tp_group)
+            start = self.tp_group.rank() * len(latent)
+            own = slice(start, start + len(latent))
         # The rotary part is the last of a query's width.
         query = apply_rope(query.view(*query.shape[:2], heads, config.qk_head_dim + rope), cos_SP, sin_SP)
-        return query, self.kv_layernorm(latent), apply_rope(shared_key, cos_SP, sin_SP)
+        return query, self.kv_layernorm(latent), apply_rope(shared_key, cos_SP[own], sin_SP[own])
 
-    def expand(self, latent_sBC: torch.Tensor, shared_key_SBR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def expand(self, latent_sBC: torch.Tensor, shared_key_sBR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [S, B, N, nope + rope] and values [S, B, N, v] out of what `project` returns (eq. 2, 4, 5)."""
         config, heads = self.config, self.num_local_heads
         nope, width = config.qk_head_dim, config.v_head_dim
         key_value, _ = self.linear_kv_up_proj(latent_sBC)
+        if config.sequence_parallel:
+            shared_key_sBR = gather_from_sequence_parallel_region(shared_key_sBR, group=self.tp_group)
         key_nope, value = key_value.view(*key_value.shape[:2], heads, nope + width).split([nope, width], dim=-1)
-        return torch.cat([key_nope, shared_key_SBR.unsqueeze(2).expand(-1, -1, heads, -1)], dim=-1), value
+        return torch.cat([key_nope, shared_key_sBR.unsqueeze(2).expand(-1, -1, heads, -1)], dim=-1), value

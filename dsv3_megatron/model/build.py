@@ -45,7 +45,8 @@ def build_stages(
     layouts = stage_layouts(run.model, run.parallel)
     mine = [layouts[place.stage] for place in placement(run.parallel)[groups.pp.rank()]]
     transformer_impl = resolve_transformer_impl(run.training.transformer_impl,
-                                                has_documents=run.data.has_document_attention)
+                                                has_documents=run.data.has_document_attention,
+                                                splits_sequences=run.parallel.context_parallel_size > 1)
     config = mcore_config(run, precision, transformer_impl=transformer_impl)
     if transformer_impl == "transformer_engine":
         require_engine_epsilon(run.model)

@@ -3,12 +3,16 @@
 Megatron-Core's GPTModel, with a head that returns the main and the MTP losses per token and apart,
 instead of attaching the MTP loss to the main one behind the caller's back.
 
+Token ids and labels are of whole sequences. Where ranks share a sequence, hidden states and losses are of this rank's
+part of it, its length S then: the embedding takes the part of the ids, and the losses take that of the labels.
+
 Shapes: S sequence, B micro-batch, H hidden, V vocabulary (v its part on this tensor-parallel rank).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +24,11 @@ from dsv3_megatron.model.packed_documents import PackedDocuments
 from dsv3_megatron.model.stage.weight_gradients import weight_grad_deferral
 from dsv3_megatron.ops.cross_entropy import linear_cross_entropy
 from dsv3_megatron.parallel.groups import as_pipeline_rank
+from dsv3_megatron.parallel.sequence_parts import SequenceParts
 
 
 class TokenLosses(NamedTuple):
-    """Losses of each position in nats, fp32.
+    """Losses of each position of this rank's part of the sequences, in nats, fp32.
 
     Attributes:
         main_BS: -log p of the next token.
@@ -36,7 +41,7 @@ class TokenLosses(NamedTuple):
 
 
 class MTPTargets(NamedTuple):
-    """What an MTP module of one depth predicts.
+    """What an MTP module of one depth predicts, in whole sequences.
 
     Attributes:
         labels_BS: The token at each position.
@@ -55,6 +60,12 @@ class DeepSeekV3Model(GPTModel):
     """
 
     agreement: HeadAgreement | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.parts = SequenceParts.of(self.pg_collection)
+        if "embedding" in self._modules:
+            self.embedding.register_forward_pre_hook(partial(_embed_part, self.parts), with_kwargs=True)
 
     @property
     def num_hidden_inputs(self) -> int:
@@ -136,15 +147,18 @@ class DeepSeekV3Model(GPTModel):
     def observe_heads(self, depth: int, main_SBH: torch.Tensor, hidden_SBH: torch.Tensor, targets: MTPTargets) -> None:
         """Show what the main head and an MTP module of this depth predict from to `agreement`, if it is set."""
         if self.agreement is not None and self.training:
-            self.agreement.observe(depth, self.output_layer.weight, main_SBH, hidden_SBH, targets.is_there)
+            # The main head's token for the same place is `depth` further on, and may be another rank's.
+            reaches_S = self.parts.reaches(depth, targets.is_there.shape[-1], hidden_SBH.device)
+            self.agreement.observe(depth, self.output_layer.weight, main_SBH, hidden_SBH,
+                                   self.parts.take(targets.is_there, -1) & reaches_S)
 
     def mtp_losses(self, hidden_SBH: torch.Tensor, targets: MTPTargets) -> torch.Tensor:
         """Losses of an MTP module's output, [B, S], 0 where there is no target."""
-        return self.token_losses(hidden_SBH, targets.labels_BS) * targets.is_there
+        return self.token_losses(hidden_SBH, targets.labels_BS) * self.parts.take(targets.is_there, -1)
 
     def token_losses(self, hidden_SBH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        """-log softmax(head(h))[label] of each position, fp32 [B, S], in nats."""
-        labels_SB, tp_group = labels_BS.transpose(0, 1).contiguous(), self.pg_collection.tp
+        """-log softmax(head(h))[label] of each position, fp32 [B, S], in nats; the labels are of whole sequences."""
+        labels_SB, tp_group = self.parts.take(labels_BS, 1).transpose(0, 1).contiguous(), self.pg_collection.tp
         whole_SBH = column_parallel_input(hidden_SBH, sequence_parallel=self.config.sequence_parallel,
                                           allreduce_dgrad=tp_group.size() > 1, tp_group=tp_group)
         losses_SB = linear_cross_entropy(whole_SBH, self.output_layer.weight, labels_SB, vocabulary_group=tp_group,
@@ -173,3 +187,9 @@ class DeepSeekV3Model(GPTModel):
         empty = {f"{path}._extra_state": None for path, module in self.named_modules()
                  if type(module).set_extra_state is not torch.nn.Module.set_extra_state}
         return super().load_state_dict({**empty, **state_dict}, *args, **kwargs)
+
+
+def _embed_part(parts: SequenceParts, embedding: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+                ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the embedding is given of a call with ids and positions of whole sequences."""
+    return args, {name: value if value is None else parts.take(value, 1) for name, value in kwargs.items()}

@@ -11,19 +11,22 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_megatron.model.language_model import TokenLosses
+from dsv3_megatron.parallel.sequence_parts import WHOLE, SequenceParts
 from dsv3_megatron.platform import Device
 
 
 def sum_losses(loss_mask_BS: torch.Tensor, losses: TokenLosses, *, mtp_weight: float,
-               sample_ids_B: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """A micro-batch's loss, summed over its tokens.
+               sample_ids_B: torch.Tensor | None = None, parts: SequenceParts = WHOLE
+               ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """A micro-batch's loss, summed over this rank's tokens of it.
 
     Args:
-        loss_mask_BS: 1 where the next token counts; 0 at an EOD with eod_mask_loss.
-        losses: Losses of each position. An MTP loss is 0 already where the sequence, or an isolated document, ends
-            first.
+        loss_mask_BS: 1 where the next token counts; 0 at an EOD with eod_mask_loss. Of whole sequences.
+        losses: Losses of each position of this rank's part. An MTP loss is 0 already where the sequence, or an
+            isolated document, ends first.
         mtp_weight: Weight of the MTP losses, lambda.
         sample_ids_B: Reported with the sums, to say where a loss that is not finite came from.
+        parts: The split of the sequences.
 
     Returns:
         The sum to differentiate; the number of tokens to divide by, int32; and the sums to report, fp64:
@@ -35,12 +38,13 @@ def sum_losses(loss_mask_BS: torch.Tensor, losses: TokenLosses, *, mtp_weight: f
     eod_mask_loss neither does, and there are n - k - 1.
     """
     losses = TokenLosses(*losses)  # the bf16 wrapper rebuilds tuples without their names
-    tokens = loss_mask_BS.sum()
-    main = (losses.main_BS * loss_mask_BS).sum()
+    own_mask_BS = parts.take(loss_mask_BS, 1)
+    tokens = own_mask_BS.sum()
+    main = (losses.main_BS * own_mask_BS).sum()
     mtp = []
     for depth, losses_BS in enumerate(losses.mtp_BS, start=1):
         target_mask_BS = torch.nn.functional.pad(loss_mask_BS[:, depth:], (0, depth))
-        mtp.append((losses_BS * target_mask_BS).sum())
+        mtp.append((losses_BS * parts.take(target_mask_BS, 1)).sum())
     total = main + (mtp_weight / len(mtp) * torch.stack(mtp).sum() if mtp else 0.0)
     sums = torch.stack([tokens, main.detach(), *(loss.detach() for loss in mtp)]).double()
     return total, tokens.to(torch.int), {"sums": sums, "sample_ids": sample_ids_B}

@@ -96,6 +96,7 @@ def mcore_config(run: RunConfig, precision: str, *, transformer_impl: str = "loc
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type,
         # Arithmetic.
         bf16=precision == "bf16",
         params_dtype=dtype,

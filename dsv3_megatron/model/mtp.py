@@ -21,6 +21,11 @@ from dsv3_megatron.model.packed_documents import PackedDocuments
 class DocumentMTPLayer(MultiTokenPredictionLayer):
     """Megatron-Core's MTP module; its tokens move left within their document. Source: DeepSeek-V3 report, eq. 21-22."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Ids are of the whole sequence also where ranks share it: none is to be fetched from another rank.
+        self.cp_group = None
+
     def _get_embeddings(self, input_ids: torch.Tensor, *args: Any, packed_seq_params: PackedDocuments | None = None,
                         **kwargs: Any) -> Any:
         """Move the tokens one position left and embed them.

@@ -23,6 +23,7 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.model.observation import RouterObserver
 from dsv3_megatron.ops.recompute import recomputed, saving
 from dsv3_megatron.ops.router_scores import router_scores
+from dsv3_megatron.parallel.sequence_parts import SequenceParts
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class DeepSeekRouter(MegatronModule):
         expert_bias: fp32 [E], changed by `optim/router_bias.py` only, saved with the model.
         tokens_per_expert: int64 [E], tokens routed in training forwards since the last update.
         balance_loss_sum: fp32 scalar, balance loss (alpha included) of the sequences seen since then;
-            under sequence parallelism this rank's term.
+            this rank's term where it has a part of the sequences.
         tokens_per_sequence: What a sequence's balance loss is multiplied by in backward, so that it counts as the mean
             over sequences where gradients of a sum over tokens are divided by the number of tokens: these tokens over
             all sequences, by `weigh_balance_losses`. None: the sequence's length, where every token
@@ -158,7 +159,9 @@ class DeepSeekRouter(MegatronModule):
                  is_mtp_layer: bool = False, *, options: RouterOptions | None = None) -> None:
         super().__init__(config=config)
         assert pg_collection is not None, "process groups are passed, never global"
-        self.tp_group = pg_collection.tp
+        # The ranks that have a part of each sequence.
+        self.parts, self.tp_group = SequenceParts.of(pg_collection), pg_collection.tp
+        self.sequence_group = pg_collection.tp_cp if self.parts.size > 1 else self.tp_group
         self.is_mtp_layer = is_mtp_layer
         self.options = options or RouterOptions()
         self.balance_loss_coeff = self.options.balance_loss_coeff
@@ -207,7 +210,7 @@ class DeepSeekRouter(MegatronModule):
                 # The run's loss is a sum over tokens, which is divided by their number; this is a sum over sequences.
                 weight = self.tokens_per_sequence
                 probs_TE = _AttachLoss.apply(
-                    probs_TE, loss * (length * self.tp_group.size() if weight is None else weight))
+                    probs_TE, loss * (length * self.sequence_group.size() if weight is None else weight))
                 self.balance_loss_sum += loss.detach()
         return probs_TE, routing_map_TE
 
@@ -255,11 +258,11 @@ class DeepSeekRouter(MegatronModule):
         Source: DeepSeek-V3 report, eq. 17-20.
         """
         config = self.config
-        total_length = scores_sBE.shape[0] * self.tp_group.size()
+        total_length = scores_sBE.shape[0] * self.sequence_group.size()
         with torch.no_grad():
             chosen_BE = torch.zeros_like(scores_sBE).scatter_(-1, self.best_unbiased(scores_sBE), 1.0).sum(0)
-            if self.tp_group.size() > 1:
-                torch.distributed.all_reduce(chosen_BE, group=self.tp_group)
+            if self.sequence_group.size() > 1:
+                torch.distributed.all_reduce(chosen_BE, group=self.sequence_group)
             fraction_BE = chosen_BE * (config.num_moe_experts / (config.moe_router_topk * total_length))
         probability_BE = (scores_sBE / (scores_sBE.sum(-1, keepdim=True) + 1e-20)).sum(0) / total_length
         return self.balance_loss_coeff * (fraction_BE * probability_BE).sum()

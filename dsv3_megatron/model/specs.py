@@ -41,12 +41,13 @@ from dsv3_megatron.parallel.layout import StageLayout
 logger = logging.getLogger(__name__)
 
 
-def resolve_transformer_impl(requested: str, *, has_documents: bool = False) -> str:
+def resolve_transformer_impl(requested: str, *, has_documents: bool = False, splits_sequences: bool = False) -> str:
     """Turn "auto" into "transformer_engine" where it is installed and CUDA is there, else "local"; log it.
 
     Args:
         requested: "auto", "local" or "transformer_engine".
         has_documents: Attention or positions stop at the ends of documents, which local modules alone do.
+        splits_sequences: Ranks have parts of sequences, of which local modules alone attend to the others.
 
     Raises:
         ValueError: "transformer_engine" was asked for where it cannot run.
@@ -58,8 +59,10 @@ def resolve_transformer_impl(requested: str, *, has_documents: bool = False) -> 
                          "use transformer_impl=local, or auto to choose by what is there")
     if requested != "auto":
         return requested
-    chosen = "local" if missing or has_documents else "transformer_engine"
-    reason = f" (no {' and no '.join(missing)})" if missing else " (it isolates documents)" if has_documents else ""
+    needs = [what for what, is_so in (("isolates documents", has_documents), ("splits sequences", splits_sequences))
+             if is_so]
+    chosen = "local" if missing or needs else "transformer_engine"
+    reason = f" (no {' and no '.join(missing)})" if missing else f" (it {' and '.join(needs)})" if needs else ""
     logger.info("transformer_impl auto: %s%s", chosen, reason)
     return chosen
 

@@ -35,9 +35,9 @@ DocumentBounds = tuple[tuple[int, ...], ...]
 # Neighbouring sequences with the same documents, as (first sequence, end), and the (start, end) of these documents.
 _Group = tuple[tuple[int, int], tuple[tuple[int, int], ...]]
 
-_QUERY_BLOCK = 128
-# A tile of scores [heads, _QUERY_BLOCK, S] should stay in a core's L2 cache.
-_TILE_BYTES = 1 << 20
+QUERY_BLOCK = 128
+# A tile of scores [heads, QUERY_BLOCK, S] should stay in a core's L2 cache.
+TILE_BYTES = 1 << 20
 # Probabilities are kept for backward up to this size a call, beyond it they are recomputed.
 _KEPT_PROBABILITY_BYTES = 64 << 20
 
@@ -90,7 +90,7 @@ def causal_attention(
         return causal_attention(
             *packed, softmax_scale=softmax_scale, document_bounds=document_bounds, backend=backend
         ).squeeze(1)
-    groups = _group_sequences(document_bounds, *q_SBND.shape[:2])
+    groups = group_sequences(document_bounds, *q_SBND.shape[:2])
     if backend == "blocked":
         with saving():
             return _BlockedAttention.apply(q_SBND, k_SBND, v_SBNU, softmax_scale, groups)
@@ -135,8 +135,12 @@ def reference_attention(
     return torch.einsum("bnst,tbnv->sbnv", probabilities, v).to(v_SBNU.dtype)
 
 
-def _group_sequences(document_bounds: DocumentBounds | None, length: int, batch: int) -> tuple[_Group, ...]:
-    """The documents of all sequences, those of neighbours that are cut alike together."""
+def group_sequences(document_bounds: DocumentBounds | None, length: int, batch: int) -> tuple[_Group, ...]:
+    """Documents of all sequences: neighbours that are cut alike, and the first position and end of each document.
+
+    Raises:
+        ValueError: bounds that do not run from 0 to the length in each of `batch` sequences.
+    """
     if document_bounds is None:
         return (((0, batch), ((0, length),)),)
     if len(document_bounds) != batch:
@@ -210,8 +214,8 @@ _ATTENDS: dict[str, _Attend] = {
 }
 
 
-def _head_major(x_SBND: torch.Tensor) -> torch.Tensor:
-    """[S, B, N, D] to contiguous fp32 or fp64 [A, S, D], in one pass."""
+def head_major(x_SBND: torch.Tensor) -> torch.Tensor:
+    """Turn [S, B, N, D] into contiguous fp32 or fp64 [A, S, D], in one pass."""
     out = torch.empty(
         (*x_SBND.shape[1:3], x_SBND.shape[0], x_SBND.shape[3]), dtype=wide_dtype(x_SBND.dtype), device=x_SBND.device
     )
@@ -221,7 +225,7 @@ def _head_major(x_SBND: torch.Tensor) -> torch.Tensor:
 def _operands(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNU: torch.Tensor, softmax_scale: float
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scaled queries, keys and values as products want them."""
-    return _head_major(q_SBND).mul_(softmax_scale), _head_major(k_SBND), _head_major(v_SBNU)
+    return head_major(q_SBND).mul_(softmax_scale), head_major(k_SBND), head_major(v_SBNU)
 
 
 def _tiles(heads: int, groups: tuple[_Group, ...]) -> list[tuple[slice, int, slice]]:
@@ -230,10 +234,10 @@ def _tiles(heads: int, groups: tuple[_Group, ...]) -> list[tuple[slice, int, sli
     for (first_sequence, last_sequence), documents in groups:
         first_row, last_row = first_sequence * heads, last_sequence * heads
         for start, end in documents:
-            rows = max(1, min(last_row - first_row, _TILE_BYTES // (4 * _QUERY_BLOCK * (end - start))))
+            rows = max(1, min(last_row - first_row, TILE_BYTES // (4 * QUERY_BLOCK * (end - start))))
             for row in range(first_row, last_row, rows):
-                for first in range(start, end, _QUERY_BLOCK):
-                    queries = slice(first, min(first + _QUERY_BLOCK, end))
+                for first in range(start, end, QUERY_BLOCK):
+                    queries = slice(first, min(first + QUERY_BLOCK, end))
                     tiles.append((slice(row, min(row + rows, last_row)), start, queries))
     return tiles
 
@@ -246,8 +250,9 @@ def _scores(q: torch.Tensor, k: torch.Tensor, tile: tuple[slice, int, slice], fu
     return scores
 
 
-def _future_mask(like: torch.Tensor) -> torch.Tensor:
-    return torch.full((_QUERY_BLOCK, _QUERY_BLOCK), float("-inf"), dtype=like.dtype, device=like.device).triu_(1)
+def future_mask(like: torch.Tensor, size: int) -> torch.Tensor:
+    """Numbers [size, size] to add to scores of neighbouring queries and keys: -inf where a key comes later, else 0."""
+    return torch.full((size, size), float("-inf"), dtype=like.dtype, device=like.device).triu_(1)
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -271,7 +276,7 @@ class _BlockedAttention(torch.autograd.Function):
         heads = v_SBNU.shape[2]
         out_SAU = torch.empty((length, num_rows, width), dtype=v.dtype, device=v.device)
         out = out_SAU.transpose(0, 1)
-        tiles, future = _tiles(heads, groups), _future_mask(q)
+        tiles, future = _tiles(heads, groups), future_mask(q, QUERY_BLOCK)
         # Half of each document's square, 4 bytes.
         kept_bytes = sum((last - first) * heads * (end - start) ** 2 * 2
                          for (first, last), documents in groups for start, end in documents)
@@ -297,12 +302,12 @@ class _BlockedAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         if ctx.keeps_inputs:
             q, k, v = _operands(q, k, v, ctx.softmax_scale)
-        grad_out = _head_major(grads[0])
+        grad_out = head_major(grads[0])
         num_rows, length, _ = q.shape
         # Sequence-major results, addressed head-major: what follows wants [S, B, N, D] contiguous.
         grads_SA = [torch.zeros((length, num_rows, t.shape[-1]), dtype=t.dtype, device=t.device) for t in (q, k, v)]
         grad_q, grad_k, grad_v = (t.transpose(0, 1) for t in grads_SA)
-        future = _future_mask(q)
+        future = future_mask(q, QUERY_BLOCK)
         for tile, saved in zip(ctx.tiles, kept, strict=True):
             rows, start, queries = tile
             keys = slice(start, queries.stop)

@@ -8,6 +8,7 @@ In reading order:
     communicators.py  one group for a set of ranks, made by those alone
     multiprocessors.py  which of a GPU's are for communication
     groups.py         the process groups of a run
+    sequence_parts.py how a sequence is split: the one place that knows
     exchange.py       rows between ranks while something else is computed
     gated_rows.py     rows with their gates behind them
     narrow_rows.py    rows that travel in FP8
@@ -15,5 +16,7 @@ In reading order:
     hops.py           two transfers as one
     route.py          how many rows go where, once for each node and rank
     node_journey.py   tokens to their experts by way of their nodes, and sums home
+    latent_ring.py    attention to tokens of other ranks, whose latents are passed on
+    head_exchange.py  heads against tokens
     chunk_runner.py   what a pipeline asks of a stage, whose steps take turns
 """

@@ -156,8 +156,9 @@ def groups_of_gradients(model: ModelConfig, parallel: ParallelConfig, groups: Pr
                         ) -> ProcessGroupCollection:
     """The groups with which Megatron-Core finishes gradients, given the tokens of a whole pipeline on each rank.
 
-    It sums the tokens over `dp_cp`, which must then have each pipeline once, also where mirrored ranks are joined. The
-    embedding's gradient it sums over `embd`, which must have the ranks with copies of the embedding.
+    It sums the tokens over `dp_cp`, which must then have each part of each pipeline's sequences once, also where
+    mirrored ranks are joined. The embedding's gradient it sums over `embd`, which must have the ranks with copies of
+    the embedding.
 
     Args:
         model: The run's model.
@@ -165,7 +166,7 @@ def groups_of_gradients(model: ModelConfig, parallel: ParallelConfig, groups: Pr
         groups: The run's process groups; called by every rank of the run, for it makes a group.
     """
     finishing = copy.copy(groups)
-    finishing.dp_cp = finishing.dp_cp_gtp_remat = groups.dp
+    finishing.dp_cp = finishing.dp_cp_gtp_remat = parallel_state.get_data_parallel_group(with_context_parallel=True)
     # Alone where there is no other copy. Without a group Megatron-Core would take that of the first and the last rank.
     lines = pipelines(groups)
     finishing.embd = own_group([ranks[position] for position in copies]
@@ -194,8 +195,9 @@ def embedding_copies(model: ModelConfig, parallel: ParallelConfig) -> tuple[tupl
 def replicas(parallel: ParallelConfig, groups: ProcessGroupCollection) -> list[tuple[int, int]]:
     """Which part of the data goes to each of this rank's chunks: (rank, size) among all copies of the model.
 
-    Each copy counts as a data-parallel rank: direction d of pipeline p of DualPipe takes the micro-batches that rank
-    2p + d of twice as many would. So the samples of a step, and their sums, are those of every other layout.
+    Ranks that share sequences read the same ones. Each copy counts as a data-parallel rank: direction d of pipeline p
+    of DualPipe takes the micro-batches that rank 2p + d of twice as many would. So the samples of a step, and their
+    sums, are those of every other layout.
     """
     copies = parallel.num_model_copies
     return [(groups.dp.rank() * copies + place.direction, groups.dp.size() * copies)

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +32,7 @@ from dsv3_megatron.data.document_ends import document_bounds, restarted_position
 from dsv3_megatron.data.rows import Rows
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.model.losses import sum_losses, sum_over_ranks
+from dsv3_megatron.parallel.sequence_parts import SequenceParts
 from dsv3_megatron.runs.built_model import BuiltModel
 from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, iterate_chunks
 
@@ -172,7 +174,8 @@ class Evaluator:
         training = self.run.training
         with torch.no_grad():
             return self.forward(
-                forward_step_func=ForwardStep(self._next_batch, self.run.data, _report),
+                forward_step_func=ForwardStep(self._next_batch, self.run.data,
+                                              partial(_report, SequenceParts.of(self.groups))),
                 data_iterator=batches if len(batches) > 1 else batches[0],
                 model=self.stages if len(self.stages) > 1 else self.stages[0],
                 num_microbatches=training.num_microbatches(self.groups.dp.size()),
@@ -187,14 +190,16 @@ class Evaluator:
         logprobs_BS = torch.zeros(training.global_batch_size, training.seq_length, device=self.device.torch_device)
         if self.groups.tp.rank() == 0:
             for report in reports:
-                logprobs_BS[report["sample_ids"] - first] = report["logprobs"]
+                positions_S = SequenceParts.of(self.groups).positions(training.seq_length, logprobs_BS.device)
+                logprobs_BS[(report["sample_ids"] - first).unsqueeze(1), positions_S] = report["logprobs"]
         torch.distributed.all_reduce(logprobs_BS)
         return logprobs_BS.cpu().numpy()
 
 
-def _report(batch: Batch, losses: TokenLosses) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+def _report(parts: SequenceParts, batch: Batch, losses: TokenLosses
+            ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """The sums of a micro-batch's losses, and each token's log-probability."""
-    total, tokens, report = sum_losses(batch.loss_mask_BS, losses, mtp_weight=0.0)
+    total, tokens, report = sum_losses(batch.loss_mask_BS, losses, mtp_weight=0.0, parts=parts)
     logprobs_BS = -TokenLosses(*losses).main_BS.float()
     return total, tokens, {**report, "sample_ids": batch.sample_ids_B, "logprobs": logprobs_BS}
 

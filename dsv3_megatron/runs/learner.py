@@ -42,6 +42,7 @@ from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.optimizer import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.router_bias import update_router_biases
 from dsv3_megatron.parallel.groups import groups_of_gradients
+from dsv3_megatron.parallel.sequence_parts import SequenceParts
 from dsv3_megatron.runs.built_model import BuiltModel, build_model
 from dsv3_megatron.runs.step_sums import sum_step
 from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, read_step
@@ -205,4 +206,4 @@ class Learner:
 
     def _loss(self, batch: Batch, losses: TokenLosses) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         return sum_losses(batch.loss_mask_BS, losses, mtp_weight=self.phase.training.mtp_loss_scaling_factor,
-                          sample_ids_B=batch.sample_ids_B)
+                          sample_ids_B=batch.sample_ids_B, parts=SequenceParts.of(self.groups))

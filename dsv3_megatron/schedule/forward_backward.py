@@ -1,9 +1,9 @@
 """A step's forward and backward passes over a pipeline, behind the interface of Megatron-Core's schedules.
 
 Without a pipeline it is Megatron-Core's own function; with one, a plan run by the executor on stages in pieces
-(`model/stage/runner.py`). What goes between stages is [S / TP, B, H] in the pipeline's dtype. From a stage with MTP
-modules to one with the losses it is [(1 + D) S / TP, B, H]: the hidden states of the main model, then of each of D
-modules.
+(`model/stage/runner.py`). What goes between stages is [S / CP / TP, B, H] in the pipeline's dtype. From a stage with
+MTP modules to one with the losses it is [(1 + D) S / CP / TP, B, H]: the hidden states of the main model, then of
+each of D modules.
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ class PipelineStep:
             else:
                 plan = known_plan(PlanSizes.of_run(self.parallel, num_microbatches))
             transport = self.channels.transport(
-                shape=(seq_length // self.groups.tp.size(), micro_batch_size, self.config.hidden_size),
+                shape=(seq_length // (self.groups.cp.size() * self.groups.tp.size()), micro_batch_size,
+                       self.config.hidden_size),
                 dtype=self.config.pipeline_dtype, device=self.device)
             self._executors[key] = Executor(plan, self.groups.pp.rank(), transport, self._lengths())
         return self._executors[key]

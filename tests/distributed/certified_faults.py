@@ -26,14 +26,18 @@ from dsv3_megatron.certification.rank_step import StepHooks
 from dsv3_megatron.certification.routing_notes import replaced
 from dsv3_megatron.certification.shrunk_run import shrink
 from dsv3_megatron.config.load import parse_command
+from dsv3_megatron.model.attention import LocalMLASelfAttention
+from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.router import DeepSeekRouter, choose_experts
 from dsv3_megatron.optim.router_bias import routers
+from dsv3_megatron.parallel.latent_ring import RingAttention
+from dsv3_megatron.parallel.sequence_parts import SequenceParts
 from dsv3_megatron.runs import learner, step_sums
 from dsv3_megatron.runs.trainer import Trainer
 from dsv3_megatron.schedule import forward_backward
 
 TP, PP, EP = (f"--{name}-model-parallel-size 2" for name in ("tensor", "pipeline", "expert"))
-ETP = "--expert-tensor-parallel-size 2"
+ETP, CP = "--expert-tensor-parallel-size 2", "--context-parallel-size 2"
 TWO_MODULES = "--mtp-num-layers 2"
 
 
@@ -186,6 +190,45 @@ def balance_of_dispatch(_trainer: Trainer) -> list[tuple[Any, str, Any]]:
     return [(DeepSeekRouter, "_balance_loss", loss)]
 
 
+def border_targets(_trainer: Trainer) -> list[tuple[Any, str, Any]]:
+    """MTP targets moved within a part: those at the end of a chunk are of another place in the text."""
+    own = DeepSeekV3Model.mtp_targets
+
+    def targets(model: DeepSeekV3Model, labels_BS: torch.Tensor, documents: Any) -> Any:
+        positions_S = model.parts.positions(labels_BS.shape[1])
+        for right in (found := own(model, labels_BS, documents)):
+            right.labels_BS[:, positions_S] = labels_BS[:, positions_S.roll(-1)]
+        return found
+
+    return [(DeepSeekV3Model, "mtp_targets", targets)]
+
+
+def unmasked_border(_trainer: Trainer) -> list[tuple[Any, str, Any]]:
+    """A document that begins in another rank's part is seen together with those before it."""
+    own = SequenceParts.visible
+    return [(SequenceParts, "visible", lambda parts, other, length, batch, bounds: own(
+        parts, other, length, batch, bounds if other == parts.rank else None))]
+
+
+def balance_of_parts(trainer: Trainer) -> list[tuple[Any, str, Any]]:
+    """A balance loss of each part instead of one of the sequence."""
+    return [(router, "sequence_group", router.tp_group)
+            for _, router in routers(trainer.chunks, trainer.run.model.num_layers)]
+
+
+def lost_latents(_trainer: Trainer) -> list[tuple[Any, str, Any]]:
+    """The gradient of the latents that were passed does not come home."""
+    own = RingAttention.post_home
+    return [(RingAttention, "post_home", lambda ring, grad, owner: own(ring, torch.zeros_like(grad), owner))]
+
+
+def positions_of_parts(_trainer: Trainer) -> list[tuple[Any, str, Any]]:
+    """Rotary positions counted within a part."""
+    own = LocalMLASelfAttention._tables
+    return [(LocalMLASelfAttention, "_tables", lambda module, x, ids: tuple(
+        table[:len(own(module, x, ids)[0])] for table in module.rotary(len(x), x)))]
+
+
 def half_the_weight(_trainer: Trainer) -> list[tuple[Any, str, Any]]:
     own = learner.sum_losses
     return [(learner, "sum_losses", lambda mask_BS, losses, *, mtp_weight, **rest: own(
@@ -275,11 +318,22 @@ PLANTED: dict[str, Planted] = {
     "the balance loss of the dispatched experts (Megatron-LM #2767)": Planted(
         "", lambda: Patch(balance_of_dispatch), r"gradient of decoder\.layers\.\d\.mlp\.router.*definition",
         is_in_both=True),
+    "MTP targets moved within a part of the sequence": Planted(
+        CP, lambda: Patch(border_targets), r"gradient of mtp\.layers\.0\."),
+    "a document that straddles parts sees the one before it": Planted(
+        f"{CP} --reset-attention-mask", lambda: Patch(unmasked_border), r"gradient of decoder\.layers\.0\."),
+    "a balance loss of each part of the sequence": Planted(
+        CP, lambda: Patch(balance_of_parts), r"gradient of decoder\.layers\.\d\.mlp\.router\.weight"),
+    "the gradient of passed latents lost": Planted(
+        CP, lambda: Patch(lost_latents), r"gradient of decoder\.layers\.0\.self_attention\.linear_kv_down_proj"),
+    "positions counted within a part": Planted(
+        CP, lambda: Patch(positions_of_parts), r"gradient of decoder\.layers\.0\.self_attention"),
     "one replica misses an update": Planted("", Stale, r"parameter decoder\.layers\.1\.mlp\.router\.weight"),
     "one rank's gradient off by a thousandth": Planted(
         "", lambda: times(r"mlp\.router\.weight", 1.001), r"gradient of decoder\.layers\.1\.mlp\.router\.weight"),
 }
 NOTHING = {"nothing wrong": "", "nothing wrong in tensor parallelism": f"{TP} {ETP}",
+           "nothing wrong in parts of sequences": f"{CP} {TWO_MODULES} --reset-attention-mask",
            "nothing wrong in a pipeline": f"{PP} --pipeline-schedule dualpipe"}
 
 

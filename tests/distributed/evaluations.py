@@ -29,6 +29,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
                            "pipeline_model_parallel_layout": "Ett|tt|m|L"},
     "ep2": {"expert_model_parallel_size": 2},
     "tp2": {"tensor_model_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
     "tp2-ep2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
 }
 

@@ -106,7 +106,7 @@ def with_next_token(notes: Notes) -> Notes:
 def test_every_layout_gives_the_same(trained: Path, in_one_process: tuple[Evaluation, np.ndarray, Notes]) -> None:
     """Rows of 11 are padded under TP2, and seven rows do not fill a step of two replicas."""
     requests = [request_for(name, trained, "run", micro_batch_size=size)
-                for name, size in zip(LAYOUTS, (1, 2, 1, 1, 1, 2, 1, 2, 3, 2, 1), strict=True)]
+                for name, size in zip(LAYOUTS, (1, 2, 1, 1, 1, 2, 1, 2, 3, 2, 3, 1), strict=True)]
     expected, logprobs, notes = in_one_process
     ranks = [dict(zip(LAYOUTS, rank, strict=True)) for rank in run_ranks(2, evaluate_noted, requests, notes)]
     for name in LAYOUTS:

@@ -43,7 +43,8 @@ def split(**degrees: Any) -> ParallelConfig:
     names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size",
              "vpp": "num_virtual_stages_per_pipeline_rank", "ep": "expert_model_parallel_size",
              "etp": "expert_tensor_parallel_size", "layers": "pipeline_model_parallel_layout",
-             "schedule": "pipeline_schedule", "pairs": "overlap_moe_expert_parallel_comm"}
+             "schedule": "pipeline_schedule", "pairs": "overlap_moe_expert_parallel_comm",
+             "cp": "context_parallel_size", "passing": "cp_comm_type"}
     return ParallelConfig(**{names[name]: value for name, value in degrees.items()})
 
 
@@ -75,6 +76,13 @@ LAYOUTS = [
     Layout("pp4", 4, split(pp=4)),
     Layout("etp2-ep2", 4, split(etp=2, ep=2)),
     Layout("tp2-etp2-ep2", 4, split(tp=2, etp=2, ep=2)),
+    # Sequences that are split: what is passed in each way, in a pipeline's pairs, documents that straddle parts.
+    Layout("cp2", 2, split(cp=2)),
+    Layout("isolated-cp2-all-gather-two-mtp", 2, split(cp=2, passing="all_gather"), mtp_num_layers=2, is_isolated=True),
+    Layout("isolated-cp4-two-mtp", 4, split(cp=4), mtp_num_layers=2, is_isolated=True),
+    Layout("tp2-cp2-a2a-ep4", 4, split(tp=2, cp=2, ep=4, passing="a2a")),
+    Layout("recompute-dualpipe-pp2-cp2-ep2", 4, split(pp=2, cp=2, ep=2, schedule="dualpipe"),
+           recompute_granularity="selective"),
     # Schedules: dualpipev and zbv hold four stages on two ranks, eight on four.
     Layout("zb1p-pp2-uneven", 2, split(pp=2, schedule="zb1p", layers="Et|tttmL")),
     Layout("zbv-pp2", 2, split(pp=2, schedule="zbv")),

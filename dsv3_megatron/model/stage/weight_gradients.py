@@ -78,6 +78,16 @@ def weight_grad_deferral() -> WeightGradDeferral | None:
     return _BOUND.get()
 
 
+@contextmanager
+def weight_grads_at_once() -> Iterator[None]:
+    """Modules called in here hand their weight gradients to nothing: they do not wait."""
+    token = _BOUND.set(None)
+    try:
+        yield
+    finally:
+        _BOUND.reset(token)
+
+
 def delay_engine_weight_gradients(config: TransformerConfig) -> None:
     """Make the Transformer Engine modules to be built from `config` leave their weight gradients to `backward_dw`.
 

@@ -118,9 +118,9 @@ class Network:
 
         Under DualPipe the ranks of both copies of the model are one group.
         """
-        parallel, copies = self.parallel, self.parallel.num_model_copies
-        dense_ranks = parallel.data_parallel_size(self.num_devices) * copies
-        expert_ranks = parallel.expert_data_parallel_size(self.num_devices) * copies
+        parallel = self.parallel
+        dense_ranks = parallel.replicas_of_weights(self.num_devices)
+        expert_ranks = parallel.expert_data_parallel_size(self.num_devices) * parallel.num_model_copies
         return (self._ring(dense_bytes, dense_ranks, stride=parallel.tensor_model_parallel_size)
                 + self._ring(expert_bytes, expert_ranks, stride=parallel.expert_model_parallel_size
                              * parallel.expert_tensor_parallel_size))

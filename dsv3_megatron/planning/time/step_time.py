@@ -151,7 +151,7 @@ def _update_time(model: ModelConfig, parallel: ParallelConfig, weight_bytes: int
     copies = parallel.num_model_copies
     times = []
     for dense, experts in _dense_and_experts(model, parallel):
-        owned = (dense / (parallel.data_parallel_size(num_devices) * copies)
+        owned = (dense / parallel.replicas_of_weights(num_devices)
                  + experts / (parallel.expert_data_parallel_size(num_devices) * copies))
         # Read: gradient, moments and master weight; written: the latter two, and the weight if it is another.
         master = 4 if weight_bytes == 4 else 0

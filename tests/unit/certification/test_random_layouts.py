@@ -20,7 +20,8 @@ def test_every_dimension_is_among_them_and_every_layout_is_possible() -> None:
         runs.append(shrink(parse_command(flags).run, world_size, 8).run)
     parallel, training = [run.parallel for run in runs], [run.training for run in runs]
     assert {part.schedule for part in parallel if part.pipeline_model_parallel_size > 1} == set(SCHEDULES)
-    for name, values in (("tensor_model_parallel_size", {1, 2}), ("pipeline_model_parallel_size", {1, 2, 4}),
+    for name, values in (("tensor_model_parallel_size", {1, 2}), ("context_parallel_size", {1, 2, 4}),
+                         ("cp_comm_type", {"p2p", "all_gather", "a2a"}), ("pipeline_model_parallel_size", {1, 2, 4}),
                          ("expert_model_parallel_size", {1, 2, 4}), ("expert_tensor_parallel_size", {1, 2}),
                          ("num_virtual_stages_per_pipeline_rank", {1, 2, 3}),
                          ("overlap_moe_expert_parallel_comm", {False, True})):

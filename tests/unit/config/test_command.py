@@ -89,7 +89,7 @@ def test_a_wrong_setting_ends_the_process_with_2_and_one_line() -> None:
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--num-layer", "3"], ["--config", "absent.yaml"], ["--lr", "abc"], ["--context-parallel-size", "2"],
+    ["--num-layer", "3"], ["--config", "absent.yaml"], ["--lr", "abc"], ["--cp-comm-type", "p3p"],
     ["--pipeline-model-parallel-size", "3"], ["--expert-model-parallel-size", "8"],
 ])
 def test_a_wrong_setting_is_printed_by_the_rank_that_meets_it(arguments: list[str], monkeypatch: pytest.MonkeyPatch,

@@ -121,7 +121,8 @@ def test_flags_of_megatron_lm_keep_its_spelling() -> None:
     flags = {flag for action in ACTIONS.values() for flag in action.option_strings}
     assert {"--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--pipeline-model-parallel-layout",
             "--expert-model-parallel-size", "--expert-tensor-parallel-size", "--context-parallel-size",
-            "--num-virtual-stages-per-pipeline-rank", "--num-layers", "--hidden-size", "--ffn-hidden-size",
+            "--cp-comm-type", "--num-virtual-stages-per-pipeline-rank",
+            "--num-layers", "--hidden-size", "--ffn-hidden-size",
             "--num-attention-heads", "--seq-length", "--max-position-embeddings", "--micro-batch-size",
             "--global-batch-size", "--train-iters", "--lr", "--min-lr", "--lr-warmup-iters", "--lr-decay-style",
             "--lr-decay-iters", "--adam-beta1", "--adam-beta2", "--adam-eps", "--weight-decay", "--clip-grad",

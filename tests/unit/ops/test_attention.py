@@ -45,7 +45,7 @@ def _brute_force(q, k, v, bounds=None):
 @pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
 def test_blocked_equals_brute_force_in_float64(monkeypatch, keep_bytes, bounds):
     monkeypatch.setattr(attention, "_KEPT_PROBABILITY_BYTES", keep_bytes)
-    monkeypatch.setattr(attention, "_TILE_BYTES", 4 * 128 * 200 * 4)  # more than one group of heads
+    monkeypatch.setattr(attention, "TILE_BYTES", 4 * 128 * 200 * 4)  # more than one group of heads
     inputs, grad = _case()
     got = _with_gradients(
         lambda *t: causal_attention(*t, softmax_scale=SCALE, document_bounds=bounds, backend="blocked"), inputs, grad

@@ -48,6 +48,12 @@ def test_a_device_must_be_known() -> None:
         estimate_memory(run_of(), device="tpu")
 
 
+def test_what_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match="context_parallel_size=2: the memory estimate does not know split sequences "
+                                         "yet; leave context_parallel_size at 1 for it"):
+        estimate_memory(run_of(context_parallel_size=2))
+
+
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
 @pytest.mark.parametrize("changes", [{}, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}, {
     "pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipe", "global_batch_size": 16, "ema_decay": 0.9}])
