@@ -20,6 +20,7 @@ The packages in the order in which they build on each other; each may use those 
     planning/     time and memory before a run                  guards/      bad steps, hangs, folders of a run
     runs/         the training loop, where all rooms meet       rehearsal/   ranks of a GPU run without a GPU
     certification/  that a layout computes what one process does
+    papers/       what papers say of DeepSeek-V3, and what is given here
     commands/     one module a command of `dsv3`
 
 `__main__.py` is the command `dsv3` for `python -m` and torchrun. Begin to read at runs/trainer.py.

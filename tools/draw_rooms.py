@@ -28,6 +28,7 @@ ROWS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("runs", "the training loop; where all rooms meet"),),
     (("rehearsal", "ranks of a GPU run without a GPU"),),
     (("certification", "a layout against one process"),),
+    (("papers", "what papers say, and what is given here"),),
     (("commands", "one module a command of dsv3"),),
 )
 WIDTH, BOX, GAP, MARGIN = 760, 34, 10, 16

@@ -13,5 +13,5 @@ Every module has `main(arguments)`, which returns the exit code. Nothing is impo
     plan.py         time, memory and cost of a run         rehearse.py     ranks of a GPU run without a GPU
     certify.py      a layout against one process        simulate.py     a schedule on paper
     draw_schedule.py  what ranks did when                  plot.py         a run's measurements as one page
-    doctor.py       what is installed and missing
+    doctor.py       what is installed and missing          report.py       DeepSeek-V3's papers, figure by figure
 """

@@ -45,6 +45,7 @@ COMMANDS = (
     Command("evaluate", "loss and perplexity of a checkpoint"),
     Command("generate", "text from a checkpoint"),
     Command("plan", "time, memory and cost of a run before it starts", "nothing was written"),
+    Command("report", "DeepSeek-V3's report, figure by figure", "nothing was written"),
     Command("rehearse", "ranks of a GPU run on a machine without a GPU", "nothing was written"),
     Command("certify", "whether a layout computes what one process does", "nothing was written"),
     Command("simulate", "a pipeline schedule on paper", "nothing was written"),

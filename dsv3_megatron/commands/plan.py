@@ -29,7 +29,7 @@ from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.memory.estimate import estimate_memory
 from dsv3_megatron.planning.memory.headroom import lacking_memory
 from dsv3_megatron.planning.memory.remedies import advise, describe
-from dsv3_megatron.planning.report import PlanReport, as_json, as_text, plot
+from dsv3_megatron.planning.plan_report import PlanReport, as_json, as_text, plot
 from dsv3_megatron.planning.run_cost import main_phase, only_phase, require_possible, run_cost, sensitivities
 from dsv3_megatron.planning.search import SearchResult, search
 from dsv3_megatron.planning.time.step_time import step_time

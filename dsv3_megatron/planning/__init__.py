@@ -6,7 +6,7 @@ Nothing is imported here.
     time/           operations and bytes on the wire -> seconds of a step
     memory/         bytes of each pipeline rank, by component
 
-    search.py       all layouts, ranked or rejected           report.py     text, JSON, picture
+    search.py       all layouts, ranked or rejected           plan_report.py  text, JSON, picture
     run_cost.py     phases, days, device-hours, money         flags.py      settings as flags to paste
     precheck.py     will a run find what it needs?        dispatch_check.py  and its tokens their experts?
 
