@@ -143,7 +143,7 @@ DISPATCH = (
     Claim("nodes of a token, in the mean", REPORT, "3.2.2", "4 nodes",
           lambda: expected_destinations(v3_run().model, int(_nodes_of_experts())), relation=Relation.AT_MOST,
           command=_HERE,
-          why="With even routing; a router that keeps the best groups comes closer to 4."),
+          why="Where no expert is preferred."),
     Claim("NVLink's bandwidth over the network's", REPORT, "3.2.2", "3.2",
           lambda: h800()["nvlink_bandwidth"] / h800()["network_bandwidth"], command=_HERE,
           why="The report divides 160 by the card's 50 GB/s; the planner by the 40 GB/s that the companion measured."),
