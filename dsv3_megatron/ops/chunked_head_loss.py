@@ -2,7 +2,8 @@
 
 The fp32 logits of all tokens never exist: each chunk's logits are computed, turned into probabilities in place and, for
 backward, kept in the hidden state's dtype (as many bytes as the logits of an unfused head) or recomputed. Keeping saves
-one of four products over the vocabulary and the exponentials of backward.
+one of four products over the vocabulary and the exponentials of backward. Where they are kept as a CPU multiplies them,
+backward makes no chunks: they are the logits' gradients but for one number a token, and a factor.
 
 Shapes: T tokens, H hidden, V vocabulary, v its part on this tensor-parallel rank.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from dsv3_megatron.ops.backend import wide_dtype
+from dsv3_megatron.ops.head_loss_choices import multiplies_kept
 from dsv3_megatron.ops.linear import add_product_
 from dsv3_megatron.ops.local_scores import LocalScores, is_among
 from dsv3_megatron.ops.softmax import softmax_and_logsumexp_
@@ -90,6 +92,10 @@ class ChunkedGradients:
     def of_hidden_and_weight(self, main_grad: torch.Tensor | None, *, needs_hidden: bool, needs_weight: bool
                              ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Gradients of the hidden states and of the weight; None where not needed, or where `main_grad` took it."""
+        if multiplies_kept(self.hidden.device.type, value_bytes=self.hidden.element_size(),
+                           is_wide_product=self.dtype != self.hidden.dtype, is_kept=self.kept is not None,
+                           is_split=self.shares is not None):
+            return self._from_kept(main_grad, needs_hidden=needs_hidden, needs_weight=needs_weight)
         rows, wide_weight = self.hidden.to(self.dtype), self.weight.to(self.dtype)
         grad_rows = torch.empty_like(rows) if needs_hidden else None
         total = main_grad
@@ -103,6 +109,35 @@ class ChunkedGradients:
         grad_hidden = None if grad_rows is None else grad_rows.to(self.hidden.dtype)
         own = None if not needs_weight or main_grad is not None or total is None else total.to(self.weight.dtype)
         return grad_hidden, own
+
+    def _from_kept(self, main_grad: torch.Tensor | None, *, needs_hidden: bool, needs_weight: bool
+                   ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`of_hidden_and_weight` in two products with what was kept.
+
+        A token's gradients of the logits are its loss's gradient times (probabilities - 1 at the target). The 1 is
+        taken away in place for the two products, and the factor is put on the products' other side.
+        """
+        assert self.kept is not None
+        # Not a change of the saved tensor in autograd's eyes: it is as it was when this returns.
+        less_target = self.kept.data
+        is_here = is_among(self.targets, self.weight.shape[0])
+        columns, scales = self.targets.where(is_here, 0).unsqueeze(1), self.grad_losses.unsqueeze(1)
+        at_target = less_target.gather(1, columns)
+        grad_hidden = grad_weight = None
+        try:
+            changed = at_target.to(scales.dtype).sub_(is_here.unsqueeze(1).to(scales.dtype))
+            less_target.scatter_(1, columns, changed.to(self.dtype))
+            if needs_hidden:
+                grad_hidden = torch.mm(less_target, self.weight)
+                grad_hidden = torch.mul(grad_hidden, scales, out=grad_hidden)
+            if needs_weight:
+                rows = torch.mul(self.hidden, scales).to(self.dtype)
+                grad_weight = torch.mm(less_target.t(), rows)
+                if main_grad is not None:
+                    main_grad.add_(grad_weight)
+        finally:
+            less_target.scatter_(1, columns, at_target)
+        return grad_hidden, None if main_grad is not None else grad_weight
 
     def _chunks(self, rows: torch.Tensor, wide_weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """(tokens, their gradients [tokens, V] in the products' dtype, in a buffer that the next chunk overwrites)."""

@@ -23,6 +23,22 @@ def chunk_tokens_on(device: str) -> int:
     return CPU_CHUNK_TOKENS if device == "cpu" else GPU_CHUNK_TOKENS
 
 
+def multiplies_kept(device: str, *, value_bytes: int, is_wide_product: bool, is_kept: bool, is_split: bool) -> bool:
+    """Whether backward of "chunked" multiplies kept probabilities as they are, all tokens at once.
+
+    A GPU's chunks are left as they are. Wide probabilities are added to the main gradient chunk by chunk, without a
+    rounding between.
+
+    Args:
+        device: "cpu" or "cuda".
+        value_bytes: Bytes of a hidden state, and of a kept probability.
+        is_wide_product: Operands of products are fp32 copies of narrow numbers.
+        is_kept: Forward kept probabilities.
+        is_split: Each tensor-parallel rank has a part of the vocabulary.
+    """
+    return device == "cpu" and value_bytes == 2 and not is_wide_product and is_kept and not is_split
+
+
 def choose_head_loss(device: str, *, capability: int, value_bytes: int, hidden: int) -> tuple[str, str]:
     """Choose "fused" or "chunked", and say why.
 

@@ -6,7 +6,7 @@ Conventions as in `layer_passes.py`.
 from __future__ import annotations
 
 from dsv3_megatron.kernels.head_loss_tiles import HeadLossTiles, gradient_columns
-from dsv3_megatron.ops.head_loss_choices import KEPT_BYTES, chosen_head_loss, chunk_tokens_on
+from dsv3_megatron.ops.head_loss_choices import KEPT_BYTES, chosen_head_loss, chunk_tokens_on, multiplies_kept
 from dsv3_megatron.planning.memory.layer_passes import add_gradients
 from dsv3_megatron.planning.memory.ledger import Tensor
 from dsv3_megatron.planning.memory.operation_passes import Operations, weight_grad_work
@@ -93,6 +93,9 @@ class TokenLossesPass:
             self._done()
             return self.ops.scatter(grad, s.hidden)
         wide = s.tokens * s.hidden * WIDE if s.is_wide_product else 0
+        if multiplies_kept(s.device, value_bytes=s.narrow, is_wide_product=s.is_wide_product,
+                           is_kept=self.kept is not None, is_split=s.tp > 1):
+            self.chunk = 0
         chunk = self.chunk * (WIDE if s.narrow == WIDE or s.is_wide_product else WIDE + s.narrow)
         in_place = 0 if s.is_wide_product else weight_grad_work(s, s.vocabulary * s.hidden)
         ledger.pulse(wide + self._wide_copies() + chunk + (0 if s.is_piped else in_place))

@@ -20,6 +20,14 @@ def test_choice(device, capability, value_bytes, hidden, chosen, reason):
     assert found[0] == chosen and reason in found[1]
 
 
+def test_kept_probabilities_are_multiplied_as_they_are_on_a_cpu_with_narrow_products():
+    on_cpu = {"device": "cpu", "value_bytes": 2, "is_wide_product": False, "is_kept": True, "is_split": False}
+    assert choices.multiplies_kept(**on_cpu)
+    for other in ({"device": "cuda"}, {"value_bytes": 4}, {"is_wide_product": True}, {"is_kept": False},
+                  {"is_split": True}):
+        assert not choices.multiplies_kept(**(on_cpu | other))
+
+
 def test_an_unknown_backend():
     hidden, weight, targets = torch.randn(3, 8), torch.randn(5, 8), torch.tensor([0, 1, 2])
     with pytest.raises(ValueError, match="backend='liger' of linear_cross_entropy must be one of auto, fused, chunked"):
