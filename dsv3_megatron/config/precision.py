@@ -24,6 +24,7 @@ FP8_BACKENDS = ("auto", "transformer_engine", "triton", "reference")
 FP8_ACCUMULATIONS = ("fp32", "fp22", "fp22_aligned")
 GRAD_GROUPINGS = ("tile", "block")
 DISPATCH_FORMATS = ("fp8", "bf16")
+SWIGLU_INPUTS = ("e4m3", "bf16")
 # Matrix units take rows of 16 bytes.
 GPU_MULTIPLE = 16
 
@@ -36,8 +37,8 @@ class LinearPrecision:
         fprop: "fp8" or "bf16": y = x W^T.
         dgrad: dx = dy W.
         wgrad: dW = dy^T x.
-        cached_input: x as it is kept for Wgrad: "e4m3", "e5m6" or "bf16". Of the experts' second weight what is kept
-            is the input of SwiGLU; its output is computed again.
+        cached_input: x as it is kept for Wgrad: "e4m3", "e5m6" or "bf16". Of the second weight of an FFN or of experts
+            what is kept is the input of SwiGLU; its output is computed again.
         input_scales: Scales of x: "arbitrary" or "power_of_2".
         scales: Scales of W and dy: "arbitrary" or "power_of_2".
         grad_grouping: dy in Dgrad: "tile" is 1x128; "block", 128x128, is the report's negative control.
@@ -95,6 +96,8 @@ class Fp8Config:
                                    help="reference only: model of the tensor core's sums between promotions")
     fp8_grad_grouping: str = option("tile", choices=GRAD_GROUPINGS, help="groups of output gradients in Dgrad; block: "
                                     "128x128, which the report saw diverge")
+    fp8_swiglu_input: str = option("e4m3", choices=SWIGLU_INPUTS, help="how SwiGLU's input is kept for backward, which "
+                                   "makes its output again; e4m3 is the report's, bf16 takes twice the memory")
     fp8_dispatch: str = option("fp8", choices=DISPATCH_FORMATS, help="what tokens travel in to their experts, and "
                                "gradients of the experts' outputs likewise")
 
@@ -119,7 +122,7 @@ class Fp8Config:
         """
         for name, allowed in (("fp8", FP8_MODES), ("fp8_backend", FP8_BACKENDS),
                               ("fp8_accumulation", FP8_ACCUMULATIONS), ("fp8_grad_grouping", GRAD_GROUPINGS),
-                              ("fp8_dispatch", DISPATCH_FORMATS)):
+                              ("fp8_swiglu_input", SWIGLU_INPUTS), ("fp8_dispatch", DISPATCH_FORMATS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         if not self.is_enabled:
@@ -199,6 +202,8 @@ def precision_map(fp8: Fp8Config, model: ModelConfig) -> dict[str, LinearPrecisi
             chosen = dataclasses.replace(chosen, accumulation=fp8.fp8_accumulation, grad_grouping=fp8.fp8_grad_grouping)
             if fp8.fp8_power_of_2_scales:
                 chosen = dataclasses.replace(chosen, input_scales="power_of_2", scales="power_of_2")
+            if name.endswith(".linear_fc2"):
+                chosen = dataclasses.replace(chosen, cached_input=fp8.fp8_swiglu_input)
         precisions[name] = chosen
     for override in fp8.fp8_override:
         pattern, changes = _read_override(override)

@@ -25,6 +25,7 @@ from dsv3_megatron.model.linear import Fp8Lines
 from dsv3_megatron.model.stage.weight_gradients import weight_grad_deferral
 from dsv3_megatron.ops.experts import swiglu_experts
 from dsv3_megatron.ops.fp8.experts import fp8_swiglu_experts
+from dsv3_megatron.ops.fp8.kept_swiglu import fp8_swiglu
 from dsv3_megatron.ops.recompute import recomputed
 from dsv3_megatron.ops.swiglu import swiglu
 
@@ -133,7 +134,14 @@ class _SwiGLUForward:
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """[s, B, H] -> [s, B, H], and no bias. Source: eq. 12, FFN_i."""
         gate_up, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(recomputed(swiglu, gate_up) if self.is_recomputed else swiglu(gate_up))
+        return self.linear_fc2(self._activation(gate_up))
+
+    def _activation(self, gate_up: torch.Tensor) -> torch.Tensor:
+        lines: Fp8Lines | None = getattr(self.linear_fc2, "fp8", None)
+        if lines is not None:
+            (precision,), backend = lines
+            return fp8_swiglu(gate_up, precision, backend=backend)
+        return recomputed(swiglu, gate_up) if self.is_recomputed else swiglu(gate_up)
 
 
 class LocalMLP(_SwiGLUForward, MLP):

@@ -4,6 +4,9 @@
     mla_up_proj   queries, keys and values: up-projections, norms of the latents, rotary embedding
     moe_act       the SwiGLU output of shared and routed experts (on a CPU the routed experts' is never kept)
 
+In FP8 the SwiGLU output of every FFN is made again in any case (`ops/fp8/kept_swiglu.py`), and no FP8 copy is kept of
+what a norm computes again.
+
 Megatron-Core's `layernorm` leaves the latents' norms to `mla_up_proj`; the report recomputes all of them. Its other
 names are not known here. With Transformer Engine's modules the names go to Megatron-Core, which does it in its own way.
 

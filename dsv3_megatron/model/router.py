@@ -223,10 +223,12 @@ class DeepSeekRouter(MegatronModule):
             ids_TK: int64, the chosen experts.
         """
         wide = torch.promote_types(x_TH.dtype, torch.float32)
-        # The wide copy of a narrow input is made again in backward rather than kept beside it.
-        wide_TH = x_TH if x_TH.dtype == wide else recomputed(partial(torch.Tensor.to, dtype=wide), x_TH)
+        # Wide copies of narrow tensors are made again in backward rather than kept beside them.
+        widen = partial(torch.Tensor.to, dtype=wide)
+        wide_TH, weight_EH = (narrow if narrow.dtype == wide else recomputed(widen, narrow)
+                              for narrow in (x_TH, self.weight))
         with saving():
-            scores_TE = self.scores(torch.nn.functional.linear(wide_TH, self.weight.to(wide)))
+            scores_TE = self.scores(torch.nn.functional.linear(wide_TH, weight_EH))
         return scores_TE, *self.select(scores_TE)
 
     def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:

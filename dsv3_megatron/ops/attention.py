@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dsv3_megatron.ops.attention_choices import PADDED, AttentionCase, choose_attention
+from dsv3_megatron.ops.attention_choices import KEEP_RESULT, PADDED, AttentionCase, choose_attention
 from dsv3_megatron.ops.backend import log_choice, unknown_backend, wide_dtype
-from dsv3_megatron.ops.recompute import is_recomputed, recomputed, saving
+from dsv3_megatron.ops.recompute import held, is_recomputed, recomputed, saving
 from dsv3_megatron.ops.softmax import softmax_and_logsumexp_
 
 BACKENDS = ("auto", "blocked", "engine", "cudnn", "flash3", "flash_padded", "sdpa_padded", "sdpa", "reference")
@@ -121,7 +121,10 @@ def _attend_by_document(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNU: torc
             q, k, v = (t[start:end, first:last] for t in (q_SBND, k_SBND, v_SBNU))
             parts.append(attend(q, k, v, softmax_scale, padded_width))
         columns.append(parts[0] if len(parts) == 1 else torch.cat(parts))
-    return (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)).contiguous()
+    whole = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+    result = whole.contiguous()
+    is_kernels_own = len(columns) == len(groups[0][1]) == 1 and result is whole
+    return held(result) if is_kernels_own and backend in KEEP_RESULT else result
 
 
 def reference_attention(

@@ -27,6 +27,8 @@ _BY_SETTING = {
     "flash": ("flash3", "flash_padded"), "unfused": ("reference",), "local": ("blocked",),
 }
 PADDED = ("flash_padded", "sdpa_padded")
+# Kernels that keep their result for backward, as they give it.
+KEEP_RESULT = ("engine", "cudnn", "flash3")
 _CUDNN_FOR_192_128 = 91900
 
 

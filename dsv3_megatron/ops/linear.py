@@ -154,11 +154,21 @@ class DeferredWeightGrad:
     Args:
         compute: Computes the gradient and adds it to the weight's.
         held: Arguments of `compute`; let go after it.
+        narrowed: Makes of `held` other arguments of the same gradient that take less memory; None: there are none.
     """
 
-    def __init__(self, compute: Callable[..., None], *held: Any) -> None:
+    def __init__(self, compute: Callable[..., None], *held: Any,
+                 narrowed: Callable[..., tuple[Any, ...]] | None = None) -> None:
         self.compute = compute
         self.held: tuple[Any, ...] | None = held
+        self.narrowed = narrowed
+
+    def narrow(self) -> None:
+        """Take less memory until it is computed, where that is possible: for a long wait."""
+        narrowed, self.narrowed = self.narrowed, None
+        if narrowed is not None and self.held is not None:
+            with torch.no_grad():
+                self.held = narrowed(*self.held)
 
     def __call__(self) -> None:
         """Compute it; RuntimeError the second time."""

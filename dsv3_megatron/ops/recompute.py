@@ -9,6 +9,9 @@ what is kept. Where an operation outside `saving()` keeps an output, nothing is 
 A tensor is recognised by its storage, so that views, slices and detached copies of an output count as it. An output
 that several operations ask for is computed once and kept until the last of them has it.
 
+What an operation would save in another form, such as an FP8 copy, need not be saved either where the tensor itself will
+be there in backward: computed again, or kept by another operation, which says so by `held`. `is_at_hand` tells.
+
 Megatron-Core's CheckpointWithoutOutput discards the data of an output and restores it in a hook on the gradient of a
 later tensor, which must come before the first use: that depends on what is run between the two. This does not.
 
@@ -27,6 +30,8 @@ import torch
 
 # By storage: a reference to it that tells when it is gone, how it came about, and as which output.
 _live: dict[int, tuple[weakref.ref, _Recipe, int]] = {}
+# Likewise, what some operation keeps as it is.
+_held: dict[int, tuple[weakref.ref]] = {}
 _num_computing = 0
 
 
@@ -38,23 +43,55 @@ def recomputed(function: Callable[..., Any], *inputs: torch.Tensor) -> Any:
             input or a view of one. Weights that it finds by itself must not change before backward.
         inputs: Kept until backward, or themselves recomputed.
     """
-    outputs = function(*inputs)
+    return remembered(function(*inputs), function, *inputs)
+
+
+def remembered(outputs: Any, function: Callable[..., Any], *inputs: torch.Tensor) -> Any:
+    """Give back outputs in whose place function(*inputs) will be there in backward.
+
+    It need not be the same to the last bit: where the inputs are rounded, such as what is kept of SwiGLU's input in
+    FP8, what backward gets is what the rounded ones make.
+
+    Args:
+        outputs: A tensor or a tuple of tensors, none of them an input or a view of one.
+        function: Function as `recomputed` takes it; its outputs have the shapes, strides and dtypes of `outputs`.
+        inputs: Kept until backward, or themselves recomputed.
+    """
     if torch.is_grad_enabled() and not _num_computing:
         recipe = _Recipe(function, inputs)
         for index, output in enumerate(_as_tuple(outputs)):
-            storage = output.untyped_storage()
-            address = storage._cdata
-
-            def forget(_: Any, address: int = address) -> None:
-                _live.pop(address, None)
-
-            _live[address] = (weakref.ref(storage, forget), recipe, index)
+            _note(_live, output, recipe, index)
     return outputs
+
+
+def held(tensor: torch.Tensor) -> torch.Tensor:
+    """Give back a tensor that the operation which made it keeps until its own backward pass, whoever else does."""
+    if torch.is_grad_enabled() and not _num_computing:
+        _note(_held, tensor)
+    return tensor
+
+
+def _note(table: dict[int, Any], tensor: torch.Tensor, *said: Any) -> None:
+    """Enter a tensor's storage, for as long as it is there: a reference to it, and what is said of it."""
+    storage = tensor.untyped_storage()
+    address = storage._cdata
+
+    def forget(_: Any) -> None:
+        table.pop(address, None)
+
+    table[address] = (weakref.ref(storage, forget), *said)
 
 
 def is_recomputed(tensor: torch.Tensor) -> bool:
     """Whether the tensor is, or is a view of, an output of `recomputed`."""
     return _find(tensor) is not None
+
+
+def is_at_hand(tensor: torch.Tensor) -> bool:
+    """Whether saving the tensor inside `saving()` costs nothing: it is computed again, or held by another operation."""
+    storage = tensor.untyped_storage()
+    (reference,) = _held.get(storage._cdata, (None,))
+    return is_recomputed(tensor) or (reference is not None and reference() is storage)
 
 
 @contextlib.contextmanager

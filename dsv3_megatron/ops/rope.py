@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dsv3_megatron.ops.backend import wide_dtype
+from dsv3_megatron.ops.recompute import recomputed, saving
 
 
 def apply_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> torch.Tensor:
@@ -41,8 +42,10 @@ def apply_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> t
         raise ValueError(f"apply_rope: x has {x.shape[1]} sequences, cos_SP and sin_SP {positions[1]}; give each one")
     if 2 * num_pairs > x.shape[-1]:
         raise ValueError(f"apply_rope: {num_pairs} pairs need {2 * num_pairs} dims, x has {x.shape[-1]}")
-    rotations_SP = torch.complex(cos_SP, sin_SP)
-    return _RoPE.apply(x, rotations_SP) if torch.is_grad_enabled() else rotate_tail(x, rotations_SP)
+    if not torch.is_grad_enabled():
+        return rotate_tail(x, torch.complex(cos_SP, sin_SP))
+    with saving():
+        return _RoPE.apply(x, recomputed(torch.complex, cos_SP, sin_SP))
 
 
 def reference_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@
     power of 2       all scales powers of two
     fp22             the tensor core's accumulator modelled, promotion every 128
     bf16 dispatch    tokens travel to their experts unrounded
+    bf16 swiglu      the input of SwiGLU is kept unrounded for backward
 
 The number of the report is the relative error of the loss against the run without FP8, below 0.25%; here the mean over
 the last half of the steps of each seed. Everything runs on the reference backend.
@@ -45,9 +46,10 @@ VARIANTS: dict[str, list[str]] = {
     "power of 2": [*_FP8, "--fp8-power-of-2-scales"],
     "fp22": [*_FP8, "--fp8-accumulation", "fp22"],
     "bf16 dispatch": [*_FP8, "--fp8-dispatch", "bf16"],
+    "bf16 swiglu": [*_FP8, "--fp8-swiglu-input", "bf16"],
 }
-_COLOURS = dict(zip(VARIANTS, ("#111827", "#dc2626", "#9ca3af", "#2563eb", "#059669", "#d97706", "#7c3aed"),
-                    strict=True))
+_COLOURS = dict(zip(VARIANTS, ("#111827", "#dc2626", "#9ca3af", "#2563eb", "#059669", "#d97706", "#7c3aed",
+                                "#0891b2"), strict=True))
 # Steps over which the picture's differences are means.
 _WINDOW = 20
 

@@ -222,6 +222,7 @@ class Tape:
         Args:
             defer_weights: All weight gradients are left for `weights.compute`.
         """
+        self.weights.is_long = defer_weights
         exchanges_left = sum(not isinstance(node, _Island) for node in self._nodes)
         while self._nodes:
             node = self._nodes.pop()

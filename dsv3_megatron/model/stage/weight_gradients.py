@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dsv3_megatron.ops.linear import WeightGradDeferral
+from dsv3_megatron.ops.linear import DeferredWeightGrad, WeightGradDeferral
 
 _BOUND: ContextVar[WeightGradDeferral | None] = ContextVar("weight_gradients", default=None)
 
@@ -31,15 +31,21 @@ class WeightGradients:
     """Weight gradients of one micro-batch on one stage.
 
     Called with the computation of one, it keeps it, or runs it at once where nothing is to wait.
+
+    Attributes:
+        is_long: What waits does so through other passes, and is brought into its narrowest form.
     """
 
     def __init__(self) -> None:
+        self.is_long = False
         self._waiting: deque[Callable[[], None]] = deque()
         self._is_deferring = False
 
     def __call__(self, work: Callable[[], None]) -> None:
         """Keep or run the computation of a weight gradient."""
         if self._is_deferring:
+            if self.is_long and isinstance(work, DeferredWeightGrad):
+                work.narrow()
             self._waiting.append(work)
         else:
             work()

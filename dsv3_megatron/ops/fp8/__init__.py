@@ -20,6 +20,7 @@ Nothing is imported here. In reading order:
     scale_groups.py       values that share a scale         quantize.py        values -> narrow ones and scales
     gemm.py               products of narrow matrices       products.py        a linear's three, by the precision map
     linear.py             a differentiable linear           experts.py         experts
+    kept_swiglu.py        SwiGLU from its narrow input
     held_weights.py       weights, quantized once a step    packed_rows.py     rows as bytes, for a transfer
     reference_backend.py  the interface, and the reference  triton_backend.py  kernels behind it
     engine.py             Transformer Engine's recipe       choice.py          which of these a run gets

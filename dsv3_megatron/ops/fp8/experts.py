@@ -11,17 +11,17 @@ Source: DeepSeek-V3 report, section 3.3.3.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from dsv3_megatron.config.precision import LinearPrecision
-from dsv3_megatron.ops.fp8.linear import Kept, Saved, settle_weight_grad
-from dsv3_megatron.ops.fp8.products import Products
-from dsv3_megatron.ops.fp8.quantize import Quantized
+from dsv3_megatron.ops.fp8.kept_swiglu import activation, swiglu_gradients
+from dsv3_megatron.ops.fp8.linear import Saved, settle_weight_grad
+from dsv3_megatron.ops.fp8.products import Kept, Products
 from dsv3_megatron.ops.fp8.reference_backend import REFERENCE, ReferenceBackend
 from dsv3_megatron.ops.linear import WeightGradDeferral
-from dsv3_megatron.ops.swiglu import swiglu_backward, swiglu_forward
 
 
 def fp8_swiglu_experts(
@@ -87,17 +87,11 @@ class _Fp8Experts(torch.autograd.Function):
         cached_x, cached_hidden, gates = ctx.saved.load(ctx)
         fc1, fc2 = ctx.weights
         grad_active = second.input_grad(grad_y, fc2, torch.float32, counts)
-        grad_hidden, grad_gates, active = swiglu_backward(
-            grad_active, _wide(cached_hidden), None if gates is None else gates.float(), needs_output=True)
-        grad_hidden = grad_hidden.to(dtype)
+        grad_hidden, grad_gates, active = swiglu_gradients(grad_active, cached_hidden, gates, dtype,
+                                                           needs_output=ctx.defer is None)
+        del grad_active
         grad_x = first.input_grad(grad_hidden, fc1, dtype, counts) if ctx.needs_input_grad[0] else None
-        if ctx.defer is None:
-            assert active is not None, "asked for"
-            kept_active: Kept = active.to(dtype)
-        else:
-            def kept_active() -> torch.Tensor:
-                return _activation(cached_hidden, gates).to(dtype)
-
+        kept_active: Kept = partial(activation, cached_hidden, gates, dtype) if active is None else active
         grad_weights = [
             settle_weight_grad(weight, products, grad, kept, ctx.accumulate, counts, ctx.defer) if needed else None
             for weight, products, grad, kept, needed in (
@@ -106,11 +100,3 @@ class _Fp8Experts(torch.autograd.Function):
         grad_gates = None if grad_gates is None or gates is None else grad_gates.to(gates.dtype)
         return grad_x, grad_gates, *grad_weights, None, None, None, None
 
-
-def _activation(hidden: torch.Tensor | Quantized, gates: torch.Tensor | None) -> torch.Tensor:
-    """SwiGLU in fp32, row weights applied."""
-    return swiglu_forward(_wide(hidden), None if gates is None else gates.float())
-
-
-def _wide(kept: torch.Tensor | Quantized) -> torch.Tensor:
-    return kept.dequantize() if isinstance(kept, Quantized) else kept.float()

@@ -14,8 +14,9 @@ Source: DeepSeek-V3 report, sections 3.3.2, 3.5.2 and appendix B.2.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +30,22 @@ from dsv3_megatron.ops.linear import add_product_, linear_forward, linear_input_
 from dsv3_megatron.ops.swiglu import swiglu
 
 Counts = Sequence[int] | None
+# An input as it is kept for Wgrad, or what makes it again.
+Kept = torch.Tensor | Quantized | Callable[[], torch.Tensor | Quantized]
+
+
+class WgradOperands(NamedTuple):
+    """What Wgrad multiplies for one weight: dy and x, in FP8 both in groups of 128 tokens of a channel.
+
+    Attributes:
+        expert: Place of the weight in a stack; None: it is alone.
+        grad: Gradient of the output, dy.
+        cached: Input of the linear, x.
+    """
+
+    expert: int | None
+    grad: torch.Tensor | Quantized
+    cached: torch.Tensor | Quantized
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,10 @@ class Products:
         if kept == "e4m3" and isinstance(operand, Quantized):
             return operand
         return self.backend.quantize(x, TILE, format=kept, power_of_2=self.precision.input_scales == "power_of_2")
+
+    def cached_again(self, x: torch.Tensor) -> torch.Tensor | Quantized:
+        """What `cached` makes of the input, made again in backward."""
+        return self.cached(x, self.operand(x) if self.precision.cached_input == "e4m3" else x)
 
     def activated(self, hidden: torch.Tensor, gates: torch.Tensor | None
                   ) -> tuple[torch.Tensor | Quantized, torch.Tensor | Quantized]:
@@ -91,25 +112,41 @@ class Products:
                  for rows, matrix in _ranges(self._weight(weight), counts))
         return _joined(parts, grad, weight.shape[-1], counts).to(dtype)
 
-    def add_weight_grad(self, grad: torch.Tensor, cached: torch.Tensor | Quantized, total: torch.Tensor) -> None:
-        """total += dy^T x, of one weight's rows; total is fp32 or the run's precision."""
-        if self.precision.wgrad != "fp8":
-            rows = cached.dequantize() if isinstance(cached, Quantized) else cached
-            wide = wide_dtype(grad.dtype)
-            add_product_(total, grad.to(wide).t(), rows.to(wide))
-            return
-        grad_columns = self.backend.quantize_columns(grad, power_of_2=self.precision.scales == "power_of_2")
-        columns = self.backend.quantize_columns(cached, power_of_2=self.precision.input_scales == "power_of_2")
-        self.backend.gemm(grad_columns, columns, dtype=torch.float32, accumulation=self.precision.accumulation,
-                          add_to=total)
+    def weight_grad_operands(self, grad: torch.Tensor, cached: Kept, counts: Counts = None) -> Iterator[WgradOperands]:
+        """WgradOperands of Wgrad, dy^T x, as it multiplies them: of one expert after the other that has rows.
 
-    def add_weight_grads(self, grad: torch.Tensor, cached: torch.Tensor | Quantized, total: torch.Tensor,
-                         counts: Sequence[int]) -> None:
-        """Add the gradients of a stack of weights: total[e] += dy[rows of e]^T x[rows of e]."""
-        for expert, rows in enumerate(row_ranges(counts)):
-            if rows.stop > rows.start:
-                part = cached.rows(rows) if isinstance(cached, Quantized) else cached[rows]
-                self.add_weight_grad(grad[rows], part, total[expert])
+        Args:
+            grad: Gradient of the output, [R, O].
+            cached: The input [R, I] as it was kept, or what makes it again.
+            counts: Rows of each expert; None: there is one weight.
+        """
+        rows = cached() if callable(cached) else cached
+        if counts is None:
+            yield self._operands(None, grad, rows)
+            return
+        for expert, part in enumerate(row_ranges(counts)):
+            if part.stop > part.start:
+                yield self._operands(expert, grad[part],
+                                     rows.rows(part) if isinstance(rows, Quantized) else rows[part])
+
+    def _operands(self, expert: int | None, grad: torch.Tensor, cached: torch.Tensor | Quantized) -> WgradOperands:
+        if self.precision.wgrad != "fp8":
+            return WgradOperands(expert, grad, cached)
+        columns, precision = self.backend.quantize_columns, self.precision
+        return WgradOperands(expert, columns(grad, power_of_2=precision.scales == "power_of_2"),
+                             columns(cached, power_of_2=precision.input_scales == "power_of_2"))
+
+    def add_weight_grads(self, operands: Iterable[WgradOperands], total: torch.Tensor) -> None:
+        """total += dy^T x, or total[e] += dy[rows of e]^T x[rows of e]; total is fp32 or the run's precision."""
+        for expert, grad, cached in operands:
+            own = total if expert is None else total[expert]
+            if isinstance(grad, Quantized):
+                assert isinstance(cached, Quantized), "both are in groups of tokens"
+                self.backend.gemm(grad, cached, dtype=torch.float32, accumulation=self.precision.accumulation,
+                                  add_to=own)
+            else:
+                rows, wide = cached.dequantize() if isinstance(cached, Quantized) else cached, wide_dtype(grad.dtype)
+                add_product_(own, grad.to(wide).t(), rows.to(wide))
 
     def _multiply(self, rows: Quantized, weight: Quantized, dtype: torch.dtype, counts: Counts) -> torch.Tensor:
         accumulation = self.precision.accumulation

@@ -9,12 +9,16 @@ from __future__ import annotations
 from dsv3_megatron.planning.memory.ledger import Tensor
 from dsv3_megatron.planning.memory.operation_passes import (
     Operations,
+    is_narrowed,
     product_work,
     quantization_work,
     quantized_bytes,
+    wait_narrowed,
     weight_grad_work,
+    wgrad_work,
 )
 from dsv3_megatron.planning.memory.settings import EXPERTS_FC1, EXPERTS_FC2, WIDE
+from dsv3_megatron.planning.memory.swiglu_passes import activation_work, gradient_work
 
 
 class RoutedExpertsPass:
@@ -215,35 +219,43 @@ class Fp8ExpertsPass:
         ledger, s, num, width = self.ops.ledger, self.ops.s, self.num, self.width
         ledger.pulse(quantization_work(s, num, s.hidden))
         grad_active = ledger.make("gradient of experts active", num * width * WIDE)
-        hidden = ledger.make("wide experts gate and up", num * 2 * width * WIDE)
-        wide = ledger.make("wide gradient of experts gate and up", num * 2 * width * WIDE)
-        ledger.pulse(4 * num * width * WIDE)
-        grad_hidden = ledger.make("gradient of experts gate and up", num * 2 * width * s.narrow)
-        if wide.size != grad_hidden.size:
-            ledger.drop(wide)
+        if s.is_engine:
+            hidden = ledger.make("wide experts gate and up", num * 2 * width * WIDE)
+            wide = ledger.make("wide gradient of experts gate and up", num * 2 * width * WIDE)
+            ledger.pulse(4 * num * width * WIDE)
+            grad_hidden = ledger.make("gradient of experts gate and up", num * 2 * width * s.narrow)
+            ledger.drop(hidden, wide)
         else:
-            ledger.drop(grad_hidden)
-            grad_hidden = wide
+            grad_hidden = ledger.make("gradient of experts gate and up", num * 2 * width * s.narrow)
+            active = 0 if s.is_piped else num * width * s.narrow
+            ledger.pulse(active + gradient_work(s, num, width))
+        ledger.drop(grad_active)
         ledger.pulse(quantization_work(s, num, 2 * width))
         grad_rows = ledger.make("gradient of expert input", num * s.hidden * s.narrow)
-        grad_hidden.references += 1
-        self._weight_grad(s.hidden, 2 * width, grad_hidden, self.rows)
-        grad.references += 1
-        self._weight_grad(width, s.hidden, grad, self.hidden, self.gates,
+        self._weight_grad(s.hidden, 2 * width, EXPERTS_FC1, grad_hidden, self.rows)
+        self._weight_grad(width, s.hidden, EXPERTS_FC2, grad, self.hidden, self.gates,
                           *[tensor for tensor in (self.active,) if tensor is not None])
-        ledger.drop(grad_active, hidden, grad_hidden, grad)
+        ledger.drop(grad_hidden, grad)
         return grad_rows
 
-    def _weight_grad(self, inputs: int, outputs: int, *held: Tensor) -> None:
+    def _weight_grad(self, inputs: int, outputs: int, module: str, grad: Tensor, *held: Tensor) -> None:
         """Take the gradient of one expert after the other, both operands in groups of tokens."""
-        ledger, s = self.ops.ledger, self.ops.s
+        ops, ledger, s = self.ops, self.ops.ledger, self.ops.s
         rows = -(-self.num // s.local_experts)
+        # The second weight's input is SwiGLU of what is held.
+        again = 0 if module == EXPERTS_FC1 or s.is_engine else self.num * inputs * s.narrow
+        if is_narrowed(ops, ops.precisions.line(module)):
+            ledger.pulse(again + activation_work(s, self.num, inputs) * (again > 0))
+            wait_narrowed(ops, self.num, inputs, outputs, s.local_experts)
+            ledger.pulse(again + quantization_work(s, max(inputs, outputs), rows))
+            ledger.drop(*held)
+            return
 
         def compute() -> None:
-            work = max(quantization_work(s, max(inputs, outputs), rows), product_work(s, outputs, rows, inputs))
-            ledger.pulse(quantized_bytes(rows, inputs + outputs, "e4m3") + work)
-            ledger.drop(*held)
+            ledger.pulse(again + wgrad_work(s, rows, inputs, outputs))
+            ledger.drop(grad, *held)
 
+        grad.references += 1
         if s.is_piped:
             ledger.waiting.append(compute)
         else:

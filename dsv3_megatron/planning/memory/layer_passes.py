@@ -15,10 +15,10 @@ from dsv3_megatron.planning.memory.operation_passes import (
     LinearPass,
     NormPass,
     Operations,
-    SwiGLUPass,
     quantization_work,
 )
 from dsv3_megatron.planning.memory.settings import INDEX, WIDE
+from dsv3_megatron.planning.memory.swiglu_passes import activation_pass
 
 
 class LatentAttentionPass:
@@ -55,7 +55,6 @@ class LatentAttentionPass:
         """Queries, keys and values out of their latents."""
         ops, s, ledger = self.ops, self.ops.s, self.ops.ledger
         heads = s.tokens * s.heads
-        rotation = s.length * s.rope // 2 * 2 * WIDE
         self.query_norm: NormPass | None = None
         if s.query_latent:
             self.query_norm = ops.norm(query_source, "normed query latent", s.local_tokens, s.query_latent)
@@ -65,14 +64,12 @@ class LatentAttentionPass:
         self.query_up = ops.linear(gathered, "query", s.tokens, "self_attention.linear_q_up_proj" if s.query_latent
                                    else "self_attention.linear_q_proj")
         ledger.drop(gathered)
-        self.rotations = [ledger.make("rotations", rotation)]
         self._rotate()
         query = ledger.make("query", heads * s.query * s.narrow)
         ledger.drop(self.query_up.output)
         if self.query_norm is not None:
             ledger.drop(self.query_norm.output)
         self.latent_norm = ops.norm(latent, "normed latent", s.local_tokens, s.latent)
-        self.rotations.append(ledger.make("rotations", rotation))
         shared_key = ledger.make("shared key", s.tokens * s.rope * s.narrow)
         gathered = ops.gather(self.latent_norm.output, s.latent)
         self.latent_up = ops.linear(gathered, "keys and values", s.tokens, "self_attention.linear_kv_up_proj")
@@ -104,7 +101,7 @@ class LatentAttentionPass:
         ledger.drop(grad_normed)
         self._rotate()
         grad_query = ledger.make("gradient of query", heads * s.query * s.narrow)
-        ledger.drop(grads["query"], *self.rotations)
+        ledger.drop(grads["query"])
         grad_down = ledger.make("gradient of latent", s.local_tokens * (s.latent + s.rope) * s.narrow)
         ledger.drop(grad_latent, grad_shared)
         grad_source = ops.scatter(self.query_up.backward(grad_query), s.query_latent or s.hidden)
@@ -150,8 +147,8 @@ class FeedForward:
         gathered = ops.gather(x, s.hidden)
         self.up: LinearPass = ops.linear(gathered, f"{name} gate and up", s.tokens, f"{module}.linear_fc1")
         ledger.drop(gathered)
-        self.activation: SwiGLUPass = ops.swiglu(self.up.output, f"{name} active", s.tokens, width,
-                                                 is_recomputed=is_recomputed)
+        self.activation = activation_pass(ops, self.up.output, name, width, f"{module}.linear_fc2",
+                                          is_recomputed=is_recomputed)
         self.down: LinearPass = ops.linear(self.activation.output, f"{name} output", s.tokens, f"{module}.linear_fc2")
         ledger.drop(self.up.output, self.activation.output)
         self.output = ops.scatter(self.down.output, s.hidden)
@@ -205,18 +202,19 @@ class Routing:
         table = tokens * s.experts
         ledger.keep(x)
         self.kept = []
-        if s.narrow < WIDE:  # products are wide; the input's wide copy is made again, the weight's is kept
+        if s.narrow < WIDE:  # products are wide; wide copies are made again
             ledger.pulse(tokens * s.hidden * WIDE + s.experts * s.hidden * WIDE + 2 * table * WIDE)
-            self.kept.append(ledger.make("wide router weight", s.experts * s.hidden * WIDE))
         # Affinities; experts of each token; its affinities and their sums; of the balance loss, their sums again.
         self.kept += [ledger.make("affinities", table * WIDE),
                       ledger.make("choice of experts", tokens * s.top_k * (INDEX + WIDE) + 3 * tokens * WIDE)]
         ledger.pulse(3 * table * WIDE + tokens * s.top_k * INDEX)
         gates = ledger.make("gates by expert", table * (WIDE + 1))
-        # Of sorting the table: what is kept is a view of all of it. Beside it, its copies turned and as int64.
+        # Of sorting the table: what Megatron-Core's dispatcher keeps is a view of all of it. Beside it, its copies
+        # turned and as int64.
         ledger.pulse(3 * table * INDEX + table)
-        self.kept += [ledger.make("sorted choices", table * INDEX),
-                      ledger.make("row numbers", s.sent_rows * INDEX)]
+        if not s.sends_by_node:
+            self.kept.append(ledger.make("sorted choices", table * INDEX))
+        self.kept.append(ledger.make("row numbers", s.sent_rows * INDEX))
         own = ledger.make("gates", s.sent_rows * WIDE)
         if ops.precisions.sends_fp8:
             # A token is quantized once.

@@ -31,13 +31,20 @@ class Tensor:
         size: Length in bytes.
         references: Number of users; the tensor is alive while there are any.
         recomputation: Recomputation that makes the tensor again; None: it is kept.
+        is_held: The operation that made the tensor keeps it as it is.
     """
 
-    __slots__ = ("name", "recomputation", "references", "size")
+    __slots__ = ("is_held", "name", "recomputation", "references", "size")
 
     def __init__(self, name: str, size: int) -> None:
         self.name, self.size, self.references = name, size, 1
         self.recomputation: Recomputation | None = None
+        self.is_held = False
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether the tensor will be there in backward in any case: held, or made again."""
+        return self.is_held or self.recomputation is not None
 
 
 class Recomputation:

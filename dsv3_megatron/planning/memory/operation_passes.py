@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dsv3_megatron.config.precision import LinearPrecision
 from dsv3_megatron.planning.memory.ledger import MemoryLedger, Tensor
 from dsv3_megatron.planning.memory.settings import NOT_FP8, WIDE, LayerPrecisions, PassSettings
 
@@ -108,10 +109,13 @@ class LinearPass:
         ledger, s = operations.ledger, operations.s
         self.operations, self.x, self.rows, self.inputs, self.outputs = operations, x, rows, inputs, outputs
         self.precision = operations.precisions.line(module)
+        self.is_made_again = False
         if self.precision is not None:
             ledger.pulse(quantization_work(s, rows, inputs))
             kept = self.precision.cached_input
-            if kept == "bf16":
+            # This library's modules make the FP8 copy of what is at hand again.
+            self.is_made_again = kept != "bf16" and x.is_at_hand and not s.is_engine
+            if kept == "bf16" or self.is_made_again:
                 ledger.keep(x)
             else:
                 self.x = ledger.make(f"{x.name} in FP8", quantized_bytes(rows, inputs, kept))
@@ -137,12 +141,16 @@ class LinearPass:
         if is_wide:
             ledger.pulse(wide_grad + (inputs * outputs + rows * inputs) * WIDE + rows * inputs * s.narrow)
         result = ledger.make(f"gradient of {self.x.name}", rows * inputs * s.narrow)
-        if s.is_piped:
+        if is_narrowed(self.operations, self.precision):
+            ledger.pulse(self._made_again() + quantization_work(s, max(inputs, outputs), rows))
+            wait_narrowed(self.operations, rows, inputs, outputs)
+            ledger.drop(self.x)
+        elif s.is_piped:
             grad.references += 1
             ledger.waiting.append(lambda: self._weight_grad(grad))
-            return result
-        ledger.pulse(wide_grad + self._work())
-        ledger.drop(self.x)
+        else:
+            ledger.pulse(wide_grad + self._work())
+            ledger.drop(self.x)
         return result
 
     def _weight_grad(self, grad: Tensor) -> None:
@@ -151,16 +159,51 @@ class LinearPass:
         ledger.pulse((self.rows * self.outputs * WIDE if is_wide else 0) + self._work())
         ledger.drop(self.x, grad)
 
+    def _made_again(self) -> int:
+        """Bytes of the input's FP8 copy, where it is made again."""
+        if self.precision is None or not self.is_made_again:
+            return 0
+        return quantized_bytes(self.rows, self.inputs, self.precision.cached_input)
+
     def _work(self) -> int:
         s = self.operations.s
-        if self.precision is not None:  # both in groups of tokens
-            narrow = quantized_bytes(self.rows, self.inputs + self.outputs, "e4m3")
-            return narrow + max(quantization_work(s, max(self.inputs, self.outputs), self.rows),
-                                product_work(s, self.outputs, self.rows, self.inputs))
+        if self.precision is not None:
+            return self._made_again() + wgrad_work(s, self.rows, self.inputs, self.outputs)
         if s.is_wide_product:
             return self.rows * self.inputs * WIDE
         # The product, and on a CPU its copy in the sum's dtype.
         return weight_grad_work(s, self.inputs * self.outputs)
+
+
+def is_narrowed(operations: Operations, precision: LinearPrecision | None) -> bool:
+    """Whether what a weight gradient in FP8 is made of waits for long, and so as Wgrad multiplies it."""
+    s, ledger = operations.s, operations.ledger
+    return (s.is_piped and ledger.defers_all and not s.is_engine
+            and precision is not None and precision.wgrad == "fp8")
+
+
+def wait_narrowed(operations: Operations, rows: int, inputs: int, outputs: int, num_experts: int = 1) -> None:
+    """Both operands of Wgrad wait in FP8, in groups of 128 tokens of a channel, until it is computed."""
+    ledger, s = operations.ledger, operations.s
+    size = wgrad_operand_bytes(rows, inputs, outputs, num_experts)
+    waiting = ledger.make("operands of weight gradients in FP8", size)
+
+    def compute() -> None:
+        ledger.pulse(product_work(s, outputs, -(-rows // num_experts), inputs))
+        ledger.drop(waiting)
+
+    ledger.waiting.append(compute)
+
+
+def wgrad_operand_bytes(rows: int, inputs: int, outputs: int, num_experts: int = 1) -> int:
+    """Both operands of Wgrad in FP8; of experts, groups of tokens begin anew with each."""
+    return num_experts * quantized_bytes(inputs + outputs, -(-rows // num_experts), "e4m3")
+
+
+def wgrad_work(s: PassSettings, rows: int, inputs: int, outputs: int) -> int:
+    """What lives while a weight gradient in FP8 is computed: both operands, and what makes and multiplies them."""
+    return wgrad_operand_bytes(rows, inputs, outputs) + max(
+        quantization_work(s, max(inputs, outputs), rows), product_work(s, outputs, rows, inputs))
 
 
 def quantized_bytes(rows: int, width: int, format: str) -> int:
@@ -288,6 +331,7 @@ class FusedAttentionPass:
             self.output = ledger.make("context", rows * s.value * s.narrow)
         else:  # it is what the projection keeps too
             self.result.references += 1
+            self.result.is_held = s.holds_attention_result
             self.output = self.result
 
     def backward(self, grad: Tensor) -> dict[str, Tensor]:

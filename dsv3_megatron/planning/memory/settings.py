@@ -16,9 +16,11 @@ from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.precision import Fp8Config, LinearPrecision, precision_map
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.weights import IN_LAYERS, Place, weights_at
-from dsv3_megatron.ops.attention_choices import PADDED, AttentionCase, choose_attention
+from dsv3_megatron.ops.attention_choices import KEEP_RESULT, PADDED, AttentionCase, choose_attention
 from dsv3_megatron.ops.row_bytes import gated_bytes, record_bytes
 
+# Of a machine of GPUs; on a CPU a launcher's ranks are on one.
+_RANKS_PER_NODE = {"cuda": 8, "cpu": 1 << 20}
 WIDE = 4  # bytes of fp32
 INDEX = 8  # of int64
 # Modules of a layer by the end of their names.
@@ -90,6 +92,8 @@ class PassSettings:
         recomputed: Names of modules whose outputs are computed again.
         recomputes_layers: Whole layers are.
         pads_values: Values are brought to the keys' width for core attention.
+        holds_attention_result: Core attention keeps its result as the projection behind it gets it.
+        sends_by_node: Tokens go to their experts once for each node.
         is_piped: Passes run on a tape, in pieces, and weight gradients may wait.
         has_balance_loss: The routers have a balance loss.
         imbalance: Rows of this rank's experts, as a multiple of the mean over ranks.
@@ -121,6 +125,8 @@ class PassSettings:
     recomputed: tuple[str, ...]
     recomputes_layers: bool
     pads_values: bool
+    holds_attention_result: bool
+    sends_by_node: bool
     is_piped: bool
     has_balance_loss: bool
     imbalance: float
@@ -197,13 +203,18 @@ def is_engine(run: RunConfig) -> bool:
     return run.training.transformer_impl == "transformer_engine"
 
 
-def pads_values(run: RunConfig, *, device: str, precision: str) -> bool:
-    """Whether core attention has its values brought to the keys' width, on a CPU or a Hopper GPU."""
+def attention_kernel(run: RunConfig, *, device: str, precision: str) -> str | None:
+    """Name what computes core attention in this library's modules on a Hopper GPU; None: something else computes it."""
     if device != "cuda" or is_engine(run):
-        return False
+        return None
     case = AttentionCase("cuda", value_bytes=4 if precision == "fp32" else 2, query_width=run.model.qk_head_dim,
                          value_width=run.model.v_head_dim, has_documents=run.data.has_document_attention)
-    return choose_attention(run.training.attention_backend, case)[0] in PADDED
+    return choose_attention(run.training.attention_backend, case)[0]
+
+
+def pads_values(run: RunConfig, *, device: str, precision: str) -> bool:
+    """Whether core attention has its values brought to the keys' width, on a CPU or a Hopper GPU."""
+    return attention_kernel(run, device=device, precision=precision) in PADDED
 
 
 @functools.cache
@@ -224,6 +235,7 @@ def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_produc
     """
     model, parallel, training = run.model, run.parallel, run.training
     tp, matrices = parallel.tensor_model_parallel_size, matrix_widths(model, parallel)
+    kernel = attention_kernel(run, device=device, precision=precision)
     return PassSettings(
         device=device, is_engine=device == "cuda" and is_engine(run), narrow=4 if precision == "fp32" else 2,
         is_wide_product=is_wide_product and precision != "fp32", sequences=training.micro_batch_size,
@@ -235,7 +247,9 @@ def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_produc
         expert_ffn=matrices.of(EXPERTS_FC2)[1], matrices=matrices,
         vocabulary=model.vocab_size // tp, recomputed=recomputed_modules(training),
         recomputes_layers=training.recompute_granularity == "full",
-        pads_values=pads_values(run, device=device, precision=precision),
+        pads_values=kernel in PADDED,
+        holds_attention_result=kernel in KEEP_RESULT and not run.data.has_document_attention,
+        sends_by_node=parallel.token_dispatcher(_RANKS_PER_NODE[device]) == "node",
         is_piped=parallel.pipeline_model_parallel_size > 1, has_balance_loss=training.moe_aux_loss_coeff > 0,
         imbalance=imbalance)
 

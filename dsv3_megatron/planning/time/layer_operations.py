@@ -65,7 +65,9 @@ def _with_weights(model: ModelConfig, weights: Iterable[Weight], linears: Linear
             yield from linear_operations(short_name(weight), linears, _routed_rows(model, shape), shape,
                                          groups=model.num_experts // shape.ep)
         elif weight.is_matrix:
-            yield from linear_operations(short_name(weight), linears, rows, shape)
+            # All but the way out of attention read what a norm gives.
+            yield from linear_operations(short_name(weight), linears, rows, shape,
+                                         is_input_again=weight.split is not Split.ROW and _has_norms_again(shape))
         elif weight.is_trained:
             yield from norm_operations(short_name(weight), rows, weight.numel(model), shape)
 
@@ -117,10 +119,21 @@ def _ffn(prefix: str, linears: Linears, rows: float, shape: Shape) -> Iterator[W
     first = linears.shape(f"{prefix}linear_fc1")
     assert first is not None
     width, wide = first[0] // 2, shape.value_bytes
-    yield from linear_operations(f"{prefix}linear_fc1", linears, rows, shape)
+    yield from linear_operations(f"{prefix}linear_fc1", linears, rows, shape, is_input_again=_has_norms_again(shape))
     yield Movement(WorkPart.FORWARD, f"{prefix}swiglu", "swiglu", rows * 3 * width * wide)
-    yield from linear_operations(f"{prefix}linear_fc2", linears, rows, shape)
+    second = linears.precision(f"{prefix}linear_fc2")
+    if second.is_fp8 and second.cached_input != "bf16":
+        yield Movement(WorkPart.FORWARD, f"{prefix}swiglu input kept", "cast", rows * 2 * width * (wide + FP8_BYTES))
+    if second.is_fp8 or ("moe_act" in shape.recomputed and prefix):
+        read = FP8_BYTES if second.is_fp8 and second.cached_input != "bf16" else wide
+        yield Movement(WorkPart.INPUT, f"{prefix}swiglu", "swiglu", rows * width * (2 * read + wide), is_again=True)
+    yield from linear_operations(f"{prefix}linear_fc2", linears, rows, shape, is_input_again=second.is_fp8)
     yield Movement(WorkPart.INPUT, f"{prefix}swiglu", "swiglu_backward", rows * 5 * width * wide)
+
+
+def _has_norms_again(shape: Shape) -> bool:
+    """Whether what norms give is made again in backward."""
+    return "layernorm" in shape.recomputed
 
 
 def _dense(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[WorkItem]:

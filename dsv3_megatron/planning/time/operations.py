@@ -236,7 +236,7 @@ def short_name(weight: Weight) -> str:
 
 
 def linear_operations(name: str, linears: Linears, rows: float, shape: Shape, *, groups: int = 1, casts: bool = True,
-            is_again: bool = False) -> Iterator[WorkItem]:
+            is_again: bool = False, is_input_again: bool = False) -> Iterator[WorkItem]:
     """Forward, dgrad and wgrad of a linear on `rows` rows in all, with the casts to FP8 around them.
 
     Args:
@@ -247,6 +247,7 @@ def linear_operations(name: str, linears: Linears, rows: float, shape: Shape, *,
         groups: Experts that the rows are divided among; 1: a linear without experts.
         casts: Whether the input is still to be brought into FP8; the dispatch has done so with the experts'.
         is_again: The forward alone, in backward.
+        is_input_again: The input is made again in backward, and with it its FP8 copy.
     """
     out_in = linears.shape(name)
     assert out_in is not None
@@ -268,6 +269,9 @@ def linear_operations(name: str, linears: Linears, rows: float, shape: Shape, *,
         yield Movement(WorkPart.INPUT, f"{name} gradient cast", "cast", rows * out * (wide + FP8_BYTES))
     yield Product(WorkPart.INPUT, name, kind(precision.dgrad), "dgrad", groups, per_group, inner, out)
     if precision.wgrad == "fp8":
+        if is_input_again and precision.cached_input != "bf16":
+            yield Movement(WorkPart.WEIGHT, f"{name} input cast", "cast", rows * inner * (wide + FP8_BYTES),
+                           is_again=True)
         yield Movement(WorkPart.WEIGHT, f"{name} gradient by channel", "cast_transposed",
                        rows * out * (wide + FP8_BYTES))
         kept = _E5M6_BYTES if precision.cached_input == "e5m6" else FP8_BYTES

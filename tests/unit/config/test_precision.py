@@ -47,6 +47,15 @@ def test_flags_change_every_fp8_line() -> None:
                 "power_of_2", "power_of_2", "fp22", "block")
 
 
+def test_the_second_weights_line_says_how_swiglus_input_is_kept() -> None:
+    for flag in ("e4m3", "bf16"):
+        precisions = precision_map(Fp8Config("blockwise", fp8_swiglu_input=flag), V3)
+        kept = {name: precision.cached_input for name, precision in precisions.items()
+                if name.endswith(".linear_fc2")}
+        assert set(kept.values()) == {flag} and len(kept) == 3 + 2 * 58 + 2
+        assert precisions["decoder.layers.0.mlp.linear_fc1"].cached_input == "e4m3"
+
+
 def test_overrides_apply_in_order() -> None:
     precisions = precision_map(Fp8Config("blockwise", fp8_override=[
         "decoder.layers.*=bf16", "decoder.layers.1?.*=fp8", "*.linear_proj=cached_input:e4m3,input_scales:arbitrary",
@@ -68,6 +77,8 @@ def test_overrides_apply_in_order() -> None:
     ({"fp8_override": ["*=wgrad:fp4"]}, "fp8_override=*=wgrad:fp4: wgrad='fp4' must be one of fp8, bf16"),
     ({"fp8_override": ["*=format:e4m3"]}, "format is no field of a precision; use bf16, fp8, or of fprop, dgrad"),
     ({"fp8": "tensorwise"}, "fp8='tensorwise' must be one of none, blockwise"),
+    ({"fp8_swiglu_input": "e5m6"}, "fp8_swiglu_input='e5m6' must be one of e4m3, bf16"),
+    ({"fp8": "none", "fp8_swiglu_input": "bf16"}, "fp8_swiglu_input=bf16 says how FP8 computes, and fp8=none"),
     ({"fp8_backend": "cutlass"}, "fp8_backend='cutlass' must be one of auto, transformer_engine, triton, reference"),
     ({"fp8": "none", "fp8_accumulation": "fp22"},
      "fp8_accumulation=fp22 says how FP8 computes, and fp8=none; set fp8=blockwise or leave it out"),

@@ -12,6 +12,7 @@ from dsv3_megatron.config.presets import preset
 from dsv3_megatron.ops import attention
 from dsv3_megatron.ops.attention import causal_attention, reference_attention
 from dsv3_megatron.ops.attention_choices import PADDED, AttentionCase, choose_attention
+from dsv3_megatron.ops.recompute import is_at_hand
 from dsv3_megatron.planning.memory.settings import pads_values
 from dsv3_megatron.planning.time.operations import Shape
 
@@ -103,6 +104,20 @@ def test_the_planner_is_told_alike():
         assert (choose_attention(setting, V3)[0] in PADDED) is padded
     assert pads_values(run, device="cuda", precision="fp32")
     assert not pads_values(run, device="cpu", precision="bf16")
+
+
+@pytest.mark.parametrize(("backend", "bounds", "is_held"), [
+    ("cudnn", None, True), ("flash3", None, True), ("sdpa", None, False), ("sdpa_padded", None, False),
+    ("cudnn", ((0, 16, 40), (0, 16, 40)), False)])
+def test_a_result_is_held_where_the_kernel_keeps_it_as_it_is(backend, bounds, is_held, monkeypatch):
+    """The parts of documents are put together in another tensor, and padding is cut off in another one."""
+
+    def kernel(q, k, v, scale, width):
+        return reference_attention(q, k, v, scale).contiguous()
+
+    monkeypatch.setitem(attention._ATTENDS, backend, kernel)
+    result = causal_attention(*_inputs()[0], softmax_scale=0.2, document_bounds=bounds, backend=backend)
+    assert is_at_hand(result.flatten(2)) is is_held
 
 
 def _inputs():

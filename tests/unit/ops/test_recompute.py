@@ -13,7 +13,7 @@ from dsv3_megatron.ops import recompute
 from dsv3_megatron.ops.attention import causal_attention
 from dsv3_megatron.ops.experts import swiglu_experts
 from dsv3_megatron.ops.linear import linear
-from dsv3_megatron.ops.recompute import recomputed
+from dsv3_megatron.ops.recompute import held, is_at_hand, recomputed, remembered, saving
 from dsv3_megatron.ops.rms_norm import rms_norm
 
 
@@ -159,3 +159,32 @@ def test_nothing_is_noted_without_gradients_or_left_behind():
     del y
     gc.collect()
     assert not recompute._live
+
+
+def test_what_is_remembered_stands_for_an_output_of_rounded_inputs():
+    """As SwiGLU's output is made again from its input in FP8: backward multiplies what the rounded input makes."""
+    x, weight = leaf(4, 8), leaf(3, 8, seed=1)
+    rounded_x = x.detach().half().float()
+    y = remembered(x * 2, lambda rows: rows * 2, rounded_x)
+    freed = weakref.ref(y.untyped_storage())
+    result = linear(y.view(2, 2, 8), weight)
+    del y
+    gc.collect()
+    assert freed() is None
+    result.sum().backward()
+    torch.testing.assert_close(weight.grad, (rounded_x * 2).sum(0).expand(3, 8))
+    assert not torch.equal(rounded_x, x.detach())
+
+
+def test_what_is_at_hand():
+    x = leaf(4, 8)
+    kept, other = held(x * 2), x * 2
+    assert is_at_hand(kept) and is_at_hand(kept.detach()[1:].view(-1)) and not is_at_hand(other)
+    assert is_at_hand(recomputed(torch.exp, x)) and not is_at_hand(x)
+    with torch.no_grad():
+        assert not is_at_hand(held(x * 2))
+    with saving():
+        assert (kept * kept).grad_fn._saved_self.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()
+    del kept, other
+    gc.collect()
+    assert not recompute._held and not recompute._live

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dsv3_megatron.model.stage.tape import Tape
 from dsv3_megatron.model.stage.weight_gradients import WeightGradients, delaying_modules, weight_grad_deferral
-from dsv3_megatron.ops.linear import linear
+from dsv3_megatron.ops.linear import DeferredWeightGrad, linear
 from dsv3_megatron.parallel.exchange import Splits
 from dsv3_megatron.schedule.execute import take_turns
 from tools.bench.timed_segments import Channel, Costs, TimedStage, VirtualClock
@@ -157,6 +157,30 @@ def test_bindings_do_not_outlast_their_segment():
     assert weight_grad_deferral() is None
     first.compute()
     assert done == ["at once", "later"] and len(first) == 0
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_what_waits_for_a_call_of_its_own_is_narrowed(is_long):
+    """Weight gradients that are computed behind the next transfer are not worth a narrower form."""
+    done = []
+
+    class Deferring(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.defer = weight_grad_deferral()
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            ctx.defer(DeferredWeightGrad(done.append, "wide", narrowed=lambda held: ("narrow",)))
+            return grads[0]
+
+    tape = Tape(is_recording=True, post=Loopback)
+    (moved,) = exhaust(tape.exchange(*tape.run(Deferring.apply, tape.value(torch.ones(3, 4))), splits=SPLITS))
+    moved.slot.add(torch.ones(3, 4))
+    exhaust(tape.backward(defer_weights=is_long))
+    tape.weights.compute()
+    assert done == ["narrow" if is_long else "wide"]
 
 
 def test_recomputed_modules_defer_too():

@@ -87,21 +87,23 @@ def test_experts_against_the_exact_ones(dtype, precisions):
 def test_experts_deferred_equal_at_once():
     inputs, grad = experts_case(torch.bfloat16)
     results = {}
-    for deferred in (False, True):
+    for deferred in (False, True, "long"):
         x, fc1, fc2, gates = (t.detach().clone().requires_grad_() for t in inputs)
         for weight in (fc1, fc2):
             weight.main_grad = torch.zeros(weight.shape)
         queue = []
         call(accumulate_into_main_grad=True, defer_weight_grad=queue.append if deferred else None)(
             x, fc1, fc2, gates).backward(grad)
-        assert len(queue) == 2 * deferred
+        assert len(queue) == 2 * bool(deferred)
         assert not deferred or not hasattr(fc1, "grad_added_to_main_grad")
         for compute in queue:
+            if deferred == "long":
+                compute.narrow()
             compute()
         assert fc1.grad_added_to_main_grad and fc2.grad_added_to_main_grad
         results[deferred] = (x.grad, gates.grad, fc1.main_grad, fc2.main_grad)
-    for a, b in zip(results[False], results[True], strict=True):
-        assert torch.equal(a, b)
+    for a, b, c in zip(*results.values(), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
 
 
 def test_experts_keep_narrow_tensors():

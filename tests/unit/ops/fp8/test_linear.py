@@ -1,6 +1,7 @@
 """FP8 linear and experts against a composition of slow pieces, and against the exact layer within FP8's error."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from dsv3_megatron.config.precision import BF16, LinearPrecision
 from dsv3_megatron.ops.fp8.linear import fp8_linear
 from dsv3_megatron.ops.linear import linear
+from dsv3_megatron.ops.recompute import held, recomputed
+from dsv3_megatron.ops.rms_norm import rms_norm
 from tests.slow_fp8 import rounded
 from tests.unit.ops.fp8.layers import (
     DEFAULT,
@@ -96,6 +99,50 @@ def test_what_is_kept_is_narrow(precision):
         fp8_linear(x, weight, precision)
     expected = x.numel() + x.numel() // 128 * 4 if precision == DEFAULT else x.numel() * 3 // 2 + x.numel() // 128 * 4
     assert sum(kept) == expected
+
+
+@pytest.mark.parametrize("precision", [DEFAULT, AFTER_ATTENTION, dataclasses.replace(DEFAULT, cached_input="bf16")])
+@pytest.mark.parametrize("at_hand", ["made again", "held"])
+def test_a_copy_of_what_is_at_hand_is_made_again_with_the_same_bits(precision, at_hand):
+    """A norm's output that is computed again, a result that its operation keeps: no FP8 copy is kept beside them."""
+    inputs = random(70, 256).bfloat16(), random(256, seed=1).bfloat16(), random(130, 256, seed=2).bfloat16()
+    grad = random(70, 130, seed=3).bfloat16()
+
+    def layer(x, scale, weight, norm):
+        return fp8_linear(norm(x, scale), weight, precision)
+
+    expected = with_gradients(lambda *leaves: layer(*leaves, rms_norm), inputs, grad)
+    kept = []
+    norm = partial(recomputed, rms_norm) if at_hand == "made again" else lambda x, scale: held(rms_norm(x, scale))
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    normed = norm(*leaves[:2])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = fp8_linear(normed, leaves[2], precision)
+    addresses = {t.untyped_storage().data_ptr() for t in kept}
+    assert addresses <= {normed.untyped_storage().data_ptr()}, "nothing but what is there in any case"
+    for got, other in zip((y, *torch.autograd.grad(y, leaves, grad)), expected, strict=True):
+        assert torch.equal(got, other)
+
+
+@pytest.mark.parametrize("precision", [DEFAULT, AFTER_ATTENTION, dataclasses.replace(DEFAULT, wgrad="bf16")])
+def test_what_waits_for_long_waits_narrow_with_the_same_bits(precision):
+    x, weight, grad = random(140, 256), random(130, 256, seed=1).requires_grad_(), random(140, 130, seed=2)
+    main_grads = []
+    for is_long in (False, True):
+        weight.main_grad, queue = torch.ones(130, 256), []
+        fp8_linear(x.clone().requires_grad_(), weight, precision, accumulate_into_main_grad=True,
+                   defer_weight_grad=queue.append).backward(grad)
+        (work,) = queue
+        if is_long:
+            work.narrow()
+            if precision.wgrad == "fp8":
+                (operands,) = next(held for held in work.held if isinstance(held, list))
+                assert operands.grad.num_bytes == (140 + 2 * 4) * 130
+                assert operands.cached.num_bytes == (140 + 2 * 4) * 256
+                assert not any(torch.is_tensor(held) for held in work.held), "nothing wide is left"
+        work()
+        main_grads.append(weight.main_grad)
+    assert torch.equal(*main_grads)
 
 
 def test_main_grad_and_deferral():

@@ -141,7 +141,8 @@ def test_deepseek_v3_on_2048_gpus() -> None:
     assert 2.0e9 < inner.optimizer_bytes < 3.5e9
     # DualPipe: PP + 1 chunks, one of which is under way.
     assert sum(inner.num_kept) in (16, 17)
-    assert 60e9 < inner.peak_bytes < 140e9
+    # The report's GPUs have 80 GB.
+    assert max(rank.peak_bytes for rank in ranks) < 78e9
     without = estimate_memory(report_run().override(recompute_granularity=None), 2048)[3]
     assert without.activation_bytes > 1.2 * inner.activation_bytes
 
@@ -191,6 +192,31 @@ def test_the_experts_gate_and_up_are_kept_in_fp8_by_local_modules_and_as_they_ar
     assert "experts gate and up" not in local and "experts active in FP8" not in local
     assert engine["experts gate and up"] == rows * width * 2
     assert engine["experts active in FP8"] == rows * (width // 2 + width // 2 // 128 * 4)
+
+
+def test_no_fp8_copy_is_kept_of_what_is_there_in_backward_anyway() -> None:
+    """Of what attention keeps, and of norms that are made again; without recomputation the copies are smaller."""
+    for settings in ({"recompute_granularity": "selective"}, {"recompute_granularity": None}):
+        inner = estimate_memory(report_run().override(transformer_impl="local", **settings), 2048)[3]
+        kept = kept_by_name(inner)
+        made_again = {f"{name} in FP8" for name in ("attention input", "FFN input", "normed latent",
+                                                    "normed query latent")}
+        assert made_again.isdisjoint(kept) is (settings["recompute_granularity"] == "selective")
+        # 16,384 numbers a token of each of four layers, in BF16 and in no other form.
+        assert kept["attention result"] == sum(inner.num_kept) * 4 * 4096 * 16384 * 2
+        assert not {"attention result in FP8", "shared experts active in FP8", "wide router weight"} & kept.keys()
+    padded = kept_by_name(estimate_memory(report_run(transformer_impl="local", attention_backend="flash"), 2048)[3])
+    assert padded["context in FP8"] == sum(inner.num_kept) * 4 * 4096 * (16384 * 3 // 2 + 128 * 4)
+
+
+def test_swiglus_input_takes_half_in_fp8() -> None:
+    """The dense layers' gate and up of DeepSeek-V3's first stage: 3 layers of 4096 tokens, 2 x 18432 numbers."""
+    narrow, wide = (estimate_memory(report_run(transformer_impl="local", fp8_swiglu_input=form), 2048)[0]
+                    for form in ("e4m3", "bf16"))
+    numbers = 3 * 4096 * 2 * 18432
+    assert narrow.kept_by_chunk[0]["FFN gate and up in FP8"] == numbers + numbers // 128 * 4
+    assert wide.kept_by_chunk[0]["FFN gate and up"] == numbers * 2
+    assert "FFN active in FP8" not in wide.kept_by_chunk[0] and wide.peak_bytes > narrow.peak_bytes
 
 
 # -- FP8, layer by layer ---------------------------------------------------------------------------------------------
