@@ -80,8 +80,13 @@ def has_fast_bf16(device: Device) -> bool:
 
 def has_bf16_matrix_units() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware (AMX tiles or AVX512-BF16)."""
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
+    return bool(_bf16_matrix_units())
+
+
+def _bf16_matrix_units() -> str:
+    """What of this CPU multiplies bf16 matrices, or nothing."""
+    probes = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
+    return next((units for units, probe in probes.items() if getattr(torch.cpu, probe, bool)()), "")
 
 
 def resolve_precision(precision: str, device: Device) -> str:
@@ -100,4 +105,5 @@ def _cpu_name() -> str:
             name = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), name)
     except OSError as error:
         logger.debug("no /proc/cpuinfo: %s", error)
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
+    units = [torch.backends.cpu.get_cpu_capability(), *([_bf16_matrix_units()] if has_bf16_matrix_units() else [])]
+    return f"{name} ({', '.join(units)}, {os.cpu_count()} cores)"

@@ -6,6 +6,9 @@ peer is a plain loop around the model in the given dtype with fused AdamW and no
 settings and, as further contenders, with its other expert implementations. Each contender is a process of its own;
 steps alternate between them, so that a disturbance of the machine meets all; the others sleep meanwhile.
 
+One contender more is "products": the matrix products of a step alone, with the shapes of a balanced step, as a rate.
+It is what the machine would allow at the time, and each contender's share of it is printed and recorded.
+
 A contender that has used `--budget-s` takes no more steps: where a CPU multiplies bf16 natively at 1 GFLOP/s one step
 of the peer takes minutes. A step above `--step-limit-s` is given up and reported as such. How many steps a number
 rests on is in the results.
@@ -27,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 from tools.bench.contenders import Contender, Step, add_arguments, run_benchmark, serve  # noqa: E402
 from tools.bench.records import Measurement  # noqa: E402
 
-OURS = "dsv3_megatron"
+OURS, PRODUCTS = "dsv3_megatron", "products"
 PEERS = {
     "transformers": {},
     "transformers-experts-eager": {"_experts_implementation": "eager"},
@@ -92,15 +95,98 @@ def peer_step(setting: Setting) -> Step:
     return step
 
 
+@dataclass(frozen=True)
+class Product:
+    """A weight of the model and the rows it meets, so many times in a step."""
+
+    rows: int
+    num_outputs: int
+    num_inputs: int
+    times: int
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of forward and both gradients in a step."""
+        return 6 * self.rows * self.num_outputs * self.num_inputs * self.times
+
+
+def step_products(num_tokens: int) -> list[Product]:
+    """Every product of a step of `laptop` without MTP but those of core attention and the router, experts balanced."""
+    from tools.bench.shapes import LAPTOP, product_shapes
+
+    layers, dense, moe = LAPTOP.num_layers, LAPTOP.num_dense_layers, LAPTOP.num_moe_layers
+    found = []
+    for shape in product_shapes(LAPTOP):
+        times = {"head": 1, "dense_gate_up": dense, "dense_down": dense}.get(shape.name, layers)
+        if shape.name.startswith("expert"):
+            rows = num_tokens * LAPTOP.moe_router_topk // LAPTOP.num_experts
+            found.append(Product(rows, shape.num_outputs, shape.num_inputs, LAPTOP.num_experts * moe))
+            times = LAPTOP.num_shared_experts * moe
+        found.append(Product(num_tokens, shape.num_outputs, shape.num_inputs, times))
+    return found
+
+
+def products_step(setting: Setting) -> Step:
+    """The products of a step, in the dtype in which this library multiplies; operands of a shape are the same ones."""
+    import torch
+
+    from dsv3_megatron.ops.backend import choose_product_backend
+
+    stored = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+    is_wide = choose_product_backend("auto", torch.device("cpu"), stored) == "via_fp32"
+    dtype = torch.float32 if is_wide else stored
+
+    def operands(product: Product) -> list[torch.Tensor]:
+        rows, outputs, inputs = product.rows, product.num_outputs, product.num_inputs
+        return [torch.randn(*shape).to(dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs))]
+
+    prepared = [(product.times, operands(product)) for product in step_products(
+        setting.seq_length * setting.batch_size)]
+
+    def step() -> dict[str, float]:
+        for times, (x, weight, grad_y) in prepared:
+            for _ in range(times):
+                torch.mm(x, weight.t())
+                torch.mm(grad_y, weight)
+                torch.mm(grad_y.t(), x)
+        return {}
+
+    return step
+
+
+def products_rate(contenders: list[Contender[Setting]]) -> float | None:
+    """FLOP/s of the products alone, if they were measured."""
+    for c in contenders:
+        if c.setting.contender == PRODUCTS and c.seconds:
+            tokens = c.setting.seq_length * c.setting.batch_size
+            return sum(product.flops for product in step_products(tokens)) / statistics.median(c.seconds)
+    return None
+
+
+def flops_of_token(seq_length: int) -> int:
+    """Model FLOPs of a token of `laptop` without MTP, forward and backward."""
+    from dsv3_megatron.metrics.flops import flops_per_token
+    from tools.bench.shapes import LAPTOP
+
+    return flops_per_token(LAPTOP, seq_length).main
+
+
 def report(contenders: list[Contender[Setting]]) -> list[Measurement]:
     """Print a table; return its numbers."""
     rows = []
     tokens_per_step = contenders[0].setting.seq_length * contenders[0].setting.batch_size
     median = {c.setting.contender: statistics.median(c.seconds) for c in contenders if c.seconds}
+    rate = products_rate(contenders)
     for c in contenders:
         name, config = c.setting.contender, _describe(c.setting)
         if not c.seconds:
             print(f"{name:30} {config:40} no step: {c.error}")
+            continue
+        if name == PRODUCTS:
+            assert rate is not None, "it has steps"
+            print(f"{name:30} {config:40} {rate / 1e9:8.1f} GFLOP/s  {median[name]:6.2f} s ({len(c.seconds)} steps)")
+            rows.append(Measurement(name, config, "rate", rate / 1e9, "GFLOP/s"))
+            rows.append(Measurement(name, config, "num_steps", len(c.seconds), "1"))
             continue
         speed = tokens_per_step / median[name]
         slowest, fastest = max(c.seconds), min(c.seconds)
@@ -109,6 +195,7 @@ def report(contenders: list[Contender[Setting]]) -> list[Measurement]:
         print(
             f"{name:30} {config:40} {speed:8.1f} tok/s  {median[name]:8.2f} s ({fastest:.2f}-{slowest:.2f}, "
             f"{len(c.seconds)} steps)  {cpu:8.2f} cpu-s  ours is {ratio:.2f}x"
+            + (f"  {speed * flops_of_token(c.setting.seq_length) / rate:.0%} of the products' rate" if rate else "")
         )
         numbers = (
             ("throughput", speed, "token/s"),
@@ -119,6 +206,9 @@ def report(contenders: list[Contender[Setting]]) -> list[Measurement]:
             ("num_steps", len(c.seconds), "1"),
         )
         rows += [Measurement(name, config, metric, value, unit) for metric, value, unit in numbers]
+        if rate is not None:
+            share = speed * flops_of_token(c.setting.seq_length) / rate
+            rows.append(Measurement(name, config, "share_of_products", share, "1"))
     return rows
 
 
@@ -129,7 +219,8 @@ def _describe(setting: Setting) -> str:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training tokens/s of this library against Transformers.")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
-    parser.add_argument("--contenders", nargs="+", default=[OURS, *PEERS], choices=(OURS, *PEERS))
+    parser.add_argument("--contenders", nargs="+", default=[OURS, PRODUCTS, *PEERS],
+                        choices=(OURS, PRODUCTS, *PEERS))
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4, help="sequences a step")
     add_arguments(parser, steps=5, warm_up=2, budget_s=300.0, limit_s=900.0)
@@ -141,7 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     if options.serve:
         setting = Setting(**json.loads(options.serve))
-        serve(lambda: ours_step(setting) if setting.contender == OURS else peer_step(setting))
+        makers = {OURS: ours_step, PRODUCTS: products_step}
+        serve(lambda: makers.get(setting.contender, peer_step)(setting))
         return 0
     groups = ([Setting(name, precision, options.seq_length, options.batch_size, options.threads)
                for name in options.contenders] for precision in options.precisions)

@@ -29,17 +29,60 @@ def newest(name: str) -> dict[tuple[str, str], dict[str, dict[str, str]]]:
     return found
 
 
+def newest_by_cpu(name: str) -> dict[tuple[str, str], dict[str, dict[str, dict[str, str]]]]:
+    """Rows by (CPU, configuration), then by contender and metric; later rows replace earlier ones of the same CPU."""
+    found: dict[tuple[str, str], dict[str, dict[str, dict[str, str]]]] = {}
+    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            cpu = re.sub(r", \d+ threads.*", "", row["device"])
+            found.setdefault((cpu, row["config"]), {}).setdefault(row["name"], {})[row["metric"]] = row
+    return found
+
+
+def _in_turn_with_ours(contenders: dict[str, dict[str, dict[str, str]]]) -> dict[str, dict[str, dict[str, str]]]:
+    """Contenders whose steps took turns with ours, and only what was measured then."""
+    date = contenders[OURS]["throughput"]["date"]
+    kept = {contender: {metric: row for metric, row in metrics.items() if row["date"] == date}
+            for contender, metrics in contenders.items()}
+    return {contender: metrics for contender, metrics in kept.items() if metrics}
+
+
 def throughput_table(name: str) -> str:
-    """Tokens per second of every contender, and how many times slower than ours."""
-    measured = newest(name)
-    lines = ["| Configuration | Contender | tokens/s | ours is | steps | device |",
-             "| --- | --- | ---: | ---: | ---: | --- |"]
-    for (config, contender), metrics in measured.items():
-        speed = float(metrics["throughput"]["value"])
-        ours = measured.get((config, OURS), {}).get("throughput")
-        ratio = f"{float(ours['value']) / speed:.1f}x" if ours and contender != OURS else ""
-        steps, device = int(float(metrics["num_steps"]["value"])), metrics["throughput"]["device"]
-        lines.append(f"| {config} | {contender} | {speed:,.1f} | {ratio} | {steps} | {device} |")
+    """Tokens per second of every contender on every CPU, how many times slower than ours, and the products' share."""
+    lines = ["| Configuration | Contender | tokens/s | ours is | of the products' rate | steps | device |",
+             "| --- | --- | ---: | ---: | ---: | ---: | --- |"]
+    for (_, config), contenders in newest_by_cpu(name).items():
+        measured = _in_turn_with_ours(contenders)
+        for contender, metrics in measured.items():
+            steps = int(float(metrics["num_steps"]["value"]))
+            if "rate" in metrics:
+                rate = metrics["rate"]
+                lines.append(f"| {config} | products alone | {float(rate['value']):,.0f} GFLOP/s |  |  | {steps} | "
+                             f"{rate['device']} |")
+                continue
+            speed, where = float(metrics["throughput"]["value"]), metrics["throughput"]["device"]
+            ratio = f"{float(measured[OURS]['throughput']['value']) / speed:.1f}x" if contender != OURS else ""
+            lines.append(f"| {config} | {contender} | {speed:,.1f} | {ratio} | {_share(metrics)} | {steps} | {where} |")
+    return "\n".join(lines)
+
+
+def _share(metrics: dict[str, dict[str, str]]) -> str:
+    return f"{float(metrics['share_of_products']['value']):.0%}" if "share_of_products" in metrics else ""
+
+
+def cpus_table(_: str) -> str:
+    """Training of `laptop` on every kind of CPU that was measured, beside Transformers and the products alone."""
+    lines = ["| CPU | precision | dsv3_megatron | Transformers | ours is | products alone | ours, of their rate |",
+             "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for (cpu, config), contenders in newest_by_cpu("training_throughput").items():
+        if "seq=512 batch=4 threads=2" not in config:
+            continue
+        measured = _in_turn_with_ours(contenders)
+        ours, theirs = (float(measured[who]["throughput"]["value"]) for who in (OURS, "transformers"))
+        rate = f"{float(measured['products']['rate']['value']):,.0f} GFLOP/s" if "products" in measured else ""
+        load = re.search(r"load [\d.]+", measured[OURS]["throughput"]["device"])
+        lines.append(f"| {cpu}{f', {load[0]}' if load else ''} | {config.split()[1]} | {ours:,.0f} tokens/s | "
+                     f"{theirs:,.0f} tokens/s | {ours / theirs:.1f}x as fast | {rate} | {_share(measured[OURS])} |")
     return "\n".join(lines)
 
 
@@ -165,8 +208,6 @@ def rehearsal_table(name: str) -> str:
 # Of the README: what was done, the results file, the metric, the configuration, whom ours is beside.
 _SUMMARY = (
     ("preprocess 100 MB of JSON lines", "preprocess", "time_median", "100 MB JSON lines", OURS, "Megatron-LM"),
-    ("train the preset laptop in fp32", "training_throughput", "throughput", "laptop fp32 seq=512 batch=4 threads=2",
-     OURS, "transformers"),
     ("generate with laptop, one text", "generate", "throughput",
      "laptop fp32 decode batch=1 prompt=64 new=33 threads=2", OURS, "transformers"),
     ("a step of DualPipe on stages of known times", "schedules", "step_time",
@@ -201,6 +242,7 @@ def summary_table(name: str) -> str:
 
 TABLES = {
     "summary": summary_table,
+    "training_by_cpu": cpus_table,
     "memory": memory_table,
     "rehearsal": rehearsal_table,
     "schedules": schedule_table,
