@@ -120,13 +120,14 @@ class ChunkedGradients:
         assert self.kept is not None
         # Not a change of the saved tensor in autograd's eyes: it is as it was when this returns.
         less_target = self.kept.data
-        is_here = is_among(self.targets, self.weight.shape[0])
-        columns, scales = self.targets.where(is_here, 0).unsqueeze(1), self.grad_losses.unsqueeze(1)
-        at_target = less_target.gather(1, columns)
+        num_tokens, vocab = less_target.shape
+        is_here, scales = is_among(self.targets, vocab), self.grad_losses.unsqueeze(1)
+        # In flat memory: a scatter into narrow numbers takes torch as long as a product here.
+        places = torch.arange(0, num_tokens * vocab, vocab, device=self.targets.device) + self.targets.where(is_here, 0)
+        at_target = less_target.take(places)
         grad_hidden = grad_weight = None
         try:
-            changed = at_target.to(scales.dtype).sub_(is_here.unsqueeze(1).to(scales.dtype))
-            less_target.scatter_(1, columns, changed.to(self.dtype))
+            less_target.put_(places, (at_target.to(scales.dtype) - is_here.to(scales.dtype)).to(self.dtype))
             if needs_hidden:
                 grad_hidden = torch.mm(less_target, self.weight)
                 grad_hidden = torch.mul(grad_hidden, scales, out=grad_hidden)
@@ -136,7 +137,7 @@ class ChunkedGradients:
                 if main_grad is not None:
                     main_grad.add_(grad_weight)
         finally:
-            less_target.scatter_(1, columns, at_target)
+            less_target.put_(places, at_target)
         return grad_hidden, None if main_grad is not None else grad_weight
 
     def _chunks(self, rows: torch.Tensor, wide_weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
