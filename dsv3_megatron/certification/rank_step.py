@@ -19,6 +19,7 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.metrics.progress import TrainingDisplay
 from dsv3_megatron.metrics.run_records import StepReport
 from dsv3_megatron.model.global_names import WholeParameter, whole_parameters
+from dsv3_megatron.model.stage.buckets import buckets_of
 from dsv3_megatron.optim.router_bias import routers
 from dsv3_megatron.runs.trainer import Trainer
 
@@ -124,6 +125,7 @@ def take_step(trainer: Trainer, hooks: StepHooks | None = None) -> RankStep:
         gradients.extend(local_parts(trainer, lambda parameter: parameter.main_grad))
 
     trainer.mcore_config.finalize_model_grads_func = finalize_and_note
+    leave_weights_to_passes(trainer)
     try:
         report, _signal = trainer.train_step()
     finally:
@@ -140,6 +142,20 @@ def take_step(trainer: Trainer, hooks: StepHooks | None = None) -> RankStep:
         sequence_parallel=trainer.mcore_config.sequence_parallel,
         num_micro_batches=trainer.batches[0].num_micro_batches,
     )
+
+
+def leave_weights_to_passes(trainer: Trainer) -> None:
+    """Spoil the weights that other ranks update, where a run gathers them late: the next passes have to gather them."""
+    for chunk, buckets in zip(trainer.chunks, buckets_of(trainer.chunks), strict=True):
+        if not buckets.gathers_late:
+            continue
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                for rank, shard in enumerate(bucket.param_data.chunk(group.size())):
+                    if rank != group.rank():
+                        shard.fill_(torch.nan)
+        buckets.note_update()
 
 
 def place_of(trainer: Trainer) -> RankPlace:

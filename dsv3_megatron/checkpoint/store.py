@@ -75,8 +75,10 @@ from dsv3_megatron.checkpoint.optimizer_state import (
 )
 from dsv3_megatron.checkpoint.tensor_index import READ_ERRORS, saved_tensors
 from dsv3_megatron.checkpoint.text_files import TextFiles
+from dsv3_megatron.config.parallel import is_same_layout
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.version import __version__
+from dsv3_megatron.model.stage.buckets import finish_gathering
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.shards import distributed_parts
 
@@ -224,8 +226,7 @@ def load_checkpoint(
         return manifest.progress
     if manifest.precision != _precision(chunks):
         # Weights come rounded from bf16; a replica's own share of the fp32 weights replaces them everywhere.
-        wrapped: list[Any] = list(chunks)
-        for chunk in wrapped:
+        for chunk in list[Any](chunks):
             chunk.start_param_sync(force_sync=True)
     if _RNG in loaded:
         _restore_rng_state(loaded[_RNG])
@@ -273,6 +274,7 @@ def load_weights(directory: str | Path, run: RunConfig, chunks: list[torch.nn.Mo
 def _state(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer | None, groups: ProcessGroupCollection, *,
            is_loading: bool, average: WeightAverage | None = None) -> dict[Any, Any]:
     """(what, chunk or optimizer, ...) -> sharded tensor, of this rank; of the model alone without an optimizer."""
+    finish_gathering(chunks)
     metadata = {
         "dp_cp_group": groups.dp_cp,
         "non_homogeneous_layers": True,
@@ -434,7 +436,7 @@ def _restore_rng_state(states: dict[str, Any]) -> None:
 
 
 def _has_same_layout(manifest: Manifest, run: RunConfig) -> bool:
-    return (manifest.run["parallel"] == run.as_dict()["parallel"]
+    return (is_same_layout(manifest.run["parallel"], run.as_dict()["parallel"])
             and manifest.world_size == torch.distributed.get_world_size())
 
 

@@ -116,8 +116,8 @@ FLAGS: tuple[MegatronFlag, ...] = (
            "cross-entropy-fusion-impl"),
     *_each(NO_EFFECT, "0", "what overlaps with what follows from --pipeline-schedule and "
            "--overlap-moe-expert-parallel-comm",
-           "overlap-grad-reduce overlap-param-gather overlap-param-gather-with-optimizer-step tp-comm-overlap "
-           "delay-wgrad-compute moe-shared-expert-overlap no-overlap-p2p-communication"),
+           "overlap-param-gather-with-optimizer-step tp-comm-overlap delay-wgrad-compute moe-shared-expert-overlap "
+           "no-overlap-p2p-communication"),
     *_each(NO_EFFECT, "0", "samples are mapped from the files and made when they are needed",
            "no-mmap-bin-files no-create-attention-mask-in-dataloader"),
     *_each(NO_EFFECT, "1", "samples are mapped from the files and made when they are needed", "num-workers"),
@@ -191,7 +191,8 @@ SAME_NAME: tuple[str, ...] = tuple((
     "--moe-router-bias-update-rate --moe-router-group-topk "
     "--moe-router-num-groups --moe-router-score-function --moe-router-topk --moe-router-topk-scaling-factor --mscale "
     "--mscale-all-dim --mtp-loss-scaling-factor --mtp-num-layers --norm-epsilon --num-attention-heads --num-experts "
-    "--num-layers --num-virtual-stages-per-pipeline-rank --overlap-moe-expert-parallel-comm "
+    "--num-layers --num-virtual-stages-per-pipeline-rank --overlap-grad-reduce "
+    "--overlap-moe-expert-parallel-comm --overlap-param-gather "
     "--override-opt-param-scheduler --pipeline-model-parallel-layout --pipeline-model-parallel-size --q-lora-rank "
     "--recompute-granularity --recompute-modules --reset-attention-mask --reset-position-ids --rope-type --rotary-base "
     "--rotary-scaling-factor --save --save-interval --seed --seq-length --split --tensor-model-parallel-size "
@@ -210,6 +211,8 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
     ("--exp-avg-dtype, --exp-avg-sq-dtype", "fp32 or bf16"),
     ("--cp-comm-type", "p2p, all_gather or a2a, the same in all layers; p2p and all_gather pass latents, not keys and "
      "values"),
+    ("--overlap-grad-reduce, --overlap-param-gather", "on unless --no-overlap-grad-reduce or --no-overlap-param-gather "
+     "is given, under every schedule; a bucket is a layer, there is no --ddp-bucket-size"),
 )
 
 # Settings of Megatron-Bridge's recipes that Megatron-LM has no flag of the same name for.

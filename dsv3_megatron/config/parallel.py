@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ from dsv3_megatron.config.pipeline import (
 CP_COMM_TYPES = ("p2p", "all_gather", "a2a")
 # Of 132, which the DeepSeek-V3 report leaves to communication (section 3.2.2).
 COMMUNICATION_SMS = 20
+# Fields that say when messages go, not between whom.
+_NO_LAYOUT = ("overlap_grad_reduce", "overlap_param_gather")
 # NCCL has no more channels.
 _MOST_SMS = 64
 
@@ -67,6 +70,12 @@ class ParallelConfig:
         "deepep", choices=FLEX_BACKENDS, help="library of the dispatcher flex, which must be installed; not tested")
     ranks_per_node: int | None = option(
         None, help="ranks of a node, for the dispatcher node; none: as many as the launcher started on this one")
+    overlap_grad_reduce: bool = option(
+        True, help="reduce the gradients of a layer as soon as a step's last pass has computed them, under the passes "
+                   "that are left; off: all at the end")
+    overlap_param_gather: bool = option(
+        True, help="gather the updated weights under the first passes of the next step, each layer's before it is "
+                   "needed; off: right after the update")
     num_communication_sms: int | None = option(
         None, help="multiprocessors of a GPU that NCCL uses at most and that persistent kernels leave to it; 0: no "
                    f"limit; none: {COMMUNICATION_SMS} with expert, pipeline or context parallelism, else 0")
@@ -345,6 +354,12 @@ class ParallelConfig:
                     f"{names} = {product} must divide world_size={world_size}; start a multiple of "
                     f"{self.minimum_world_size} processes or lower a degree"
                 )
+
+
+def is_same_layout(*fields: Mapping[str, Any]) -> bool:
+    """Whether runs with these fields of a `ParallelConfig` have the same on each rank."""
+    layouts = [{name: value for name, value in each.items() if name not in _NO_LAYOUT} for each in fields]
+    return all(layout == layouts[0] for layout in layouts)
 
 
 def _must_divide(name: str, degree: int, targets: list[tuple[str, int]]) -> None:

@@ -19,6 +19,7 @@ from dsv3_megatron.model.node_dispatcher import use_node_dispatch
 from dsv3_megatron.model.recomputed_modules import set_recomputed
 from dsv3_megatron.model.router import RouterOptions
 from dsv3_megatron.model.specs import block_specs, resolve_transformer_impl
+from dsv3_megatron.model.stage.buckets import add_buckets, bucket_layout, watch_whole_passes
 from dsv3_megatron.model.stage.weight_gradients import delay_engine_weight_gradients
 from dsv3_megatron.parallel.expert_nodes import expert_nodes
 from dsv3_megatron.parallel.groups import as_pipeline_rank, at_pipeline_rank
@@ -103,17 +104,41 @@ def _build_stage(run: RunConfig, config: MLATransformerConfig, groups: ProcessGr
 
 
 def wrap_stages(
-    stages: list[DeepSeekV3Model], config: MLATransformerConfig, groups: ProcessGroupCollection
+    stages: list[DeepSeekV3Model], config: MLATransformerConfig, groups: ProcessGroupCollection, *,
+    reduces_early: bool = False, gathers_late: bool = False
 ) -> list[DistributedDataParallel]:
-    """Stages with fp32 main gradients in flat buffers, reduce-scattered for the distributed optimizer."""
+    """Stages with fp32 main gradients in flat buffers, reduce-scattered for the distributed optimizer.
+
+    Buffers are cut in the same buckets whatever overlaps, so gradients, their norm and updates have the same bits.
+
+    Args:
+        stages: This rank's stages.
+        config: Configuration of the stages.
+        groups: The run's process groups.
+        reduces_early: Gradients are reduced as soon as they are complete (`StageBuckets.begin_step`), where there are
+            several ranks to do so.
+        gathers_late: Updated weights are gathered under the next passes, or when `finish_gathering` is called; the
+            optimizer must then not do it (`build_optimizer`).
+    """
+    num_ranks, num_expert_ranks = groups.dp_cp.size(), groups.expt_dp.size()
+    has_replicas = num_ranks > 1 or num_expert_ranks > 1
+    reduces_early, gathers_late = reduces_early and has_replicas, gathers_late and has_replicas
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False,
         average_in_collective=False)
     wrapped: list[DistributedDataParallel] = []
-    for index, stage in enumerate(stages):
+    for stage in stages:
         module: torch.nn.Module = Float16Module(config, stage) if config.bf16 else stage
         wrapped.append(DistributedDataParallel(
-            config=config, ddp_config=ddp_config, module=module, disable_bucketing=index > 0, pg_collection=groups))
-    for chunk in wrapped:
+            config=config, ddp_config=ddp_config, module=module, pg_collection=groups,
+            disable_bucketing=not (reduces_early or gathers_late),  # then all buckets are one message
+            full_param_layout=bucket_layout(stage, ddp_config, num_ranks, num_expert_ranks)))
+        add_buckets(stage, wrapped[-1], reduces_early=reduces_early, gathers_late=gathers_late)
+    for stage, chunk in zip(stages, wrapped, strict=True):
         chunk.broadcast_params()
+        if stage.mtp_process and stage.embedding_buckets is not stage.buckets:
+            assert stage.embedding_buckets is not None
+            stage.embedding_buckets.num_borrowers += 1
+        if groups.pp.size() == 1:
+            watch_whole_passes(stage)
     return wrapped

@@ -21,6 +21,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from dsv3_megatron.model.linear import column_parallel_input
 from dsv3_megatron.model.observation import HeadAgreement
 from dsv3_megatron.model.packed_documents import PackedDocuments
+from dsv3_megatron.model.stage.buckets import StageBuckets
 from dsv3_megatron.model.stage.weight_gradients import weight_grad_deferral
 from dsv3_megatron.ops.cross_entropy import linear_cross_entropy
 from dsv3_megatron.parallel.groups import as_pipeline_rank
@@ -57,9 +58,12 @@ class DeepSeekV3Model(GPTModel):
 
     Attributes:
         agreement: Compares the heads in training forwards while it is set; no part of the model.
+        buckets: Messages of its gradients and weights, where it is trained.
     """
 
     agreement: HeadAgreement | None = None
+    buckets: StageBuckets | None = None
+    _embedding_owner: DeepSeekV3Model | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -86,6 +90,12 @@ class DeepSeekV3Model(GPTModel):
         if self.mtp_process:
             del self.embedding
         object.__setattr__(self, "embedding", first.embedding)
+        object.__setattr__(self, "_embedding_owner", first)
+
+    @property
+    def embedding_buckets(self) -> StageBuckets | None:
+        """Buckets with the embedding that this stage uses, its own or the first stage's."""
+        return (self._embedding_owner or self).buckets
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """The embedding's weight of this stage or of the first one on the same rank; None where there is neither.

@@ -29,6 +29,7 @@ import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from dsv3_megatron.model.stage.buckets import finish_gathering
 from dsv3_megatron.optim.shards import distributed_parts, master_shards
 
 
@@ -103,6 +104,7 @@ class WeightAverage:
         self.wait()
         if not self.num_updates:
             raise ValueError("the weights have no average before the first step with ema_decay")
+        finish_gathering(self.chunks)
         kept = [shard.master.detach().to("cpu", copy=True) for shard in self.shards]
         self._set_weights(self.averages)
         try:

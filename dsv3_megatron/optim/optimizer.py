@@ -12,6 +12,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_megatron.config.training import TrainingConfig
+from dsv3_megatron.model.stage.buckets import buckets_of
 from dsv3_megatron.optim.adamw import NarrowMomentAdamW
 from dsv3_megatron.optim.shards import ParameterShard, distributed_parts, master_shards
 
@@ -53,6 +54,7 @@ def build_optimizer(
         group["weight_decay"] = training.weight_decay * group["wd_mult"]
     shards = list(master_shards(optimizer, chunks, groups))
     for part in distributed_parts(optimizer):
+        part._defer_param_sync = any(buckets.gathers_late for buckets in buckets_of(chunks))
         if "bf16" in (training.exp_avg_dtype, training.exp_avg_sq_dtype):
             part.optimizer = _with_narrow_moments(training, part, shards)
         elif isinstance(part.optimizer, torch.optim.AdamW):

@@ -14,6 +14,7 @@ import torch
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from dsv3_megatron.model.stage.buckets import buckets_of
 from dsv3_megatron.optim.shards import distributed_parts
 
 
@@ -54,6 +55,8 @@ def nonfinite_copies(optimizer: MegatronOptimizer) -> torch.Tensor:
 def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
     """Clip the gradients by their norm and update the parameters; all ranks call.
 
+    Where weights are gathered late, only this rank's shards are new afterwards (`model/stage/buckets.py`).
+
     Args:
         optimizer: The optimizer, after `squared_norm` was called for it.
         norm: Root of the sum of all ranks' `squared_norm`.
@@ -65,6 +68,9 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
                                          use_decoupled_grad=_is_decoupled(part))
     is_applied = optimizer.step_with_ready_grads()
     assert is_applied, "without a gradient scaler every update is applied"
+    for chunk in {id(chunk): chunk for part in distributed_parts(optimizer) for chunk in part.model_chunks}.values():
+        for buckets in buckets_of([chunk]):
+            buckets.note_update()
 
 
 def _gradient(part: Any, parameter: torch.nn.Parameter) -> torch.Tensor | None:

@@ -21,7 +21,7 @@ from dsv3_megatron.planning.time.step_time import StepTime
 from dsv3_megatron.reports.model_table import format_bytes
 
 _KIND_WORDS = {RULE: "break a rule", MEMORY: "need more memory", SLOWER: "are slower than the last one above"}
-_HIDDEN = "hidden_all_to_all"
+_HIDDEN = ("hidden_all_to_all", "hidden_update")
 # Parts of a step, components of memory and resources, in the words of Megatron-LM's users; JSON has the plain names.
 _STEP_WORDS = {
     "products": "GEMMs", "attention": "core attention", "element_wise": "element-wise kernels",
@@ -29,6 +29,7 @@ _STEP_WORDS = {
     "exposed_all_to_all": "exposed expert all-to-all", "exposed_p2p": "exposed pipeline P2P",
     "bubble": "pipeline bubble", "gradient_reduction": "gradient reduce-scatter (DP)", "optimizer": "optimizer step",
     "weight_gathering": "parameter all-gather (DP)", "hidden_all_to_all": "hidden expert all-to-all",
+    "hidden_update": "hidden DP collectives",
 }
 _MEMORY_WORDS = {
     "parameter": "params", "gradient": "main grads", "optimizer": "optimizer", "activation": "activations",
@@ -234,9 +235,10 @@ def _head(report: PlanReport) -> str:
 def _breakdown(report: PlanReport) -> str:
     lines = ["where the step goes (pipeline rank that waits least)"]
     for name, seconds in report.step.breakdown().items():
-        if name != _HIDDEN:
+        if name not in _HIDDEN:
             lines.append(f"  {_STEP_WORDS[name]:32} {_seconds(seconds):>10} {seconds / report.step.seconds:6.1%}")
-    lines.append(f"  and beside compute: {_STEP_WORDS[_HIDDEN]} {_seconds(report.step.hidden_exchange)}")
+    lines += [f"  and beside compute: {_STEP_WORDS[name]} {_seconds(report.step.breakdown()[name])}"
+              for name in _HIDDEN]
     return "\n".join(lines)
 
 
@@ -346,7 +348,7 @@ def plot(report: PlanReport, path: str) -> None:
                     f"{_layout_words(report.run)}")
     parts = {_STEP_WORDS[name]: seconds for name, seconds in report.step.breakdown().items() if seconds > 0}
     step.barh(list(parts), list(parts.values()),
-              color=["tab:gray" if name == _STEP_WORDS[_HIDDEN] else "tab:blue" for name in parts])
+              color=["tab:gray" if name.startswith("hidden") else "tab:blue" for name in parts])
     step.invert_yaxis()
     step.set(title="a step (gray: beside compute)", xlabel="s")
     ranks = [str(rank.pipeline_rank) for rank in report.memory]

@@ -26,7 +26,7 @@ from dsv3_megatron.planning.flags import differing_flags
 from dsv3_megatron.planning.memory.estimate import RankMemory, estimate_memory
 from dsv3_megatron.planning.memory.headroom import lacking_memory
 from dsv3_megatron.planning.time.operations import WorkPart
-from dsv3_megatron.planning.time.step_time import StepTime, step_seconds, step_time, update_time
+from dsv3_megatron.planning.time.step_time import StepTime, least_update, step_seconds, step_time
 from dsv3_megatron.planning.time.work import Imbalance, Setting, StageWork, WorkTable, end_key
 
 RULE, MEMORY, SLOWER = "rule", "memory", "slower"
@@ -312,7 +312,7 @@ class _Bounds:
             else:
                 busy = each * held.alone
             longest = max(longest, before[min(place.stage for place in places)] + busy)
-        return longest + update_time(run, setting).total
+        return longest + least_update(run, setting)
 
     def _stages(self, run: RunConfig, layout: Layout, way: float) -> list[_Seconds]:
         key = (layout.tp, layout.ep, layout.micro_batch_size, layout.recompute)

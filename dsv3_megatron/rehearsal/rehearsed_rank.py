@@ -96,6 +96,7 @@ class RankRehearsal:
 
     def go(self) -> None:
         """Go through all phases; an error ends them and is noted, with what was seen before it."""
+        from dsv3_megatron.model.stage.buckets import buckets_of
         from dsv3_megatron.runs.trainer import Trainer
 
         memory = self.watch.memory
@@ -105,6 +106,9 @@ class RankRehearsal:
             self.result.built_bytes = memory.total_at(memory.now)
             self.result.group_calls = self.groups.calls
             self.result.groups = self.groups.joined, self.groups.alone
+            self.trainer.are_weights_read = False
+            for buckets in buckets_of(self.trainer.chunks):  # the first step begins as any other
+                buckets.note_update()
             for phase in (FIRST_STEP, STEP)[:self.task.num_steps]:
                 with self._phase(phase):
                     self.trainer.train_step()

@@ -37,6 +37,7 @@ from dsv3_megatron.metrics.measurements import Measurements
 from dsv3_megatron.model.build import wrap_stages
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.model.losses import sum_losses
+from dsv3_megatron.model.stage.buckets import buckets_of, finish_gathering
 from dsv3_megatron.ops.fp8.held_weights import constant_weights
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.optimizer import build_optimizer, set_learning_rate
@@ -84,13 +85,19 @@ class Learner:
         average: Moving average of the weights; None if the run keeps none.
         guard: Judge of each step.
         phase: Phase of the step under way: its batch, sequence length and weight of the MTP losses.
+        are_weights_read: Weights are read between this step and the next. Where nobody does, those of other ranks'
+            shards may be left to the passes of the next step (`overlap_param_gather`); whoever reads them then calls
+            `finish_gathering`.
     """
 
     def __init__(self, built: BuiltModel) -> None:
         self.run = run = built.run
         self.device, self.groups, self.precision, self.mcore_config = (
             built.device, built.groups, built.precision, built.config)
-        self.chunks = wrap_stages(built.stages, self.mcore_config, self.groups)
+        self.chunks = wrap_stages(
+            built.stages, self.mcore_config, self.groups, reduces_early=run.parallel.overlap_grad_reduce,
+            gathers_late=run.parallel.overlap_param_gather)
+        self.are_weights_read = True
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
         self.average = WeightAverage(self.optimizer, list(self.chunks), self.groups, decay=run.training.ema_decay
                                      ) if run.training.ema_decay else None
@@ -144,6 +151,8 @@ class Learner:
                           sums.has_nonfinite_copy))
             if self.average and outcome.is_applied:
                 self.average.update()
+            if self.are_weights_read:
+                finish_gathering(self.chunks)
         with clock.part("router-bias"):
             if outcome.is_applied:
                 update_router_biases(self.chunks, sums.loads_on_device_LE, num_layers=self.run.model.num_layers,
@@ -165,13 +174,18 @@ class Learner:
             This rank's reports of its micro-batches.
         """
         training = self.phase.training
+        num_microbatches = num_sequences // (training.micro_batch_size * self.groups.dp.size())
+        for buckets in buckets_of(self.chunks):
+            buckets.start_gathering()
+            if not forward_only:
+                buckets.begin_step(num_microbatches // self.run.parallel.num_model_copies)
         # No weight changes within a global batch: in FP8 each is quantized once for all its micro-batches.
         with constant_weights():
             return self.forward_backward(
                 forward_step_func=ForwardStep(self._next_batch, self.run.data, self._loss),
                 data_iterator=list(batches) if len(batches) > 1 else batches[0],
                 model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
-                num_microbatches=num_sequences // (training.micro_batch_size * self.groups.dp.size()),
+                num_microbatches=num_microbatches,
                 seq_length=training.seq_length,
                 micro_batch_size=training.micro_batch_size,
                 forward_only=forward_only,
@@ -179,16 +193,18 @@ class Learner:
 
     def reduce_gradients(self, chunks: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, *,
                          force_all_reduce: bool = False, **_groups: Any) -> None:
-        """Add the main gradients up over ranks, and divide them by the tokens of the step.
+        """Add up over ranks what main gradients are not added up yet, and divide all by the tokens of the step.
 
         Args:
             chunks: This rank's stages, wrapped.
             num_tokens: Tokens that this rank's pipeline has counted, int32.
-            force_all_reduce: Every rank gets all sums, not only its shard's.
+            force_all_reduce: An argument of Megatron-Core's, which no run sets: a rank gets the sums of its shard.
         """
+        assert not force_all_reduce, "gradients are reduce-scattered"
         with self.instruments.clock.part("gradient-reduction"):
-            finalize_model_grads(chunks, num_tokens, pg_collection=self._groups_of_gradients,
-                                 force_all_reduce=force_all_reduce)
+            finalize_model_grads(chunks, num_tokens, pg_collection=self._groups_of_gradients)
+            for buckets in buckets_of(chunks):
+                buckets.end_step()
         self.instruments.measure_gradients()
 
     def _mean_balance_loss(self, balance_loss: float, num_sequences: int) -> float | None:

@@ -34,6 +34,7 @@ from dsv3_megatron.metrics.run_records import StepReport, last_losses
 from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.model.losses import sum_over_ranks
 from dsv3_megatron.model.rotary import change_context
+from dsv3_megatron.model.stage.buckets import finish_gathering
 from dsv3_megatron.parallel.groups import destroy_groups, start_process_group
 from dsv3_megatron.platform import prepare
 from dsv3_megatron.process.logs import configure_logging
@@ -177,6 +178,7 @@ class Trainer(Learner):
         run, interval = self.run, self.run.training.eval_interval
         stopped = 0
         self.watchdog.start()
+        self.are_weights_read = False  # but by those who gather them first
         try:
             if run.guards.on_spike == "rollback" and self.keeper.schedule.saved_at is None:
                 self.save(is_needed=True)  # to go back to, until the first one of the schedule
@@ -207,8 +209,10 @@ class Trainer(Learner):
                 losses = Losses(*last_losses(run.logging.tensorboard_dir, self.iteration))
                 with stop_calls(None):  # all is saved; an export can be made again
                     self.keeper.export(self.iteration, self.precision, losses)
+            finish_gathering(self.chunks)
         finally:
             self.watchdog.stop()
+            self.are_weights_read = True
         if stopped:
             self.display.message(f"stopped by {signal_name(stopped)} after iteration {self.iteration}, "
                                  f"{self.keeper.what_was_saved(self.iteration)}")

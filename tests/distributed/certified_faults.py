@@ -35,6 +35,7 @@ from dsv3_megatron.parallel.sequence_parts import SequenceParts
 from dsv3_megatron.runs import learner, step_sums
 from dsv3_megatron.runs.trainer import Trainer
 from dsv3_megatron.schedule import forward_backward
+from tests.distributed.layout_step import FAULTS
 
 TP, PP, EP = (f"--{name}-model-parallel-size 2" for name in ("tensor", "pipeline", "expert"))
 ETP, CP = "--expert-tensor-parallel-size 2", "--context-parallel-size 2"
@@ -259,6 +260,7 @@ class Planted:
         named: Pattern of a difference that the verdict must have.
         is_in_both: The one process has it too: only the definition can tell.
         num_ranks: Processes of the layout.
+        reduces_early: Gradients are reduced under the passes; most faults change them behind the passes.
     """
 
     flags: str
@@ -266,6 +268,7 @@ class Planted:
     named: str
     is_in_both: bool = False
     num_ranks: int = 2
+    reduces_early: bool = False
 
 
 BATCH = "--global-batch-size 8 --micro-batch-size 1"
@@ -328,6 +331,11 @@ PLANTED: dict[str, Planted] = {
         CP, lambda: Patch(lost_latents), r"gradient of decoder\.layers\.0\.self_attention\.linear_kv_down_proj"),
     "positions counted within a part": Planted(
         CP, lambda: Patch(positions_of_parts), r"gradient of decoder\.layers\.0\.self_attention"),
+    "a bucket reduced before its last pass": Planted(
+        f"{PP} --pipeline-schedule dualpipe", lambda: FAULTS["reduced-early"], r"gradient of decoder\.layers\.\d",
+        reduces_early=True),
+    "weights used before they are gathered": Planted(
+        EP, lambda: FAULTS["weights-not-gathered"], "main loss", reduces_early=True),
     "one replica misses an update": Planted("", Stale, r"parameter decoder\.layers\.1\.mlp\.router\.weight"),
     "one rank's gradient off by a thousandth": Planted(
         "", lambda: times(r"mlp\.router\.weight", 1.001), r"gradient of decoder\.layers\.1\.mlp\.router\.weight"),
@@ -338,7 +346,8 @@ NOTHING = {"nothing wrong": "", "nothing wrong in tensor parallelism": f"{TP} {E
 
 
 def jobs() -> list[RunToCertify]:
-    wanted = {name: planted.flags for name, planted in PLANTED.items()} | NOTHING
+    wanted = {name: planted.flags + " --no-overlap-grad-reduce" * (not planted.reduces_early)
+              for name, planted in PLANTED.items()} | NOTHING
     found = []
     for name, flags in wanted.items():
         run = parse_command(["--preset", "tiny", *BATCH.split(), *flags.split()]).run

@@ -78,6 +78,8 @@ class FaultyTrainer(Trainer):
         self.phase_is_training = True
         self.reports: list[StepReport] = []
         self.samples: list[tuple[int, int]] = []
+        if {fault.kind for fault in faults} & {"gradient", "scaled"}:  # nothing can be changed once it is reduced
+            run = run.override(overlap_grad_reduce=False)
         super().__init__(run)
         finalize = self.mcore_config.finalize_model_grads_func
 

@@ -6,20 +6,25 @@ the reference's.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from dsv3_megatron.certification.random_samples import RandomSamples
 from dsv3_megatron.certification.rank_step import MadeDataTrainer, RankStep, StepHooks, take_step
+from dsv3_megatron.certification.routing_notes import replaced
 from dsv3_megatron.certification.weight_names import load_reference_weights
 from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.model.router import DeepSeekRouter
+from dsv3_megatron.model.stage.buckets import StageBuckets
 from dsv3_megatron.runs.trainer import Trainer
 from tests.parity.architectures import GROUPED, reference_weights, run_of, variant
 
@@ -80,16 +85,20 @@ class Layout:
     def run(self) -> RunConfig:
         """Four groups of experts."""
         model = variant("plain", num_layers=self.num_layers, mtp_num_layers=self.mtp_num_layers, **GROUPED)
+        # A gradient that is reduced under the passes cannot be changed behind them.
+        is_changed = self.fault and isinstance(FAULTS[self.fault], ScaledGradient)
         return run_of(
-            model, self.parallel, seq_length=SEQ_LENGTH, micro_batch_size=self.micro_batch_size,
+            model, dataclasses.replace(self.parallel, overlap_grad_reduce=not is_changed),
+            seq_length=SEQ_LENGTH, micro_batch_size=self.micro_batch_size,
             global_batch_size=GLOBAL_BATCH_SIZE, train_iters=1, lr=LEARNING_RATE, min_lr=LEARNING_RATE,
             lr_warmup_iters=0, lr_decay_style="constant", weight_decay=WEIGHT_DECAY, clip_grad=CLIP_GRAD,
             adam_eps=ADAM_EPS, moe_router_bias_update_rate=1e-3, precision="fp32",
             **({} if self.balance_loss_alpha is None else {"moe_aux_loss_coeff": self.balance_loss_alpha}),
             recompute_granularity=self.recompute_granularity, reset_attention_mask=self.is_isolated,
             reset_position_ids=self.is_isolated, eod_mask_loss=self.is_isolated,
-            # So that the instruments look; the launch's own folder, in which a run leaves its lock.
-            tensorboard_dir=f"{tempfile.gettempdir()}/layouts-{os.environ.get('MASTER_PORT', 'alone')}")
+            # So that the instruments look; the launch's own folder, in which a run leaves its lock. A fault's is its
+            # own: the guards may have something to say there.
+            tensorboard_dir=f"{tempfile.gettempdir()}/layouts-{os.environ.get('MASTER_PORT', 'alone')}{self.fault}")
 
 
 def _one_sequence_alone() -> torch.Tensor:
@@ -190,6 +199,28 @@ class StaleParameter(StepHooks):
                 parameter.data.copy_(before)
 
 
+class BrokenBuckets(StepHooks):
+    """Buckets with other methods, by name: functions of a `StageBuckets` and of the method's arguments."""
+
+    def __init__(self, **methods: Callable[..., None]) -> None:
+        self.methods, self.stack = methods, contextlib.ExitStack()
+
+    def before_step(self, trainer: Trainer) -> None:
+        for name, method in self.methods.items():
+            self.stack.enter_context(replaced(StageBuckets, name, method))
+
+    def after_step(self, trainer: Trainer) -> None:
+        self.stack.close()
+
+
+_begin_step, _pass_forward = StageBuckets.begin_step, StageBuckets.pass_forward
+
+
+def _gather_behind_the_passes(buckets: StageBuckets, *_args: Any) -> None:
+    for place in buckets._groups:
+        _pass_forward(buckets, place)
+
+
 class LeakyStage(StepHooks):
     """The last pipeline stage does not know where documents end."""
 
@@ -207,4 +238,9 @@ FAULTS: dict[str, StepHooks] = {
     "norm-unmarked": UnmarkedNorm(),
     "load-miscounted": MiscountedLoad(),
     "parameter-stale": StaleParameter(),
+    # Half of the micro-batches are expected.
+    "reduced-early": BrokenBuckets(begin_step=lambda buckets, number: _begin_step(buckets, number // 2)),
+    "weights-not-gathered": BrokenBuckets(pass_forward=lambda _buckets, _place: None,
+                                          start_gathering=lambda _buckets: None,
+                                          end_step=_gather_behind_the_passes),
 }

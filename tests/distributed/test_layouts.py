@@ -179,6 +179,12 @@ PLANTED = [
      "gradient of .*experts.*linear_fc2.weight"),
     (Layout("fault-load", 2, split(pp=2), fault="load-miscounted"), "expert counts"),
     (Layout("fault-leak", 2, split(pp=2), is_isolated=True, fault="stage-leaks"), "main loss|expert counts"),
+    (Layout("fault-reduced-early", 2, split(), fault="reduced-early"), "gradient of decoder"),
+    (Layout("fault-reduced-early-dualpipe", 2, split(pp=2, schedule="dualpipe"), fault="reduced-early"),
+     "gradient of decoder"),
+    (Layout("fault-not-gathered", 2, split(ep=2), fault="weights-not-gathered"), "main loss"),
+    (Layout("fault-not-gathered-dualpipe", 2, split(pp=2, schedule="dualpipe"), fault="weights-not-gathered"),
+     "main loss"),
     (Layout("fault-stale", 2, split(ep=2), fault="parameter-stale"), "parameter .*router.weight"),
 ]
 # Layouts of four ranks that also run where operations wait for one another as on NCCL.

@@ -37,6 +37,7 @@ from dsv3_megatron.data.batches import Batch
 from dsv3_megatron.model.language_model import DeepSeekV3Model, TokenLosses
 from dsv3_megatron.model.node_dispatcher import NodeDispatcher
 from dsv3_megatron.model.packed_documents import PackedDocuments
+from dsv3_megatron.model.stage.buckets import EMBEDDING, HEAD, StageBuckets, layer_place
 from dsv3_megatron.model.stage.tape import Tape, Value
 from dsv3_megatron.model.stage.weight_gradients import delaying_modules
 from dsv3_megatron.model.token_dispatcher import GatedDispatcher
@@ -75,12 +76,16 @@ class SegmentedStage:
             The stage's output; the loss on the last stage.
         """
         module = self.module
+        if module.pre_process or module.mtp_process:
+            _come_by(tape, module.embedding_buckets, EMBEDDING)
         if hidden_SBH is None:
             assert module.pre_process, "only the first stage has no input"
             (hidden_SBH,) = tape.run(lambda: module.embedding(input_ids=batch.tokens_BS,
                                                               position_ids=batch.position_ids_BS))
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            _come_by(tape, module.buckets, layer_place(index))
             hidden_SBH = yield from layer.forward(tape, hidden_SBH, documents)
+        _come_by(tape, module.buckets, HEAD)
         if module.decoder.final_layernorm is not None:
             (hidden_SBH,) = tape.run(module.decoder.final_layernorm, hidden_SBH)
         if module.post_process:
@@ -111,6 +116,12 @@ class SegmentedStage:
             losses += tape.run(lambda h_SBH, targets_k=targets_k: module.mtp_losses(h_SBH, targets_k), hidden_k)
         main = tape.run(lambda h_SBH: module.token_losses(h_SBH, batch.labels_BS), hidden_SBH)
         return (*main, *losses)
+
+
+def _come_by(tape: Tape, buckets: StageBuckets | None, place: str) -> None:
+    if buckets is not None:
+        buckets.pass_forward(place)
+        tape.note_place(partial(buckets.pass_back, place))
 
 
 class _MTPPass:

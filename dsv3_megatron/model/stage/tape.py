@@ -131,6 +131,12 @@ class _Carriage(NamedTuple):
     received: list[GradientSlot]
 
 
+class _Place(NamedTuple):
+    """A place that the pass has come by."""
+
+    passed_back: Callable[[], None]
+
+
 class Tape:
     """The pass of one micro-batch through one stage.
 
@@ -145,7 +151,7 @@ class Tape:
     def __init__(self, *, is_recording: bool, post: PostAllToAll = post_all_to_all) -> None:
         self.weights = WeightGradients()
         self.is_recording, self._post = is_recording, post
-        self._nodes: list[_Island | _Exchange | _Carriage] = []
+        self._nodes: list[_Island | _Exchange | _Carriage | _Place] = []
 
     def value(self, tensor: torch.Tensor) -> Value:
         """A tensor from outside whose gradient is wanted."""
@@ -174,6 +180,15 @@ class Tape:
             [value.slot for value in values if value.slot is not None],
             delaying, any(value.slot is not None for value in inputs)))
         return values
+
+    def note_place(self, passed_back: Callable[[], None]) -> None:
+        """Note a place of the pass.
+
+        Args:
+            passed_back: Called when all gradients of what follows the place are computed, those of weights too.
+        """
+        if self.is_recording:
+            self._nodes.append(_Place(passed_back))
 
     def exchange(self, *inputs: Value, splits: Splits, narrow: Narrow | None = None
                  ) -> Generator[None, None, tuple[Value, ...]]:
@@ -223,9 +238,12 @@ class Tape:
             defer_weights: All weight gradients are left for `weights.compute`.
         """
         self.weights.is_long = defer_weights
-        exchanges_left = sum(not isinstance(node, _Island) for node in self._nodes)
+        exchanges_left = sum(isinstance(node, _Exchange | _Carriage) for node in self._nodes)
         while self._nodes:
             node = self._nodes.pop()
+            if isinstance(node, _Place):
+                self.weights.then(node.passed_back)
+                continue
             if isinstance(node, _Island):
                 if not defer_weights and not exchanges_left:
                     self.weights.compute()

@@ -50,6 +50,10 @@ class WeightGradients:
         else:
             work()
 
+    def then(self, call: Callable[[], None]) -> None:
+        """Call this when all that wait now are computed, with them."""
+        self._waiting.append(call)
+
     def __len__(self) -> int:
         """Number of computations that wait."""
         return len(self._waiting)

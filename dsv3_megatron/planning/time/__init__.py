@@ -4,5 +4,6 @@ Nothing is imported here. In reading order:
 
     operations.py       what a linear, a norm does            layer_operations.py what layers and stages do
     dispatch_bytes.py   destinations of tokens                network.py          bytes on the wire
-    work.py             operations as seconds on a machine    step_time.py        a step, through schedule/simulate
+    work.py             operations as seconds on a machine    under_passes.py     messages that passes hide
+    step_time.py        a step, through schedule/simulate
 """

@@ -1,7 +1,7 @@
 """How long a training step takes: each stage's work on a machine, the schedule with it, what follows the pipeline.
 
     operations of a stage -> seconds of F, I and W, of its all-to-all -> schedule/simulate.py -> pipeline
-    + gradients' reduction + optimizer + weights' gathering = the step
+    + what passes do not hide of gradients' reduction and weights' gathering + optimizer = the step
 
 Compute that runs beside an all-to-all has the multiprocessors that communication leaves. Overlapped pairs hide their
 all-to-alls as far as compute lasts; single passes wait for them. What a pair computes is what its two passes do alone,
@@ -25,11 +25,12 @@ from dsv3_megatron.metrics.rank_state import stages_of
 from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.planning.time.network import Network
 from dsv3_megatron.planning.time.operations import WorkPart
+from dsv3_megatron.planning.time.under_passes import Exposed, exposed_messages
 from dsv3_megatron.planning.time.work import Setting, StageWork, Work, WorkTable
 from dsv3_megatron.schedule.actions import Action, Kind
 from dsv3_megatron.schedule.plan import Plan, PlanSizes, known_plan
 from dsv3_megatron.schedule.simulate import Costs, Simulation, StageCosts, simulate
-from dsv3_megatron.schedule.timeline import Time, run_in_order
+from dsv3_megatron.schedule.timeline import Time, Timeline, run_in_order
 
 # Times of work that a schedule's rules want greater than nothing.
 _LEAST_S = 1e-9
@@ -43,16 +44,25 @@ class UpdateTime:
         gradient_reduction: Reduce-scatter of fp32 gradients, and the sum over copies of shared weights.
         optimizer: Norm, clipping and AdamW on the owned part, and zeroing the gradients.
         weight_gathering: All-gather of the weights.
+        hidden: What passes hide of the reduction and the gathering, and is in neither of them.
     """
 
     gradient_reduction: float
     optimizer: float
     weight_gathering: float
+    hidden: float = 0.0
 
     @property
     def total(self) -> float:
-        """Seconds of all parts together: nothing of them is overlapped in this library."""
+        """Seconds of all parts that are waited for."""
         return self.gradient_reduction + self.optimizer + self.weight_gathering
+
+    def waiting_for(self, exposed: Exposed) -> UpdateTime:
+        """The same update where so much of its messages is waited for."""
+        reduction = min(self.gradient_reduction, exposed.reduction)
+        gathering = min(self.weight_gathering, exposed.gathering)
+        hidden = (self.gradient_reduction - reduction) + (self.weight_gathering - gathering)
+        return UpdateTime(reduction, self.optimizer, gathering, hidden)
 
 
 @dataclass(frozen=True)
@@ -124,12 +134,12 @@ class StepTime:
             "exposed_all_to_all": self.busy.exchange, "exposed_p2p": self.exposed_transfer,
             "bubble": self.bubble - self.exposed_transfer, "gradient_reduction": self.update.gradient_reduction,
             "optimizer": self.update.optimizer, "weight_gathering": self.update.weight_gathering,
-            "hidden_all_to_all": self.hidden_exchange,
+            "hidden_all_to_all": self.hidden_exchange, "hidden_update": self.update.hidden,
         }
 
 
 def update_time(run: RunConfig, setting: Setting) -> UpdateTime:
-    """What follows the pipeline, on the rank with most to do."""
+    """All that an update takes, on the rank with most to do, were nothing of it under passes."""
     training = dataclasses.replace(run.training, precision=setting.precision(run))
     return _update_time(run.model, run.parallel, weight_bytes_per_parameter(training.precision),
                         optimizer_bytes_per_parameter(training), setting)
@@ -207,10 +217,10 @@ def step_time(run: RunConfig, setting: Setting, *, with_transfers: bool = True) 
     table = WorkTable(run, setting)
     works = table.stages()
     microbatches = run.training.num_microbatches(parallel.data_parallel_size(setting.num_devices))
-    update = update_time(run, setting)
     if parallel.pipeline_model_parallel_size == 1:
         work = sum((works[0].alone[part] for part in WorkPart), Work()).times(microbatches)
-        return StepTime(run, setting, microbatches, work.alone, 0.0, work, 0.0, 0.0, update)
+        return StepTime(run, setting, microbatches, work.alone, 0.0, work, 0.0, 0.0,
+                        _waited_for_update(run, setting, table, None))
     plan, costs = _plan_and_costs(run, setting, table, works, microbatches)
     simulation = simulate(plan, costs)
     busiest = min(range(plan.num_ranks), key=lambda rank: simulation.bubble[rank])
@@ -218,8 +228,12 @@ def step_time(run: RunConfig, setting: Setting, *, with_transfers: bool = True) 
     pipeline, bubble, transfer = float(simulation.step_time), float(simulation.bubble[busiest]), 0.0
     if with_transfers:
         transfer = pipeline - pipeline_seconds(plan, dataclasses.replace(costs, p2p=0, p2p_of_boundary={}))
-    return StepTime(run, setting, microbatches, pipeline, bubble, busy, hidden, min(transfer, bubble), update,
-                    simulation)
+    return StepTime(run, setting, microbatches, pipeline, bubble, busy, hidden, min(transfer, bubble),
+                    _waited_for_update(run, setting, table, simulation.timeline), simulation)
+
+
+def _waited_for_update(run: RunConfig, setting: Setting, table: WorkTable, timeline: Timeline | None) -> UpdateTime:
+    return update_time(run, setting).waiting_for(exposed_messages(run, setting, table, timeline))
 
 
 def step_seconds(run: RunConfig, setting: Setting) -> float:
@@ -227,10 +241,18 @@ def step_seconds(run: RunConfig, setting: Setting) -> float:
     table = WorkTable(run, setting)
     works = table.stages()
     microbatches = run.training.num_microbatches(run.parallel.data_parallel_size(setting.num_devices))
-    update = update_time(run, setting).total
     if run.parallel.pipeline_model_parallel_size == 1:
-        return microbatches * sum(one.alone for one in works[0].alone.values()) + update
-    return pipeline_seconds(*_plan_and_costs(run, setting, table, works, microbatches)) + update
+        return (microbatches * sum(one.alone for one in works[0].alone.values())
+                + _waited_for_update(run, setting, table, None).total)
+    timeline = pipeline_timeline(*_plan_and_costs(run, setting, table, works, microbatches))
+    return _end(timeline) + _waited_for_update(run, setting, table, timeline).total
+
+
+def least_update(run: RunConfig, setting: Setting) -> float:
+    """Seconds that the update of a step takes at least, whatever its passes hide."""
+    update, parallel, on_gpu = update_time(run, setting), run.parallel, not setting.hardware.is_cpu
+    return (update.optimizer + update.gradient_reduction * (not (on_gpu and parallel.overlap_grad_reduce))
+            + update.weight_gathering * (not (on_gpu and parallel.overlap_param_gather)))
 
 
 def _plan_and_costs(run: RunConfig, setting: Setting, table: WorkTable, works: list[StageWork], microbatches: int
@@ -244,6 +266,15 @@ def _plan_and_costs(run: RunConfig, setting: Setting, table: WorkTable, works: l
 
 def pipeline_seconds(plan: Plan, costs: Costs) -> float:
     """Time at which the last rank is done, by the simulator's own clock."""
+    return _end(pipeline_timeline(plan, costs))
+
+
+def _end(timeline: Timeline) -> float:
+    return float(max(spans[-1].end for spans in timeline))
+
+
+def pipeline_timeline(plan: Plan, costs: Costs) -> Timeline:
+    """Times of all actions, by the simulator's own clock."""
     known: dict[tuple[object, ...], Time] = {}
 
     def duration(rank: int, action: Action) -> Time:
@@ -252,8 +283,7 @@ def pipeline_seconds(plan: Plan, costs: Costs) -> float:
             known[key] = costs.duration(plan, rank, action)
         return known[key]
 
-    timeline = run_in_order(plan, duration, costs.p2p, delay_of_boundary=costs.p2p_of_boundary)
-    return float(max(spans[-1].end for spans in timeline))
+    return run_in_order(plan, duration, costs.p2p, delay_of_boundary=costs.p2p_of_boundary)
 
 
 def _busy(plan: Plan, rank: int, works: list[StageWork], costs: Costs, *, overlaps: bool) -> tuple[Work, float]:

@@ -39,7 +39,7 @@ def test_json(plan) -> None:
     assert found["gpu_hours_per_trillion_tokens"] == pytest.approx(1e12 / found["tokens_per_second"] * 64 / 3600)
     assert found["total"]["gpu_hours"] == pytest.approx(found["gpu_hours_per_trillion_tokens"])
     assert found["total"]["price"] == pytest.approx(2 * found["total"]["gpu_hours"])
-    shown = {name: seconds for name, seconds in found["breakdown"].items() if name != "hidden_all_to_all"}
+    shown = {name: seconds for name, seconds in found["breakdown"].items() if not name.startswith("hidden")}
     assert sum(shown.values()) == pytest.approx(found["step_time_s"])
     assert found["sensitivity"]["bf16_flops"] < 0
 

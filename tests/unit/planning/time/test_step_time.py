@@ -11,7 +11,7 @@ from dsv3_megatron.config.presets import preset
 from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.run_cost import main_phase, only_phase, sensitivities
 from dsv3_megatron.planning.time.operations import WorkPart
-from dsv3_megatron.planning.time.step_time import _plan_and_costs, step_seconds, step_time
+from dsv3_megatron.planning.time.step_time import _plan_and_costs, least_update, step_seconds, step_time
 from dsv3_megatron.planning.time.work import Setting, WorkTable, sm_share_beside_communication
 from tests.unit.planning.small_run import small_run
 
@@ -52,10 +52,14 @@ def test_parts_add_up_and_both_ways_agree(changes) -> None:
     run, setting = small_run(**changes), Setting(find_hardware("h800"), 64)
     step = step_time(run, setting)
     parts = step.breakdown()
-    hidden = parts.pop("hidden_all_to_all")
+    hidden, hidden_update = parts.pop("hidden_all_to_all"), parts.pop("hidden_update")
     assert sum(parts.values()) == pytest.approx(step.seconds, rel=1e-6)
     assert all(value >= 0 for value in parts.values())
     assert (hidden > 0) == run.parallel.schedule.startswith("dualpipe")
+    assert hidden_update > 0
+    behind = step_time(run.override(overlap_grad_reduce=False, overlap_param_gather=False), setting)
+    assert behind.update.hidden == 0 and behind.update.total == pytest.approx(step.update.total + hidden_update)
+    assert least_update(run, setting) <= step.update.total
     assert step_seconds(run, setting) == pytest.approx(step.seconds, rel=1e-9)
 
 
