@@ -124,6 +124,7 @@ def _draw_flags(generator: random.Random, split: _Split) -> list[str]:
                       ["--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"],
                       ["--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"],
                       ["--reset-attention-mask"]])
+    switches += [f"--no-overlap-{what}" for what in ("grad-reduce", "param-gather") if chance() < 0.2]
     flags = [word for name, value in words.items() for word in (f"--{name}", value)]
     return [*flags, *switches]
 

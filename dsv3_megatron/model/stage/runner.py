@@ -4,8 +4,8 @@ Implements `ChunkRunner` of `parallel/chunk_runner.py` on a stage wrapped as in 
 forward passes are not called: they cast a first stage's float inputs and a last stage's outputs, and there are none
 (tokens; fp32 losses). Gradients accumulate as in an ordinary backward pass, in `main_grad` by the modules or by the
 wrapper's hooks on parameters. A parameter that is used twice on a stage (the embedding under MTP, the head) is
-accumulated at each use instead of being summed first in its own precision; hooks that start a reduction when a gradient
-is ready (`overlap_grad_reduce`) must stay off.
+accumulated at each use instead of being summed first in its own precision; the wrapper's hooks that start a reduction
+when a gradient is ready must stay off. `buckets.py` starts reductions.
 """
 
 from __future__ import annotations
