@@ -181,8 +181,8 @@ def _work_lines(rehearsal: Rehearsal, rank: RankResult) -> list[str]:
     for phase in (rank.step_phase, SAVING, RESUMING):
         if rows := message_rows(rank, phase):
             lines += [f"  messages, {phase}:"] + [
-                f"    {count:>6}  {operation}, {dtype}, {size / 1e6:.3f} MB each, {group}"
-                for (operation, dtype, group), (count, size) in rows.items()]
+                f"    {count:>6}  {operation}, {dtype}, {size / 1e6:.3f} MB each, {group}, at {line}"
+                for (operation, dtype, group, line), (count, size) in rows.items()]
     return lines
 
 
@@ -201,12 +201,12 @@ def memory_rows(rank: RankResult, planned: RankMemory) -> list[tuple[str, int, i
         ("passes", merged[0], merged[1])]
 
 
-def message_rows(rank: RankResult, phase: str) -> dict[tuple[str, str, str], tuple[int, float]]:
-    """Messages of a phase by operation, dtype and group: their number, and bytes of each on average."""
-    count: Counter[tuple[str, str, str]] = Counter()
-    size: Counter[tuple[str, str, str]] = Counter()
+def message_rows(rank: RankResult, phase: str) -> dict[tuple[str, str, str, str], tuple[int, float]]:
+    """Messages of a phase by operation, dtype, group and line: their number, and bytes of each on average."""
+    count: Counter[tuple[str, str, str, str]] = Counter()
+    size: Counter[tuple[str, str, str, str]] = Counter()
     for call in calls_in(rank, phase):
-        key = (call.operation, call.dtype, name_group(call.group))
+        key = (call.operation, call.dtype, name_group(call.group), call.line)
         count[key] += 1
         size[key] += call.num_bytes
     return {key: (number, size[key] / number) for key, number in count.most_common()}
@@ -241,9 +241,9 @@ def _rank_json(rehearsal: Rehearsal, rank: RankResult) -> Mapping[str, Any]:
         "made_once": _counted([(what, line, count) for (what, line), count in made_once(rank).items()]),
         "faults": _counted(rank.faults), "new_group_calls": rank.group_calls, "groups": rank.groups[0],
         "groups_alone": rank.groups[1],
-        "messages": [{"phase": phase, "operation": operation, "dtype": dtype, "group": group, "count": count,
-                      "mean_bytes": size} for phase in (rank.step_phase, SAVING, RESUMING)
-                     for (operation, dtype, group), (count, size) in message_rows(rank, phase).items()]}
+        "messages": [{"phase": phase, "operation": operation, "dtype": dtype, "group": group, "line": line,
+                      "count": count, "mean_bytes": size} for phase in (rank.step_phase, SAVING, RESUMING)
+                     for (operation, dtype, group, line), (count, size) in message_rows(rank, phase).items()]}
 
 
 def _counted(rows: Sequence[tuple[str, str, int]]) -> list[dict[str, Any]]:

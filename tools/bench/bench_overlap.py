@@ -7,7 +7,10 @@ hidden (forward, input gradients, weight gradients), and in turns. In turns a pa
 communication: at share 1, half the time of one after the other.
 
 "stand-in" segments sleep for a known time, so that two ranks need no core of their own. "real" ones are layers of the
-`laptop` preset, whose time also depends on what else the machine does: every round measures all three.
+`laptop` preset, whose time also depends on what else the machine does: every round measures all three. Under "levels"
+the stand-in's rows go over two links, as the node dispatcher's do: over the network, then within the node, which takes
+half as long, and home the other way round. Both are links of their own, and a thread passes the rows on; a transfer is
+the whole way.
 
 Usage:
     torchrun --standalone --nproc-per-node 2 -m tools.bench.bench_overlap
@@ -27,6 +30,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
 
+# Of the time of a transfer of two levels, the part within the node.
+NODE_SHARE = 1 / 3
 COMPUTE, ALONE, TURNS = "compute", "one_after_the_other", "in_turns"
 
 
@@ -69,6 +74,23 @@ def stand_in(num_layers: int, unit_s: float) -> Subject:
     channel = Channel(clock, post_all_to_all)
     stage = TimedStage(num_layers, costs, costs, clock, channel, Splits.of((2, 2), (2, 2), group))
     return Subject(f"stand-in layers={num_layers} unit={unit_s * 1e3:g}ms", stage, num_layers, channel,
+                   (torch.ones(4, 8), torch.ones(4, 8)))
+
+
+def levels(num_layers: int, unit_s: float) -> Subject:
+    """The stand-in with a network and a link within the node."""
+    import torch
+
+    from dsv3_megatron.parallel.communicators import process_group
+    from dsv3_megatron.parallel.exchange import Splits, post_all_to_all
+    from tools.bench.timed_segments import Channel, Costs, TimedStage, TwoLevels, WallClock
+
+    clock, costs = WallClock(), Costs(unit_s, unit_s, unit_s)
+    network, node = (process_group(range(torch.distributed.get_world_size()), link) for link in ("network", "node"))
+    channel = Channel(clock, post_all_to_all, node_group=node, node_share=NODE_SHARE)
+    hops = Splits.of((2, 2), (2, 2), network), Splits.of((2, 2), (2, 2), node)
+    stage = TimedStage(num_layers, costs, costs, clock, channel, hops[0], TwoLevels(hops))
+    return Subject(f"stand-in of two levels layers={num_layers} unit={unit_s * 1e3:g}ms", stage, num_layers, channel,
                    (torch.ones(4, 8), torch.ones(4, 8)))
 
 
@@ -176,7 +198,8 @@ def report(subject: Subject, found: dict[float, dict[str, list[float]]]) -> list
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="All-to-alls hidden by compute: a forward & backward pair in turns.")
-    parser.add_argument("--subjects", nargs="+", default=["stand-in", "real"], choices=("stand-in", "real"))
+    parser.add_argument("--subjects", nargs="+", default=["stand-in", "levels", "real"],
+                        choices=("stand-in", "levels", "real"))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 1.0], help="communication to compute")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layers", type=int, default=8, help="of the stand-in; the real stage has half of them")
@@ -204,8 +227,8 @@ def main(arguments: list[str] | None = None) -> int:
     if is_reporter and load_average() > 0.5:
         print(f"load average {load_average():.1f}: other work disturbs these numbers", file=sys.stderr)
     for name in options.subjects:
-        subject = stand_in(options.layers, options.unit_ms / 1e3) if name == "stand-in" else \
-            real(max(1, options.layers // 2), options.seq_length)
+        subject = real(max(1, options.layers // 2), options.seq_length) if name == "real" else \
+            {"stand-in": stand_in, "levels": levels}[name](options.layers, options.unit_ms / 1e3)
         found = measure(subject, options.shares, options.rounds)
         if is_reporter:
             rows = report(subject, found)

@@ -8,7 +8,9 @@ so that many ranks fit on few cores; on a virtual clock time is counted only, an
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,6 +20,7 @@ import torch
 from dsv3_megatron.model.stage.tape import Tape, Value
 from dsv3_megatron.model.stage.weight_gradients import weight_grad_deferral
 from dsv3_megatron.parallel.exchange import PostAllToAll, Posted, Splits
+from dsv3_megatron.parallel.hops import post_hops
 
 
 class Clock(Protocol):
@@ -74,28 +77,71 @@ class _TimedTransfer:
 
 @dataclass
 class Channel:
-    """Transfers that take a known time, one after the other; is a `PostAllToAll`.
+    """Transfers that take a known time, one after the other on each link; is a `PostAllToAll`.
 
     Attributes:
         clock: Of the time.
         post: Does the transfer itself, beside.
-        duration_s: Of a transfer of rows of experts' inputs or outputs; their gates take no time.
+        duration_s: Of a transfer of rows of experts' inputs or outputs, over all links; their gates take no time.
         num_transfers: Of those, so far.
+        node_group: Ranks of a node, whose transfers have a link of their own; None: there is one link.
+        node_share: The part of `duration_s` within the node.
     """
 
     clock: Clock
     post: PostAllToAll
     duration_s: float = 0.0
     num_transfers: int = 0
-    _free_at: float = field(default=0.0, repr=False)
+    node_group: torch.distributed.ProcessGroup | None = None
+    node_share: float = 0.0
+    _free_at: dict[bool, float] = field(default_factory=lambda: defaultdict(float), repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __call__(self, rows: torch.Tensor, splits: Splits) -> Posted:
         """Start a transfer, behind those under way."""
         transfer = self.post(rows, splits)
         is_timed = rows.dim() == 2
-        self.num_transfers += is_timed
-        self._free_at = max(self._free_at, self.clock.now()) + (self.duration_s if is_timed else 0.0)
-        return _TimedTransfer(transfer, self._free_at, self.clock)
+        is_within = self.node_group is not None and splits.group is self.node_group
+        duration_s = self.duration_s * (self.node_share if is_within else 1.0 - self.node_share) * is_timed
+        with self._lock:  # a thread passes rows on
+            self.num_transfers += is_timed and not is_within
+            self._free_at[is_within] = max(self._free_at[is_within], self.clock.now()) + duration_s
+            return _TimedTransfer(transfer, self._free_at[is_within], self.clock)
+
+
+@dataclass(frozen=True)
+class TwoLevels:
+    """Rows over the network, then within a node; home the other way round. Is a `Carrier`.
+
+    Attributes:
+        hops: Splits of both transfers, in the order of the way there.
+    """
+
+    hops: tuple[Splits, Splits]
+
+    def start(self, post: PostAllToAll, *tensors: torch.Tensor) -> _Arrived:
+        """Start on the way there."""
+        (rows,) = tensors
+        return _Arrived(post_hops(rows, self.hops, lambda came: came, post))
+
+    def start_backward(self, post: PostAllToAll, *grads: torch.Tensor | None) -> _Arrived:
+        """Start on the way back."""
+        (grad,) = grads
+        assert grad is not None
+        return _Arrived(post_hops(grad, self.back().hops, lambda came: came, post))
+
+    def back(self) -> TwoLevels:
+        """The way home."""
+        network, node = self.hops
+        return TwoLevels((node.reversed(), network.reversed()))
+
+
+@dataclass(frozen=True)
+class _Arrived:
+    transfer: Posted
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        return (self.transfer.wait(),)
 
 
 @dataclass(frozen=True)
@@ -118,6 +164,7 @@ class TimedStage:
         clock: Of the sleeps.
         post: Starts a transfer.
         splits: Of the rows, there; they go back with the numbers swapped.
+        levels: Carries the rows over two links instead; None: there is one.
     """
 
     num_layers: int
@@ -126,6 +173,7 @@ class TimedStage:
     clock: Clock
     post: PostAllToAll
     splits: Splits
+    levels: TwoLevels | None = None
     passes: dict[int, tuple[Tape, Value, Value]] = field(default_factory=dict)
 
     @property
@@ -141,9 +189,11 @@ class TimedStage:
         rows = given = tape.value(input_RH)
         for _ in range(self.num_layers):
             (rows,) = tape.run(lambda x: _Work.apply(x, self.attention, self.clock, weight_grad_deferral()), rows)
-            (rows,) = yield from tape.exchange(rows, splits=self.splits)
+            (rows,) = yield from (tape.exchange(rows, splits=self.splits) if self.levels is None else
+                                  tape.carry(self.levels, rows))
             (rows,) = tape.run(lambda x: _Work.apply(x, self.experts, self.clock, weight_grad_deferral()), rows)
-            (rows,) = yield from tape.exchange(rows, splits=self.splits.reversed())
+            (rows,) = yield from (tape.exchange(rows, splits=self.splits.reversed()) if self.levels is None else
+                                  tape.carry(self.levels.back(), rows))
         self.passes[microbatch] = (tape, given, rows)
         return rows.tensor
 

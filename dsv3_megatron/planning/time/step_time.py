@@ -58,7 +58,7 @@ class UpdateTime:
         return self.gradient_reduction + self.optimizer + self.weight_gathering
 
     def waiting_for(self, exposed: Exposed) -> UpdateTime:
-        """The same update where so much of its messages is waited for."""
+        """Make the update of a step that waits for so much of its messages."""
         reduction = min(self.gradient_reduction, exposed.reduction)
         gathering = min(self.weight_gathering, exposed.gathering)
         hidden = (self.gradient_reduction - reduction) + (self.weight_gathering - gathering)
