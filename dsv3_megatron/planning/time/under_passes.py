@@ -27,7 +27,7 @@ from dsv3_megatron.schedule.timeline import Span, Timeline
 _GRADIENT_BYTES = 4
 
 
-class Place(NamedTuple):
+class TimedPlace(NamedTuple):
     """A part of a stage whose gradients are one message, and its weights.
 
     Attributes:
@@ -82,7 +82,8 @@ def exposed_messages(run: RunConfig, setting: Setting, table: WorkTable, timelin
     return Exposed(max(one.reduction for one in exposed), max(one.gathering for one in exposed))
 
 
-def _waited_for_reductions(chunks: Sequence[Sequence[Place]], last: Sequence[tuple[float, float]], end: float) -> float:
+def _waited_for_reductions(chunks: Sequence[Sequence[TimedPlace]], last: Sequence[tuple[float, float]], end: float
+                           ) -> float:
     ready: list[tuple[float, float]] = []
     for places, (begins, ends) in zip(chunks, last, strict=True):
         total = sum(place.backward for place in places)
@@ -96,7 +97,7 @@ def _waited_for_reductions(chunks: Sequence[Sequence[Place]], last: Sequence[tup
     return max(0.0, clock - end)
 
 
-def _waited_for_weights(chunks: Sequence[Sequence[Place]], first: Sequence[float]) -> float:
+def _waited_for_weights(chunks: Sequence[Sequence[TimedPlace]], first: Sequence[float]) -> float:
     gathered = waited = 0.0
     for places, clock in zip(chunks, first, strict=True):
         for place in places:
@@ -116,7 +117,8 @@ def _last_backward(spans: Sequence[Span], chunk: int) -> tuple[float, float]:
                 if operation.chunk == chunk and operation.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT))
 
 
-def _places(run: RunConfig, setting: Setting, table: WorkTable, stage: StageLayout, weight_bytes: int) -> list[Place]:
+def _places(run: RunConfig, setting: Setting, table: WorkTable, stage: StageLayout, weight_bytes: int
+            ) -> list[TimedPlace]:
     """The places of a stage, in the order of a forward pass."""
     network = Network(run.parallel, setting.hardware, setting.num_devices)
     nothing = dataclasses.replace(stage, layer_ids=(), has_embedding=False, mtp_layer_ids=(), has_loss=False)
@@ -135,7 +137,7 @@ def _places(run: RunConfig, setting: Setting, table: WorkTable, stage: StageLayo
                                      * run.parallel.expert_tensor_parallel_size, dataclasses.replace(layout, stage=0))
         reduction, gathering = (network.reduction_seconds(size * dense, size * experts)
                                 for size in (_GRADIENT_BYTES, weight_bytes))
-        places.append(Place(_seconds(work, (WorkPart.FORWARD,)), _seconds(work, (WorkPart.INPUT, WorkPart.WEIGHT)),
+        places.append(TimedPlace(_seconds(work, (WorkPart.FORWARD,)), _seconds(work, (WorkPart.INPUT, WorkPart.WEIGHT)),
                             reduction, gathering))
     return places
 

@@ -8,12 +8,12 @@ import pytest
 
 from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.time.step_time import step_time
-from dsv3_megatron.planning.time.under_passes import Place, _waited_for_reductions, _waited_for_weights
+from dsv3_megatron.planning.time.under_passes import TimedPlace, _waited_for_reductions, _waited_for_weights
 from dsv3_megatron.planning.time.work import Setting
 from tests.unit.planning.small_run import small_run
 
 # Forward, backward, reduction, gathering.
-EMBEDDING, LAYER, HEAD = Place(0, 0, 2, 1), Place(1, 2, 3, 2), Place(1, 2, 1, 1)
+EMBEDDING, LAYER, HEAD = TimedPlace(0, 0, 2, 1), TimedPlace(1, 2, 3, 2), TimedPlace(1, 2, 1, 1)
 
 
 def test_reductions_begin_where_the_last_pass_comes_by() -> None:
