@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.certification.certified_layout import (
-    RankRecord,
     Resumed,
     RunToCertify,
     definition_of,
@@ -60,6 +59,7 @@ class Certifier:
         self.processes, self.timeout_s = processes, timeout_s
         self._hooks, self._alone_hooks = hooks or {}, alone_hooks or {}
         self._alone: dict[Any, OneProcess | str] = {}
+        self._num_alone = 0
 
     def certify(self, jobs: Sequence[RunToCertify], tell: Callable[[Verdict], None] = lambda verdict: None
                 ) -> list[Verdict]:
@@ -76,13 +76,15 @@ class Certifier:
         twins = {job.name: without_fp8(job) for job in jobs if job.run.fp8.is_enabled}
         everything = [both for job in jobs for both in (job, twins.get(job.name)) if both is not None]
         with tempfile.TemporaryDirectory(prefix="certify-") as folder:
-            for batch in batches(everything):
+            lots = batches(everything)
+            for number, batch in enumerate(lots):
                 for verdict in self._certify_batch(batch, Path(folder)):
                     name = verdict.job.name.removesuffix(TWIN)
                     known = verdicts.get(name)
                     verdicts[name] = verdict if known is None else both_precisions(known, verdict)
                     if name not in twins or known is not None:
                         tell(verdicts[name])
+                self._forget({self._key(job) for later in lots[number + 1:] for job in later})
         return [verdicts[job.name] for job in jobs]
 
     def _certify_batch(self, jobs: Sequence[RunToCertify], folder: Path) -> list[Verdict]:
@@ -96,14 +98,13 @@ class Certifier:
                 verdicts[job.name].error = alone
             else:
                 possible.append(job)
-        records = self._run_layouts(possible, folder, verdicts)
-        crossed = self._resume_alone([job for job in possible if job.name in records and job.num_steps > 1], folder,
+        files = self._run_layouts(possible, folder, verdicts)
+        crossed = self._resume_alone([job for job in possible if job.name in files and job.num_steps > 1], folder,
                                      verdicts)
-        for name, ranks in records.items():
-            if not verdicts[name].error:
-                alone = self._alone[self._key(verdicts[name].job)]
-                assert isinstance(alone, OneProcess)
-                judge(verdicts[name], alone, ranks, crossed.get(name))
+        self._judge(files, crossed, verdicts)
+        for name, left in files.items():
+            for file in left:
+                file.unlink()
             shutil.rmtree(folder / name, ignore_errors=True)
         for verdict in verdicts.values():
             verdict.seconds = (time.monotonic() - started) / len(jobs)
@@ -122,10 +123,11 @@ class Certifier:
 
     def _run_alone(self, jobs: Sequence[RunToCertify], folder: Path) -> None:
         missing = {self._key(job): job for job in jobs if self._key(job) not in self._alone}
-        keys = list(missing)
+        keys, first = list(missing), self._num_alone
+        self._num_alone += len(keys)
 
         def work(index: int) -> Any:
-            job, place = missing[keys[index]], folder / f"alone-{len(self._alone) + index}"
+            job, place = missing[keys[index]], folder / f"alone-{first + index}"
             definition = definition_of(job)
             given = None if definition is None or job.run.fp8.is_enabled else definition[1]
             record = run_layout(job, place, given, None, self._alone_hooks.get(job.name))
@@ -134,6 +136,13 @@ class Certifier:
 
         found = self._in_processes(len(keys), work)
         self._alone |= dict(zip(keys, found, strict=True))
+
+    def _forget(self, needed: set[Any]) -> None:
+        """Let go of what one process did, and its checkpoint, unless a later layout is compared with it."""
+        for key in set(self._alone) - needed:
+            one = self._alone.pop(key)
+            if isinstance(one, OneProcess):
+                shutil.rmtree(one.folder, ignore_errors=True)
 
     def _resume_alone(self, jobs: Sequence[RunToCertify], folder: Path, verdicts: dict[str, Verdict]
                       ) -> dict[str, Resumed]:
@@ -151,6 +160,23 @@ class Certifier:
             else:
                 resumed[job.name] = found
         return resumed
+
+    def _judge(self, files: dict[str, list[Path]], crossed: dict[str, Resumed], verdicts: dict[str, Verdict]) -> None:
+        """Compare what all did, several layouts at a time; puts the verdicts in their places."""
+        names = [name for name in files if not verdicts[name].error]
+
+        def work(index: int) -> Verdict:
+            verdict = verdicts[names[index]]
+            one = self._alone[self._key(verdict.job)]
+            assert isinstance(one, OneProcess)
+            judge(verdict, one, [_read(file) for file in files[verdict.job.name]], crossed.get(verdict.job.name))
+            return verdict
+
+        for name, found in zip(names, self._in_processes(len(names), work), strict=True):
+            if isinstance(found, str):
+                verdicts[name].error = f"what the processes did cannot be compared: {found}"
+            else:
+                verdicts[name] = found
 
     def _in_processes(self, count: int, work: Callable[[int], Any]) -> list[Any]:
         """What `work` gives for each number below `count`, in processes of one rank; a text where it failed."""
@@ -179,9 +205,9 @@ class Certifier:
     # -- the layouts ---------------------------------------------------------------------------------
 
     def _run_layouts(self, jobs: Sequence[RunToCertify], folder: Path, verdicts: dict[str, Verdict]
-                     ) -> dict[str, list[RankRecord]]:
-        """The records of all ranks by layout; what failed has its verdict."""
-        records: dict[str, list[RankRecord]] = {}
+                     ) -> dict[str, list[Path]]:
+        """The files with the records of all ranks by layout; what failed has its verdict."""
+        records: dict[str, list[Path]] = {}
         waiting = list(jobs)
         while waiting:
             size = waiting[0].world_size
@@ -201,15 +227,12 @@ class Certifier:
                 error = str(failure)
             done = []
             for job in waiting:
+                done.append(job)
                 files = [folder / f"{job.name}.{rank}.pickle" for rank in range(size)]
                 if not all(file.exists() for file in files):
                     verdicts[job.name].error = error or "not all ranks have left what they did"
-                    done.append(job)
                     break
-                records[job.name] = [_read(file) for file in files]
-                done.append(job)
-            for file in folder.glob("*.pickle"):
-                file.unlink()
+                records[job.name] = files
             waiting = waiting[len(done):]
         return records
 
