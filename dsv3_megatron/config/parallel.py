@@ -102,6 +102,11 @@ class ParallelConfig:
         return self.tensor_model_parallel_size > 1
 
     @property
+    def passes_latents(self) -> bool:
+        """Whether ranks attend to blocks of other ranks' tokens, which are made of latents that they pass."""
+        return self.context_parallel_size > 1 and self.cp_comm_type != "a2a"
+
+    @property
     def sequence_multiple(self) -> int:
         """What the length of a sequence must be a multiple of, so that each rank has equal parts of it.
 

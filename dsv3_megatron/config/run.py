@@ -92,7 +92,7 @@ class RunConfig:
                 self._validate_ramp(phase, size)
         self.fp8.validate(self.model, self.parallel, self.training.transformer_impl)
         require_document_attention(self.data, self.training.transformer_impl)
-        require_context_parallel(self.parallel, self.training.transformer_impl)
+        require_context_parallel(self.parallel, self.training.transformer_impl, self.training.attention_backend)
         require_recompute(self.training, self.model)
         if self.training.transformer_impl == "transformer_engine":
             require_engine_epsilon(self.model)
@@ -195,16 +195,21 @@ def require_document_attention(data: DataConfig, transformer_impl: str) -> None:
             "sequence; set transformer_impl=local")
 
 
-def require_context_parallel(parallel: ParallelConfig, transformer_impl: str) -> None:
+def require_context_parallel(parallel: ParallelConfig, transformer_impl: str, attention_backend: str = "auto") -> None:
     """Check that the modules a run asks for can compute with a part of a sequence where the layout splits it.
 
     Raises:
-        ConfigError: Transformer Engine's attention is to do so.
+        ConfigError: Transformer Engine's attention is to do so, or one that cannot attend to blocks is to get them.
     """
     if parallel.context_parallel_size > 1 and transformer_impl == "transformer_engine":
         raise ConfigError(
             f"context_parallel_size={parallel.context_parallel_size} cannot go with transformer_impl="
             "transformer_engine, whose attention is not given latents; set transformer_impl=local")
+    if parallel.passes_latents and attention_backend in ("fused", "unfused"):
+        raise ConfigError(
+            f"attention_backend={attention_backend} cannot attend to blocks of other ranks' tokens, which "
+            f"context_parallel_size={parallel.context_parallel_size} with cp_comm_type={parallel.cp_comm_type} has; "
+            "set attention_backend=auto, or cp_comm_type=a2a")
 
 
 def section_of(name: str) -> str:

@@ -35,6 +35,7 @@ from dsv3_megatron.model.stage.weight_gradients import weight_grads_at_once
 from dsv3_megatron.ops.attention import attention_case, causal_attention
 from dsv3_megatron.ops.attention_choices import choose_attention
 from dsv3_megatron.ops.backend import log_choice
+from dsv3_megatron.ops.fused_blocks import choose_block_attention
 from dsv3_megatron.ops.recompute import recomputed
 from dsv3_megatron.ops.rope import apply_rope
 from dsv3_megatron.parallel.head_exchange import heads_for_tokens, tokens_for_heads
@@ -65,6 +66,13 @@ def set_attention_backend(stages: Iterable[torch.nn.Module], run: RunConfig, pre
     """
     modules = [module for stage in stages for module in stage.modules() if isinstance(module, LocalMLASelfAttention)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if run.parallel.passes_latents:
+        choice = choose_block_attention(run.training.attention_backend, device, 2 if precision == "bf16" else 4,
+                                        run.model.qk_head_dim)
+        log_choice(f"attention_backend {run.training.attention_backend} to blocks of other ranks", *choice)
+        for module in modules:
+            module.block_backend = choice[0]
+        return
     case = attention_case(device, 2 if precision == "bf16" else 4, run.model.qk_head_dim, run.model.v_head_dim,
                           has_documents=run.data.has_document_attention)
     chosen, reason = choose_attention(run.training.attention_backend, case)
@@ -79,10 +87,12 @@ class LocalMLASelfAttention(MegatronModule):
     Attributes:
         is_recomputed: Core attention need not keep queries, keys and values for backward.
         attention_backend: What computes core attention, one of `ops.attention.BACKENDS`.
+        block_backend: What computes attention to blocks of other ranks, "flash" or "local".
     """
 
     is_recomputed = False
     attention_backend = "auto"
+    block_backend = "local"
 
     def __init__(
         self,
@@ -150,7 +160,8 @@ class LocalMLASelfAttention(MegatronModule):
             context_SBND = tokens_for_heads(part_of_heads, self.parts, self.cp_group)
         else:
             ring = RingAttention(self._expand_passed, self.config.v_head_dim, self.softmax_scale, self.parts,
-                                 self.cp_group, documents.bounds, gathers=self.cp_comm_type == "all_gather")
+                                 self.cp_group, documents.bounds, gathers=self.cp_comm_type == "all_gather",
+                                 backend=self.block_backend)
             context_SBND = ring(*self._from(self._project_to_pass, *sources))
         output_sBH, _bias = self.linear_proj(context_SBND.flatten(2))
         return output_sBH, None

@@ -30,6 +30,7 @@ import torch
 from dsv3_megatron.ops.attention import DocumentBounds
 from dsv3_megatron.ops.backend import wide_dtype
 from dsv3_megatron.ops.block_attention import BlockAttention
+from dsv3_megatron.ops.fused_blocks import FusedBlockAttention, block_attention
 from dsv3_megatron.ops.recompute import saving
 from dsv3_megatron.parallel.exchange import Posted, Splits, post_all_to_all
 from dsv3_megatron.parallel.sequence_parts import SequenceParts
@@ -51,6 +52,7 @@ class RingAttention:
         group: The ranks that share them.
         document_bounds: Documents that do not see each other, as of `causal_attention`, of the whole sequences.
         gathers: All blocks come at once; else one after the other.
+        backend: What computes attention to a block, "flash" or "local".
     """
 
     expand: Expand
@@ -60,6 +62,11 @@ class RingAttention:
     group: torch.distributed.ProcessGroup
     document_bounds: DocumentBounds | None
     gathers: bool
+    backend: str = "local"
+
+    def attention(self, query_SBND: torch.Tensor) -> BlockAttention | FusedBlockAttention:
+        """The queries, before they look at a block."""
+        return block_attention(self.backend, query_SBND, self.value_width, self.softmax_scale)
 
     def __call__(self, query_SBND: torch.Tensor, passed_SBW: torch.Tensor) -> torch.Tensor:
         """Attend; called by every rank of the group.
@@ -111,8 +118,7 @@ class RingAttention:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query_SBND: torch.Tensor, passed_SBW: torch.Tensor, ring: RingAttention) -> torch.Tensor:
-        attention = BlockAttention(query_SBND, ring.value_width, ring.softmax_scale)
-        seen, gathered = attention.forward(), [ring.gather(passed_SBW)] if ring.gathers else []
+        seen, gathered = ring.attention(query_SBND).forward(), [ring.gather(passed_SBW)] if ring.gathers else []
         for owner, block in ring.in_turn(gathered[0]) if gathered else ring.blocks(passed_SBW):
             seen.look(*ring.expand(block), _regions(ring, query_SBND, owner))
         out_SBNU = seen.output(query_SBND.dtype)
@@ -124,8 +130,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         ring: RingAttention = ctx.ring
         query_SBND, passed_SBW, out_SBNU, logsumexp_AS, *gathered = ctx.saved_tensors
-        seen = BlockAttention(query_SBND, ring.value_width, ring.softmax_scale).backward(
-            grads[0], out_SBNU, logsumexp_AS)
+        seen = ring.attention(query_SBND).backward(grads[0], out_SBNU, logsumexp_AS)
         grad_SBW = torch.zeros_like(passed_SBW, dtype=wide_dtype(passed_SBW.dtype))
         arriving: Posted | None = None
         for owner, block in ring.in_turn(gathered[0]) if gathered else ring.blocks(passed_SBW):

@@ -188,7 +188,8 @@ PLANTED = [
     (Layout("fault-stale", 2, split(ep=2), fault="parameter-stale"), "parameter .*router.weight"),
 ]
 # Layouts of four ranks that also run where operations wait for one another as on NCCL.
-ON_STREAMS = ["pp4", "dualpipe-pp4-uneven", "pp2-tp2-ep2", "dualpipe-pp2-ep2", "dualpipev-pp2-ep2-two-mtp"]
+ON_STREAMS = ["pp4", "dualpipe-pp4-uneven", "pp2-tp2-ep2", "dualpipe-pp2-ep2", "dualpipev-pp2-ep2-two-mtp",
+              "recompute-dualpipe-pp2-cp2-ep2"]
 
 
 # MTP modules, and whether documents are isolated.

@@ -7,6 +7,7 @@ import torch
 
 from dsv3_megatron.ops import block_attention
 from dsv3_megatron.ops.block_attention import BlockAttention, Region
+from dsv3_megatron.ops.fused_blocks import FusedBlockAttention
 
 S, B, N, D, U = 150, 2, 3, 10, 6
 SCALE = 0.4
@@ -34,10 +35,12 @@ def is_seen() -> list[torch.Tensor]:
     return masks
 
 
+@pytest.mark.parametrize("way", [BlockAttention, FusedBlockAttention])
 @pytest.mark.parametrize("tile_bytes", [1 << 20, 4 * 128 * 40 * 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_blocks_make_the_whole_forward_and_backward(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
-                                                    tolerance: float, tile_bytes: int) -> None:
+                                                    tolerance: float, tile_bytes: int,
+                                                    way: type[BlockAttention | FusedBlockAttention]) -> None:
     monkeypatch.setattr(block_attention, "TILE_BYTES", tile_bytes)
     torch.manual_seed(0)
     q = drawn(S, B, N, D).requires_grad_()
@@ -52,7 +55,7 @@ def test_blocks_make_the_whole_forward_and_backward(monkeypatch: pytest.MonkeyPa
 
     given = [(k.detach().to(dtype), v.detach().to(dtype), regions)
              for k, v, (_, regions) in zip(keys, values, BLOCKS, strict=True)]
-    attention = BlockAttention(q.detach().to(dtype), U, SCALE)
+    attention = way(q.detach().to(dtype), U, SCALE)
     seen = attention.forward()
     for k, v, regions in given:
         seen.look(k, v, regions)
@@ -67,8 +70,9 @@ def test_blocks_make_the_whole_forward_and_backward(monkeypatch: pytest.MonkeyPa
         assert ((actual.double() - wanted).abs().max() / wanted.abs().max()).item() < tolerance
 
 
-def test_a_query_that_has_seen_nothing_has_no_weight() -> None:
-    seen = BlockAttention(torch.randn(4, 1, 1, 3), 2, 1.0).forward()
+@pytest.mark.parametrize("way", [BlockAttention, FusedBlockAttention])
+def test_a_query_that_has_seen_nothing_has_no_weight(way: type[BlockAttention | FusedBlockAttention]) -> None:
+    seen = way(torch.randn(4, 1, 1, 3), 2, 1.0).forward()
     seen.look(torch.randn(2, 1, 1, 3), torch.ones(2, 1, 1, 2), (Region((0, 1), (2, 4), (0, 2), False),))
     assert seen.logsumexp_AS.isinf().tolist() == [[True, True, False, False]]
     assert seen.output(torch.float32)[:, 0, 0, 0].tolist() == pytest.approx([0, 0, 1, 1])
