@@ -66,7 +66,9 @@ def check_layout(run: RunConfig, world_size: int) -> list[Told]:
     last = recipe.phases_to_run[-1].end
     return [
         Told(f"layout: {world_size} {'process' if world_size == 1 else 'processes'} = tensor "
-             f"{parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x data "
+             f"{parallel.tensor_model_parallel_size}"
+             + (f" x context {parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else "")
+             + f" x pipeline {parallel.pipeline_model_parallel_size} x data "
              f"{replicas}, expert {parallel.expert_model_parallel_size}, schedule {parallel.schedule}, "
              f"{training.num_microbatches(replicas)} micro-batches of {training.micro_batch_size} x "
              f"{training.seq_length} tokens in a step of a replica"),

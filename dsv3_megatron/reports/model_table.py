@@ -106,6 +106,7 @@ def model_summary(run: RunConfig, world_size: int, stages: Sequence[StageLayout]
             "pipeline_schedule": parallel.schedule,
             "expert_model_parallel_size": parallel.expert_model_parallel_size,
             "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+            "context_parallel_size": parallel.context_parallel_size,
             "data_parallel_size": parallel.data_parallel_size(world_size),
             "expert_data_parallel_size": parallel.expert_data_parallel_size(world_size),
             "weight_bytes_per_parameter": weight_bytes_per_parameter(run.training.precision),
@@ -266,13 +267,14 @@ def _rank_lines(run: RunConfig, world_size: int, stages: Sequence[StageLayout]) 
     master = "" if training.precision == "fp32" else "fp32 master weights, "
     moments = (f"two {training.exp_avg_dtype} moments" if training.exp_avg_dtype == training.exp_avg_sq_dtype
                else f"moments {training.exp_avg_dtype} and {training.exp_avg_sq_dtype}")
+    context = f"CP {parallel.context_parallel_size}, " if parallel.context_parallel_size > 1 else ""
     return [
         f"bytes per rank on {world_size} rank{'s' * (world_size != 1)}: TP {parallel.tensor_model_parallel_size}, "
-        f"PP {parallel.pipeline_model_parallel_size}, EP {parallel.expert_model_parallel_size}, "
+        f"{context}PP {parallel.pipeline_model_parallel_size}, EP {parallel.expert_model_parallel_size}, "
         f"expert-TP {parallel.expert_tensor_parallel_size}, DP {parallel.data_parallel_size(world_size)}, "
         f"expert-DP {parallel.expert_data_parallel_size(world_size)}",
         *aligned(rows, left=2),
         f"weights {weights}{counted}; main gradients fp32; optimizer: {master}{moments},",
         *["in CPU memory: the fp32 average of the weights; both"] * has_average,
-        "split over the data-parallel ranks, and its scratch; padding is counted, activations and buffers are not",
+        f"split over the {'context- and ' * bool(context)}data-parallel ranks, and its scratch; padding is counted, activations and buffers are not",
     ]

@@ -81,7 +81,7 @@ def settings(log: RunLog) -> str:
     degrees = "".join(f" {name}{parallel[field]}" for name, field in (
         ("TP", "tensor_model_parallel_size"), ("PP", "pipeline_model_parallel_size"),
         ("VPP", "num_virtual_stages_per_pipeline_rank"), ("EP", "expert_model_parallel_size"),
-        ("ETP", "expert_tensor_parallel_size")) if (parallel.get(field) or 1) > 1)
+        ("ETP", "expert_tensor_parallel_size"), ("CP", "context_parallel_size")) if (parallel.get(field) or 1) > 1)
     tokens = log.scalars.get("consumed-tokens")
     first = [f"{model['num_layers']} layers of which {model['num_dense_layers']} dense, hidden {model['hidden_size']}",
              f"{model['num_experts']} experts, top {model['moe_router_topk']}",

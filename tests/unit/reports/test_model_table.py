@@ -10,6 +10,7 @@ import time
 import pytest
 
 from dsv3_megatron.config.presets import PRESETS, preset
+from dsv3_megatron.metrics.rank_state import rank_states
 from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.reports.model_table import model_table
 
@@ -86,3 +87,14 @@ def test_answers_in_under_a_second() -> None:
         subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
         times.append(time.perf_counter() - start)
     assert min(times) < 1.0
+
+
+def test_ranks_that_share_sequences_share_what_replicas_share() -> None:
+    """The optimizer's state of a weight is divided over all ranks that hold it, whatever data they read."""
+    changes = {"context_parallel_size": 4, "global_batch_size": 8}
+    split, replicated = preset("tiny").override(**changes), preset("tiny").override(global_batch_size=8)
+    assert rank_states(split, 8, precision="bf16") == rank_states(replicated, 8, precision="bf16")
+    text = table_of("tiny", 8, **changes)
+    assert "TP 1, CP 4, PP 1, EP 1, expert-TP 1, DP 2, expert-DP 8" in text
+    assert "split over the context- and data-parallel ranks" in text
+    assert json.loads(table_of("tiny", 8, as_json=True, **changes))["layout"]["context_parallel_size"] == 4
