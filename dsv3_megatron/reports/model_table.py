@@ -276,5 +276,6 @@ def _rank_lines(run: RunConfig, world_size: int, stages: Sequence[StageLayout]) 
         *aligned(rows, left=2),
         f"weights {weights}{counted}; main gradients fp32; optimizer: {master}{moments},",
         *["in CPU memory: the fp32 average of the weights; both"] * has_average,
-        f"split over the {'context- and ' * bool(context)}data-parallel ranks, and its scratch; padding is counted, activations and buffers are not",
+        f"split over the {'context- and ' * bool(context)}data-parallel ranks, and its scratch; padding is counted, "
+        "activations and buffers are not",
     ]
