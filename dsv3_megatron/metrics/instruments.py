@@ -71,9 +71,10 @@ class Instruments:
             for layer, router in routers(chunks, model.num_layers)]
         self._heads = [module for chunk in chunks for module in chunk.modules()
                        if isinstance(module, DeepSeekV3Model) and module.post_process and model.mtp_num_layers]
-        self._agreement = HeadAgreement(model.mtp_num_layers, groups.tp, device.torch_device)
+        self._agreement = HeadAgreement(model.mtp_num_layers, groups.tp, device.torch_device,
+                                        cp_group=groups.cp)
         # Tensor-parallel ranks compare the same heads.
-        self._counts_agreement = groups.tp.rank() == 0
+        self._counts_agreement = groups.tp.rank() == groups.cp.rank() == 0
 
     def measure_gradients(self) -> None:
         """Measure the gradients of a logged step; called when they have been added up over ranks."""

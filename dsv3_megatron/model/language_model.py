@@ -157,10 +157,7 @@ class DeepSeekV3Model(GPTModel):
     def observe_heads(self, depth: int, main_SBH: torch.Tensor, hidden_SBH: torch.Tensor, targets: MTPTargets) -> None:
         """Show what the main head and an MTP module of this depth predict from to `agreement`, if it is set."""
         if self.agreement is not None and self.training:
-            # The main head's token for the same place is `depth` further on, and may be another rank's.
-            reaches_S = self.parts.reaches(depth, targets.is_there.shape[-1], hidden_SBH.device)
-            self.agreement.observe(depth, self.output_layer.weight, main_SBH, hidden_SBH,
-                                   self.parts.take(targets.is_there, -1) & reaches_S)
+            self.agreement.observe(depth, self.output_layer.weight, main_SBH, hidden_SBH, targets.is_there)
 
     def mtp_losses(self, hidden_SBH: torch.Tensor, targets: MTPTargets) -> torch.Tensor:
         """Losses of an MTP module's output, [B, S], 0 where there is no target."""

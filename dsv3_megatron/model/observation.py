@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from dsv3_megatron.ops.linear import linear_forward
+from dsv3_megatron.parallel.sequence_parts import WHOLE, SequenceParts
 
 NUM_SCORE_BINS = 50
 
@@ -64,6 +65,7 @@ class HeadAgreement:
     Args:
         num_depths: MTP modules.
         tp_group: Ranks that share the vocabulary's rows, and the sequence under sequence parallelism.
+        cp_group: Ranks that share the sequences, each with a part; None: they are whole.
         device: Device of the heads.
         num_samples: Most positions that are sampled in a step.
 
@@ -72,8 +74,9 @@ class HeadAgreement:
     """
 
     def __init__(self, num_depths: int, tp_group: torch.distributed.ProcessGroup, device: torch.device,
-                 num_samples: int = 128) -> None:
-        self.tp_group = tp_group
+                 num_samples: int = 128, cp_group: torch.distributed.ProcessGroup | None = None) -> None:
+        self.tp_group, self.cp_group = tp_group, cp_group
+        self.parts = WHOLE if cp_group is None else SequenceParts(cp_group.size(), cp_group.rank())
         self.num_samples = num_samples
         self.counts = torch.zeros(num_depths, 2, dtype=torch.float64, device=device)
         self._done: set[int] = set()
@@ -81,26 +84,26 @@ class HeadAgreement:
     @torch.no_grad()
     def observe(self, depth: int, weight_vH: torch.Tensor, main_SBH: torch.Tensor, mtp_SBH: torch.Tensor,
                 has_target: torch.Tensor) -> None:
-        """Sample a micro-batch, if it is the depth's first of the step. Every tensor-parallel rank calls.
+        """Sample a micro-batch, if it is the depth's first of the step. Every rank that shares it calls.
 
         Args:
             depth: Depth of the MTP module, from 1.
             weight_vH: Rows of the output head.
-            main_SBH: Hidden states of the main head; this rank's part of the sequence under sequence parallelism.
-            mtp_SBH: Hidden states of the MTP module; this rank's part of the sequence under sequence parallelism.
-            has_target: bool [S] or [B, S]: whether the module's target is in the sequence, and in the same document
-                where those are isolated.
+            main_SBH: Hidden states of the main head, of this rank's part of the sequence.
+            mtp_SBH: Hidden states of the MTP module, of this rank's part of the sequence.
+            has_target: bool [S] or [B, S], of whole sequences: whether the module's target is in the sequence, and in
+                the same document where those are isolated.
         """
         if depth in self._done:
             return
         self._done.add(depth)
-        main_SBH, mtp_SBH = (self._whole_sequence(part, has_target.shape[-1]) for part in (main_SBH, mtp_SBH))
+        length = has_target.shape[-1]
         rows, positions = has_target.expand(mtp_SBH.shape[1], -1).nonzero(as_tuple=True)
         num_sampled = min(self.num_samples, len(rows))
         sampled = torch.linspace(0, len(rows) - 1, num_sampled, device=rows.device).round().long()
         rows, positions = rows[sampled], positions[sampled]
-        drafted = self._most_likely(mtp_SBH[positions, rows], weight_vH)
-        verified = self._most_likely(main_SBH[positions + depth, rows], weight_vH)
+        drafted = self._most_likely(self._picked(mtp_SBH, positions, rows, length), weight_vH)
+        verified = self._most_likely(self._picked(main_SBH, positions + depth, rows, length), weight_vH)
         self.counts[depth - 1, 0] += (drafted == verified).sum()
         self.counts[depth - 1, 1] += num_sampled
 
@@ -109,7 +112,17 @@ class HeadAgreement:
         self.counts.zero_()
         self._done.clear()
 
-    def _whole_sequence(self, hidden_SBH: torch.Tensor, length: int) -> torch.Tensor:
+    def _picked(self, hidden_SBH: torch.Tensor, positions_n: torch.Tensor, rows_n: torch.Tensor, length: int
+                ) -> torch.Tensor:
+        """Hidden states [n, H] at positions of sequences of this length, each from the rank that has it."""
+        hidden_SBH = self._whole_part(hidden_SBH, length // self.parts.size)
+        places_n = self.parts.places(length, rows_n.device)[positions_n]
+        picked_nH = hidden_SBH[places_n.clamp(min=0), rows_n].masked_fill((places_n < 0).unsqueeze(1), 0)
+        if self.cp_group is not None and self.parts.size > 1:
+            torch.distributed.all_reduce(picked_nH, group=self.cp_group)
+        return picked_nH
+
+    def _whole_part(self, hidden_SBH: torch.Tensor, length: int) -> torch.Tensor:
         if hidden_SBH.shape[0] == length:
             return hidden_SBH
         whole_SBH = hidden_SBH.new_empty(length, *hidden_SBH.shape[1:])

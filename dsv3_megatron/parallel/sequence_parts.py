@@ -82,14 +82,12 @@ class SequenceParts:
         """Place in the sequence of each of this rank's tokens, int64 [S / size]."""
         return self.take(torch.arange(length, device=device), 0)
 
-    def reaches(self, distance: int, length: int, device: torch.device | None = None) -> torch.Tensor:
-        """Whether the token `distance` positions further on lies as far further on in this rank's part.
-
-        bool [S / size]; so it is but for the last tokens of each chunk.
-        """
-        positions_s = self.positions(length, device)
-        ahead_s = torch.nn.functional.pad(positions_s[distance:], (0, min(distance, len(positions_s))), value=-1)
-        return ahead_s == positions_s + distance
+    def places(self, length: int, device: torch.device | None = None) -> torch.Tensor:
+        """Place in this rank's part of each position of the sequence, int64 [S]; -1 where another rank has it."""
+        places_S = torch.full((length,), -1, dtype=torch.int64, device=device)
+        own_s = self.positions(length, device)
+        places_S[own_s] = torch.arange(len(own_s), device=device)
+        return places_S
 
     def visible(self, other: int, length: int, batch: int, bounds: DocumentBounds | None) -> tuple[Region, ...]:
         """What this rank's queries see of another rank's keys, both numbered within the rank's part.

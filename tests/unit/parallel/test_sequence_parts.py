@@ -32,14 +32,11 @@ def test_the_parts_of_three_ranks_by_hand() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("distance", [1, 2, 5])
-def test_what_lies_further_on_is_reached_within_a_part_where_it_lies_as_far_on(size: int, distance: int) -> None:
+def test_each_position_has_a_place_in_one_part(size: int) -> None:
     for rank in range(size):
-        parts = SequenceParts(size, rank)
-        own = parts.positions(24).tolist()
-        expected = [index + distance < len(own) and own[index + distance] == position + distance
-                    for index, position in enumerate(own)]
-        assert parts.reaches(distance, 24).tolist() == expected
+        own = SequenceParts(size, rank).positions(24).tolist()
+        expected = [own.index(position) if position in own else -1 for position in range(24)]
+        assert SequenceParts(size, rank).places(24).tolist() == expected
 
 
 @settings(max_examples=60, deadline=None)
