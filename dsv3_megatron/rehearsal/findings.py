@@ -50,7 +50,7 @@ class Rehearsal:
         asked_microbatches: Micro-batches of a step of the run as it was asked for.
         device_bytes: Memory of a GPU, in bytes.
         ranks: What each rank did.
-        planned: The planner's estimate for each rank that was rehearsed.
+        planned: The planner's estimate for each rank that was rehearsed; none for a run that it does not know.
     """
 
     run: RunConfig
@@ -75,6 +75,8 @@ class Rehearsal:
 
     def is_off(self, rank: RankResult) -> bool:
         """Whether a rank's peak is too far from the planner's for both to be right."""
+        if rank.rank not in self.planned:
+            return False
         planned = self.planned[rank.rank].peak_bytes
         return abs(rank.step.peak - planned) > TOLERANCE * planned + TOLERANCE_BYTES
 
@@ -127,7 +129,7 @@ def _table(rehearsal: Rehearsal) -> list[str]:
         sums = totals(rank)
         lines.append(
             f"{rank.rank:>6} {rank.pipeline_rank:>8} {rank.expert_rank:>6} {_gib(rank.step.peak):>12} "
-            f"{_gib(rehearsal.planned[rank.rank].peak_bytes):>12} {rehearsal.deviation(rank):>+7.1%} "
+            f"{_planned_peak(rehearsal, rank):>20} "
             f"{sums['host_waits']:>6} {sums['launches']:>8} {sums['messages']:>8} {rank.cpu_seconds:>6.0f}"
             + ("" if rank.failure is None else f"  failed in {rank.failed_in}"))
     return lines
@@ -140,12 +142,13 @@ def _rank_lines(rehearsal: Rehearsal, rank: RankResult) -> list[str]:
         lines.append(f"  ended in an error in {rank.failed_in or 'its process'}, see below; so far:")
     if not rank.peaks:
         return lines
-    planned = rehearsal.planned[rank.rank]
+    planned = rehearsal.planned.get(rank.rank)
     if rank.step.peak:
-        lines += [f"  peak {_gib(rank.step.peak)}, planner {_gib(planned.peak_bytes)} "
-                  f"({rehearsal.deviation(rank):+.1%}); {_gib(rank.step.allocated)} in the allocator's blocks; at "
+        beside = ("no estimate of the planner's, which does not know split sequences yet" if planned is None else
+                  f"planner {_gib(planned.peak_bytes)} ({rehearsal.deviation(rank):+.1%})")
+        lines += [f"  peak {_gib(rank.step.peak)}, {beside}; {_gib(rank.step.allocated)} in the allocator's blocks; at "
                   f"{rank.step.at}"]
-        lines += [f"    {name:<14} {_gib(size):>12}  planner {_gib(other):>12}"
+        lines += [f"    {name:<14} {_gib(size):>12}" + ("" if planned is None else f"  planner {_gib(other):>12}")
                   for name, size, other in memory_rows(rank, planned)]
         lines += ["  largest at the peak, beside the run's state:"] + [
             f"    {_gib(size):>12}  {line}  {operation}" for line, operation, kind, size
@@ -160,7 +163,7 @@ def _rank_lines(rehearsal: Rehearsal, rank: RankResult) -> list[str]:
 def _work_lines(rehearsal: Rehearsal, rank: RankResult) -> list[str]:
     """What a rank does in a step: totals, waits, kernels, groups, messages."""
     work, sums = work_of_step(rank), totals(rank)
-    passes = moe_passes(rehearsal.run, rehearsal.planned[rank.rank], rehearsal.num_microbatches)
+    passes = moe_passes(rehearsal.run, rank.pipeline_rank, rehearsal.num_microbatches)
     which = "a step" if rank.step_phase == STEP else "the first step, with what is made once,"
     lines = [f"  {which}: {sums['host_waits']} host waits, {sums['copies']} copies without waiting, at least "
              f"{sums['launches']} launches, {sums['messages']} messages of {_gib(sums['message_bytes'])}; "
@@ -186,12 +189,19 @@ def _work_lines(rehearsal: Rehearsal, rank: RankResult) -> list[str]:
     return lines
 
 
-def memory_rows(rank: RankResult, planned: RankMemory) -> list[tuple[str, int, int]]:
-    """Components of a rank's peak: name, bytes seen, bytes planned.
+def _planned_peak(rehearsal: Rehearsal, rank: RankResult) -> str:
+    """The planner's peak of a rank, and how far it is off."""
+    if rank.rank not in rehearsal.planned:
+        return "none"
+    return f"{_gib(rehearsal.planned[rank.rank].peak_bytes):>12} {rehearsal.deviation(rank):>+7.1%}"
+
+
+def memory_rows(rank: RankResult, planned: RankMemory | None) -> list[tuple[str, int, int]]:
+    """Components of a rank's peak: name, bytes seen, bytes planned; 0 where nothing is.
 
     Without a pipeline nothing says when a pass begins: what passes keep and what they work with are one row.
     """
-    rows = [(name, rank.step.components.get(name, 0), sum(getattr(planned, part) for part in parts))
+    rows = [(name, rank.step.components.get(name, 0), sum(getattr(planned, part, 0) for part in parts))
             for name, parts in _PLANNED.items()]
     if rank.step.components.get(ACTIVATIONS):
         return rows
@@ -222,17 +232,17 @@ def as_json(rehearsal: Rehearsal) -> dict[str, Any]:
 
 
 def _rank_json(rehearsal: Rehearsal, rank: RankResult) -> Mapping[str, Any]:
-    planned, work = rehearsal.planned[rank.rank], work_of_step(rank)
+    planned, work = rehearsal.planned.get(rank.rank), work_of_step(rank)
     return {
         "rank": rank.rank, "pipeline_rank": rank.pipeline_rank, "expert_rank": rank.expert_rank,
         "seconds": rank.seconds, "cpu_seconds": rank.cpu_seconds, "failure": rank.failure,
         "failed_in": rank.failed_in, "built_bytes": rank.built_bytes, "saved_bytes": rank.saved_bytes,
         "is_first_step": rank.step_phase == FIRST_STEP, "totals": totals(rank),
-        "moe_passes": moe_passes(rehearsal.run, planned, rehearsal.num_microbatches),
+        "moe_passes": moe_passes(rehearsal.run, rank.pipeline_rank, rehearsal.num_microbatches),
         "peak_bytes_by_phase": {phase: peak.peak for phase, peak in rank.peaks.items()},
         "peak_bytes": rank.step.peak, "allocated_bytes": rank.step.allocated, "peak_at": rank.step.at,
-        "planned_peak_bytes": planned.peak_bytes,
-        "components": [{"name": name, "bytes": size, "planned_bytes": other}
+        "planned_peak_bytes": None if planned is None else planned.peak_bytes,
+        "components": [{"name": name, "bytes": size, "planned_bytes": None if planned is None else other}
                        for name, size, other in memory_rows(rank, planned)],
         "lines": [{"line": line, "operation": operation, "component": kind, "bytes": size}
                   for line, operation, kind, size in rank.step.lines],

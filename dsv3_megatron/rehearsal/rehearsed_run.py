@@ -33,7 +33,6 @@ def rehearsed_run(run: RunConfig, world_size: int, num_microbatches: int | None 
         ConfigError: the run itself cannot be, or cannot have so many micro-batches.
     """
     run.validate(world_size)
-    run.parallel.require_whole_sequences("a rehearsal")
     run = only_phase(run, main_phase(run)).override(
         load=folder, save=folder, tensorboard_dir=None, trace_schedule=None, export_hf=None)
     count = fewest_microbatches(run, world_size) if num_microbatches is None else num_microbatches

@@ -9,7 +9,7 @@ from typing import Any
 from dsv3_megatron.config.pipeline import RULES
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.metrics.rank_state import stages_of
-from dsv3_megatron.planning.memory.estimate import RankMemory
+from dsv3_megatron.parallel.placement import placement
 from dsv3_megatron.rehearsal.collective_calls import RankCall, calls_of_json
 from dsv3_megatron.rehearsal.rank_results import FIRST_STEP, PhaseWork, RankResult
 
@@ -17,11 +17,12 @@ from dsv3_megatron.rehearsal.rank_results import FIRST_STEP, PhaseWork, RankResu
 WaitCounts = dict[tuple[str, str], int]
 
 
-def moe_passes(run: RunConfig, planned: RankMemory, num_microbatches: int) -> int:
+def moe_passes(run: RunConfig, pipeline_rank: int, num_microbatches: int) -> int:
     """Forward passes of a micro-batch through an MoE layer that a rank has in a step, MTP modules' included."""
     model, stages = run.model, stages_of(run.model, run.parallel)
-    layers = sum(sum(layer >= model.num_dense_layers for layer in stages[stage].layer_ids)
-                 + len(stages[stage].mtp_layer_ids) for stage in planned.stages) if model.num_moe_layers else 0
+    held = [stages[place.stage] for place in placement(run.parallel)[pipeline_rank]]
+    layers = sum(sum(layer >= model.num_dense_layers for layer in stage.layer_ids)
+                 + len(stage.mtp_layer_ids) for stage in held) if model.num_moe_layers else 0
     return layers * num_microbatches // RULES[run.parallel.schedule].copies
 
 

@@ -306,3 +306,18 @@ def test_bad_input_is_refused_before_anything_starts(words: list[str], text: str
     except SystemExit as end:
         code = end.code
     assert code == 2 and text in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_sequence_pass_a_latent_a_token_and_layer() -> None:
+    """Once forward and once backward to the other rank, whose gradients of them come back; nothing wider travels."""
+    flags = ("--preset", "tiny", "--context-parallel-size", "2", "--global-batch-size", "2")
+    code, report = rehearse("--world-size", "2", *flags, "--processes", "1")
+    assert code == 0 and report["found"] == []
+    (rank,), run = report["ranks"], parse_command(flags).run
+    assert rank["planned_peak_bytes"] is None and rank["peak_bytes"] > 0
+    passed = {(row["dtype"], row["count"], row["mean_bytes"]) for row in rank["messages"]
+              if row["phase"] == "step" and row["operation"] == "all_to_all"}
+    layers, tokens = run.model.num_layers + run.model.mtp_num_layers, 2 * run.training.seq_length // 2
+    numbers = tokens * (run.model.kv_lora_rank + run.model.qk_rope_head_dim)
+    assert passed == {("bfloat16", 2 * layers, 2 * numbers), ("float32", layers, 4 * numbers)}

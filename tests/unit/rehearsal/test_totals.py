@@ -53,4 +53,4 @@ def test_passes_through_moe_layers_are_layers_times_their_micro_batches(schedule
         num_layers=7, num_dense_layers=1, pipeline_model_parallel_size=stages, pipeline_schedule=schedule,
         global_batch_size=10, micro_batch_size=1)
     ranks = estimate_memory(run, stages)
-    assert [moe_passes(run, rank, 10) for rank in ranks] == wanted
+    assert [moe_passes(run, rank.pipeline_rank, 10) for rank in ranks] == wanted
