@@ -18,6 +18,7 @@ import torch
 
 from dsv3_megatron.ops.backend import choose_product_backend
 from dsv3_megatron.ops.recompute import saving
+from dsv3_megatron.ops.row_blocks import repeating_size, shapes_should_repeat
 
 _FEW_ROWS = 8
 # Parts of a weight's outputs, where their number can be divided so, when one row is multiplied by it.
@@ -133,9 +134,26 @@ def linear(
         [..., out].
     """
     if not torch.is_grad_enabled():
-        return linear_forward(x, weight, backend=backend)
+        return _of_repeating_shape(x, weight, backend)
     with saving():
         return _Linear.apply(x, weight, backend, accumulate_into_main_grad, defer_weight_grad)
+
+
+def _of_repeating_shape(x: torch.Tensor, weight: torch.Tensor, backend: str) -> torch.Tensor:
+    """`linear_forward`, where a narrow product is native on a CPU of more rows: zeros, up to one of a few numbers.
+
+    Prompts of any length and last batches then find a kernel that is there (`row_blocks.py`). A training step's rows
+    are always as many.
+    """
+    num_rows = math.prod(x.shape[:-1])
+    is_native = choose_product_backend(backend, x.device, x.dtype) == "native"
+    if num_rows <= _FEW_ROWS or not is_native or not shapes_should_repeat(x.device, x.dtype):
+        return linear_forward(x, weight, backend=backend)
+    missing = repeating_size(num_rows) - num_rows
+    if not missing:
+        return linear_forward(x, weight, backend=backend)
+    rows = torch.nn.functional.pad(x.reshape(num_rows, -1), (0, 0, 0, missing))
+    return linear_forward(rows, weight, backend=backend)[:num_rows].view(*x.shape[:-1], -1)
 
 
 def main_grad_of(weight: torch.Tensor, accumulate: bool) -> torch.Tensor | None:

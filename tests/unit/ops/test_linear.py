@@ -109,6 +109,31 @@ def test_few_rows_without_gradients(num_outputs, dtype, tolerance):
                 torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=14 * tolerance)
 
 
+def test_narrow_products_without_gradients_have_few_shapes():
+    """Rows of any number are multiplied in a few numbers of rows, and only where narrow products are native."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-3, 4, (5, 8), generator=generator)
+    counts = [*range(1, 100), 2048]
+    seen: set[int] = set()
+
+    class Rows(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket is torch.ops.aten.mm:
+                seen.add(args[0].shape[0] if args[1].shape[1] == 5 else args[1].shape[1])  # of few rows it is W x^T
+            return function(*args, **(kwargs or {}))
+
+    for dtype, backend, expected in ((torch.bfloat16, "native", 8 + 7 + 1), (torch.bfloat16, "via_fp32", len(counts)),
+                                     (torch.float32, "auto", len(counts))):
+        seen.clear()
+        for count in counts:
+            x = torch.randint(-3, 4, (count, 1, 8), generator=generator).to(dtype)
+            with torch.no_grad(), Rows():
+                y = linear(x, weight.to(dtype), backend=backend)
+            assert y.shape == (count, 1, 5) and torch.equal(y[:, 0].float(), x[:, 0].float() @ weight.float().t())
+        assert len(seen) <= expected, (dtype, backend, seen)
+        assert dtype == torch.bfloat16 and backend == "native" or len(seen) > 90
+
+
 def test_on_cuda_a_narrow_product_is_added_to_the_main_gradient_in_fp32():
     """As torch is asked for it; no tensor beside the sum is made. On fake tensors: no GPU is needed."""
     asked = []
