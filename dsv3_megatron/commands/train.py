@@ -182,6 +182,7 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
         check_save_directory(run.checkpoint.save)
     told += precheck.check_run_data(run)
     if rank == 0:
+        precheck.check_attention(run, is_planned=command.world_size is not None)
         told += precheck.check_vocabulary(run, prefixes)
         told += precheck.check_export(run)
         told += precheck.check_folders(run)

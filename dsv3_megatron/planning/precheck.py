@@ -28,12 +28,14 @@ from dsv3_megatron.data.blend import Blend
 from dsv3_megatron.data.datasets import DatasetConfig, check_sizes, dataset_config, parse_split, sequences_between
 from dsv3_megatron.data.indexed import dataset_paths, map_index, read_header, read_sidecar
 from dsv3_megatron.data.tokenizer import count_ids, load_tokenizer
+from dsv3_megatron.ops.attention_choices import AttentionCase, choose_attention
 from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.planning.flags import flags
 from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.memory.estimate import RankMemory
 from dsv3_megatron.planning.memory.headroom import Headroom
 from dsv3_megatron.planning.memory.remedies import advise, fullest_rank
+from dsv3_megatron.planning.memory.settings import attention_kernel
 from dsv3_megatron.planning.time.work import Setting
 
 # Ids of one read when a dataset is searched for a token that counts.
@@ -131,6 +133,23 @@ def check_vocabulary(run: RunConfig, prefixes: Sequence[str]) -> list[Told]:
         told.append(Told(f"vocabulary: more than half of the vocab_size={rows} rows of embedding and head belong to no "
                          f"token; set vocab_size to {needed} or a little more", is_warning=True))
     return told
+
+
+def check_attention(run: RunConfig, *, is_planned: bool = False) -> None:
+    """Whether what the run names can compute attention, of what a machine of its kind has.
+
+    Args:
+        run: A valid run.
+        is_planned: The run is for another machine than this one, with GPUs of Hopper's generation.
+
+    Raises:
+        ConfigError: attention_backend names nothing that is possible.
+    """
+    if is_planned or smallest_gpu_bytes() is not None:
+        attention_kernel(run, device="cuda", precision=run.training.precision_on(is_cpu=False))
+    else:
+        choose_attention(run.training.attention_backend, AttentionCase(
+            "cpu", (0, 0), query_width=run.model.qk_head_dim, value_width=run.model.v_head_dim, cudnn_version=0))
 
 
 def check_memory(run: RunConfig, world_size: int, *, is_planned: bool = False, hardware: str | None = None,

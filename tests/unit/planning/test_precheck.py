@@ -37,6 +37,24 @@ def good(tmp_path: Path) -> str:
     return dataset(tmp_path, "good", [100] * 100)
 
 
+@pytest.mark.parametrize(("backend", "message"), [
+    ("fused", "no engine: it needs a GPU; no cudnn: it needs a GPU"), ("flash", "no flash3: it needs a GPU"),
+    ("local", ""), ("unfused", ""), ("auto", "")])
+def test_attention_that_is_not_possible_here(backend: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precheck, "smallest_gpu_bytes", lambda: None)
+    run = preset("tiny").override(attention_backend=backend)
+    if message:
+        with pytest.raises(ConfigError, match=f"attention_backend={backend} is not possible.*{message}"):
+            precheck.check_attention(run)
+    else:
+        precheck.check_attention(run)
+    precheck.check_attention(run, is_planned=True)
+    wide = run.override(qk_nope_head_dim=256, precision="bf16", transformer_impl="local")
+    if backend == "flash":
+        with pytest.raises(ConfigError, match="no flash_padded: keys are at most 256 wide"):
+            precheck.check_attention(wide, is_planned=True)
+
+
 def run_of(*data_path: str, **changes: Any) -> RunConfig:
     run = preset("tiny").override(data_path=list(data_path), split="50,50", **changes)
     run.validate(1)
