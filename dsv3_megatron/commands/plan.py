@@ -25,7 +25,7 @@ from dsv3_megatron.config.load import Parser, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.planning.machine.hardware import Hardware, save_hardware
-from dsv3_megatron.planning.machine.hardware_tables import find_hardware
+from dsv3_megatron.planning.machine.hardware_tables import HARDWARE, find_hardware
 from dsv3_megatron.planning.memory.estimate import estimate_memory
 from dsv3_megatron.planning.memory.headroom import lacking_memory
 from dsv3_megatron.planning.memory.remedies import advise, describe
@@ -47,8 +47,8 @@ def _parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespac
                     usage="dsv3 plan --hardware NAME --num-gpus N [flags of a run]",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--hardware", metavar="NAME", help="h800, h100, h200, b200, a100, cpu (measures this machine), or a .json file "
-        "that --save-hardware wrote")
+    add("--hardware", metavar="NAME", help=f"{', '.join(HARDWARE)}, cpu (measures this machine), or a .json "
+        "file that --save-hardware wrote")
     add("--num-gpus", type=int, metavar="N", help="devices; on a CPU processes")
     add("--search", action="store_true", help="rank all layouts and schedules, and say why the others were rejected")
     add("--top", type=int, default=10, metavar="N", help="places of the ranking (%(default)s)")

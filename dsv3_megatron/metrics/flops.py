@@ -103,6 +103,7 @@ DEVICE_PEAKS: tuple[DevicePeak, ...] = (
                "bf16: Insights into DeepSeek-V3, arXiv 2505.09343; fp8: H100 SXM's, equality not confirmed"),
     DevicePeak(r"\bG?H[12]00\b", 989e12, 1979e12, _HOPPER + ", SXM; the same in the H200 and GH200 datasheets"),
     DevicePeak(r"\bH20\b", 148e12, 296e12, "NVIDIA H20 specification as published by vendors"),
+    DevicePeak(r"\bGB300\b", 2500e12, 5000e12, "NVIDIA GB300 NVL72 datasheet, per GPU, half of those with sparsity"),
     DevicePeak(r"\bGB200\b", 2500e12, 5000e12, "NVIDIA GB200 NVL72 datasheet, per GPU, half of those with sparsity"),
     DevicePeak(r"\bB200\b", 2250e12, 4500e12, "NVIDIA HGX B200 datasheet, per GPU, half of those with sparsity"),
     DevicePeak(r"\bA[18]00\b", 312e12, None, "NVIDIA A100 datasheet"),

@@ -43,8 +43,12 @@ _RESOURCE_WORDS = {
     "bf16_flops": "BF16 peak", "fp8_flops": "FP8 peak", "fp32_flops": "FP32 peak",
     "nvlink_bandwidth": "NVLink bandwidth", "network_bandwidth": "network bandwidth",
     "all_to_all_nvlink_bandwidth": "all-to-all bandwidth on NVLink",
-    "all_to_all_network_bandwidth": "all-to-all bandwidth on the network", "nvlink_latency": "NVLink latency",
-    "network_latency": "network latency", "context_bytes": "memory of the CUDA context",
+    "all_to_all_network_bandwidth": "all-to-all bandwidth on the network",
+    "flex_communication_sms": "SMs that the flex dispatcher takes",
+    "flex_all_to_all_nvlink_bandwidth": "the flex dispatcher's bandwidth on NVLink",
+    "flex_all_to_all_network_bandwidth": "the flex dispatcher's bandwidth on the network",
+    "nvlink_latency": "NVLink latency", "network_latency": "network latency",
+    "context_bytes": "memory of the CUDA context",
     "nccl_bytes": "memory of NCCL's buffers", "fragmentation_share": "share of memory lost to fragmentation",
 }
 
@@ -118,6 +122,7 @@ def as_json(report: PlanReport) -> dict[str, Any]:
         "preset": report.run.preset, "phase": report.phase, "hardware": report.hardware.name,
         "num_gpus": step.setting.num_devices, "layout": _layout_words(report.run),
         "assumed": _assumptions(report),
+        "fp8_scales": report.hardware.fp8_scales if report.run.fp8.is_enabled else None,
         "num_microbatches": step.num_microbatches, "tokens_per_step": step.tokens,
         "gpu_hours_per_trillion_tokens": step.gpu_hours_per_trillion_tokens, "step_time_s": step.seconds,
         "tokens_per_second": step.tokens_per_second, "model_flops_per_second": step.model_flops_per_second(),
@@ -226,6 +231,8 @@ def _head(report: PlanReport) -> str:
         f"{training.global_batch_size} sequences of {training.seq_length} tokens a step",
         f"  {_layout_words(report.run)}, {step.num_microbatches} micro-batches",
         f"  assumed: {_assumptions(report)}",
+        *([f"  FP8 scales: {report.hardware.fp8_scales}"] if report.run.fp8.is_enabled and report.hardware.fp8_scales
+          else []),
         f"  step {_seconds(step.seconds)}   {_count(step.tokens_per_second)} tokens/s   "
         f"{_count(step.gpu_hours_per_trillion_tokens)} GPU-hours per 1T tokens",
         f"  {step.model_flops_per_second() / 1e12:.4g} TFLOP/s a device   MFU {step.mfu():.1%} causal, "

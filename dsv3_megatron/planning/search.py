@@ -209,7 +209,7 @@ def _layouts(run: RunConfig, setting: Setting, rejected: list[Rejected]) -> Iter
                 try:
                     parallel.validate(model, training.seq_length)
                     parallel.validate_world_size(num_devices)
-                    parallel.token_dispatcher(int(setting.hardware["gpus_per_node"]))
+                    parallel.token_dispatcher(setting.hardware.ranks_per_node(num_devices))
                     if tp not in tiled:
                         run.fp8.validate(model, parallel, training.transformer_impl)
                         tiled.add(tp)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTS = tuple(REPOSITORY / name for name in (
-    "README.md", "docs/results.md", "docs/schedules/README.md", "docs/planning/memory.md"))
+    "README.md", "docs/results.md", "docs/schedules/README.md", "docs/planning/README.md",
+    "docs/planning/memory.md"))
 RESULTS = REPOSITORY / "tools" / "bench" / "results"
 OURS = "dsv3_megatron"
 
@@ -164,6 +165,24 @@ def overlap_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def published_runs_table(name: str) -> str:
+    """Published speeds of training runs, and predicted ones."""
+    lines = ["| Run | GPUs | Layout | published | predicted | distance | Not modelled |",
+             "| --- | --- | --- | ---: | ---: | ---: | --- |"]
+    measured = newest(name)
+    for (config, kind), metrics in measured.items():
+        if kind != "published":
+            continue
+        run, machine, layout, other, address = config.split("; ")
+        published = float(metrics["tokens_per_second_per_gpu"]["value"])
+        predicted = measured.get((config, "predicted"), {}).get("tokens_per_second_per_gpu")
+        told = "not predicted | |"
+        if predicted:
+            told = f"{float(predicted['value']):,.0f} | {float(predicted['value']) / published - 1:+.1%} |"
+        lines.append(f"| [{run}]({address}) | {machine} | {layout} | {published:,.0f} | {told} {other.strip('-')} |")
+    return "\n".join(lines)
+
+
 def memory_table(name: str) -> str:
     """Estimated against counted memory: of each run the rank whose peak is farthest off."""
     lines = ["| Model | Run | ranks | between steps | estimated | peak | estimated | error | device |",
@@ -244,6 +263,7 @@ TABLES = {
     "summary": summary_table,
     "training_by_cpu": cpus_table,
     "memory": memory_table,
+    "published_runs": published_runs_table,
     "rehearsal": rehearsal_table,
     "schedules": schedule_table,
     "overlap": overlap_table,

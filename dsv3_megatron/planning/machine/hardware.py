@@ -81,6 +81,7 @@ class Hardware:
         attention: Measured attention.
         movement: Kind of element-wise kernel -> share of the memory's bandwidth; of "dispatch" and others see FIGURES.
         tables_source: Source of products, attention and movement.
+        fp8_scales: What FP8's scales are and where they are multiplied; empty without FP8, or where it is not known.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Hardware:
     attention: tuple[AttentionPoint, ...]
     movement: Mapping[str, Figure]
     tables_source: str
+    fp8_scales: str = ""
 
     def __getitem__(self, name: str) -> float:
         """The value of a figure."""
@@ -103,6 +105,22 @@ class Hardware:
     def has(self, name: str) -> bool:
         """Whether the machine has a figure of this name."""
         return name in self.figures
+
+    def ranks_per_node(self, num_devices: int) -> int:
+        """Devices of a node, or of an NVLink domain, that a run has in each: as many in every one.
+
+        A domain of 72 is not always filled: a run of 256 has 64 in each of four.
+
+        Args:
+            num_devices: Devices of the whole run.
+        """
+        size = min(int(self["gpus_per_node"]), num_devices)
+        return next(count for count in range(size, 0, -1) if num_devices % count == 0)
+
+    def for_dispatcher(self, name: str, dispatcher: str) -> float:
+        """A figure as a dispatcher of tokens has it: a library's own (`flex_NAME`) for "flex", if it is known."""
+        own = f"flex_{name}"
+        return self[own] if dispatcher == "flex" and own in self.figures else self[name]
 
     @property
     def is_cpu(self) -> bool:
@@ -277,7 +295,7 @@ def load_hardware(path: str) -> Hardware:
             products=tuple(ProductPoint(**point) for point in content["products"]),
             attention=tuple(AttentionPoint(**point) for point in content["attention"]),
             movement={kind: Figure(**figure) for kind, figure in content["movement"].items()},
-            tables_source=content["tables_source"])
+            tables_source=content["tables_source"], fp8_scales=content.get("fp8_scales", ""))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"hardware={path} does not describe a machine ({type(error).__name__}: {error}); it must be "
                           "what --save-hardware writes") from error

@@ -41,8 +41,8 @@ class Network:
 
     @property
     def node(self) -> int:
-        """Devices of a node."""
-        return int(self.hardware["gpus_per_node"])
+        """Devices of a node, or of an NVLink domain, that the run has in each."""
+        return self.hardware.ranks_per_node(self.num_devices)
 
     @property
     def dispatcher(self) -> str:
@@ -91,14 +91,16 @@ class Network:
         network first: of the faster link the last leg's part is added, and both latencies.
         """
         traffic = self.exchange_traffic(model, tokens, row_bytes, carried)
-        hardware = self.hardware
-        seconds = [(traffic.network / hardware["all_to_all_network_bandwidth"], hardware["network_latency"]),
-                   (traffic.nvlink / hardware["all_to_all_nvlink_bandwidth"], hardware["nvlink_latency"])]
+        hardware, way = self.hardware, self.dispatcher
+        network, nvlink = (hardware.for_dispatcher(f"all_to_all_{link}_bandwidth", way)
+                           for link in ("network", "nvlink"))
+        seconds = [(traffic.network / network, hardware["network_latency"]),
+                   (traffic.nvlink / nvlink, hardware["nvlink_latency"])]
         used = sorted(((taken, latency) for taken, latency in seconds if taken), reverse=True)
         if not used:
             return 0.0
         longest, latency = used[0]
-        if self.dispatcher != "node" or len(used) == 1:
+        if way != "node" or len(used) == 1:
             return longest + max(latency for _, latency in used)
         return longest + LEGS_ON_GPU * latency + used[1][0] / LEGS_ON_GPU + used[1][1]
 

@@ -180,7 +180,9 @@ def sm_share_beside_communication(parallel: ParallelConfig, hardware: Hardware) 
     if hardware.is_cpu:
         return 1.0
     is_open = parallel.num_communication_sms is None and parallel.has_messages_beside_computation
-    count = hardware["communication_sms"] if is_open else parallel.communication_sms
+    count = parallel.communication_sms
+    if is_open:
+        count = int(hardware.for_dispatcher("communication_sms", parallel.moe_token_dispatcher_type))
     return 1 - count / hardware["num_sms"]
 
 
@@ -246,7 +248,8 @@ class WorkTable:
                                expert_tensor_parallel_size=self.shape.etp,
                                moe_token_dispatcher_type=run.parallel.moe_token_dispatcher_type,
                                ranks_per_node=run.parallel.ranks_per_node)
-        self._layer_network = dataclasses.replace(self.network, parallel=split, num_devices=0)
+        # Devices of a domain stand for those of the run, so that runs of other sizes share what is known of a layer.
+        self._layer_network = dataclasses.replace(self.network, parallel=split, num_devices=self.network.node)
         linears = layer_linears(run)
         self.linears = [linears[f"decoder.layers.{index}"] for index in range(run.model.num_layers)]
         self._layers: dict[int, StageWork] = {}

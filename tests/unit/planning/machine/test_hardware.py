@@ -36,7 +36,8 @@ def test_more_of_a_resource() -> None:
 
 
 def test_wrong_machines() -> None:
-    with pytest.raises(ConfigError, match=r"hardware='h900' is not known; choose one of h800, h100, h200, b200, a100"):
+    with pytest.raises(ConfigError, match=r"hardware='h900' is not known; choose one of h800, h800-today, h100, h200, "
+                                          "b200, gb200, gb300, a100"):
         find_hardware("h900")
     with pytest.raises(ConfigError, match="hardware=a100 has no fp8 products; it has bf16: leave fp8 at none"):
         find_hardware("a100").peak("fp8")
