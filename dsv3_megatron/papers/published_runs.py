@@ -112,7 +112,7 @@ def predict(published: PublishedRun) -> RunPrediction:
     """Predict the speed of a published run.
 
     Raises:
-        ConfigError: its layout breaks a rule of this library.
+        ConfigError: A rule of this library is broken by the layout.
     """
     if published.changes is None:
         return RunPrediction(published, None)
