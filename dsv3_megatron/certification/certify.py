@@ -32,6 +32,7 @@ from dsv3_megatron.certification.verdict import OneProcess, Verdict, both_precis
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.precision import Fp8Config
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.process.unpickling import load_own
 
 # What torch and Megatron-Core import where it is first used.
 _FIRST_USED = ("torch._dynamo", "torch.utils.serialization.config", "megatron.core.models.hybrid.hybrid_block",
@@ -284,4 +285,4 @@ def _write(file: Path, value: Any) -> None:
 
 
 def _read(file: Path) -> Any:
-    return pickle.loads(file.read_bytes())
+    return load_own(file)

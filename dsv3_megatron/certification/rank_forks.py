@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.process.unpickling import load_own
 
 # Ranks that fail because another did fail a moment later: wait for the first error before ending the rest.
 _GRACE_S = 1.0
@@ -88,7 +89,7 @@ def call_in_ranks(num_ranks: int, function: Callable[[int], Any], *, timeout_s: 
             raise TimeoutError(ending.text)
         if ending.error:
             raise RankError(ending.text)
-        return [pickle.loads((folder / f"result-{rank}.pickle").read_bytes()) for rank in range(num_ranks)]
+        return [load_own(folder / f"result-{rank}.pickle") for rank in range(num_ranks)]
 
 
 def _in_group(store: Path, rank: int, num_ranks: int, function: Callable[[], Any]) -> Any:

@@ -3,14 +3,16 @@
 In reading order:
 
     folder.py           files, manifest, and whether a checkpoint fits a run; no torch
+    manifest_file.py    the manifest's own checksum, and its files; no torch
     store.py            save and load a run
+    writing.py          a rank's part of a save             proved_files.py  what is read is proved, and not run
     optimizer_state.py  AdamW's part of it                   average.py    the moving average's part
     text_files.py       tokenizer and form of the texts      agreement.py  what ranks must agree on meanwhile
     resume.py           how a run goes on from it; no torch  finite.py     loaded weights are numbers
 
 Checkpoints without a model in memory:
 
-    open.py          what a folder says of its model  tensor_index.py  its index, and errors of damaged ones
+    open.py          what a folder says of its model  tensor_index.py  its index, which runs nothing, and its errors
     tensor_files.py  a tensor at a time               byte_ranges.py   bytes from file to file
     hf/              Hugging Face's layout
 """

@@ -6,24 +6,22 @@ be told by all, with its reason.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import logging
 import shutil
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dsv3_megatron.checkpoint.folder import CheckpointError
+from dsv3_megatron.checkpoint.folder import CheckpointError, DamagedCheckpointError
 
 # Seconds a folder made by one node may take to be seen by another (attribute caches of network file systems).
 _FOLDER_VISIBLE_S = 60.0
 # Disk space beyond the tensors themselves: headers, metadata.
 _OVERHEAD = 1.05
+_FREE_SPACE = "free some space, lower keep_last, or choose another folder"
 
 
 def on_first_rank[T](action: Callable[[], T], subject: str) -> T:
@@ -33,6 +31,8 @@ def on_first_rank[T](action: Callable[[], T], subject: str) -> T:
     if torch.distributed.get_rank() == 0:
         try:
             answer[0] = action()
+        except DamagedCheckpointError as error:
+            answer[1], failure = error, error
         except CheckpointError as error:
             answer[1], failure = str(error), error
         except OSError as error:
@@ -40,6 +40,8 @@ def on_first_rank[T](action: Callable[[], T], subject: str) -> T:
         except Exception as error:  # noqa: BLE001 - the other ranks wait for an answer; raised below
             answer[1], failure = f"{subject}: {type(error).__name__}: {error}", error
     torch.distributed.broadcast_object_list(answer, src=0)
+    if isinstance(answer[1], DamagedCheckpointError):
+        raise answer[1] from failure
     if answer[1] is not None:
         raise CheckpointError(answer[1]) from failure
     return answer[0]
@@ -51,9 +53,14 @@ def why(error: OSError) -> str:
     return f"{error.strerror or error}{where}" + _way_out(f"[Errno {error.errno}]")
 
 
+def with_way_out(text: str) -> str:
+    """A message with the way out at its end if it says that the disk is full."""
+    return text + _way_out(text)
+
+
 def _way_out(text: str) -> str:
-    is_full = any(f"[Errno {number}]" in text for number in (errno.ENOSPC, errno.EDQUOT))
-    return ": free some space, lower keep_last, or choose another folder" if is_full else ""
+    is_full = any(f"[Errno {number}]" in text for number in (errno.ENOSPC, errno.EDQUOT)) and _FREE_SPACE not in text
+    return f": {_FREE_SPACE}" if is_full else ""
 
 
 def from_all_ranks(reasons: list[str], otherwise: str) -> str:
@@ -62,49 +69,6 @@ def from_all_ranks(reasons: list[str], otherwise: str) -> str:
     torch.distributed.all_gather_object(gathered, reasons)
     text = "; ".join(f"process {rank}: {mine[0]}" for rank, mine in enumerate(gathered) if mine) or otherwise
     return text + _way_out(text)
-
-
-def meet_others(error: OSError) -> OSError | None:
-    """Go where the other ranks wait for rank 0, which alone could not write a save's index or its description.
-
-    Megatron-Core's save has rank 0 write both between collectives, and lets an error of it out while the others wait
-    in the next one.
-
-    Args:
-        error: What rank 0's save raised.
-
-    Returns:
-        None if the others know now that the save failed, and raise; the error if they take it for done.
-
-    Raises:
-        OSError: rank 0's own error, where it is not known what the others wait for.
-    """
-    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    if "save_state_dict_async_finalize" in names:
-        # The current device is where collectives take their tensors: the CPU in a run without CUDA (platform/cpu.py).
-        torch.distributed.broadcast(torch.ones(1, dtype=torch.int, device=torch.cuda.current_device()), src=0)
-        return None
-    if "metadata_finalize_fn" in names:
-        torch.distributed.barrier()
-        return error
-    raise error
-
-
-@contextlib.contextmanager
-def errors_logged_by(name: str) -> Iterator[list[str]]:
-    """The errors that a module logs; Megatron-Core's writer raises them without their text."""
-    messages: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    handler = Collect(logging.ERROR)
-    logging.getLogger(name).addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logging.getLogger(name).removeHandler(handler)
 
 
 def check_space(directory: str | Path, my_bytes: int) -> None:

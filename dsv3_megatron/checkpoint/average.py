@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from dsv3_megatron.checkpoint.folder import AVERAGE_PREFIX, CheckpointError, Manifest, incomplete
-from dsv3_megatron.checkpoint.tensor_index import READ_ERRORS, saved_tensors
+from dsv3_megatron.checkpoint.folder import AVERAGE_PREFIX, Manifest
+from dsv3_megatron.checkpoint.tensor_index import saved_tensors
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.shards import distributed_parts
 
@@ -50,23 +49,18 @@ def average_entries(average: WeightAverage, models: Iterable[dict[str, Any]], *,
     return entries
 
 
-def has_average(directory: str | Path, manifest: Manifest) -> bool:
+def has_average(manifest: Manifest) -> bool:
     """Whether a checkpoint has an average of the weights.
 
     Raises:
-        CheckpointError: the checkpoint's index cannot be read.
+        DamagedCheckpointError: the checkpoint's index cannot be read.
     """
-    try:
-        return any(key.startswith(AVERAGE_PREFIX) for key in saved_tensors(manifest))
-    except READ_ERRORS as error:
-        raise CheckpointError(incomplete(directory, manifest.progress.iteration, f"{type(error).__name__}: {error}"
-                                         )) from error
+    return any(key.startswith(AVERAGE_PREFIX) for key in saved_tensors(manifest))
 
 
-def restorable_average(average: WeightAverage | None, directory: str | Path, manifest: Manifest
-                       ) -> WeightAverage | None:
+def restorable_average(average: WeightAverage | None, manifest: Manifest) -> WeightAverage | None:
     """The average if the checkpoint has it; a notice where only one of run and checkpoint has one."""
-    is_saved = has_average(directory, manifest)
+    is_saved = has_average(manifest)
     if is_saved != (average is not None) and torch.distributed.get_rank() == 0:
         logger.info("%s has %s: %s", manifest.path,
                     "an average of the weights" if is_saved else "no average of the weights",

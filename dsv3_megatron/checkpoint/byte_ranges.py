@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from dsv3_megatron.checkpoint.folder import CheckpointError
+from dsv3_megatron.data.checksums import BlockVerifier, DamagedFileError
 
 # Bytes moved between two looks at whether the conversion was stopped, and read at a time where the kernel cannot.
 _STEP_BYTES = 64_000_000
@@ -24,11 +25,12 @@ _NOT_BY_KERNEL = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNO
 
 @dataclass(frozen=True)
 class ByteRange:
-    """`num_bytes` of a file from `offset` on."""
+    """`num_bytes` of a file from `offset` on; `verifier` proves them first, where there is one."""
 
     file: Path
     offset: int
     num_bytes: int
+    verifier: BlockVerifier | None = None
 
 
 def read_byte_ranges(ranges: Sequence[ByteRange], raw: torch.Tensor, name: str) -> None:
@@ -47,6 +49,7 @@ def read_byte_ranges(ranges: Sequence[ByteRange], raw: torch.Tensor, name: str) 
     for where in ranges:
         part = view[position: position + where.num_bytes]
         position += where.num_bytes
+        _prove(where, name)
         try:
             descriptor = os.open(where.file, os.O_RDONLY)
             try:
@@ -61,6 +64,17 @@ def read_byte_ranges(ranges: Sequence[ByteRange], raw: torch.Tensor, name: str) 
         except OSError as error:
             raise _unreadable(where, name, error) from error
     assert position == len(view), (name, position, len(view))
+
+
+def _prove(where: ByteRange, name: str) -> None:
+    if where.verifier is None:
+        return
+    try:
+        where.verifier.require(where.offset, where.num_bytes)
+    except DamagedFileError as error:
+        raise CheckpointError(f"{name}: {error}; take another checkpoint, or a copy of this one") from error
+    except OSError as error:
+        raise _unreadable(where, name, error) from error
 
 
 def copy_byte_ranges(ranges: Sequence[ByteRange], target: int, offset: int, name: str,
@@ -79,6 +93,7 @@ def copy_byte_ranges(ranges: Sequence[ByteRange], target: int, offset: int, name
         OSError: the target cannot be written.
     """
     for where in ranges:
+        _prove(where, name)
         try:
             source = os.open(where.file, os.O_RDONLY)
         except OSError as error:

@@ -2,7 +2,7 @@
 
     DIR/latest_checkpointed_iteration.txt   the newest complete checkpoint (Megatron-LM's tracker)
     DIR/iter_0000100/                       one checkpoint
-        checkpoint.json                     progress, the run's configuration, versions, the size of each file
+        checkpoint.json                     progress, the run's configuration, versions; size and checksums of each file
         metadata.json, .metadata, *.distcp  written by megatron.core.dist_checkpointing
 
 A checkpoint is written under another name, flushed to disk, and renamed; only then does the tracker
@@ -16,18 +16,21 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.checkpoint.manifest_file import flush, read_signed, require_files, signed_text, write_durably
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
-from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.data.checksums import FileChecksums, checksum_file, read_checksums
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "checkpoint.json"
-FORMAT_VERSION = 1
+# 2: with checksums of all files, and of the manifest itself.
+FORMAT_VERSION = 2
 TRAINING, WEIGHTS = "training", "weights"
 # Key of a weight's fp32 copy in the optimizer: this and the weight's own.
 MASTER_PREFIX = "optimizer.state.param."
@@ -44,6 +47,22 @@ _MAY_CHANGE = frozenset({
 
 class CheckpointError(ConfigError):
     """A checkpoint that cannot be written or used; the message names it and the way out."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that was complete once and is not any more: an earlier one may be sound.
+
+    Attributes:
+        iteration: Step of the checkpoint.
+        reasons: What each process met that read it.
+    """
+
+    def __init__(self, message: str, iteration: int, reasons: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.iteration, self.reasons = iteration, reasons
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.iteration, self.reasons)  # told to other ranks
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,7 @@ class Manifest:
         files: Size in bytes of each of its other files, by name.
         contents: TRAINING, a run's whole state; or WEIGHTS, to start one from.
         run_id: Identity of the run that wrote it; None if it does not say.
+        checksums: Checksums of each of its other files, by name; None: it is of a release that made none.
     """
 
     path: Path
@@ -92,6 +112,7 @@ class Manifest:
     files: dict[str, int]
     contents: str = TRAINING
     run_id: str | None = None
+    checksums: dict[str, FileChecksums] | None = None
 
 
 def iteration_path(directory: str | Path, iteration: int) -> Path:
@@ -128,11 +149,15 @@ def latest_iteration(directory: str | Path) -> int | None:
 
 
 def read_manifest(directory: str | Path, iteration: int | None = None) -> Manifest:
-    """What the newest checkpoint in `directory`, or that of `iteration`, says of itself; its files' sizes are checked.
+    """What the newest checkpoint in `directory`, or that of `iteration`, says of itself.
+
+    The sizes of its files are checked, and the checksums of the manifest and of all files without tensors. Those with
+    tensors are proved by what reads them.
 
     Raises:
-        CheckpointError: there is none, the tracker names a missing one, or it is incomplete; the message
-            names the newest complete one before it.
+        CheckpointError: there is none, or the tracker names a missing one.
+        DamagedCheckpointError: the checkpoint is incomplete or damaged; the message names the newest complete one
+            before it.
     """
     latest = latest_iteration(directory) if iteration is None else iteration
     if latest is None:
@@ -146,14 +171,48 @@ def read_manifest(directory: str | Path, iteration: int | None = None) -> Manife
     try:
         manifest = _parse_manifest(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(incomplete(directory, latest, f"{MANIFEST}: {error}")) from error
-    for name, size in manifest.files.items():
-        file = path / name
-        actual = file.stat().st_size if file.is_file() else None
-        if actual != size:
-            found = "is missing" if actual is None else f"has {actual} bytes"
-            raise CheckpointError(incomplete(directory, latest, f"{name} {found}, {size} were written"))
+        raise damaged(directory, latest, f"{MANIFEST}: {error}") from error
+    try:
+        require_files(path, manifest.files, manifest.checksums)
+    except (OSError, ValueError) as error:
+        raise damaged(directory, latest, str(error)) from error
     return manifest
+
+
+def read_sound_manifest(directory: str | Path, iteration: int | None = None) -> tuple[Manifest, tuple[str, ...]]:
+    """What the newest checkpoint says of itself that is whole as far as `read_manifest` sees, and what was passed over.
+
+    Args:
+        directory: Folder of checkpoints.
+        iteration: The newest one to look at; None: that of the tracker.
+
+    Raises:
+        CheckpointError: there is none.
+        DamagedCheckpointError: all of them are damaged; the error is that of the newest.
+    """
+    passed: list[str] = []
+    first: DamagedCheckpointError | None = None
+    while True:
+        try:
+            return read_manifest(directory, iteration), tuple(passed)
+        except DamagedCheckpointError as error:
+            first = first or error
+            earlier = [number for number in saved_iterations(directory) if number < error.iteration]
+            iteration = earlier[-1] if earlier else None
+            if iteration is None:
+                raise first from error
+            passed.append(passed_over(directory, error, iteration))
+
+
+def passed_over(directory: str | Path, error: DamagedCheckpointError, earlier: int) -> str:
+    """Message about a damaged checkpoint, and the earlier one that is tried in its place."""
+    return (f"CHECKPOINT {iteration_path(directory, error.iteration)} IS DAMAGED and is not used: "
+            f"{'; '.join(error.reasons)}. The run goes back to {iteration_path(directory, earlier)}")
+
+
+def damaged(directory: str | Path, iteration: int, *reasons: str) -> DamagedCheckpointError:
+    """An error about a checkpoint that was complete once, with the newest complete one before it."""
+    return DamagedCheckpointError(incomplete(directory, iteration, "; ".join(reasons)), iteration, reasons)
 
 
 def incomplete(directory: str | Path, iteration: int, reason: str) -> str:
@@ -170,8 +229,9 @@ def no_average(manifest: Manifest) -> str:
             "with --ema-decay 0.999")
 
 
-def check_architecture(directory: str | Path, run: RunConfig) -> Manifest:
-    """Check, before anything is allocated, that the newest checkpoint in `directory` is of this run's architecture.
+def check_architecture(directory: str | Path, run: RunConfig, iteration: int | None = None) -> Manifest:
+    """Check, before anything is allocated, that a checkpoint in `directory` is of this run's architecture: the newest,
+    or that of `iteration`.
 
     Fields of a long-context extension may differ: they have no weights.
 
@@ -179,7 +239,7 @@ def check_architecture(directory: str | Path, run: RunConfig) -> Manifest:
         CheckpointError: there is no usable checkpoint, or it has another architecture; the message names
             the fields and both values.
     """
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory, iteration)
     stored = manifest.run.get("model", {})
     mine = dataclasses.asdict(run.model)
     fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _MAY_CHANGE]
@@ -255,21 +315,25 @@ def remove_partial(target: Path) -> None:
 
 
 def finish_save(directory: str | Path, progress: RunProgress, run: dict[str, Any], *, versions: dict[str, str],
-                world_size: int, precision: str, contents: str = TRAINING, run_id: str | None = None) -> Path:
+                world_size: int, precision: str, contents: str = TRAINING, run_id: str | None = None,
+                checksums: Mapping[str, FileChecksums] | None = None) -> Path:
     """Turn the folder that `begin_save` made, now filled, into the newest checkpoint.
 
-    Flush its files, write its manifest, rename it, then replace the tracker: in this order.
+    Flush its files, write its manifest, rename it, then replace the tracker: in this order. `checksums` are those that
+    were made while files were written; the other files are read for theirs.
     """
     folder, written = Path(directory), saving_path(directory, progress.iteration)
-    sizes = {}
+    known = dict(checksums or {})
     for file in sorted(written.iterdir()):
         flush(file)
-        sizes[file.name] = file.stat().st_size
+        if file.name not in known:
+            known[file.name] = checksum_file(file)
     content = {
         "format_version": FORMAT_VERSION, "progress": dataclasses.asdict(progress), "precision": precision,
         "contents": contents, "run_id": run_id, "world_size": world_size, "versions": versions, "run": run,
-        "files": sizes}
-    _write(written / MANIFEST, json_text(content, indent=2) + "\n")
+        "files": {name: known[name].num_bytes for name in sorted(known)},
+        "checksums": {name: known[name].as_dict() for name in sorted(known)}}
+    write_durably(written / MANIFEST, signed_text(content))
     flush(written)
     final = iteration_path(directory, progress.iteration)
     if final.exists():
@@ -277,7 +341,7 @@ def finish_save(directory: str | Path, progress: RunProgress, run: dict[str, Any
     os.rename(written, final)
     flush(folder)
     partial = folder / (TRACKER + ".partial")
-    _write(partial, f"{progress.iteration}\n")
+    write_durably(partial, f"{progress.iteration}\n")
     os.replace(partial, folder / TRACKER)
     flush(folder)
     replaced = final.with_name(final.name + _REPLACED)
@@ -303,7 +367,7 @@ def record_guards(directory: str | Path, iteration: int, guards: dict[str, Any])
     content["progress"]["guards"] = guards
     partial = path / (MANIFEST + ".partial")
     try:
-        _write(partial, json_text(content, indent=2) + "\n")
+        write_durably(partial, signed_text(content))
         os.replace(partial, path / MANIFEST)
     except OSError:
         partial.unlink(missing_ok=True)
@@ -346,12 +410,12 @@ def _find(directory: str | Path, iteration: int) -> Path | None:
 
 
 def _parse_manifest(path: Path) -> Manifest:
-    content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    if content["format_version"] > FORMAT_VERSION:
-        raise ValueError(f"format_version={content['format_version']} is newer than this library's {FORMAT_VERSION}")
+    content = read_signed((path / MANIFEST).read_text(encoding="utf-8"), newest_version=FORMAT_VERSION)
+    checksums = content.get("checksums")
     return Manifest(path, RunProgress(**content["progress"]), content["run"], content["versions"],
                     content["world_size"], content["precision"], content["files"],
-                    content.get("contents", TRAINING), content.get("run_id"))
+                    content.get("contents", TRAINING), content.get("run_id"),
+                    None if checksums is None else {name: read_checksums(own) for name, own in checksums.items()})
 
 
 def _is_complete(directory: str | Path, iteration: int) -> bool:
@@ -359,10 +423,11 @@ def _is_complete(directory: str | Path, iteration: int) -> bool:
     if path is None:
         return False
     try:
-        files = _parse_manifest(path).files
-        return all((path / name).stat().st_size == size for name, size in files.items())
+        manifest = _parse_manifest(path)
+        require_files(path, manifest.files, manifest.checksums)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    return True
 
 
 def _choices(directory: str | Path, verb: str, where: str, before: int | None = None) -> str:
@@ -371,19 +436,3 @@ def _choices(directory: str | Path, verb: str, where: str, before: int | None = 
         if (before is None or iteration < before) and _is_complete(directory, iteration):
             return f"; {verb} {iteration} {where} (the newest complete checkpoint there)"
     return "; there is no other complete checkpoint there" if before is not None else ""
-
-
-def _write(file: Path, text: str) -> None:
-    with open(file, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def flush(path: Path) -> None:
-    """Have a file's content, or a folder's entries, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -70,18 +70,19 @@ class Resumption:
         return [stretch.as_dict() for stretch in known or self.stretches[:1]]
 
 
-def plan_resumption(run: RunConfig, load: str | None) -> Resumption:
+def plan_resumption(run: RunConfig, load: str | None, iteration: int | None = None) -> Resumption:
     """Place a run where its newest checkpoint is, in its recipe and in its data; no tensor is read.
 
     Args:
         run: A valid run, whose data are there.
         load: Folder of checkpoints; None: the run begins.
+        iteration: Step of the checkpoint; None: the newest.
 
     Raises:
         ConfigError: the steps up to the checkpoint would have been others, or none is left.
         CheckpointError: there is no usable checkpoint, or it is of another architecture or of other data.
     """
-    planned, manifest = plan_schedule(run, load)
+    planned, manifest = plan_schedule(run, load, iteration)
     is_allowed = run.checkpoint.allow_data_change
     planned = replace(planned, run=planned.run.override(allow_data_change=False))
     if manifest is None:
@@ -89,13 +90,14 @@ def plan_resumption(run: RunConfig, load: str | None) -> Resumption:
     return _place_in_data(planned, manifest, is_allowed)
 
 
-def plan_schedule(run: RunConfig, load: str | None) -> tuple[Resumption, Manifest | None]:
+def plan_schedule(run: RunConfig, load: str | None, iteration: int | None = None
+                  ) -> tuple[Resumption, Manifest | None]:
     """The part of `plan_resumption` that looks at no data, and the checkpoint of a run that goes on."""
     overrides, keeps = run.checkpoint.override_opt_param_scheduler, run.checkpoint.use_checkpoint_opt_param_scheduler
     if overrides and keeps:
         raise ConfigError("--override-opt-param-scheduler takes this command line's schedule and "
                           "--use-checkpoint-opt-param-scheduler the checkpoint's; give one of them")
-    manifest = check_architecture(load, run) if load is not None else None
+    manifest = check_architecture(load, run, iteration) if load is not None else None
     run = run.override(override_opt_param_scheduler=False, use_checkpoint_opt_param_scheduler=False)
     own = Stretch(schedule_fields(run.training))
     if manifest is None or manifest.contents != TRAINING or not manifest.progress.iteration:

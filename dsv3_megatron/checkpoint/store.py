@@ -12,41 +12,19 @@ which the resuming run's configuration says.
 from __future__ import annotations
 
 import logging
-import queue
 import time
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
-from megatron.core.dist_checkpointing.strategies.torch import (
-    TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
-)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed.checkpoint import CheckpointException
 
-from dsv3_megatron.checkpoint.agreement import (
-    check_space,
-    errors_logged_by,
-    from_all_ranks,
-    meet_others,
-    on_first_rank,
-    wait_for_folder,
-    why,
-)
+from dsv3_megatron.checkpoint.agreement import check_space, on_first_rank, wait_for_folder, why, with_way_out
 from dsv3_megatron.checkpoint.average import average_entries, has_average, restorable_average, restore_average
 from dsv3_megatron.checkpoint.folder import (
     AVERAGE_PREFIX,
@@ -59,7 +37,6 @@ from dsv3_megatron.checkpoint.folder import (
     begin_save,
     check_architecture,
     finish_save,
-    incomplete,
     latest_iteration,
     no_average,
     remove_old,
@@ -73,8 +50,10 @@ from dsv3_megatron.checkpoint.optimizer_state import (
     restore_moments,
     with_padding_between_buckets,
 )
-from dsv3_megatron.checkpoint.tensor_index import READ_ERRORS, saved_tensors
+from dsv3_megatron.checkpoint.proved_files import load_tensors_of
+from dsv3_megatron.checkpoint.tensor_index import saved_tensors
 from dsv3_megatron.checkpoint.text_files import TextFiles
+from dsv3_megatron.checkpoint.writing import checksums_of, failure_of, gather_outcomes, plan_shards
 from dsv3_megatron.config.parallel import is_same_layout
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.version import __version__
@@ -129,18 +108,23 @@ def save_checkpoint(
     check_space(directory, _num_bytes(state))
     target = on_first_rank(lambda: begin_save(directory, progress.iteration), f"save={directory}")
     wait_for_folder(target)
-    failed_alone = _write_state(state, target, groups, directory, progress.iteration)
+    shards = plan_shards(state, target, groups.dp_cp)
+    outcomes = gather_outcomes(shards.write())
 
     def publish() -> Path:
-        if failed_alone is not None:
-            raise failed_alone
+        failure = failure_of(outcomes)
+        if failure:
+            raise CheckpointError(f"save={directory}: iteration {progress.iteration} could not be saved: "
+                                  f"{with_way_out(failure)}; the newest checkpoint is still that of iteration "
+                                  f"{latest_iteration(directory)}")
+        shards.finish(outcomes)
         if text_files is not None:
             text_files.write(target)
         path = finish_save(
             directory, progress, run.as_dict(), world_size=torch.distributed.get_world_size(),
             precision=_precision(chunks), run_id=run_id, contents=TRAINING if optimizer is not None else WEIGHTS,
             versions={"dsv3_megatron": __version__, "torch": torch.__version__,
-                      "megatron_core": version("megatron-core")})
+                      "megatron_core": version("megatron-core")}, checksums=checksums_of(outcomes))
         removed = _remove_old(directory, progress.iteration, keep_last)
         logger.info("saved %s in %.1f s%s", path, time.monotonic() - started,
                     f"; removed iteration(s) {', '.join(map(str, removed))}" if removed else "")
@@ -151,31 +135,6 @@ def save_checkpoint(
     except CheckpointError:
         remove_partial(target)
         raise
-
-
-def _write_state(state: dict[str, Any], target: Path, groups: ProcessGroupCollection, directory: str | Path,
-                 iteration: int) -> OSError | None:
-    """Write every rank's part; returns an error of this rank alone, which the others hear of in the next agreement."""
-    # A save that is not asynchronous needs no second process: without a queue of ours Megatron-Core would
-    # start one to hold its queue.
-    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
-    strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), groups.dp_cp)
-    unsaved = f"save={directory}: iteration {iteration} could not be saved: "
-    failed_alone: OSError | None = None
-    with errors_logged_by(filesystem_async.__name__) as reasons:
-        try:
-            dist_checkpointing.save(state, str(target), strategy)
-        except (CheckpointException, OSError) as error:
-            if isinstance(error, OSError):
-                failed_alone = meet_others(error)
-                reasons.append(why(error))
-            if failed_alone is None:
-                # A rank could not write; all of them are told, without the reason.
-                told = from_all_ranks(reasons, str(error))
-                remove_partial(target)
-                raise CheckpointError(f"{unsaved}{told}; the newest checkpoint is still that of iteration "
-                                      f"{latest_iteration(directory)}") from error
-    return failed_alone
 
 
 def _remove_old(directory: str | Path, newest: int, keep_last: int) -> list[int]:
@@ -189,9 +148,9 @@ def _remove_old(directory: str | Path, newest: int, keep_last: int) -> list[int]
 
 def load_checkpoint(
     directory: str | Path, run: RunConfig, chunks: list[torch.nn.Module], optimizer: MegatronOptimizer,
-    groups: ProcessGroupCollection, *, average: WeightAverage | None = None
+    groups: ProcessGroupCollection, *, average: WeightAverage | None = None, iteration: int | None = None
 ) -> RunProgress:
-    """Put the newest checkpoint of `directory` into this run's modules and optimizer; called by every rank.
+    """Put a checkpoint of `directory` into this run's modules and optimizer; called by every rank.
 
     Bit for bit what was saved, under the layout that wrote it and under any other. A checkpoint of weights alone, as
     converted from Hugging Face's, starts a run: the optimizer's fp32 weights are what it holds, its moments zero.
@@ -203,20 +162,23 @@ def load_checkpoint(
         optimizer: The distributed optimizer over them, fresh or used.
         groups: The run's process groups.
         average: The weights' moving average, if this run has one; it starts anew where the checkpoint has none.
+        iteration: Step of the checkpoint; None: the newest.
 
     Returns:
         Progress of the run that wrote it.
 
     Raises:
-        CheckpointError: there is none, it is incomplete or unreadable, or of another architecture.
+        CheckpointError: there is none, or it is of another architecture.
+        DamagedCheckpointError: the checkpoint is not what was written, told on every rank; modules and optimizer may
+            hold a part of it.
     """
-    manifest = on_first_rank(lambda: check_architecture(directory, run), f"load={directory}")
+    manifest = on_first_rank(lambda: check_architecture(directory, run, iteration), f"load={directory}")
     allocate_all_moments(optimizer)
-    average = restorable_average(average, directory, manifest)
+    average = restorable_average(average, manifest)
     state = _state(chunks, optimizer, groups, is_loading=True, average=average)
     if manifest.contents == TRAINING and _has_same_layout(manifest, run):
         state[_RNG] = _rng_state()
-    loaded = _read(directory, manifest, state, groups)
+    loaded = _read(manifest, state, groups, run.checkpoint.verify_files)
     _restore(loaded, chunks, optimizer)
     if average is not None:
         restore_average(average, loaded, loaded[_AVERAGE_UPDATES])
@@ -258,13 +220,13 @@ def load_weights(directory: str | Path, run: RunConfig, chunks: list[torch.nn.Mo
     manifest = on_first_rank(lambda: check_architecture(directory, run), f"load={directory}")
     state = _state(chunks, None, groups, is_loading=True)
     if is_average:
-        if not has_average(directory, manifest):
+        if not has_average(manifest):
             raise CheckpointError(no_average(manifest))
         parameters = {parameter for chunk in chunks for parameter in chunk.parameters()}
         for entry in state.values():
             if entry.data in parameters:
                 entry.key = AVERAGE_PREFIX + entry.key
-    _restore_models(_read(directory, manifest, state, groups), chunks)
+    _restore_models(_read(manifest, state, groups, run.checkpoint.verify_files), chunks)
     return manifest.progress
 
 
@@ -294,38 +256,23 @@ def _state(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer | None, g
     return state
 
 
-def _read(directory: str | Path, manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection
-          ) -> dict[Any, Any]:
+def _read(manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection, verify: str) -> dict[Any, Any]:
     """What the checkpoint has for each entry of `state`.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or does not fit.
     """
-    try:
-        if manifest.contents == WEIGHTS and _has_optimizer(state):
-            return _load_into_new_run(manifest, state, groups)
-        _check_tensors(manifest, state, groups)
-        return _load_tensors(manifest, state, groups)
-    except CheckpointError:
-        raise
-    except READ_ERRORS as error:
-        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
-        raise CheckpointError(incomplete(directory, manifest.progress.iteration, reason)) from error
+    if manifest.contents == WEIGHTS and _has_optimizer(state):
+        return _load_into_new_run(manifest, state, groups, verify)
+    _check_tensors(manifest, state, groups)
+    return load_tensors_of(manifest, state, groups.dp_cp, verify=verify)
 
 
 def _has_optimizer(state: dict[Any, Any]) -> bool:
     return any(key[0] == "optimizer" for key in state)
 
 
-def _load_tensors(manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection) -> dict[Any, Any]:
-    """What the checkpoint holds of this rank's state, and what it holds besides tensors."""
-    strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.dp_cp)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        return dist_checkpointing.load(state, str(manifest.path), strategy)
-
-
-def _load_into_new_run(manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection
+def _load_into_new_run(manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection, verify: str
                        ) -> dict[Any, Any]:
     """The state of a run that begins with the checkpoint's weights.
 
@@ -336,12 +283,12 @@ def _load_into_new_run(manifest: Manifest, state: dict[Any, Any], groups: Proces
     moments = {key: entry for key, entry in state.items() if key[0] == "optimizer" and key[3] != "param"}
     masters = {key: entry for key, entry in state.items() if key[0] == "optimizer" and key[3] == "param"}
     _check_tensors(manifest, weights, groups)
-    loaded = _load_tensors(manifest, weights, groups)
+    loaded = load_tensors_of(manifest, weights, groups.dp_cp, verify=verify)
     for entry in masters.values():
         # Under the key of the weight itself.
         assert entry.key.startswith(MASTER_PREFIX), entry.key
         entry.key = entry.key.removeprefix(MASTER_PREFIX)
-    loaded |= _load_tensors(manifest, masters, groups)
+    loaded |= load_tensors_of(manifest, masters, groups.dp_cp, verify=verify)
     for key, entry in moments.items():
         loaded[key] = entry.data.zero_()
     return loaded
@@ -438,13 +385,3 @@ def _restore_rng_state(states: dict[str, Any]) -> None:
 def _has_same_layout(manifest: Manifest, run: RunConfig) -> bool:
     return (is_same_layout(manifest.run["parallel"], run.as_dict()["parallel"])
             and manifest.world_size == torch.distributed.get_world_size())
-
-
-class _WithoutDeprecation(logging.Filter):
-    """Drops Megatron-Core's notice that its writer of asynchronous saves is deprecated: none is asked for."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "async save is deprecated" not in record.getMessage()
-
-
-logging.getLogger(torch_strategies.__name__).addFilter(_WithoutDeprecation())

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -30,9 +29,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dsv3_megatron.checkpoint.byte_ranges import ByteRange, read_byte_ranges
-from dsv3_megatron.checkpoint.folder import CheckpointError
+from dsv3_megatron.checkpoint.folder import CheckpointError, Manifest
+from dsv3_megatron.checkpoint.proved_files import CheckpointFiles
+from dsv3_megatron.checkpoint.tensor_index import INDEX, READ_ERRORS, read_index
+from dsv3_megatron.data.checksums import BlockVerifier
+from dsv3_megatron.process.unpickling import load_tensors
 
 _COMMON_FILE = "__0_common.distcp"
+# More than torch.save writes before or after the values of a tensor.
+_FRAME_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def write_index(folder: Path, chunks: Iterable[TensorPart], common: dict[str, An
     (folder / _COMMON_FILE).write_bytes(content.getvalue())
     tensors[key] = BytesStorageMetadata()
     places[MetadataIndex(key)] = _StorageInfo(_COMMON_FILE, 0, content.tell())
-    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(state_dict_metadata=tensors, storage_data=places)))
+    (folder / INDEX).write_bytes(pickle.dumps(Metadata(state_dict_metadata=tensors, storage_data=places)))
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
@@ -126,17 +131,18 @@ class TensorFiles:
     """The tensors of a checkpoint, by key.
 
     Args:
-        folder: One checkpoint, e.g. DIR/iter_0000100.
+        manifest: One checkpoint.
 
     Raises:
         CheckpointError: the checkpoint's index cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, manifest: Manifest) -> None:
+        self.folder = folder = manifest.path
+        self._files = CheckpointFiles(manifest)
         try:
-            metadata = FileSystemReader(folder).read_metadata()
-        except Exception as error:
+            metadata = read_index(manifest)
+        except READ_ERRORS as error:
             raise CheckpointError(f"checkpoint {folder} is truncated or corrupt: .metadata: {error}") from error
         self._chunks: dict[str, list[TensorPart]] = {}
         # A layer's experts may be one chunk, read expert by expert: it is looked into once.
@@ -230,8 +236,9 @@ class TensorFiles:
         place = chunk.file, chunk.start
         if place not in self._starts:
             try:
+                self._prove_frame(chunk)
                 start, sizes, dtype = _values(self.folder / chunk.file, chunk.start, chunk.length)
-            except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            except READ_ERRORS as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise CheckpointError(f"checkpoint {self.folder} is truncated or corrupt: {chunk.key} in {chunk.file}: "
                                       f"{reason}") from error
@@ -242,6 +249,12 @@ class TensorFiles:
             self._starts[place] = start
         return self._starts[place]
 
+    def _prove_frame(self, chunk: TensorPart) -> None:
+        """Prove what torch.save put around a chunk's values; they are proved when they are read."""
+        around = min(chunk.length, _FRAME_BYTES)
+        for start in (chunk.start, chunk.start + chunk.length - around):
+            self._files.require(chunk.file, start, around)
+
     def _rows(self, chunk: TensorPart, index: int | None) -> _Rows:
         start = self._start(chunk)
         inner = chunk.sizes if index is None else chunk.sizes[1:]
@@ -249,7 +262,7 @@ class TensorFiles:
         if index is not None:
             start += (index - chunk.offsets[0]) * inner[0] * row_bytes
         return _Rows(self.folder / chunk.file, start, chunk.offsets[len(chunk.offsets) - len(inner)], inner[0],
-                     row_bytes, len(inner))
+                     row_bytes, len(inner), self._files.verifiers.get(chunk.file))
 
 
 @dataclass(frozen=True)
@@ -262,9 +275,11 @@ class _Rows:
     count: int
     row_bytes: int
     ndim: int
+    verifier: BlockVerifier | None
 
     def byte_range(self, row: int, count: int) -> ByteRange:
-        return ByteRange(self.file, self.start + (row - self.first) * self.row_bytes, count * self.row_bytes)
+        start = self.start + (row - self.first) * self.row_bytes
+        return ByteRange(self.file, start, count * self.row_bytes, self.verifier)
 
 
 class _Slice(io.RawIOBase):
@@ -301,7 +316,7 @@ def _values(path: Path, start: int, length: int) -> tuple[int, tuple[int, ...], 
     with open(path, "rb") as stream:
         entry: Any = _Slice(stream, start, length)
         with torch.serialization.skip_data():
-            tensor = torch.load(entry, map_location="cpu", weights_only=True)
+            tensor = load_tensors(entry)
         if not tensor.is_contiguous() or tensor.storage_offset():
             raise ValueError("it is not stored row by row")
         entry.seek(0)

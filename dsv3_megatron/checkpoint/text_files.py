@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.checkpoint.folder import TRACKER, read_manifest
+from dsv3_megatron.checkpoint.folder import TRACKER, read_sound_manifest
 from dsv3_megatron.checkpoint.hf.source import DESCRIPTION, FILE_PREFIX, carried_files
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
@@ -128,7 +128,7 @@ def _of_checkpoint(load: str | None) -> dict[str, bytes]:
     """The files of the checkpoint that a run goes on from; none for a Hugging Face folder or an empty one."""
     if load is None or not (Path(load) / TRACKER).is_file():
         return {}
-    folder = read_manifest(load).path
+    folder = read_sound_manifest(load)[0].path
     content = {file.name: file.read_bytes() for file in sorted(folder.glob(f"{FILE_PREFIX}*"))
                if file.name.removeprefix(FILE_PREFIX).startswith(_TEXT_NAMES)}
     if FILE_PREFIX + GENERATION_CONFIG not in content:

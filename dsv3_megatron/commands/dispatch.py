@@ -40,6 +40,7 @@ COMMANDS = (
     Command("train-tokenizer", "learn a tokenizer from text", "nothing was written"),
     Command("merge", "join datasets end to end", "nothing was published"),
     Command("inspect", "look at a dataset, or verify it", "nothing was changed"),
+    Command("verify", "whether checkpoints are what was written", "nothing was changed"),
     Command("convert", "checkpoints to Hugging Face's format and back",
             "the same command goes on from what is finished"),
     Command("evaluate", "loss and perplexity of a checkpoint"),

@@ -177,7 +177,8 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
                cache_dir=run.data.data_cache_path)
     if run.data.document_flags:
         resolve_eod_id(prefixes, tokenizer_model=run.data.tokenizer_model, flags=run.data.document_flags)
-    plan_resumption(run, RunClaim(run.checkpoint, run.logging.tensorboard_dir).look().load)
+    start = RunClaim(run.checkpoint, run.logging.tensorboard_dir).look()
+    plan_resumption(run, start.load, start.iteration)
     if run.checkpoint.save:
         check_save_directory(run.checkpoint.save)
     told += precheck.check_run_data(run)

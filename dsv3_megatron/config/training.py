@@ -28,6 +28,7 @@ MOMENT_ROUNDINGS = ("stochastic", "nearest")
 RECOMPUTE_GRANULARITIES = ("selective", "full")
 PRECISIONS = ("auto", "bf16", "fp32")
 TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
+VERIFY_FILES = ("read", "all", "none")
 ATTENTION_BACKENDS = ("auto", "flash", "fused", "unfused", "local")
 
 
@@ -210,6 +211,8 @@ class CheckpointConfig:
                                  "--tensorboard-dir; without it such a folder is refused")
     allow_data_change: bool = option(False, help="resume on other data than the checkpoint's, or in another order: "
                                      "they are read from their first sample")
+    verify_files: str = option("read", choices=VERIFY_FILES, help="what of a checkpoint is compared with its "
+                               "checksums: what is read, all files before any is used, or none")
     save_interval: int = option(500, help="steps between checkpoints; one is always written at the end")
     keep_last: int = option(3, help="checkpoints kept; 0: all of them")
     export_hf: str | None = option(None, help="folder for the trained model in Hugging Face's layout, made at the end")

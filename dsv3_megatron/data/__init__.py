@@ -11,6 +11,7 @@ To disk:  transforms/   what may happen to a document    encoder.py        texts
           pool.py       worker processes                 job.py            how far a job has come, for going on with it
 On disk:  indexed.py    the .bin/.idx format, sidecars   indexed_writer.py writes it, in constant memory
           merge.py      datasets joined                  inspection.py     statistics and verification
+          checksums.py  checksums of files by block, of checkpoints too
           contents.py   hashes, lowest and highest id, sidecars against their files
 Training: blend.py      --data-path, checks before a run datasets.py       which files, cut how, for which split
           order.py      which sample is n-th, computed   samples.py        .bin/.idx -> samples by number

@@ -29,7 +29,7 @@ from dsv3_megatron.checkpoint.folder import (
     CheckpointError,
     Manifest,
     latest_iteration,
-    read_manifest,
+    read_sound_manifest,
     saved_iterations,
 )
 from dsv3_megatron.config.output import json_text
@@ -58,12 +58,14 @@ class Start:
         run: Identity of the run.
         notes: What is to be said of it.
         removed: Files and folders of other runs that are to be removed first.
+        iteration: Step of the checkpoint to go on from; None: a fresh run.
     """
 
     load: str | None
     run: str
     notes: tuple[str, ...] = ()
     removed: tuple[Path, ...] = ()
+    iteration: int | None = None
 
 
 def new_identity() -> str:
@@ -88,10 +90,13 @@ def plan_start(config: CheckpointConfig, logs: str | None, new: str) -> Start:
     if config.load and load is None:
         notes.append(f"load={config.load} has no checkpoint: a fresh run starts (--exit-on-missing-checkpoint ends "
                      "instead)")
-    manifest = read_manifest(load) if load else None
+    manifest = None
+    if load:
+        manifest, passed = read_sound_manifest(load)
+        notes += passed
     run = _known_identity(config, manifest) or new
     removed = [*_others_in_save(config, load, manifest, run), *_others_in_logs(config, logs, load, run)]
-    return Start(load, run, tuple(notes), tuple(removed))
+    return Start(load, run, tuple(notes), tuple(removed), manifest.progress.iteration if manifest else None)
 
 
 def identity_of(folder: str | Path) -> str | None:

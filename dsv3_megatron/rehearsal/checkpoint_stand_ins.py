@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from dsv3_megatron.data.checksums import FileChecksums, checksum_file
 from dsv3_megatron.rehearsal.replacement import Replacement, nothing
 from dsv3_megatron.rehearsal.watch import Watch
 
@@ -41,7 +42,6 @@ class CheckpointNotes:
 
 def checkpoint_replacements(watch: Watch, notes: CheckpointNotes) -> tuple[Replacement, ...]:
     """Everything that is replaced for the saving and loading of one rank."""
-    writer = f"{_SAVER}.strategies.filesystem_async.FileSystemWriterAsync"
     others = "checks the shards of all ranks against one another, of which this one's alone are here"
     return (
         Replacement(shutil, "disk_usage", lambda original: _endless_disk,
@@ -56,10 +56,10 @@ def checkpoint_replacements(watch: Watch, notes: CheckpointNotes) -> tuple[Repla
                     "leaves a checkpoint that can be read; what reading needs of it is noted"),
         Replacement(f"{_SAVER}.strategies.torch.MCoreSavePlanner", "create_global_plan", lambda original: _no_index,
                     "makes the index of all ranks' plans"),
-        Replacement(writer, "write_preloaded_data_multithread", lambda original: staticmethod(_counting(notes)),
+        Replacement("dsv3_megatron.checkpoint.writing", "write_shard_file", lambda original: _counting(notes),
                     "writes tensors, which have no bytes; these are counted"),
-        Replacement(writer, "retrieve_write_results", lambda original: lambda self: [], "says what was written where"),
-        Replacement(writer, "finish", lambda original: nothing, "writes the index"),
+        Replacement("dsv3_megatron.checkpoint.writing.ShardsToWrite", "finish", lambda original: _description_alone,
+                    "writes the index"),
         Replacement("dsv3_megatron.guards.keeper", "NEEDED_ATTEMPTS", lambda original: 1,
                     "tries again what would fail again"),
         Replacement(f"{_SAVER}.serialization", "verify_checkpoint", lambda original: nothing,
@@ -67,8 +67,8 @@ def checkpoint_replacements(watch: Watch, notes: CheckpointNotes) -> tuple[Repla
         Replacement("dsv3_megatron.checkpoint.tensor_index", "saved_tensors",
                     lambda original: lambda manifest: notes.shapes,
                     "reads the index; here the tensors are those that were saved", is_everywhere=True),
-        Replacement(f"{_SAVER}.serialization", "load_common_state_dict", lambda original: lambda path: {**notes.common},
-                    "reads a file"),
+        Replacement("dsv3_megatron.checkpoint.proved_files", "read_common",
+                    lambda original: lambda files: {**notes.common}, "reads a file"),
         Replacement(f"{_SAVER}.strategies.torch.TorchDistLoadShardedStrategy", "load", lambda original: _read_in_place,
                     "reads tensors into those that are there"),
         Replacement(f"{_SAVER}.strategies.fully_parallel", "exchange_loaded_objects_gather_object", _own_objects(watch),
@@ -115,17 +115,18 @@ def _own_objects(watch: Watch) -> Callable[[Any], Any]:
 def _noting(notes: CheckpointNotes) -> Callable[[Any], Any]:
     def make(original: Any) -> Any:
         @functools.wraps(original)
-        def save(state: Mapping[Any, Any], path: str, strategy: Any) -> None:
+        def save(state: Mapping[Any, Any], path: str, strategy: Any, **options: Any) -> Any:
             from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, apply_factories
 
             notes.num_bytes = 0
             notes.common = {key: value for key, value in state.items() if not isinstance(value, ShardedBase)
                             and not hasattr(value, "build")}
             whole = dict(state)
-            original(state, path, strategy)
+            planned = original(state, path, strategy, **options)
             apply_factories(whole)
             notes.shapes = {entry.key: tuple(entry.global_shape) for entry in _leaves(whole)
                             if isinstance(entry, ShardedTensor)}
+            return planned
 
         return save
 
@@ -144,13 +145,18 @@ def _no_index(self: Any, plans: list[Any]) -> tuple[list[Any], Any]:
     return plans, SimpleNamespace()
 
 
-def _counting(notes: CheckpointNotes) -> Callable[..., None]:
-    def write(transforms: Any, use_msc: bool, rank: int, buckets: Any, results: Any) -> None:
-        for _file, _name, (_objects, tensors) in buckets:
-            notes.num_bytes = (notes.num_bytes or 0) + sum(
-                tensor.numel() * tensor.element_size() for _item, tensor in tensors)
+def _counting(notes: CheckpointNotes) -> Callable[..., tuple[list[Any], FileChecksums]]:
+    def write(path: Path, objects: Any, tensors: Any, transforms: Any) -> tuple[list[Any], FileChecksums]:
+        notes.num_bytes = (notes.num_bytes or 0) + sum(
+            tensor.numel() * tensor.element_size() for _item, tensor in tensors)
+        path.touch()
+        return [], checksum_file(path)
 
     return write
+
+
+def _description_alone(self: Any, outcomes: Any) -> None:
+    """The index stays away: rank 0 of the rehearsal has no other ranks' outcomes."""
 
 
 def _read_in_place(self: Any, state: Any, path: str | Path, async_strategy: str = "") -> Any:

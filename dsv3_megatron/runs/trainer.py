@@ -6,6 +6,7 @@ from the steps and tokens before it (config/recipe.py); samples, checkpoints, gu
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import closing
 from functools import partial
@@ -14,7 +15,14 @@ from typing import Any
 import torch
 
 from dsv3_megatron.checkpoint.agreement import on_first_rank
-from dsv3_megatron.checkpoint.folder import RunProgress
+from dsv3_megatron.checkpoint.folder import (
+    TRACKER,
+    CheckpointError,
+    DamagedCheckpointError,
+    RunProgress,
+    passed_over,
+    saved_iterations,
+)
 from dsv3_megatron.checkpoint.hf.model_card import Losses
 from dsv3_megatron.checkpoint.resume import plan_resumption
 from dsv3_megatron.checkpoint.store import load_checkpoint
@@ -42,6 +50,8 @@ from dsv3_megatron.process.stop import signal_name, stop_calls
 from dsv3_megatron.runs.learner import Learner, build_for_training
 from dsv3_megatron.schedule.forward_backward import iterate_chunks
 
+logger = logging.getLogger(__name__)
+
 
 class Trainer(Learner):
     """The share of a training run that one process has.
@@ -60,8 +70,8 @@ class Trainer(Learner):
         self.start = on_first_rank(self.claim.take, "the run's folders")
         # Asked for this start alone: a start from the run's config.json does not ask for it again.
         run = run.override(overwrite_run=False)
-        load = self.start.load
-        self.resumption = on_first_rank(partial(plan_resumption, run, load), f"load={load}")
+        asked, load = run, self.start.load
+        self.resumption = on_first_rank(partial(plan_resumption, run, load, self.start.iteration), f"load={load}")
         self.recipe = self.resumption.recipe
         super().__init__(build_for_training(self.resumption.run))
         run = self.run
@@ -72,8 +82,9 @@ class Trainer(Learner):
                                        average=self.average, claim=self.claim, run_id=self.start.run,
                                        say=lambda text: self.display.message(text))
         if self.start.load:
-            position = load_checkpoint(self.start.load, run, self.chunks, self.optimizer, self.groups,
-                                       average=self.average)
+            position = self._load(self.start.load, self.start.iteration)
+            if position.iteration != self.start.iteration:
+                self._plan_again(asked, position.iteration)
             self._go_to(position)
             self.guard.load_state_dict(position.guards)
             self.keeper.loaded(self.start.load, self.iteration)
@@ -339,7 +350,7 @@ class Trainer(Learner):
         source, next_sample = self.keeper.newest_in, self.data_position
         assert source is not None
         self.watchdog.slow("rollback")
-        position = load_checkpoint(source, self.run, self.chunks, self.optimizer, self.groups, average=self.average)
+        position = self._load(source)
         self._go_to(position)
         self.keeper.loaded(source, self.iteration)
         self.guard.rolled_back(position.guards, first_sample=self.data_position, next_sample=next_sample)
@@ -354,6 +365,37 @@ class Trainer(Learner):
         self._build_reports()
         self.display.message(f"rolled back to iteration {self.iteration}; the next sample is {next_sample}")
         self.keeper.note_rollback(self.iteration, self.guard.state_dict())
+
+    def _load(self, source: str, iteration: int | None = None) -> RunProgress:
+        """Load a checkpoint, the newest or that of an iteration; in place of a damaged one, the sound one before it.
+
+        Raises:
+            CheckpointError: there is none that is sound.
+        """
+        first: DamagedCheckpointError | None = None
+        while True:
+            try:
+                return load_checkpoint(source, self.run, self.chunks, self.optimizer, self.groups,
+                                       average=self.average, iteration=iteration)
+            except DamagedCheckpointError as error:
+                first, damage = first or error, error
+            earlier = on_first_rank(lambda at=damage.iteration: [  # type: ignore[misc]
+                number for number in saved_iterations(source) if number < at], f"load={source}")
+            if not earlier:
+                raise first
+            iteration = earlier[-1]
+            if self.rank == 0:
+                logger.warning("%s", passed_over(source, damage, iteration))
+
+    def _plan_again(self, asked: RunConfig, iteration: int) -> None:
+        """Place the run at an earlier checkpoint than the one it was to go on from."""
+        load, before = self.start.load, self.resumption.run
+        self.resumption = on_first_rank(partial(plan_resumption, asked, load, iteration), f"load={load}")
+        self.recipe = self.resumption.recipe
+        if self.resumption.run != before:
+            raise CheckpointError(f"load={load}: the newest checkpoint is damaged, and from that of iteration "
+                                  f"{iteration} this run would go on by other settings; write {iteration} into "
+                                  f"{load}/{TRACKER}, and start it again")
 
     def _note_signal(self, number: int) -> None:
         """Finish the step, or the batch of a validation, first: every rank learns of the signal with its losses."""

@@ -26,6 +26,7 @@ from dsv3_megatron.checkpoint.folder import (
     read_manifest,
     saved_iterations,
 )
+from dsv3_megatron.checkpoint.manifest_file import signed_text
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
 from tests.distributed.launch import RankError, run_ranks
 from tests.distributed.noted_runs import noted_steps
@@ -294,14 +295,14 @@ def fail_to_save(directory: Path) -> dict[str, str]:
 
     told = {}
     # Rank 1 writes a part of the tensors; rank 0 finds no reason of its own.
-    with mock.patch("megatron.core.dist_checkpointing.strategies.filesystem_async.os.fsync", full):
+    with mock.patch("dsv3_megatron.checkpoint.writing.os.fsync", full):
         told["writing"] = message_of(save, training, directory, 2)
     with mock.patch("dsv3_megatron.checkpoint.folder.flush", side_effect=OSError(errno.ENOSPC, "No space left")):
         told["flushing"] = message_of(save, training, directory, 3)
     # Rank 0 alone writes the index and the description, while the others wait for it in different places.
     with mock.patch.object(FileSystemWriterAsync, "finish", side_effect=OSError(errno.ENOSPC, "No space left")):
         told["index"] = message_of(save, training, directory, 3)
-    with mock.patch("megatron.core.dist_checkpointing.serialization.save_config",
+    with mock.patch("dsv3_megatron.checkpoint.writing.save_config",
                     side_effect=OSError(errno.ENOSPC, "No space left")):
         told["description"] = message_of(save, training, directory, 3)
     with mock.patch("dsv3_megatron.checkpoint.store.remove_old", side_effect=OSError(errno.EBUSY, "Device busy")):
@@ -317,7 +318,7 @@ def test_failed_save_is_told_to_every_rank(tmp_path):
     told = run_ranks(2, fail_to_save, tmp_path)
     assert told[0] == told[1]
     assert "iteration 2 could not be saved: " in told[0]["writing"]
-    assert "process 1: Local worker 0 encountered an error: [Errno 28] No space left on device" in told[0]["writing"]
+    assert "process 1: No space left on device" in told[0]["writing"]
     assert told[0]["writing"].endswith("the newest checkpoint is still that of iteration 1")
     assert told[0]["removing"] == "no error" and "saving" not in told[0]["left"]
     for moment in ("index", "description"):
@@ -361,7 +362,7 @@ def test_damaged_checkpoints(tmp_path):
     manifest = iteration_path(other, 1) / "checkpoint.json"
     content = json.loads(manifest.read_text())
     content["run"]["model"]["mtp_num_layers"] = 1
-    manifest.write_text(json.dumps(content))
+    manifest.write_text(signed_text(content))
 
     first, second = run_ranks(2, fail_to_load, empty, [cut, zeroed, index, other])
     assert first == second

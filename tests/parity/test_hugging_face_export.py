@@ -6,14 +6,12 @@ Legend: B sequences, S positions, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
 
-from dsv3_megatron.checkpoint.folder import MANIFEST
 from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.pretrained import load_hugging_face
 from dsv3_megatron.checkpoint.hf.source import DESCRIPTION
@@ -23,6 +21,7 @@ from dsv3_megatron.model.build import build_stages
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.architectures import run_of, variant
 from tests.parity.compare import relative_error
+from tests.signing import sign
 
 # Both compute in fp32 and sum in other orders; the bound is 1e-5 of the largest logit.
 FP32_TOLERANCE = 1e-5
@@ -34,10 +33,8 @@ def export(tmp_path: Path, name: str) -> Path:
     source = write_checkpoint(tmp_path / "hf", config_json(model), published_weights(model, torch.float32))
     convert_to_megatron(source, tmp_path / "ours")
     checkpoint = tmp_path / "ours" / "iter_0000000"
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    del manifest["files"][DESCRIPTION]
     (checkpoint / DESCRIPTION).unlink()
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    sign(checkpoint)
     convert_to_hugging_face(tmp_path / "ours", tmp_path / "exported", max_shard_bytes=30_000)
     return tmp_path / "exported"
 

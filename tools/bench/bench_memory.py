@@ -30,6 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 from dsv3_megatron.config.presets import preset  # noqa: E402
 from dsv3_megatron.config.run import RunConfig  # noqa: E402
 from dsv3_megatron.planning.memory.estimate import RankMemory, estimate_memory, kept_by_name  # noqa: E402
+from dsv3_megatron.process.unpickling import load_own  # noqa: E402
 from tools.bench.records import Measurement, append_rows  # noqa: E402
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def measure_case(case: Case, preset_name: str) -> list[MeasuredMemory]:
         torch.multiprocessing.start_processes(
             _process, (case.world_size, port, run_of(case, preset_name), folder), nprocs=case.world_size,
             start_method="forkserver")
-        return [pickle.loads(Path(folder, f"rank-{rank}").read_bytes()) for rank in range(case.world_size)]
+        return [load_own(Path(folder, f"rank-{rank}")) for rank in range(case.world_size)]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+from dsv3_megatron.process.unpickling import load_own  # noqa: E402
 from dsv3_megatron.schedule.draw import plot_timeline  # noqa: E402
 from dsv3_megatron.schedule.plan import Plan, build_plan  # noqa: E402
 from dsv3_megatron.schedule.simulate import simulate  # noqa: E402
@@ -193,7 +194,7 @@ def run_processes(setting: Setting, names: list[str]) -> list[Outcome]:
         results = Path(folder) / "outcomes.pickle"
         torch.multiprocessing.start_processes(_process, (setting, names, port, str(results)),
                                               nprocs=setting.num_ranks, start_method="spawn")
-        return pickle.loads(results.read_bytes())
+        return load_own(results)
 
 
 def main() -> int:

@@ -55,7 +55,7 @@ class MegatronWeights:
         except TypeError as error:
             raise CheckpointError(f"checkpoint {self.manifest.path} does not describe its model: {error}") from error
         self.source: Source | None = read_source(self.manifest.path)
-        self._files = TensorFiles(self.manifest.path)
+        self._files = TensorFiles(self.manifest)
         self._keys = self._files.keys()
         if is_average and not any(key.startswith(AVERAGE_PREFIX) for key in self._keys):
             raise CheckpointError(no_average(self.manifest))

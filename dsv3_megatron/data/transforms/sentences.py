@@ -16,11 +16,12 @@ installed (either layout, `punkt_tab` or the older `punkt`). What is not:
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from dsv3_megatron.process.unpickling import load_listed
 
 MAX_RUN_CHARACTERS = 1_000_000  # Megatron-LM's
 DEFAULT_SAMPLE_CHARACTERS = 2_000_000  # about 4 s of learning
@@ -77,15 +78,6 @@ def _model_of(parameters: Any, origin: str) -> PunktModel:
     )
 
 
-class _LegacyUnpickler(pickle.Unpickler):
-    """Reads the older data's pickles, and makes nothing but Punkt's own classes from them."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _LEGACY_GLOBALS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no Punkt model has")
-        return super().find_class(module, name)
-
-
 def _find_data(name: str) -> Any:
     """NLTK's pointer to a resource in its local folders; None if it is not there. Never a download."""
     from nltk.data import find
@@ -117,7 +109,7 @@ def load_installed_model(language: str = "english") -> PunktModel | None:
         file = _find_data(names[0]) or _find_data(names[1])
         if file is not None:
             with file.open() as stream:
-                loaded = _LegacyUnpickler(stream).load()
+                loaded = load_listed(stream, lambda *names: names in _LEGACY_GLOBALS, "Punkt model")
             return _model_of(getattr(loaded, "_params", loaded), f"installed Punkt model {language} (punkt)")
     except Exception as error:  # whatever a damaged file makes NLTK or pickle raise
         raise ValueError(

@@ -211,7 +211,7 @@ def test_damaged_checkpoint_names_the_one_before(tmp_path, damage):
     elif damage == "manifest gone":
         manifest.unlink()
     else:
-        manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 99'))
+        manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 99'))
     with pytest.raises(CheckpointError) as caught:
         read_manifest(tmp_path)
     message = str(caught.value)

@@ -49,7 +49,7 @@ class Launch:
         return self
 
     def save(self, folder: Path) -> Launch:
-        begin_save(folder, self.iteration)
+        (begin_save(folder, self.iteration) / "__0_0.distcp").write_text("tensors")
         run = self.start.run.in_phase(self.start.recipe.phase_before(self.tokens))
         progress = RunProgress(self.iteration, self.samples, self.tokens, {}, self.start.schedules_at(self.iteration))
         finish_save(folder, progress, run.as_dict(), versions={}, world_size=1, precision="fp32")

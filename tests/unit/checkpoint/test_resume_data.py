@@ -52,7 +52,7 @@ def save(run: RunConfig, folder: Path, *, guards: dict[str, Any] | None = None, 
         next(batches)
     data = {"identity": data_identity(config, run.data), "first_sample": first_sample, "position": batches.state_dict()}
     start = plan_resumption(run, None)
-    begin_save(folder, STEPS)
+    (begin_save(folder, STEPS) / "__0_0.distcp").write_text("tensors")
     progress = RunProgress(STEPS, BATCH * STEPS, BATCH * STEPS * SEQ, guards or {}, start.schedules_at(STEPS), data)
     finish_save(folder, progress, run.as_dict(), versions={}, world_size=1, precision="fp32")
 
@@ -130,7 +130,7 @@ def test_another_tokenizer_is_named(run: RunConfig, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_does_not_know_its_data_is_taken_and_said(run: RunConfig, tmp_path: Path) -> None:
-    begin_save(tmp_path / "saved", STEPS)
+    (begin_save(tmp_path / "saved", STEPS) / "__0_0.distcp").write_text("tensors")
     finish_save(tmp_path / "saved", RunProgress(STEPS, BATCH * STEPS, BATCH * STEPS * SEQ), run.as_dict(), versions={},
                 world_size=1, precision="fp32")
     start = plan_resumption(run, str(tmp_path / "saved"))

@@ -40,7 +40,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_run(folder: Path, **data: Any) -> str:
     """A checkpoint of `tiny` without tensors, of a run with these data settings."""
-    begin_save(folder, 3)
+    (begin_save(folder, 3) / "__0_0.distcp").write_text("tensors")
     content = preset("tiny").override(**data).as_dict()
     finish_save(folder, RunProgress(3, 24, 24 * 256), content, versions={}, world_size=1, precision="fp32")
     return str(folder)

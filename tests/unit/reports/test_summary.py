@@ -185,7 +185,7 @@ def test_the_resume_command_goes_on_where_the_learning_rate_is(tmp_path: Path, r
     assert last is not None and last.learning_rate <= run.training.lr
     schedules = plan_resumption(run, None).schedules_at(STEPS)
     for _ in range(2):
-        begin_save(run.checkpoint.save, steps)
+        (begin_save(run.checkpoint.save, steps) / "__0_0.distcp").write_text("tensors")
         finish_save(run.checkpoint.save, RunProgress(steps, BATCH * steps, tokens, {}, schedules), run.as_dict(),
                     versions={}, world_size=1, precision="fp32")
         (tmp_path / "tensorboard").mkdir(exist_ok=True)

@@ -37,6 +37,7 @@ from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.ops.fp8.published import quantize_weight_blocks
 from tests.hugging_face import QUANTIZED, config_json, dequantized, published_weights, quantized, write_checkpoint
 from tests.parity.architectures import variant
+from tests.signing import sign
 
 ROOT = Path(__file__).resolve().parents[4]
 # Wider than one block, and no multiple of it.
@@ -177,10 +178,7 @@ def test_weights_that_are_not_what_was_converted(tmp_path):
     name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
     content[name] = content[name] * 1.5
     save_file(content, scales)
-    manifest = tmp_path / "ours" / ITERATION / "checkpoint.json"
-    described = json.loads(manifest.read_text())
-    described["files"]["hf_scales.safetensors"] = scales.stat().st_size
-    manifest.write_text(json.dumps(described))
+    sign(tmp_path / "ours" / ITERATION)
     with pytest.raises(CheckpointError, match="o_proj.weight is not what was converted"):
         convert_to_hugging_face(tmp_path / "ours", tmp_path / "back")
     assert not (tmp_path / "back").exists()
@@ -381,15 +379,18 @@ def test_our_checkpoint_damaged(tmp_path):
     ours = ours_of(tmp_path)
     file = ours / ITERATION / "__0_0.distcp"
     whole = file.read_bytes()
-    manifest = (ours / ITERATION / "checkpoint.json").read_text()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"truncated or corrupt: __0_0.distcp has \d+ bytes"):
         convert_to_hugging_face(ours, tmp_path / "back")
     file.write_bytes(bytes(len(whole)))
+    with pytest.raises(CheckpointError, match=r"is truncated or corrupt: \S+ in __0_0.distcp: \S+ is damaged: .* from "
+                       "offset 0 on do not have their checksum"):
+        convert_to_hugging_face(ours, tmp_path / "back")
+    sign(ours / ITERATION)
     with pytest.raises(CheckpointError, match=r"is truncated or corrupt: \S+ in __0_0.distcp: "):
         convert_to_hugging_face(ours, tmp_path / "back")
     file.write_bytes(whole)
-    (ours / ITERATION / "checkpoint.json").write_text(manifest.replace('"num_layers": 3', '"num_layers": 4'))
+    sign(ours / ITERATION, lambda content: content["run"]["model"].update(num_layers=4))
     with pytest.raises(CheckpointError, match=r"tensor decoder.layers.3.input_layernorm.weight is missing"):
         convert_to_hugging_face(ours, tmp_path / "back")
     assert not (tmp_path / "back").exists()
@@ -416,6 +417,9 @@ def test_verify_sees_one_bit(tmp_path, capsys):
     assert re.split(r"\s{2,}", table[-1].strip())[:2] == ["all", str(num_tensors)]
     name = "model.layers.2.mlp.experts.1.down_proj.weight"
     flip_one_bit(ours, name)
+    assert convert_checkpoint.main(command) == 2
+    assert "do not have their checksum" in capsys.readouterr().err
+    sign(ours / ITERATION)
     assert convert_checkpoint.main(command) == 2
     shown = capsys.readouterr()
     assert f"({name})" in shown.out and f"1 of {num_tensors - 3} tensors that are BF16" in shown.err

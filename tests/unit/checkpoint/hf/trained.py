@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.checkpoint.folder import MANIFEST
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
 from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.architectures import variant
+from tests.signing import sign
 
 MODEL = dataclasses.replace(variant("plain"), vocab_size=MIN_VOCAB_SIZE + 14)
 
@@ -24,9 +23,7 @@ def trained(tmp_path: Path, model: Any = MODEL, **changes: Any) -> Path:
                               published_weights(model))
     convert_to_megatron(source, tmp_path / "ours")
     folder = tmp_path / "ours" / "iter_0000000"
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name in [name for name in manifest["files"] if name.startswith("hf_")]:
-        (folder / name).unlink()
-        del manifest["files"][name]
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"progress": PROGRESS}))
+    for file in folder.glob("hf_*"):
+        file.unlink()
+    sign(folder, lambda content: content.update(progress=PROGRESS))
     return tmp_path / "ours"

@@ -1,0 +1,208 @@
+"""A rank's part of a save: planned with all ranks, copied to the host, written with checksums, put together.
+
+The plan is Megatron-Core's and the bytes are torch.distributed.checkpoint's. In between this module has its own steps,
+because they happen at different times and in different threads:
+
+    plan_shards          all ranks, at the moment that is saved: who writes what, under which names
+    ShardsToWrite.copy   this rank, at the same moment: values that training changes afterwards
+    ShardsToWrite.write  this rank, in any thread: its file, and the checksums of it
+    gather_outcomes      all ranks, afterwards: what was written where, or what went wrong
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, SerializationFormat, _write_item
+from torch.distributed.checkpoint.planner import WriteItemType
+
+from dsv3_megatron.checkpoint.agreement import why
+from dsv3_megatron.data.checksums import ChecksumStream, FileChecksums
+
+
+class HostBuffers:
+    """Memory of the host that saves are copied into, kept from one save to the next.
+
+    New memory costs more time than the copy itself, while training waits; of a run, every save has the same tensors.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+
+    def copy(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of tensors in the host's memory, which hold until the next call."""
+        copies = []
+        for number, tensor in enumerate(tensors):
+            known = self._free[number] if number < len(self._free) else None
+            if known is None or known.shape != tensor.shape or known.dtype != tensor.dtype:
+                known = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu",
+                                    pin_memory=tensor.device.type == "cuda")
+            known.copy_(tensor, non_blocking=True)
+            copies.append(known)
+        if any(tensor.device.type == "cuda" for tensor in tensors):
+            torch.cuda.synchronize()
+        self._free = copies
+        return copies
+
+
+@dataclass(frozen=True)
+class ShardOutcome:
+    """What became of one rank's part of a save.
+
+    Attributes:
+        results: What torch.distributed.checkpoint puts into its index.
+        checksums: Checksums of the files written, by name.
+        reason: What went wrong; None: nothing.
+    """
+
+    results: list[Any] = field(default_factory=list)
+    checksums: dict[str, FileChecksums] = field(default_factory=dict)
+    reason: str | None = None
+
+
+class _ShardWriter(FileSystemWriterAsync):
+    """Megatron-Core's writer, which keeps what is to be written as it is: this module copies and writes it."""
+
+    def prepare_write_data(self, plan: Any, planner: Any) -> None:
+        self.file_name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        self.objects = [(item, planner.resolve_data(item)) for item in plan.items if item.type == WriteItemType.BYTE_IO]
+        self.tensors = [(item, planner.resolve_data(item).detach()) for item in plan.items
+                        if item.type != WriteItemType.BYTE_IO]
+
+
+class ShardsToWrite:
+    """One rank's part of one save, planned.
+
+    Args:
+        writer: Megatron-Core's writer, planned.
+        metadata: The index without places; on rank 0.
+    """
+
+    def __init__(self, writer: _ShardWriter, metadata: Any) -> None:
+        self._writer, self._metadata = writer, metadata
+        self.finalize_fns: list[Any] = []  # Megatron-Core appends what writes metadata.json; it is written in `finish`
+
+    def copy(self, buffers: HostBuffers) -> None:
+        """Copy the values to the host: what is written afterwards is what they are now."""
+        items = [item for item, _ in self._writer.tensors]
+        copies = buffers.copy([tensor for _, tensor in self._writer.tensors])
+        self._writer.tensors = list(zip(items, copies, strict=True))
+
+    def write(self) -> ShardOutcome:
+        """Write this rank's file, and have it on disk; what goes wrong is in the outcome, nothing is raised."""
+        writer = self._writer
+        if not writer.objects and not writer.tensors:
+            return ShardOutcome()
+        try:
+            path = Path(writer.checkpoint_dir) / writer.file_name
+            results, checksums = write_shard_file(path, writer.objects, writer.tensors, writer.transforms)
+        except OSError as error:
+            return ShardOutcome(reason=why(error))
+        except Exception as error:  # noqa: BLE001 - it may be another thread's; told by all ranks in the agreement
+            return ShardOutcome(reason=f"{type(error).__name__}: {error}")
+        return ShardOutcome(results, {writer.file_name: checksums})
+
+    def finish(self, outcomes: list[ShardOutcome]) -> None:
+        """Write the index and the description of a checkpoint whose parts are all there; on rank 0.
+
+        Raises:
+            OSError: one of the two cannot be written.
+        """
+        self._writer.finish(self._metadata, [outcome.results for outcome in outcomes])
+        save_config(CheckpointingConfig("torch_dist", 1), str(self._writer.checkpoint_dir))
+
+
+class _ShardStrategy(TorchDistSaveShardedStrategy):
+    """Megatron-Core's strategy, of which the plan alone is carried out."""
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any, async_strategy: str = "") -> Any:
+        """Plan a save with all ranks, as TorchDistSaveShardedStrategy does."""
+        renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        writer = _ShardWriter(checkpoint_dir)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False,
+                                   flatten_sharded_tensors=False)
+        planned = save_state_dict_async_plan(mcore_to_pyt_state_dict(renamed, False), writer, None, 0, planner=planner)
+        return ShardsToWrite(writer, planned[0][1])
+
+
+def plan_shards(state: dict[Any, Any], target: Path, group: torch.distributed.ProcessGroup) -> ShardsToWrite:
+    """Divide a state among the ranks that hold it; called by every rank.
+
+    Args:
+        state: Sharded tensors and objects of this rank, and what is common to all.
+        target: Empty folder that all ranks see.
+        group: The ranks that hold copies of the same tensors.
+    """
+    strategy = FullyParallelSaveStrategyWrapper(_ShardStrategy(), group)
+    return dist_checkpointing.save(state, str(target), strategy, async_sharded_save=True)
+
+
+def write_shard_file(path: Path, objects: list[tuple[Any, Any]], tensors: list[tuple[Any, torch.Tensor]],
+                     transforms: Any) -> tuple[list[Any], FileChecksums]:
+    """Write one file of a checkpoint and flush it to disk.
+
+    Args:
+        path: File to make.
+        objects: Entries of bytes: torch.distributed.checkpoint's item, and a BytesIO.
+        tensors: Entries of tensors: the item, and the tensor, on any device.
+        transforms: What torch.distributed.checkpoint's writer has between an entry and the file.
+
+    Returns:
+        What the index needs of each entry, and the checksums of the file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with open(path, "wb") as raw:
+        stream: Any = ChecksumStream(raw)
+        results = [_write_item(transforms, stream, data, item, path.name, SerializationFormat.TORCH_SAVE)
+                   for item, data in objects]
+        for item, tensor in tensors:
+            results.append(_write_item(transforms, stream, _alone_on_host(tensor), item, path.name,
+                                       SerializationFormat.TORCH_SAVE))
+        raw.flush()
+        os.fsync(raw.fileno())
+        return results, stream.checksums()
+
+
+def gather_outcomes(mine: ShardOutcome) -> list[ShardOutcome]:
+    """What became of every rank's part, by rank; called by every rank, of use on rank 0 alone."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    gathered: list[Any] | None = [None] * size if rank == 0 else None
+    torch.distributed.gather_object(mine, gathered, dst=0)
+    return gathered or []
+
+
+def failure_of(outcomes: list[ShardOutcome]) -> str | None:
+    """What went wrong on which rank; None if nothing did."""
+    return "; ".join(f"process {rank}: {outcome.reason}" for rank, outcome in enumerate(outcomes)
+                     if outcome.reason) or None
+
+
+def checksums_of(outcomes: list[ShardOutcome]) -> Mapping[str, FileChecksums]:
+    """The checksums of all ranks' files, by name."""
+    return {name: checksums for outcome in outcomes for name, checksums in outcome.checksums.items()}
+
+
+def _alone_on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the host without the rest of a storage that it is a part of, which torch.save would write too."""
+    host = tensor.cpu()
+    if host.untyped_storage().nbytes() != host.numel() * host.element_size() or not host.is_contiguous():
+        return host.clone(memory_format=torch.contiguous_format)
+    return host
