@@ -1,12 +1,11 @@
-"""A rank's part of a save: planned with all ranks, copied to the host, written with checksums, put together.
+"""A rank's part of a save: planned with all ranks, written with checksums, put together.
 
-The plan is Megatron-Core's and the bytes are torch.distributed.checkpoint's. In between this module has its own steps,
-because they happen at different times and in different threads:
+The plan is Megatron-Core's and the bytes are torch.distributed.checkpoint's. In between this module has its own steps:
 
-    plan_shards          all ranks, at the moment that is saved: who writes what, under which names
-    ShardsToWrite.copy   this rank, at the same moment: values that training changes afterwards
-    ShardsToWrite.write  this rank, in any thread: its file, and the checksums of it
-    gather_outcomes      all ranks, afterwards: what was written where, or what went wrong
+    plan_shards            all ranks: who writes what, under which names
+    ShardsToWrite.write    this rank: its file, and the checksums of it
+    gather_outcomes        all ranks: what was written where, or what went wrong
+    ShardsToWrite.finish   rank 0: the index
 """
 
 from __future__ import annotations
@@ -36,31 +35,6 @@ from dsv3_megatron.checkpoint.agreement import why
 from dsv3_megatron.data.checksums import ChecksumStream, FileChecksums
 
 
-class HostBuffers:
-    """Memory of the host that saves are copied into, kept from one save to the next.
-
-    New memory costs more time than the copy itself, while training waits; of a run, every save has the same tensors.
-    """
-
-    def __init__(self) -> None:
-        self._free: list[torch.Tensor] = []
-
-    def copy(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Copies of tensors in the host's memory, which hold until the next call."""
-        copies = []
-        for number, tensor in enumerate(tensors):
-            known = self._free[number] if number < len(self._free) else None
-            if known is None or known.shape != tensor.shape or known.dtype != tensor.dtype:
-                known = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu",
-                                    pin_memory=tensor.device.type == "cuda")
-            known.copy_(tensor, non_blocking=True)
-            copies.append(known)
-        if any(tensor.device.type == "cuda" for tensor in tensors):
-            torch.cuda.synchronize()
-        self._free = copies
-        return copies
-
-
 @dataclass(frozen=True)
 class ShardOutcome:
     """What became of one rank's part of a save.
@@ -77,7 +51,7 @@ class ShardOutcome:
 
 
 class _ShardWriter(FileSystemWriterAsync):
-    """Megatron-Core's writer, which keeps what is to be written as it is: this module copies and writes it."""
+    """Megatron-Core's writer, which keeps what is to be written as it is: this module writes it."""
 
     def prepare_write_data(self, plan: Any, planner: Any) -> None:
         self.file_name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
@@ -98,12 +72,6 @@ class ShardsToWrite:
         self._writer, self._metadata = writer, metadata
         self.finalize_fns: list[Any] = []  # Megatron-Core appends what writes metadata.json; it is written in `finish`
 
-    def copy(self, buffers: HostBuffers) -> None:
-        """Copy the values to the host: what is written afterwards is what they are now."""
-        items = [item for item, _ in self._writer.tensors]
-        copies = buffers.copy([tensor for _, tensor in self._writer.tensors])
-        self._writer.tensors = list(zip(items, copies, strict=True))
-
     def write(self) -> ShardOutcome:
         """Write this rank's file, and have it on disk; what goes wrong is in the outcome, nothing is raised."""
         writer = self._writer
@@ -114,7 +82,7 @@ class ShardsToWrite:
             results, checksums = write_shard_file(path, writer.objects, writer.tensors, writer.transforms)
         except OSError as error:
             return ShardOutcome(reason=why(error))
-        except Exception as error:  # noqa: BLE001 - it may be another thread's; told by all ranks in the agreement
+        except Exception as error:  # noqa: BLE001 - the other ranks wait; told by all of them
             return ShardOutcome(reason=f"{type(error).__name__}: {error}")
         return ShardOutcome(results, {writer.file_name: checksums})
 

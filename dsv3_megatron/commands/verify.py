@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from dsv3_megatron.checkpoint.folder import (
     MANIFEST,
@@ -48,7 +49,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def verify_checkpoint(directory: Path, iteration: int, num_threads: int) -> dict[str, object]:
+def verify_checkpoint(directory: Path, iteration: int, num_threads: int) -> dict[str, Any]:
     """Read a whole checkpoint and compare it.
 
     Args:
@@ -115,15 +116,13 @@ def _wanted(options: argparse.Namespace) -> tuple[Path, list[int]]:
     return path, [latest]
 
 
-def _as_text(directory: Path, found: dict[str, object]) -> str:
+def _as_text(directory: Path, found: dict[str, Any]) -> str:
     name = f"{directory}/iter_{found['iteration']:07d}"
     damaged = found["damages"]
-    assert isinstance(damaged, list)
     if damaged:
         return "\n".join([f"{name}: DAMAGED", *(f"  {line}" for line in damaged)])
     if not found["has_checksums"]:
         return f"{name}: no checksums, it is of an earlier release; its files are there in their sizes"
     num_bytes, seconds = found["num_bytes"], found["seconds"]
-    assert isinstance(num_bytes, int) and isinstance(seconds, float)
     return (f"{name}: sound, {found['num_files']} files, {num_bytes / 1e9:.3f} GB in {seconds:.2f} s "
             f"({num_bytes / 1e9 / seconds:.2f} GB/s)")

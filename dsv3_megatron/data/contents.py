@@ -5,6 +5,8 @@ the tokens are newer than the sidecar, its hash of them too. A dataset without a
 its size. What was found by reading is kept in PREFIX.checked.json beside the data (or in a folder for such files, or in
 the system's temporary one, whichever can be written to first), for as long as sizes, times and ends of the index stay.
 
+Every offset, length and document of the index is checked then too: what leads out of the tokens is refused.
+
 No torch here. Several processes of a machine that ask at the same time wait for the one that reads.
 """
 
@@ -28,6 +30,7 @@ from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.indexed import (
     IndexHeader,
     Sidecar,
+    check_index,
     dataset_paths,
     read_chunks,
     read_header,
@@ -36,7 +39,7 @@ from dsv3_megatron.data.indexed import (
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2  # of what is kept: 2 since the whole index is checked
 _END_BYTES = 1 << 16
 # Reading less than this takes no time worth a file; and no time worth a word.
 _KEPT_FROM_BYTES = 64 << 20
@@ -121,6 +124,7 @@ def _read(prefix: str, header: IndexHeader, sidecar: Sidecar | None) -> tuple[Co
     if num_bytes >= _SAID_FROM_BYTES:
         why = "it has no sidecar" if sidecar is None else "its tokens are newer than its sidecar"
         logger.warning("%s: reading %.1f GB once to check ids and hashes, for %s", prefix, num_bytes / 1e9, why)
+    check_index(prefix)
     idx_hash = hashlib.sha256()
     for chunk in read_chunks(idx_path):
         idx_hash.update(chunk)

@@ -41,6 +41,7 @@ _MAX_UINT16_VOCAB_SIZE = 65500  # Megatron-Core's limit, exclusive
 SIDECAR_VERSION = 1
 _SCAN_CHUNK_BYTES = 64 << 20
 _READ_BYTES = 8 << 20
+_CHECKED_AT_A_TIME = 1 << 20
 
 
 def choose_dtype(vocab_size: int) -> np.dtype:
@@ -175,6 +176,36 @@ def map_index(prefix: str | os.PathLike[str]) -> IndexArrays:
     ends = np.cumsum([HEADER.size, 4 * header.num_sequences, 8 * header.num_sequences, 8 * (header.num_documents + 1)])
     parts = [raw[start:end] for start, end in itertools.pairwise(ends.tolist())]
     return IndexArrays(parts[0].view(np.int32), parts[1].view(np.int64), parts[2].view(np.int64))
+
+
+def check_index(prefix: str | os.PathLike[str]) -> None:
+    """Check every number of a dataset's index: each sequence lies in the .bin file, each document in the sequences.
+
+    Raises:
+        ValueError: one does not; names it.
+    """
+    header, index = read_header(prefix), map_index(prefix)
+    bin_path, idx_path, _ = dataset_paths(prefix)
+    itemsize, num_bytes = header.dtype.itemsize, os.path.getsize(bin_path)
+    way_out = "the index is damaged, or of other data: make it again with dsv3 preprocess"
+    for start in range(0, header.num_sequences, _CHECKED_AT_A_TIME):
+        lengths = index.lengths_Q[start: start + _CHECKED_AT_A_TIME].astype(np.int64)
+        offsets = index.offsets_Q[start: start + _CHECKED_AT_A_TIME]
+        # An offset of more than the file's size is found before it is added to.
+        wrong = np.flatnonzero((lengths < 0) | (offsets < 0) | (offsets > num_bytes) | (offsets % itemsize != 0)
+                               | (lengths * itemsize > num_bytes - np.minimum(offsets, num_bytes)))
+        if wrong.size:
+            at = int(wrong[0])
+            raise ValueError(f"{idx_path}: sequence {start + at} has {lengths[at]} tokens from byte {offsets[at]} on, "
+                             f"which do not lie in {bin_path} ({num_bytes} bytes of {header.dtype.name}); {way_out}")
+    bounds = index.boundaries_D1
+    if bounds[0] != 0 or bounds[-1] != header.num_sequences:
+        raise ValueError(f"{idx_path}: documents run from sequence {bounds[0]} to {bounds[-1]}, not 0 to "
+                         f"{header.num_sequences}; {way_out}")
+    for start in range(0, bounds.size, _CHECKED_AT_A_TIME):
+        falls = np.flatnonzero(np.diff(bounds[start: start + _CHECKED_AT_A_TIME + 1]) < 0)
+        if falls.size:
+            raise ValueError(f"{idx_path}: document {start + int(falls[0])} ends before it begins; {way_out}")
 
 
 def largest_token_id(prefix: str | os.PathLike[str], *, max_bytes: int | None = None) -> int:

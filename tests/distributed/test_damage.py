@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,8 +30,9 @@ from dsv3_megatron.checkpoint.open import open_checkpoint
 from dsv3_megatron.checkpoint.store import load_checkpoint, load_weights
 from dsv3_megatron.commands.verify import main as verify
 from dsv3_megatron.commands.verify import verify_checkpoint
+from dsv3_megatron.data.indexed_writer import DatasetWriter
 from tests.distributed.launch import run_ranks
-from tests.distributed.small_run import Training
+from tests.distributed.small_run import Training, architecture_arguments, small_run
 from tests.fuzz.damaged_checkpoints import flip_bits, is_same, loaded_state, prepare
 from tests.signing import sign
 
@@ -251,3 +253,31 @@ def test_damage_is_named_with_its_place(tmp_path: Path, capsys: pytest.CaptureFi
     assert "iter_0000001: DAMAGED\n  " in capsys.readouterr().out
     assert verify([str(directory), "--all"]) == 1
     assert verify([str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_run_goes_back_to_the_newest_sound_one(tmp_path: Path) -> None:
+    """Past a damaged tensor and a damaged manifest; its steps are those of the run that was not disturbed."""
+    with DatasetWriter(tmp_path / "data", vocab_size=128) as writer:
+        writer.add_documents(np.random.default_rng(0).integers(0, 128, 4000), np.full(20, 200))
+    folder = tmp_path / "saved"
+    command = ("dsv3_megatron", "train", *architecture_arguments(small_run()), *(
+        "--seq-length 16 --micro-batch-size 1 --global-batch-size 4 --precision fp32 --transformer-impl local "
+        "--eval-interval 0 --log-interval 1 --save-interval 1 --lr-warmup-iters 0 --lr-decay-style constant "
+        f"--keep-last 0 --data-path {tmp_path}/data --split 100,0,0 --tensorboard-dir {tmp_path}/logs --save {folder} "
+        f"--load {folder} --train-iters").split())
+
+    def losses() -> dict[int, float]:
+        rows = map(json.loads, (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines())
+        return {row["iteration"]: row["lm_loss"] for row in rows if "lm_loss" in row}
+
+    run_ranks(1, *command, 3)
+    undisturbed = losses()
+    damage(iteration_path(folder, 3), 300_000)
+    manifest = iteration_path(folder, 2) / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"consumed_tokens": 128', '"consumed_tokens": 129'))
+    found = verify_checkpoint(folder, 3, 1)["damages"], verify_checkpoint(folder, 2, 1)["damages"]
+    assert "do not have their checksum" in found[0][0] and "its content does not have its checksum" in found[1][0]
+    run_ranks(1, *command, 3)
+    assert losses() == undisturbed and set(undisturbed) == {1, 2, 3}
+    # Steps 2 and 3 were taken again, and saved.
+    assert verify_checkpoint(folder, 3, 1)["damages"] == verify_checkpoint(folder, 2, 1)["damages"] == []

@@ -199,3 +199,30 @@ def test_evaluation_looks_too(tmp_path: Path) -> None:
         np.save(tmp_path / "ids.npy", np.array([ids]))
         with pytest.raises(ValueError, match=rf"id {ids[1]} in row 0, position 1 must lie in 0\.\.99"):
             open_token_array(tmp_path / "ids.npy", vocab_size=100, max_length=8)
+
+
+def test_every_number_of_the_index_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that leads out of the tokens is named; before, only the last sequence was looked at."""
+    monkeypatch.setattr("dsv3_megatron.data.indexed._CHECKED_AT_A_TIME", 16)
+    count = 50
+    lengths_at, offsets_at, documents_at = 34, 34 + 4 * count, 34 + 12 * count
+    prefix = write(tmp_path / "d", [1] * (2 * count), has_sidecar=False)
+    whole = Path(f"{prefix}.idx").read_bytes()
+    size = os.path.getsize(f"{prefix}.bin")
+    read_contents(prefix)
+    for number, (at, value, message) in enumerate((
+            (lengths_at + 4 * 7, np.int32(-1), "sequence 7 has -1 tokens"),
+            (lengths_at + 4 * 40, np.int32(2**31 - 1), "sequence 40 has 2147483647 tokens"),
+            (offsets_at + 8 * 33, np.int64(-2), "sequence 33 has 2 tokens from byte -2 on, which do not lie in"),
+            (offsets_at + 8 * 12, np.int64(1), "sequence 12 has 2 tokens from byte 1 on"),
+            (offsets_at + 8 * 12, np.int64(size), f"sequence 12 has 2 tokens from byte {size} on"),
+            (offsets_at + 8 * 12, np.int64(2**63 - 2), "sequence 12 has 2 tokens from byte 9223372036854775806 on"),
+            (documents_at, np.int64(1), "documents run from sequence 1 to 50, not 0 to 50"),
+            (documents_at + 8 * 20, np.int64(60), "document 20 ends before it begins"))):
+        damaged = bytearray(whole)
+        damaged[at: at + value.nbytes] = value.tobytes()
+        path = tmp_path / f"e{number}"
+        shutil.copy(f"{prefix}.bin", f"{path}.bin")
+        Path(f"{path}.idx").write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            read_contents(str(path))
