@@ -164,8 +164,7 @@ def run_benchmark[S: Setting](script: str, groups: Iterable[list[S]],
             if not options.no_csv:
                 # Each contender computes with its own threads alone; what is more was other work.
                 beside = f", load {load:.1f}" if load > 0.5 else ""
-                path = append_rows(results, rows, device + beside)
-                print(f"appended to {path.relative_to(Path(__file__).resolve().parents[2])}")
+                print(f"appended to {append_rows(results, rows, device + beside)}")
     return int(failed)
 
 
