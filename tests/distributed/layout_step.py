@@ -96,9 +96,10 @@ class Layout:
             **({} if self.balance_loss_alpha is None else {"moe_aux_loss_coeff": self.balance_loss_alpha}),
             recompute_granularity=self.recompute_granularity, reset_attention_mask=self.is_isolated,
             reset_position_ids=self.is_isolated, eod_mask_loss=self.is_isolated,
-            # So that the instruments look; the launch's own folder, in which a run leaves its lock. A fault's is its
-            # own: the guards may have something to say there.
-            tensorboard_dir=f"{tempfile.gettempdir()}/layouts-{os.environ.get('MASTER_PORT', 'alone')}{self.fault}")
+            # So that the instruments look; the launch's own folder, in which a run leaves its lock. A layout with a
+            # fault has its own: the guards may have something to say there.
+            tensorboard_dir=f"{tempfile.gettempdir()}/layouts-{os.environ.get('MASTER_PORT', 'alone')}"
+                            + f"-{self.name}" * bool(self.fault))
 
 
 def _one_sequence_alone() -> torch.Tensor:
