@@ -25,18 +25,12 @@ from dsv3_megatron.planning.time.work import Setting
 _DEVICES = 2048  # report, 3.1
 _PRICE = 2.0  # report, table 1: dollars an hour
 _POST_TRAINING_HOURS = 5e3  # report, table 1
-_FLAGS = "--pipeline-schedule dualpipe --fp8 blockwise --recompute-granularity selective"
-_PLAN = f"dsv3 plan --preset dsv3-671b --hardware h800 --num-gpus {_DEVICES} {_FLAGS}"
+_PLAN = f"dsv3 plan --preset dsv3-671b --hardware h800 --num-gpus {_DEVICES}"
 _PRINT = "dsv3 train --preset dsv3-671b --print-model"
 _HERE = "dsv3 report"
 _DAY_S = 86400
 _THOUSAND, _MILLION, _BILLION, _TRILLION = 1e3, 1e6, 1e9, 1e12
 _ABOUT_COST = "A prediction, from tables that no training run was fitted to (docs/planning)."
-
-
-def published_run() -> RunConfig:
-    """The run as it was published: the preset under DualPipe in FP8, recomputing norms and up-projections."""
-    return v3_run().override(pipeline_schedule="dualpipe", fp8="blockwise", recompute_granularity="selective")
 
 
 def h800() -> Hardware:
@@ -46,7 +40,7 @@ def h800() -> Hardware:
 
 @lru_cache(maxsize=1)
 def _step() -> StepTime:
-    run = published_run()
+    run = v3_run()
     return step_time(only_phase(run, main_phase(run)), Setting(h800(), _DEVICES))
 
 
@@ -70,7 +64,7 @@ def step_parts() -> dict[str, float]:
 
 @lru_cache(maxsize=1)
 def _pretraining_cost() -> float:
-    cost = run_cost(published_run(), Setting(h800(), _DEVICES))
+    cost = run_cost(v3_run(), Setting(h800(), _DEVICES))
     return sum(phase.gpu_hours or 0.0 for phase in cost.phases if not phase.name.startswith("extension"))
 
 
@@ -82,7 +76,7 @@ def _whole_cost() -> RunCost:
             return None, result.why_none()
         return result.ranked[0].layout.apply(run), result.ranked[0].layout.describe()
 
-    return run_cost(published_run(), Setting(h800(), _DEVICES), find_layout=find)
+    return run_cost(v3_run(), Setting(h800(), _DEVICES), find_layout=find)
 
 
 def _extension_hours() -> float:
@@ -91,7 +85,7 @@ def _extension_hours() -> float:
 
 def _fits() -> str:
     setting = Setting(h800(), _DEVICES)
-    run = only_phase(published_run(), main_phase(published_run()))
+    run = only_phase(v3_run(), main_phase(v3_run()))
     fullest = max(rank.peak_bytes for rank in estimate_memory(run, _DEVICES, **setting.memory_terms(run)))
     usable = Headroom.of(setting).usable_bytes
     if fullest <= usable:

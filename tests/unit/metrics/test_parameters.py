@@ -97,8 +97,8 @@ def test_mtp_modules_are_equal(depth: int) -> None:
 
 
 def test_dsv3_671b_bytes_of_a_middle_rank() -> None:
-    """Four MoE layers, four experts of each: counted by hand."""
-    run = preset("dsv3-671b")
+    """Four MoE layers, four experts of each, under a schedule with one copy of the model: counted by hand."""
+    run = preset("dsv3-671b").override(pipeline_schedule="1f1b")
     memory = rank_parameters(run, stage_layouts(run.model, run.parallel))[5]
     state = rank_states(run, 2048, precision="bf16")[5]
     assert len(memory.layer_ids) == 4

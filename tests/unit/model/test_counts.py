@@ -179,8 +179,10 @@ def test_a_rank_holds_what_the_table_of_bytes_says(world_size: int, degrees: dic
 def test_a_rank_of_the_671b_run_on_2048_gpus(rank: int, megatron_core: None) -> None:
     run = preset("dsv3-671b")
     with one_of(2048, rank, run.parallel) as groups:
-        (stage,) = build_without_memory(run, groups)
+        stages = build_without_memory(run, groups)
         memory = rank_parameters(run, stage_layouts(run.model, run.parallel))[groups.pp.rank()]
-    assert sum(parameter.numel() for parameter in stage.parameters()) == memory.parameters
-    experts = [parameter for name, parameter in stage.named_parameters() if "experts.linear_fc1" in name]
+    assert len(stages) == 2, "DualPipe holds a stage of each copy"
+    assert sum(parameter.numel() for stage in stages for parameter in stage.parameters()) == memory.parameters
+    experts = [parameter for stage in stages for name, parameter in stage.named_parameters()
+               if "experts.linear_fc1" in name]
     assert {parameter.shape[0] for parameter in experts if parameter.ndim == 3} == {4}

@@ -14,7 +14,7 @@ def test_phases_folders_and_most_micro_batches_are_left_out() -> None:
     rehearsed = rehearsed_run(run, 2048)
     assert rehearsed.training.phases == () and rehearsed.checkpoint.save is None
     assert rehearsed.logging.tensorboard_dir is None
-    assert rehearsed.training.num_microbatches(128) == 24, "1.5 x 16 pipeline ranks"
+    assert rehearsed.training.num_microbatches(128) == 32, "DualPipe fills 16 pipeline ranks with 2 x 16"
     assert (rehearsed.model, rehearsed.parallel) == (run.model, run.parallel)
 
 

@@ -60,7 +60,7 @@ def test_json_keys_are_stable() -> None:
     assert summary["parameters"]["mtp_total"] == 11_610_067_968
     assert summary["flops_per_token"]["main_causal"] == 250_455_926_784
     assert len(summary["ranks"]) == 16
-    assert sum(len(rank["layer_ids"]) for rank in summary["ranks"]) == 61
+    assert sum(len(rank["layer_ids"]) for rank in summary["ranks"]) == 2 * 61, "DualPipe has two copies"
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -222,7 +222,7 @@ def test_swiglus_input_takes_half_in_fp8() -> None:
 # -- FP8, layer by layer ---------------------------------------------------------------------------------------------
 
 V3_1F1B = {"phases": (), "global_batch_size": 15360, "train_iters": 1000, "precision": "bf16", "fp8": "blockwise",
-           "pipeline_schedule": "1f1b"}
+           "pipeline_schedule": "1f1b", "recompute_granularity": None}
 
 
 def test_an_override_of_one_layer_changes_its_rank_alone_by_the_exact_bytes() -> None:
