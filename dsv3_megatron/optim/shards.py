@@ -54,15 +54,19 @@ class ParameterShard:
     names: tuple[Named, ...]
 
 
+def optimizer_chain(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers that Megatron-Core has chained: of dense parameters and of experts, which other ranks share."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
 def distributed_parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """The distributed optimizers of a chain: dense parameters and experts are reduced over different ranks.
+    """The distributed optimizers of a chain that have parameters here.
 
     Left out is one that has nothing on this rank: a stub, or one without buffers. Megatron-Core makes the experts' on
     every rank if any has experts, and a stage with the embedding or the head alone has none; its own saving and loading
     fail on such a one.
     """
-    chain = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in chain if not part.is_stub_optimizer and part.buffers]
+    return [part for part in optimizer_chain(optimizer) if not part.is_stub_optimizer and part.buffers]
 
 
 def master_shards(optimizer: MegatronOptimizer, chunks: Iterable[torch.nn.Module], groups: ProcessGroupCollection
