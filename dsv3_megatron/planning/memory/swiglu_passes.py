@@ -34,7 +34,8 @@ class Fp8SwiGLUPass:
         """Go back to the gradient of x."""
         ledger, s = self.ops.ledger, self.ops.s
         result = ledger.make(f"gradient of {self.name}", self.rows * 2 * self.width * s.narrow)
-        ledger.pulse(gradient_work(s, self.rows, self.width))
+        # Without gates the output is not made.
+        ledger.pulse(gradient_work(s, self.rows, self.width) - min(self.rows, _CHUNK) * self.width * WIDE)
         ledger.drop(self.kept)
         return result
 
