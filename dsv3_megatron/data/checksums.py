@@ -10,6 +10,8 @@ Both find every single flipped bit. Neither keeps out somebody who writes a file
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 import os
 import threading
@@ -19,10 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
-try:
-    import xxhash
-except ImportError:
-    xxhash = None
+_XXHASH: Any = importlib.import_module("xxhash") if importlib.util.find_spec("xxhash") else None
 
 BLOCK_BYTES = 4 << 20
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 4 << 10, 1 << 30
@@ -42,9 +41,9 @@ class _Crc32:
         return self._value
 
 
-_MAKERS: dict[str, Any] = {"crc32": _Crc32} | ({"xxh3_64": xxhash.xxh3_64} if xxhash else {})
+_MAKERS: dict[str, Any] = {"crc32": _Crc32} | ({"xxh3_64": _XXHASH.xxh3_64} if _XXHASH else {})
 _DIGITS = {"crc32": 8, "xxh3_64": 16}
-ALGORITHM = "xxh3_64" if xxhash else "crc32"
+ALGORITHM = "xxh3_64" if _XXHASH else "crc32"
 
 
 class DamagedFileError(ValueError):
