@@ -110,7 +110,7 @@ class _Recipe:
     def __init__(self, function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> None:
         self.function = function
         self.inputs = [_pack(tensor) for tensor in inputs]
-        self.versions = [tensor._version for tensor in inputs]
+        self.versions = [_version(tensor) for tensor in inputs]
         self.outputs: tuple[torch.Tensor, ...] | None = None
         self.num_waiting = 0
 
@@ -123,7 +123,7 @@ class _Recipe:
         global _num_computing
         inputs = [_unpack(packed) for packed in self.inputs]
         for tensor, packed, version in zip(inputs, self.inputs, self.versions, strict=True):
-            if not isinstance(packed, _Note) and tensor._version != version:
+            if not isinstance(packed, _Note) and _version(tensor) != version:
                 raise RuntimeError(f"an input {tuple(tensor.shape)} of what is recomputed in backward was changed in "
                                    "place after forward; compute into a new tensor instead")
         _num_computing += 1
@@ -177,6 +177,11 @@ def _find(tensor: torch.Tensor) -> tuple[_Recipe, int] | None:
     reference, recipe, index = _live.get(storage._cdata, (None, None, 0))
     # Another storage may have the address of one that is gone.
     return (recipe, index) if recipe is not None and reference is not None and reference() is storage else None
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was changed in place; None of one made in inference mode, which torch does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:

@@ -188,3 +188,15 @@ def test_what_is_at_hand():
     del kept, other
     gc.collect()
     assert not recompute._held and not recompute._live
+
+
+def test_an_input_may_be_from_inference_mode():
+    """As rotary tables are that were made when a model was looked at before its first step."""
+    with torch.inference_mode():
+        table = torch.ones(4, 8)
+    x = leaf(4, 8)
+    y = recomputed(torch.add, table, table)
+    with saving():
+        product = x * y
+    product.sum().backward()
+    assert torch.equal(x.grad, torch.full((4, 8), 2.0))
