@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from dsv3_megatron.checkpoint.folder import latest_iteration, read_manifest, saved_iterations
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.guards.decisions import EXIT_GUARD
+from tests import signing
 from tests.distributed.faulty_run import Fault
 from tests.distributed.guarded_runs import BAD_STEP, bad_steps, steps_in_halves_and_whole, whole_runs
 from tests.distributed.launch import run_ranks
@@ -203,6 +204,7 @@ def check_files(folder: Path) -> None:
 def flip_a_bit(folder: Path) -> None:
     """Make one element of the newest checkpoint's output weight, and of its fp32 copy, about 1e37.
 
+    As if the bit had flipped in memory before the save: the checksums are those of the damaged bytes.
     The largest in the row of token 1, which is the most frequent: nothing makes its logit small everywhere.
     """
     path = read_manifest(folder).path
@@ -214,6 +216,7 @@ def flip_a_bit(folder: Path) -> None:
         at = content.index(values[1].numpy().tobytes(), place) + 4 * largest
         content[at + 3] ^= 0x40  # the exponent's highest bit of an fp32 number, little-endian
         (path / name).write_bytes(content)
+    signing.sign(path)
 
 
 def first_piece(path: Path, key: str) -> tuple[str, int, int]:
