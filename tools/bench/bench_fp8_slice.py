@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 _FP8 = {"fp8": "blockwise"}
 CONTENDERS: dict[str, dict[str, Any]] = {
-    "bf16": {"transformer_impl": "local"},
+    "bf16": {"transformer_impl": "local", "fp8": "none"},
     "fp8": {"transformer_impl": "local", **_FP8},
-    "te-bf16": {"transformer_impl": "transformer_engine"},
+    "te-bf16": {"transformer_impl": "transformer_engine", "fp8": "none"},
     "te-fp8": {"transformer_impl": "transformer_engine", **_FP8},
 }
 TARGET_SPEEDUP = 1.3
@@ -87,7 +87,7 @@ def slice_run(options: argparse.Namespace, contender: str, num_experts: int) -> 
     shape = {"num_layers": options.layers, "num_experts": num_experts, "vocab_size": options.vocab_size,
              "seq_length": options.seq_length, **(SMOKE if options.smoke else {})}
     return preset("dsv3-671b").override(**{
-        "num_dense_layers": 1, "mtp_num_layers": 0, "pipeline_model_parallel_size": 1,
+        "num_dense_layers": 1, "mtp_num_layers": 0, "pipeline_model_parallel_size": 1, "pipeline_schedule": "1f1b",
         "expert_model_parallel_size": 1, "phases": (), "stop_after_phase": None, "train_iters": 1000, "lr": 1e-4,
         "min_lr": 1e-4, "lr_decay_style": "constant", "ema_decay": 0.0, "eval_interval": 0, "precision": "bf16",
         "micro_batch_size": options.micro_batch_size,
