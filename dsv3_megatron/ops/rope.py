@@ -44,8 +44,9 @@ def apply_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> t
         raise ValueError(f"apply_rope: {num_pairs} pairs need {2 * num_pairs} dims, x has {x.shape[-1]}")
     if not torch.is_grad_enabled():
         return rotate_tail(x, torch.complex(cos_SP, sin_SP))
+    rotations_SP = recomputed(torch.complex, cos_SP, sin_SP)  # before `saving`, which looks whether there is any
     with saving():
-        return _RoPE.apply(x, recomputed(torch.complex, cos_SP, sin_SP))
+        return _RoPE.apply(x, rotations_SP)
 
 
 def reference_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> torch.Tensor:

@@ -72,3 +72,14 @@ def test_bad_input():
         apply_rope(torch.zeros(7, 3, 8), *(t.unsqueeze(1).expand(-1, 2, -1) for t in _angles()))
     with pytest.raises(ValueError, match="4 pairs need 8 dims, x has 6"):
         apply_rope(torch.zeros(7, 1, 6), *_angles())
+
+
+def test_the_rotations_are_not_kept_where_they_are_the_first_thing_to_be_computed_again():
+    from dsv3_megatron.ops import recompute
+
+    before = len(recompute._live)
+    x = randn(7, 2, 3, 8).requires_grad_()
+    y = apply_rope(x, *_angles())
+    assert len(recompute._live) == before, "the rotations are still there"
+    y.sum().backward()
+    assert x.grad is not None
