@@ -71,6 +71,16 @@ def prepare(local_rank: int | None = None) -> Device:
     return device
 
 
+def overlaps_reductions(device: Device) -> bool:
+    """Whether gradients are reduced and weights gathered while a run computes, where its settings ask for it.
+
+    On a GPU. On a CPU the same cores would do both, so that nothing is gained; and of four runs of several minutes over
+    gloo two ended in a segmentation fault in gloo's own thread, whose cause is not known. The environment variable
+    DSV3_OVERLAP_ON_CPU, where it is set and not 0, asks for it there too: certificates and tests do.
+    """
+    return device.is_cuda or os.environ.get("DSV3_OVERLAP_ON_CPU", "0") != "0"
+
+
 def has_fast_bf16(device: Device) -> bool:
     """Whether bf16 products run faster than fp32 ones: a GPU from Ampere on, or a CPU with AMX or AVX512-BF16."""
     if device.is_cuda:

@@ -44,6 +44,7 @@ from dsv3_megatron.optim.optimizer import build_optimizer, set_learning_rate
 from dsv3_megatron.optim.router_bias import update_router_biases
 from dsv3_megatron.parallel.groups import groups_of_gradients
 from dsv3_megatron.parallel.sequence_parts import SequenceParts
+from dsv3_megatron.platform.device import overlaps_reductions
 from dsv3_megatron.runs.built_model import BuiltModel, build_model
 from dsv3_megatron.runs.step_sums import sum_step
 from dsv3_megatron.schedule.forward_backward import ForwardStep, build_forward_backward, read_step
@@ -94,9 +95,10 @@ class Learner:
         self.run = run = built.run
         self.device, self.groups, self.precision, self.mcore_config = (
             built.device, built.groups, built.precision, built.config)
+        overlaps = overlaps_reductions(self.device)
         self.chunks = wrap_stages(
-            built.stages, self.mcore_config, self.groups, reduces_early=run.parallel.overlap_grad_reduce,
-            gathers_late=run.parallel.overlap_param_gather)
+            built.stages, self.mcore_config, self.groups, reduces_early=overlaps and run.parallel.overlap_grad_reduce,
+            gathers_late=overlaps and run.parallel.overlap_param_gather)
         self.are_weights_read = True
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
         self.average = WeightAverage(self.optimizer, list(self.chunks), self.groups, decay=run.training.ema_decay

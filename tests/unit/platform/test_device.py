@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dsv3_megatron.platform import Device, detect_device, has_fast_bf16, resolve_precision
+from dsv3_megatron.platform.device import overlaps_reductions
 
 CPU = Device(torch.device("cpu"), "gloo", "some processor")
 
@@ -49,3 +50,13 @@ def test_without_cuda_every_local_rank_is_the_cpu() -> None:
     device = detect_device(3)
     assert (device.torch_device, device.backend) == (torch.device("cpu"), "gloo")
     assert "cores" in device.name
+
+
+@pytest.mark.parametrize(("kind", "asked", "expected"), [
+    ("cuda", None, True), ("cpu", None, False), ("cpu", "0", False), ("cpu", "1", True)])
+def test_reductions_go_under_the_passes_on_a_gpu_or_where_it_is_asked_for(
+        kind: str, asked: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DSV3_OVERLAP_ON_CPU", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("DSV3_OVERLAP_ON_CPU", asked)
+    assert overlaps_reductions(Device(torch.device(kind), "gloo", "any")) is expected
