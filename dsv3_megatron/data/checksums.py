@@ -221,7 +221,7 @@ class BlockVerifier:
         self._is_proved = bytearray(checksums.num_blocks)
 
     def blocks(self, offset: int, num_bytes: int) -> range:
-        """The blocks that hold a run of bytes and are not proved yet, from the first such to the last."""
+        """The blocks that hold a run of bytes."""
         size = self.checksums.block_bytes
         if num_bytes <= 0:
             return range(0)

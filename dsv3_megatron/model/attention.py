@@ -65,15 +65,14 @@ def set_attention_backend(stages: Iterable[torch.nn.Module], run: RunConfig, pre
         ConfigError: The run's attention_backend is not possible here.
     """
     modules = [module for stage in stages for module in stage.modules() if isinstance(module, LocalMLASelfAttention)]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, value_bytes = "cuda" if torch.cuda.is_available() else "cpu", 2 if precision == "bf16" else 4
     if run.parallel.passes_latents:
-        choice = choose_block_attention(run.training.attention_backend, device, 2 if precision == "bf16" else 4,
-                                        run.model.qk_head_dim)
+        choice = choose_block_attention(run.training.attention_backend, device, value_bytes, run.model.qk_head_dim)
         log_choice(f"attention_backend {run.training.attention_backend} to blocks of other ranks", *choice)
         for module in modules:
             module.block_backend = choice[0]
         return
-    case = attention_case(device, 2 if precision == "bf16" else 4, run.model.qk_head_dim, run.model.v_head_dim,
+    case = attention_case(device, value_bytes, run.model.qk_head_dim, run.model.v_head_dim,
                           has_documents=run.data.has_document_attention)
     chosen, reason = choose_attention(run.training.attention_backend, case)
     log_choice(f"attention_backend {run.training.attention_backend}", chosen, reason)

@@ -53,8 +53,9 @@ def build_optimizer(
         # Megatron-Core marks the vectors' group and leaves the rest to its own scheduler of settings, which no run has.
         group["weight_decay"] = training.weight_decay * group["wd_mult"]
     shards = list(master_shards(optimizer, chunks, groups))
+    gathers_late = any(buckets.gathers_late for buckets in buckets_of(chunks))
     for part in optimizer_chain(optimizer):  # one without parameters here would gather those of the others
-        part._defer_param_sync = any(buckets.gathers_late for buckets in buckets_of(chunks))
+        part._defer_param_sync = gathers_late
     for part in distributed_parts(optimizer):
         if "bf16" in (training.exp_avg_dtype, training.exp_avg_sq_dtype):
             part.optimizer = _with_narrow_moments(training, part, shards)

@@ -68,9 +68,9 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
                                          use_decoupled_grad=_is_decoupled(part))
     is_applied = optimizer.step_with_ready_grads()
     assert is_applied, "without a gradient scaler every update is applied"
-    for chunk in {id(chunk): chunk for part in distributed_parts(optimizer) for chunk in part.model_chunks}.values():
-        for buckets in buckets_of([chunk]):
-            buckets.note_update()
+    chunks = {id(chunk): chunk for part in distributed_parts(optimizer) for chunk in part.model_chunks}
+    for buckets in buckets_of(chunks.values()):
+        buckets.note_update()
 
 
 def _gradient(part: Any, parameter: torch.nn.Parameter) -> torch.Tensor | None:

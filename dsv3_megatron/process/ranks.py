@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from dsv3_megatron.config.fields import ConfigError
 
-__all__ = ["Processes", "require_free_port", "wait_for_port"]
+__all__ = ["DEFAULT_PORT", "Processes", "require_free_port", "wait_for_port"]
 
 _MAX_PORT = 65535
 _MAX_PROCESSES = 10_000_000
-_DEFAULT_PORT = 29500
+DEFAULT_PORT = 29500
 # Between attempts to connect, for one attempt, and for a name that may be new (a cluster's own).
 _RETRY_S, _CONNECT_S, _RESOLVE_S = 0.3, 5.0, 10.0
 # Set by torchrun: its own process serves the store in which ranks meet.
@@ -41,7 +41,7 @@ class Processes:
     world_size: int = 1
     local_rank: int = 0
     address: str | None = None
-    port: int = _DEFAULT_PORT
+    port: int = DEFAULT_PORT
     has_agent: bool = False
     attempt: str = "0"
     local_size: int = 1
@@ -71,7 +71,7 @@ class Processes:
         if address.split() != [address] and "MASTER_ADDR" in variables:
             raise ConfigError(f"MASTER_ADDR={address!r} must be the name or address of rank 0's host; set it so; "
                               "torchrun sets it")
-        return cls(rank, size, local, address, _number(variables, "MASTER_PORT", 1, _MAX_PORT, default=_DEFAULT_PORT),
+        return cls(rank, size, local, address, _number(variables, "MASTER_PORT", 1, _MAX_PORT, default=DEFAULT_PORT),
                    variables.get(_AGENT_STORE) == "True",
                    f"{variables.get(_RUN_ID, 'none')}/{variables.get(_RESTARTS, '0')}", local_size)
 

@@ -27,12 +27,11 @@ from dsv3_megatron.config.version import __version__
 from dsv3_megatron.ops.fp8.choice import resolve_fp8_backend
 from dsv3_megatron.platform.device import detect_device, has_fast_bf16
 from dsv3_megatron.process.cores import usable_cores
-from dsv3_megatron.process.ranks import require_free_port
+from dsv3_megatron.process.ranks import DEFAULT_PORT, require_free_port
 
 DISTRIBUTION = "dsv3_megatron"
 PACKAGES, ONE_FEATURE, MACHINE, GPUS, NETWORK, STORAGE = TOPICS = (
     "packages", "what one feature uses", "machine", "GPUs", "network", "storage")
-_DEFAULT_PORT = 29500
 _NEEDED_PYTHON = (3, 12)
 # What the smallest run of several processes keeps in shared memory, and opens.
 _SHARED_MEMORY_BYTES, _OPEN_FILES = 64 << 20, 1024
@@ -232,10 +231,10 @@ def _network(infiniband: Path) -> Iterable[SetupFinding]:
     if given:
         yield SetupFinding(NETWORK, "settings", ", ".join(f"{name}={value}" for name, value in given.items()))
     try:
-        require_free_port(_DEFAULT_PORT, "localhost")
-        yield SetupFinding(NETWORK, f"port {_DEFAULT_PORT}", "free", use="where the processes of a run meet")
+        require_free_port(DEFAULT_PORT, "localhost")
+        yield SetupFinding(NETWORK, f"port {DEFAULT_PORT}", "free", use="where the processes of a run meet")
     except ConfigError as error:
-        yield SetupFinding(NETWORK, f"port {_DEFAULT_PORT}", str(error), State.ABSENT,
+        yield SetupFinding(NETWORK, f"port {DEFAULT_PORT}", str(error), State.ABSENT,
                       "where the processes of a run meet", "set MASTER_PORT to a free port")
 
 

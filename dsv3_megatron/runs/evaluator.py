@@ -189,8 +189,8 @@ class Evaluator:
         training = self.run.training
         logprobs_BS = torch.zeros(training.global_batch_size, training.seq_length, device=self.device.torch_device)
         if self.groups.tp.rank() == 0:
+            positions_S = SequenceParts.of(self.groups).positions(training.seq_length, logprobs_BS.device)
             for report in reports:
-                positions_S = SequenceParts.of(self.groups).positions(training.seq_length, logprobs_BS.device)
                 logprobs_BS[(report["sample_ids"] - first).unsqueeze(1), positions_S] = report["logprobs"]
         torch.distributed.all_reduce(logprobs_BS)
         return logprobs_BS.cpu().numpy()

@@ -114,11 +114,8 @@ class StageBuckets:
         self._left[place] -= 1
         if not self._left[place]:
             del self._left[place]
-            self._start_reduction(place)
-
-    def _start_reduction(self, place: str) -> None:
-        for group in self._groups[place]:
-            group.start_grad_sync()
+            for group in self._groups[place]:
+                group.start_grad_sync()
 
     def end_step(self) -> None:
         """Note that the gradients have been reduced, what was left by Megatron-Core."""

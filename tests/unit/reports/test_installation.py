@@ -70,10 +70,10 @@ def test_a_port_that_is_taken_and_a_folder_that_cannot_be_written(tmp_path: Path
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        monkeypatch.setattr(installation, "_DEFAULT_PORT", taken.getsockname()[1])
+        monkeypatch.setattr(installation, "DEFAULT_PORT", taken.getsockname()[1])
         monkeypatch.setattr(installation.os, "access", lambda path, mode: Path(path) != tmp_path)
         findings = named(tmp_path)
-    port = findings[f"port {taken.getsockname()[1] if taken.fileno() >= 0 else installation._DEFAULT_PORT}"]
+    port = findings[f"port {installation.DEFAULT_PORT}"]
     assert port.state is State.ABSENT and "another process listens" in port.found and "MASTER_PORT" in port.remedy
     assert findings[f"disk of {tmp_path}"].state is State.WRONG
     assert findings["shared memory"].state is State.GOOD
