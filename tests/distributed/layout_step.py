@@ -125,9 +125,10 @@ def random_samples(vocab_size: int, is_isolated: bool = False, mask: str = "rand
 
 
 class OneStepTrainer(MadeDataTrainer):
-    """The trainer on random samples, of which `mask` says what counts."""
+    """The trainer on random samples, of which `mask` says what counts; messages go under passes as on a GPU."""
 
     def __init__(self, run: RunConfig, mask: str = "random") -> None:
+        os.environ["DSV3_OVERLAP_ON_CPU"] = "1"
         super().__init__(run, random_samples(run.model.vocab_size, run.data.reset_attention_mask, mask))
 
 

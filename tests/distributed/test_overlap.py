@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,7 +47,6 @@ def run_steps(layouts: list[Layout], precision: str) -> dict[tuple[str, bool], T
     """Steps of each layout with and without overlap."""
     from megatron.core import parallel_state
 
-    os.environ["DSV3_OVERLAP_ON_CPU"] = "1"
     results = {}
     for layout in layouts:
         for overlaps in (True, False):

@@ -76,3 +76,9 @@ def test_rows_at_a_time_change_no_bit(is_narrow, monkeypatch):
         for got, expected in zip(other, results[0], strict=True):
             assert torch.equal(got, expected)
     assert activation(hidden[:0], None, torch.bfloat16).shape == (0, 128)
+
+
+def test_the_planner_counts_as_many_wide_rows():
+    from dsv3_megatron.planning.memory import swiglu_passes
+
+    assert swiglu_passes._CHUNK == kept_swiglu.CHUNK
