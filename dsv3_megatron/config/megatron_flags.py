@@ -211,8 +211,8 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
     ("--exp-avg-dtype, --exp-avg-sq-dtype", "fp32 or bf16"),
     ("--cp-comm-type", "p2p, all_gather or a2a, the same in all layers; p2p and all_gather pass latents, not keys and "
      "values"),
-    ("--overlap-grad-reduce, --overlap-param-gather", "on unless --no-overlap-grad-reduce or --no-overlap-param-gather "
-     "is given, under every schedule; a bucket is a layer, there is no --ddp-bucket-size"),
+    ("--overlap-grad-reduce, --overlap-param-gather", "on where there are GPUs, unless --no-overlap-grad-reduce or "
+     "--no-overlap-param-gather is given, under every schedule; a bucket is a layer, there is no --ddp-bucket-size"),
 )
 
 # Settings of Megatron-Bridge's recipes that Megatron-LM has no flag of the same name for.
