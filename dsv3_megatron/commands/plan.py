@@ -24,13 +24,15 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.metrics.rank_state import checkpoint_bytes
+from dsv3_megatron.planning.goodput.run_goodput import FailureFlags, RunGoodput, plan_goodput
 from dsv3_megatron.planning.machine.hardware import Hardware, save_hardware
 from dsv3_megatron.planning.machine.hardware_tables import HARDWARE, find_hardware
 from dsv3_megatron.planning.memory.estimate import estimate_memory
 from dsv3_megatron.planning.memory.headroom import lacking_memory
 from dsv3_megatron.planning.memory.remedies import advise, describe
 from dsv3_megatron.planning.plan_report import PlanReport, as_json, as_text, plot
-from dsv3_megatron.planning.run_cost import main_phase, only_phase, require_possible, run_cost, sensitivities
+from dsv3_megatron.planning.run_cost import RunCost, main_phase, only_phase, require_possible, run_cost, sensitivities
 from dsv3_megatron.planning.search import SearchResult, search
 from dsv3_megatron.planning.time.step_time import step_time
 from dsv3_megatron.planning.time.work import Setting
@@ -54,6 +56,20 @@ def _parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespac
     add("--top", type=int, default=10, metavar="N", help="places of the ranking (%(default)s)")
     add("--tokens", type=float, metavar="N", help="where the run ends, such as 14.8e12 (default: all of the recipe)")
     add("--price-per-gpu-hour", type=float, metavar="X", help="in any currency")
+    add("--mtbf-hours-per-gpu", type=float, metavar="X", help="mean hours of one GPU between two failures that stop "
+        "the job: says what failures make of the run (Llama 3's 16,384 GPUs: 45,600)")
+    add("--checkpoint-seconds", type=float, metavar="X", help="seconds that training waits for a save")
+    add("--checkpoint-write-seconds", type=float, metavar="X", help="seconds from there until it is on disk, where it "
+        "is written behind training (default: 0)")
+    add("--restart-seconds", type=float, metavar="X", help="seconds from a failure until training goes on")
+    add("--storage-gb-per-second", type=float, metavar="X", help="bandwidth of the storage for the whole run, from "
+        "which seconds of saves and restarts follow where they are not given")
+    add("--host-copy-gb-per-second", type=float, metavar="X", help="bandwidth from a GPU to its host: saves are "
+        "written behind training")
+    add("--spares", type=int, metavar="N", help="nodes that wait to replace others, paid for too (default: a lost node "
+        "is always replaced within a restart)")
+    add("--repair-hours", type=float, default=24.0, metavar="X", help="mean hours until a lost node is a spare again "
+        "(%(default)s)")
     add("--imbalance", type=float, metavar="X", help="routed rows of the busiest expert-parallel rank over the mean "
         "(default: from the machine's deviation)")
     add("--memory-headroom-gb", type=float, metavar="X", help="memory of each device that the run's tensors cannot "
@@ -86,6 +102,30 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(f"{flag}={number:g} must be at least {least}{meaning} and at most {most:g}")
     for flag, value, ending in (("--png", options.png, ".png"), ("--save-hardware", options.save_hardware, ".json")):
         require_output_file(flag, value, ending=ending)
+
+
+def _goodput(options: argparse.Namespace, run: RunConfig, setting: Setting, cost: RunCost) -> RunGoodput | None:
+    """The run with failures, if something was said of them."""
+    if options.mtbf_hours_per_gpu is None:
+        for name in ("checkpoint_seconds", "checkpoint_write_seconds", "restart_seconds", "storage_gb_per_second",
+                     "host_copy_gb_per_second", "spares"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} says what a failure costs, and --mtbf-hours-per-gpu is "
+                                  "not given; give it, or leave this out")
+        return None
+    flags = FailureFlags(
+        options.mtbf_hours_per_gpu, options.checkpoint_seconds, options.checkpoint_write_seconds,
+        options.restart_seconds, options.spares, options.repair_hours, options.storage_gb_per_second,
+        options.host_copy_gb_per_second)
+    known = [phase for phase in cost.phases if phase.seconds]
+    num_steps = sum(phase.num_steps for phase in known)
+    if not num_steps:
+        raise ConfigError("--mtbf-hours-per-gpu: no phase of the run can be done on these devices, so that there is no "
+                          "time to plan failures in; --search finds a layout")
+    return plan_goodput(
+        flags, num_gpus=setting.num_devices, gpus_per_node=setting.hardware.ranks_per_node(setting.num_devices),
+        checkpoint_bytes=checkpoint_bytes(run), step_seconds=cost.days * 86400 / num_steps, training_days=cost.days,
+        save_interval=run.checkpoint.save_interval)
 
 
 def _hardware(name: str, run: RunConfig, num_processes: int) -> Hardware:
@@ -124,11 +164,11 @@ def plan(run: RunConfig, setting: Setting, options: argparse.Namespace) -> PlanR
     remedies: tuple[str, ...] = ()
     if lacking_memory(memory, setting):
         remedies = tuple(describe(advise(main, setting.num_devices, **terms)))
+    cost = run_cost(run, setting, tokens=options.tokens, price_per_gpu_hour=options.price_per_gpu_hour,
+                    find_layout=_find_layout)
     return PlanReport(
-        run=main, phase=phase.name, step=step_time(main, setting), memory=memory, remedies=remedies,
-        cost=run_cost(run, setting, tokens=options.tokens, price_per_gpu_hour=options.price_per_gpu_hour,
-                      find_layout=_find_layout),
-        sensitivity=sensitivities(main, setting), search=found)
+        run=main, phase=phase.name, step=step_time(main, setting), memory=memory, remedies=remedies, cost=cost,
+        sensitivity=sensitivities(main, setting), search=found, goodput=_goodput(options, run, setting, cost))
 
 
 def _run(options: argparse.Namespace, run: RunConfig) -> int:

@@ -7,5 +7,5 @@ Nothing is imported here. Begin with the first; the claims are data, each with a
     schedule_claims.py    bubbles of the schedules                     fp8_claims.py        formats and scales
     cluster_claims.py     layout, dispatch, memory, time, cost         later_claims.py      post-training, results
     claim_table.py        all of them, in the page's order             claim_page.py        the page
-    published_runs.py     training runs of others, predicted
+    published_runs.py     training runs of others, predicted         published_failures.py   those with failures
 """

@@ -5,6 +5,7 @@ Nothing is imported here.
     machine/        what a machine can do: tables with sources, measurements, a fit to a run's logs
     time/           operations and bytes on the wire -> seconds of a step
     memory/         bytes of each pipeline rank, by component
+    goodput/        failures, saves and restarts -> the share of time that counts
 
     search.py       all layouts, ranked or rejected           plan_report.py  text, JSON, picture
     run_cost.py     phases, days, device-hours, money         flags.py      settings as flags to paste

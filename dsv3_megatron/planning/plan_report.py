@@ -9,6 +9,8 @@ from typing import Any
 
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.metrics.rank_state import checkpoint_bytes
+from dsv3_megatron.planning.goodput.goodput_report import goodput_json, goodput_text
+from dsv3_megatron.planning.goodput.run_goodput import RunGoodput
 from dsv3_megatron.planning.machine.hardware import UNVERIFIED, Hardware
 from dsv3_megatron.planning.memory.estimate import RankMemory
 from dsv3_megatron.planning.memory.headroom import Headroom, lacking_memory
@@ -73,6 +75,7 @@ class PlanReport:
         cost: Cost of the whole run.
         sensitivity: Change of the step time with 10% more of a resource.
         search: What a search of layouts found, if one was asked for.
+        goodput: The run with failures, if something was said of them.
     """
 
     run: RunConfig
@@ -83,6 +86,7 @@ class PlanReport:
     cost: RunCost
     sensitivity: Mapping[str, float]
     search: SearchResult | None = None
+    goodput: RunGoodput | None = None
 
     @property
     def hardware(self) -> Hardware:
@@ -143,6 +147,8 @@ def as_json(report: PlanReport) -> dict[str, Any]:
                   "price": cost.price(cost.gpu_hours)},
         "sensitivity": dict(report.sensitivity), "unverified": report.unverified(),
     }
+    if report.goodput is not None:
+        found["goodput"] = goodput_json(report.goodput, cost.price_per_gpu_hour)
     if report.search is not None:
         found["search"] = search_json(report.search)
     return found
@@ -178,6 +184,8 @@ def _memory_json(rank: RankMemory) -> dict[str, Any]:
 def as_text(report: PlanReport) -> str:
     """Write a report as text for a terminal."""
     parts = [_head(report), _breakdown(report), _memory(report), _phases(report), _sensitivity(report)]
+    if report.goodput is not None:
+        parts.insert(4, goodput_text(report.goodput, report.cost.price_per_gpu_hour))
     if report.search is not None:
         parts.insert(0, search_text(report.search))
     if report.unverified():

@@ -183,6 +183,25 @@ def published_runs_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def goodput_table(name: str) -> str:
+    """Published runs with failures beside the planner's share of time that counts, by formula and by drawn events."""
+    rows: dict[str, dict[str, dict[str, dict[str, str]]]] = {}
+    for (config, contender), metrics in newest(name).items():
+        rows.setdefault(config, {})[contender] = metrics
+    lines = ["| Run | GPUs | published | predicted | drawn | save every | restart | published with | taken |",
+             "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]
+    for config, found in rows.items():
+        run, gpus, taken, address = config.split("; ")
+        share = {who: float(metrics["effective_training_time"]["value"]) for who, metrics in found.items()}
+        published = f"over {share['above']:.0%}" if "above" in share else f"{share['published']:.1%}"
+        interval, restart, explaining = (float(found["predicted"][metric]["value"]) / 60
+                                         for metric in ("interval", "restart", "explaining_restart"))
+        lines.append(f"| [{run}]({address}) | {int(gpus):,} | {published} | {share['predicted']:.1%} | "
+                     f"{share['drawn']:.1%} | {interval:.3g} min | {restart:.3g} min | {explaining:.3g} min | "
+                     f"{taken} |")
+    return "\n".join(lines)
+
+
 def memory_table(name: str) -> str:
     """Estimated against counted memory: of each run the rank whose peak is farthest off."""
     lines = ["| Model | Run | ranks | between steps | estimated | peak | estimated | error | device |",
@@ -264,6 +283,7 @@ TABLES = {
     "training_by_cpu": cpus_table,
     "memory": memory_table,
     "published_runs": published_runs_table,
+    "goodput": goodput_table,
     "rehearsal": rehearsal_table,
     "schedules": schedule_table,
     "overlap": overlap_table,

@@ -56,6 +56,23 @@ def test_text_and_picture(plan, tmp_path) -> None:
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_failures(plan) -> None:
+    flags = (*RUN, "--tokens", "1e12", "--price-per-gpu-hour", "2", "--mtbf-hours-per-gpu", "45600")
+    status, out, _ = plan(*flags, "--storage-gb-per-second", "10", "--json")
+    found = json.loads(out)
+    goodput = found["goodput"]
+    assert status == 0 and goodput["training_days"] == pytest.approx(found["total"]["days"])
+    assert goodput["checkpoint_seconds"] == pytest.approx(found["checkpoint_bytes"] / 10e9)
+    assert goodput["days"] == pytest.approx(goodput["training_days"] / goodput["effective_training_time"])
+    assert goodput["price"] == pytest.approx(2 * 64 * 24 * goodput["days"])
+    status, out, _ = plan(*flags, "--checkpoint-seconds", "30", "--restart-seconds", "600")
+    assert status == 0 and "effective training time" in out
+    status, _, err = plan(*flags)
+    assert status == 2 and "--checkpoint-seconds is not given" in err
+    status, _, err = plan(*RUN, "--spares", "4")
+    assert status == 2 and "--spares says what a failure costs, and --mtbf-hours-per-gpu is not given" in err
+
+
 def test_search(plan) -> None:
     status, out, _ = plan("--preset", "laptop", "--hardware", "h800", "--num-gpus", "8", "--global-batch-size", "32",
                           "--search", "--top", "3", "--json")
