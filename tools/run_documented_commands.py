@@ -152,7 +152,8 @@ def make_room(words: list[str], folder: Path) -> None:
             place.unlink(missing_ok=True)
     if prefix := values.get("--output-prefix"):
         for ending in ("bin", "idx", "json"):
-            for place in [folder / f"{prefix}.{ending}", *folder.glob(f"{prefix}_*_document.{ending}")]:
+            for place in [folder / f"{prefix}.{ending}", *folder.glob(f"{prefix}_*_document.{ending}"),
+                          *folder.glob(f"{prefix}_conversations*.{ending}")]:
                 place.unlink(missing_ok=True)
 
 
@@ -246,6 +247,9 @@ class Workplace:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(documents[:50]), folder / "pages" / "1.parquet")
         with pyarrow.output_stream(str(folder / "more.jsonl.zst"), compression="zstd") as stream:
             stream.write(lines[:lines.index("\n") + 1].encode())
+        chat = [{"prompt": document["summary"], "completion": document["text"][:300]} for document in documents]
+        pairs = (json_text(pair) + "\n" for pair in chat if pair["completion"].strip())
+        (folder / "chat.jsonl").write_text("".join(pairs))
         np.save(folder / "ids.npy", np.arange(100).reshape(4, 25))
         quickstart = "runs/quickstart"
         preprocess = f"dsv3 preprocess --input corpus.jsonl --tokenizer-model {quickstart}/tokenizer --append-eod"
@@ -262,6 +266,7 @@ class Workplace:
             if failure := self.call(shlex.split(line), folder):
                 raise RuntimeError(f"a stand-in could not be made: {line}\n{failure}")
         shutil.copytree(folder / quickstart / "tokenizer", folder / "tokenizer")
+        shutil.copy(folder / "examples/chat_template.jinja", folder / "tokenizer")
         return folder
 
 

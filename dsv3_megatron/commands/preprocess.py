@@ -11,10 +11,11 @@ Parquet, and folders of either or of plain text, a document a file. Where a name
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads cost memory here and do nothing
 
@@ -27,6 +28,9 @@ from dsv3_megatron.data.reading.documents import DEFAULT_MAX_DOCUMENT_BYTES, sam
 from dsv3_megatron.data.reading.inputs import FORMATS, InputFile, JobShard, expand_inputs, shown, take_shard
 from dsv3_megatron.process.cores import usable_cores
 
+if TYPE_CHECKING:
+    from dsv3_megatron.data.chat.template import ChatTemplate
+
 _PUNKT_SAMPLE_BYTES = 4_000_000
 
 
@@ -38,6 +42,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     _add_input_flags(parser)
     _add_tokenization_flags(parser)
+    _add_chat_flags(parser)
     _add_transform_flags(parser)
     _add_output_flags(parser)
     _add_runtime_flags(parser)
@@ -48,9 +53,25 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(
             "--split-sentences cannot be combined with --fim-rate or --split-combined-rate: those are for documents"
         )
+    if options.sft:
+        _refuse_with_sft(parser, options)
+    elif options.chat_template:
+        parser.error("--chat-template is for --sft")
     if options.keep_newlines and not options.split_sentences:
         parser.error("--keep-newlines is for --split-sentences")
     return options
+
+
+def _refuse_with_sft(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse what only texts have; a conversation's text is its template's."""
+    given = {"--json-keys": options.json_keys != parser.get_default("json_keys"), "--append-eod": options.append_eod,
+             "--fim-rate": options.fim_rate, "--split-combined-rate": options.split_combined_rate,
+             "--split-sentences": options.split_sentences,
+             "--tokenizer-backend gigatoken": options.tokenizer_backend == "gigatoken"}
+    wrong = [flag for flag, is_given in given.items() if is_given]
+    if wrong:
+        parser.error(f"{wrong[0]} cannot be combined with --sft: what surrounds a conversation is its chat template's "
+                     "matter")
 
 
 def _add_input_flags(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +128,17 @@ def _add_tokenization_flags(parser: argparse.ArgumentParser) -> None:
         help="put around every text what the tokenizer itself puts there, such as a begin token, as Megatron-LM's tool "
         "does; most tokenizers put nothing",
     )
+
+
+def _add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("conversations, for fine-tuning").add_argument
+    add(
+        "--sft",
+        action="store_true",
+        help="the lines are conversations (messages, prompt and completion, or ShareGPT's conversations): writes "
+        "PREFIX_conversations, and PREFIX_conversations_mask, which says what counts in the loss",
+    )
+    add("--chat-template", metavar="FILE", help="with --sft: Jinja2 template to use instead of the tokenizer's own")
 
 
 def _add_transform_flags(parser: argparse.ArgumentParser) -> None:
@@ -246,20 +278,39 @@ def _make_transforms(
     return Transforms(fim, combined, sentences), described
 
 
+def _find_template(options: argparse.Namespace) -> tuple[ChatTemplate | None, dict[str, Any]]:
+    """The chat template of a job on conversations, and what the sidecar says of it; None for one on texts."""
+    if not options.sft:
+        return None, {}
+    from dsv3_megatron.data.chat.template import find_chat_template
+
+    template = find_chat_template(options.tokenizer_model, options.chat_template)
+    found = "marks" if template.has_marks else "turns"
+    how = {"marks": "by its marks ({% generation %})", "turns": "by the borders of its turns"}[found]
+    print(f"chat template: {template.place}, the assistant's parts {how}", file=sys.stderr)
+    digest = hashlib.sha256(template.source.encode()).hexdigest()
+    return template, {"chat_template_sha256": digest, "assistant_found_by": found}
+
+
 def _run(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     shard = JobShard.parse(options.shard)
     files = expand_inputs(options.input, format=options.input_format)
     portions = take_shard(files, shard)
-    encoder, why = choose_encoder(options.tokenizer_model, backend=options.tokenizer_backend)
-    print(f"tokenizer: {encoder.name} ({why})", file=sys.stderr)
-    transforms, described = _make_transforms(options, files, shard)
+    # Only Hugging Face's says where a token lies in its text.
+    backend = "huggingface" if options.sft else options.tokenizer_backend
+    encoder, why = choose_encoder(options.tokenizer_model, backend=backend)
+    print(f"tokenizer: {encoder.name}{'' if options.sft else f' ({why})'}", file=sys.stderr)
+    template, described = _find_template(options)
+    transforms: Transforms | None = None
+    if template is None:
+        transforms, described = _make_transforms(options, files, shard)
     job = PreprocessOptions(
         files=files,
         keys=tuple(options.json_keys),
         output_prefix=options.output_prefix,
         is_eod_appended=options.append_eod,
-        is_wrapped=options.add_special_tokens,
+        is_wrapped=options.add_special_tokens and not options.sft,
         shard=shard,
         is_skipping=options.on_error == "skip",
         max_document_bytes=options.max_document_bytes,
@@ -267,10 +318,11 @@ def _run(options: argparse.Namespace) -> None:
         is_resumed=options.resume,
         num_workers=options.workers,
         transform_options=described,
+        is_chat=options.sft,
     )
     progress = _Progress(sum(portion.stop - portion.start for portion in portions), options.log_interval)
     try:
-        totals = preprocess(job, encoder, transforms=transforms, report=progress)
+        totals = preprocess(job, encoder, transforms=transforms, template=template, report=progress)
     finally:
         progress.close()
     _summarize(job, totals, time.perf_counter() - start)

@@ -4,6 +4,7 @@ Nothing is imported here, so that preprocessing does not pay for torch: import t
 
 Text:     reading/      files -> documents               corpus.py         the quickstart's corpus, from installed text
           tokenizer.py  byte-level BPE like DeepSeek-V3's    text_sample.py  a bounded sample of a corpus
+Chat:     chat/         conversations -> masked tokens, and these -> packed samples, for fine-tuning
 To disk:  transforms/   what may happen to a document    encoder.py        texts -> ids: gigatoken or tokenizers
           tokenizer_proof.py    in which texts the two part: of its parts the largest is character_classes.py;
                         fast_tokenizer.py loads gigatoken

@@ -13,13 +13,16 @@ import numpy as np
 from dsv3_megatron.data.encoder import Encoder, EncodingError
 from dsv3_megatron.data.indexed import choose_dtype
 from dsv3_megatron.data.reading.blocks import Block
-from dsv3_megatron.data.reading.documents import Reading, RecordReader, Text, too_large
+from dsv3_megatron.data.reading.documents import Reading, Record, RecordReader, Text, too_large
 from dsv3_megatron.data.reading.json_lines import RecordError
 from dsv3_megatron.data.transforms.combined_tokens import CombinedTokenSplitter
 from dsv3_megatron.data.transforms.fim import FimTransform
 from dsv3_megatron.data.transforms.sentences import SentenceSplitter
 
 _FLUSH_TOKENS = 1 << 20
+
+# The sequences of one text, each in pieces of ids.
+EncodedText = list[list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -106,14 +109,12 @@ class BlockEncoder:
     def _encode(self, block: Block, *, is_checked: bool) -> tuple[EncodedBlock, list[bytes]]:
         reading = Reading()
         rejects = []
-        output = [_Output(self.dtype, self.encoder.vocab_size, is_checked) for _ in self.reader.keys]
+        output = self._outputs(is_checked=is_checked)
         num_records = text_bytes = 0
         for record in self.reader.read(block, reading):
             num_records += 1
             try:
-                encoded = [
-                    self._encode_text(text, out, reading) for text, out in zip(record.texts, output, strict=True)
-                ]
+                encoded = self._encode_record(record, output, reading)
             except (RecordError, EncodingError) as problem:
                 error = problem if isinstance(problem, RecordError) else _not_encoded(problem)
                 rejects.append(replace(error.reject, byte=record.byte + error.reject.byte, line=record.line))
@@ -129,7 +130,19 @@ class BlockEncoder:
         keys = [out.result() for out in output]
         return EncodedBlock(keys, reading, num_records, text_bytes), [piece for out in output for piece in out.pieces]
 
-    def _encode_text(self, text: Text, out: _Output, reading: Reading) -> list[list[np.ndarray]]:
+    def _outputs(self, *, is_checked: bool) -> list[TokenOutput]:
+        """One for each dataset that records go into."""
+        return [TokenOutput(self.dtype, self.encoder.vocab_size, is_checked) for _ in self.reader.keys]
+
+    def _encode_record(self, record: Record, output: list[TokenOutput], reading: Reading) -> list[EncodedText]:
+        """What a record gives each output.
+
+        Raises:
+            RecordError: the record cannot be taken.
+        """
+        return [self._encode_text(text, out, reading) for text, out in zip(record.texts, output, strict=True)]
+
+    def _encode_text(self, text: Text, out: TokenOutput, reading: Reading) -> EncodedText:
         """The sequences of a text, each a list of arrays of ids.
 
         Raises:
@@ -187,8 +200,14 @@ class _WrongId(Exception):
     """An id that the vocabulary does not have, somewhere in the block."""
 
 
-class _Output:
-    """Collects one key's ids as bytes in the dataset's dtype."""
+class TokenOutput:
+    """Collects the ids of one dataset as bytes in its dtype.
+
+    Args:
+        dtype: The dataset's.
+        vocab_size: Largest id + 1.
+        is_checked: Whether each text's ids are compared with it, not those of many at once.
+    """
 
     def __init__(self, dtype: np.dtype, vocab_size: int, is_checked: bool) -> None:
         self.pieces: list[bytes] = []
@@ -215,7 +234,7 @@ class _Output:
             )
         return ids_T.astype(self._dtype)
 
-    def add(self, sequences: list[list[np.ndarray]]) -> None:
+    def add(self, sequences: EncodedText) -> None:
         """Take a document's sequences, each in pieces of ids."""
         self._sequences.append(len(sequences))
         for arrays in sequences:

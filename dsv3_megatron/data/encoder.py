@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,14 +112,32 @@ class HuggingFaceEncoder:
 
     def encode(self, text: str) -> np.ndarray:
         """Give the ids of a text, uint32 [T]; raises EncodingError where the library cannot."""
+        return np.array(self._call(self._tokenizer.encode_batch_fast, text).ids, dtype=np.uint32)
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text, and where each lies in it.
+
+        Args:
+            text: Text to encode; no token is added to it.
+
+        Returns:
+            uint32 [T]; and int64 [T, 2], the [first, stop) characters of each.
+
+        Raises:
+            EncodingError: the library cannot encode it.
+        """
+        encoding = self._call(self._tokenizer.encode_batch, text)
+        return np.array(encoding.ids, dtype=np.uint32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+    def _call(self, encode: Callable[..., Any], text: str) -> Any:
         try:
-            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            (encoding,) = encode([text], add_special_tokens=False)
         except BaseException as error:
             # Not an Exception: what its Rust code does at a run of over ten million spaces, say.
             if type(error).__name__ != "PanicException":
                 raise
             raise EncodingError(f"tokenizers gives it no ids ({error})") from None
-        return np.array(encoding.ids, dtype=np.uint32)
+        return encoding
 
     def encode_pieces(self, text: str | bytearray) -> Iterator[np.ndarray]:
         """Yield the ids of a text, uint32 [T], in one piece."""

@@ -11,11 +11,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.block_encoder import BlockEncoder, EncodedBlock, Transforms
-from dsv3_megatron.data.encoder import Encoder
+from dsv3_megatron.data.chat.masked import CONVERSATIONS, MASK_DTYPE, MASK_VALUES, MASKS
+from dsv3_megatron.data.encoder import Encoder, HuggingFaceEncoder
 from dsv3_megatron.data.indexed import dataset_paths, read_sidecar
 from dsv3_megatron.data.indexed_writer import DatasetWriter, WriterState, publish
 from dsv3_megatron.data.job import FOLDER_SUFFIX, Job, job_hash
@@ -24,6 +25,9 @@ from dsv3_megatron.data.reading.blocks import BLOCK_BYTES, Block, InputPosition,
 from dsv3_megatron.data.reading.documents import DEFAULT_MAX_DOCUMENT_BYTES, LineCounter, RecordReader, describe
 from dsv3_megatron.data.reading.inputs import STDIN, InputFile, JobShard, Portion, take_shard
 from dsv3_megatron.process.cores import usable_cores
+
+if TYPE_CHECKING:
+    from dsv3_megatron.data.chat.template import ChatTemplate
 
 REJECTS_NAME = "rejects.jsonl"
 
@@ -45,6 +49,7 @@ class PreprocessOptions:
         is_resumed: Go on with unfinished work, if there is any.
         num_workers: Encoding processes.
         transform_options: What `Transforms` were made from, for the sidecar and to tell jobs apart.
+        is_chat: The records are conversations: two datasets are made of them, their tokens and what counts of these.
     """
 
     files: Sequence[InputFile]
@@ -59,12 +64,19 @@ class PreprocessOptions:
     is_resumed: bool = False
     num_workers: int = 1
     transform_options: dict[str, Any] = field(default_factory=dict)
+    is_chat: bool = False
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
             raise ValueError(f"workers={self.num_workers} must be at least 1; try {usable_cores()}")
         if self.max_document_bytes < 1:
             raise ValueError(f"max_document_bytes={self.max_document_bytes} must be at least 1")
+        if self.is_chat:
+            object.__setattr__(self, "keys", (CONVERSATIONS, MASKS))
+            others = [file for file in self.files if file.format in ("text", "parquet")]
+            if others:
+                raise ValueError(f"{others[0].path} is {others[0].format}: conversations are read from JSON lines "
+                                 "(--sft); convert it")
         if not self.keys or len(set(self.keys)) < len(self.keys):
             raise ValueError(f"json_keys={' '.join(self.keys)} must be one or more different keys")
         streams = [file.path for file in self.files if file.is_stream]
@@ -75,11 +87,13 @@ class PreprocessOptions:
     @property
     def level(self) -> str:
         """What a sequence of the datasets is."""
+        if self.is_chat:
+            return "conversation"
         return "sentence" if self.transform_options.get("split_sentences") else "document"
 
     def dataset_prefix(self, key: str) -> str:
         """Path of a key's dataset without suffix."""
-        return f"{self.output_prefix}_{key}_{self.level}{self.shard.suffix}"
+        return f"{self.output_prefix}_{key}{'' if self.is_chat else f'_{self.level}'}{self.shard.suffix}"
 
     @property
     def rejects_path(self) -> str:
@@ -127,6 +141,7 @@ def preprocess(
     encoder: Encoder,
     *,
     transforms: Transforms | None = None,
+    template: ChatTemplate | None = None,
     report: Callable[[Totals], None] | None = None,
 ) -> Totals:
     """Make the datasets of a job, or of a shard of it.
@@ -135,6 +150,7 @@ def preprocess(
         options: The job.
         encoder: The job's tokenizer (`encoder.choose_encoder`).
         transforms: What happens to documents beside encoding; must be what options.transform_options say.
+        template: Chat template that renders conversations, with is_chat; None: the records are texts.
         report: Receives the totals after every block.
 
     Returns:
@@ -159,20 +175,7 @@ def preprocess(
     run = None
     try:
         run = _Run(options, encoder, job, job_hash(identity))
-        reader = RecordReader(
-            options.files,
-            options.keys,
-            max_document_bytes=options.max_document_bytes,
-            is_long_split=(transforms or Transforms()).are_off,
-        )
-        block_encoder = BlockEncoder(
-            reader,
-            encoder,
-            eod_id=encoder.eod_id if options.is_eod_appended else None,
-            is_stopping=not options.is_skipping,
-            is_wrapped=options.is_wrapped,
-            transforms=transforms,
-        )
+        block_encoder = _block_encoder(options, encoder, transforms, template)
         if not run.is_complete:
             _encode_all(run, block_encoder, portions, report)
         run.finish()
@@ -185,6 +188,35 @@ def preprocess(
     return run.totals
 
 
+def _block_encoder(
+    options: PreprocessOptions, encoder: Encoder, transforms: Transforms | None, template: ChatTemplate | None
+) -> BlockEncoder:
+    """What the workers do with a block."""
+    assert options.is_chat == (template is not None)
+    is_stopping, limit = not options.is_skipping, options.max_document_bytes
+    if template is not None:
+        from dsv3_megatron.data.chat.encoding import ConversationEncoder, WholeLines
+
+        if not isinstance(encoder, HuggingFaceEncoder):
+            raise ValueError(f"tokenizer_backend={encoder.name} does not say where a token lies in its text, which "
+                             "conversations need; leave it out")
+        reader = RecordReader(options.files, (CONVERSATIONS,), max_document_bytes=limit, parser=WholeLines())
+        return ConversationEncoder(reader, encoder, template, is_stopping=is_stopping)
+    return BlockEncoder(
+        RecordReader(
+            options.files,
+            options.keys,
+            max_document_bytes=limit,
+            is_long_split=(transforms or Transforms()).are_off,
+        ),
+        encoder,
+        eod_id=encoder.eod_id if options.is_eod_appended else None,
+        is_stopping=is_stopping,
+        is_wrapped=options.is_wrapped,
+        transforms=transforms,
+    )
+
+
 def _encode_all(
     run: _Run, block_encoder: BlockEncoder, portions: Sequence[Portion], report: Callable[[Totals], None] | None
 ) -> None:
@@ -194,7 +226,7 @@ def _encode_all(
         blocks = iterate_blocks(
             options.files,
             portions,
-            keys=options.keys,
+            keys=reader.keys,
             position=run.position,
             max_line_bytes=reader.max_line_bytes,
             block_bytes=BLOCK_BYTES,
@@ -263,7 +295,8 @@ class _Run:
             self._writers.append(
                 DatasetWriter(
                     options.dataset_prefix(key),
-                    vocab_size=encoder.vocab_size,
+                    vocab_size=MASK_VALUES if key == MASKS else encoder.vocab_size,
+                    dtype=MASK_DTYPE if key == MASKS else None,
                     tokenizer_fingerprint=encoder.fingerprint,
                     options={
                         "json_key": key,
@@ -297,12 +330,12 @@ class _Run:
             self._rejects.write(json_text(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             self.totals.rejected[placed.reason] += 1
         start = 0
-        for writer, encoded in zip(self._writers, result.keys, strict=True):
+        for key, writer, encoded in zip(self.options.keys, self._writers, result.keys, strict=True):
             stop = start + encoded.num_pieces
             writer.add_encoded(
                 buffers[start:stop], encoded.lengths_Q, encoded.sequences_D, max_token_id=encoded.max_token_id
             )
-            self.totals.tokens += int(encoded.lengths_Q.sum(dtype="int64"))
+            self.totals.tokens += 0 if key == MASKS else int(encoded.lengths_Q.sum(dtype="int64"))
             start = stop
         totals, first = self.totals, result.keys[0]
         totals.records += result.num_records

@@ -19,6 +19,7 @@ from dsv3_megatron.data.reading.json_lines import (
     LineParser,
     RecordError,
     Reject,
+    TextParser,
     find_invalid_utf8,
     invalid_utf8,
 )
@@ -96,6 +97,7 @@ class RecordReader:
         keys: Names of the texts in each record.
         max_document_bytes: Longer texts need not be read.
         is_long_split: Give the texts of long lines in pieces.
+        parser: Takes as many texts as there are keys out of a line of JSON; None: those under the keys.
     """
 
     def __init__(
@@ -105,11 +107,12 @@ class RecordReader:
         *,
         max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
         is_long_split: bool = False,
+        parser: TextParser | None = None,
     ) -> None:
         self.files, self.keys = files, tuple(keys)
         self.max_document_bytes = max_document_bytes
         self._long_line_bytes = LONG_LINE_BYTES if is_long_split else None
-        self._parser = LineParser(keys)
+        self._parser = parser or LineParser(keys)
 
     @property
     def max_line_bytes(self) -> int:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -47,6 +47,18 @@ class RecordError(ValueError):
     def __init__(self, reason: str, detail: str, way_out: str, byte: int = 0) -> None:
         super().__init__(f"{detail}; {way_out}")
         self.reject = Reject(reason, detail, way_out, byte)
+
+
+class TextParser(Protocol):
+    """Takes texts out of a line of JSON, whose bytes are known to be UTF-8; raises RecordError where it cannot."""
+
+    def parse(self, line: bytes | memoryview) -> list[str]:
+        """The texts of one line."""
+        ...
+
+    def parse_long(self, line: memoryview) -> list[Iterator[str]]:
+        """The texts of a line of any length, each in pieces."""
+        ...
 
 
 class LineParser:
@@ -94,7 +106,7 @@ class LineParser:
         return [_unescape(key, raw) for key, raw in zip(self.keys, raws, strict=True)]
 
     def _parse_slowly(self, line: bytes) -> list[str]:
-        string = _decode_utf8(line)
+        string = decode_utf8(line)
         try:
             record = json.loads(string)
         except json.JSONDecodeError as error:
@@ -151,7 +163,8 @@ def invalid_utf8(data: bytes, byte: int) -> RecordError:
     return RecordError("invalid UTF-8", what, "convert the file to UTF-8, with iconv for instance", byte)
 
 
-def _decode_utf8(line: bytes) -> str:
+def decode_utf8(line: bytes) -> str:
+    """The text of some bytes; raises RecordError where they are not UTF-8."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -183,7 +196,7 @@ def _unescape(key: str, raw: memoryview) -> Iterator[str]:
         try:
             yield msgspec.json.decode(piece, type=str)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            text = json.loads(_decode_utf8(piece))
+            text = json.loads(decode_utf8(piece))
             _refuse_lone_surrogate(key, text)
             yield text
         start = stop
