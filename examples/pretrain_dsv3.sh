@@ -6,7 +6,9 @@
 #                                               it below runs/quickstart ($RUN_DIR); a second run skips what is
 #                                               finished and resumes the rest.
 #   bash examples/pretrain_dsv3.sh --fresh      the same, from the start
-#   bash examples/pretrain_dsv3.sh FLAGS...     a run with these flags (listed below), under torchrun
+#   bash examples/pretrain_dsv3.sh FLAGS...     a run with these flags (listed below), under torchrun. It goes on from
+#                                               the newest checkpoint in --save if there is one (--resume auto, unless
+#                                               --resume load or --overwrite-run is given).
 #
 # From the environment, for runs with flags; a value that cannot be is said before anything starts (exit code 2):
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT  nodes, this node's rank, and where rank 0 listens (1, 0, -, 29500)
@@ -342,7 +344,7 @@ print(-(-parse_command(sys.argv[2:]).run.parallel.minimum_world_size // int(sys.
 }
 
 run_with_flags() {
-    local argument
+    local argument resume=(--resume auto)
     for argument in "$@"; do
         case "$argument" in
             -h | --help)
@@ -360,7 +362,12 @@ run_with_flags() {
             --print-model | --print-schedule | --plot-schedule | --plot-schedule=* | --check-only) exec "$python" -m dsv3_megatron train "$@" ;;
         esac
     done
-    launch "$(default_num_processes "$@")" "$@"
+    for argument in "$@"; do
+        case "$argument" in
+            --resume | --resume=* | --overwrite-run) resume=() ;;
+        esac
+    done
+    launch "$(default_num_processes "$@")" "$@" ${resume[@]+"${resume[@]}"}
 }
 
 # --------------------------------------------------------------------------------------------------- the quickstart

@@ -98,6 +98,9 @@ class RunConfig:
             require_engine_epsilon(self.model)
         if self.checkpoint.save and self.checkpoint.save_interval < 1:
             raise ConfigError(f"save_interval={self.checkpoint.save_interval} must be at least 1")
+        if self.checkpoint.resume == "auto" and self.checkpoint.overwrite_run:
+            raise ConfigError("overwrite_run removes what resume=auto would go on from, at every start of the run; "
+                              "leave out --resume auto to begin anew, or --overwrite-run to go on")
         if self.checkpoint.export_hf and not self.checkpoint.save:
             raise ConfigError(f"export_hf={self.checkpoint.export_hf} needs save: the run's last checkpoint is what is "
                               "exported")

@@ -29,6 +29,8 @@ RECOMPUTE_GRANULARITIES = ("selective", "full")
 PRECISIONS = ("auto", "bf16", "fp32")
 TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
 VERIFY_FILES = ("read", "all", "none")
+# What a start goes on from: what `load` names, or `save` if there is something in it.
+RESUME = ("load", "auto")
 ATTENTION_BACKENDS = ("auto", "flash", "fused", "unfused", "local")
 
 
@@ -202,6 +204,8 @@ class CheckpointConfig:
     save: str | None = option(None, help="folder for checkpoints; none: nothing is saved")
     load: str | None = option(None, help="folder to start from; resumes its newest checkpoint, or starts fresh where "
                               "it is empty or missing")
+    resume: str = option("load", choices=RESUME, help="auto: go on from --save's newest checkpoint if there is one, "
+                         "and otherwise from what --load names, or begin; load: --load alone decides")
     override_opt_param_scheduler: bool = option(False, help="go on by this command line's schedule, though it would "
                                                 "have taken other steps up to the checkpoint")
     use_checkpoint_opt_param_scheduler: bool = option(False, help="go on with the checkpoint's learning rates, or its "

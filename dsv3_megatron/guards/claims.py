@@ -6,12 +6,13 @@
 
 A run has an identity from its first start on; it is in each of its checkpoints too. A start that does not go on from a
 folder's checkpoints may not write into it, nor empty the logs of another run: it is refused before anything is touched.
-One that goes on (`load`) keeps the identity, and with it the logs.
+One that goes on (`load`, or `resume="auto"`) keeps the identity, and with it the logs.
 """
 
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import json
 import logging
 import os
@@ -85,7 +86,7 @@ def plan_start(config: CheckpointConfig, logs: str | None, new: str) -> Start:
         CheckpointError: `load` has no checkpoint and that is an error, or one that cannot be used; or a folder holds
             another run's checkpoints or logs; with the ways out.
     """
-    notes: list[str] = []
+    config, notes = _with_source(config)
     load = _find_load(config)
     if config.load and load is None:
         notes.append(f"load={config.load} has no checkpoint: a fresh run starts (--exit-on-missing-checkpoint ends "
@@ -232,6 +233,20 @@ class RunClaim:
 
 
 # ---- whose is it? ----
+
+
+def _with_source(config: CheckpointConfig) -> tuple[CheckpointConfig, list[str]]:
+    """The configuration whose `load` is what the start goes on from by `resume`, and what is to be said of that."""
+    save = config.save
+    if config.resume != "auto" or not save:
+        return config, []
+    if config.load is None:
+        return dataclasses.replace(config, load=save), []
+    if _is_same(config.load, save) or not saved_iterations(save):
+        return config, []
+    return dataclasses.replace(config, load=save), [
+        f"resume=auto: the run goes on from save={save}, which has checkpoints; load={config.load} was for its first "
+        "start"]
 
 
 def _find_load(config: CheckpointConfig) -> str | None:

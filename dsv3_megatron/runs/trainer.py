@@ -69,7 +69,7 @@ class Trainer(Learner):
         self.claim = RunClaim(run.checkpoint, run.logging.tensorboard_dir)
         self.start = on_first_rank(self.claim.take, "the run's folders")
         # Asked for this start alone: a start from the run's config.json does not ask for it again.
-        run = run.override(overwrite_run=False)
+        run = run.override(overwrite_run=False, load=self.start.load or run.checkpoint.load)
         asked, load = run, self.start.load
         self.resumption = on_first_rank(partial(plan_resumption, run, load, self.start.iteration), f"load={load}")
         self.recipe = self.resumption.recipe

@@ -173,6 +173,15 @@ def test_a_second_signal_ends_a_run_that_does_not_react(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGKILL
 
 
+def test_it_goes_on_if_there_is_something_to_go_on_from_unless_it_is_told(tmp_path: Path) -> None:
+    launch = Launch(tmp_path)
+    launch.run("--preset", "tiny")
+    assert launch.read("torchrun").splitlines()[0].endswith("train --preset tiny --resume auto")
+    for told in (["--resume", "load"], ["--resume=load"], ["--overwrite-run"]):
+        launch.run("--preset", "tiny", *told)
+        assert launch.read("torchrun").splitlines()[0].endswith(f"train --preset tiny {' '.join(told)}")
+
+
 @pytest.mark.parametrize("arguments", ["--print-model --json", "--print-schedule", "--plot-schedule a.png",
                                        "--plot-schedule=a.png"])
 def test_what_prints_starts_no_torchrun(arguments: str, tmp_path: Path) -> None:

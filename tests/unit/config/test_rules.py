@@ -237,6 +237,9 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      1, "phase 'longer': seq_length=512 must not exceed max_position_embeddings=256"),
     # -- what is written --
     ("tiny", {"save": "checkpoints", "save_interval": 0}, 1, "save_interval=0 must be at least 1"),
+    ("tiny", {"resume": "auto", "overwrite_run": True}, 1,
+     "overwrite_run removes what resume=auto would go on from, at every start of the run; leave out --resume auto to "
+     "begin anew, or --overwrite-run to go on"),
     ("tiny", {"export_hf": "exported"}, 1,
      "export_hf=exported needs save: the run's last checkpoint is what is exported"),
     ("tiny", {"keep_last": -1}, 1, "keep_last=-1 must not be negative; 0 keeps all checkpoints"),

@@ -33,8 +33,9 @@ def checkpoint(folder: Path, iteration: int, run: str | None, contents: str = "t
 
 
 def config(tmp_path: Path, **values: object) -> CheckpointConfig:
-    return CheckpointConfig(**{name: str(tmp_path / str(value)) if isinstance(value, str) else value
-                               for name, value in values.items()})  # type: ignore[arg-type]
+    folders = {name: str(tmp_path / value) for name, value in values.items()
+               if isinstance(value, str) and name != "resume"}
+    return CheckpointConfig(**(values | folders))  # type: ignore[arg-type]
 
 
 def start(tmp_path: Path, *, steps: int = 0, logs: str | None = "logs", **values: object) -> Start:
@@ -68,6 +69,29 @@ def refused(tmp_path: Path, *, logs: str | None = "logs", **values: object) -> s
     assert str(looked.value) == str(taken.value)
     assert files_of(tmp_path) == before
     return str(taken.value)
+
+
+def test_auto_goes_on_if_there_is_something_to_go_on_from(tmp_path: Path) -> None:
+    """`--save X --resume auto`: begins, begins again after an end without a checkpoint, goes on; one identity."""
+    first, again = (start(tmp_path, save="ck", resume="auto", steps=steps) for steps in (0, 5))
+    later = start(tmp_path, save="ck", resume="auto", steps=9)
+    assert (first.load, again.load, later.load) == (None, None, str(tmp_path / "ck"))
+    assert first.run == again.run == later.run and later.iteration == 5
+
+
+def test_auto_takes_weights_of_others_for_the_first_start_alone(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "converted", 0, None, contents=WEIGHTS)
+    first = start(tmp_path, save="ck", load="converted", resume="auto", steps=3)
+    later = start(tmp_path, save="ck", load="converted", resume="auto", steps=7)
+    assert (first.load, later.load) == (str(tmp_path / "converted"), str(tmp_path / "ck"))
+    assert later.iteration == 3 and later.run == first.run
+    assert later.notes[0].startswith(f"resume=auto: the run goes on from save={tmp_path / 'ck'}")
+    assert "holds 2 checkpoint(s)" in refused(tmp_path, save="ck", load="converted")  # without it as ever
+
+
+def test_auto_does_not_take_others_logs(tmp_path: Path) -> None:
+    start(tmp_path, save="other", steps=5)
+    assert f"tensorboard_dir={tmp_path / 'logs'} holds the logs" in refused(tmp_path, save="ck", resume="auto")
 
 
 def test_the_first_start_and_later_ones_with_the_same_flags(tmp_path: Path) -> None:
