@@ -5,7 +5,11 @@ In reading order:
     folder.py           files, manifest, and whether a checkpoint fits a run; no torch
     manifest_file.py    the manifest's own checksum, and its files; no torch
     store.py            save and load a run
+    run_state.py        the state of a run as a dictionary of tensors
+    pending.py          a save under way
     writing.py          a rank's part of a save             proved_files.py  what is read is proved, and not run
+    background.py       its file in memory, to be written while training goes on
+    file_copier.py      the process that writes it; no torch
     optimizer_state.py  AdamW's part of it                   average.py    the moving average's part
     text_files.py       tokenizer and form of the texts      agreement.py  what ranks must agree on meanwhile
     resume.py           how a run goes on from it; no torch  finite.py     loaded weights are numbers

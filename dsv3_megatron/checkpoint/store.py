@@ -11,21 +11,24 @@ which the resuming run's configuration says.
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from dsv3_megatron.checkpoint.agreement import check_space, on_first_rank, wait_for_folder, why, with_way_out
-from dsv3_megatron.checkpoint.average import average_entries, has_average, restorable_average, restore_average
+from dsv3_megatron.checkpoint.average import has_average, restorable_average, restore_average
+from dsv3_megatron.checkpoint.background import BackgroundWriter
 from dsv3_megatron.checkpoint.folder import (
     AVERAGE_PREFIX,
     MASTER_PREFIX,
@@ -40,33 +43,38 @@ from dsv3_megatron.checkpoint.folder import (
     latest_iteration,
     no_average,
     remove_old,
-    remove_partial,
 )
 from dsv3_megatron.checkpoint.optimizer_state import (
     allocate_all_moments,
-    as_stored,
     optimizer_step,
     report_change_of_moments,
-    restore_moments,
-    with_padding_between_buckets,
 )
+from dsv3_megatron.checkpoint.pending import PendingSave, can_write_behind
 from dsv3_megatron.checkpoint.proved_files import load_tensors_of
+from dsv3_megatron.checkpoint.run_state import (
+    RNG,
+    STEP,
+    num_own_bytes,
+    precision_of,
+    restore_models,
+    restore_rng_state,
+    restore_state,
+    rng_state,
+    sharded_state,
+)
 from dsv3_megatron.checkpoint.tensor_index import saved_tensors
 from dsv3_megatron.checkpoint.text_files import TextFiles
-from dsv3_megatron.checkpoint.writing import checksums_of, failure_of, gather_outcomes, plan_shards
+from dsv3_megatron.checkpoint.writing import ShardOutcome, checksums_of, failure_of, plan_shards
 from dsv3_megatron.config.parallel import is_same_layout
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.version import __version__
-from dsv3_megatron.model.stage.buckets import finish_gathering
 from dsv3_megatron.optim.ema import WeightAverage
-from dsv3_megatron.optim.shards import distributed_parts
 
-__all__ = ["CheckpointError", "RunProgress", "latest_iteration", "load_checkpoint", "load_weights", "save_checkpoint"]
+__all__ = ["CheckpointError", "RunProgress", "latest_iteration", "load_checkpoint", "load_weights", "save_checkpoint",
+           "start_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
-_RNG = "rng_state"
-_STEP = "optimizer_step"
 _AVERAGE_UPDATES = "average_updates"
 _OPTIMIZER_PREFIX = "optimizer."
 
@@ -96,33 +104,58 @@ def save_checkpoint(
     Raises:
         CheckpointError: on every rank, if the folder cannot be written to or the disk is full.
     """
+    return start_checkpoint(directory, progress, run, chunks, optimizer, groups, keep_last=keep_last, average=average,
+                            text_files=text_files, run_id=run_id).finish()
+
+
+def start_checkpoint(
+    directory: str | Path, progress: RunProgress, run: RunConfig, chunks: list[torch.nn.Module],
+    optimizer: MegatronOptimizer | None, groups: ProcessGroupCollection, *, keep_last: int,
+    average: WeightAverage | None = None, text_files: TextFiles | None = None, run_id: str | None = None,
+    background: BackgroundWriter | None = None, before_publishing: Callable[[], None] = lambda: None
+) -> PendingSave:
+    """Begin what `save_checkpoint` does. The state is that of now, whatever training does to it afterwards.
+
+    Args:
+        background: What writes behind training, on every rank or on none; without it, and where a host has not the
+            memory for it, the parts of all ranks are on disk when this returns.
+        before_publishing: Run on rank 0 before the checkpoint gets its name; it is not given one if this raises.
+
+    Returns:
+        The save, of which `finish` gives the folder.
+
+    Raises:
+        CheckpointError: on every rank, if the folder cannot be written to or has not the room.
+    """
     started = time.monotonic()
     if optimizer is not None:
         allocate_all_moments(optimizer)
-    state = _state(chunks, optimizer, groups, is_loading=False, average=average)
-    state[_STEP] = 0 if optimizer is None else optimizer_step(optimizer)
+    state = sharded_state(chunks, optimizer, groups, is_loading=False, average=average)
+    state[STEP] = 0 if optimizer is None else optimizer_step(optimizer)
     if optimizer is not None:
-        state[_RNG] = _rng_state()
+        state[RNG] = rng_state()
     if average is not None:
         state[_AVERAGE_UPDATES] = average.num_updates
-    check_space(directory, _num_bytes(state))
+    check_space(directory, num_own_bytes(state))
     target = on_first_rank(lambda: begin_save(directory, progress.iteration), f"save={directory}")
     wait_for_folder(target)
     shards = plan_shards(state, target, groups.dp_cp)
-    outcomes = gather_outcomes(shards.write())
+    # Of this moment: the guards' state is in use, and goes on changing.
+    progress, settings, precision = copy.deepcopy(progress), run.as_dict(), precision_of(chunks)
 
-    def publish() -> Path:
+    def publish(outcomes: list[ShardOutcome]) -> Path:
         failure = failure_of(outcomes)
         if failure:
             raise CheckpointError(f"save={directory}: iteration {progress.iteration} could not be saved: "
                                   f"{with_way_out(failure)}; the newest checkpoint is still that of iteration "
                                   f"{latest_iteration(directory)}")
+        before_publishing()
         shards.finish(outcomes)
         if text_files is not None:
             text_files.write(target)
         path = finish_save(
-            directory, progress, run.as_dict(), world_size=torch.distributed.get_world_size(),
-            precision=_precision(chunks), run_id=run_id, contents=TRAINING if optimizer is not None else WEIGHTS,
+            directory, progress, settings, world_size=torch.distributed.get_world_size(),
+            precision=precision, run_id=run_id, contents=TRAINING if optimizer is not None else WEIGHTS,
             versions={"dsv3_megatron": __version__, "torch": torch.__version__,
                       "megatron_core": version("megatron-core")}, checksums=checksums_of(outcomes))
         removed = _remove_old(directory, progress.iteration, keep_last)
@@ -130,11 +163,21 @@ def save_checkpoint(
                     f"; removed iteration(s) {', '.join(map(str, removed))}" if removed else "")
         return path
 
+    subject = f"save={directory}: iteration {progress.iteration} could not be saved"
+    if background is not None and can_write_behind(background, shards.num_bytes):
+        return PendingSave(progress.iteration, target, subject, writing=shards.write_behind(background),
+                           publish=publish, run=background.run)
+    return PendingSave(progress.iteration, target, subject, writing=_done(shards.write), publish=publish, run=_done)
+
+
+def _done[T](action: Callable[[], T]) -> Future[T]:
+    """What an action gives or raises, which has been run at once."""
+    future: Future[T] = Future()
     try:
-        return on_first_rank(publish, f"save={directory}: iteration {progress.iteration} could not be saved")
-    except CheckpointError:
-        remove_partial(target)
-        raise
+        future.set_result(action())
+    except Exception as error:  # noqa: BLE001 - raised by whoever asks for the result
+        future.set_exception(error)
+    return future
 
 
 def _remove_old(directory: str | Path, newest: int, keep_last: int) -> list[int]:
@@ -175,23 +218,23 @@ def load_checkpoint(
     manifest = on_first_rank(lambda: check_architecture(directory, run, iteration), f"load={directory}")
     allocate_all_moments(optimizer)
     average = restorable_average(average, manifest)
-    state = _state(chunks, optimizer, groups, is_loading=True, average=average)
+    state = sharded_state(chunks, optimizer, groups, is_loading=True, average=average)
     if manifest.contents == TRAINING and _has_same_layout(manifest, run):
-        state[_RNG] = _rng_state()
+        state[RNG] = rng_state()
     loaded = _read(manifest, state, groups, run.checkpoint.verify_files)
-    _restore(loaded, chunks, optimizer)
+    restore_state(loaded, chunks, optimizer)
     if average is not None:
         restore_average(average, loaded, loaded[_AVERAGE_UPDATES])
     if manifest.contents == TRAINING:
         report_change_of_moments(manifest, run)
     if manifest.contents == WEIGHTS:
         return manifest.progress
-    if manifest.precision != _precision(chunks):
+    if manifest.precision != precision_of(chunks):
         # Weights come rounded from bf16; a replica's own share of the fp32 weights replaces them everywhere.
         for chunk in list[Any](chunks):
             chunk.start_param_sync(force_sync=True)
-    if _RNG in loaded:
-        _restore_rng_state(loaded[_RNG])
+    if RNG in loaded:
+        restore_rng_state(loaded[RNG])
     elif torch.distributed.get_rank() == 0:
         logger.info("%s was written by another layout: random number generators start from the seed", manifest.path)
     return manifest.progress
@@ -218,7 +261,7 @@ def load_weights(directory: str | Path, run: RunConfig, chunks: list[torch.nn.Mo
         CheckpointError: there is none, it is incomplete or unreadable, of another architecture, or has no average.
     """
     manifest = on_first_rank(lambda: check_architecture(directory, run), f"load={directory}")
-    state = _state(chunks, None, groups, is_loading=True)
+    state = sharded_state(chunks, None, groups, is_loading=True)
     if is_average:
         if not has_average(manifest):
             raise CheckpointError(no_average(manifest))
@@ -226,34 +269,11 @@ def load_weights(directory: str | Path, run: RunConfig, chunks: list[torch.nn.Mo
         for entry in state.values():
             if entry.data in parameters:
                 entry.key = AVERAGE_PREFIX + entry.key
-    _restore_models(_read(manifest, state, groups, run.checkpoint.verify_files), chunks)
+    restore_models(_read(manifest, state, groups, run.checkpoint.verify_files), chunks)
     return manifest.progress
 
 
-# ---- the state as one flat dictionary, so that nothing of a layout's structure is saved ----
-
-
-def _state(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer | None, groups: ProcessGroupCollection, *,
-           is_loading: bool, average: WeightAverage | None = None) -> dict[Any, Any]:
-    """(what, chunk or optimizer, ...) -> sharded tensor, of this rank; of the model alone without an optimizer."""
-    finish_gathering(chunks)
-    metadata = {
-        "dp_cp_group": groups.dp_cp,
-        "non_homogeneous_layers": True,
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-    }
-    models = {index: _stage(chunk).sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
-    state: dict[Any, Any] = {
-        ("model", index, key): entry for index, entries in models.items() for key, entry in entries.items()}
-    for index, part in enumerate(distributed_parts(optimizer) if optimizer is not None else []):
-        with with_padding_between_buckets(part):
-            shards = part.sharded_state_dict(models, is_loading, metadata=metadata)["param_state"]
-        state |= {("optimizer", index, number, key): entry if is_loading else as_stored(entry, key, part.optimizer)
-                  for number, tensors in shards.items() for key, entry in tensors.items()}
-    if average is not None:
-        state |= average_entries(average, models.values(), is_loading=is_loading)
-    return state
+# ---- what a checkpoint has for a state ----
 
 
 def _read(manifest: Manifest, state: dict[Any, Any], groups: ProcessGroupCollection, verify: str) -> dict[Any, Any]:
@@ -323,63 +343,6 @@ def _check_tensors(manifest: Manifest, state: dict[Any, Any], groups: ProcessGro
         raise CheckpointError(f"checkpoint {manifest.path} does not fit this model in {len(wrong)} tensors: "
                               f"{'; '.join(wrong[:3])}. It was written by dsv3_megatron "
                               f"{manifest.versions.get('dsv3_megatron')}, this is {__version__}")
-
-
-def _num_bytes(state: dict[Any, Any]) -> int:
-    """Bytes of the tensors that are this rank's own to save, not a copy of another's."""
-    tensors = [entry for entry in state.values() if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
-    return sum(entry.data.numel() * entry.data.element_size() for entry in tensors
-               if not any(entry.replica_id if isinstance(entry.replica_id, tuple) else (entry.replica_id,)))
-
-
-def _restore(loaded: dict[Any, Any], chunks: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
-    """Put what was loaded into the modules and the optimizer."""
-    _restore_models(loaded, chunks)
-    parts = distributed_parts(optimizer)
-    moments: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in parts]
-    for key, value in loaded.items():
-        if key[0] == "optimizer":
-            moments[key[1]].setdefault(key[2], {})[key[3]] = value
-    for part, param_state in zip(parts, moments, strict=True):
-        restore_moments(part, param_state, loaded[_STEP])
-
-
-def _restore_models(loaded: dict[Any, Any], chunks: list[torch.nn.Module]) -> None:
-    models: list[dict[str, Any]] = [{} for _ in chunks]
-    for key, value in loaded.items():
-        if key[0] == "model":
-            models[key[1]][key[2]] = value
-    for chunk, weights in zip(chunks, models, strict=True):
-        _stage(chunk).load_state_dict(weights, strict=True)
-
-
-def _stage(chunk: torch.nn.Module) -> Any:
-    """The model stage inside its wrappers."""
-    stage: Any = chunk
-    while isinstance(getattr(stage, "module", None), torch.nn.Module):
-        stage = stage.module
-    return stage
-
-
-def _precision(chunks: list[torch.nn.Module]) -> str:
-    return "bf16" if _stage(chunks[0]).config.bf16 else "fp32"
-
-
-def _rng_state() -> ShardedObject:
-    """States of this rank's random number generators: torch's, and the tensor-parallel trackers'."""
-    states = {"cpu": torch.get_rng_state(), "trackers": dict(get_cuda_rng_tracker().get_states())}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return ShardedObject(_RNG, states, (torch.distributed.get_world_size(),), (torch.distributed.get_rank(),))
-
-
-def _restore_rng_state(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["cpu"])
-    # A checkpoint moved between CPU and GPU has states of another kind of generator.
-    if torch.cuda.is_available() == ("cuda" in states):
-        get_cuda_rng_tracker().set_states(states["trackers"])
-        if "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"])
 
 
 def _has_same_layout(manifest: Manifest, run: RunConfig) -> bool:

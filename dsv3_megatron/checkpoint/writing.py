@@ -2,16 +2,19 @@
 
 The plan is Megatron-Core's and the bytes are torch.distributed.checkpoint's. In between this module has its own steps:
 
-    plan_shards            all ranks: who writes what, under which names
-    ShardsToWrite.write    this rank: its file, and the checksums of it
-    gather_outcomes        all ranks: what was written where, or what went wrong
-    ShardsToWrite.finish   rank 0: the index
+    plan_shards                   all ranks: who writes what, under which names
+    ShardsToWrite.write           this rank: its file, and the checksums of it
+    ShardsToWrite.write_behind    the same, while training goes on: its file in memory, which a process writes
+    gather_outcomes               all ranks: what was written where, or what went wrong
+    ShardsToWrite.finish          rank 0: the index
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,11 @@ from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, Serializatio
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from dsv3_megatron.checkpoint.agreement import why
+from dsv3_megatron.checkpoint.background import BackgroundWriter
 from dsv3_megatron.data.checksums import ChecksumStream, FileChecksums
+
+# What torch.save adds to a tensor, at most: 1.6 KB and the alignment of the data.
+_ENTRY_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -72,19 +79,56 @@ class ShardsToWrite:
         self._writer, self._metadata = writer, metadata
         self.finalize_fns: list[Any] = []  # Megatron-Core appends what writes metadata.json; it is written in `finish`
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of this rank's file, about: what torch.save adds to a tensor is rounded up."""
+        return (sum(len(data.getbuffer()) for _, data in self._writer.objects)
+                + sum(tensor.numel() * tensor.element_size() + _ENTRY_BYTES for _, tensor in self._writer.tensors))
+
     def write(self) -> ShardOutcome:
         """Write this rank's file, and have it on disk; what goes wrong is in the outcome, nothing is raised."""
         writer = self._writer
         if not writer.objects and not writer.tensors:
             return ShardOutcome()
-        try:
-            path = Path(writer.checkpoint_dir) / writer.file_name
-            results, checksums = write_shard_file(path, writer.objects, writer.tensors, writer.transforms)
-        except OSError as error:
-            return ShardOutcome(reason=why(error))
-        except Exception as error:  # noqa: BLE001 - the other ranks wait; told by all of them
-            return ShardOutcome(reason=f"{type(error).__name__}: {error}")
-        return ShardOutcome(results, {writer.file_name: checksums})
+
+        def write() -> ShardOutcome:
+            results, checksums = write_shard_file(self._path, writer.objects, writer.tensors, writer.transforms)
+            return ShardOutcome(results, {writer.file_name: checksums})
+
+        return _outcome_of(write)
+
+    def write_behind(self, background: BackgroundWriter) -> Future[ShardOutcome]:
+        """Keep this rank's file in memory as it is now, and have it on disk later; as `write`, nothing is raised.
+
+        Args:
+            background: Prepared for `num_bytes`.
+
+        Returns:
+            The outcome to come. Tensors may change as soon as this returns.
+        """
+        writer = self._writer
+        if not writer.objects and not writer.tensors:
+            return background.run(ShardOutcome)
+        results: list[Any] = []
+        num_bytes = 0
+
+        def keep() -> ShardOutcome:
+            nonlocal num_bytes
+            with background.image() as image:
+                results.extend(write_entries(image, writer.file_name, writer.objects, writer.tensors,
+                                             writer.transforms))
+                num_bytes = image.tell()
+            return ShardOutcome()
+
+        kept = _outcome_of(keep)
+        if kept.reason is not None:
+            return background.run(lambda: kept)
+        return background.run(lambda: _outcome_of(lambda: ShardOutcome(
+            results, {writer.file_name: background.copy(self._path, num_bytes)})))
+
+    @property
+    def _path(self) -> Path:
+        return Path(self._writer.checkpoint_dir) / self._writer.file_name
 
     def finish(self, outcomes: list[ShardOutcome]) -> None:
         """Write the index and the description of a checkpoint whose parts are all there; on rank 0.
@@ -139,14 +183,46 @@ def write_shard_file(path: Path, objects: list[tuple[Any, Any]], tensors: list[t
     """
     with open(path, "wb") as raw:
         stream: Any = ChecksumStream(raw)
-        results = [_write_item(transforms, stream, data, item, path.name, SerializationFormat.TORCH_SAVE)
-                   for item, data in objects]
-        for item, tensor in tensors:
-            results.append(_write_item(transforms, stream, _alone_on_host(tensor), item, path.name,
-                                       SerializationFormat.TORCH_SAVE))
+        results = write_entries(stream, path.name, objects, tensors, transforms)
         raw.flush()
         os.fsync(raw.fileno())
         return results, stream.checksums()
+
+
+def write_entries(stream: Any, file_name: str, objects: list[tuple[Any, Any]],
+                  tensors: list[tuple[Any, torch.Tensor]], transforms: Any) -> list[Any]:
+    """Write the entries of a file one after the other; arguments and errors as `write_shard_file`.
+
+    torch.save's own checksum of a tensor (CRC-32) is left out: it takes several times as long as those of the
+    manifest, and no reader of torch's looks at it.
+    """
+    with _without_crc32():
+        results = [_write_item(transforms, stream, data, item, file_name, SerializationFormat.TORCH_SAVE)
+                   for item, data in objects]
+        for item, tensor in tensors:
+            results.append(_write_item(transforms, stream, _alone_on_host(tensor), item, file_name,
+                                       SerializationFormat.TORCH_SAVE))
+        return results
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _outcome_of(write: Callable[[], ShardOutcome]) -> ShardOutcome:
+    """What a function gives, or the reason why it raised."""
+    try:
+        return write()
+    except OSError as error:
+        return ShardOutcome(reason=why(error))
+    except Exception as error:  # noqa: BLE001 - the other ranks wait; told by all of them
+        return ShardOutcome(reason=f"{type(error).__name__}: {error}")
 
 
 def gather_outcomes(mine: ShardOutcome) -> list[ShardOutcome]:

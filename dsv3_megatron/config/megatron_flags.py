@@ -53,7 +53,8 @@ def _becomes(name: str, text: str, *, nargs: str = "1") -> MegatronFlag:
 _LAYOUT = "say which stage has which layers with --pipeline-model-parallel-layout"
 _FSDP = ("Megatron-FSDP is not supported: optimizer states are split over data-parallel ranks, weights and gradients "
          "over tensor, pipeline and expert ranks; leave it out")
-_OFFLOAD = "nothing is kept in host memory but the weights' average; see --recompute-granularity and --exp-avg-dtype"
+_OFFLOAD = ("nothing of a step is kept in host memory but the weights' average; see --recompute-granularity and "
+            "--exp-avg-dtype")
 _PHASES = "give phases, which change batch and learning rate over the run (--phases FILE)"
 _FLEX = "use --moe-token-dispatcher-type flex, whose library decides about its SMs; leave it out"
 _WANDB = "use --tensorboard-dir: TensorBoard, metrics.jsonl and config.json in a folder"
@@ -166,7 +167,6 @@ FLAGS: tuple[MegatronFlag, ...] = (
            "dsv3 convert made, as --load", "finetune no-load-optim"),
     *_each(REFUSED, "0", "checkpoints hold the whole state, and weights alone with --export-hf; leave it out",
            "no-save-optim"),
-    *_each(REFUSED, "0", "a checkpoint is written before the run goes on; leave it out", "async-save"),
     *_each(REFUSED, "1", "use --keep-last, the number of newest checkpoints that are kept", "save-retain-interval"),
     *_each(REFUSED, "1", "send SIGTERM (Slurm: #SBATCH --signal), after which the run saves and ends; or lower "
            "--train-iters", "exit-duration-in-mins exit-interval"),
@@ -181,7 +181,7 @@ BY_NAME = {flag.name: flag for flag in FLAGS}
 
 # Flags that both have, with one name and one meaning.
 SAME_NAME: tuple[str, ...] = tuple((
-    "--adam-beta1 --adam-beta2 --adam-eps --attention-backend --clip-grad --context-parallel-size "
+    "--adam-beta1 --adam-beta2 --adam-eps --async-save --attention-backend --clip-grad --context-parallel-size "
     "--cp-comm-type --data-cache-path "
     "--data-path --eod-mask-loss --eval-interval --eval-iters --exit-on-missing-checkpoint --exp-avg-dtype "
     "--exp-avg-sq-dtype --expert-model-parallel-size --expert-tensor-parallel-size --ffn-hidden-size "
@@ -211,6 +211,7 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
     ("--exp-avg-dtype, --exp-avg-sq-dtype", "fp32 or bf16"),
     ("--cp-comm-type", "p2p, all_gather or a2a, the same in all layers; p2p and all_gather pass latents, not keys and "
      "values"),
+    ("--async-save", "on, unless --no-async-save is given; a process writes, from a copy of its own in host memory"),
     ("--overlap-grad-reduce, --overlap-param-gather", "on where there are GPUs, unless --no-overlap-grad-reduce or "
      "--no-overlap-param-gather is given, under every schedule; a bucket is a layer, there is no --ddp-bucket-size"),
 )

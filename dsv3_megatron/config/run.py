@@ -104,6 +104,9 @@ class RunConfig:
         if self.checkpoint.export_hf and not self.checkpoint.save:
             raise ConfigError(f"export_hf={self.checkpoint.export_hf} needs save: the run's last checkpoint is what is "
                               "exported")
+        if self.checkpoint.max_failed_saves < 0:
+            raise ConfigError(f"max_failed_saves={self.checkpoint.max_failed_saves} must not be negative; 0 never ends "
+                              "a run for checkpoints that cannot be written")
         if self.checkpoint.keep_last < 0:
             raise ConfigError(f"keep_last={self.checkpoint.keep_last} must not be negative; 0 keeps all checkpoints")
         if self.logging.trace_schedule and self.parallel.pipeline_model_parallel_size == 1:

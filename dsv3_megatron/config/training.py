@@ -218,6 +218,10 @@ class CheckpointConfig:
     verify_files: str = option("read", choices=VERIFY_FILES, help="what of a checkpoint is compared with its "
                                "checksums: what is read, all files before any is used, or none")
     save_interval: int = option(500, help="steps between checkpoints; one is always written at the end")
+    async_save: bool = option(True, help="train on while a process writes a checkpoint from a copy in host memory; "
+                              "where that cannot be, training waits")
+    max_failed_saves: int = option(16, help="checkpoints in a row that may fail to be written before the run ends; "
+                                   "0: any number")
     keep_last: int = option(3, help="checkpoints kept; 0: all of them")
     export_hf: str | None = option(None, help="folder for the trained model in Hugging Face's layout, made at the end")
     export_without_mtp: bool = option(False, help="leave the MTP modules out of the export: some programs refuse them")

@@ -270,7 +270,9 @@ def _memory(report: PlanReport) -> str:
     lines.append(f"  fullest: rank {worst.pipeline_rank}, {worst.peak_bytes / 1e9:.2f} GB"
                  + ("; CPU is host memory" if worst.host_bytes else ""))
     lines += [f"  {remedy}" for remedy in report.remedies]
-    lines.append(f"a checkpoint takes {format_bytes(checkpoint_bytes(report.run))} on disk")
+    size, num_processes = checkpoint_bytes(report.run), report.step.setting.num_devices
+    lines.append(f"a checkpoint takes {format_bytes(size)} on disk; with --async-save its copy takes about "
+                 f"{format_bytes(size // num_processes)} of host memory for each process")
     return "\n".join(lines)
 
 

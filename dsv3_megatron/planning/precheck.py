@@ -37,6 +37,7 @@ from dsv3_megatron.planning.memory.headroom import Headroom
 from dsv3_megatron.planning.memory.remedies import advise, fullest_rank
 from dsv3_megatron.planning.memory.settings import attention_kernel
 from dsv3_megatron.planning.time.work import Setting
+from dsv3_megatron.process.host_bytes import host_bytes
 
 # Ids of one read when a dataset is searched for a token that counts.
 _IDS_READ = 1 << 22
@@ -184,7 +185,7 @@ def check_memory(run: RunConfig, world_size: int, *, is_planned: bool = False, h
     if is_cuda:
         return [Told(f"{text} on a GPU; there is none here to compare with: name one with --hardware")]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    have = _host_bytes()
+    have = host_bytes()
     if have is None:
         return [Told(f"{text}, {local} of them on this machine, whose memory is not known")]
     return [_compared(f"{text}, {local} of them here", local * (fullest.peak_bytes + fullest.host_bytes), have,
@@ -367,17 +368,6 @@ def _compared(text: str, needed: int, have: int, whose: str) -> Told:
         return Told(f"{text}: {_gb(needed)} of the {_gb(have)} {whose}")
     return Told(f"{text}: {_gb(needed)}, more than the {_gb(have)} {whose}: it may not fit; dsv3 plan says "
                 "which settings would lower it", is_warning=True)
-
-
-def _host_bytes() -> int | None:
-    """Memory of this machine, or of the control group that this process is in where that is less."""
-    try:
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else ""
-    return min(have, int(text)) if text.isdecimal() else have
 
 
 def _check_unfinished(output: str, checkpoint: Path) -> None:

@@ -202,6 +202,7 @@ class Trainer(Learner):
                         self.writer.write_step(report)
                     self.guard_log.flush()
                 self.keeper.schedule.note_step(self.iteration, is_applied=not report.skipped)
+                self.keeper.look(self.iteration)
                 if self.guard.must_roll_back:
                     self._roll_back()
                     continue
@@ -209,9 +210,12 @@ class Trainer(Learner):
                 if interval and (last or self.iteration % interval == 0) and not stopped and not self.guard.end_reason:
                     stopped = self._validate()
                 ends = last or bool(stopped)
+                if ends:
+                    self._finish_save()
                 if not self.guard.end_reason and self.keeper.wants(self.iteration, is_last=ends):
                     self.save(is_needed=ends)
                     stopped = stopped or self._agree_to_stop()  # it took long, and all of it is saved now
+            self._finish_save()
             # One that could not be written before the signal.
             if not self.guard.end_reason and self.keeper.wants(self.iteration, is_last=True):
                 self.save(is_needed=True)
@@ -222,6 +226,7 @@ class Trainer(Learner):
                     self.keeper.export(self.iteration, self.precision, losses)
             finish_gathering(self.chunks)
         finally:
+            self.keeper.close()
             self.watchdog.stop()
             self.are_weights_read = True
         if stopped:
@@ -345,8 +350,14 @@ class Trainer(Learner):
         self.keeper.save(position, self.run.in_phase(self.recipe.phase_before(self.consumed_tokens)), self.text_files,
                          is_needed=is_needed)
 
+    def _finish_save(self) -> None:
+        """Wait for the checkpoint that is being written, if one is."""
+        self.watchdog.slow("checkpoint")
+        self.keeper.finish(self.iteration)
+
     def _roll_back(self) -> None:
         """Go back to the last checkpoint, and on with the samples after the flagged step's; noted in it at once."""
+        self._finish_save()
         source, next_sample = self.keeper.newest_in, self.data_position
         assert source is not None
         self.watchdog.slow("rollback")

@@ -22,11 +22,12 @@ def saved_iterations(steps: str, *, interval: int, loaded: int | None = None, fa
         iteration += 1
         schedule.note_step(iteration, is_applied=step == "a")
         if schedule.wants(iteration, is_last=number == len(steps)):
+            schedule.started(iteration)
             if iteration in failing:
                 schedule.failed(iteration)
                 continue
             saved.append(iteration)
-            schedule.saved(iteration)
+            schedule.saved()
     return saved
 
 
@@ -46,10 +47,26 @@ def test_what_is_saved(steps: str, changes: dict, expected: list[int]) -> None:
     assert saved_iterations(steps, interval=4, **changes) == expected
 
 
+def test_a_step_that_falls_due_while_a_checkpoint_is_written_is_not_forgotten() -> None:
+    schedule = SaveSchedule(4)
+    schedule.note_step(4, is_applied=True)
+    schedule.started(4)
+    assert not schedule.wants(4, is_last=True)
+    for iteration in range(5, 10):
+        schedule.note_step(iteration, is_applied=True)
+    schedule.saved()
+    assert schedule.saved_at == 4 and schedule.wants(9, is_last=False)
+    schedule.started(9)
+    schedule.note_step(10, is_applied=True)
+    assert not schedule.wants(10, is_last=False)
+    assert schedule.failed(10) == 11 and not schedule.wants(10, is_last=False) and schedule.wants(11, is_last=False)
+
+
 def test_after_a_rollback_nothing_is_new() -> None:
     schedule = SaveSchedule(4)
     schedule.note_step(4, is_applied=True)
-    schedule.saved(4)
+    schedule.started(4)
+    schedule.saved()
     schedule.note_step(5, is_applied=True)
     schedule.went_back(4)
     assert not schedule.wants(4, is_last=True) and not schedule.is_settled

@@ -1,0 +1,136 @@
+"""A rank's helper for checkpoints that are written while training goes on: memory, and a process that empties it.
+
+A save makes the image of this rank's file in memory, which is all that training waits for. A process beside the rank
+copies it to disk (`file_copier.py`). The memory is a file without a name (memfd_create): both processes have it, no
+folder such as /dev/shm limits it, and it is gone with them, whatever ends them. It takes as many bytes as this rank's
+file, from the first save to the end of the run.
+
+The process is started anew as a program of its own, not forked: the rank's threads, its gloo connections and its CUDA
+context stay out of it. It imports no torch. No collective runs in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+from dsv3_megatron.config.output import json_text
+from dsv3_megatron.data.checksums import FileChecksums, read_checksums
+from dsv3_megatron.process.host_bytes import free_host_bytes
+from dsv3_megatron.process.ranks import Processes
+from dsv3_megatron.process.stop import STOP_SIGNALS
+
+__all__ = ["BackgroundWriter"]
+
+_COPIER = "dsv3_megatron.checkpoint.file_copier"
+_END_S = 10.0
+
+
+class BackgroundWriter:
+    """Memory for the image of one file, the process that copies it to disk, and a thread that waits for it.
+
+    One file at a time: who writes into the memory has waited for the copy of what was there.
+
+    Attributes:
+        refusal: Why the last save could not be written behind training, as it was said; empty: it could.
+    """
+
+    @staticmethod
+    def is_possible() -> bool:
+        """Whether this system has files in memory; Linux has."""
+        return hasattr(os, "memfd_create")
+
+    def __init__(self) -> None:
+        self._memory = os.memfd_create("checkpoint")
+        self.refusal = ""
+        self._process: subprocess.Popen[str] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the process that writes, once it has been started."""
+        return self._process.pid if self._process is not None else None
+
+    def prepare(self, num_bytes: int) -> None:
+        """Have the memory for a file, and the process, which starts while the file is made.
+
+        Args:
+            num_bytes: Bytes of the file, roughly.
+
+        Raises:
+            OSError: this host has not so much memory left, or the process cannot be started.
+        """
+        missing = num_bytes - os.fstat(self._memory).st_size
+        if missing > 0:
+            # All ranks of this host ask at the same moment.
+            needed, available = missing * Processes.from_environment().local_size, free_host_bytes()
+            if available is not None and needed > available:
+                raise OSError(errno.ENOMEM, f"a copy of the checkpoint takes {needed / 1e9:.2f} GB of this host's "
+                                            f"memory, {available / 1e9:.2f} GB are free")
+            os.posix_fallocate(self._memory, 0, num_bytes)
+        if self._process is None or self._process.poll() is not None:
+            self._process = _start_copier(self._memory)
+
+    def image(self) -> IO[bytes]:
+        """The memory as a file to write from its beginning; to be flushed before `copy`."""
+        os.lseek(self._memory, 0, os.SEEK_SET)
+        return open(self._memory, "wb", closefd=False)
+
+    def copy(self, path: Path, num_bytes: int) -> FileChecksums:
+        """Have the process copy the image to a new file and flush it to disk; to be called in `run`'s thread.
+
+        Raises:
+            OSError: the file cannot be written, or the process has ended.
+        """
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: so no answer will come
+            process.stdin.write(json_text({"path": os.fspath(path), "num_bytes": num_bytes}) + "\n")
+            process.stdin.flush()
+        line = process.stdout.readline()
+        if not line.endswith("\n"):
+            raise OSError(f"the process that writes checkpoints has ended with code {process.wait()}")
+        answer = json.loads(line)
+        if "checksums" in answer:
+            return read_checksums(answer["checksums"])
+        raise OSError(answer["errno"], answer["reason"], answer["path"])
+
+    def run[T](self, action: Callable[[], T]) -> Future[T]:
+        """Run something in this helper's thread, after what it is running already."""
+        return self._thread.submit(action)
+
+    def close(self) -> None:
+        """End the process and give the memory back; what is being written is not waited for. May be called twice."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait(_END_S)
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        if process is not None:
+            for stream in (process.stdin, process.stdout):
+                assert stream is not None
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        if self._memory >= 0:
+            os.close(self._memory)
+            self._memory = -1
+
+
+def _start_copier(memory: int) -> subprocess.Popen[str]:
+    """Start the process; it looks at no signal that asks to stop: its parent decides."""
+    variables: dict[str, Any] = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a process begins with the signals blocked here
+    try:
+        return subprocess.Popen([sys.executable, "-m", _COPIER, str(memory), str(os.getpid())], text=True,
+                                env=variables, pass_fds=[memory], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
