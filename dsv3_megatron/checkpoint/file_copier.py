@@ -44,7 +44,7 @@ def copy_durably(memory: int, num_bytes: int, path: Path) -> FileChecksums:
     """
     buffer = memoryview(bytearray(min(BLOCK_BYTES, num_bytes)))
     # Never a file that somebody else has begun.
-    with open(path, "xb", buffering=0) as raw:
+    with open(path, "xb") as raw:
         stream = ChecksumStream(raw)
         while stream.tell() < num_bytes:
             part = buffer[:num_bytes - stream.tell()]
@@ -52,6 +52,7 @@ def copy_durably(memory: int, num_bytes: int, path: Path) -> FileChecksums:
             if not count:
                 raise OSError(f"the memory ends at byte {stream.tell()} of {num_bytes}")
             stream.write(part[:count])
+        raw.flush()
         os.fsync(raw.fileno())
         return stream.checksums()
 

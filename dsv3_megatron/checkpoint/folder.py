@@ -326,8 +326,12 @@ def finish_save(directory: str | Path, progress: RunProgress, run: dict[str, Any
     known = dict(checksums or {})
     for file in sorted(written.iterdir()):
         flush(file)
+        size = file.stat().st_size
         if file.name not in known:
             known[file.name] = checksum_file(file)
+        if known[file.name].num_bytes != size:
+            raise CheckpointError(f"{file.name} has {size} bytes, {known[file.name].num_bytes} were written: it is not "
+                                  "whole, and the checkpoint is not made")
     content = {
         "format_version": FORMAT_VERSION, "progress": dataclasses.asdict(progress), "precision": precision,
         "contents": contents, "run_id": run_id, "world_size": world_size, "versions": versions, "run": run,

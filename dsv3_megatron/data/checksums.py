@@ -10,6 +10,7 @@ Both find every single flipped bit. Neither keeps out somebody who writes a file
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import math
@@ -159,7 +160,8 @@ class ChecksumStream:
     """A file opened for writing that makes the checksums of what goes through it.
 
     Args:
-        stream: File opened for binary writing, at its beginning.
+        stream: File opened for binary writing, at its beginning; with a buffer, so that it writes all of what it is
+            given or raises.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -173,7 +175,8 @@ class ChecksumStream:
         """
         self._hasher.update(data)
         count = memoryview(data).nbytes
-        self._stream.write(data)
+        if self._stream.write(data) != count:
+            raise OSError(errno.EIO, "a part of what was to be written was not")
         self._position += count
         return count
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -128,3 +129,16 @@ def test_closing_gives_everything_back(tmp_path: Path) -> None:
     writer.close()
     writer.close()
     assert not is_running(Path(f"/proc/{pid}")) and len(os.listdir("/proc/self/fd")) == descriptors - 3
+
+
+@pytest.mark.parametrize("room", [0, 1, BLOCK_BYTES, BLOCK_BYTES + 7])
+def test_a_file_that_cannot_grow_is_an_error_wherever_the_room_ends(writer: BackgroundWriter, tmp_path: Path, room: int
+                                                                    ) -> None:
+    """The kernel writes a part first, and says so by a count alone."""
+    writer.prepare(0)
+    assert writer.pid is not None
+    resource.prlimit(writer.pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    with pytest.raises(OSError, match="File too large"):
+        copied(writer, bytes(2 * BLOCK_BYTES), tmp_path / "cut")
+    resource.prlimit(writer.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert copied(writer, bytes(2 * BLOCK_BYTES), tmp_path / "whole").num_bytes == 2 * BLOCK_BYTES

@@ -30,6 +30,7 @@ from dsv3_megatron.checkpoint.folder import (
 )
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import preset
+from dsv3_megatron.data.checksums import checksum_file
 
 VERSIONS = {"dsv3_megatron": "0", "torch": "0", "megatron_core": "0"}
 
@@ -44,6 +45,18 @@ def save(directory: Path, iteration: int, content: str = "tensors", run: dict[st
 def contents(directory: Path) -> str:
     manifest = read_manifest(directory)
     return f"{manifest.progress.iteration} {(manifest.path / '__0_0.distcp').read_text()}"
+
+
+def test_a_file_that_is_shorter_than_what_was_written_makes_no_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    folder = begin_save(tmp_path, 2)
+    (folder / "__0_0.distcp").write_text("tensors")
+    whole = checksum_file(folder / "__0_0.distcp")
+    (folder / "__0_0.distcp").write_text("tens")
+    with pytest.raises(CheckpointError, match="__0_0.distcp has 4 bytes, 7 were written"):
+        finish_save(tmp_path, RunProgress(2, 4, 6), preset("tiny").as_dict(), versions=VERSIONS, world_size=1,
+                    precision="fp32", checksums={"__0_0.distcp": whole})
+    assert contents(tmp_path) == "1 tensors"
 
 
 class Crash(Exception):

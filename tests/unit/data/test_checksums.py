@@ -67,6 +67,17 @@ def test_a_stream_has_the_checksums_of_its_file(tmp_path: Path) -> None:
     assert (empty.num_bytes, empty.num_blocks, empty.digits) == (0, 0, "")
 
 
+def test_a_stream_that_writes_a_part_alone_is_an_error() -> None:
+    class Narrow(io.BytesIO):
+        def write(self, data: object) -> int:
+            return super().write(memoryview(data)[:3])  # type: ignore[call-overload]
+
+    stream = ChecksumStream(Narrow())
+    assert stream.write(b"abc") == 3
+    with pytest.raises(OSError, match="a part of what was to be written was not"):
+        stream.write(b"abcd")
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_flipped_bit_is_found(algorithm: str, tmp_path: Path) -> None:
     known, file = checksums_of(CONTENT, algorithm), tmp_path / "a"
