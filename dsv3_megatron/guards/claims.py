@@ -179,13 +179,23 @@ class RunClaim:
             forget_ended(self._config.save)
 
     def check(self) -> None:
-        """Make sure that the folders are still this process's.
+        """Make sure that the folders are still this process's; one that was emptied says again whose it is.
 
         Raises:
             CheckpointError: another process has taken one over.
         """
         for lock in self._locks:
-            lock.check()
+            try:
+                lock.check()
+            except OSError as error:  # gone, or full: nobody else takes it now, and who writes there says so
+                logger.debug("%s cannot be looked at: %s", lock.path, error)
+        start = self._start
+        for folder in self._folders() if start is not None else ():
+            if start is not None and Path(folder).is_dir() and not (Path(folder) / IDENTITY_FILE).exists():
+                try:
+                    _write_identity(folder, start.run, self._config.save)
+                except OSError as error:
+                    logger.debug("%s does not say whose it is: %s", folder, error)
 
     def release(self) -> None:
         """Let other processes have the folders; may be called twice."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -237,3 +238,26 @@ def test_one_folder_for_checkpoints_and_logs(tmp_path: Path) -> None:
     start(tmp_path, save="all", logs="all", steps=3)
     start(tmp_path, save="all", load="all", logs="all", steps=4)
     assert "holds 2 checkpoint(s)" in refused(tmp_path, save="all", logs="all")
+
+
+def test_a_folder_that_is_gone_is_nobody_elses(tmp_path: Path) -> None:
+    """Emptied, it says again whose it is; where nothing can be made, that ends no run; taken over, it does."""
+    logs = tmp_path / "logs"
+    claim = RunClaim(config(tmp_path, save="ck"), str(logs), stale_s=1.0)
+    begun = claim.take()
+    claim.settle()
+    shutil.rmtree(logs)
+    claim.check()  # the folder is not there
+    logs.mkdir()
+    claim.check()
+    assert identity_of(logs) == begun.run and (logs / "run.lock").exists()
+    shutil.rmtree(logs)
+    logs.write_text("a file")
+    claim.check()
+    logs.unlink()
+    logs.mkdir()
+    claim.check()
+    (logs / "run.lock").write_text("{}")
+    with pytest.raises(CheckpointError, match="is no longer this run's"):
+        claim.check()
+    claim.release()
