@@ -50,7 +50,7 @@ class BackgroundWriter:
         return hasattr(os, "memfd_create")
 
     def __init__(self) -> None:
-        self._memory = os.memfd_create("checkpoint")
+        self._memory = -1  # made by the first save: some runs have none
         self.refusal = ""
         self._process: subprocess.Popen[str] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -69,6 +69,8 @@ class BackgroundWriter:
         Raises:
             OSError: this host has not so much memory left, or the process cannot be started.
         """
+        if self._memory < 0:
+            self._memory = os.memfd_create("checkpoint")
         missing = num_bytes - os.fstat(self._memory).st_size
         if missing > 0:
             # All ranks of this host ask at the same moment.
@@ -81,7 +83,7 @@ class BackgroundWriter:
             self._process = _start_copier(self._memory)
 
     def image(self) -> IO[bytes]:
-        """The memory as a file to write from its beginning; to be flushed before `copy`."""
+        """The memory, which `prepare` has made, as a file to write from its beginning; to be flushed before `copy`."""
         os.lseek(self._memory, 0, os.SEEK_SET)
         return open(self._memory, "wb", closefd=False)
 

@@ -37,20 +37,22 @@ class PendingSave:
 
     def __init__(self, iteration: int, target: Path, subject: str, *, writing: Future[ShardOutcome],
                  publish: Callable[[list[ShardOutcome]], Path],
-                 run: Callable[[Callable[[], Path | None]], Future[Path | None]]) -> None:
+                 run: Callable[[Callable[[], Path]], Future[Path]]) -> None:
         self.iteration = iteration
         self._target, self._subject = target, subject
         self._writing, self._publish, self._run = writing, publish, run
-        self._publishing: Future[Path | None] | None = None
+        self._outcomes: list[ShardOutcome] | None = None
+        self._publishing: Future[Path] | None = None  # on rank 0
 
     def is_over(self) -> bool:
         """Whether the checkpoint is complete, or has failed: `finish` would not wait."""
-        if self._publishing is None:
+        if self._outcomes is None:
             if not _on_all_ranks(self._writing.done()):
                 return False
-            self._begin_to_publish()
-        assert self._publishing is not None
-        return _on_all_ranks(self._publishing.done())
+            self._outcomes = gather_outcomes(self._writing.result())
+            if torch.distributed.get_rank() == 0:
+                self._begin_to_publish()
+        return _on_all_ranks(self._publishing is None or self._publishing.done())
 
     def finish(self) -> Path:
         """Wait for the checkpoint.
@@ -61,22 +63,19 @@ class PendingSave:
         Raises:
             CheckpointError: on every rank, if it could not be written; nothing is left of it.
         """
-        if self._publishing is None:
-            self._begin_to_publish()
-        publishing = self._publishing
-        assert publishing is not None
+        if self._outcomes is None:
+            self._outcomes = gather_outcomes(self._writing.result())
         try:
-            path = on_first_rank(publishing.result, self._subject)
+            return on_first_rank(lambda: (self._publishing or self._begin_to_publish()).result(), self._subject)
         except CheckpointError:
             remove_partial(self._target)
             raise
-        assert path is not None
-        return path
 
-    def _begin_to_publish(self) -> None:
-        outcomes = gather_outcomes(self._writing.result())
-        self._publishing = self._run((lambda: self._publish(outcomes)) if torch.distributed.get_rank() == 0
-                                     else lambda: None)
+    def _begin_to_publish(self) -> Future[Path]:
+        outcomes = self._outcomes
+        assert outcomes is not None
+        self._publishing = self._run(lambda: self._publish(outcomes))
+        return self._publishing
 
 
 def can_write_behind(background: BackgroundWriter, num_bytes: int) -> bool:
