@@ -12,6 +12,10 @@
 #
 # From the environment, for runs with flags; a value that cannot be is said before anything starts (exit code 2):
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT  nodes, this node's rank, and where rank 0 listens (1, 0, -, 29500)
+#   NNODES=MIN:MAX                               nodes come and go: no NODE_RANK; MASTER_ADDR and MASTER_PORT are where
+#                                                `dsv3 rendezvous` listens. The run goes on with the nodes that there are
+#   RDZV_ID, RDZV_CONF, MAX_RESTARTS             of such a run: its name there (dsv3), torchrun's --rdzv-conf, and how
+#                                                often a node may start again after a failure (100)
 #   GPUS_PER_NODE                                processes on this node with GPUs (default: as many as CUDA shows)
 #   NPROC_PER_NODE                               processes on this node in any case (default without a GPU: the fewest
 #                                                that the layout needs)
@@ -113,8 +117,24 @@ check_number() { # check_number NAME LOWEST HIGHEST MEANING: fine if it is not s
     wrong "$1='$value' must be a whole number from $2 to $3, written in digits alone ($4); set it so, or unset it"
 }
 
-check_environment() { # sets num_gpus
+# NNODES=MIN:MAX: is_elastic is 1, and NNODES the fewest nodes, for which everything is checked.
+read_nodes() {
+    is_elastic=0 most_nodes=${NNODES:-1}
+    case "${NNODES:-}" in *:*) ;; *) return 0 ;; esac
+    [[ "$NNODES" =~ ^[1-9][0-9]{0,5}:[1-9][0-9]{0,5}$ ]] && [ "${NNODES%:*}" -le "${NNODES#*:}" ] ||
+        wrong "NNODES='$NNODES' must be the fewest and the most nodes of the run, MIN:MAX, in digits; set it so, or give one" \
+            "number for nodes that stay"
+    [ -n "${MASTER_ADDR:-}" ] ||
+        wrong "MASTER_ADDR is not set: with NNODES=$NNODES give the host on which \`dsv3 rendezvous\` listens"
+    is_elastic=1 most_nodes=${NNODES#*:}
+    NNODES=${NNODES%:*}
+    unset NODE_RANK
+    check_number MAX_RESTARTS 0 1000000 "starts after a failure"
+}
+
+check_environment() { # sets num_gpus, is_elastic
     local nnodes most
+    read_nodes
     [ -z "${TMPDIR:-}" ] || { [ -d "$TMPDIR" ] && [ -w "$TMPDIR" ]; } ||
         wrong "TMPDIR='$TMPDIR' must be a folder that this user may write to; make it, name another, or unset it"
     check_number NNODES 1 100000 "nodes of the run"
@@ -134,7 +154,7 @@ check_environment() { # sets num_gpus
         [[ "$MASTER_ADDR" =~ ^[][A-Za-z0-9._:%-]+$ ]] ||
             wrong "MASTER_ADDR='$MASTER_ADDR' must be the name or address of node 0's host; set it so, or unset it on one node"
     fi
-    if [ "$nnodes" -gt 1 ]; then
+    if [ "$is_elastic" = 0 ] && [ "$nnodes" -gt 1 ]; then
         [ -n "${MASTER_ADDR:-}" ] || wrong "MASTER_ADDR is not set: with NNODES=$nnodes give the host of node 0"
         [ -n "${NODE_RANK:-}" ] || wrong "NODE_RANK is not set: with NNODES=$nnodes give this node's, 0 to $((nnodes - 1))"
     fi
@@ -216,6 +236,8 @@ signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGQUIT, sign
         while is_there $$; do sleep 1; done
         pids=""
         [ "$on_signal" != pass_on ] || pids=$(workers)
+        # A node that is lost must not end the run of the others.
+        [ -z "$stop_file" ] || kill -s KILL -- $pids "-$guarded_pid"
         # shellcheck disable=SC2086 # several pids
         kill -s TERM -- ${pids:-"-$guarded_pid"}
         for ((second = 0; second < ${SHUTDOWN_TIMEOUT:-30} + 5; second++)); do
@@ -250,7 +272,7 @@ end_guarded() {
 
 # --------------------------------------------------------------------------------------------------- starting a run
 
-torchrun_pid=""
+torchrun_pid="" stop_file=""
 
 workers() { # the training processes: torchrun's children
     cat /proc/"$torchrun_pid"/task/*/children 2>/dev/null || pgrep -P "$torchrun_pid" 2>/dev/null || true
@@ -267,6 +289,10 @@ pass_on() {
         first_signal_s=$SECONDS
         say ""
         say "SIG$1: the run saves a checkpoint and ends; once more ends it at once"
+        if [ -n "$stop_file" ]; then # the other nodes go on: torchrun must neither wait for them nor start anything again
+            : >"$stop_file"
+            (while [ -n "$(workers)" ]; do sleep 0.2; done && kill -s TERM "$torchrun_pid") >/dev/null 2>&1 &
+        fi
         if [ -n "$pids" ]; then
             # shellcheck disable=SC2086 # several pids
             kill -s "$1" $pids 2>/dev/null || true
@@ -284,7 +310,10 @@ launch() {
     local num_processes=$1 nnodes="${NNODES:-1}" node_rank="${NODE_RANK:-0}" status=0 rendezvous threads
     shift
     threads=${OMP_NUM_THREADS:-$(threads_per_process "$num_processes")}
-    if [ "$nnodes" -gt 1 ]; then
+    if [ "$is_elastic" = 1 ]; then
+        launch_elastic "$num_processes" "$threads" "$@"
+        return
+    elif [ "$nnodes" -gt 1 ]; then
         rendezvous=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
     elif [ -n "${MASTER_PORT:-}" ]; then
         rendezvous=(--master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$MASTER_PORT")
@@ -316,6 +345,49 @@ launch() {
         -m dsv3_megatron train "$@" || status=$?
     on_signal=end_guarded
     if [ "$status" = 1 ] && [ -s "$told/code" ]; then status=$(cat "$told/code"); fi
+    rm -rf "$told"
+    return "$status"
+}
+
+# launch_elastic NUM_PROCESSES THREADS FLAGS...: as launch, where nodes come and go. Its processes end with 75 where they
+# only make way for the next start; what the next start would meet again (2, 3) ends this node's torchrun.
+launch_elastic() {
+    local num_processes=$1 threads=$2 port="${MASTER_PORT:-29500}" address="$MASTER_ADDR" local_address=() told status=0
+    shift 2
+    export DSV3_ELASTIC="${RDZV_ID:-dsv3} at $address:$port"
+    # Of one host alone: no look-up of its own name.
+    case "$address" in
+        127.0.0.1 | localhost)
+            local_address=(--local-addr 127.0.0.1)
+            [ ! -e /sys/class/net/lo ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
+            ;;
+    esac
+    unset MASTER_ADDR MASTER_PORT
+    guarded env WORLD_SIZE=$((num_processes * NNODES)) "$python" -m dsv3_megatron train "$@" --check-only >/dev/null || status=$?
+    if [ -n "$last_signal" ]; then
+        return $((128 + $(kill -l "$last_signal")))
+    elif [ "$status" != 0 ]; then
+        return "$status"
+    fi
+    export DSV3_MEGATRON_CHECKED=1
+    told=$(mktemp -d)
+    stop_file="$told/stop"
+    on_signal=pass_on
+    # Rank 0 serves the ranks' store, a new one at each start: torchrun's own would go with a node that is lost.
+    guarded env OMP_NUM_THREADS="$threads" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 DSV3_STOP_FILE="$stop_file" \
+        DSV3_EXIT_CODE_FILE="$told/code" "$python" -m torch.distributed.run --nnodes "$NNODES:$most_nodes" \
+        --rdzv-backend c10d --rdzv-endpoint "$address:$port" --rdzv-id "${RDZV_ID:-dsv3}" \
+        --rdzv-conf "is_host=0${RDZV_CONF:+,$RDZV_CONF}" ${local_address[@]+"${local_address[@]}"} \
+        --max-restarts "${MAX_RESTARTS:-100}" --nproc-per-node "$num_processes" \
+        --shutdown-timeout "${SHUTDOWN_TIMEOUT:-30}" --signals-to-handle "$torchrun_signals" \
+        -m dsv3_megatron train "$@" || status=$?
+    on_signal=end_guarded
+    if [ -s "$told/code" ]; then
+        status=$(cat "$told/code")
+    elif [ -e "$stop_file" ]; then
+        status=0 # its processes have saved and ended; torchrun would have waited for the other nodes
+    fi
+    stop_file=""
     rm -rf "$told"
     return "$status"
 }

@@ -15,4 +15,5 @@ Every module has `main(arguments)`, which returns the exit code. Nothing is impo
     certify.py      a layout against one process        simulate.py     a schedule on paper
     draw_schedule.py  what ranks did when                  plot.py         a run's measurements as one page
     doctor.py       what is installed and missing          report.py       DeepSeek-V3's papers, figure by figure
+    rendezvous.py   where the nodes of an elastic run meet
 """

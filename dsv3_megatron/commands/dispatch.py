@@ -52,6 +52,7 @@ COMMANDS = (
     Command("simulate", "a pipeline schedule on paper", "nothing was written"),
     Command("draw-schedule", "what the ranks of a run did when", "nothing was written"),
     Command("plot", "a run's measurements as one page", "nothing was written"),
+    Command("rendezvous", "where the nodes of an elastic run meet"),
     Command("doctor", "what is installed and what is missing here", "nothing was changed"),
 )
 

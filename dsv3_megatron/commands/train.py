@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import TrainingRequest, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
+from dsv3_megatron.config.world_size import largest_world_size
+from dsv3_megatron.guards.endings import tell_launcher
+from dsv3_megatron.process.elastic import EXIT_AGAIN, elastic_launch, is_told_to_stop
 from dsv3_megatron.process.ranks import Processes, require_free_port
-from dsv3_megatron.process.stop import StopListener
+from dsv3_megatron.process.stop import StopListener, default_stops
 from dsv3_megatron.runs.rank import EXIT_CONFIG, end_of, prepare_rank, run_rank, say_error
 
 if TYPE_CHECKING:
@@ -32,8 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one process of a training run.
 
     Returns:
-        Exit code: 0 done, 2 a setting or an input is wrong, 3 a guard ended the run, 4 a rank hung, 128 and the number
-        of a signal that came before there was anything to save; any other error raises.
+        Exit code: 0 done, 2 a setting or an input is wrong, 3 a guard ended the run, 4 a rank hung, 75 it makes way for
+        the next start with other nodes, 128 and the number of a signal that came before there was anything to save; any
+        other error raises.
     """
     with StopListener("nothing was saved"):
         return end_of(lambda: _main(sys.argv[1:] if arguments is None else arguments))
@@ -50,6 +54,11 @@ def _main(arguments: Sequence[str]) -> int:
         world_size = command.world_size or processes.world_size
         if not command.check_only:
             processes.require_rank()
+        if elastic_launch():
+            world_size = largest_world_size(command.run, world_size)
+            if processes.rank >= world_size and not command.check_only:
+                return _stand_by(processes)
+            processes = _narrowed(processes, world_size)
         command.run.validate(world_size)
         told = _check_inputs(command, world_size, processes.rank)
     except ValueError as error:
@@ -58,7 +67,31 @@ def _main(arguments: Sequence[str]) -> int:
         _tell(command, told)
     if command.check_only:
         return _meet_nodes(processes, None)
-    return _train(command, processes.rank)
+    return _train(command, processes)
+
+
+def _narrowed(processes: Processes, world_size: int) -> Processes:
+    """The places among the first `world_size` processes, which are all that the run uses."""
+    if world_size == processes.world_size or processes.address is None:
+        return processes
+    if processes.rank == 0:
+        print(f"{world_size} of {processes.world_size} processes are used: no more divide the layout and its batches; "
+              "the others stand by", file=sys.stderr, flush=True)
+    os.environ["WORLD_SIZE"] = str(world_size)
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(processes.local_size, world_size))
+    return Processes.from_environment()
+
+
+def _stand_by(processes: Processes) -> int:
+    """Wait as a process without work: torchrun starts it again with the others when nodes come or go."""
+    from dsv3_megatron.parallel.roll_call import PeerError, stand_by
+
+    with default_stops():  # it has nothing to save
+        try:
+            return stand_by(processes)
+        except PeerError as error:
+            print(f"rank {processes.rank}, which stood by: {error}", file=sys.stderr, flush=True)
+            return EXIT_AGAIN
 
 
 def _refuse(text: str, processes: Processes | None) -> int:
@@ -70,7 +103,7 @@ def _refuse(text: str, processes: Processes | None) -> int:
             _meet_nodes(processes, text)
     else:
         say_error(text, processes)
-    return EXIT_CONFIG
+    return tell_launcher(EXIT_CONFIG)
 
 
 def _num_nodes() -> int:
@@ -200,8 +233,20 @@ def _ranks_per_node(command: TrainingRequest, world_size: int) -> int | None:
     return None if command.world_size is not None else Processes.from_environment().local_size
 
 
-def _train(command: TrainingRequest, rank: int) -> int:
+def _train(command: TrainingRequest, processes: Processes) -> int:
     prepare_rank()
+    from dsv3_megatron.parallel.roll_call import let_go
     from dsv3_megatron.runs.trainer import Trainer
 
-    return run_rank(rank, lambda: Trainer(command.run).train())
+    def work() -> int:
+        trainer = Trainer(command.run)
+        code = trainer.train()
+        if elastic_launch():
+            # torchrun signals its processes before it starts them again with other nodes: that is no end of the run.
+            if code == 0 and not trainer.is_complete and not is_told_to_stop():
+                code = EXIT_AGAIN
+            if processes.rank == 0:
+                let_go(processes, code)
+        return code
+
+    return run_rank(processes.rank, work)

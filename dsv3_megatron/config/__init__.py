@@ -11,7 +11,7 @@ In reading order; a wrong setting raises `fields.ConfigError` before anything is
     expert_dispatch.py   ways of tokens to their experts
     guards.py        what is done about bad steps              run.py           RunConfig: all of these together
     presets.py       named runs                                files.py         TOML, YAML, JSON -> plain values
-    load.py          command line and file -> RunConfig
+    load.py          command line and file -> RunConfig    world_size.py    processes at hand that a run can use
 
 A run whose settings change under way:
 

@@ -3,7 +3,8 @@
 torchrun ends with 1 whatever its workers end with. A launcher that wants to know more names a file in EXIT_CODE_FILE,
 into which the first process with a code of its own writes it. What starts a run on many nodes cannot rely on any one
 node's code; it looks for ENDED_FILE in the folder of checkpoints, which a guard's end leaves there and the next start
-takes away.
+takes away. Where nodes come and go, torchrun starts processes again whatever they end with: only what the next start
+would meet again is told, and ends torchrun too.
 """
 
 from __future__ import annotations
@@ -12,8 +13,13 @@ import logging
 import os
 from pathlib import Path
 
+from dsv3_megatron.process.elastic import elastic_launch, end_agent
+
 EXIT_CODE_FILE = "DSV3_EXIT_CODE_FILE"
 ENDED_FILE = "ended-by-guard.txt"
+
+# A wrong setting, and a guard's end (guards/decisions.py): the next start would end the same way.
+_FINAL = (2, 3)
 
 logger = logging.getLogger(__name__)
 
@@ -24,18 +30,28 @@ def tell_launcher(code: int) -> int:
     Returns:
         The code.
     """
+    if elastic_launch():
+        if code not in _FINAL:
+            return code
+        _write_code(code)
+        end_agent()
+        return code
+    _write_code(code)
+    return code
+
+
+def _write_code(code: int) -> None:
     path = os.environ.get(EXIT_CODE_FILE)
     if path:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
-            return code
+            return
         except OSError as error:
             logger.warning("exit code %d cannot be told to the launcher: %s: %s", code, path, error.strerror)
-            return code
+            return
         with os.fdopen(descriptor, "w") as file:
             file.write(f"{code}\n")
-    return code
 
 
 def mark_ended(save: str, text: str) -> None:

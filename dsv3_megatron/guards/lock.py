@@ -22,10 +22,14 @@ from pathlib import Path
 
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.process.elastic import elastic_launch
+from dsv3_megatron.process.stop import shutdown_timeout_s
 
 BEAT_S, STALE_S = 10.0, 120.0
 # Older than this by the file system's own clock, a lock is stale without being watched.
 _ABANDONED_S = 3600.0
+# An earlier start of the same launch ends by itself: so long after SHUTDOWN_TIMEOUT, or after so many touches left out.
+_EARLIER_S, _EARLIER_BEATS = 15.0, 3
 _POLL_S = 0.5
 _WITHOUT_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
@@ -44,6 +48,7 @@ class Holder:
         began: Start of that process, as the kernel counts it; None where the kernel does not say.
         since: Time at which the lock was taken, as text.
         token: Random mark of this lock alone.
+        launch: Name of the launch whose nodes come and go that the process is of (`process/elastic.py`); empty: none.
     """
 
     run: str
@@ -53,6 +58,7 @@ class Holder:
     began: str | None
     since: str
     token: str
+    launch: str = ""
 
     def __str__(self) -> str:
         return f"run {self.run}, process {self.pid} on {self.host} since {self.since}"
@@ -106,7 +112,7 @@ class RunLock:
         self.path, self._subject, self._stale_s = path, subject, stale_s
         pid = os.getpid()
         self._me = Holder(run, os.uname().nodename, process_table(), pid, process_began(pid),
-                          datetime.now(UTC).isoformat(timespec="seconds"), uuid.uuid4().hex)
+                          datetime.now(UTC).isoformat(timespec="seconds"), uuid.uuid4().hex, elastic_launch() or "")
 
     def refuse_if_held(self) -> None:
         """Raise if a process of this machine holds the lock; nothing is changed, and other machines are not waited for.
@@ -117,7 +123,7 @@ class RunLock:
         content = self._read()
         holder = _parse(content) if content is not None else None
         if holder is not None and not self._is_me(holder) and holder.processes == self._me.processes \
-                and is_running(holder.pid, holder.began):
+                and not self._is_of_my_launch(holder) and is_running(holder.pid, holder.began):
             raise CheckpointError(self._in_use(str(holder)))
 
     def take(self) -> str | None:
@@ -183,6 +189,10 @@ class RunLock:
     def _is_me(self, holder: Holder) -> bool:
         return (holder.processes, holder.pid, holder.began) == (self._me.processes, self._me.pid, self._me.began)
 
+    def _is_of_my_launch(self, holder: Holder) -> bool:
+        """Whether the lock is of an earlier start of this launch, which ends before the next one begins."""
+        return bool(self._me.launch) and holder.launch == self._me.launch
+
     def _in_use(self, who: str) -> str:
         return (f"{self._subject} is in use by {who} (lock {self.path}): two runs in one folder would delete each "
                 "other's files; wait for it to end, stop it, or choose another folder")
@@ -194,22 +204,28 @@ class RunLock:
             CheckpointError: the lock is not stale.
         """
         if holder is not None and holder.processes == self._me.processes:
-            if is_running(holder.pid, holder.began):
-                raise CheckpointError(self._in_use(str(holder)))
+            deadline = time.monotonic() + (shutdown_timeout_s() + _EARLIER_S if self._is_of_my_launch(holder) else 0)
+            while is_running(holder.pid, holder.began):
+                if time.monotonic() > deadline:
+                    raise CheckpointError(self._in_use(str(holder)))
+                time.sleep(_POLL_S)
             return "that process is gone"
+        stale_s = self._stale_s
+        if holder is not None and self._is_of_my_launch(holder):
+            stale_s = min(stale_s, _EARLIER_BEATS * BEAT_S)
         who = str(holder) if holder else "a process that it does not name"
         first, looked_since = self._last_touch(), time.monotonic()
         if first is not None and self._now() - first > _ABANDONED_S:
             return f"no sign of life for {self._now() - first:.0f} s"
         logger.info("%s: there is a lock of %s: looking for a sign of life for up to %g s", self._subject, who,
-                    self._stale_s)
-        while time.monotonic() - looked_since < self._stale_s:
-            time.sleep(min(_POLL_S, self._stale_s))
+                    stale_s)
+        while time.monotonic() - looked_since < stale_s:
+            time.sleep(min(_POLL_S, stale_s))
             if self._read() != content:
                 return "it was let go or taken meanwhile"
             if self._last_touch() != first:
                 raise CheckpointError(self._in_use(who))
-        return f"no sign of life for {self._stale_s:g} s"
+        return f"no sign of life for {stale_s:g} s"
 
     def _last_touch(self) -> float | None:
         """Time of the last touch; opened, so that a network file system asks its server."""

@@ -20,7 +20,7 @@ from torch.distributed import PrefixStore, TCPStore
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.process.ranks import Processes, require_free_port, wait_for_port
 
-__all__ = ["PeerError", "RollCall", "meet_nodes", "meet_ranks", "say_once"]
+__all__ = ["PeerError", "RollCall", "let_go", "meet_nodes", "meet_ranks", "say_once", "stand_by"]
 
 # Stores that this process serves, by address and port: they must live as long as ranks may ask, and torch's own
 # rendezvous at the same port shares them.
@@ -111,6 +111,29 @@ class RollCall:
         self._store.compare_set("verdict", "", text)
         self._heard()
 
+    def wait_for_end(self) -> int:
+        """Wait for the exit code that `end` tells.
+
+        Raises:
+            PeerError: the store is gone before.
+        """
+        try:
+            self._store.add("waiting", 1)
+            while not self._store.check(["end"]):
+                time.sleep(_LAST_POLL_S)
+            code = int(self._store.get("end"))
+            self._store.add("heard", 1)
+        except RuntimeError as error:
+            raise PeerError(f"{self.unit} 0 ended ({type(error).__name__})") from error
+        return code
+
+    def end(self, code: int) -> None:
+        """Tell those that wait an exit code, and stay until they have heard it or had the time to."""
+        self._store.set("end", str(code))
+        deadline = time.monotonic() + _LINGER_S
+        while self._store.add("heard", 0) < self._store.add("waiting", 0) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
     def count(self, key: str) -> int:
         """How many processes have counted under a key, this one included."""
         return self._store.add(key, 1)
@@ -195,6 +218,25 @@ def meet_nodes(processes: Processes, node_rank: int, num_nodes: int, error: str 
         call.meet()
     else:
         call.excuse(f"node {node_rank}, {socket.gethostname()}: {error}")
+
+
+def stand_by(processes: Processes) -> int:
+    """Wait, as a process that the run has no use for, until rank 0's ends; its exit code.
+
+    Args:
+        processes: This process's place among all that torchrun started.
+
+    Raises:
+        ConfigError, PeerError: rank 0 is not found, or is gone without a word.
+    """
+    return RollCall("standing by", processes.require_address(), processes.port, processes.rank, processes.world_size,
+                    has_server=True, unit="rank").wait_for_end()
+
+
+def let_go(processes: Processes, code: int) -> None:
+    """Tell the processes that stand by this run's exit code; called by rank 0, which serves their store."""
+    RollCall("standing by", processes.require_address(), processes.port, 0, processes.world_size,
+             has_server=True).end(code)
 
 
 def _open(processes: Processes, patience_s: float) -> RollCall:

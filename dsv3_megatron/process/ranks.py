@@ -71,9 +71,11 @@ class Processes:
         if address.split() != [address] and "MASTER_ADDR" in variables:
             raise ConfigError(f"MASTER_ADDR={address!r} must be the name or address of rank 0's host; set it so; "
                               "torchrun sets it")
+        has_agent = variables.get(_AGENT_STORE) == "True"
+        # Where rank 0 serves the store itself, each start has a new one; and agents count their restarts differently.
+        attempt = f"{variables.get(_RUN_ID, 'none')}/{variables.get(_RESTARTS, '0')}" if has_agent else "0"
         return cls(rank, size, local, address, _number(variables, "MASTER_PORT", 1, _MAX_PORT, default=DEFAULT_PORT),
-                   variables.get(_AGENT_STORE) == "True",
-                   f"{variables.get(_RUN_ID, 'none')}/{variables.get(_RESTARTS, '0')}", local_size)
+                   has_agent, attempt, local_size)
 
     def require_rank(self) -> None:
         """Refuse to start one process where WORLD_SIZE says that there are others.

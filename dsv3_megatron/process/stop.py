@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.streams import reader_gone_calls
+from dsv3_megatron.process.elastic import elastic_launch
 
 __all__ = ["STOP_SIGNALS", "StopListener", "Stopped", "default_stops", "end_with_a_line",
            "reset_in_child", "shutdown_timeout_s", "signal_name", "stop_calls"]
@@ -199,6 +200,8 @@ class StopListener:
                 if number in STOP_SIGNALS:
                     self._stop(number)
             if self.is_under_torchrun and deadline == float("inf") and os.getppid() != self._parent:
+                if elastic_launch():  # a node that is gone: the others go on without it, and do not wait for it
+                    self._end(signal.SIGTERM, "torchrun is gone")
                 deadline = time.monotonic() + shutdown_timeout_s()
                 os.kill(self._owner, signal.SIGTERM)
             if time.monotonic() > deadline:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.process.elastic import EXIT_AGAIN, elastic_launch
 from dsv3_megatron.process.ranks import Processes
 from dsv3_megatron.process.stop import StopListener, Stopped
 
@@ -112,6 +113,8 @@ def run_rank(rank: int, work: Callable[[], int]) -> int:
 
     try:
         code = work()
+        if code == EXIT_AGAIN:
+            return code
         return tell_launcher(code) if code else 0
     except ConfigError as error:
         import torch
@@ -122,6 +125,8 @@ def run_rank(rank: int, work: Callable[[], int]) -> int:
         # Whoever met it has said it; under torchrun on this host too.
         if not Processes.from_environment().has_agent:
             print(f"rank {rank}: ends, {error}", file=sys.stderr, flush=True)
+        if elastic_launch():
+            return EXIT_AGAIN  # the next start may be without that process's node
         return tell_launcher(EXIT_CONFIG)
     except SystemExit as end:  # an output cannot be written: other ranks wait in a collective, so nothing is tidied up
         os._exit(end.code if isinstance(end.code, int) else 1)

@@ -105,6 +105,11 @@ class Trainer(Learner):
         if self.phase.index:
             change_context(self.chunks, self.phase.model)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all steps of the run have been taken."""
+        return self.step_plan is None
+
     # -- phases ------------------------------------------------------------------------------------
 
     def _plan_step(self) -> StepPlan | None:

@@ -173,6 +173,42 @@ def test_a_second_signal_ends_a_run_that_does_not_react(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGKILL
 
 
+def test_nodes_that_come_and_go(tmp_path: Path) -> None:
+    launch = Launch(tmp_path)
+    code, _, stderr = launch.run("--preset", "tiny", NNODES="2:5", MASTER_ADDR="meet", MASTER_PORT="1234",
+                                 NPROC_PER_NODE="2", RDZV_CONF="last_call_timeout=5", RDZV_ID="mine")
+    assert code == 0, stderr
+    assert launch.read("world_size") == "4\n"
+    said = launch.read("torchrun")
+    assert ("--nnodes 2:5 --rdzv-backend c10d --rdzv-endpoint meet:1234 --rdzv-id mine --rdzv-conf "
+            "is_host=0,last_call_timeout=5 --max-restarts 100 --nproc-per-node 2") in said
+    assert said.splitlines()[0].endswith("train --preset tiny --resume auto")
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"NNODES": "3:2", "MASTER_ADDR": "meet"}, "NNODES='3:2' must be the fewest and the most nodes of the run"),
+    ({"NNODES": "1:", "MASTER_ADDR": "meet"}, "NNODES='1:' must be"),
+    ({"NNODES": "1:2"}, "MASTER_ADDR is not set: with NNODES=1:2 give the host on which `dsv3 rendezvous` listens"),
+    ({"NNODES": "1:2", "MASTER_ADDR": "meet", "MAX_RESTARTS": "many"}, "MAX_RESTARTS='many' must be a whole number"),
+])
+def test_wrong_nodes_that_come_and_go(tmp_path: Path, given: dict[str, str], said: str) -> None:
+    code, _, stderr = Launch(tmp_path).run("--preset", "tiny", **given)
+    assert code == 2 and said in stderr
+
+
+def test_a_node_that_is_told_to_stop_leaves_and_one_whose_processes_told_a_code_ends_with_it(tmp_path: Path) -> None:
+    """torchrun would wait for the other nodes after its processes have ended: it is ended too."""
+    elastic = {"NNODES": "1:2", "MASTER_ADDR": "meet"}
+    launch = Launch(tmp_path, worker_ticks=200)
+    process = launch.start("--preset", "tiny", **elastic)
+    launch.wait_for("started", 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert launch.read("signals").split() == ["TERM", "TERM"]
+    assert Launch(tmp_path, exit_code=3, told_code="3").run("--preset", "tiny", **elastic)[0] == 3
+
+
 def test_it_goes_on_if_there_is_something_to_go_on_from_unless_it_is_told(tmp_path: Path) -> None:
     launch = Launch(tmp_path)
     launch.run("--preset", "tiny")

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from dsv3_megatron.checkpoint.folder import CheckpointError
-from dsv3_megatron.guards.lock import RunLock
+from dsv3_megatron.guards.lock import RunLock, process_began
+from dsv3_megatron.process.elastic import ELASTIC
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLD = ("import sys, time; from pathlib import Path; from dsv3_megatron.guards.lock import RunLock\n"
@@ -166,3 +167,30 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="No space left"):
         lock(tmp_path / "run.lock").take()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_start_of_the_same_launch_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not refused: it ends by itself; of another launch it is refused."""
+    monkeypatch.setenv(ELASTIC, "run at here:1")
+    path = tmp_path / "run.lock"
+    process = holding(path)
+    mine = lock(path)
+    mine.refuse_if_held()
+    threading.Timer(1.0, process.kill).start()
+    threading.Timer(1.1, process.wait).start()
+    assert "is stale (that process is gone): taken over" in str(mine.take())
+    monkeypatch.setenv(ELASTIC, "another at here:1")
+    change(path, pid=os.getppid(), began=process_began(os.getppid()), launch="run at here:1")
+    for attempt in (lock(path).take, lock(path).refuse_if_held):
+        with pytest.raises(CheckpointError, match="in use"):
+            attempt()
+
+
+def test_a_lost_host_of_the_same_launch_is_taken_for_gone_sooner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                 ) -> None:
+    monkeypatch.setenv(ELASTIC, "run at here:1")
+    monkeypatch.setattr("dsv3_megatron.guards.lock.BEAT_S", 0.2)
+    path = tmp_path / "run.lock"
+    lock(path).take()
+    change(path, processes="another host", token="theirs")
+    assert "no sign of life for 0.6 s" in str(lock(path, stale_s=120.0).take())

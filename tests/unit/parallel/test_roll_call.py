@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -83,3 +85,28 @@ def test_a_taken_port_is_said(port: int) -> None:
         other.listen()
         with pytest.raises(ConfigError, match=f"MASTER_PORT={port} cannot be listened on"):
             RollCall("test", "127.0.0.1", port, 0, 2)
+
+
+def test_those_that_stand_by_hear_the_exit_code(port: int) -> None:
+    def process(rank: int) -> int:
+        call = RollCall("standing by", "127.0.0.1", port, rank, 3, patience_s=10.0)
+        if rank:
+            return call.wait_for_end()
+        time.sleep(0.3)
+        call.end(75)
+        return 75
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(process, range(3))) == [75, 75, 75]
+
+
+def test_one_that_stands_by_notices_that_rank_0_is_gone(port: int) -> None:
+    code = ("import sys, time; from dsv3_megatron.parallel.roll_call import RollCall\n"
+            f"RollCall('standing by', '127.0.0.1', {port}, 0, 2); print('here', flush=True); time.sleep(60)")
+    host = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert host.stdout is not None and host.stdout.readline() == b"here\n"
+    call = RollCall("standing by", "127.0.0.1", port, 1, 2, patience_s=10.0)
+    host.kill()
+    host.wait()
+    with pytest.raises(PeerError, match="rank 0 ended"):
+        call.wait_for_end()
