@@ -98,8 +98,7 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str], command: Sequenc
     return Rehearsal(
         run=run, world_size=options.world_size, device_bytes=device_bytes, ranks=tuple(results),
         asked_microbatches=asked.training.num_microbatches(asked.parallel.data_parallel_size(options.world_size)),
-        planned={result.rank: _planned(run, options, result) for result in results
-                 if run.parallel.context_parallel_size == 1})
+        planned={result.rank: _planned(run, options, result) for result in results})
 
 
 def _planned(run: RunConfig, options: argparse.Namespace, result: RankResult) -> RankMemory:

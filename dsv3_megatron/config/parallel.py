@@ -185,19 +185,6 @@ class ParallelConfig:
         """
         return self.data_parallel_size(world_size) * self.context_parallel_size * self.num_model_copies
 
-    def require_whole_sequences(self, what: str) -> None:
-        """Refuse a layout that splits sequences, where something does not know it yet.
-
-        Args:
-            what: The thing, for the message.
-
-        Raises:
-            ConfigError: the layout splits sequences.
-        """
-        if self.context_parallel_size > 1:
-            raise ConfigError(f"context_parallel_size={self.context_parallel_size}: {what} does not know split "
-                              "sequences yet; leave context_parallel_size at 1 for it")
-
     def validate(self, model: ModelConfig, seq_length: int) -> None:
         """Check the rules between the layout and the model.
 

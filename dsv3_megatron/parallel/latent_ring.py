@@ -31,7 +31,7 @@ from dsv3_megatron.ops.attention import DocumentBounds
 from dsv3_megatron.ops.backend import wide_dtype
 from dsv3_megatron.ops.block_attention import BlockAttention
 from dsv3_megatron.ops.fused_blocks import FusedBlockAttention, block_attention
-from dsv3_megatron.ops.recompute import saving
+from dsv3_megatron.ops.recompute import held, saving
 from dsv3_megatron.parallel.exchange import Posted, Splits, post_all_to_all
 from dsv3_megatron.parallel.sequence_parts import SequenceParts
 
@@ -80,7 +80,8 @@ class RingAttention:
             [S, B, N, U], contiguous, in the queries' dtype.
         """
         with saving():
-            return _Attend.apply(query_SBND, passed_SBW, self)
+            out_SBNU: torch.Tensor = held(_Attend.apply(query_SBND, passed_SBW, self))
+        return out_SBNU
 
     def blocks(self, passed_SBW: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Give each rank's block and whose it is, this rank's own first; the next one is under way meanwhile."""

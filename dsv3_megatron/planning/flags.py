@@ -22,7 +22,7 @@ _FIELDS = {field.name: field for section in (ParallelConfig, TrainingConfig, Fp8
 # What a layout is named by: told whether or not the run has it already.
 _NAMED = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
           "expert_model_parallel_size", "expert_tensor_parallel_size", "pipeline_schedule", "micro_batch_size",
-          "recompute_granularity")
+          "recompute_granularity", "context_parallel_size")
 
 
 def flags(changes: Mapping[str, Any]) -> str:

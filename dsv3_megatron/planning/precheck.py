@@ -171,9 +171,6 @@ def check_memory(run: RunConfig, world_size: int, *, is_planned: bool = False, h
     machine = find_hardware(hardware) if hardware is not None else None
     if machine is not None and machine.is_cpu:
         raise ConfigError(f"hardware={hardware} is not a GPU; without one the memory of this machine is compared with")
-    if run.parallel.context_parallel_size > 1:
-        return [Told(f"memory: not estimated, since context_parallel_size={run.parallel.context_parallel_size} splits "
-                     "sequences, which the estimate does not know yet", is_warning=True)]
     gpu_bytes = smallest_gpu_bytes() if machine is None else int(machine["memory_bytes"])
     is_cuda = gpu_bytes is not None or is_planned
     fullest = fullest_rank(run, world_size, device="cuda" if is_cuda else "cpu")

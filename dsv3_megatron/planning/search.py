@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,6 +32,9 @@ from dsv3_megatron.planning.time.work import Imbalance, Setting, StageWork, Work
 
 RULE, MEMORY, SLOWER = "rule", "memory", "slower"
 _MICRO_BATCH_SIZES = (1, 2, 4, 8)
+# Tokens of a part of a sequence: less is what pre-training takes whole, more is for those who do not split at all.
+_PARTS = range(4096, 16384 + 1)
+_WAYS_TO_SPLIT = ("p2p", "a2a")
 _MOST_VIRTUAL_STAGES = 4
 
 
@@ -45,12 +49,15 @@ class Layout:
     virtual_stages: int
     micro_batch_size: int
     recompute: str | None
+    cp: int = 1
+    cp_comm: str = "p2p"
 
     def describe(self) -> str:
         """Describe the layout in a few words."""
         stages = f" V{self.virtual_stages}" if self.virtual_stages > 1 else ""
         tensor = f" TP{self.tp}" if self.tp > 1 else ""
-        return (f"PP{self.pp}{tensor} EP{self.ep} {self.schedule}{stages} micro-batch {self.micro_batch_size} "
+        context = f" CP{self.cp} {self.cp_comm}" if self.cp > 1 else ""
+        return (f"PP{self.pp}{tensor}{context} EP{self.ep} {self.schedule}{stages} micro-batch {self.micro_batch_size} "
                 f"recompute {self.recompute or 'none'}")
 
     def apply(self, run: RunConfig) -> RunConfig:
@@ -59,7 +66,7 @@ class Layout:
             tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp,
             num_virtual_stages_per_pipeline_rank=self.virtual_stages,
             pipeline_schedule="auto" if self.pp == 1 else self.schedule, expert_model_parallel_size=self.ep,
-            expert_tensor_parallel_size=1)
+            expert_tensor_parallel_size=1, context_parallel_size=self.cp, cp_comm_type=self.cp_comm)
         modules = run.training.recompute_modules if self.recompute == "selective" else ()
         training = dataclasses.replace(run.training, micro_batch_size=self.micro_batch_size,
                                        recompute_granularity=self.recompute, recompute_modules=modules)
@@ -196,14 +203,19 @@ def _layouts(run: RunConfig, setting: Setting, rejected: list[Rejected]) -> Iter
                  *((name, 1) for name in SCHEDULES if name not in ("1f1b", "interleaved"))]
     granularities = (None, *RECOMPUTE_GRANULARITIES)
     tiled: set[int] = set()  # tensor-parallel degrees whose parts FP8 can take
-    sizes = [size for size in _MICRO_BATCH_SIZES if training.global_batch_size % size == 0]
     for pp in (number for number in all_divisors(num_devices) if number <= model.num_layers):
         own = [(name, stages) for name, stages in schedules if pp > 1 or name == "1f1b"]
-        for tp in (number for number in (1, 2, 4, 8) if num_devices % number == 0):
+        for tp, cp in itertools.product((1, 2, 4, 8), _splits(run, num_devices)):
+            if num_devices % tp:
+                continue
+            way = _way_to_split(run, setting, tp, cp)
+            # Who splits a sequence has no use for two at a time.
+            sizes = [size for size in (_MICRO_BATCH_SIZES if cp == 1 else (1,))
+                     if training.global_batch_size % size == 0]
             for ep in (number for number in all_divisors(model.num_experts) if number <= num_devices):
                 count = len(own) * len(sizes) * len(granularities)
                 parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
-                                          expert_model_parallel_size=ep,
+                                          expert_model_parallel_size=ep, context_parallel_size=cp, cp_comm_type=way,
                                           moe_token_dispatcher_type=run.parallel.moe_token_dispatcher_type,
                                           ranks_per_node=run.parallel.ranks_per_node)
                 try:
@@ -214,12 +226,37 @@ def _layouts(run: RunConfig, setting: Setting, rejected: list[Rejected]) -> Iter
                         run.fp8.validate(model, parallel, training.transformer_impl)
                         tiled.add(tp)
                 except ConfigError as error:
-                    rejected.append(Rejected(f"PP{pp} TP{tp} EP{ep}, all schedules", count, RULE, str(error)))
+                    named = f"PP{pp} TP{tp}" + (f" CP{cp} {way}" if cp > 1 else "")
+                    rejected.append(Rejected(f"{named} EP{ep}, all schedules", count, RULE, str(error)))
                     continue
                 for name, stages in own:
                     for size in sizes:
                         for granularity in granularities:
-                            yield Layout(pp, tp, ep, name, stages, size, granularity)
+                            yield Layout(pp, tp, ep, name, stages, size, granularity, cp, way)
+
+
+def _splits(run: RunConfig, num_devices: int) -> list[int]:
+    """Numbers of ranks that may share a sequence: none but one, such as have parts worth it, and the run's own."""
+    length = run.training.seq_length
+    powers = (1 << power for power in range(1, length.bit_length()))
+    sizes = {1, run.parallel.context_parallel_size, *(size for size in powers if length // size in _PARTS)}
+    return [size for size in sorted(sizes) if num_devices % size == 0]
+
+
+def _way_to_split(run: RunConfig, setting: Setting, tp: int, cp: int) -> str:
+    """How so many ranks share a sequence in least time, by the time of a layer; the first where it does not matter."""
+
+    def seconds(way: str) -> float:
+        parallel = ParallelConfig(tensor_model_parallel_size=tp, context_parallel_size=cp, cp_comm_type=way)
+        try:
+            parallel.validate(run.model, run.training.seq_length)
+        except ConfigError:
+            return math.inf
+        training = dataclasses.replace(run.training, micro_batch_size=1)
+        work = WorkTable(dataclasses.replace(run, parallel=parallel, training=training), setting).layer(0)
+        return sum(part.alone for part in work.alone.values())
+
+    return _WAYS_TO_SPLIT[0] if cp == 1 else min(_WAYS_TO_SPLIT, key=seconds)
 
 
 @dataclass(frozen=True)
@@ -315,7 +352,7 @@ class _Bounds:
         return longest + least_update(run, setting)
 
     def _stages(self, run: RunConfig, layout: Layout, way: float) -> list[_Seconds]:
-        key = (layout.tp, layout.ep, layout.micro_batch_size, layout.recompute)
+        key = (layout.tp, layout.cp, layout.cp_comm, layout.ep, layout.micro_batch_size, layout.recompute)
         if key not in self._tables:
             low, high = (WorkTable(run, dataclasses.replace(self.setting, imbalance=imbalance), splits_backward=False)
                          for imbalance in _IMBALANCES)

@@ -14,6 +14,7 @@ here. In reading order:
     remembered_results.py   shapes of results, worked out once
     known_values.py         values of the few small tensors that the host reads
     live_memory.py          what is alive when
+    kernel_workspaces.py    what kernels of torch take for themselves
     collective_calls.py     messages between ranks
     source_lines.py         the line that is at work
 

@@ -25,7 +25,8 @@ from dsv3_megatron.rehearsal.rank_results import FIRST_STEP, RESUMING, SAVING, S
 from dsv3_megatron.rehearsal.totals import calls_in, made_once, moe_passes, totals, work_of_step
 
 NOT_SEEN = ("values, and so what NaN or a real router would do; time; what kernels do inside, and whether they "
-            "compile; workspaces, fragmentation and NCCL's buffers; other ranks than those rehearsed")
+            "compile; workspaces but FlashAttention 2's, fragmentation and NCCL's buffers; other ranks than those "
+            "rehearsed")
 # A peak further from the planner's than this part of it and so many bytes: one has something that the other has not.
 TOLERANCE, TOLERANCE_BYTES = 0.02, 1 << 20
 _NUM_LINES = 12

@@ -100,6 +100,14 @@ class LiveMemory:
 
         self._pieces[key] = (weakref.ref(storage, gone), piece)
 
+    def pulse(self, size: int, operation: str) -> None:
+        """Note memory that an operation takes for itself, and gives back when it is done."""
+        piece = len(self.sizes)
+        self.sizes.append(size)
+        self.labels.append(_label("", source_line(), operation))
+        self._came.append(len(self.events))
+        self.events.extend((piece, -piece - 1))
+
     def name(self, tensor: torch.Tensor, component: str) -> None:
         """Say what a tensor's memory is, from its beginning on."""
         found = self._pieces.get(tensor.untyped_storage()._cdata)

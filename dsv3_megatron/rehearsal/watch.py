@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_megatron.rehearsal.collective_calls import CollectiveCalls
+from dsv3_megatron.rehearsal.kernel_workspaces import workspace_bytes
 from dsv3_megatron.rehearsal.known_values import follow, forget, is_small, known, run_on_host, tensors_in, written
 from dsv3_megatron.rehearsal.live_memory import LiveMemory
 from dsv3_megatron.rehearsal.remembered_results import RememberedResults, Result
@@ -158,6 +159,7 @@ class Watch(TorchDispatchMode):
             if tensor.device.type == "cuda":
                 is_kernel = True
                 self.memory.see(tensor, func.overloadpacket.__name__)
+        self._see_workspace(func, args)
         if _starts_kernel(func):
             if is_kernel or any(tensor.device.type == "cuda" for tensor in written(func, args, kwargs)):
                 self.now.launches[func.overloadpacket.__name__] += 1
@@ -174,12 +176,18 @@ class Watch(TorchDispatchMode):
             for part, tensor in zip(result.parts, tensors_in(out), strict=True):
                 if part.operand < 0:
                     self.memory.see(tensor, func.overloadpacket.__name__)
+            self._see_workspace(func, args)
         if _starts_kernel(func):
             if result.is_on_device or any(tensor.device.type == "cuda" for tensor in written(func, args, kwargs)):
                 self.now.launches[func.overloadpacket.__name__] += 1
         return out
 
     # -- host and device -----------------------------------------------------------------------------
+
+    def _see_workspace(self, func: Any, args: tuple[Any, ...]) -> None:
+        size = workspace_bytes(func.overloadpacket.__name__, args)
+        if size:
+            self.memory.pulse(size, f"inside {func.overloadpacket.__name__}")
 
     def _is_of_host(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether all operands and results are real tensors of the host."""

@@ -44,6 +44,8 @@ def _a100() -> Hardware:
         bf16_best_share=(271.2 / 312, "MAMF: A100 SXM"),
         memory_bandwidth=(2.039e12, "NVIDIA A100 80GB SXM data sheet"),
         memory_bytes=(80e9, "NVIDIA A100 80GB SXM data sheet"),
+        block_forward_share=(1.0, "the measured attention is FlashAttention 2 too"),
+        block_backward_share=(1.0, "the measured attention is FlashAttention 2 too"),
         num_sms=(108, "NVIDIA A100 data sheet"), communication_sms=(16, UNVERIFIED + "20 of 132, as on an H800"),
         nvlink_bandwidth=(240 * GB, UNVERIFIED + "80% of 300 GB/s one way (NVIDIA)"),
         all_to_all_nvlink_bandwidth=(230 * GB, UNVERIFIED + "153 of 200 GB/s (DeepEP on H800) of 300"),

@@ -136,6 +136,9 @@ def hopper_figures(device: str) -> dict[str, Figure]:
         nccl_bytes=(2.0e9, UNVERIFIED + "5 groups of up to 32 channels with 2 x 4 MiB (NCCL_BUFFSIZE's default), and "
                     "peers of all-to-alls"),
         fragmentation_share=(0.03, UNVERIFIED + "of torch's caching allocator with expandable segments"),
+        # torch attends to blocks by FlashAttention 2; the measured attention is FlashAttention 3.
+        block_forward_share=(1 / 1.75, "FA3: 1.5 to 2.0 times as fast as FlashAttention 2, arXiv 2407.08608, abstract"),
+        block_backward_share=(1 / 1.625, "FA3: 1.5 to 1.75 times as fast as FlashAttention 2, section 4.1"),
         num_sms=(_SMS, "report, section 3.5.1"),
         communication_sms=(20, "report, section 3.2.2"),
         gpus_per_node=(8, "report, section 3.1; HGX"),

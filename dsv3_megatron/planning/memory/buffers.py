@@ -19,7 +19,7 @@ def buffer_bytes(s: PassSettings, contents: Sequence[StageContent]) -> int:
     for content in contents:
         layers = (*content.layers, *content.mtp)
         moe = sum(layer.is_moe for layer in layers)
-        total += len(layers) * 2 * s.length * s.rope // 2 * WIDE
+        total += len(layers) * 2 * s.whole_length * s.rope // 2 * WIDE
         total += moe * (s.experts * (WIDE + INDEX) + WIDE)
     return total
 

@@ -101,7 +101,6 @@ def estimate_memory(run: RunConfig, world_size: int | None = None, *, device: st
     """
     if device not in DEVICES:
         raise ValueError(f"device={device!r} of a memory estimate must be one of {', '.join(DEVICES)}")
-    run.parallel.require_whole_sequences("the memory estimate")
     size = run.parallel.minimum_world_size if world_size is None else world_size
     precision = run.training.precision_on(is_cpu=device == "cpu")
     settings = pass_settings(run, device=device, precision=precision, is_wide_product=is_wide_product,

@@ -160,11 +160,11 @@ class GroupedExpertsPass:
         grad_active = ledger.make("gradient of experts active", num * width * s.narrow)
         grad.references += 1
         self._weight_grad(grad, active)
+        ledger.drop(grad)
         grad_hidden = self.activation.backward(grad_active)
         ledger.drop(grad_active, self.gates)
         grad_rows = ledger.make("gradient of expert input", num * s.hidden * s.narrow)
         self._weight_grad(grad_hidden, self.rows)
-        ledger.drop(grad)
         return grad_rows
 
     def _weight_grad(self, *held: Tensor) -> None:

@@ -15,10 +15,14 @@ from dsv3_megatron.planning.memory.operation_passes import (
     LinearPass,
     NormPass,
     Operations,
+    core_attention_pass,
     quantization_work,
 )
 from dsv3_megatron.planning.memory.settings import INDEX, WIDE
+from dsv3_megatron.planning.memory.split_attention import ExchangedAttentionPass, RingAttentionPass
 from dsv3_megatron.planning.memory.swiglu_passes import activation_pass
+
+CorePass = AttentionPass | FusedAttentionPass | ExchangedAttentionPass | RingAttentionPass
 
 
 class LatentAttentionPass:
@@ -35,24 +39,20 @@ class LatentAttentionPass:
             self.query_down = ops.linear(normed, "query latent", s.local_tokens, "self_attention.linear_q_down_proj")
             source = self.query_down.output
         self.latent_down = ops.linear(normed, "latent", s.local_tokens, "self_attention.linear_kv_down_proj")
-        query, key, key_value = self._decompress(source, self.latent_down.output)
-        if s.is_recomputed("mla_up_proj"):
-            latents = s.tokens * ((s.query_latent or 0) + s.latent) * s.narrow
-            ledger.make_again(query, key, key_value, work=query.size + latents)
-        kind = AttentionPass if s.device == "cpu" else FusedAttentionPass
-        self.core = kind(ops, query, key, key_value)
+        query = self._query(source)
+        self._attend(query, self.latent_down.output)
         context = self.core.output
         self.projection = ops.linear(context, "attention output", s.tokens, "self_attention.linear_proj")
         ledger.drop(context)
         projected = ops.scatter(self.projection.output, s.hidden)
-        ledger.drop(query, key, key_value, self.latent_down.output)
+        ledger.drop(*self.looked_at, self.latent_down.output)
         if self.query_down is not None:
             ledger.drop(self.query_down.output)
         self.output = ledger.make("attention with residual", s.hidden_bytes)
         ledger.drop(projected, normed)
 
-    def _decompress(self, query_source: Tensor, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values out of their latents."""
+    def _query(self, query_source: Tensor) -> Tensor:
+        """Queries out of their latents, rotated."""
         ops, s, ledger = self.ops, self.ops.s, self.ops.ledger
         heads = s.tokens * s.heads
         self.query_norm: NormPass | None = None
@@ -69,13 +69,37 @@ class LatentAttentionPass:
         ledger.drop(self.query_up.output)
         if self.query_norm is not None:
             ledger.drop(self.query_norm.output)
+        return query
+
+    def _attend(self, query: Tensor, latent: Tensor) -> None:
+        """Core attention to what is made of latents: `core`, and what it looked at, as long as the caller has it."""
+        ops, s, ledger = self.ops, self.ops.s, self.ops.ledger
+        self.looked_at: tuple[Tensor, ...] = ()
+        # Cosines and sines of a part of a sequence are copies.
+        self.rotations = ledger.make("rotations of a part", s.length * s.rope * WIDE if s.cp > 1 else 0)
         self.latent_norm = ops.norm(latent, "normed latent", s.local_tokens, s.latent)
+        is_again = s.is_recomputed("mla_up_proj")
+        latents = s.tokens * ((s.query_latent or 0) + s.latent) * s.narrow
+        if s.passes_latents:
+            shared_key = ledger.make("shared key", s.local_tokens * s.rope * s.narrow)
+            passed = ledger.make("passed latents", s.local_tokens * (s.latent + s.rope) * s.narrow)
+            ledger.drop(self.latent_norm.output, shared_key)
+            if is_again:
+                ledger.make_again(query, passed, work=query.size + latents)
+            self.core: CorePass = RingAttentionPass(ops, query, passed)
+            ledger.drop(query, passed)
+            return
         shared_key = ledger.make("shared key", s.tokens * s.rope * s.narrow)
         gathered = ops.gather(self.latent_norm.output, s.latent)
         self.latent_up = ops.linear(gathered, "keys and values", s.tokens, "self_attention.linear_kv_up_proj")
-        key = ledger.make("key", heads * s.query * s.narrow)
+        key, key_value = ledger.make("key", s.tokens * s.heads * s.query * s.narrow), self.latent_up.output
         ledger.drop(gathered, self.latent_norm.output, shared_key)
-        return query, key, self.latent_up.output
+        if s.cp > 1:
+            self.core = ExchangedAttentionPass(ops, query, key, key_value, latents if is_again else None)
+            return
+        if is_again:
+            ledger.make_again(query, key, key_value, work=query.size + latents)
+        self.core, self.looked_at = core_attention_pass(ops, query, key, key_value), (query, key, key_value)
 
     def _rotate(self) -> None:
         """Narrow tensors go through wide complex pairs."""
@@ -92,18 +116,23 @@ class LatentAttentionPass:
         grad_context = self.projection.backward(gathered)
         ledger.drop(gathered)
         grads = self.core.backward(grad_context)
-        grad_shared = ledger.make("gradient of shared key", s.tokens * s.rope * s.narrow)
-        grad_up = ledger.make("gradient of keys and values", heads * (s.nope + s.value) * s.narrow)
-        ledger.drop(grads["key"], grads["value"])
-        grad_normed = ops.scatter(self.latent_up.backward(grad_up), s.latent)
-        ledger.drop(grad_up)
+        if s.passes_latents:
+            grad_shared = ledger.make("gradient of shared key", s.local_tokens * s.rope * s.narrow)
+            grad_normed = ledger.make("gradient of normed latent", s.local_tokens * s.latent * s.narrow)
+            ledger.drop(grads["passed"])
+        else:
+            grad_shared = ledger.make("gradient of shared key", s.tokens * s.rope * s.narrow)
+            grad_up = ledger.make("gradient of keys and values", heads * (s.nope + s.value) * s.narrow)
+            ledger.drop(grads["key"], grads["value"])
+            grad_normed = ops.scatter(self.latent_up.backward(grad_up), s.latent)
+            ledger.drop(grad_up)
         grad_latent = self.latent_norm.backward(grad_normed)
         ledger.drop(grad_normed)
         self._rotate()
         grad_query = ledger.make("gradient of query", heads * s.query * s.narrow)
         ledger.drop(grads["query"])
         grad_down = ledger.make("gradient of latent", s.local_tokens * (s.latent + s.rope) * s.narrow)
-        ledger.drop(grad_latent, grad_shared)
+        ledger.drop(grad_latent, grad_shared, self.rotations)
         grad_source = ops.scatter(self.query_up.backward(grad_query), s.query_latent or s.hidden)
         ledger.drop(grad_query)
         if self.query_norm is not None and self.query_down is not None:

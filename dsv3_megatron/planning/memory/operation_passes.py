@@ -127,8 +127,8 @@ class LinearPass:
         ledger.keep(x)
         self.output = ledger.make(name, rows * outputs * s.narrow)
 
-    def backward(self, grad: Tensor) -> Tensor:
-        """dx = dy W; and dW = dy^T x added to the main gradient, on a tape later."""
+    def backward(self, grad: Tensor, *, may_wait: bool = True) -> Tensor:
+        """dx = dy W; and dW = dy^T x added to the main gradient, on a tape later if it may."""
         ledger, s = self.operations.ledger, self.operations.s
         rows, inputs, outputs = self.rows, self.inputs, self.outputs
         ledger.need(self.x)
@@ -141,11 +141,11 @@ class LinearPass:
         if is_wide:
             ledger.pulse(wide_grad + (inputs * outputs + rows * inputs) * WIDE + rows * inputs * s.narrow)
         result = ledger.make(f"gradient of {self.x.name}", rows * inputs * s.narrow)
-        if is_narrowed(self.operations, self.precision):
+        if may_wait and is_narrowed(self.operations, self.precision):
             ledger.pulse(self._made_again() + quantization_work(s, max(inputs, outputs), rows))
             wait_narrowed(self.operations, rows, inputs, outputs)
             ledger.drop(self.x)
-        elif s.is_piped:
+        elif may_wait and s.is_piped:
             grad.references += 1
             ledger.waiting.append(lambda: self._weight_grad(grad))
         else:
@@ -345,6 +345,13 @@ class FusedAttentionPass:
         results = {name: ledger.make(f"gradient of {name}", size) for name, size in self.sizes.items()}
         ledger.drop(*self.inputs, self.result, self.statistics, grad)
         return results
+
+
+def core_attention_pass(operations: Operations, query: Tensor, key: Tensor, key_value: Tensor
+                        ) -> AttentionPass | FusedAttentionPass:
+    """Core attention to whole sequences, as the device computes it."""
+    kind = AttentionPass if operations.s.device == "cpu" else FusedAttentionPass
+    return kind(operations, query, key, key_value)
 
 
 def probability_bytes(s: PassSettings) -> tuple[int, bool]:

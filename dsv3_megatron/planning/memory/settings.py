@@ -6,6 +6,7 @@ and remembered.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from dataclasses import dataclass
@@ -71,8 +72,10 @@ class PassSettings:
         narrow: Bytes of a weight or an activation.
         is_wide_product: Products of narrow operands are computed on fp32 copies: a CPU without bf16 matrix units.
         sequences: Sequences in a micro-batch, B.
-        length: Positions of the whole sequence, S.
-        tp: Tensor-parallel ranks; sequences are split over them outside of attention and FFN.
+        length: Positions of a sequence on this rank, which is the whole of it unless context-parallel ranks share it.
+        cp: Context-parallel ranks; a sequence is split over them everywhere.
+        cp_comm: How core attention gets to the tokens of others, as `cp_comm_type`.
+        tp: Tensor-parallel ranks; a rank's part is split over them outside of attention and FFN.
         ep: Expert-parallel ranks.
         etp: Expert-tensor-parallel ranks.
         hidden: Width of the hidden states, H.
@@ -105,6 +108,8 @@ class PassSettings:
     is_wide_product: bool
     sequences: int
     length: int
+    cp: int
+    cp_comm: str
     tp: int
     ep: int
     etp: int
@@ -133,8 +138,23 @@ class PassSettings:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole micro-batch, which are the rows in attention and FFN."""
+        """Tokens of the micro-batch on this rank, or of the ranks that split them: the rows in attention and FFN."""
         return self.sequences * self.length
+
+    @property
+    def whole_length(self) -> int:
+        """Positions of a whole sequence."""
+        return self.length * self.cp
+
+    @property
+    def passes_latents(self) -> bool:
+        """Whether ranks attend to blocks of other ranks' tokens, made of latents that they pass."""
+        return self.cp > 1 and self.cp_comm != "a2a"
+
+    def of_some_heads(self) -> PassSettings:
+        """Settings of core attention to whole sequences by a part of the heads, as many numbers as of all and a part.
+        """
+        return dataclasses.replace(self, length=self.whole_length, heads=self.heads // self.cp, cp=1)
 
     @property
     def local_tokens(self) -> int:
@@ -199,7 +219,8 @@ class PassSettings:
 def is_engine(run: RunConfig) -> bool:
     """Whether a run's modules on a GPU are Transformer Engine's; `auto` is what this machine's packages make it."""
     if run.training.transformer_impl == "auto":
-        return not run.data.has_document_attention and _engine_is_installed()
+        is_plain = not run.data.has_document_attention and run.parallel.context_parallel_size == 1
+        return is_plain and _engine_is_installed()
     return run.training.transformer_impl == "transformer_engine"
 
 
@@ -239,7 +260,8 @@ def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_produc
     return PassSettings(
         device=device, is_engine=device == "cuda" and is_engine(run), narrow=4 if precision == "fp32" else 2,
         is_wide_product=is_wide_product and precision != "fp32", sequences=training.micro_batch_size,
-        length=training.seq_length, tp=tp, ep=parallel.expert_model_parallel_size,
+        length=training.seq_length // parallel.context_parallel_size, cp=parallel.context_parallel_size,
+        cp_comm=parallel.cp_comm_type, tp=tp, ep=parallel.expert_model_parallel_size,
         etp=parallel.expert_tensor_parallel_size, hidden=model.hidden_size, heads=model.num_attention_heads // tp,
         query=model.qk_head_dim, nope=model.qk_nope_head_dim, rope=model.qk_rope_head_dim, value=model.v_head_dim,
         query_latent=model.q_lora_rank, latent=model.kv_lora_rank,
@@ -248,7 +270,8 @@ def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_produc
         vocabulary=model.vocab_size // tp, recomputed=recomputed_modules(training),
         recomputes_layers=training.recompute_granularity == "full",
         pads_values=kernel in PADDED,
-        holds_attention_result=kernel in KEEP_RESULT and not run.data.has_document_attention,
+        holds_attention_result=parallel.passes_latents or (
+            kernel in KEEP_RESULT and not run.data.has_document_attention and parallel.context_parallel_size == 1),
         sends_by_node=parallel.token_dispatcher(_RANKS_PER_NODE[device]) == "node",
         is_piped=parallel.pipeline_model_parallel_size > 1, has_balance_loss=training.moe_aux_loss_coeff > 0,
         imbalance=imbalance)

@@ -18,6 +18,7 @@ from dsv3_megatron.metrics.rank_state import has_final_norm
 from dsv3_megatron.ops.row_bytes import record_bytes
 from dsv3_megatron.parallel.layout import StageLayout
 from dsv3_megatron.planning.time.dispatch_bytes import Carried
+from dsv3_megatron.planning.time.latent_passing import EXPANSION, exchange_operations, ring_operations
 from dsv3_megatron.planning.time.operations import (
     FP8_BYTES,
     Collective,
@@ -82,18 +83,26 @@ def _attention(model: ModelConfig, linears: Linears, shape: Shape) -> Iterator[W
     yield from _with_weights(model, first, linears, shape)
     gathered = model.kv_lora_rank + model.qk_rope_head_dim + (model.q_lora_rank or hidden)
     yield from _gathered("latents", whole * gathered * wide, shape)
+    if shape.passes_latents:
+        ups = [weight for weight in ups if short_name(weight) != EXPANSION]
     for weight in reversed(ups):  # in any order: this one keeps the last bits of sums over a layer
         yield from _with_weights(model, [weight], linears, shape)
         if "mla_up_proj" in shape.recomputed:
             yield from linear_operations(short_name(weight), linears, whole, shape, is_again=True)
-    # Queries turned; keys put together from their two parts, and values cut off.
-    read_and_written = (2 * model.qk_rope_head_dim + model.qk_head_dim + model.qk_nope_head_dim + 2 * model.v_head_dim)
+    # Queries turned; keys put together from their two parts, and values cut off: in a ring, of each block.
+    read_and_written = 2 * model.qk_rope_head_dim
+    if not shape.passes_latents:
+        read_and_written += model.qk_head_dim + model.qk_nope_head_dim + 2 * model.v_head_dim
     assembled = whole * heads * read_and_written * wide
     yield Movement(WorkPart.FORWARD, "rotary and heads", "copy", assembled)
     if "mla_up_proj" in shape.recomputed:
         yield Movement(WorkPart.INPUT, "rotary and heads", "copy", assembled, is_again=True)
     yield Movement(WorkPart.INPUT, "rotary and heads", "copy", assembled)
-    yield from _core_attention(model, heads, shape)
+    if shape.passes_latents:
+        yield from ring_operations(model, linears, heads, shape)
+    else:
+        yield from exchange_operations(model, heads, shape)
+        yield from _core_attention(model, heads, shape)
     yield from _with_weights(model, (weight for weight in weights if weight.split is Split.ROW), linears, shape)
     yield from _scattered("attention output", whole * hidden * wide, shape)
     for part in (WorkPart.FORWARD, WorkPart.INPUT):

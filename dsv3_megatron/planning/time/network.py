@@ -1,7 +1,8 @@
 """Bytes on the wire and how long they take: which ranks of a group share a node, and what a node's links carry.
 
-Ranks are numbered as Megatron-Core does: tensor-parallel ranks next to each other, then data-parallel ones, pipeline
-ranks outermost; expert-parallel ranks are next to each other within the data-parallel ones. A node's ranks are a row.
+Ranks are numbered as Megatron-Core does: tensor-parallel ranks next to each other, then those that share a sequence,
+then data-parallel ones, pipeline ranks outermost; expert-parallel ranks are next to each other within both of the
+latter. A node's ranks are a row.
 """
 
 from __future__ import annotations
@@ -107,6 +108,25 @@ class Network:
     def tensor_parallel_seconds(self, num_bytes: float) -> float:
         """An all-gather or a reduce-scatter of so many bytes in all over the tensor-parallel ranks."""
         return self._ring(num_bytes, self.parallel.tensor_model_parallel_size, stride=1)
+
+    def sequence_exchange_seconds(self, num_bytes: float) -> float:
+        """A message of so many bytes out of each rank, to the others of its sequence."""
+        return self._sequence_seconds(num_bytes, self.parallel.context_parallel_size)
+
+    def ring_step_seconds(self, num_bytes: float) -> float:
+        """Bytes from each rank to the next of its sequence.
+
+        Some pair of neighbours is on two nodes where the ranks are, and all wait for it; each has a card of its own.
+        """
+        return self._sequence_seconds(num_bytes, 1)
+
+    def _sequence_seconds(self, num_bytes: float, num_messages: int) -> float:
+        """Ranks of a sequence are as far apart as its tensor-parallel ranks are many."""
+        parallel, hardware = self.parallel, self.hardware
+        span = parallel.context_parallel_size * parallel.tensor_model_parallel_size
+        link = "nvlink" if span <= self.node else "network"
+        latency = hardware[f"{link}_latency"] * math.ceil(math.log2(num_messages + 1))
+        return latency + num_bytes / hardware[f"{link}_bandwidth"]
 
     def p2p_seconds(self, num_bytes: float) -> float:
         """Seconds that a message takes between one pipeline rank and the next."""

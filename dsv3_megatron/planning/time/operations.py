@@ -69,6 +69,9 @@ class CoreAttention:
         name: Name of the operation.
         flops: FLOPs as `metrics.flops` counts them, twice the forward's in backward.
         computed_flops: FLOPs that a kernel without a score matrix in memory computes.
+        seq_length: Tokens that see one another, of which the kernel's rate depends.
+        is_backward: The backward pass is meant.
+        of_blocks: Keys come in blocks of several ranks, for which there is another kernel.
     """
 
     part: WorkPart
@@ -78,6 +81,7 @@ class CoreAttention:
     seq_length: int
     is_backward: bool
     is_again: bool = False
+    of_blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,37 @@ class Collective:
     is_again: bool = False
 
 
-WorkItem = Product | CoreAttention | Movement | TokenExchange | Collective
+@dataclass(frozen=True)
+class SequenceExchange:
+    """A message among the ranks that share a sequence, for which compute waits: so many bytes go out of each rank."""
+
+    part: WorkPart
+    name: str
+    num_bytes: float
+    is_again: bool = False
+
+
+@dataclass(frozen=True)
+class LatentRing:
+    """Blocks that go from rank to rank, each while another one is computed with.
+
+    Attributes:
+        part: Part of the micro-batch's work in which it is done.
+        name: Name of the operation.
+        steps: Messages, one after the other.
+        num_bytes: Bytes of each.
+        beside: What is computed meanwhile, of all steps together.
+    """
+
+    part: WorkPart
+    name: str
+    steps: int
+    num_bytes: float
+    beside: tuple[Product | CoreAttention | Movement, ...]
+    is_again: bool = False
+
+
+WorkItem = Product | CoreAttention | Movement | TokenExchange | Collective | SequenceExchange | LatentRing
 
 
 @dataclass(frozen=True)
@@ -131,7 +165,7 @@ class Shape:
 
     Attributes:
         micro_batch_size: Sequences in a micro-batch.
-        seq_length: Tokens of each.
+        seq_length: Tokens of each, on all ranks that share it.
         tp: Tensor-parallel ranks.
         etp: Expert-tensor-parallel ranks, over which each expert is split.
         ep: Expert-parallel ranks.
@@ -143,6 +177,8 @@ class Shape:
         imbalance: Rows of the busiest rank over the mean.
         has_fused_head: The head and its loss are one operation, whose logits are never in memory.
         pads_values: Values are brought to the keys' width for core attention.
+        cp: Context-parallel ranks, which share a sequence.
+        cp_comm: How core attention gets to the tokens of others, as `cp_comm_type`.
     """
 
     micro_batch_size: int
@@ -158,6 +194,8 @@ class Shape:
     imbalance: float = 1.0
     has_fused_head: bool = False
     pads_values: bool = False
+    cp: int = 1
+    cp_comm: str = "p2p"
 
     @classmethod
     def of(cls, run: RunConfig, *, is_cpu: bool = False, imbalance: float = 1.0) -> Shape:
@@ -171,12 +209,18 @@ class Shape:
                    parallel.expert_tensor_parallel_size, parallel.expert_model_parallel_size, 4 if is_wide else 2,
                    "fp32" if is_wide else "bf16", run.fp8.dispatches_fp8, frozenset(recomputed),
                    parallel.pipeline_model_parallel_size > 1 and parallel.schedule in SPLIT_BACKWARD, imbalance,
-                   is_fused, pads_values(run, device=device, precision="fp32" if is_wide else "bf16"))
+                   is_fused, pads_values(run, device=device, precision="fp32" if is_wide else "bf16"),
+                   parallel.context_parallel_size, parallel.cp_comm_type)
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch, T."""
-        return self.micro_batch_size * self.seq_length
+        """Tokens of a micro-batch that are this rank's, or those of the ranks that share its part, T."""
+        return self.micro_batch_size * self.seq_length // self.cp
+
+    @property
+    def passes_latents(self) -> bool:
+        """Whether ranks attend to blocks of other ranks' tokens, made of latents that they pass."""
+        return self.cp > 1 and self.cp_comm != "a2a"
 
     @property
     def local_tokens(self) -> float:
@@ -236,7 +280,7 @@ def short_name(weight: Weight) -> str:
 
 
 def linear_operations(name: str, linears: Linears, rows: float, shape: Shape, *, groups: int = 1, casts: bool = True,
-            is_again: bool = False, is_input_again: bool = False) -> Iterator[WorkItem]:
+            is_again: bool = False, is_input_again: bool = False) -> Iterator[Product | Movement]:
     """Forward, dgrad and wgrad of a linear on `rows` rows in all, with the casts to FP8 around them.
 
     Args:

@@ -131,6 +131,7 @@ class StepTime:
         return {
             "products": self.busy.products, "attention": self.busy.attention, "element_wise": self.busy.movement,
             "between_kernels": self.busy.idle, "tensor_parallel": self.busy.tensor_parallel,
+            "context_parallel": self.busy.context_parallel,
             "exposed_all_to_all": self.busy.exchange, "exposed_p2p": self.exposed_transfer,
             "bubble": self.bubble - self.exposed_transfer, "gradient_reduction": self.update.gradient_reduction,
             "optimizer": self.update.optimizer, "weight_gathering": self.update.weight_gathering,

@@ -22,8 +22,11 @@ from dsv3_megatron.planning.time.network import Network
 from dsv3_megatron.planning.time.operations import (
     Collective,
     CoreAttention,
+    LatentRing,
     Linears,
+    Movement,
     Product,
+    SequenceExchange,
     Shape,
     TokenExchange,
     WorkItem,
@@ -42,6 +45,7 @@ class Work:
         movement: Element-wise kernels.
         idle: Time between kernels.
         tensor_parallel: All-gathers and reduce-scatters that compute waits for.
+        context_parallel: Messages among the ranks that share a sequence, as far as compute waits for them.
         exchange: All-to-all, if nothing else ran.
     """
 
@@ -51,11 +55,12 @@ class Work:
     idle: float = 0.0
     tensor_parallel: float = 0.0
     exchange: float = 0.0
+    context_parallel: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(self.products + other.products, self.attention + other.attention, self.movement + other.movement,
                     self.idle + other.idle, self.tensor_parallel + other.tensor_parallel,
-                    self.exchange + other.exchange)
+                    self.exchange + other.exchange, self.context_parallel + other.context_parallel)
 
     def times(self, factor: float) -> Work:
         """Multiply all of the work by a factor."""
@@ -64,7 +69,8 @@ class Work:
     @property
     def compute(self) -> float:
         """Seconds that the compute stream is busy or idle between kernels, without the all-to-all."""
-        return self.products + self.attention + self.movement + self.idle + self.tensor_parallel
+        return (self.products + self.attention + self.movement + self.idle + self.tensor_parallel
+                + self.context_parallel)
 
     @property
     def alone(self) -> float:
@@ -147,7 +153,7 @@ def _work(operations: Iterable[WorkItem], setting: Setting, network: Network, mo
     hardware = setting.hardware
     idle_share = 1 / hardware["stream_busy_share"] - 1
     overhead = hardware["operation_overhead"] if hardware.has("operation_overhead") else 0.0
-    sums = {part: [0.0] * 6 for part in WorkPart}  # in the order of Work's fields
+    sums = {part: [0.0] * 7 for part in WorkPart}  # in the order of Work's fields
     for operation in operations:
         own = sums[operation.part]
         if isinstance(operation, TokenExchange):
@@ -156,19 +162,34 @@ def _work(operations: Iterable[WorkItem], setting: Setting, network: Network, mo
         if isinstance(operation, Collective):
             own[4] += network.tensor_parallel_seconds(operation.num_bytes)
             continue
-        if isinstance(operation, Product):
-            place, seconds = 0, hardware.product_seconds(
-                operation.kind, operation.purpose, groups=operation.groups, rows=max(1, round(operation.rows)),
-                columns=operation.columns, inner=max(1, round(operation.inner)), sm_share=sm_share)
-        elif isinstance(operation, CoreAttention):
-            place, seconds = 1, hardware.attention_seconds(
-                operation.computed_flops, is_backward=operation.is_backward, seq_length=operation.seq_length,
-                sm_share=sm_share)
-        else:
-            place, seconds = 2, hardware.movement_seconds(operation.kind, operation.num_bytes)
+        if isinstance(operation, SequenceExchange):
+            own[6] += network.sequence_exchange_seconds(operation.num_bytes)
+            continue
+        if isinstance(operation, LatentRing):
+            beside = sum(_kernel_seconds(each, hardware, sm_share)[1] for each in operation.beside)
+            message = network.ring_step_seconds(operation.num_bytes)
+            own[6] += max(0.0, operation.steps * message - beside)
+            continue
+        place, seconds = _kernel_seconds(operation, hardware, sm_share)
         own[place] += seconds
         own[3] += seconds * idle_share + overhead
     return {part: Work(*values) for part, values in sums.items()}
+
+
+def _kernel_seconds(operation: Product | CoreAttention | Movement, hardware: Hardware, sm_share: float
+                    ) -> tuple[int, float]:
+    """The place of a kernel among Work's fields, and its seconds."""
+    if isinstance(operation, Product):
+        return 0, hardware.product_seconds(
+            operation.kind, operation.purpose, groups=operation.groups, rows=max(1, round(operation.rows)),
+            columns=operation.columns, inner=max(1, round(operation.inner)), sm_share=sm_share)
+    if isinstance(operation, CoreAttention):
+        seconds = hardware.attention_seconds(
+            operation.computed_flops, is_backward=operation.is_backward, seq_length=operation.seq_length,
+            sm_share=sm_share)
+        share = f"block_{'backward' if operation.is_backward else 'forward'}_share"
+        return 1, seconds / hardware[share] if operation.of_blocks and hardware.has(share) else seconds
+    return 2, hardware.movement_seconds(operation.kind, operation.num_bytes)
 
 
 def sm_share_beside_communication(parallel: ParallelConfig, hardware: Hardware) -> float:
@@ -245,7 +266,7 @@ class WorkTable:
         self.network = Network(run.parallel, setting.hardware, setting.num_devices)
         # What a layer exchanges does not depend on the pipeline.
         split = ParallelConfig(tensor_model_parallel_size=self.shape.tp, expert_model_parallel_size=self.shape.ep,
-                               expert_tensor_parallel_size=self.shape.etp,
+                               expert_tensor_parallel_size=self.shape.etp, context_parallel_size=self.shape.cp,
                                moe_token_dispatcher_type=run.parallel.moe_token_dispatcher_type,
                                ranks_per_node=run.parallel.ranks_per_node)
         # Devices of a domain stand for those of the run, so that runs of other sizes share what is known of a layer.

@@ -9,7 +9,7 @@ import pytest
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.planning.machine.hardware_tables import find_hardware
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
-from dsv3_megatron.planning.search import Layout, _Bounds, search
+from dsv3_megatron.planning.search import Layout, _Bounds, _splits, search
 from dsv3_megatron.planning.time.step_time import step_seconds
 from dsv3_megatron.planning.time.work import Setting
 from tests.unit.planning.small_run import small_run
@@ -53,3 +53,17 @@ def test_no_layout_fits() -> None:
     assert not result.ranked and result.rejected_by_kind()["memory"] > 0
     assert "layouts that the rules allow need more memory" in result.why_none()
     assert "GB of 0.0" in result.why_none()
+
+
+def test_long_sequences_are_split_too() -> None:
+    """Parts are of 4K to 16K tokens; a short sequence is split only where the run's is."""
+    run = only_phase(preset("tiny"), main_phase(preset("tiny"))).override(precision="bf16", global_batch_size=8)
+    for length, own, expected in ((4096, 1, [1]), (4096, 2, [1, 2]), (8192, 1, [1, 2]), (32768, 1, [1, 2, 4, 8]),
+                                  (131072, 1, [1, 8, 16, 32])):
+        long = run.override(seq_length=length, max_position_embeddings=length, context_parallel_size=own)
+        assert _splits(long, 64) == expected
+    long = run.override(seq_length=8192, max_position_embeddings=8192)
+    found = search(long, Setting(find_hardware("h800"), 2), num_best=1000)
+    split = [one for one in found.ranked if one.layout.cp == 2]
+    assert split and all("--context-parallel-size 2" in one.flags for one in split)
+    assert " CP2 " in split[0].layout.describe() and split[0].layout.apply(long).parallel.context_parallel_size == 2

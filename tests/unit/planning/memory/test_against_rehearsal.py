@@ -30,6 +30,8 @@ CASES = {
     2: ("--pipeline-schedule", "dualpipe", *FP8),
     3: ("--pipeline-schedule", "dualpipev"),
     18: ("--pipeline-schedule", "dualpipev", *FP8),
+    4: ("--pipeline-schedule", "1f1b", "--context-parallel-size", "2", *FP8, *SELECTIVE),
+    19: ("--pipeline-schedule", "dualpipev", "--context-parallel-size", "2", "--cp-comm-type", "a2a"),
 }
 pytestmark = pytest.mark.slow
 

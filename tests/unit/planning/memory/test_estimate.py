@@ -48,10 +48,24 @@ def test_a_device_must_be_known() -> None:
         estimate_memory(run_of(), device="tpu")
 
 
-def test_what_is_not_known_is_refused() -> None:
-    with pytest.raises(ValueError, match="context_parallel_size=2: the memory estimate does not know split sequences "
-                                         "yet; leave context_parallel_size at 1 for it"):
-        estimate_memory(run_of(context_parallel_size=2))
+@pytest.mark.parametrize("way", ["p2p", "all_gather", "a2a"])
+def test_ranks_that_share_a_sequence_keep_a_part_of_it_each(way: str) -> None:
+    """What is kept of a micro-batch, and latents of all ranks where they are gathered; rotary tables are whole."""
+    long = preset("dsv3-671b").override(
+        phases=(), stop_after_phase=None, lr_warmup_iters=0, seq_length=32768, max_position_embeddings=32768,
+        pipeline_schedule="1f1b", fp8="none", recompute_granularity=None, micro_batch_size=1, global_batch_size=1024)
+    whole, split = (estimate_memory(long.override(context_parallel_size=ranks, cp_comm_type=way), 2048)[3]
+                    for ranks in (1, 4))
+    assert whole.buffer_bytes == split.buffer_bytes
+    layers, tokens = len(split.layer_ids), 32768 // 4
+    whole_kept, kept = dict(whole.kept_by_chunk[0]), dict(split.kept_by_chunk[0])
+    for name in ("query", "hidden states", "experts gate and up", "attention input"):
+        assert kept[name] * 4 == whole_kept[name]
+    assert kept["rotations of a part"] == layers * tokens * 64 * 4
+    assert kept.get("latents of all ranks", 0) == (layers * 32768 * 576 * 2 if way == "all_gather" else 0)
+    assert kept.get("passed latents", 0) == (0 if way == "a2a" else layers * tokens * 576 * 2)
+    keys = layers * tokens * 128 * 192 * 2
+    assert kept.get("key", 0) == (keys if way == "a2a" else 0)
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])

@@ -108,3 +108,13 @@ def test_rings_share_the_cards_of_a_node() -> None:
     dense, experts = network.reduction_seconds(1e9, 0), network.reduction_seconds(0, 1e9)
     assert dense == pytest.approx(1e9 * 63 / 64 / 160e9, rel=0.01)
     assert experts == pytest.approx(1e9 * 7 / 8 / 40e9, rel=0.01)
+
+
+def test_ranks_of_a_sequence_are_next_to_each_other() -> None:
+    """CP x TP ranks within a node of 8 go over NVLink; more over the network, where each has a card of its own."""
+    h800, num_bytes = find_hardware("h800"), 1e9
+    for tp, cp, link in ((1, 8, "nvlink"), (2, 4, "nvlink"), (2, 8, "network"), (1, 16, "network")):
+        network = Network(ParallelConfig(tensor_model_parallel_size=tp, context_parallel_size=cp), h800, 2048)
+        seconds = num_bytes / h800[f"{link}_bandwidth"]
+        assert network.ring_step_seconds(num_bytes) == pytest.approx(seconds + h800[f"{link}_latency"])
+        assert network.sequence_exchange_seconds(num_bytes) > seconds

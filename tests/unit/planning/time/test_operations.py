@@ -12,7 +12,7 @@ from dsv3_megatron.metrics.flops import flops_per_token
 from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
 from dsv3_megatron.planning.time.layer_operations import stage_operations
-from dsv3_megatron.planning.time.operations import Product, Shape, WorkPart, model_flops
+from dsv3_megatron.planning.time.operations import LatentRing, Product, Shape, WorkPart, model_flops
 from tests.unit.planning.time.setting import operations_of
 
 HEADS = ("head", "mtp 1 head")
@@ -28,6 +28,33 @@ def test_operations_add_up_to_the_models_flops(name: str, changes) -> None:
     shape, operations = operations_of(run)
     expected = flops_per_token(run.model, run.training.seq_length).training * shape.tokens
     assert model_flops(operations) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("way", ["p2p", "all_gather", "a2a"])
+@pytest.mark.parametrize("recompute", [None, "selective"])
+def test_ranks_that_share_a_sequence_do_as_much_together_as_one(way: str, recompute: str | None) -> None:
+    run = dataclasses.replace(only_phase(preset("tiny"), main_phase(preset("tiny"))).override(
+        recompute_granularity=recompute), parallel=ParallelConfig(context_parallel_size=4, cp_comm_type=way))
+    shape, operations = operations_of(run)
+    assert shape.tokens == run.training.micro_batch_size * run.training.seq_length / 4
+    expected = flops_per_token(run.model, run.training.seq_length).training * shape.tokens
+    assert model_flops(operations) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_ring_makes_keys_and_values_of_every_block_forward_and_backward() -> None:
+    """Rank 0, whose late tokens see everything, expands 4 blocks of as many tokens as it has, and again in backward."""
+    run = only_phase(preset("dsv3-671b"), main_phase(preset("dsv3-671b"))).override(fp8="none")
+    run = dataclasses.replace(run, parallel=ParallelConfig(context_parallel_size=4))
+    layers = run.model.num_layers + run.model.mtp_num_layers
+    shape, operations = operations_of(run)
+    own = [operation for operation in operations if getattr(operation, "name", "") == "linear_kv_up_proj"]
+    assert [sum(isinstance(o, Product) and o.part is part for o in own) for part in WorkPart] == [
+        4 * layers, 3 * 4 * layers, 0], "weight gradients do not wait"
+    assert {o.rows for o in own if o.purpose == "fprop"} == {shape.tokens}
+    rings = [operation for operation in operations if isinstance(operation, LatentRing)]
+    # 512 + 64 numbers of each token, in bf16; backward their gradients in fp32 beside them.
+    assert [(ring.steps, ring.num_bytes) for ring in rings] == [
+        (3, shape.tokens * 576 * 2), (3, shape.tokens * 576 * (2 + 4))] * layers
 
 
 @pytest.mark.parametrize("depth", [1, 2])
