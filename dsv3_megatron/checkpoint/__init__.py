@@ -13,6 +13,7 @@ In reading order:
     optimizer_state.py  AdamW's part of it                   average.py    the moving average's part
     text_files.py       tokenizer and form of the texts      agreement.py  what ranks must agree on meanwhile
     resume.py           how a run goes on from it; no torch  finite.py     loaded weights are numbers
+    base_weights.py     the weights that a run begins with
 
 Checkpoints without a model in memory:
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from dsv3_megatron.checkpoint.manifest_file import flush, read_signed, require_files, signed_text, write_durably
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.model import architecture_differences
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.checksums import FileChecksums, checksum_file, read_checksums
 
@@ -38,11 +38,6 @@ MASTER_PREFIX = "optimizer.state.param."
 AVERAGE_PREFIX = "average."
 # Suffixes of what is not, or no longer, a checkpoint: being written, being removed, being replaced.
 _SAVING, _REMOVING, _REPLACED = ".saving", ".removing", ".replaced"
-# Architecture fields without weights that a later phase of a run may change: long-context extension, and
-# the initial weights, which a checkpoint replaces.
-_MAY_CHANGE = frozenset({
-    "max_position_embeddings", "rope_type", "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast",
-    "beta_slow", "mscale", "mscale_all_dim", "init_method_std"})
 
 
 class CheckpointError(ConfigError):
@@ -241,15 +236,7 @@ def check_architecture(directory: str | Path, run: RunConfig, iteration: int | N
     """
     manifest = read_manifest(directory, iteration)
     stored = manifest.run.get("model", {})
-    mine = dataclasses.asdict(run.model)
-    fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _MAY_CHANGE]
-    # A field that the writing version did not have yet meant what it means by default.
-    then = {field.name: field.default for field in dataclasses.fields(ModelConfig)
-            if field.default is not dataclasses.MISSING} | stored
-    differing = [f"{name}={mine[name]!r} (checkpoint: {then[name]!r})" for name in fields
-                 if name in then and then[name] != mine[name]]
-    differing += [f"{name}, which this version does not know (checkpoint: {stored[name]!r})" for name in stored
-                  if name not in mine]
+    differing = architecture_differences(stored, run.model)
     if differing:
         raise CheckpointError(
             f"load={directory}: checkpoint {manifest.path.name} is of another architecture: {'; '.join(differing)}. "

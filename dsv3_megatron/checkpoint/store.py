@@ -77,6 +77,7 @@ logger = logging.getLogger(__name__)
 
 _AVERAGE_UPDATES = "average_updates"
 _OPTIMIZER_PREFIX = "optimizer."
+_MTP_PREFIX = "mtp."
 
 
 def save_checkpoint(
@@ -230,14 +231,47 @@ def load_checkpoint(
     if manifest.contents == WEIGHTS:
         return manifest.progress
     if manifest.precision != precision_of(chunks):
-        # Weights come rounded from bf16; a replica's own share of the fp32 weights replaces them everywhere.
-        for chunk in list[Any](chunks):
-            chunk.start_param_sync(force_sync=True)
+        _take_fp32_weights(chunks)
     if RNG in loaded:
         restore_rng_state(loaded[RNG])
     elif torch.distributed.get_rank() == 0:
         logger.info("%s was written by another layout: random number generators start from the seed", manifest.path)
     return manifest.progress
+
+
+def load_into_new_run(directory: str | Path, run: RunConfig, base: RunConfig, chunks: list[torch.nn.Module],
+                      optimizer: MegatronOptimizer, groups: ProcessGroupCollection) -> None:
+    """Begin a run with the weights and router biases of a checkpoint of another one; called by every rank.
+
+    The optimizer's fp32 weights are the other run's where the checkpoint has its whole state, else its weights. The
+    optimizer's step and moments are zero.
+
+    Args:
+        directory: Folder of checkpoints, of which the newest is taken.
+        run: The run that begins.
+        base: A run of the checkpoint's architecture; it may have MTP modules that the new run leaves out.
+        chunks: This rank's stages.
+        optimizer: The distributed optimizer over them, fresh.
+        groups: The run's process groups.
+
+    Raises:
+        CheckpointError: there is none, or it is of another architecture.
+        DamagedCheckpointError: the checkpoint is not what was written.
+    """
+    manifest = on_first_rank(lambda: check_architecture(directory, base), f"load={directory}")
+    allocate_all_moments(optimizer)
+    state = sharded_state(chunks, optimizer, groups, is_loading=True)
+    loaded = _load_into_new_run(manifest, state, groups, run.checkpoint.verify_files)
+    loaded[STEP] = 0
+    restore_state(loaded, chunks, optimizer)
+    if manifest.precision != precision_of(chunks):
+        _take_fp32_weights(chunks)
+
+
+def _take_fp32_weights(chunks: list[torch.nn.Module]) -> None:
+    """Put the optimizer's fp32 weights into the modules: what these have came rounded, from a run in bf16."""
+    for chunk in list[Any](chunks):
+        chunk.start_param_sync(force_sync=True)  # a replica's own share replaces the others' everywhere
 
 
 def load_weights(directory: str | Path, run: RunConfig, chunks: list[torch.nn.Module], groups: ProcessGroupCollection,
@@ -304,7 +338,7 @@ def _load_into_new_run(manifest: Manifest, state: dict[Any, Any], groups: Proces
     masters = {key: entry for key, entry in state.items() if key[0] == "optimizer" and key[3] == "param"}
     _check_tensors(manifest, weights, groups)
     loaded = load_tensors_of(manifest, weights, groups.dp_cp, verify=verify)
-    for entry in masters.values():
+    for entry in masters.values() if manifest.contents == WEIGHTS else ():
         # Under the key of the weight itself.
         assert entry.key.startswith(MASTER_PREFIX), entry.key
         entry.key = entry.key.removeprefix(MASTER_PREFIX)
@@ -332,7 +366,8 @@ def _check_tensors(manifest: Manifest, state: dict[Any, Any], groups: ProcessGro
     wanted = {key: shape for stage in stages for key, shape in stage.items()}
     # An average that takes the place of a weight stands for it.
     known = wanted.keys() | {key.removeprefix(AVERAGE_PREFIX) for key in wanted}
-    optional = tuple(prefix for prefix in (_OPTIMIZER_PREFIX, AVERAGE_PREFIX)
+    # So may the MTP modules of a base model; a run with other ones than its checkpoint's has been refused already.
+    optional = tuple(prefix for prefix in (_OPTIMIZER_PREFIX, AVERAGE_PREFIX, _MTP_PREFIX)
                      if not any(key.startswith(prefix) for key in wanted))
     saved = {key: size for key, size in saved_tensors(manifest).items()
              if not optional or not key.startswith(optional)}

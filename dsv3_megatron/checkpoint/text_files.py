@@ -51,7 +51,7 @@ def collect_text_files(run: RunConfig) -> TextFiles:
     Raises:
         ValueError: the checkpoint to load, a sidecar or a tokenizer's file is damaged.
     """
-    loaded = _of_checkpoint(run.checkpoint.load)
+    loaded = _of_checkpoint(run.checkpoint.load) or _of_base(run.checkpoint.pretrained_checkpoint)
     given = run.data.tokenizer_model
     if given is not None and has_tokenizer(given):
         own = _of_folder(given)
@@ -122,6 +122,15 @@ def _of_folder(path: str) -> dict[str, bytes]:
     names = {entry.name: entry for entry in carried_files(file.parent)
              if entry.name.startswith(_TEXT_NAMES) and entry.name != GENERATION_CONFIG}
     return {FILE_PREFIX + name: entry.read_bytes() for name, entry in (names | {TOKENIZER: file}).items()}
+
+
+def _of_base(folder: str | None) -> dict[str, bytes]:
+    """The files of the model that a run begins with: a checkpoint's, or a Hugging Face folder's."""
+    if folder is None or (Path(folder) / TRACKER).is_file():
+        return _of_checkpoint(folder)
+    files = {} if not has_tokenizer(folder) else _of_folder(folder)
+    stated = Path(folder) / GENERATION_CONFIG
+    return files | ({FILE_PREFIX + GENERATION_CONFIG: stated.read_bytes()} if stated.is_file() else {})
 
 
 def _of_checkpoint(load: str | None) -> dict[str, bytes]:

@@ -36,6 +36,7 @@ class Command:
 
 COMMANDS = (
     Command("train", "train a model, as one process of a run"),
+    Command("sft", "fine-tune a model on conversations"),
     Command("preprocess", "text to tokens on disk (.bin, .idx)", "--resume goes on"),
     Command("train-tokenizer", "learn a tokenizer from text", "nothing was written"),
     Command("merge", "join datasets end to end", "nothing was published"),

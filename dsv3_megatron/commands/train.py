@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.config.fields import ConfigError
@@ -31,8 +31,13 @@ NODES, NODE_RANK = "DSV3_NODES", "DSV3_NODE_RANK"
 ALREADY_CHECKED = "DSV3_MEGATRON_CHECKED"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None,
+         parse: Callable[[Sequence[str]], TrainingRequest] = parse_command) -> int:
     """Run one process of a training run.
+
+    Args:
+        arguments: Words of the command line; None: those of the process.
+        parse: Reader of them, which raises ValueError for what is wrong with them.
 
     Returns:
         Exit code: 0 done, 2 a setting or an input is wrong, 3 a guard ended the run, 4 a rank hung, 75 it makes way for
@@ -40,14 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         other error raises.
     """
     with StopListener("nothing was saved"):
-        return end_of(lambda: _main(sys.argv[1:] if arguments is None else arguments))
+        return end_of(lambda: _main(sys.argv[1:] if arguments is None else arguments, parse))
 
 
-def _main(arguments: Sequence[str]) -> int:
+def _main(arguments: Sequence[str], parse: Callable[[Sequence[str]], TrainingRequest]) -> int:
     processes: Processes | None = None
     try:
         processes = Processes.from_environment()
-        command = parse_command(arguments)
+        command = parse(arguments)
         if command.print_model or command.print_schedule or command.plot_schedule:
             _describe(command, processes.rank)
             return 0
@@ -183,6 +188,7 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
 
     What the first rank alone writes or would find, it alone looks at.
     """
+    from dsv3_megatron.checkpoint.base_weights import check_base
     from dsv3_megatron.checkpoint.folder import check_save_directory
     from dsv3_megatron.checkpoint.resume import plan_resumption
     from dsv3_megatron.data.blend import check_data, parse_blend
@@ -211,6 +217,8 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
     if run.data.document_flags:
         resolve_eod_id(prefixes, tokenizer_model=run.data.tokenizer_model, flags=run.data.document_flags)
     start = RunClaim(run.checkpoint, run.logging.tensorboard_dir).look()
+    if run.checkpoint.pretrained_checkpoint and start.load is None:
+        check_base(run.checkpoint.pretrained_checkpoint, run)
     plan_resumption(run, start.load, start.iteration)
     if run.checkpoint.save:
         check_save_directory(run.checkpoint.save)

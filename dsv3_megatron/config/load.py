@@ -95,12 +95,31 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line: a flag for each field of each section of RunConfig."""
+@dataclass(frozen=True)
+class CommandLine:
+    """What one command that trains has of its own.
+
+    Attributes:
+        prog: Name of the command in messages.
+        usage: First line of its help.
+        description: Text of its help.
+        begin: Makes the run that flags and file change, of a preset's name, None where none is given, and of the
+            fields that they give.
+        add_flags: Gives a parser the command's own flags.
+    """
+
+    prog: str = "pretrain_dsv3.sh"
+    usage: str = "bash examples/pretrain_dsv3.sh [--preset NAME] [--config FILE] [flags]"
+    description: str = "Pretrain a DeepSeek-V3-style model. Without arguments: the quickstart."
+    begin: Callable[[str | None, Mapping[str, Any]], RunConfig] = lambda name, fields: preset(name or "tiny")
+    add_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+
+def build_parser(line: CommandLine | None = None) -> argparse.ArgumentParser:
+    """The command line: a flag for each field of each section of RunConfig, and those of one command."""
+    line = line or CommandLine()
     parser = Parser(
-        prog="pretrain_dsv3.sh", allow_abbrev=False,
-        usage="bash examples/pretrain_dsv3.sh [--preset NAME] [--config FILE] [flags]",
-        description="Pretrain a DeepSeek-V3-style model. Without arguments: the quickstart.",
+        prog=line.prog, allow_abbrev=False, usage=line.usage, description=line.description,
         epilog="Other flags of Megatron-LM's DeepSeek-V3 recipes: docs/megatron_lm_flags.md says what becomes of each.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=130))
     start = parser.add_argument_group("run")
@@ -122,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
                        "plan names it, such as h800; its memory is what the estimate is compared with")
     start.add_argument("--allow-memory-overflow", action="store_true", help="start although the estimate of memory is "
                        "more than a GPU has")
+    line.add_flags(parser)
     for section in SECTIONS:
         add_section(parser, section)
     return parser
@@ -141,25 +161,45 @@ def given_fields(options: Mapping[str, Any], sections: Iterable[str] = tuple(SEC
 
 
 def parse_command(arguments: Sequence[str]) -> TrainingRequest:
-    """Read the command line and the file it names.
+    """Read the command line of a pretraining and the file it names.
+
+    Raises:
+        ConfigError: a flag, a field, a preset or a file is unknown, or a value is of the wrong type.
+        SystemExit: `--help` was asked for and has been printed.
+    """
+    return parse_line(arguments, CommandLine())[0]
+
+
+def parse_line(arguments: Sequence[str], line: CommandLine) -> tuple[TrainingRequest, dict[str, Any]]:
+    """Read the command line of a command that trains, and the file it names.
+
+    Args:
+        arguments: Words of the command line.
+        line: The command.
+
+    Returns:
+        The request; and what was given: fields of the run, and the values of the command's own flags.
 
     Raises:
         ConfigError: an unknown flag, field, preset or file, or a value of the wrong type.
         SystemExit: `--help` was asked for and has been printed.
     """
     words, of_megatron = take_flags(arguments)
-    given = _given(words)
+    given = _given(words, line)
     from_file = read_config_file(given["config"]) if given["config"] is not None else {}
-    name = given["preset"] or from_file.pop("preset", None) or "tiny"
+    name = given["preset"] or from_file.pop("preset", None)
     from_file.pop("preset", None)
     flags = given_fields(given)
     if flags.get("phases"):  # they take the place of what the file says without phases
         from_file = {field: value for field, value in from_file.items() if field not in WITHOUT_PHASES}
-    run, notes = apply_flags(of_megatron, preset(name).override(**from_file | flags), flags)
+    begun = line.begin(name, from_file | flags)
+    run, notes = apply_flags(of_megatron, begun.override(**from_file | flags), flags)
     require_yarn(run, flags)
-    return TrainingRequest(run, given["print_model"], given["print_schedule"], given["plot_schedule"], given["as_json"],
-                           given["check_only"], given["world_size"], given["hardware"],
-                           given["allow_memory_overflow"], tuple(notes))
+    request = TrainingRequest(
+        run, given["print_model"], given["print_schedule"], given["plot_schedule"], given["as_json"],
+        given["check_only"], given["world_size"], given["hardware"], given["allow_memory_overflow"], tuple(notes))
+    fields = {field.name for section in SECTIONS.values() for field in dataclasses.fields(section)}
+    return request, from_file | flags | {name: value for name, value in given.items() if name not in fields}
 
 
 def read_config_file(path: str) -> dict[str, Any]:
@@ -207,9 +247,9 @@ def _entries(key: str, value: Any) -> Iterator[tuple[str, str, Any]]:
 _UNSET: Any = object()
 
 
-def _given(arguments: Sequence[str]) -> dict[str, Any]:
+def _given(arguments: Sequence[str], line: CommandLine) -> dict[str, Any]:
     """The command line's values by field; refuses what no flag takes, naming the flags it may have meant."""
-    parser = build_parser()
+    parser = build_parser(line)
     known, unknown = parser.parse_known_args(list(arguments))
     if unknown:
         import difflib

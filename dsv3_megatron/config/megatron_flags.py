@@ -163,8 +163,8 @@ FLAGS: tuple[MegatronFlag, ...] = (
     *_each(REFUSED, "+", "nothing is tested in a run; use dsv3 evaluate", "test-data-path"),
     *_each(REFUSED, "1", "use --data-path", "data-args-path per-split-data-args-path"),
     *_each(REFUSED, "1", "use --tokenizer-model, a folder with a tokenizer.json", "vocab-file merge-file"),
-    *_each(REFUSED, "0", "a checkpoint is resumed whole; start from weights alone with a folder that "
-           "dsv3 convert made, as --load", "finetune no-load-optim"),
+    *_each(REFUSED, "0", "a checkpoint is resumed whole; start from weights alone with "
+           "--pretrained-checkpoint", "finetune no-load-optim"),
     *_each(REFUSED, "0", "checkpoints hold the whole state, and weights alone with --export-hf; leave it out",
            "no-save-optim"),
     *_each(REFUSED, "1", "use --keep-last, the number of newest checkpoints that are kept", "save-retain-interval"),
@@ -192,10 +192,10 @@ SAME_NAME: tuple[str, ...] = tuple((
     "--moe-router-num-groups --moe-router-score-function --moe-router-topk --moe-router-topk-scaling-factor --mscale "
     "--mscale-all-dim --mtp-loss-scaling-factor --mtp-num-layers --norm-epsilon --num-attention-heads --num-experts "
     "--num-layers --num-virtual-stages-per-pipeline-rank --overlap-grad-reduce "
-    "--overlap-moe-expert-parallel-comm --overlap-param-gather "
+    "--overlap-moe-expert-parallel-comm --overlap-param-gather --pretrained-checkpoint "
     "--override-opt-param-scheduler --pipeline-model-parallel-layout --pipeline-model-parallel-size --q-lora-rank "
     "--recompute-granularity --recompute-modules --reset-attention-mask --reset-position-ids --rope-type --rotary-base "
-    "--rotary-scaling-factor --save --save-interval --seed --seq-length --split --tensor-model-parallel-size "
+    "--rotary-scaling-factor --save --save-interval --seed --seq-length --sft --split --tensor-model-parallel-size "
     "--tensorboard-dir --tokenizer-model --train-iters --transformer-impl --use-checkpoint-opt-param-scheduler "
     "--v-head-dim --valid-data-path --vocab-size --weight-decay"
 ).split())
@@ -208,6 +208,7 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
     ("--recompute-modules", "layernorm, mla_up_proj and moe_act; attention keeps no scores to compute again"),
     ("--num-virtual-stages-per-pipeline-rank", "given beside --pipeline-model-parallel-layout, not taken from it"),
     ("--split", "99,1,0 by default"),
+    ("--sft", "reads what dsv3 preprocess --sft made, not a file of conversations; dsv3 sft gives it"),
     ("--exp-avg-dtype, --exp-avg-sq-dtype", "fp32 or bf16"),
     ("--cp-comm-type", "p2p, all_gather or a2a, the same in all layers; p2p and all_gather pass latents, not keys and "
      "values"),

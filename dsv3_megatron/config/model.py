@@ -7,7 +7,8 @@ translates them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,12 @@ ROPE_TYPES = ("rope", "yarn")
 GROUP_MASKS = ("exclude", "zero")
 # What `ops/router_scores.py` computes.
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
+
+# Fields that a later phase of a run may change, since no weight has a shape of them: long-context extension, and the
+# initial weights, which a checkpoint replaces.
+_MAY_CHANGE = frozenset({
+    "max_position_embeddings", "rope_type", "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast",
+    "beta_slow", "mscale", "mscale_all_dim", "init_method_std"})
 
 # Everything that looks at a model looks at each of its layers.
 MAX_LAYERS = 2000
@@ -198,3 +205,21 @@ class ModelConfig:
                 f"group (num_experts={self.num_experts} in moe_router_num_groups={groups}); leave it out for "
                 "topk / group_topk"
             )
+
+
+def architecture_differences(stored: Mapping[str, Any], model: ModelConfig) -> list[str]:
+    """The fields in which a checkpoint's architecture is not a model's, with both values.
+
+    Args:
+        stored: Fields of the checkpoint's architecture by name.
+        model: The architecture that it is compared with.
+    """
+    mine = asdict(model)
+    compared = [field.name for field in fields(ModelConfig) if field.name not in _MAY_CHANGE]
+    # A field that the writing version did not have yet meant what it means by default.
+    then = {field.name: field.default for field in fields(ModelConfig)
+            if field.default is not MISSING} | dict(stored)
+    differing = [f"{name}={mine[name]!r} (checkpoint: {then[name]!r})" for name in compared
+                 if name in then and then[name] != mine[name]]
+    return differing + [f"{name}, which this version does not know (checkpoint: {stored[name]!r})" for name in stored
+                        if name not in mine]

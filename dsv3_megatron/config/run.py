@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsv3_megatron.config.data import DataConfig
+from dsv3_megatron.config.data import LONG_CONVERSATIONS, DataConfig
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.guards import GuardConfig
 from dsv3_megatron.config.memory import require_moments, require_recompute
@@ -91,6 +91,7 @@ class RunConfig:
                 self.in_phase(phase)._validate_training(size)
                 self._validate_ramp(phase, size)
         self.fp8.validate(self.model, self.parallel, self.training.transformer_impl)
+        require_conversations(self.data)
         require_document_attention(self.data, self.training.transformer_impl)
         require_context_parallel(self.parallel, self.training.transformer_impl, self.training.attention_backend)
         require_recompute(self.training, self.model)
@@ -107,6 +108,9 @@ class RunConfig:
         if self.checkpoint.max_failed_saves < 0:
             raise ConfigError(f"max_failed_saves={self.checkpoint.max_failed_saves} must not be negative; 0 never ends "
                               "a run for checkpoints that cannot be written")
+        if self.checkpoint.pretrained_checkpoint and self.checkpoint.pretrained_checkpoint == self.checkpoint.save:
+            raise ConfigError(f"pretrained_checkpoint={self.checkpoint.pretrained_checkpoint} is what the run begins "
+                              "with, and save is where its own checkpoints go; give another folder for one of them")
         if self.checkpoint.keep_last < 0:
             raise ConfigError(f"keep_last={self.checkpoint.keep_last} must not be negative; 0 keeps all checkpoints")
         if self.logging.trace_schedule and self.parallel.pipeline_model_parallel_size == 1:
@@ -188,6 +192,23 @@ def require_engine_epsilon(model: ModelConfig) -> None:
             f"{model.layernorm_epsilon} with transformer_impl=transformer_engine; set transformer_impl=local")
 
 
+def require_conversations(data: DataConfig) -> None:
+    """Check what a run asks for beside conversations.
+
+    Raises:
+        ConfigError: a switch of documents is on beside them, or there are none for a setting that is about them.
+    """
+    if data.sft and data.document_flags:
+        raise ConfigError(f"{data.document_flags[0]}=True cannot go with sft=True: conversations are kept apart in any "
+                          "case, and their masks say what counts; leave it out")
+    if data.long_conversations not in LONG_CONVERSATIONS:
+        raise ConfigError(f"long_conversations={data.long_conversations!r} must be one of "
+                          f"{', '.join(LONG_CONVERSATIONS)}")
+    if data.long_conversations != "refuse" and not data.sft:
+        raise ConfigError(f"long_conversations={data.long_conversations} is about conversations; give sft too, or "
+                          "leave it out")
+
+
 def require_document_attention(data: DataConfig, transformer_impl: str) -> None:
     """Check that the modules a run asks for can keep documents apart where it asks for that.
 
@@ -195,7 +216,8 @@ def require_document_attention(data: DataConfig, transformer_impl: str) -> None:
         ConfigError: Transformer Engine's attention is to keep documents apart.
     """
     if data.has_document_attention and transformer_impl == "transformer_engine":
-        flags = " and ".join(f"{flag}=True" for flag in data.document_flags if flag.startswith("reset"))
+        names = [name for name in ("sft", *data.document_flags) if name != "eod_mask_loss" and getattr(data, name)]
+        flags = " and ".join(f"{name}=True" for name in names)
         raise ConfigError(
             f"{flags} cannot go with transformer_impl=transformer_engine, whose attention knows one document a "
             "sequence; set transformer_impl=local")

@@ -206,6 +206,9 @@ class CheckpointConfig:
                               "it is empty or missing")
     resume: str = option("load", choices=RESUME, help="auto: go on from --save's newest checkpoint if there is one, "
                          "and otherwise from what --load names, or begin; load: --load alone decides")
+    pretrained_checkpoint: str | None = option(
+        None, help="folder of a run's checkpoints, or of a Hugging Face model, whose weights the run begins with where "
+        "--load finds no checkpoint of its own; its optimizer, schedule and data are left behind")
     override_opt_param_scheduler: bool = option(False, help="go on by this command line's schedule, though it would "
                                                 "have taken other steps up to the checkpoint")
     use_checkpoint_opt_param_scheduler: bool = option(False, help="go on with the checkpoint's learning rates, or its "

@@ -29,7 +29,10 @@ _STATE_VERSION = 1
 
 
 class SampleDataset(Protocol):
-    """What the iterator needs: samples by number, as samples.py and Megatron-Core's datasets have them."""
+    """What the iterator needs: samples by number, as samples.py and Megatron-Core's datasets have them.
+
+    A sample that says where its documents end, as conversations' do, has `document_bounds` too.
+    """
 
     def __len__(self) -> int: ...
 
@@ -85,7 +88,8 @@ class BatchIterator(Iterator[Batch]):
         data_parallel_rank: 0..data_parallel_size - 1.
         data_parallel_size: Ranks that share a step's samples.
         consumed_samples: Samples taken before the first step, over all ranks.
-        eod_id: Give each batch the bounds of its documents, which end with this token; None: no bounds.
+        eod_id: Give each batch the bounds of its documents, which end with this token; None: those that its samples
+            say, or none.
 
     Raises:
         ValueError: the sizes do not divide, or the rank or the position is out of range.
@@ -180,8 +184,13 @@ class BatchIterator(Iterator[Batch]):
             loss_mask_BS=torch.stack([sample["loss_mask"] for sample in samples]),
             position_ids_BS=torch.stack([sample["position_ids"] for sample in samples]),
             sample_ids_B=torch.tensor(sample_ids, dtype=torch.int64),
-            document_bounds=None if self.eod_id is None else document_bounds(tokens_BS.numpy(), self.eod_id),
+            document_bounds=self._bounds(samples, tokens_BS),
         )
+
+    def _bounds(self, samples: list[Mapping[str, Any]], tokens_BS: torch.Tensor) -> tuple[tuple[int, ...], ...] | None:
+        if "document_bounds" in samples[0]:
+            return tuple(sample["document_bounds"] for sample in samples)
+        return None if self.eod_id is None else document_bounds(tokens_BS.numpy(), self.eod_id)
 
     def _require_step_boundary(self, what: str) -> None:
         if self._micro_batch:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv3_megatron.data.blend import Blend, parse_blend
+from dsv3_megatron.data.chat.masked import check_masks, has_masks
 from dsv3_megatron.data.document_ends import resolve_eod_id
 from dsv3_megatron.data.indexed import read_header
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from dsv3_megatron.config.recipe import DataSpan
     from dsv3_megatron.config.run import RunConfig
     from dsv3_megatron.data.batches import SampleDataset
+    from dsv3_megatron.data.chat.packed_samples import BlendedConversations, PackedConversations
     from dsv3_megatron.data.samples import BlendedTokens, ShuffledTokens
 
 
@@ -41,6 +43,8 @@ class DatasetConfig:
         reset_position_ids: Position ids restart after an EOD.
         eod_mask_loss: Positions whose input is an EOD do not count: their label belongs to another document.
         is_validated: Whether the run validates at all; if not, there need be no data for it.
+        is_chat: The data are conversations with masks; whole ones are packed.
+        long_conversations: What becomes of those that are longer than a sample, one of LONG_CONVERSATIONS.
     """
 
     seq_length: int
@@ -55,6 +59,8 @@ class DatasetConfig:
     reset_position_ids: bool = False
     eod_mask_loss: bool = False
     is_validated: bool = True
+    is_chat: bool = False
+    long_conversations: str = "refuse"
 
     def __post_init__(self) -> None:
         if self.eod_id is None and (self.reset_position_ids or self.eod_mask_loss):
@@ -120,7 +126,15 @@ def dataset_config(run: RunConfig, span: DataSpan | None = None) -> DatasetConfi
         train_blend=blend if has_valid else None,
         valid_blend=parse_blend(data.valid_data_path, "valid_data_path") if has_valid else None,
         is_validated=training.eval_interval > 0,
+        is_chat=data.sft,
+        long_conversations=data.long_conversations,
     )
+    for prefix in config.prefixes:
+        if data.sft:
+            check_masks(prefix)
+        elif has_masks(prefix):
+            raise ValueError(f"{prefix} holds conversations, of which only what their masks say is to be learnt; give "
+                             "sft (dsv3 sft), or other data")
     if not data.document_flags:
         return config
     eod_id = resolve_eod_id(config.prefixes, tokenizer_model=data.tokenizer_model, flags=data.document_flags)
@@ -164,8 +178,9 @@ def check_sizes(config: DatasetConfig) -> None:
         for prefix in blend.prefixes:
             header = read_header(prefix)
             first, last = sequences_between(prefix, share)
-            # The token count of a share is known only after reading the lengths: bound it by the whole.
-            if last <= first or header.num_tokens < config.seq_length + 1:
+            # The token count of a share is known only after reading the lengths: bound it by the whole. Of
+            # conversations one makes a sample, however short.
+            if last <= first or (header.num_tokens < config.seq_length + 1 and not config.is_chat):
                 raise ValueError(
                     f"{prefix} has {last - first} documents ({header.num_tokens} tokens in all) for {purpose}, fewer "
                     f"than one sample of seq_length + 1 = {config.seq_length + 1} tokens needs: use more data, a "
@@ -193,9 +208,13 @@ def build_datasets(config: DatasetConfig) -> TrainingData:
         ValueError: a file is missing or damaged, or there is less data than one sample needs.
     """
     check_sizes(config)
+    from dsv3_megatron.data.chat.packed_samples import ConversationSamples
     from dsv3_megatron.data.samples import ENDLESS, Samples
 
-    def open_samples(blend: Blend, edges: tuple[float, float], purpose: str, num_samples: int | None) -> Samples:
+    def open_samples(blend: Blend, edges: tuple[float, float], purpose: str, num_samples: int | None) -> SampleDataset:
+        if config.is_chat:
+            chats, rows_per_epoch = open_conversations(config, blend, edges)
+            return ConversationSamples(chats, rows_per_epoch if num_samples is None else num_samples)
         source, samples_per_epoch = _open_blend(config, blend, edges, purpose)
         return Samples(source, samples_per_epoch if num_samples is None else num_samples, eod_id=config.eod_id,
                        reset_position_ids=config.reset_position_ids, eod_mask_loss=config.eod_mask_loss)
@@ -213,6 +232,24 @@ def build_datasets(config: DatasetConfig) -> TrainingData:
         train=open_samples(train_blend, train_edges, "training", config.num_train_samples or ENDLESS),
         valid=None if valid_blend is None else open_samples(valid_blend, valid_edges, "validation",
                                                             config.num_valid_samples))
+
+
+def open_conversations(config: DatasetConfig, blend: Blend, edges: tuple[float, float]
+                       ) -> tuple[PackedConversations | BlendedConversations, int]:
+    """The packed conversations of a blend's share between two edges of each file, and the samples of one pass.
+
+    Raises:
+        ValueError: a conversation is too long and is to be refused, or none is left.
+    """
+    from dsv3_megatron.data.chat.packed_samples import BlendedConversations, PackedConversations
+
+    parts = [PackedConversations(prefix, sequences_between(prefix, edges), seq_length=config.seq_length,
+                                 seed=config.seed, number=number, long_conversations=config.long_conversations)
+             for number, prefix in enumerate(blend.prefixes)]
+    sizes = [part.samples_per_epoch for part in parts]
+    if len(parts) == 1:
+        return parts[0], sizes[0]
+    return BlendedConversations(parts, blend.weights or sizes), sum(sizes)
 
 
 def _open_blend(config: DatasetConfig, blend: Blend, edges: tuple[float, float], purpose: str

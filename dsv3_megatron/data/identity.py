@@ -6,10 +6,11 @@ Files are told apart by what they hold, not by where they lie: data that were mo
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.data.blend import read_tokenizer_fingerprint
+from dsv3_megatron.data.chat.masked import mask_prefix
 from dsv3_megatron.data.contents import read_contents
 from dsv3_megatron.data.datasets import DatasetConfig, parse_split
 
@@ -47,7 +48,14 @@ def data_identity(config: DatasetConfig, data: DataConfig) -> dict[str, Any]:
                      for prefix, contents in zip(blend.prefixes, found, strict=True)],
         "tokenizer": read_tokenizer_fingerprint(blend.prefixes),
         **{name: getattr(data, name) for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")},
+        **(_of_conversations(blend.prefixes, data) if data.sft else {}),
     }
+
+
+def _of_conversations(prefixes: Sequence[str], data: DataConfig) -> dict[str, Any]:
+    """What of conversations is not in their tokens."""
+    masks = [read_contents(mask_prefix(prefix), cache_dir=data.data_cache_path).bin_sha256 for prefix in prefixes]
+    return {"sft": True, "long_conversations": data.long_conversations, "masks": masks}
 
 
 def other_data(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

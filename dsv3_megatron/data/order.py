@@ -1,4 +1,4 @@
-"""The order of samples as arithmetic: a keyed permutation, and who of several datasets is next. No arrays, no torch.
+"""The order of samples as arithmetic: a keyed permutation, and who of several datasets is next. No torch.
 
 Nothing is built before the first sample and nothing is kept: the n-th place of an order is computed from n. So an order
 does not depend on how much of it a run will use, and costs no memory however long it is.
@@ -10,6 +10,8 @@ import hashlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+
+import numpy as np
 
 _MASK = (1 << 64) - 1
 _NUM_ROUNDS = 8
@@ -24,6 +26,13 @@ def mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
+
+
+def mix_array(values: np.ndarray) -> np.ndarray:
+    """Mix each of some uint64 as `mix` does."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def derive_keys(purpose: str, *numbers: int, count: int) -> tuple[int, ...]:

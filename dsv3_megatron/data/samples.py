@@ -25,7 +25,7 @@ import torch
 
 from dsv3_megatron.data.document_ends import document_bounds, restarted_positions
 from dsv3_megatron.data.indexed import dataset_paths, map_index, read_header
-from dsv3_megatron.data.order import Permutation, Turns, derive_keys
+from dsv3_megatron.data.order import Permutation, Turns, derive_keys, mix_array
 
 _GROUP_SEQUENCES = 4096
 _GROUPS_KEPT = 64
@@ -117,20 +117,13 @@ class ShuffledTokens:
         first = self._first + group * _GROUP_SEQUENCES
         stop = min(first + _GROUP_SEQUENCES, self._stop)
         (key,) = derive_keys("sequences", self.seed, self.number, epoch, group, count=1)
-        order_g = np.argsort(_mix_array(np.arange(stop - first, dtype=np.uint64) ^ np.uint64(key)))  # no two are equal
+        order_g = np.argsort(mix_array(np.arange(stop - first, dtype=np.uint64) ^ np.uint64(key)))  # no two are equal
         lengths_g = self._lengths_Q[first:stop].astype(np.int64)
         starts_G1 = np.concatenate([[0], np.cumsum(lengths_g[order_g])])
         if starts_G1[-1] != self._token_of(stop) - self._token_of(first):
             raise ValueError(f"{self.prefix}.idx: sequences {first} to {stop - 1} do not lie end to end in the .bin "
                              "file, as those of Megatron-Core's datasets do; make the dataset again")
         return starts_G1, self._offsets_Q[first:stop][order_g] // self._item_bytes
-
-
-def _mix_array(values: np.ndarray) -> np.ndarray:
-    """`order.mix` of each of some uint64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 class BlendedTokens:

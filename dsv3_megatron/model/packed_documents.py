@@ -61,7 +61,7 @@ def packed_documents(batch: Batch, data: DataConfig) -> PackedDocuments | None:
     """
     if not data.has_document_attention:
         return None
-    return PackedDocuments(batch.document_bounds, batch.position_ids_BS if data.reset_position_ids else None)
+    return PackedDocuments(batch.document_bounds, batch.position_ids_BS if data.restarts_positions else None)
 
 
 def forward_stage(stage: torch.nn.Module, batch: Batch, data: DataConfig) -> Any:

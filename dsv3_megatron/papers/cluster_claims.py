@@ -211,7 +211,7 @@ COST = (
     _planned("GPU-hours of the context extension", "table 1", "119K", _extension_hours, _THOUSAND, source=REPORT,
              is_slow=True, why="Its layout is not published; the planner searches one, without context parallelism."),
     Claim("GPU-hours of post-training", REPORT, "table 1", "5K",
-          why="It takes supervised fine-tuning and reinforcement learning, which this library does not have."),
+          why="It takes reinforcement learning, which this library does not have, and the data."),
     _planned("GPU-hours in all", "table 1", "2788K",
              lambda: _pretraining_cost() + _extension_hours() + _POST_TRAINING_HOURS, _THOUSAND, source=REPORT,
              is_slow=True, why="The prediction of the first two, and the report's own 5K for post-training."),

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from dsv3_megatron.config.fine_tuning import EPOCHS, fine_tuned
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.papers.claim import COMPANION, REPORT, Claim
 from dsv3_megatron.papers.training_claims import v3_run
 
-_TUNING = ("dsv3 train --preset dsv3-671b --phases none --stop-after-phase none --lr 5e-6 --min-lr 1e-6 "
-           "--lr-decay-style cosine --reset-attention-mask --print-schedule")
-_NO_TUNING = "This library has no supervised fine-tuning: no chat template, and no loss on answers alone."
+_TUNING = "dsv3 sft --preset dsv3-671b --train-iters 1000 --print-schedule"
 _NO_RL = "This library has no reinforcement learning. The report gives neither epsilon, beta, G nor a number of steps."
 _WEIGHTS = "It takes the published weights on eight large GPUs"
 
 
 def fine_tuning(num_steps: int = 1000) -> RunConfig:
-    """A run with the report's settings of fine-tuning, as far as this library has them; the length is any."""
-    return v3_run().override(phases=(), stop_after_phase=None, lr=5e-6, min_lr=1e-6, lr_decay_style="cosine",
-                             lr_warmup_iters=0, train_iters=num_steps, reset_attention_mask=True)
+    """A run with the report's settings of fine-tuning; the length is any."""
+    return fine_tuned(v3_run()).override(train_iters=num_steps)
 
 
 def _rate(is_last: bool) -> float:
@@ -26,13 +24,12 @@ def _rate(is_last: bool) -> float:
 
 
 POST_TRAINING = (
-    Claim("fine-tuning: learning rate at first", REPORT, "5.1", "5e-6", lambda: _rate(False), command=_TUNING,
-          why="The schedule can be had; that of a fine-tuning run is not in a preset."),
+    Claim("fine-tuning: learning rate at first", REPORT, "5.1", "5e-6", lambda: _rate(False), command=_TUNING),
     Claim("fine-tuning: learning rate at last", REPORT, "5.1", "1e-6", lambda: _rate(True), command=_TUNING),
     Claim("fine-tuning: samples of a sequence do not see one another", REPORT, "5.1", "masked",
           lambda: "masked" if fine_tuning().data.has_document_attention else "not masked", command=_TUNING),
-    Claim("fine-tuning: instances", REPORT, "5.1", "1.5M", why=f"The data are not published. {_NO_TUNING}"),
-    Claim("fine-tuning: epochs", REPORT, "5.1", "2", why=_NO_TUNING),
+    Claim("fine-tuning: instances", REPORT, "5.1", "1.5M", why="The data are not published."),
+    Claim("fine-tuning: epochs", REPORT, "5.1", "2", lambda: EPOCHS, command=_TUNING),
     Claim("GRPO: objective and advantages", REPORT, "5.2.2", "(equations 26 to 28)", why=_NO_RL),
     Claim("reward models", REPORT, "5.2.1", "(rules, and a model)", why=_NO_RL),
 )

@@ -25,7 +25,15 @@ from dsv3_megatron.checkpoint.hf.config_json import model_config_to_json
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.blend import Blend
-from dsv3_megatron.data.datasets import DatasetConfig, check_sizes, dataset_config, parse_split, sequences_between
+from dsv3_megatron.data.chat.packed_samples import PackedConversations
+from dsv3_megatron.data.datasets import (
+    DatasetConfig,
+    check_sizes,
+    dataset_config,
+    open_conversations,
+    parse_split,
+    sequences_between,
+)
 from dsv3_megatron.data.indexed import dataset_paths, map_index, read_header, read_sidecar
 from dsv3_megatron.data.tokenizer import count_ids, load_tokenizer
 from dsv3_megatron.ops.attention_choices import AttentionCase, choose_attention
@@ -328,6 +336,10 @@ def _validation_share(config: DatasetConfig) -> tuple[Blend, tuple[float, float]
 def _check_blend(config: DatasetConfig, blend: Blend, edges: tuple[float, float], num_samples: int, title: str,
                  purpose: str, taken: str) -> list[Told]:
     """Documents, tokens and epochs of each dataset of a blend."""
+    if config.is_chat:
+        packed = open_conversations(config, blend, edges)[0]
+        parts = [packed] if isinstance(packed, PackedConversations) else packed.parts
+        return [_told_of_conversations(part, title, purpose, taken, config.long_conversations) for part in parts]
     shares = [sequences_between(prefix, edges) for prefix in blend.prefixes]
     tokens = [_num_tokens(prefix, share) for prefix, share in zip(blend.prefixes, shares, strict=True)]
     samples = [(count - 1) // config.seq_length for count in tokens]
@@ -350,6 +362,18 @@ def _check_blend(config: DatasetConfig, blend: Blend, edges: tuple[float, float]
                  f"{taken}, {num_samples * weight / total / whole:.3g} epochs of this")
             for prefix, share, count, whole, weight in zip(blend.prefixes, shares, tokens, samples, weights,
                                                            strict=True)]
+
+
+def _told_of_conversations(part: PackedConversations, title: str, purpose: str, taken: str, long: str) -> Told:
+    """Conversations of a dataset, how full their sequences are, and what was too long."""
+    filled = part.num_tokens / (part.samples_per_epoch * (part.seq_length + 1))
+    text = (f"{title}: {part.prefix}: {part.num_conversations:,} conversations, {part.num_tokens:,} tokens for "
+            f"{purpose} in {part.samples_per_epoch:,} samples, {100 * filled:.1f}% full; the run takes {taken}")
+    if not part.num_long:
+        return Told(text)
+    done = {"cut": "cut at their end", "drop": "left out"}[long]
+    return Told(f"{text}; {part.num_long:,} conversations of more than {part.seq_length + 1} tokens are {done}",
+                is_warning=True)
 
 
 def _num_tokens(prefix: str, share: tuple[int, int]) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dsv3_megatron.checkpoint.agreement import on_first_rank
+from dsv3_megatron.checkpoint.base_weights import load_base
 from dsv3_megatron.checkpoint.folder import (
     TRACKER,
     CheckpointError,
@@ -88,6 +89,8 @@ class Trainer(Learner):
             self._go_to(position)
             self.guard.load_state_dict(position.guards)
             self.keeper.loaded(self.start.load, self.iteration)
+        elif run.checkpoint.pretrained_checkpoint:
+            load_base(run.checkpoint.pretrained_checkpoint, run, list(self.chunks), self.optimizer, self.groups)
         self.stop_signal: int | None = None
         self._left_off = 0  # the signal for which the last validation ended early
         self.step_plan = self._plan_step()

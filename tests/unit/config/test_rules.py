@@ -29,6 +29,15 @@ def base(name: str) -> RunConfig:
 
 
 BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
+    # -- conversations, and what a run begins with --
+    ("tiny", {"sft": True, "reset_attention_mask": True}, 1, "reset_attention_mask=True cannot go with sft=True: "
+     "conversations are kept apart in any case, and their masks say what counts; leave it out"),
+    ("tiny", {"sft": True, "long_conversations": "keep"}, 1, "long_conversations='keep' must be one of refuse, cut, "
+     "drop"),
+    ("tiny", {"long_conversations": "cut"}, 1, "long_conversations=cut is about conversations; give sft too, or leave "
+     "it out"),
+    ("tiny", {"pretrained_checkpoint": "a", "save": "a"}, 1, "pretrained_checkpoint=a is what the run begins with, and "
+     "save is where its own checkpoints go; give another folder for one of them"),
     # -- the architecture --
     ("tiny", {"num_layers": 0}, 1, "num_layers=0 must be at least 1"),
     ("tiny", {"hidden_size": -128}, 1, "hidden_size=-128 must be at least 1"),

@@ -1,0 +1,176 @@
+"""Training samples out of conversations, by number: whole conversations packed into a sequence, each by itself.
+
+A sample is seq_length + 1 ids, as one of texts is, and holds one conversation or several behind each other; what is
+left is filled. Each conversation, and the filling, is a document of its own: attention stops at its ends and positions
+restart. The label of a position counts where it is a token of the same conversation whose mask is 1.
+
+An epoch has every sequence of `packing.py` once, in an order of its own that follows from the seed and the epoch alone,
+as that of texts does (data/samples.py); nothing is written to disk.
+
+Legend: S positions of a sequence, d documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from dsv3_megatron.data.chat.masked import mask_prefix
+from dsv3_megatron.data.chat.packing import pack_lengths
+from dsv3_megatron.data.document_ends import restarted_positions
+from dsv3_megatron.data.indexed import dataset_paths, map_index, read_header, read_sidecar
+from dsv3_megatron.data.order import Permutation, Turns, derive_keys
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One packed sample: ids, mask and bounds.
+
+    Attributes:
+        ids_S1: int64 [S + 1], tokens and the one after them.
+        mask_S: float32 [S], 1 where the label of the position counts.
+        bounds: First positions of the conversations, from 0, then of the filling if there is one, then S.
+    """
+
+    ids_S1: np.ndarray
+    mask_S: np.ndarray
+    bounds: tuple[int, ...]
+
+
+class PackedRows(Protocol):
+    """Packed samples by number."""
+
+    def read(self, index: int) -> PackedRow:
+        """The sample at an index."""
+        ...
+
+
+class PackedConversations:
+    """The samples of one dataset of conversations, epoch after epoch without end.
+
+    Args:
+        prefix: Path of PREFIX.bin and PREFIX.idx, without suffix; its mask is beside it.
+        share: [first, stop) of the file's conversations that are read.
+        seq_length: Tokens of a sample, without the one after it.
+        seed: Seed of packing and order.
+        number: Position of the dataset in its blend.
+        long_conversations: What becomes of conversations of more than seq_length + 1 tokens: "refuse", "cut" or "drop".
+
+    Attributes:
+        num_conversations: Conversations that are taken.
+        num_long: Conversations of the share that are too long: they are cut, or left out.
+        num_tokens: Tokens of those that are taken, what is cut off left out.
+        samples_per_epoch: Samples of an epoch.
+
+    Raises:
+        ValueError: a conversation is too long and is to be refused, or none is left.
+    """
+
+    def __init__(self, prefix: str, share: tuple[int, int], *, seq_length: int, seed: int, number: int = 0,
+                 long_conversations: str = "refuse") -> None:
+        self.prefix, self.seq_length, self.seed, self.number = prefix, seq_length, seed, number
+        first, stop = share
+        lengths_d = np.asarray(map_index(prefix).lengths_Q[first:stop]).astype(np.int64)
+        is_long_d = lengths_d > seq_length + 1
+        self.num_long = int(is_long_d.sum())
+        if self.num_long and long_conversations == "refuse":
+            at = int(np.argmax(is_long_d))
+            raise ValueError(
+                f"{prefix} has {self.num_long} conversation(s) of more than seq_length + 1 = {seq_length + 1} tokens, "
+                f"such as number {first + at} of {lengths_d[at]}; give a larger seq_length (the longest has "
+                f"{lengths_d.max()}), or long_conversations=cut or drop")
+        taken_d = np.arange(first, stop)
+        if long_conversations == "drop":
+            taken_d, lengths_d = taken_d[~is_long_d], lengths_d[~is_long_d]
+        self._numbers_d, self._lengths_d = taken_d, np.minimum(lengths_d, seq_length + 1)
+        self.num_conversations, self.num_tokens = len(taken_d), int(self._lengths_d.sum())
+        if not self.num_conversations:
+            raise ValueError(f"{prefix} has no conversation of at most seq_length + 1 = {seq_length + 1} tokens in the "
+                             "share that is read: use more data, a larger seq_length or another split")
+        (key,) = derive_keys("packing", seed, number, count=1)
+        self._packing = pack_lengths(self._lengths_d, seq_length + 1, key=key)
+        self.samples_per_epoch = len(self._packing)
+        sidecar = read_sidecar(prefix)
+        self._filling = int((sidecar.options.get("eod_id") if sidecar is not None else None) or 0)
+        self._tokens, self._masks = _Stored(prefix), _Stored(mask_prefix(prefix))
+        self._order_of_epoch = lru_cache(2)(self._order_of_epoch_uncached)
+
+    def read(self, index: int) -> PackedRow:
+        """The sample at an index."""
+        epoch, place = divmod(index, self.samples_per_epoch)
+        length = self.seq_length
+        ids_S1 = np.full(length + 1, self._filling, dtype=np.int64)
+        # Of the token at each place; a label's place is one further on than its position.
+        mask_S1, starts, at = np.zeros(length + 1, dtype=np.float32), [], 0
+        for conversation in self._packing[self._order_of_epoch(epoch)[place]].tolist():
+            number, count = int(self._numbers_d[conversation]), int(self._lengths_d[conversation])
+            ids_S1[at : at + count] = self._tokens.read(number, count)
+            mask_S1[at : at + count] = self._masks.read(number, count)
+            mask_S1[at] = 0.0  # its label's position is in the conversation before
+            starts.append(at)
+            at += count
+        starts += [at] if at < length else []
+        return PackedRow(ids_S1, mask_S1[1:], (*(start for start in starts if start < length), length))
+
+    def _order_of_epoch_uncached(self, epoch: int) -> Permutation:
+        return Permutation(self.samples_per_epoch, derive_keys("samples", self.seed, self.number, epoch, count=8))
+
+
+class BlendedConversations:
+    """The samples of several datasets of conversations, each in its own order, in turns by weight.
+
+    Args:
+        parts: Packed datasets of the blend.
+        weights: Shares of the samples that the datasets have, on any scale.
+    """
+
+    def __init__(self, parts: Sequence[PackedConversations], weights: Sequence[float]) -> None:
+        self.parts, self._turns = tuple(parts), Turns(weights)
+
+    def read(self, index: int) -> PackedRow:
+        """The sample at an index."""
+        number, turn = self._turns[index]
+        return self.parts[number].read(turn)
+
+
+class ConversationSamples:
+    """What the batch iterator reads: tokens, labels, loss mask, positions and the conversations' bounds.
+
+    Args:
+        source: Packed samples.
+        num_samples: How many there are to be read.
+    """
+
+    def __init__(self, source: PackedRows, num_samples: int) -> None:
+        self.source, self.num_samples = source, num_samples
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        row = self.source.read(index)
+        return {"tokens": torch.from_numpy(row.ids_S1[:-1]), "labels": torch.from_numpy(row.ids_S1[1:]),
+                "loss_mask": torch.from_numpy(row.mask_S), "document_bounds": row.bounds,
+                "position_ids": torch.from_numpy(restarted_positions(row.bounds))}
+
+
+class _Stored:
+    """The sequences of a dataset by number, mapped into memory."""
+
+    def __init__(self, prefix: str) -> None:
+        header, index = read_header(prefix), map_index(prefix)
+        # Bare arrays over the mapped files: numpy's own class for them is slow to index.
+        self._offsets_Q, self._item_bytes = np.asarray(index.offsets_Q), header.dtype.itemsize
+        self._values_T = np.asarray(np.memmap(dataset_paths(prefix)[0], dtype=header.dtype, mode="r"))
+
+    def read(self, number: int, count: int) -> np.ndarray:
+        """The first values of a sequence."""
+        first = int(self._offsets_Q[number]) // self._item_bytes
+        return self._values_T[first : first + count]
