@@ -21,6 +21,7 @@
 #                                                that the layout needs)
 #   OMP_NUM_THREADS                              threads of a process (default: its share of the cores)
 #   SHUTDOWN_TIMEOUT                             seconds from a dead rank to the forced end of the others (30)
+#   DSV3_STOPPED_CODE                            exit code in place of 0 where a signal stopped the run (0)
 #   PYTHON                                       the Python to use; see examples/setup_environment.sh
 #
 # Ctrl-C or a signal that asks to stop (INT, TERM, HUP, QUIT, USR1, USR2, XCPU, ALRM, PWR): the run saves a checkpoint
@@ -385,7 +386,8 @@ launch_elastic() {
     if [ -s "$told/code" ]; then
         status=$(cat "$told/code")
     elif [ -e "$stop_file" ]; then
-        status=0 # its processes have saved and ended; torchrun would have waited for the other nodes
+        # Its processes have saved and ended; torchrun would have waited for the other nodes.
+        status=${DSV3_STOPPED_CODE:-0}
     fi
     stop_file=""
     rm -rf "$told"

@@ -17,7 +17,7 @@ from dsv3_megatron.config.load import TrainingRequest, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.world_size import largest_world_size
 from dsv3_megatron.guards.endings import tell_launcher
-from dsv3_megatron.process.elastic import EXIT_AGAIN, elastic_launch, is_told_to_stop
+from dsv3_megatron.process.elastic import EXIT_AGAIN, elastic_launch, stopped_code
 from dsv3_megatron.process.ranks import Processes, require_free_port
 from dsv3_megatron.process.stop import StopListener, default_stops
 from dsv3_megatron.runs.rank import EXIT_CONFIG, end_of, prepare_rank, run_rank, say_error
@@ -249,12 +249,10 @@ def _train(command: TrainingRequest, processes: Processes) -> int:
     def work() -> int:
         trainer = Trainer(command.run)
         code = trainer.train()
-        if elastic_launch():
-            # torchrun signals its processes before it starts them again with other nodes: that is no end of the run.
-            if code == 0 and not trainer.is_complete and not is_told_to_stop():
-                code = EXIT_AGAIN
-            if processes.rank == 0:
-                let_go(processes, code)
+        if code == 0 and not trainer.is_complete:
+            code = stopped_code()
+        if elastic_launch() and processes.rank == 0:
+            let_go(processes, code)
         return code
 
     return run_rank(processes.rank, work)

@@ -38,6 +38,8 @@ from dsv3_megatron.guards.endings import tell_launcher
 __all__ = ["EXIT_HANG", "Watchdog", "summary"]
 
 EXIT_HANG = 4
+# Folder in which each rank touches a file while it gives signs of life, and which has none where no rank is at work.
+ALIVE = "DSV3_ALIVE"
 # Looks at the last sign of life this often, and at least that often in each timeout.
 _POLL_S, _POLLS_IN_TIMEOUT = 5.0, 10
 # Ranks wait for each other's answers for this many polls, and at least that long; then as many again as the last word
@@ -86,6 +88,8 @@ class Watchdog:
         self._poll_s = min(_POLL_S, timeout_s / _POLLS_IN_TIMEOUT)
         self._answer_s = max(_ANSWER_S, _ANSWER_POLLS * self._poll_s)
         self._beat = Beat(0, "starting", 1, True, time.monotonic())
+        alive = os.environ.get(ALIVE)
+        self._alive = Path(alive) / f"rank-{os.environ.get('LOCAL_RANK', '0')}" if alive else None
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: Any = None
@@ -106,6 +110,8 @@ class Watchdog:
             self._stopped.set()
             self._thread.join()
             self._thread = None
+            if self._alive is not None:
+                self._alive.unlink(missing_ok=True)
             faulthandler.cancel_dump_traceback_later()
 
     def begin_step(self, step: int) -> None:
@@ -155,6 +161,16 @@ class Watchdog:
                 self._tell("alarm", alarm)
             if alarm is not None:
                 self._end(alarm)
+            self._show_life()
+
+    def _show_life(self) -> None:
+        """Touch a file for who looks at this process from outside, such as Kubernetes' liveness probe."""
+        if self._alive is not None:
+            try:
+                self._alive.touch()
+            except OSError as error:
+                logger.warning("no sign of life can be left, nor is tried again: %s: %s", self._alive, error.strerror)
+                self._alive = None
 
     def _silence_s(self) -> float:
         return time.monotonic() - self._beat.time_s

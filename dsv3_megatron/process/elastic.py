@@ -15,6 +15,8 @@ from pathlib import Path
 # Set by the launcher: the name of this launch, the same on all its nodes; and a file that is there once somebody asked
 # this launcher, not torchrun, to stop.
 ELASTIC, STOP_FILE = "DSV3_ELASTIC", "DSV3_STOP_FILE"
+# Exit code of the launcher, in place of 0, where a run was stopped by a signal before it was complete.
+STOPPED_CODE = "DSV3_STOPPED_CODE"
 # Ends a process that makes way for the next start (EX_TEMPFAIL).
 EXIT_AGAIN = 75
 
@@ -28,6 +30,18 @@ def is_told_to_stop() -> bool:
     """Whether this node's launcher was asked to stop, so that what runs here ends for good."""
     path = os.environ.get(STOP_FILE)
     return bool(path) and Path(str(path)).exists()
+
+
+def stopped_code() -> int:
+    """Exit code of a process whose run was stopped by a signal, has saved, and is not complete.
+
+    torchrun signals its processes before it starts them again with other nodes, which is no end of the run. Of other
+    runs 0, or what STOPPED_CODE says, for who starts a run again unless it ended with 0 (Kubernetes).
+    """
+    if elastic_launch():
+        return 0 if is_told_to_stop() else EXIT_AGAIN
+    code = os.environ.get(STOPPED_CODE, "0")
+    return int(code) if code.isascii() and code.isdigit() and int(code) < 256 else 0
 
 
 def end_agent() -> None:

@@ -113,8 +113,6 @@ def run_rank(rank: int, work: Callable[[], int]) -> int:
 
     try:
         code = work()
-        if code == EXIT_AGAIN:
-            return code
         return tell_launcher(code) if code else 0
     except ConfigError as error:
         import torch

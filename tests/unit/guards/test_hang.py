@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
 from dsv3_megatron.config.guards import REPORT_S, SLOW_FACTOR, UNWATCHED_TIMEOUT_S, GuardConfig
-from dsv3_megatron.guards.hang import Watchdog, all_stacks, describe, summary
+from dsv3_megatron.guards.hang import ALIVE, Watchdog, all_stacks, describe, summary
 
 
 def state(step: int, part: str, number: int = 1, silence_s: float = 7.0) -> dict:
@@ -52,3 +55,22 @@ def test_the_report_comes_before_nccl_ends_the_process(hang_timeout_s: float, mo
 
 def test_without_a_watchdog_messages_wait_as_long_as_in_other_commands() -> None:
     assert GuardConfig(hang_timeout_s=0.0).collective_timeout_s == UNWATCHED_TIMEOUT_S
+
+
+def test_a_file_says_from_outside_that_a_rank_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                   ) -> None:
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setenv(ALIVE, str(tmp_path))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    watchdog = Watchdog(1.0, folder=None)
+    file = tmp_path / "rank-3"
+    watchdog.start()
+    try:
+        deadline = time.monotonic() + 10
+        while not file.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        watchdog.stop()
+    assert not file.exists(), "no rank is at work"
