@@ -1,4 +1,4 @@
-"""Signs the manifest of a checkpoint anew after a test has changed the checkpoint, as somebody would who means it."""
+"""Signs manifests and sidecars anew after a test has changed what they speak of, as somebody would who means it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from dsv3_megatron.checkpoint.folder import MANIFEST
 from dsv3_megatron.checkpoint.manifest_file import signed_text
 from dsv3_megatron.data.checksums import checksum_file
+from dsv3_megatron.data.signed_json import with_signature
 
 
 def sign(folder: Path, change: Callable[[dict[str, Any]], Any] | None = None) -> None:
@@ -26,3 +27,14 @@ def sign(folder: Path, change: Callable[[dict[str, Any]], Any] | None = None) ->
     content["files"] = {name: (folder / name).stat().st_size for name in names}
     content["checksums"] = {name: checksum_file(folder / name).as_dict() for name in names}
     (folder / MANIFEST).write_text(signed_text(content))
+
+
+def change_sidecar(prefix: str | Path, **changes: Any) -> None:
+    """Change fields of a dataset's sidecar, and sign it anew.
+
+    Args:
+        prefix: The dataset.
+        changes: Values by name of the field.
+    """
+    file = Path(f"{prefix}.json")
+    file.write_text(json.dumps(with_signature(json.loads(file.read_text()) | changes, "signature")))

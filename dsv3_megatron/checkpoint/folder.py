@@ -12,7 +12,6 @@ follow. So a crash at any moment leaves the tracker on a complete checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -23,10 +22,12 @@ from typing import Any
 
 from dsv3_megatron.checkpoint.manifest_file import flush, read_signed, require_files, signed_text, write_durably
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.json_files import read_json
 from dsv3_megatron.config.model import architecture_differences
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.checksums import FileChecksums, checksum_file, read_checksums
 
+_MOST_DIGITS = 18  # of a step
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "checkpoint.json"
 # 2: with checksums of all files, and of the manifest itself.
@@ -132,12 +133,13 @@ def latest_iteration(directory: str | Path) -> int | None:
     """
     tracker = Path(directory) / TRACKER
     try:
-        text = tracker.read_text(encoding="utf-8").strip()
+        with open(tracker, encoding="utf-8", errors="replace") as stream:
+            text = stream.read(_MOST_DIGITS + 2).strip()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CheckpointError(f"load={directory}: {tracker} cannot be read: {error.strerror}") from error
-    if not text.isdecimal():
+    if not text.isascii() or not text.isdecimal() or len(text) > _MOST_DIGITS:
         raise CheckpointError(f"{tracker} holds {text!r}; it must hold the iteration of a checkpoint"
                               + _choices(directory, "write", "into it"))
     return int(text)
@@ -354,7 +356,7 @@ def record_guards(directory: str | Path, iteration: int, guards: dict[str, Any])
         CheckpointError: the manifest cannot be read.
     """
     path = read_manifest(directory, iteration).path
-    content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    content = read_json(path / MANIFEST)
     content["progress"]["guards"] = guards
     partial = path / (MANIFEST + ".partial")
     try:

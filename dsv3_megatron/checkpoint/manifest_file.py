@@ -5,14 +5,15 @@ No torch. `folder.py` says what is in a manifest.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.config.json_files import parse_json
 from dsv3_megatron.config.output import json_text
-from dsv3_megatron.data.checksums import ALGORITHM, BlockVerifier, DamagedFileError, FileChecksums, checksum_of
+from dsv3_megatron.data.checksums import BlockVerifier, DamagedFileError, FileChecksums
+from dsv3_megatron.data.signed_json import with_signature, without_signature
 
 # Field of a manifest with the checksum of all the others: "ALGORITHM:DIGITS".
 SIGNATURE = "manifest_checksum"
@@ -23,10 +24,7 @@ TENSOR_SUFFIX = ".distcp"
 
 def signed_text(content: Mapping[str, Any]) -> str:
     """A manifest's text, with the checksum of its content as the last field."""
-    # As it will be read: JSON has no tuples and no NaN.
-    plain = json.loads(json_text({name: value for name, value in content.items() if name != SIGNATURE}))
-    plain[SIGNATURE] = f"{ALGORITHM}:{_checksum(plain, ALGORITHM)}"
-    return json_text(plain, indent=2) + "\n"
+    return json_text(with_signature(content, SIGNATURE), indent=2) + "\n"
 
 
 def read_signed(text: str, *, newest_version: int) -> dict[str, Any]:
@@ -43,7 +41,7 @@ def read_signed(text: str, *, newest_version: int) -> dict[str, Any]:
         KeyError: a field is missing.
         TypeError: the text is something else than an object.
     """
-    content = json.loads(text)
+    content = parse_json(text)
     version = content["format_version"]
     if type(version) is not int or not 1 <= version <= newest_version:
         raise ValueError(f"format_version={version!r} is newer than this library's {newest_version}"
@@ -51,9 +49,7 @@ def read_signed(text: str, *, newest_version: int) -> dict[str, Any]:
                          f"format_version={version!r} is none of 1 to {newest_version}")
     if version < SIGNED_VERSION:
         return content
-    algorithm, _, digits = content.pop(SIGNATURE).partition(":")
-    if _checksum(content, algorithm) != digits:
-        raise ValueError(f"its content does not have its checksum ({algorithm}); it is damaged, or was edited")
+    content = without_signature(content, SIGNATURE)
     if content["checksums"].keys() != content["files"].keys():
         raise ValueError("it has not the checksums of all of its files")
     return content
@@ -94,14 +90,6 @@ def is_plain_name(name: Any) -> bool:
     """Whether a name out of a file is that of a file in the same folder: no path, no step upwards, printable."""
     return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\\" not in name \
         and name.isprintable()
-
-
-def _checksum(content: Mapping[str, Any], algorithm: str) -> str:
-    try:
-        return checksum_of(json_text(content, sort_keys=True, separators=(",", ":")).encode(), algorithm)
-    except KeyError:
-        raise ValueError(f"its checksum is by {algorithm!r}, which is unknown here (xxh3_64 needs the package xxhash: "
-                         "pip install xxhash)") from None
 
 
 def write_durably(file: Path, text: str) -> None:

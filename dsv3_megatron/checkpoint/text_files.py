@@ -11,7 +11,6 @@ with. The files are read once, when a run starts, so that nothing depends on the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from dsv3_megatron.checkpoint.folder import TRACKER, read_sound_manifest
 from dsv3_megatron.checkpoint.hf.source import DESCRIPTION, FILE_PREFIX, carried_files
+from dsv3_megatron.config.json_files import parse_json, read_json
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.blend import parse_blend
@@ -76,7 +76,7 @@ def read_form(folder: Path) -> TextForm | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         return TextForm(tuple(content["begin_ids"]), tuple(content["end_ids"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}; it holds begin_ids and end_ids, two lists of ids") from error
@@ -154,7 +154,7 @@ def _ids_of_source(folder: Path) -> dict[str, Any]:
     file = folder / DESCRIPTION
     if not file.is_file():
         return {}
-    config = json.loads(json.loads(file.read_text(encoding="utf-8"))["config"])
+    config = parse_json(read_json(file)["config"])
     found = {name: config[name] for name in _SPECIAL_IDS if config.get(name) is not None}
     if "eos_token_id" in found:
         eos = found["eos_token_id"]

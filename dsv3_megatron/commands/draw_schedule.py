@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from dsv3_megatron.config.output import require_output_file
+from dsv3_megatron.config.streams import message
 from dsv3_megatron.schedule.draw import plot_timeline, read_trace
 
 
@@ -34,6 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
         if options.png:
             plot_timeline(plan, timeline, options.png)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message(error)}", file=sys.stderr)
         return 2
     return 0

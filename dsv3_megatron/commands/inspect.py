@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.config.output import json_text, require_output_file
+from dsv3_megatron.config.streams import message, quoted
 from dsv3_megatron.data.indexed import dataset_paths, read_sidecar
 from dsv3_megatron.data.inspection import DatasetStatistics, measure, plot_lengths, read_document, verify
 
@@ -58,7 +59,7 @@ def _print_statistics(prefix: str, statistics: DatasetStatistics) -> None:
             ("input", ", ".join(f"{key}: {value}" for key, value in sidecar.counts.items()) or "not noted"),
         ]
     for name, value in rows:
-        print(f"{name:20} {value}")
+        print(f"{name:20} {quoted(value)}")
 
 
 def _read_documents(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.verify:
             problems = _verify(options.prefix)
             for problem in problems:
-                print(f"damaged: {problem}", file=sys.stderr)
+                print(f"damaged: {message(problem)}", file=sys.stderr)
         if not problems:
             statistics = measure(options.prefix)
             if options.histogram:
@@ -127,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.json:
             print(json_text({"problems": problems}))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message(error)}", file=sys.stderr)
         return 2
     if options.verify and not problems and not options.json:
         seen = (

@@ -24,6 +24,7 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.streams import message
 from dsv3_megatron.metrics.rank_state import checkpoint_bytes
 from dsv3_megatron.planning.goodput.run_goodput import FailureFlags, RunGoodput, plan_goodput
 from dsv3_megatron.planning.machine.hardware import Hardware, save_hardware
@@ -200,5 +201,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, run = _parse_arguments(arguments)
         return _run(options, run)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message(error)}", file=sys.stderr)
         return 2

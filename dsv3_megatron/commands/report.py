@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsv3_megatron.config.output import json_text, require_output_file
+from dsv3_megatron.config.streams import message
 from dsv3_megatron.papers.claim_page import as_json, page
 from dsv3_megatron.papers.claim_table import judge_all
 
@@ -41,6 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             options.output.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message(error)}", file=sys.stderr)
         return 2
     return 0

@@ -22,6 +22,7 @@ from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.output import json_text, require_output_file
+from dsv3_megatron.config.streams import message
 from dsv3_megatron.schedule.compare import Outcome, compare, recommend
 from dsv3_megatron.schedule.draw import plot_timeline, write_trace
 from dsv3_megatron.schedule.formulas import published_bubble
@@ -216,6 +217,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _run(options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message(error)}", file=sys.stderr)
         return 2
     return 0

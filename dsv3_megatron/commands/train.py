@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import TrainingRequest, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
+from dsv3_megatron.config.streams import message
 from dsv3_megatron.config.world_size import largest_world_size
 from dsv3_megatron.guards.endings import tell_launcher
 from dsv3_megatron.process.elastic import EXIT_AGAIN, elastic_launch, stopped_code
@@ -103,7 +104,7 @@ def _refuse(text: str, processes: Processes | None) -> int:
     """Say what is wrong, to the user and to the processes that would wait for this one."""
     if processes is None or NODES in os.environ:
         where = f" (node {os.environ.get(NODE_RANK)}, on {socket.gethostname()})" if _num_nodes() > 1 else ""
-        print(f"error: {text}{where}", file=sys.stderr, flush=True)
+        print(f"error: {message(text)}{where}", file=sys.stderr, flush=True)
         if processes is not None:
             _meet_nodes(processes, text)
     else:
@@ -134,11 +135,11 @@ def _meet_nodes(processes: Processes, error: str | None) -> int:
             meet_nodes(processes, int(os.environ[NODE_RANK]), _num_nodes(), error)
         except PeerError as peer:
             if error is None:  # else it is said, and nobody was there to be told
-                print(f"error: {peer}", file=sys.stderr, flush=True)
+                print(f"error: {message(peer)}", file=sys.stderr, flush=True)
                 return EXIT_CONFIG
     except ConfigError as wrong:
         if error is None:
-            print(f"error: {wrong}", file=sys.stderr, flush=True)
+            print(f"error: {message(wrong)}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
     return 0
 

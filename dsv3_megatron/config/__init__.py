@@ -27,5 +27,6 @@ Megatron-LM's flags:
 What all commands share:
 
     output.py        JSON and output files                     streams.py       stdout and stderr that may be gone
+    json_files.py    JSON of others, within bounds
     version.py       the library's version
 """

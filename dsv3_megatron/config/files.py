@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.json_files import parse_json, read_text_file
 from dsv3_megatron.config.output import json_text
 
+_MAX_NODES = 100_000
 FORMATS = (".toml", ".yaml", ".yml", ".json")
 
 
@@ -39,23 +40,24 @@ def parse_file(path: str) -> dict[Any, Any]:
 
 
 def _parse(file: Path) -> Any:
-    text = file.read_text(encoding="utf-8-sig")
+    text = read_text_file(file)
     if file.suffix == ".toml":
         return _parse_toml(text)
     if file.suffix in (".yaml", ".yml"):
         return _parse_yaml(text)
-    return json.loads(text, object_pairs_hook=_without_repeats)
+    return parse_json(text, object_pairs_hook=_without_repeats)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, each of whose names must be there once."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            first, second = [value for other, value in pairs if other == name][:2]
-            raise ConfigError(f"{name} is given twice in the same place, as {json_text(first)[:80]} and as "
-                              f"{json_text(second)[:80]}; leave one out")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        name = next(name for name in names if names.count(name) > 1)
+        first, second = [value for other, value in pairs if other == name][:2]
+        raise ConfigError(f"{name} is given twice in the same place, as {json_text(first)[:80]} and as "
+                          f"{json_text(second)[:80]}; leave one out")
+    return found
 
 
 def _parse_toml(text: str) -> Any:
@@ -90,7 +92,19 @@ def _parse_yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """PyYAML's, which would take the last of two values."""
+        """PyYAML's, which would take the last of two values, and let a few aliases stand for any number of them."""
+
+        num_nodes = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            anchor = self.peek_event().anchor if self.check_event(yaml.AliasEvent) else None
+            node = super().compose_node(parent, index)
+            self.num_nodes += 1 if anchor is None else _num_nodes(node, _MAX_NODES)
+            if self.num_nodes > _MAX_NODES:
+                raise ConfigError(f"it stands for more than {_MAX_NODES} values"
+                                  + ("" if anchor is None else f", with the alias {anchor} at line "
+                                     f"{node.start_mark.line + 1}"))
+            return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             lines: dict[Any, int] = {}
@@ -105,3 +119,14 @@ def _parse_yaml(text: str) -> Any:
             return super().construct_mapping(node, deep)
 
     return yaml.load(text, Loader=Loader)
+
+
+def _num_nodes(node: Any, most: int) -> int:
+    """Values that a YAML node stands for, its aliases written out; `most` + 1 where they are more, or without end."""
+    count, waiting = 0, [node]
+    while waiting and count <= most:
+        found = waiting.pop()
+        count += 1
+        if isinstance(found.value, list):  # of nodes, or of pairs of them
+            waiting += [part for entry in found.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+    return count

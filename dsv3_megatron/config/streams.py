@@ -1,5 +1,9 @@
 """Standard output and error of a command: no reader that has gone, full disk or odd encoding ends it in a traceback.
 
+What a file holds can say nothing to a terminal, nor pass for a line of ours. `message` and `quoted` see to it: the
+first for what is printed as an error, the second for a name or a value of a file. Control characters are escaped on the
+way to stderr, and to stdout where that is a terminal.
+
 Usage, at the end of a script:
     if __name__ == "__main__":
         run_command(main)
@@ -11,7 +15,9 @@ import codecs
 import contextlib
 import errno
 import io
+import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
@@ -20,6 +26,11 @@ from typing import Any, NoReturn, TextIO
 EXIT_READER_GONE = 141
 EXIT_OUTPUT = 2
 _ESCAPE = "dsv3-megatron-escape"
+# Those of ASCII and of Latin-1, line and paragraph separators, and what turns the direction of writing.
+_CONTROL_RANGES = "\\x00-\\x08\\x0b-\\x0c\\x0e-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069"
+_CONTROLS = re.compile(f"[{_CONTROL_RANGES}\\t\\n\\r]")
+_CONTROLS_IN_LINES = re.compile(f"[{_CONTROL_RANGES}\\r]")
+_CONTROLS_ON_SCREEN = re.compile(f"[{_CONTROL_RANGES}]")  # progress bars go back to the beginning of their line
 # What is called instead of ending the process when an output's reader has gone; the last one counts.
 _when_reader_gone: list[Callable[[], None]] = []
 
@@ -60,9 +71,35 @@ def reader_gone_calls(function: Callable[[], None]) -> Iterator[None]:
         _when_reader_gone.remove(function)
 
 
+def quoted(value: object) -> str:
+    """A value as text of one line, in which every control character is escaped, as in \\x1b."""
+    return _CONTROLS.sub(_escaped_control, str(value))
+
+
+def message(value: object) -> str:
+    """An error's text with its control characters escaped; lines behind its first begin with a space."""
+    return "\n".join(line if not number or line[:1] in ("", " ", "\t") else f"  {line}"
+                     for number, line in enumerate(_CONTROLS_IN_LINES.sub(_escaped_control, str(value)).split("\n")))
+
+
+def _escaped_control(found: re.Match[str]) -> str:
+    return found.group().encode("unicode_escape").decode("ascii")
+
+
+class _QuotedRecord(logging.LogRecord):
+    """A log record whose arguments, which may be of files, are quoted; its format is ours."""
+
+    def getMessage(self) -> str:
+        if isinstance(self.args, tuple):
+            self.args = tuple(quoted(value) if isinstance(value, str | BaseException | os.PathLike) else value
+                              for value in self.args)
+        return super().getMessage()
+
+
 def prepare_streams() -> None:
     """Put this process's stdout and stderr behind what `run_command` promises."""
     codecs.register_error(_ESCAPE, _escaped)
+    logging.setLogRecordFactory(_QuotedRecord)
     sys.stdout = _guarded(sys.stdout, is_result=True)
     sys.stderr = _guarded(sys.stderr, is_result=False)
 
@@ -85,8 +122,17 @@ def _guarded(stream: TextIO | None, *, is_result: bool) -> Any:
     stream.flush()
     is_at_once = stream.line_buffering or getattr(stream, "write_through", False)
     raw = _Guarded(descriptor, is_result=is_result)
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=_ESCAPE,
-                            line_buffering=bool(is_at_once) or not is_result)
+    kind = io.TextIOWrapper if is_result and not os.isatty(descriptor) else _Quoting
+    return kind(io.BufferedWriter(raw), encoding=stream.encoding, errors=_ESCAPE,
+                line_buffering=bool(is_at_once) or not is_result)
+
+
+class _Quoting(io.TextIOWrapper):
+    """A text stream for people, in which no control character but those that move within a line gets through."""
+
+    def write(self, text: str) -> int:
+        super().write(text if text.isprintable() else _CONTROLS_ON_SCREEN.sub(_escaped_control, text))
+        return len(text)
 
 
 class _Guarded(io.RawIOBase):

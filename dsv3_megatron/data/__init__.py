@@ -13,6 +13,8 @@ To disk:  transforms/   what may happen to a document    encoder.py        texts
 On disk:  indexed.py    the .bin/.idx format, sidecars   indexed_writer.py writes it, in constant memory
           merge.py      datasets joined                  inspection.py     statistics and verification
           checksums.py  checksums of files by block, of checkpoints too
+          proved_tokens.py  tokens, each block proved when it is first read
+          signed_json.py    JSON with a checksum of itself  folder_checksums.py  checksums.json beside others' formats
           contents.py   hashes, lowest and highest id, sidecars against their files
 Training: blend.py      --data-path, checks before a run datasets.py       which files, cut how, for which split
           order.py      which sample is n-th, computed   samples.py        .bin/.idx -> samples by number

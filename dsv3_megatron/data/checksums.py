@@ -114,6 +114,16 @@ def read_checksums(content: Mapping[str, Any]) -> FileChecksums:
     return found
 
 
+def is_known(algorithm: str) -> bool:
+    """Whether checksums by this algorithm can be made here."""
+    return algorithm in _MAKERS
+
+
+def num_digits(algorithm: str) -> int:
+    """Hexadecimal digits of one checksum."""
+    return _DIGITS[algorithm]
+
+
 def checksum_of(data: Any, algorithm: str = ALGORITHM) -> str:
     """Hexadecimal checksum of some bytes."""
     made = _MAKERS[algorithm]()

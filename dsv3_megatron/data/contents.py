@@ -1,7 +1,8 @@
 """What a dataset's files hold: their hashes and their lowest and highest id, found out once.
 
-A sidecar (PREFIX.json) says it, if it is of these files: its counts and its hash of the index must be theirs, and where
-the tokens are newer than the sidecar, its hash of them too. A dataset without a sidecar is read through once, whatever
+A sidecar (PREFIX.json) says it, if it is of these files: its counts and its hash of the index must be theirs. Tokens
+are proved by PREFIX.sums when they are read (proved_tokens.py). Where they are newer than the sidecar, and below 4 GB
+or without PREFIX.sums, its hash of them must be theirs too. A dataset without a sidecar is read through once, whatever
 its size. What was found by reading is kept in PREFIX.checked.json beside the data (or in a folder for such files, or in
 the system's temporary one, whichever can be written to first), for as long as sizes, times and ends of the index stay.
 
@@ -16,7 +17,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_megatron.config.json_files import read_json_object
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.indexed import (
     IndexHeader,
@@ -36,10 +37,12 @@ from dsv3_megatron.data.indexed import (
     read_header,
     read_sidecar,
 )
+from dsv3_megatron.data.signed_json import with_signature, without_signature
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2  # of what is kept: 2 since the whole index is checked
+_VERSION = 3  # of what is kept: 2 since the whole index is checked, 3 since it is signed
+_SIGNATURE = "signature"
 _END_BYTES = 1 << 16
 # Reading less than this takes no time worth a file; and no time worth a word.
 _KEPT_FROM_BYTES = 64 << 20
@@ -100,6 +103,28 @@ def read_contents(prefix: str, *, cache_dir: str | None = None) -> Contents:
     return found
 
 
+def require_index(prefix: str) -> None:
+    """Check a dataset's index in whole, and against its sidecar where it has one; reads no tokens.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the sidecar is of other files.
+    """
+    header, sidecar = read_header(prefix), read_sidecar(prefix)
+    if sidecar is not None:
+        _check_counts(prefix, header, sidecar)
+    if _index_sha256(prefix) != (sidecar.idx_sha256 if sidecar is not None else None) and sidecar is not None:
+        raise ValueError(_stale(prefix, "the hash of the .idx file is another"))
+
+
+def _index_sha256(prefix: str) -> str:
+    """The hash of an index, all of whose numbers are right."""
+    check_index(prefix)
+    found = hashlib.sha256()
+    for chunk in read_chunks(dataset_paths(prefix)[1]):
+        found.update(chunk)
+    return found.hexdigest()
+
+
 def _check_counts(prefix: str, header: IndexHeader, sidecar: Sidecar) -> None:
     """The cheap part: what the header of the index says."""
     for name, said, actual in (("dtype", sidecar.dtype, header.dtype.name),
@@ -119,21 +144,21 @@ def _read(prefix: str, header: IndexHeader, sidecar: Sidecar | None) -> tuple[Co
     """What the files hold, and how many bytes had to be read for it."""
     bin_path, idx_path, json_path = dataset_paths(prefix)
     bin_bytes, idx_bytes = os.path.getsize(bin_path), os.path.getsize(idx_path)
-    is_trusted = sidecar is not None and os.stat(bin_path).st_mtime_ns <= os.stat(json_path).st_mtime_ns
+    # Many tokens with checksums are not waited for: they are proved when they are read.
+    is_trusted = sidecar is not None and (
+        os.stat(bin_path).st_mtime_ns <= os.stat(json_path).st_mtime_ns
+        or (bool(sidecar.sums_algorithm) and bin_bytes >= _SAID_FROM_BYTES))
     num_bytes = idx_bytes + (0 if is_trusted else bin_bytes)
     if num_bytes >= _SAID_FROM_BYTES:
         why = "it has no sidecar" if sidecar is None else "its tokens are newer than its sidecar"
         logger.warning("%s: reading %.1f GB once to check ids and hashes, for %s", prefix, num_bytes / 1e9, why)
-    check_index(prefix)
-    idx_hash = hashlib.sha256()
-    for chunk in read_chunks(idx_path):
-        idx_hash.update(chunk)
+    idx_sha256 = _index_sha256(prefix)
     if is_trusted:
         assert sidecar is not None
         bin_sha256, lowest, highest = sidecar.bin_sha256, 0, sidecar.max_token_id
     else:
         bin_sha256, lowest, highest = _read_tokens(bin_path, header.dtype)
-    return Contents(idx_hash.hexdigest(), bin_sha256, bin_bytes, lowest, highest, header.num_sequences), num_bytes
+    return Contents(idx_sha256, bin_sha256, bin_bytes, lowest, highest, header.num_sequences), num_bytes
 
 
 def _read_tokens(path: str, dtype: np.dtype) -> tuple[str, int, int]:
@@ -179,8 +204,7 @@ def _find(places: list[str], key: dict[str, Any]) -> Contents | None:
     """What a file that is of these data holds; a file that cannot be read counts as none: it is made again."""
     for place in places:
         try:
-            with open(place, encoding="utf-8") as stream:
-                kept = json.load(stream)
+            kept = without_signature(read_json_object(place), _SIGNATURE)
             if kept["key"] == key:
                 return Contents(**kept["contents"])
         except FileNotFoundError:
@@ -192,7 +216,8 @@ def _find(places: list[str], key: dict[str, Any]) -> Contents | None:
 
 def _keep(places: list[str], key: dict[str, Any], found: Contents) -> None:
     """Write what was found where it can be written; whole or not at all."""
-    text = json_text({"key": key, "contents": dataclasses.asdict(found)}, indent=2) + "\n"
+    kept = with_signature({"key": key, "contents": dataclasses.asdict(found)}, _SIGNATURE)
+    text = json_text(kept, indent=2) + "\n"
     reasons = []
     for place in places:
         partial = f"{place}.{os.getpid()}.partial"

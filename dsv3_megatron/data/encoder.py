@@ -10,17 +10,17 @@ Nothing heavy is imported here before it is used: preprocessing starts in a frac
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from dsv3_megatron.config.json_files import read_json_object
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.fast_tokenizer import bound_cache, load_fast_tokenizer
+from dsv3_megatron.data.folder_checksums import require_whole
 from dsv3_megatron.data.special_tokens import read_special_tokens
 from dsv3_megatron.data.tokenizer import count_ids, find_eod_id, fingerprint, load_tokenizer, tokenizer_file
 from dsv3_megatron.data.tokenizer_proof import Parting, PartingScan, find_parting
@@ -168,7 +168,9 @@ class GigatokenEncoder:
         *,
         max_cache_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
-        self.content = json.loads(Path(tokenizer_file(path)).read_text(encoding="utf-8"))
+        file = tokenizer_file(path)
+        require_whole(file)
+        self.content = read_json_object(file)
         self.is_cut_safe = _is_cut_safe(self.content)
         self._max_cache_bytes = max_cache_bytes
         self._load()

@@ -8,21 +8,25 @@ reader takes them; `indexed_writer.py` writes them. Layout of PREFIX.idx, little
     document, then n
 
 PREFIX.bin holds the ids, nothing else. A document is one sequence, none if it has no tokens, or one for each of its
-sentences. PREFIX.json, the sidecar, is ours; other readers ignore it.
+sentences. PREFIX.json, the sidecar, is ours, and so are the checksums in PREFIX.sums (proved_tokens.py); other readers
+ignore both.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
+
+from dsv3_megatron.config.json_files import read_json
+from dsv3_megatron.config.output import json_text
+from dsv3_megatron.data.signed_json import with_signature, without_signature
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -38,7 +42,8 @@ _DTYPE_CODES: dict[int, np.dtype] = {
 }
 CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_CODES.items()}
 _MAX_UINT16_VOCAB_SIZE = 65500  # Megatron-Core's limit, exclusive
-SIDECAR_VERSION = 1
+SIDECAR_VERSION = 2  # 1 had no signature
+_SIGNATURE = "signature"
 _SCAN_CHUNK_BYTES = 64 << 20
 _READ_BYTES = 8 << 20
 _CHECKED_AT_A_TIME = 1 << 20
@@ -54,7 +59,8 @@ class Sidecar:
     """Content of a dataset's PREFIX.json.
 
     `max_token_id` is -1 for a dataset without tokens; hashes are of the whole files. `options` say how the data was
-    made, `counts` what became of the input (documents read, empty, rejected and why, bytes of text).
+    made, `counts` what became of the input (documents read, empty, rejected and why, bytes of text). `sums_algorithm`
+    is that of the checksums in PREFIX.sums; "" where there are none.
     """
 
     tokenizer_fingerprint: str
@@ -68,13 +74,23 @@ class Sidecar:
     idx_sha256: str
     options: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
+    sums_algorithm: str = ""
     version: int = SIDECAR_VERSION
+
+    def as_text(self) -> str:
+        """The file's text, signed."""
+        return json_text(with_signature(asdict(self), _SIGNATURE), indent=2, ensure_ascii=False) + "\n"
 
 
 def dataset_paths(prefix: str | os.PathLike[str]) -> tuple[str, str, str]:
     """The paths of a dataset's files: (PREFIX.bin, PREFIX.idx, PREFIX.json)."""
     prefix = os.fspath(prefix)
     return f"{prefix}.bin", f"{prefix}.idx", f"{prefix}.json"
+
+
+def sums_path(prefix: str | os.PathLike[str]) -> str:
+    """The path of the checksums of a dataset's tokens: PREFIX.sums."""
+    return f"{os.fspath(prefix)}.sums"
 
 
 @dataclass(frozen=True)
@@ -141,11 +157,16 @@ def read_sidecar(prefix: str | os.PathLike[str]) -> Sidecar | None:
     if not os.path.isfile(path):
         return None
     try:
-        with open(path, encoding="utf-8") as stream:
-            content = json.load(stream)
-        if content.get("version") != SIDECAR_VERSION:
-            raise ValueError(f"version {content.get('version')}, this release reads {SIDECAR_VERSION}")
-        return Sidecar(**content)
+        content = read_json(path)
+        version = content.get("version")
+        if version not in (1, SIDECAR_VERSION):
+            raise ValueError(f"version {version!r}, this release reads 1 and {SIDECAR_VERSION}")
+        sidecar = Sidecar(**(without_signature(content, _SIGNATURE) if version != 1 else content))
+        for item in fields(Sidecar):
+            kind = {"str": str, "int": int}.get(str(item.type), dict)
+            if type(getattr(sidecar, item.name)) is not kind:
+                raise ValueError(f"{item.name}={getattr(sidecar, item.name)!r} is no {kind.__name__}")
+        return sidecar
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a dataset's sidecar ({error}): make the dataset again") from error
 

@@ -2,8 +2,9 @@
 
 While a dataset grows it lives in a folder of its own as three plain files: NAME.bin (ids), NAME.lengths (int32, tokens
 of each sequence) and NAME.documents (int32, sequences of each document). They only ever grow, so a `WriterState` (four
-numbers and a hash) is enough to cut them back to a moment and go on from there. `complete` turns them into the final
-.idx and sidecar, still in the folder; `publish` renames everything into place.
+numbers and a hash) is enough to cut them back to a moment and go on from there; the checksums in NAME.sums are then
+made anew. `complete` turns them into the final .idx and sidecar, still in the folder; `publish` renames everything into
+place.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from dsv3_megatron.config.output import json_text
+from dsv3_megatron.data.checksums import ALGORITHM
+from dsv3_megatron.data.contents import require_index
 from dsv3_megatron.data.indexed import (
     CODE_OF_DTYPE,
     HEADER,
@@ -31,7 +33,9 @@ from dsv3_megatron.data.indexed import (
     read_chunks,
     read_header,
     read_sidecar,
+    sums_path,
 )
+from dsv3_megatron.data.proved_tokens import BlockSums, ProvedTokens
 
 _CHUNK_BYTES = 8 << 20
 _MAX_LENGTH = np.iinfo(np.int32).max
@@ -102,6 +106,8 @@ class DatasetWriter:
         os.makedirs(self.folder, exist_ok=True)
         self._base = os.path.join(self.folder, os.path.basename(self.prefix))
         self._files: list[IO[bytes]] = []
+        self._bin_sha256, self._sums = hashlib.sha256(), BlockSums(ALGORITHM)
+        self._sums_file: IO[bytes] = open(f"{self._base}.sums", "wb")  # made anew from the ids, which are read anyway
         self._state = state or WriterState()
         self._restore(self._state)
 
@@ -172,7 +178,7 @@ class DatasetWriter:
         bin_file, lengths_file, documents_file = self._files
         num_bytes = 0
         for piece in ids:
-            self._bin_sha256.update(piece)
+            self._take(piece)
             bin_file.write(piece)
             num_bytes += len(piece)
         num_tokens = int(lengths_Q.sum(dtype=np.int64))
@@ -194,17 +200,24 @@ class DatasetWriter:
             ValueError: the other dataset is damaged, of another dtype, or holds an id beyond the vocabulary in its
                 sidecar.
         """
+        require_index(prefix)
         header, index, sidecar = read_header(prefix), map_index(prefix), read_sidecar(prefix)
         if header.dtype != self.dtype:
             raise ValueError(
                 f"{prefix} holds {header.dtype.name}, {self.prefix} {self.dtype.name}: they cannot be joined"
             )
         bin_file, lengths_file, documents_file = self._files
-        largest = -1
-        for chunk in read_chunks(dataset_paths(prefix)[0]):
-            self._bin_sha256.update(chunk)
-            largest = max(largest, int(np.frombuffer(chunk, header.dtype).max()))
+        largest, tokens, found = -1, ProvedTokens(prefix), hashlib.sha256()
+        for start in range(0, len(tokens), _CHUNK_BYTES):
+            ids = tokens.read(start, min(start + _CHUNK_BYTES, len(tokens)))
+            chunk = memoryview(ids.view(np.uint8))
+            self._take(chunk)
+            found.update(chunk)
+            largest = max(largest, int(ids.max()))
             bin_file.write(chunk)
+        if sidecar is not None and found.hexdigest() != sidecar.bin_sha256:
+            raise ValueError(f"{prefix}.bin is not what {prefix}.json vouches for: get it again, or remove the sidecar "
+                             "if it is another dataset's")
         if sidecar is not None and largest >= sidecar.vocab_size:
             raise ValueError(
                 f"{prefix} holds id {largest}, its sidecar says vocab_size={sidecar.vocab_size}: make it again, or "
@@ -227,7 +240,9 @@ class DatasetWriter:
     def complete(self) -> Sidecar:
         """Write the index and the sidecar, with `counts`, into the folder; nothing can be added afterwards."""
         state = self.state()
-        for file in self._files:
+        self._sums_file.write(self._sums.last())
+        self._sums_file.flush()
+        for file in [*self._files, self._sums_file]:
             os.fsync(file.fileno())
         self.close()
         sidecar = Sidecar(
@@ -242,16 +257,17 @@ class DatasetWriter:
             idx_sha256=self._write_idx(state),
             options=self._options,
             counts=dict(self.counts),
+            sums_algorithm=self._sums.algorithm,
         )
         # A file name that is not UTF-8 has lone surrogates in Python: as JSON's escapes they can be written and read.
         with open(f"{self._base}.json", "w", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write(json_text(asdict(sidecar), indent=2, ensure_ascii=False) + "\n")
+            stream.write(sidecar.as_text())
             _flush_to_disk(stream)
         return sidecar
 
     def close(self) -> None:
         """Close the files; the folder stays."""
-        for file in self._files:
+        for file in [*self._files, self._sums_file]:
             with contextlib.suppress(OSError):  # a full disk was reported by the write that met it
                 file.close()
         self._files = []
@@ -269,14 +285,18 @@ class DatasetWriter:
                 if found < size:
                     raise ValueError(f"{self._base}.{suffix} has {found} bytes where {size} were written")
                 self._files[-1].truncate(size)
-            self._bin_sha256 = hashlib.sha256()
             for chunk in read_chunks(f"{self._base}.bin"):
-                self._bin_sha256.update(chunk)
+                self._take(chunk)
             if self._bin_sha256.hexdigest() != state.bin_sha256:
                 raise ValueError(f"{self._base}.bin is not what was written")
         except ValueError as error:
             self.close()
             raise ValueError(f"{error}, after a crash of the machine, say: start over with --overwrite") from None
+
+    def _take(self, data: bytes | memoryview) -> None:
+        """Have the hash and the checksums of the next bytes of ids."""
+        self._bin_sha256.update(data)
+        self._sums_file.write(self._sums.update(data))
 
     def _refuse_id(self, ids_T: np.ndarray, lengths_D: np.ndarray) -> None:
         position = int(np.flatnonzero((ids_T < 0) | (ids_T >= self.vocab_size))[0])
@@ -305,15 +325,16 @@ def publish(folder: str, prefix: str) -> None:
     which dies in between leaves no pair that a reader opens. An error takes back what was renamed.
     """
     base = os.path.join(folder, os.path.basename(prefix))
-    new = {path: f"{base}{os.path.splitext(path)[1]}" for path in dataset_paths(prefix)}
-    bin_path, idx_path, sidecar_path = new
+    bin_path, idx_path, sidecar_path = dataset_paths(prefix)
+    checksums_path = sums_path(prefix)
+    new = {path: f"{base}{os.path.splitext(path)[1]}" for path in (bin_path, checksums_path, sidecar_path, idx_path)}
     if os.path.exists(new[bin_path]):
-        for path in (idx_path, sidecar_path):
+        for path in (idx_path, sidecar_path, checksums_path):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
     renamed: list[str] = []
     try:
-        for path in (bin_path, sidecar_path, idx_path):
+        for path in new:
             if os.path.exists(new[path]):
                 os.replace(new[path], path)
                 renamed.append(path)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dsv3_megatron.data.contents import require_index
 from dsv3_megatron.data.indexed import (
     IndexArrays,
     dataset_paths,
@@ -18,6 +19,7 @@ from dsv3_megatron.data.indexed import (
     read_header,
     read_sidecar,
 )
+from dsv3_megatron.data.proved_tokens import ProvedTokens
 
 _CHUNK = 1 << 22
 
@@ -57,7 +59,8 @@ def read_document(prefix: str, number: int) -> np.ndarray:
     if first == last:
         return np.empty(0, header.dtype)
     count = int(index.lengths_Q[first:last].sum(dtype=np.int64))
-    return np.fromfile(dataset_paths(prefix)[0], header.dtype, count, offset=int(index.offsets_Q[first]))
+    start = int(index.offsets_Q[first]) // header.dtype.itemsize
+    return ProvedTokens(prefix).read(start, start + count)
 
 
 def measure(prefix: str) -> DatasetStatistics:
@@ -66,6 +69,7 @@ def measure(prefix: str) -> DatasetStatistics:
     Raises:
         ValueError: a file is missing or damaged.
     """
+    require_index(prefix)
     header = read_header(prefix)
     lengths_D = document_lengths(prefix)
     shares = (5, 25, 50, 75, 95, 99)
@@ -115,6 +119,10 @@ def verify(prefix: str, *, report: Callable[[int], None] | None = None) -> list[
         problems.append(
             f"{sidecar_path} speaks of documents, sequences, tokens, dtype {noted}, {idx_path} of {counted}"
         )
+    try:
+        ProvedTokens(prefix).require_all()
+    except ValueError as error:
+        problems.append(str(error))
     largest = largest_token_id(prefix)
     if largest >= sidecar.vocab_size:
         problems.append(f"{bin_path} holds id {largest}, the vocabulary has {sidecar.vocab_size}")

@@ -15,6 +15,7 @@ import os
 import shutil
 from typing import IO, Any
 
+from dsv3_megatron.config.json_files import read_json_object
 from dsv3_megatron.config.output import json_text
 
 FOLDER_SUFFIX = ".unfinished"
@@ -109,9 +110,7 @@ class Job:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            with open(os.path.join(self.path, name), encoding="utf-8") as stream:
-                content: dict[str, Any] = json.load(stream)
-                return content
+            return read_json_object(os.path.join(self.path, name))
         except (FileNotFoundError, ValueError):
             return None
 

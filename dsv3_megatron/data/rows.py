@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 import os
+from tokenize import TokenError
 from typing import Protocol
 
 import numpy as np
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.data.blend import check_data, without_suffix
-from dsv3_megatron.data.indexed import dataset_paths, read_header
+from dsv3_megatron.data.indexed import read_header
+from dsv3_megatron.data.proved_tokens import ProvedTokens
 
 _CHECKED_BYTES = 64 << 20
 
@@ -33,24 +35,25 @@ class Windows:
     """A dataset's tokens as rows of `length` + 1 ids, the last one perhaps shorter.
 
     Args:
-        tokens_T: All tokens, at least 2.
+        tokens: All tokens, at least 2.
         length: Tokens that a row predicts.
     """
 
-    def __init__(self, tokens_T: np.ndarray, length: int) -> None:
-        self.tokens_T, self.length = tokens_T, length
+    def __init__(self, tokens: ProvedTokens, length: int) -> None:
+        self.tokens, self.length = tokens, length
 
     def __len__(self) -> int:
-        return math.ceil((len(self.tokens_T) - 1) / self.length)
+        return math.ceil((len(self.tokens) - 1) / self.length)
 
     def __getitem__(self, index: int, /) -> np.ndarray:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         start = index * self.length
-        return self.tokens_T[start : start + self.length + 1]
+        return self.tokens.read(start, min(start + self.length + 1, len(self.tokens)))
 
 
-def open_windows(prefix: str, *, length: int, vocab_size: int, tokenizer_fingerprint: str | None = None) -> Windows:
+def open_windows(prefix: str, *, length: int, vocab_size: int, tokenizer_fingerprint: str | None = None,
+                 is_verified: bool = True) -> Windows:
     """Map the rows of a dataset into memory.
 
     Args:
@@ -58,6 +61,7 @@ def open_windows(prefix: str, *, length: int, vocab_size: int, tokenizer_fingerp
         length: Tokens that a row predicts.
         vocab_size: Rows of the model's embedding.
         tokenizer_fingerprint: Fingerprint of the tokenizer that made the data; None leaves it unchecked.
+        is_verified: Whether blocks of tokens are compared with their checksums when they are first read.
 
     Raises:
         ValueError: a file is missing or damaged, the vocabulary is larger than the model's, another tokenizer made it,
@@ -69,7 +73,7 @@ def open_windows(prefix: str, *, length: int, vocab_size: int, tokenizer_fingerp
     if header.num_tokens < length + 1:
         raise ValueError(f"data_path={prefix} has {header.num_tokens} tokens, fewer than one sequence of seq_length + "
                          f"1 = {length + 1}: use more data, or a seq_length of at most {max(1, header.num_tokens - 1)}")
-    return Windows(np.memmap(dataset_paths(prefix)[0], dtype=header.dtype, mode="r"), length)
+    return Windows(ProvedTokens(prefix, is_verified=is_verified), length)
 
 
 def open_token_array(file: str | os.PathLike[str], *, vocab_size: int, max_length: int) -> np.ndarray:
@@ -89,7 +93,8 @@ def open_token_array(file: str | os.PathLike[str], *, vocab_size: int, max_lengt
         raise ValueError(f"{name}: no such file; write ids, an integer array [batch, seq], with numpy.save(FILE, ids)")
     try:
         ids_BS = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, SyntaxError, TokenError, TypeError, KeyError, ArithmeticError, MemoryError,
+            RecursionError) as error:  # numpy has Python read the header
         raise ValueError(f"{name} is not an array in .npy format ({error}); write it with numpy.save(FILE, ids)"
                          ) from error
     if not isinstance(ids_BS, np.ndarray):

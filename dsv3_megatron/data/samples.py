@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from dsv3_megatron.data.document_ends import document_bounds, restarted_positions
-from dsv3_megatron.data.indexed import dataset_paths, map_index, read_header
+from dsv3_megatron.data.indexed import map_index, read_header
 from dsv3_megatron.data.order import Permutation, Turns, derive_keys, mix_array
+from dsv3_megatron.data.proved_tokens import ProvedTokens
 
 _GROUP_SEQUENCES = 4096
 _GROUPS_KEPT = 64
@@ -50,13 +51,15 @@ class ShuffledTokens:
         seq_length: Tokens of a sample, without the one after it.
         seed: Seed of the shuffles.
         number: Position of the dataset in its blend: datasets of one blend are shuffled differently.
+        is_verified: Whether blocks of tokens are compared with their checksums when they are first read.
 
     Attributes:
         num_tokens: Tokens in the share.
         samples_per_epoch: Whole samples of an epoch; 0 where the share is too small for one.
     """
 
-    def __init__(self, prefix: str, share: tuple[int, int], *, seq_length: int, seed: int, number: int = 0) -> None:
+    def __init__(self, prefix: str, share: tuple[int, int], *, seq_length: int, seed: int, number: int = 0,
+                 is_verified: bool = True) -> None:
         self.prefix, self.seq_length, self.seed, self.number = prefix, seq_length, seed, number
         self._first, self._stop = share
         header = read_header(prefix)
@@ -68,8 +71,7 @@ class ShuffledTokens:
         self._start = self._token_of(self._first)
         self.num_tokens = self._token_of(self._stop) - self._start
         self.samples_per_epoch = max(0, self.num_tokens - 1) // seq_length
-        self._tokens_T = (np.asarray(np.memmap(dataset_paths(prefix)[0], dtype=header.dtype, mode="r"))
-                          if header.num_tokens else np.empty(0, header.dtype))
+        self._tokens = ProvedTokens(prefix, is_verified=is_verified)
         self._order_of_epoch = lru_cache(2)(self._order_of_epoch_uncached)
         self._group = lru_cache(_GROUPS_KEPT)(self._group_uncached)
 
@@ -100,7 +102,7 @@ class ShuffledTokens:
                 skipped = offset - int(starts_G1[number])
                 taken = min(int(starts_G1[number + 1]) - offset, count - filled)
                 source = int(sources_g[number]) + skipped
-                ids_S[filled : filled + taken] = self._tokens_T[source : source + taken]
+                ids_S[filled : filled + taken] = self._tokens.read(source, source + taken)
                 filled, offset, number = filled + taken, offset + taken, number + 1
             group += 1
         return ids_S

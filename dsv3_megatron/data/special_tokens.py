@@ -13,18 +13,22 @@ No torch here.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv3_megatron.config.json_files import read_json
+from dsv3_megatron.data.folder_checksums import require_whole
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER, SETTINGS, TOKENS_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 GENERATION_CONFIG = "generation_config.json"
+# Files that say something of a tokenizer, which must be there if checksums.json knows them.
+BESIDE = (SETTINGS, TOKENS_MAP)
 
 
 @dataclass(frozen=True)
@@ -142,8 +146,9 @@ def _stop_ids_of(file: Path) -> tuple[int, ...] | None:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
+    require_whole(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):

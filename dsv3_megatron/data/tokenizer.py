@@ -11,14 +11,15 @@ trains is dsv3 train-tokenizer.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsv3_megatron.config.json_files import read_json_object
 from dsv3_megatron.config.output import json_text
-from dsv3_megatron.data.special_tokens import special_token_names
+from dsv3_megatron.data.folder_checksums import CHECKSUMS, require_whole, write_folder_checksums
+from dsv3_megatron.data.special_tokens import BESIDE, special_token_names
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -120,7 +121,7 @@ def train_tokenizer(
 def save_tokenizer(tokenizer: Tokenizer, output_dir: str | os.PathLike[str]) -> str:
     """Write tokenizer.json and tokenizer_config.json (what `transformers.AutoTokenizer` loads); return the fingerprint.
 
-    Both are written under temporary names and renamed.
+    Both are written under temporary names and renamed; their checksums go into `checksums.json` beside them.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,10 +139,12 @@ def save_tokenizer(tokenizer: Tokenizer, output_dir: str | os.PathLike[str]) -> 
         "tokenizer_config.json": json_text(config, indent=2, ensure_ascii=False) + "\n",
         "tokenizer.json": tokenizer.to_str(pretty=True),
     }
+    (folder / CHECKSUMS).unlink(missing_ok=True)  # of files that are replaced
     for name, content in contents.items():
         temporary = folder / f"{name}.tmp-{os.getpid()}"
         temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, folder / name)
+    write_folder_checksums(folder, names=contents)
     return fingerprint(folder)
 
 
@@ -179,6 +182,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     from tokenizers import Tokenizer
 
     file = tokenizer_file(path)
+    require_whole(file, BESIDE)
     try:
         return Tokenizer.from_file(os.fspath(file))
     except Exception as error:  # the library raises a bare Exception
@@ -213,8 +217,9 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
         ValueError: the file is missing or is not JSON.
     """
     file = tokenizer_file(path)
+    require_whole(file, BESIDE)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json_object(file)
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     for setting in ("padding", "truncation"):

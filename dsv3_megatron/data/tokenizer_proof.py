@@ -20,7 +20,6 @@ import functools
 import hashlib
 import importlib.metadata
 import itertools
-import json
 import os
 import random
 import re
@@ -32,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_megatron.config.json_files import parse_json, read_json
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data import character_classes
 from dsv3_megatron.data.character_classes import GPT2_PATTERN, NUM_CODE_POINTS, byte_symbols, find_parting_code_points
@@ -368,7 +368,7 @@ def _parting_of_patterns(pre_tokenizer: str, patterns: tuple[str, ...]) -> tuple
 
     def find() -> dict[str, Any]:
         try:
-            found = find_parting_code_points(json.loads(pre_tokenizer), patterns)
+            found = find_parting_code_points(parse_json(pre_tokenizer), patterns)
         except ValueError as error:
             return {"reason": str(error)}
         return {"code_points": [list(part) for part in _ranges_of(found)]}
@@ -388,7 +388,7 @@ def _cached(name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A result from the cache, or found and put there if the folder can be written."""
     file = cache_folder() / f"{name[:40]}-{_versions()}.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         if isinstance(found, dict) and found.pop("sha256", None) == _digest(found):
             return found
     except (OSError, ValueError):

@@ -8,7 +8,6 @@ tokenizer wherever its fingerprint is known, and one whose ids the model has in 
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from dsv3_megatron.checkpoint.hf.directory import CONFIG
 from dsv3_megatron.checkpoint.hf.source import FILE_PREFIX
 from dsv3_megatron.checkpoint.text_files import form_of_checkpoint, stop_ids_of_checkpoint
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.json_files import parse_json
 from dsv3_megatron.data.blend import parse_blend, read_tokenizer_fingerprint
 from dsv3_megatron.data.indexed import dataset_paths
 from dsv3_megatron.data.special_tokens import TOKENIZER, read_special_tokens, read_stop_ids
@@ -206,7 +206,7 @@ def read_prompts(file: str | os.PathLike[str]) -> list[str]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = parse_json(line.decode("utf-8"))
         except ValueError as error:
             raise ConfigError(f"{file}:{number}: not a line of JSON in UTF-8: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -33,6 +32,7 @@ from dsv3_megatron.checkpoint.folder import (
     read_sound_manifest,
     saved_iterations,
 )
+from dsv3_megatron.config.json_files import read_json
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.training import CheckpointConfig
 from dsv3_megatron.guards.endings import ENDED_FILE, forget_ended
@@ -374,7 +374,7 @@ def _is_same(one: str, other: str) -> bool:
 
 def _read_json(file: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

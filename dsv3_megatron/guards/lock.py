@@ -11,7 +11,6 @@ it writes a checkpoint (`RunLock.check`).
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import time
@@ -21,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dsv3_megatron.checkpoint.folder import CheckpointError
+from dsv3_megatron.config.json_files import parse_json
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.process.elastic import elastic_launch
 from dsv3_megatron.process.stop import shutdown_timeout_s
@@ -308,6 +308,6 @@ class RunLock:
 def _parse(content: bytes) -> Holder | None:
     """Who holds a lock with this content; None if it does not say."""
     try:
-        return Holder(**json.loads(content))
+        return Holder(**parse_json(content))
     except (ValueError, TypeError):
         return None

@@ -7,13 +7,13 @@ killed, leaves one.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.config.json_files import read_json
 from dsv3_megatron.metrics.run_records import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunRecords, read_records
 
 EVENT_FILES = "events.out.tfevents.*"
@@ -109,7 +109,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}; a run writes it when it starts: restore it, or move it away to "
                          "draw the run without it") from None

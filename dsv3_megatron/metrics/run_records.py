@@ -12,7 +12,6 @@ Usage:
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.config.json_files import parse_json
 from dsv3_megatron.config.output import finite, json_text
 from dsv3_megatron.metrics.measurements import Measurements
 
@@ -124,7 +124,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not raw.endswith(b"\n"):
                 return
             try:
-                record = json.loads(raw)
+                record = parse_json(raw)
                 record["kind"], record["iteration"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(

@@ -9,7 +9,6 @@ Usage:
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ import numpy as np
 from dsv3_megatron.checkpoint.folder import check_empty, iteration_path
 from dsv3_megatron.checkpoint.hf.config_json import model_config_to_json
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.json_files import read_json
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.blend import Blend
 from dsv3_megatron.data.chat.packed_samples import PackedConversations
@@ -397,7 +397,7 @@ def _check_unfinished(output: str, checkpoint: Path) -> None:
     if not record.is_file():
         return
     try:
-        source = json.loads(record.read_text(encoding="utf-8")).get("input")
+        source = read_json(record).get("input")
     except (ValueError, AttributeError, OSError):
         source = None
     if source != str(checkpoint.resolve()):

@@ -16,6 +16,7 @@ from typing import Any
 
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.config.streams import message
 from dsv3_megatron.rehearsal.rank_kinds import position_of
 from dsv3_megatron.rehearsal.rank_results import (
     BUILDING,
@@ -209,7 +210,7 @@ def rehearse_to_file(task: RankTask, path: Path) -> int:
     try:
         found = rehearse(task)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message(error)}", file=sys.stderr)
         return 2
     path.write_text(json_text(asdict(found)), encoding="utf-8")
     return 0

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import statistics
 import sys
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsv3_megatron.config.json_files import read_json
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import SECTIONS, RunConfig
 from dsv3_megatron.config.streams import run_command
@@ -73,7 +73,7 @@ def read_run_config(path: Path) -> RunConfig:
         ValueError: the file is missing, or is not one of ours.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         return RunConfig(preset=values["preset"], **{
             name: cls(**values[name]) for name, cls in SECTIONS.items() if name in values or name != "guards"})
     except FileNotFoundError:

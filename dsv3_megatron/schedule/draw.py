@@ -11,11 +11,11 @@ chunks are lighter. A pair is drawn as one framed block, the forward above the b
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.config.json_files import read_json
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.schedule.actions import Action, Kind, Operation
 from dsv3_megatron.schedule.plan import Plan, build_plan
@@ -108,7 +108,7 @@ def read_trace(path: str | Path) -> tuple[Plan, Timeline]:
         ValueError: the file is none of these.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(Path(path))
         sizes = dict(content["otherData"])
         events = [event for event in content["traceEvents"] if event["ph"] == "X"]
         if len(events) < sizes["num_ranks"] * sizes["num_microbatches"]:

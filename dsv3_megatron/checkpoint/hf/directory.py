@@ -8,9 +8,9 @@ for; FP8 comes dequantized.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ from dsv3_megatron.checkpoint.hf.rotary_settings import check_stored_frequencies
 from dsv3_megatron.checkpoint.hf.row_strips import same_bits
 from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, SINGLE, SUFFIX, WEIGHT_DTYPES, StoredTensor, read_header
 from dsv3_megatron.checkpoint.hf.spellings import is_frequencies, is_fused, parts_of_fused
+from dsv3_megatron.config.json_files import read_json as read_json_file
 from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.data.checksums import BlockVerifier
+from dsv3_megatron.data.folder_checksums import read_folder_checksums, require_whole
 from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, scale_shape
 from dsv3_megatron.ops.fp8.scale_groups import BLOCK, num_groups
 
@@ -41,6 +44,11 @@ _COMPARED_BYTES = 64_000_000
 class HuggingFaceDirectory:
     """The tensors of a checkpoint in Hugging Face's layout, by name.
 
+    Args:
+        path: The folder.
+        verify: How far files are compared with the checksums in `checksums.json`, where the folder has it: "read" (what
+            is read), "all" (every file, on opening) or "none".
+
     Attributes:
         path: The folder.
         json: Content of its `config.json`.
@@ -57,13 +65,14 @@ class HuggingFaceDirectory:
             or dtype, or in contradiction with `config.json`.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, verify: str = "read") -> None:
         self.path = Path(path)
+        verifiers = _verifiers(self.path, verify)
         self.json = read_json(self.path, CONFIG)
         source = str(self.path / CONFIG)
         stated = model_config_from_json(self.json, source)
         self.model: ModelConfig = stated
-        found = _published_names(_stored_tensors(self.path))
+        found = _published_names(_stored_tensors(self.path, verifiers))
         self.beside = {name: entry for name, entry in found.items() if is_frequencies(name)}
         self.stored = {name: entry for name, entry in found.items() if name not in self.beside}
         names = {name for name in self.stored if not name.endswith(SCALE_SUFFIX)}
@@ -226,7 +235,26 @@ def _published_names(found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     return result
 
 
-def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+def _verifiers(path: Path, verify: str) -> dict[str, BlockVerifier]:
+    """What proves the files of a folder that has their checksums, by name; those that hold no tensors are proved now.
+
+    Args:
+        path: The folder.
+        verify: "read", "all" (every file is proved now) or "none".
+    """
+    if verify == "none":
+        return {}
+    try:
+        known = read_folder_checksums(path)
+        for name in sorted(known):
+            if verify == "all" or not name.endswith(SUFFIX):
+                require_whole(path / name, (name,))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from error
+    return {name: BlockVerifier(path / name, checksums) for name, checksums in known.items() if name.endswith(SUFFIX)}
+
+
+def _stored_tensors(path: Path, verifiers: Mapping[str, BlockVerifier]) -> dict[str, StoredTensor]:
     """Every tensor of the folder's safetensors files, which must be those that the index names."""
     if (path / ADAPTER).is_file():
         raise CheckpointError(f"{path} holds an adapter ({ADAPTER}): transformers adds it to the weights when it loads "
@@ -235,7 +263,7 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
         if not (path / SINGLE).is_file():
             raise CheckpointError(_without_weights(path))
         _check_one_set(path, {SINGLE}, "without an index")
-        return read_header(path / SINGLE)
+        return read_header(path / SINGLE, verifiers.get(SINGLE))
     weight_map = read_json(path, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path / INDEX}: weight_map must give the file of each tensor")
@@ -249,7 +277,7 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
             first = min(name for name, where in weight_map.items() if where == file)
             raise CheckpointError(f"{path / file} is missing: the index says that it holds {first} and "
                                   f"{sum(where == file for where in weight_map.values()) - 1} more; get it again")
-        for name, entry in read_header(path / file).items():
+        for name, entry in read_header(path / file, verifiers.get(file)).items():
             if weight_map.get(name) != file:
                 where = f"in {weight_map[name]}" if name in weight_map else "nowhere"
                 raise CheckpointError(f"{path / file} holds tensor {name}; {INDEX} has it {where}")
@@ -301,7 +329,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     """
     file = path / name
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json_file(file)
     except FileNotFoundError as error:
         reason = f"{file} does not exist: {path} is no Hugging Face checkpoint"
         raise CheckpointError(_without_weights(path) if list(path.glob("*.bin")) else reason) from error

@@ -6,17 +6,20 @@ needs it, into memory that it frees. The header is JSON: dtype, shape and byte r
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
 from dsv3_megatron.checkpoint.byte_ranges import ByteRange, read_byte_ranges
 from dsv3_megatron.checkpoint.folder import CheckpointError
+from dsv3_megatron.config.json_files import object_without_repeats, parse_json
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.data.checksums import BlockVerifier, DamagedFileError
+from dsv3_megatron.data.folder_checksums import CHECKSUMS
 
 SUFFIX, SINGLE = ".safetensors", "model.safetensors"
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
@@ -25,6 +28,7 @@ DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_
           "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_AXES = 64
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class StoredTensor:
         file: The file.
         offset: First byte in the file.
         num_bytes: Bytes that the values take.
+        verifier: Proves the bytes before they are used; None where nobody knows their checksums.
     """
 
     name: str
@@ -46,12 +51,13 @@ class StoredTensor:
     file: Path
     offset: int
     num_bytes: int
+    verifier: BlockVerifier | None = field(default=None, compare=False, repr=False)
 
     def byte_range(self, first_row: int = 0, num_rows: int | None = None) -> ByteRange:
         """The bytes of the tensor, or of some of its rows."""
         rows = self.shape[0] - first_row if num_rows is None else num_rows
         row_bytes = self.num_bytes // self.shape[0] if self.shape[0] else 0
-        return ByteRange(self.file, self.offset + first_row * row_bytes, rows * row_bytes)
+        return ByteRange(self.file, self.offset + first_row * row_bytes, rows * row_bytes, self.verifier)
 
     def read(self, first_row: int = 0, num_rows: int | None = None) -> torch.Tensor:
         """The tensor, or some of its rows, in memory of its own.
@@ -66,8 +72,8 @@ class StoredTensor:
         return raw.view(self.dtype).view(rows, *self.shape[1:])
 
 
-def read_header_text(file: Path) -> str:
-    """A file's header as it is, padding included.
+def read_header_text(file: Path, verifier: BlockVerifier | None = None) -> str:
+    """A file's header as it is, padding included, proved first where there is a verifier.
 
     Raises:
         CheckpointError: the file is missing, cut before the header's end, or no safetensors file.
@@ -79,7 +85,12 @@ def read_header_text(file: Path) -> str:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > _MAX_HEADER_BYTES:
                 raise CheckpointError(f"{file} is not a safetensors file: its first 8 bytes are no header's length")
+            if verifier is not None:
+                verifier.require(0, 8 + length)
             text = stream.read(length)
+    except DamagedFileError as error:
+        raise CheckpointError(f"{error}; get it again, or, if it was changed on purpose, remove {CHECKSUMS} beside it"
+                              ) from error
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     if len(text) < length:
@@ -91,21 +102,26 @@ def read_header_text(file: Path) -> str:
         raise CheckpointError(f"{file} is not a safetensors file: its header cannot be read ({error})") from error
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path, verifier: BlockVerifier | None = None) -> dict[str, StoredTensor]:
     """The tensors of a file, by name; the file must be as long as they say.
+
+    Args:
+        file: The file.
+        verifier: Proves the header now, and the tensors when they are read; None: nobody knows their checksums.
 
     Raises:
         CheckpointError: the file is missing, truncated, or no safetensors file, or a tensor has a dtype that this
             library does not read.
     """
-    text = read_header_text(file)
+    text = read_header_text(file, verifier)
     start = 8 + len(text.encode("utf-8"))
     try:
-        header = json.loads(text)
-        entries = {name: _entry(name, value, file, start) for name, value in header.items() if name != "__metadata__"}
+        header = parse_json(text, object_pairs_hook=object_without_repeats)
+        entries = {name: replace(_entry(name, value, file, start), verifier=verifier)
+                   for name, value in header.items() if name != "__metadata__"}
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{file} is not a safetensors file: its header cannot be read ({error})") from error
     _check_coverage(file, file.stat().st_size, start, list(entries.values()))
     return entries
@@ -135,14 +151,21 @@ def _entry(name: str, value: dict[str, object], file: Path, start: int) -> Store
     if dtype not in DTYPES:
         raise CheckpointError(f"{file}: tensor {name} is {dtype}; this library reads "
                               f"{', '.join(NAMES[dtype] for dtype in WEIGHT_DTYPES)}")
-    assert isinstance(shape, list) and isinstance(offsets, list)
-    begin, end = map(int, offsets)
+    if not _are_lengths(shape) or not _are_lengths(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{file}: tensor {name} has shape {json_text(shape)[:100]} and data_offsets "
+                              f"{json_text(offsets)[:100]}; both must be lists of whole numbers, none negative")
+    begin, end = offsets
     torch_dtype = DTYPES[str(dtype)]
     expected = torch_dtype.itemsize * math.prod(shape)
     if end - begin != expected or begin < 0:
         raise CheckpointError(f"{file}: tensor {name} of {dtype} {shape} takes {expected:,} bytes, the header gives it "
                               f"{end - begin:,}")
     return StoredTensor(name, torch_dtype, tuple(map(int, shape)), file, start + begin, expected)
+
+
+def _are_lengths(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and len(value) <= _MAX_AXES and all(
+        type(entry) is int and 0 <= entry < 1 << 62 for entry in value)
 
 
 def _check_coverage(file: Path, size: int, start: int, entries: list[StoredTensor]) -> None:

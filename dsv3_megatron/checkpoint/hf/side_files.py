@@ -11,7 +11,6 @@ A checkpoint that becomes its Hugging Face source again has that one's files ins
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 from dsv3_megatron.checkpoint.hf.weight_files import WeightFile, index_json
 from dsv3_megatron.checkpoint.text_files import read_form
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.json_files import parse_json, read_json
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.special_tokens import (
@@ -85,7 +85,7 @@ def side_files(weights: MegatronWeights, model: ModelConfig, shards: Sequence[We
     if len(shards) > 1:
         texts[INDEX] = _json(index_json(shards))
     if source is not None:
-        texts[CONFIG] = _json(_changed_config(json.loads(source.config), model, dtype))
+        texts[CONFIG] = _json(_changed_config(parse_json(source.config), model, dtype))
     else:
         ids = special_ids(copies)
         texts[CONFIG] = _json(model_config_to_json(
@@ -179,7 +179,7 @@ def _tokenizer_settings(file: Path, model: ModelConfig) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):

@@ -12,7 +12,6 @@ A training run's own checkpoints have none of this: their weights are others.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,8 @@ from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.directory import CONFIG, INDEX, SCALE_SUFFIX, HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.safetensors_file import SINGLE, SUFFIX, StoredTensor, read_header, read_header_text
 from dsv3_megatron.checkpoint.hf.weight_files import WeightFile, shard_from_header
+from dsv3_megatron.config.json_files import read_json
+from dsv3_megatron.data.folder_checksums import CHECKSUMS
 
 DESCRIPTION, SCALES, FILE_PREFIX = "hf_source.json", "hf_scales.safetensors", "hf_file."
 # What is carried over of a folder besides the weights: by the ends of names, up to a size.
@@ -81,7 +82,8 @@ def carried_files(path: Path) -> Iterator[Path]:
     """Small files of a Hugging Face folder that go with the model: tokenizer, generation settings, model code."""
     for file in sorted(path.iterdir()):
         is_known = file.name.endswith(_CARRIED) or file.name in _CARRIED_NAMES
-        is_ours = file.name in (CONFIG, INDEX, SINGLE) or file.name.endswith((SUFFIX, SUFFIX + ".index.json"))
+        is_ours = file.name in (CONFIG, INDEX, SINGLE, CHECKSUMS) or file.name.endswith(
+            (SUFFIX, SUFFIX + ".index.json"))
         if file.is_file() and is_known and not is_ours and file.stat().st_size <= _CARRIED_BYTES:
             yield file
 
@@ -96,7 +98,7 @@ def read_source(folder: Path) -> Source | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         scales = read_header(folder / SCALES) if (folder / SCALES).is_file() else {}
         return Source(content["config"], content["index"], content["headers"], scales)
     except (OSError, ValueError, KeyError) as error:

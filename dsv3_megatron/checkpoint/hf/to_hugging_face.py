@@ -42,6 +42,7 @@ from dsv3_megatron.checkpoint.hf.workplace import (
     ignore,
 )
 from dsv3_megatron.config.version import __version__
+from dsv3_megatron.data.folder_checksums import write_folder_checksums
 from dsv3_megatron.data.special_tokens import TOKENIZER
 from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, quantize_weight_blocks, requantize_weight_blocks
 from dsv3_megatron.ops.fp8.scale_groups import BLOCK, num_groups
@@ -157,6 +158,7 @@ def prepare_export(source: str | Path, output: str | Path, *, iteration: int | N
                 _write(place.result / name, text)
             for name, file in beside.copies.items():
                 shutil.copyfile(file, place.result / name)
+            write_folder_checksums(place.result)
         except OSError as error:
             raise CheckpointError(f"{place.result}: {error.strerror} ({error.filename})") from error
 

@@ -6,7 +6,6 @@ is read: the inventory of a model of any size.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, huggin
 from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, SINGLE, header_bytes
 from dsv3_megatron.checkpoint.hf.spellings import is_fused, parts_of_fused
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.json_files import parse_json
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.ops.fp8.published import scale_shape
 
@@ -114,7 +114,7 @@ def shard_from_header(file: str, header: str) -> WeightFile:
     prefix = len(header.encode()).to_bytes(8, "little") + header.encode()
     dtypes = {name: dtype for dtype, name in NAMES.items()}
     entries: list[FileEntry] = []
-    for name, value in json.loads(header).items():
+    for name, value in parse_json(header).items():
         if name == "__metadata__":
             continue
         dtype, shape, offset = dtypes[value["dtype"]], tuple(value["shape"]), len(prefix) + value["data_offsets"][0]

@@ -27,6 +27,7 @@ from typing import IO, Any, Protocol
 import torch
 
 from dsv3_megatron.checkpoint.folder import CheckpointError, check_empty, flush
+from dsv3_megatron.config.json_files import read_json
 from dsv3_megatron.config.output import json_text
 
 # Told a number of bytes that have been written or read; called from any thread.
@@ -160,7 +161,7 @@ class Workplace:
 
     def told(self, piece: OutputFile) -> Any:
         """Read what a finished piece's writer returned."""
-        return json.loads(self._record(piece).read_text(encoding="utf-8"))
+        return read_json(self._record(piece))
 
     def is_finished(self, pieces: Sequence[OutputFile]) -> bool:
         """Whether all of the given pieces are complete."""
@@ -235,7 +236,7 @@ class Workplace:
             written.write_text(json_text(self.identity, indent=2, sort_keys=True), encoding="utf-8")
             os.rename(written, file)
             return
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = read_json(file)
         mine = json.loads(json_text(self.identity))
         differing = sorted(key for key in known.keys() | mine.keys() if known.get(key) != mine.get(key))
         if differing:

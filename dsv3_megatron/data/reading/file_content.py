@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import zlib
 from dataclasses import dataclass
 from typing import Any
+
+from dsv3_megatron.config.json_files import parse_json
 
 _HEAD_BYTES = 65_536
 _MAGICS = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"\xfd7zXZ\x00": "xz", b"BZh": "bz2"}
@@ -129,6 +130,6 @@ def _format_of(head: bytes) -> str:
     if len(lines) == 1 and len(head) >= _HEAD_BYTES:
         return "jsonl" if lines[0][1:].lstrip().startswith(b'"') else "text"  # its first line goes on
     try:
-        return "jsonl" if isinstance(json.loads(lines[0]), dict) else "text"
+        return "jsonl" if isinstance(parse_json(lines[0]), dict) else "text"
     except (ValueError, RecursionError):
         return "text"

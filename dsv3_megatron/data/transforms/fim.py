@@ -23,14 +23,15 @@ The rules of a cut:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from dsv3_megatron.config.json_files import read_json_object
+from dsv3_megatron.data.folder_checksums import require_whole
 from dsv3_megatron.data.tokenizer import FIM_BEGIN_TOKEN, FIM_END_TOKEN, FIM_HOLE_TOKEN
 from dsv3_megatron.data.transforms.keyed_random import NUMBER_RANGE, DocumentRandom, check_probability, threshold_of
 
@@ -167,7 +168,8 @@ def invert_fim(ids: Sequence[int], sentinels: FimSentinels) -> tuple[list[int], 
 def _read_vocab(path: Path) -> dict[str, int]:
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        require_whole(file)
+        content = read_json_object(file)
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror}): give a folder with a tokenizer.json") from None
     except ValueError as error:

@@ -7,7 +7,6 @@ of measured to predicted time; other layouts and models are then planned with th
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.json_files import read_json
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
@@ -88,7 +88,7 @@ def calibrate(folder: Path, hardware_name: str | None = None) -> Calibration:
         if not (folder / name).is_file():
             raise ConfigError(f"--calibrate={folder} has no {name}; give the folder that a run had as "
                               "--tensorboard-dir")
-    environment = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+    environment = read_json(folder / ENVIRONMENT_FILE)
     run = parse_command(["--config", str(folder / CONFIG_FILE)]).run
     run = run.override(precision=environment["precision"])
     num_devices = int(environment["world_size"])

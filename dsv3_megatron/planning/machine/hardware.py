@@ -13,7 +13,6 @@ Usage:
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.json_files import read_json
 from dsv3_megatron.config.output import json_text
 
 UNVERIFIED = "unverified: "
+
+_LARGEST = 1e30  # of a figure in a file: beyond it products of them are not finite
 
 
 @dataclass(frozen=True)
@@ -288,17 +290,36 @@ def load_hardware(path: str) -> Hardware:
     if not file.is_file():
         raise ConfigError(f"hardware={path}: no such file; --save-hardware writes one")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         return Hardware(
-            name=content["name"],
-            figures={name: Figure(**figure) for name, figure in content["figures"].items()},
-            products=tuple(ProductPoint(**point) for point in content["products"]),
-            attention=tuple(AttentionPoint(**point) for point in content["attention"]),
-            movement={kind: Figure(**figure) for kind, figure in content["movement"].items()},
-            tables_source=content["tables_source"], fp8_scales=content.get("fp8_scales", ""))
+            name=_text(content["name"]),
+            figures={name: _read(Figure, figure) for name, figure in content["figures"].items()},
+            products=tuple(_read(ProductPoint, point) for point in content["products"]),
+            attention=tuple(_read(AttentionPoint, point) for point in content["attention"]),
+            movement={kind: _read(Figure, figure) for kind, figure in content["movement"].items()},
+            tables_source=_text(content["tables_source"]), fp8_scales=_text(content.get("fp8_scales", "")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"hardware={path} does not describe a machine ({type(error).__name__}: {error}); it must be "
                           "what --save-hardware writes") from error
+
+
+def _read[Row](kind: type[Row], entry: dict[str, Any]) -> Row:
+    """A row of a machine's tables, of whose values each is of its field's kind and finite."""
+    row = kind(**entry)
+    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+        value = getattr(row, item.name)
+        kinds = {"float": (int, float), "int": (int,), "bool": (bool,), "str": (str,)}[str(item.type)]
+        if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{item.name}={value!r} must be a {item.type}")
+        if type(value) in (int, float) and not -_LARGEST <= value <= _LARGEST:
+            raise ValueError(f"{item.name}={value:.6g} is beyond {_LARGEST:g}")
+    return row
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} must be a text")
+    return value
 
 
 def save_hardware(hardware: Hardware, path: str) -> None:

@@ -15,6 +15,7 @@ from dsv3_megatron.data.indexed import dataset_paths, read_sidecar
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.inspection import measure, read_document, verify
 from dsv3_megatron.data.merge import merge_datasets
+from tests.signing import change_sidecar
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +175,7 @@ def test_the_vocabulary_of_a_merge_is_that_of_all_its_ids(tmp_path, monkeypatch,
 
 def test_an_id_that_a_sidecar_does_not_know_is_not_merged(tmp_path):
     prefix = write(tmp_path / "a", [[9]])
-    sidecar = json.loads(Path(f"{prefix}.json").read_text())
-    Path(f"{prefix}.json").write_text(json.dumps(sidecar | {"vocab_size": 8, "max_token_id": 7}))
+    change_sidecar(prefix, vocab_size=8, max_token_id=7)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match="a holds id 9, its sidecar says vocab_size=8: make it again"):
         merge_datasets([prefix], os.fspath(tmp_path / "out"))
@@ -305,8 +305,7 @@ def test_verify_without_a_sidecar_says_so(inspect_tool, dataset, capsys):
 
 
 def test_verify_sees_a_sidecar_of_another_dataset(dataset, tmp_path):
-    sidecar = json.loads(Path(f"{dataset}.json").read_text())
-    Path(f"{dataset}.json").write_text(json.dumps(sidecar | {"num_tokens": 1, "vocab_size": 10}))
+    change_sidecar(dataset, num_tokens=1, vocab_size=10)
     problems = verify(dataset)
     assert any("speaks of documents, sequences, tokens, dtype" in problem for problem in problems)
     assert any("the vocabulary has 10" in problem for problem in problems)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_megatron.config.streams import message, quoted
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -119,3 +121,24 @@ def test_work_that_has_something_to_save_goes_on_without_a_reader() -> None:
             "    return 40 + len(seen)\n"
             "run_command(main)")
     assert run(["-c", code], subprocess.PIPE, closed_pipe()).returncode == 41
+
+
+HOSTILE = "a\x1b[2Jb\x07\nerror: forged\r\u2028\u202e\x9b1m\tc"
+
+
+def test_what_files_hold_is_quoted() -> None:
+    assert quoted(HOSTILE) == r"a\x1b[2Jb\x07\nerror: forged\r\u2028\u202e\x9b1m\tc"
+    assert message(HOSTILE) == "a\\x1b[2Jb\\x07\n  error: forged\\r\\u2028\\u202e\\x9b1m\tc"
+    assert message("one:\n  two\n\nthree é") == "one:\n  two\n\n  three é"
+
+
+def test_nothing_of_a_file_moves_the_cursor() -> None:
+    """On stderr, also in a log; on stdout where nobody but a program reads, the text is as it is."""
+    script = (f"import logging, sys\nfrom dsv3_megatron.config.streams import run_command\ntext = {HOSTILE!r}\ndef "
+              "main():\n    print(text)\n    print(text, file=sys.stderr)\n    "
+              "logging.basicConfig(format='%(message)s')\n    logging.warning('of %s: %d', text, 3)\nrun_command(main)")
+    ended = run(["-c", script], subprocess.PIPE, PYTHONIOENCODING="utf-8")
+    assert ended.returncode == 0 and ended.stdout.decode().rstrip("\n") == HOSTILE
+    printed, _, logged = ended.stderr.decode().rpartition("of ")
+    assert printed == "a\\x1b[2Jb\\x07\nerror: forged\r\\u2028\\u202e\\x9b1m\tc\n"
+    assert logged == f"{quoted(HOSTILE)}: 3\n"

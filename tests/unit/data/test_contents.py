@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import shutil
@@ -18,6 +17,7 @@ from dsv3_megatron.data.blend import check_data, read_vocab_size
 from dsv3_megatron.data.contents import read_contents
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.rows import open_token_array, open_windows
+from tests.signing import change_sidecar
 
 
 @pytest.fixture(autouse=True)
@@ -140,8 +140,7 @@ def test_files_copied_in_any_order_keep_their_sidecar(tmp_path: Path) -> None:
 def test_a_sidecar_whose_vocabulary_is_too_small_does_not_hide_an_id(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "a", vocab_size=50) as writer:
         writer.add_documents(np.array([3, 9, 5, 7]), np.array([2, 2]))
-    sidecar = json.loads((tmp_path / "a.json").read_text())
-    (tmp_path / "a.json").write_text(json.dumps({**sidecar, "vocab_size": 8}))
+    change_sidecar(tmp_path / "a", vocab_size=8)
     assert read_vocab_size(str(tmp_path / "a")) == 10
 
 

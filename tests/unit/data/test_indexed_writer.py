@@ -46,7 +46,7 @@ def test_existing_output_is_kept_unless_told(tmp_path):
     with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "d", vocab_size=10, is_overwrite_allowed=True) as writer:
         writer.add_documents(np.array([7]), np.array([1]))
         raise RuntimeError
-    assert read_pair(tmp_path / "d") == before and len(list(tmp_path.iterdir())) == 3
+    assert read_pair(tmp_path / "d") == before and len(list(tmp_path.iterdir())) == 4
     write(tmp_path / "d", 10, [[2, 3]], is_overwrite_allowed=True)
     assert read_pair(tmp_path / "d") != before and read_header(tmp_path / "d").num_tokens == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_megatron.data.indexed_writer import DatasetWriter
+from dsv3_megatron.data.proved_tokens import ProvedTokens
 from dsv3_megatron.data.rows import Windows, open_token_array, open_windows
 
 
 @given(st.integers(2, 60), st.integers(1, 70))
 def test_windows_predict_every_token_but_the_first_once(num_tokens: int, length: int) -> None:
     tokens_T = np.arange(num_tokens)
-    windows = Windows(tokens_T, length)
+    with tempfile.TemporaryDirectory() as folder:
+        with DatasetWriter(f"{folder}/d", vocab_size=num_tokens) as writer:
+            writer.add_documents(tokens_T, np.array([num_tokens]))
+        windows = Windows(ProvedTokens(f"{folder}/d"), length)
     rows = [windows[index] for index in range(len(windows))]
     assert np.concatenate([row[1:] for row in rows]).tolist() == list(range(1, num_tokens))
     assert all(row[0] == row[1] - 1 for row in rows), "a row starts with the token before its first prediction"

@@ -1,0 +1,264 @@
+"""The commands that read each kind of file, and what each made of it: what must be equal if a change did no harm."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsv3_megatron.data.reading.file_content import decompressor
+from tests.fuzz.specimens import PLAN, PREPROCESS, TRAIN
+
+# What is left of a file of these is not comparable: times are in them.
+_TIMED = ("metrics.jsonl",)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A command, the files that it reads, and what it makes.
+
+    Attributes:
+        name: Name of the reader, for the table.
+        reads: Patterns of the files that are changed for it.
+        needs: Names of what is copied for it.
+        words: Words of the command; or a function that is called in the folder instead, and prints.
+        makes: Patterns of the files that it makes, whose bytes are its result.
+        weight: Share of the cases that it gets, against the others.
+        shows: Its standard output is a result too.
+        stands: A function that computes the result from the changed file by other means, for files of which nothing is
+            known but what stands in them (text, settings): then another valid file gives another result, rightly.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    needs: tuple[str, ...]
+    words: tuple[str, ...] | Callable[[], int]
+    makes: tuple[str, ...] = ()
+    weight: float = 1.0
+    shows: bool = True
+    stands: Callable[[Path], Any] | None = None
+
+    def run(self) -> int:
+        """Carry out the command in the working directory; returns its exit code."""
+        if callable(self.words):
+            return self.words()
+        from dsv3_megatron.commands.dispatch import main
+
+        return main(list(self.words))
+
+    def result(self, folder: Path, printed: str) -> dict[str, Any]:
+        """What the command made, for comparing."""
+        found: dict[str, Any] = {"printed": printed} if self.shows else {}
+        for pattern in self.makes:
+            for file in sorted(folder.glob(pattern)):
+                if file.is_file():
+                    found[str(file.relative_to(folder))] = _content(file)
+        return found
+
+
+def _content(file: Path) -> Any:
+    if file.name in _TIMED:
+        last = json.loads(file.read_text().splitlines()[-1])
+        # The last step: a run goes back behind a checkpoint that is damaged, and takes its steps again.
+        return [last.get(name) for name in ("iteration", "lm_loss", "grad_norm", "consumed_tokens")]
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _read_settings(file: str) -> int:
+    """Print every setting of the run that a file gives."""
+    from dsv3_megatron.config.load import parse_command
+
+    try:
+        run = parse_command(["--config", file]).run
+        run.validate(1)
+    except ValueError as error:
+        return _refused(error)
+    print(json.dumps(dataclasses.asdict(run), default=str))
+    return 0
+
+
+def _read_log() -> int:
+    from dsv3_megatron.metrics.event_files import read_run
+
+    try:
+        log = read_run(Path("logs"))
+    except ValueError as error:
+        return _refused(error)
+    print(log.scalars, log.records, log.config, log.environment)
+    return 0
+
+
+def _refused(error: Exception) -> int:
+    from dsv3_megatron.config.streams import message
+
+    print(f"error: {message(error)}", file=sys.stderr)
+    return 2
+
+
+def _settings_stand(folder: Path) -> Callable[[str], bool]:
+    """Whether what was printed has every value that the file gives."""
+    (file,) = folder.glob("settings.*")
+    import tomllib
+
+    import yaml
+
+    readers: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".json": json.loads}
+    given = readers[file.suffix](file.read_text(encoding="utf-8-sig"))
+
+    def has_all(printed: str) -> bool:
+        run = json.loads(printed)
+        for key, value in given.items():
+            if key == "preset":
+                continue
+            entries = value if key in run and isinstance(value, dict) else {key: value}
+            for name, entry in entries.items():
+                taken = next(section[name] for section in run.values()
+                             if isinstance(section, dict) and name in section)
+                if name != "phases" and taken != entry and float(taken) != float(entry):
+                    return False
+        return True
+
+    return has_all
+
+
+def _texts_of(folder: Path) -> list[str]:
+    """The documents of a text input by readers of our own."""
+    file = next(folder.glob("text.*"))
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_table(file)["text"].to_pylist()
+    content = file.read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        content = gzip.decompress(content)
+    elif content.startswith(b"\x28\xb5\x2f\xfd"):
+        content = decompressor("zst").decompress(content)
+    text = content.decode("utf-8").removeprefix("\ufeff")
+    return [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
+
+
+def _ids_stand(folder: Path) -> Callable[[str], bool]:
+    """Whether the .bin file has the ids of the texts, by the tokenizers library."""
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    ids = [number for text in _texts_of(folder)
+           if text for number in [*tokenizer.encode(text, add_special_tokens=False).ids, 1]]
+
+    def are_equal(_printed: str) -> bool:
+        return np.fromfile(folder / "made_text_document.bin", np.uint16).tolist() == ids
+
+    return are_equal
+
+
+EVALUATE = "evaluate --load saved --data-path data/d_text_document --micro-batch-size 16 --json"
+_DATA = ("data/*_document.bin", "data/*_document.idx", "data/*_document.json", "data/*_document.sums")
+_SAVED = ("saved/iter_0000002/*", "saved/iter_0000002/.metadata", "saved/latest*", "saved/*.json")
+_EXPORTED = ("exported/*",)
+_TOKENIZER = ("tokenizer/*",)
+
+
+def readers() -> tuple[Reader, ...]:
+    """Every command with what it reads."""
+    texts = tuple(
+        Reader(f"preprocess {ending}", (f"text.{ending}",), (f"text.{ending}", "tokenizer"),
+               (*PREPROCESS, "--input", f"text.{ending}", "--output-prefix", "made"), ("made*.bin", "made*.idx"),
+               weight=3, shows=False, stands=_ids_stand)
+        for ending in ("jsonl", "zst.jsonl.zst", "gz.jsonl.gz", "parquet"))
+    settings = tuple(
+        Reader(f"train --config {ending}", (f"settings.{ending}",), (f"settings.{ending}",),
+               partial(_read_settings, f"settings.{ending}"), weight=3, stands=_settings_stand)
+        for ending in ("toml", "yaml", "json"))
+    return (
+        *texts, *settings,
+        Reader("preprocess, tokenizer", _TOKENIZER, ("text.jsonl", "tokenizer"),
+               (*PREPROCESS, "--input", "text.jsonl", "--output-prefix", "made"), ("made*.bin", "made*.idx"),
+               weight=3, shows=False),
+        Reader("train-tokenizer", ("text.jsonl",), ("text.jsonl",),
+               tuple("train-tokenizer --input text.jsonl --vocab-size 300 --min-frequency 1 --output made".split()),
+               ("made/*",), shows=False, stands=lambda folder: lambda _: bool(_texts_of(folder))),
+        Reader("inspect", _DATA, ("data",), ("inspect", "data/d_text_document", "--verify", "--json"), weight=3),
+        Reader("inspect --documents", (*_DATA, *_TOKENIZER), ("data", "tokenizer"),
+               tuple("inspect data/d_text_document --documents 0 1 7 --tokenizer-model tokenizer".split()), weight=3),
+        Reader("merge", _DATA, ("data",), tuple("merge --input data --output-prefix made".split()),
+               ("made*.bin", "made*.idx"), weight=2, shows=False),
+        Reader("train, data", (*_DATA, "data/*.checked.json", *_TOKENIZER), ("data", "tokenizer"),
+               ("train", *TRAIN, "1", "--tensorboard-dir", "made"), ("made/metrics.jsonl",), weight=0.7, shows=False),
+        Reader("train --load", _SAVED, ("saved", "data", "tokenizer"),
+               ("train", *TRAIN, "3", "--load", "saved", "--save", "saved", "--tensorboard-dir", "made"),
+               ("made/metrics.jsonl",), weight=0.7, shows=False),
+        Reader("verify", _SAVED, ("saved",), ("verify", "saved"), weight=2),
+        Reader("convert verify", _EXPORTED, ("saved", "exported"),
+               tuple("convert verify --hf exported --megatron saved --workers 1".split())),
+        Reader("evaluate", _SAVED, ("saved", "data", "tokenizer"),
+               tuple(EVALUATE.split()), weight=0.7),
+        Reader("evaluate, data", (*_DATA, "tokens.npy"), ("saved", "data", "tokens.npy", "tokenizer"),
+               tuple(EVALUATE.split()), weight=0.7),
+        Reader("evaluate --tokens", ("tokens.npy",), ("saved", "tokens.npy", "tokenizer"),
+               tuple("evaluate --load saved --tokens tokens.npy --json".split()),
+               stands=lambda folder: lambda _: True),
+        Reader("evaluate, export", _EXPORTED, ("exported", "data"),
+               tuple("evaluate --load exported --data-path data/d_text_document --seq-length 16 --micro-batch-size 16 "
+                     "--json".split()),
+               weight=0.7),
+        Reader("generate", (*_SAVED,), ("saved", "prompts.jsonl", "tokenizer"),
+               tuple("generate --load saved --prompts prompts.jsonl --max-new-tokens 8 --json".split()), weight=2),
+        Reader("generate, prompts", ("prompts.jsonl",), ("saved", "prompts.jsonl", "tokenizer"),
+               tuple("generate --load saved --prompts prompts.jsonl --max-new-tokens 1 --json".split()),
+               stands=_prompts_stand),
+        Reader("generate, export", _EXPORTED, ("exported", "prompts.jsonl"),
+               tuple("generate --load exported --prompts prompts.jsonl --max-new-tokens 8 --json".split()), weight=2),
+        Reader("convert to Megatron", _EXPORTED, ("exported",),
+               tuple("convert hf-to-megatron --input exported --output made --workers 1".split()),
+               ("made/iter*/*.distcp", "made/model.json"), weight=2, shows=False),
+        Reader("convert to Hugging Face", _SAVED, ("saved", "tokenizer"),
+               tuple("convert megatron-to-hf --input saved --output made --dtype fp32 --workers 1".split()),
+               ("made/*",), weight=2, shows=False),
+        Reader("plot", ("logs/*",), ("logs",), _read_log, weight=2, stands=_log_stands),
+        Reader("plan --hardware", ("machine.json",), ("machine.json",),
+               (*PLAN, "--hardware", "machine.json"), stands=_machine_stands),
+        Reader("draw-schedule", ("trace.json",), ("trace.json",), ("draw-schedule", "trace.json"),
+               stands=_trace_stands),
+    )
+
+
+def _log_stands(folder: Path) -> Callable[[str], bool]:
+    """Whether the lines and settings that were read are those of the files; the scalars have checksums of their own."""
+    lines = (folder / "logs" / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
+    rows = [json.loads(line) for line in lines]
+    whole = [[row for row in rows if row["kind"] == "step"], [row for row in rows if row["kind"] != "step"]]
+    files = [folder / "logs" / name for name in ("config.json", "environment.json")]
+    said = [json.loads(file.read_bytes()) if file.exists() else None for file in files]
+    end = f"RunRecords(steps={whole[0]}, validations={whole[1]}) {said[0]} {said[1]}\n"
+    return lambda printed: printed.endswith(end)
+
+
+def _machine_stands(folder: Path) -> Callable[[str], bool]:
+    """Whether every number of the file is in the machine that is read from it."""
+    from dsv3_megatron.planning.machine.hardware import load_hardware
+
+    content = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
+    read = load_hardware(str(folder / "machine.json")).as_dict()
+    return lambda _printed: json.loads(json.dumps(read)) == {"fp8_scales": "", **content}
+
+
+def _trace_stands(folder: Path) -> Callable[[str], bool]:
+    """Whether the step's time is that of the last event in the file."""
+    content = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
+    ends = [event["ts"] + event["dur"] for event in content["traceEvents"] if event["ph"] == "X"]
+    return lambda printed: len(ends) == 2 * 8 and printed.startswith("1f1b: 2 ranks, 2 stages, 4 micro-batches")
+
+
+def _prompts_stand(folder: Path) -> Callable[[str], bool]:
+    """Whether the texts that were printed begin with the file's prompts."""
+    lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").removeprefix("\ufeff").split("\n")
+    prompts = [json.loads(line)["prompt"] for line in lines if line.strip()]
+    return lambda printed: [json.loads(line)["prompt"] for line in printed.splitlines()] == prompts
