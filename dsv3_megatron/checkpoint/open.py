@@ -58,7 +58,7 @@ class OpenedCheckpoint:
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, load: str, training: TrainingConfig, parallel: ParallelConfig | None = None,
-            data: DataConfig | None = None) -> RunConfig:
+            data: DataConfig | None = None, *, verify_files: str = "read") -> RunConfig:
         """Describe a run that uses the checkpoint's model without its data.
 
         Args:
@@ -66,13 +66,19 @@ class OpenedCheckpoint:
             training: Batch, sequence length, precision and modules of the run.
             parallel: Layout of the run; None: one process.
             data: Document switches of the run; None: documents are packed, and nothing keeps them apart.
+            verify_files: How far files are compared with their checksums, as `CheckpointConfig` has it.
         """
         return RunConfig(self.preset, self.model, parallel or ParallelConfig(), training, data or DataConfig(),
-                         CheckpointConfig(load=load), LoggingConfig())
+                         CheckpointConfig(load=load, verify_files=verify_files), LoggingConfig())
 
 
-def open_checkpoint(load: str) -> OpenedCheckpoint:
+def open_checkpoint(load: str, *, verify_files: str = "read") -> OpenedCheckpoint:
     """What kind of checkpoint a folder holds, and of which model; reads no tensors.
+
+    Args:
+        load: The folder.
+        verify_files: How far a Hugging Face folder is compared with its checksums, where it has them: "read", "all" or
+            "none".
 
     Raises:
         CheckpointError: there is none, or it is damaged or of an architecture that this version does not know.
@@ -84,7 +90,7 @@ def open_checkpoint(load: str) -> OpenedCheckpoint:
     if (folder / TRACKER).is_file():
         return _open_own(load)
     if (folder / CONFIG).is_file():
-        return _open_hugging_face(load)
+        return _open_hugging_face(load, verify_files)
     raise CheckpointError(f"load={load} holds no checkpoint: neither {TRACKER}, as runs write it, nor {CONFIG}, as "
                           "Hugging Face's do")
 
@@ -109,10 +115,10 @@ def _open_own(load: str) -> OpenedCheckpoint:
         training={name: value for name, value in manifest.run["training"].items() if name in settings})
 
 
-def _open_hugging_face(load: str) -> OpenedCheckpoint:
+def _open_hugging_face(load: str, verify_files: str) -> OpenedCheckpoint:
     from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
 
-    directory = HuggingFaceDirectory(load)
+    directory = HuggingFaceDirectory(load, verify=verify_files)
 
     def load_into(stages: list[Any], groups: Any) -> None:
         from dsv3_megatron.checkpoint.hf.pretrained import load_hugging_face

@@ -32,7 +32,8 @@ from dsv3_megatron.checkpoint.byte_ranges import ByteRange, read_byte_ranges
 from dsv3_megatron.checkpoint.folder import CheckpointError, Manifest
 from dsv3_megatron.checkpoint.proved_files import CheckpointFiles
 from dsv3_megatron.checkpoint.tensor_index import INDEX, READ_ERRORS, read_index
-from dsv3_megatron.data.checksums import BlockVerifier
+from dsv3_megatron.data.checksums import BlockVerifier, damages
+from dsv3_megatron.process.cores import usable_cores
 from dsv3_megatron.process.unpickling import load_tensors
 
 _COMMON_FILE = "__0_common.distcp"
@@ -132,14 +133,19 @@ class TensorFiles:
 
     Args:
         manifest: One checkpoint.
+        verify: How far files are compared with their checksums: "read" (what is read), "all" (every file, now) or
+            "none".
 
     Raises:
-        CheckpointError: the checkpoint's index cannot be read.
+        CheckpointError: the checkpoint's index cannot be read, or a file is damaged.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, verify: str = "read") -> None:
         self.folder = folder = manifest.path
-        self._files = CheckpointFiles(manifest)
+        self._files = CheckpointFiles(manifest, verify)
+        if verify == "all":
+            for _, damage in damages(self._files.verifiers, usable_cores()):
+                raise CheckpointError(f"checkpoint {folder}: {damage}; take another checkpoint, or a copy of this one")
         try:
             metadata = read_index(manifest)
         except READ_ERRORS as error:

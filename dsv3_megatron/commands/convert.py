@@ -22,6 +22,7 @@ from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.training import VERIFY_FILES
 from dsv3_megatron.process.cores import usable_cores
 
 
@@ -80,6 +81,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--megatron", required=True, metavar="DIR", help="folder of checkpoints")
     add("--iteration", type=int, metavar="N", help="which checkpoint (the newest)")
     add("--workers", type=int, default=workers, metavar="N", help="tensors compared at a time (%(default)s)")
+    _add_verify_files(add)
 
     add = commands.add_parser("inventory", help="list what a model's checkpoint holds, without weights").add_argument
     add("--preset", choices=sorted(PRESETS), default="dsv3-671b", help="(%(default)s)")
@@ -94,8 +96,14 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def _add_common(add: Any, workers: int) -> None:
     add("--workers", type=int, default=workers, metavar="N", help="files written at a time (%(default)s)")
+    _add_verify_files(add)
     add("--verify", action="store_true", help="compare every tensor with the source before the result gets its name, "
         "and print a table")
+
+
+def _add_verify_files(add: Any) -> None:
+    add("--verify-files", choices=VERIFY_FILES, default="read", help="what of the input is compared with its "
+        "checksums: what is read, all before any is used, or none (%(default)s)")
 
 
 def _hf_to_megatron(options: argparse.Namespace) -> None:
@@ -107,7 +115,8 @@ def _hf_to_megatron(options: argparse.Namespace) -> None:
         expert_model_parallel_size=options.expert_model_parallel_size,
         expert_tensor_parallel_size=options.expert_tensor_parallel_size)
     table = convert_to_megatron(options.input, options.output, parallel=parallel, num_workers=options.workers,
-                                is_verified=options.verify, progress=ProgressBar())
+                                is_verified=options.verify, verify_files=options.verify_files,
+                                progress=ProgressBar())
     if table:
         print(table)
     print(f"{options.output}: start a run from it with --config {options.output}/model.json --load {options.output}")
@@ -121,7 +130,7 @@ def _megatron_to_hf(options: argparse.Namespace) -> None:
         tokenizer=options.tokenizer_model, num_workers=options.workers,
         max_shard_bytes=int(options.max_shard_gb * 1e9), is_verified=options.verify, is_average=options.ema,
         is_without_mtp=options.no_mtp, license_id=options.license, losses=_losses(options.input, options.iteration),
-        progress=ProgressBar())
+        verify_files=options.verify_files, progress=ProgressBar())
     if table:
         print(table)
     print(options.output)
@@ -144,11 +153,11 @@ def _verify(options: argparse.Namespace) -> None:
     from dsv3_megatron.checkpoint.hf.audit import audit
     from dsv3_megatron.checkpoint.hf.stored import MegatronWeights
 
-    directory = HuggingFaceDirectory(options.hf)
+    directory = HuggingFaceDirectory(options.hf, verify=options.verify_files)
     directory.check_copies()
     is_master = directory.stored["lm_head.weight"].dtype == torch.float32
-    table = audit(directory, MegatronWeights(options.megatron, options.iteration), is_master=is_master,
-                  num_workers=options.workers, progress=ProgressBar())
+    table = audit(directory, MegatronWeights(options.megatron, options.iteration, verify=options.verify_files),
+                  is_master=is_master, num_workers=options.workers, progress=ProgressBar())
     print(table)
     table.require_expected()
 

@@ -28,7 +28,7 @@ from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import nearest_microbatches
 from dsv3_megatron.config.run import RunConfig, require_context_parallel, require_document_attention
-from dsv3_megatron.config.training import PRECISIONS, TRANSFORMER_IMPLS, TrainingConfig
+from dsv3_megatron.config.training import PRECISIONS, TRANSFORMER_IMPLS, VERIFY_FILES, TrainingConfig
 from dsv3_megatron.data.blend import without_suffix
 from dsv3_megatron.data.document_ends import named_eod_id, resolve_eod_id
 from dsv3_megatron.data.rows import Rows, open_token_array, open_windows
@@ -66,6 +66,7 @@ class EvaluationRequest:
             is there.
         as_json: Print one JSON object.
         ema: Evaluate the moving average of the weights that a run kept.
+        verify_files: How far checkpoint and data are compared with their checksums: "read", "all" or "none".
     """
 
     load: str
@@ -81,6 +82,7 @@ class EvaluationRequest:
     tokenizer_model: str | None = None
     as_json: bool = False
     ema: bool = False
+    verify_files: str = "read"
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def check_request(request: EvaluationRequest, world_size: int) -> _CheckedReques
         raise ConfigError("give what to evaluate on: either --data-path PREFIX or --tokens FILE.npy")
     if request.micro_batch_size < 1:
         raise ConfigError(f"micro_batch_size={request.micro_batch_size} must be at least 1")
-    checkpoint = open_checkpoint(request.load)
+    checkpoint = open_checkpoint(request.load, verify_files=request.verify_files)
     checkpoint.model.validate()
     rows, length = _open_rows(request, checkpoint)
     data, eod_id, documents = _open_documents(request, checkpoint)
@@ -169,7 +171,7 @@ def check_request(request: EvaluationRequest, world_size: int) -> _CheckedReques
         precision=request.precision or checkpoint.precision, transformer_impl=request.transformer_impl, train_iters=1,
         eval_interval=0)
     training.validate(parallel, world_size)
-    run = checkpoint.run(request.load, training, parallel, data)
+    run = checkpoint.run(request.load, training, parallel, data, verify_files=request.verify_files)
     from dsv3_megatron.parallel.layout import stage_layouts
 
     stage_layouts(run.model, run.parallel)
@@ -224,7 +226,7 @@ def _open_rows(request: EvaluationRequest, checkpoint: OpenedCheckpoint) -> tupl
         raise ConfigError(f"seq_length={length} must lie in 1..{model.max_position_embeddings}, the model's "
                           "max_position_embeddings")
     return open_windows(request.data_path, length=length, vocab_size=model.vocab_size,
-                        tokenizer_fingerprint=identity), length
+                        tokenizer_fingerprint=identity, verify=request.verify_files), length
 
 
 def _open_documents(request: EvaluationRequest, checkpoint: OpenedCheckpoint) -> tuple[DataConfig, int | None, str]:
@@ -337,6 +339,8 @@ def _parse_arguments(arguments: list[str] | None) -> EvaluationRequest:
     add("--precision", choices=PRECISIONS, help="of weights and activations (default: as trained; auto for Hugging "
         "Face)")
     add("--ema", action="store_true", help="evaluate the moving average of the weights that the run kept (--ema-decay)")
+    add("--verify-files", choices=VERIFY_FILES, default="read", help="what of checkpoint and data is compared with "
+        "its checksums: what is read, all before any is used, or none (%(default)s)")
     add("--transformer-impl", choices=TRANSFORMER_IMPLS, default="auto", help="modules to build from (%(default)s)")
     _add_document_flags(parser)
     add = parser.add_argument_group("output").add_argument
@@ -351,7 +355,8 @@ def _parse_arguments(arguments: list[str] | None) -> EvaluationRequest:
         seq_length=options["seq_length"], micro_batch_size=options["micro_batch_size"], precision=options["precision"],
         transformer_impl=options["transformer_impl"], parallel=given_fields(options, ["parallel"]),
         switches={name: options[name] for name in DOCUMENT_SWITCHES if options[name] is not None},
-        tokenizer_model=options["tokenizer_model"], as_json=options["json"], ema=options["ema"])
+        tokenizer_model=options["tokenizer_model"], as_json=options["json"], ema=options["ema"],
+        verify_files=options["verify_files"])
 
 
 def main(arguments: list[str] | None = None) -> int:

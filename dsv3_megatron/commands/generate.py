@@ -21,7 +21,7 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.training import PRECISIONS, TrainingConfig
+from dsv3_megatron.config.training import PRECISIONS, VERIFY_FILES, TrainingConfig
 from dsv3_megatron.generation.text import TextCodec, TextStream, check_text, open_codec, read_prompts
 from dsv3_megatron.process.ranks import Processes
 from dsv3_megatron.runs.rank import check_and_run, prepare_rank, refuse
@@ -48,6 +48,7 @@ class GenerationRequest:
         tokenizer_model: Folder of the tokenizer; None: the checkpoint's.
         precision: "auto", "bf16", "fp32"; None: as the checkpoint was trained, "auto" if it does not say.
         as_json: Print one JSON object for each text.
+        verify_files: How far the checkpoint is compared with its checksums: "read", "all" or "none".
     """
 
     load: str
@@ -63,6 +64,7 @@ class GenerationRequest:
     tokenizer_model: str | None = None
     precision: str | None = None
     as_json: bool = False
+    verify_files: str = "read"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def check_request(request: GenerationRequest, world_size: int = 1) -> CheckedReq
                           "of any layout load into it")
     if (request.prompt is None) == (request.prompts is None):
         raise ConfigError("give what to continue: either --prompt TEXT or --prompts FILE.jsonl")
-    checkpoint = open_checkpoint(request.load)
+    checkpoint = open_checkpoint(request.load, verify_files=request.verify_files)
     model = checkpoint.model
     model.validate()
     options = _options(request, max_length=model.max_position_embeddings)
@@ -119,7 +121,7 @@ def check_request(request: GenerationRequest, world_size: int = 1) -> CheckedReq
     training = TrainingConfig(
         seq_length=model.max_position_embeddings, micro_batch_size=1, global_batch_size=1, train_iters=1,
         precision=request.precision or checkpoint.precision, transformer_impl="local", eval_interval=0)
-    run = checkpoint.run(request.load, training)
+    run = checkpoint.run(request.load, training, verify_files=request.verify_files)
     run.validate(1)
     return CheckedRequest(run, checkpoint.load, codec, tuple(texts), tuple(map(tuple, ids)), options)
 
@@ -252,6 +254,8 @@ def _parse_arguments(arguments: list[str] | None) -> GenerationRequest:
     add("--batch-size", type=int, default=1, metavar="B", help="prompts decoded together (%(default)s)")
     add("--precision", choices=PRECISIONS, help="of weights and activations (default: as trained; auto for Hugging "
         "Face)")
+    add("--verify-files", choices=VERIFY_FILES, default="read", help="what of the checkpoint is compared with its "
+        "checksums: what is read, all before any is used, or none (%(default)s)")
     add("--json", dest="as_json", action="store_true", help="print one JSON object for each text")
     return GenerationRequest(**vars(parser.parse_args(arguments)))
 

@@ -225,6 +225,8 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
         check_save_directory(run.checkpoint.save)
     told += precheck.check_run_data(run)
     if rank == 0:
+        if run.checkpoint.verify_files == "all":
+            precheck.prove_tokens(prefixes)
         precheck.check_attention(run, is_planned=command.world_size is not None)
         told += precheck.check_vocabulary(run, prefixes)
         told += precheck.check_export(run)

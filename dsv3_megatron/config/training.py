@@ -218,8 +218,8 @@ class CheckpointConfig:
                                  "--tensorboard-dir; without it such a folder is refused")
     allow_data_change: bool = option(False, help="resume on other data than the checkpoint's, or in another order: "
                                      "they are read from their first sample")
-    verify_files: str = option("read", choices=VERIFY_FILES, help="what of a checkpoint is compared with its "
-                               "checksums: what is read, all files before any is used, or none")
+    verify_files: str = option("read", choices=VERIFY_FILES, help="what of checkpoints and data is compared "
+                               "with its checksums: what is read, all files before any is used, or none")
     save_interval: int = option(500, help="steps between checkpoints; one is always written at the end")
     async_save: bool = option(True, help="train on while a process writes a checkpoint from a copy in host memory; "
                               "where that cannot be, training waits")

@@ -45,6 +45,7 @@ class DatasetConfig:
         is_validated: Whether the run validates at all; if not, there need be no data for it.
         is_chat: The data are conversations with masks; whole ones are packed.
         long_conversations: What becomes of those that are longer than a sample, one of LONG_CONVERSATIONS.
+        is_verified: Whether blocks of tokens are compared with their checksums when they are first read.
     """
 
     seq_length: int
@@ -61,6 +62,7 @@ class DatasetConfig:
     is_validated: bool = True
     is_chat: bool = False
     long_conversations: str = "refuse"
+    is_verified: bool = True
 
     def __post_init__(self) -> None:
         if self.eod_id is None and (self.reset_position_ids or self.eod_mask_loss):
@@ -128,6 +130,7 @@ def dataset_config(run: RunConfig, span: DataSpan | None = None) -> DatasetConfi
         is_validated=training.eval_interval > 0,
         is_chat=data.sft,
         long_conversations=data.long_conversations,
+        is_verified=run.checkpoint.verify_files != "none",
     )
     for prefix in config.prefixes:
         if data.sft:
@@ -260,7 +263,8 @@ def _open_blend(config: DatasetConfig, blend: Blend, edges: tuple[float, float],
     parts = []
     for number, prefix in enumerate(blend.prefixes):
         share = sequences_between(prefix, edges)
-        part = ShuffledTokens(prefix, share, seq_length=config.seq_length, seed=config.seed, number=number)
+        part = ShuffledTokens(prefix, share, seq_length=config.seq_length, seed=config.seed, number=number,
+                              is_verified=config.is_verified)
         if not part.samples_per_epoch:
             raise ValueError(
                 f"the {purpose} data holds no whole sample of seq_length={config.seq_length}: use more {purpose} data, "

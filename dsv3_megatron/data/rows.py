@@ -53,7 +53,7 @@ class Windows:
 
 
 def open_windows(prefix: str, *, length: int, vocab_size: int, tokenizer_fingerprint: str | None = None,
-                 is_verified: bool = True) -> Windows:
+                 verify: str = "read") -> Windows:
     """Map the rows of a dataset into memory.
 
     Args:
@@ -61,7 +61,8 @@ def open_windows(prefix: str, *, length: int, vocab_size: int, tokenizer_fingerp
         length: Tokens that a row predicts.
         vocab_size: Rows of the model's embedding.
         tokenizer_fingerprint: Fingerprint of the tokenizer that made the data; None leaves it unchecked.
-        is_verified: Whether blocks of tokens are compared with their checksums when they are first read.
+        verify: How far blocks of tokens are compared with their checksums: "read" (when they are first read), "all"
+            (now) or "none".
 
     Raises:
         ValueError: a file is missing or damaged, the vocabulary is larger than the model's, another tokenizer made it,
@@ -73,7 +74,10 @@ def open_windows(prefix: str, *, length: int, vocab_size: int, tokenizer_fingerp
     if header.num_tokens < length + 1:
         raise ValueError(f"data_path={prefix} has {header.num_tokens} tokens, fewer than one sequence of seq_length + "
                          f"1 = {length + 1}: use more data, or a seq_length of at most {max(1, header.num_tokens - 1)}")
-    return Windows(ProvedTokens(prefix, is_verified=is_verified), length)
+    tokens = ProvedTokens(prefix, is_verified=verify != "none")
+    if verify == "all":
+        tokens.require_all()
+    return Windows(tokens, length)
 
 
 def open_token_array(file: str | os.PathLike[str], *, vocab_size: int, max_length: int) -> np.ndarray:

@@ -37,6 +37,7 @@ from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.parallel.placement import placement
 from dsv3_megatron.parallel.roll_call import meet_ranks
 from dsv3_megatron.platform import Device
+from dsv3_megatron.process.loopback import is_loopback, use_loopback_interface
 from dsv3_megatron.process.ranks import Processes
 
 # Models that use the groups that are there: a process alone may have several, and they share them.
@@ -67,6 +68,8 @@ def start_process_group(device: Device, *, timeout_s: float = UNWATCHED_TIMEOUT_
     processes = Processes.from_environment()
     processes.require_rank()
     if processes.address is not None:
+        if is_loopback(processes.address):
+            use_loopback_interface()
         meet_ranks(processes)
         # What it reads, where it may be left out.
         os.environ.setdefault("MASTER_ADDR", processes.address)

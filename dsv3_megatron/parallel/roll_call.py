@@ -19,6 +19,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.streams import message
+from dsv3_megatron.process.loopback import loopback_store_class
 from dsv3_megatron.process.ranks import Processes, require_free_port, wait_for_port
 
 __all__ = ["PeerError", "RollCall", "let_go", "meet_nodes", "meet_ranks", "say_once", "stand_by"]
@@ -73,8 +74,10 @@ class RollCall:
         key = address, port
         if self.is_host and key not in _servers:
             require_free_port(port, address)
-        self._server = TCPStore(address, port, None, self.is_host, datetime.timedelta(seconds=_CONNECT_S),
-                                wait_for_workers=False, multi_tenant=self.is_host)
+        # A second store of this process is served by the first one's server.
+        kind = loopback_store_class() if self.is_host and key not in _servers else TCPStore
+        self._server = kind(address, port, None, self.is_host, datetime.timedelta(seconds=_CONNECT_S),
+                            wait_for_workers=False, multi_tenant=self.is_host)
         if self.is_host:
             _servers[key] = self._server
         self._store = PrefixStore(f"dsv3_megatron_roll_call/{name}", self._server)

@@ -35,6 +35,7 @@ from dsv3_megatron.data.datasets import (
     sequences_between,
 )
 from dsv3_megatron.data.indexed import dataset_paths, map_index, read_header, read_sidecar
+from dsv3_megatron.data.proved_tokens import ProvedTokens
 from dsv3_megatron.data.tokenizer import count_ids, load_tokenizer
 from dsv3_megatron.ops.attention_choices import AttentionCase, choose_attention
 from dsv3_megatron.parallel.layout import stage_layouts
@@ -389,6 +390,16 @@ def _compared(text: str, needed: int, have: int, whose: str) -> Told:
         return Told(f"{text}: {_gb(needed)} of the {_gb(have)} {whose}")
     return Told(f"{text}: {_gb(needed)}, more than the {_gb(have)} {whose}: it may not fit; dsv3 plan says "
                 "which settings would lower it", is_warning=True)
+
+
+def prove_tokens(prefixes: Sequence[str]) -> None:
+    """Compare every block of tokens of some datasets with its checksum; a dataset without any is passed over.
+
+    Raises:
+        DamagedFileError: one is damaged.
+    """
+    for prefix in prefixes:
+        ProvedTokens(prefix).require_all()
 
 
 def _check_unfinished(output: str, checkpoint: Path) -> None:

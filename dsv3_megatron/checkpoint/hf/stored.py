@@ -30,6 +30,7 @@ class MegatronWeights:
         directory: Folder of checkpoints.
         iteration: Step of the checkpoint to read; None: the newest.
         is_average: The moving average of its weights instead of the weights; the router biases are as they are.
+        verify: How far its files are compared with their checksums: "read", "all" or "none".
 
     Attributes:
         manifest: What the checkpoint says of itself.
@@ -41,7 +42,8 @@ class MegatronWeights:
             has no average.
     """
 
-    def __init__(self, directory: str | Path, iteration: int | None = None, *, is_average: bool = False) -> None:
+    def __init__(self, directory: str | Path, iteration: int | None = None, *, is_average: bool = False,
+                 verify: str = "read") -> None:
         self.is_average = is_average
         self.manifest: Manifest = read_manifest(directory, iteration)
         stored = self.manifest.run.get("model", {})
@@ -55,7 +57,7 @@ class MegatronWeights:
         except TypeError as error:
             raise CheckpointError(f"checkpoint {self.manifest.path} does not describe its model: {error}") from error
         self.source: Source | None = read_source(self.manifest.path)
-        self._files = TensorFiles(self.manifest)
+        self._files = TensorFiles(self.manifest, verify)
         self._keys = self._files.keys()
         if is_average and not any(key.startswith(AVERAGE_PREFIX) for key in self._keys):
             raise CheckpointError(no_average(self.manifest))

@@ -81,7 +81,7 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
                             max_shard_bytes: int = MAX_SHARD_BYTES, is_verified: bool = False,
                             is_average: bool = False, is_without_mtp: bool = False,
                             license_id: str = UNKNOWN_LICENSE, losses: Losses | None = None,
-                            progress: ProgressDisplay | None = None) -> Audit | None:
+                            verify_files: str = "read", progress: ProgressDisplay | None = None) -> Audit | None:
     """Make a folder in Hugging Face's layout of a checkpoint of ours.
 
     Args:
@@ -98,6 +98,7 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
         is_without_mtp: Leave the MTP modules out.
         license_id: The hub's name of a licence, for the model card.
         losses: Last losses of the run, for the model card.
+        verify_files: How far the checkpoint's files are compared with their checksums: "read", "all" or "none".
         progress: Told what is done.
 
     Returns:
@@ -110,7 +111,7 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
     """
     export = prepare_export(source, output, iteration=iteration, dtype=dtype, tokenizer=tokenizer,
                             max_shard_bytes=max_shard_bytes, is_average=is_average, is_without_mtp=is_without_mtp,
-                            license_id=license_id, losses=losses)
+                            license_id=license_id, losses=losses, verify_files=verify_files)
     place = export.place
     for note in export.notes:
         logger.info("%s: not everything reads it: %s", output, note)
@@ -121,7 +122,7 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
         export.finish()
         result = None
         if is_verified:
-            weights = MegatronWeights(source, iteration, is_average=is_average)
+            weights = MegatronWeights(source, iteration, is_average=is_average, verify=verify_files)
             result = audit(HuggingFaceDirectory(place.result), weights,
                            is_master=export.is_master, num_workers=num_workers, progress=progress)
             result.require_expected()
@@ -134,9 +135,9 @@ def convert_to_hugging_face(source: str | Path, output: str | Path, *, iteration
 def prepare_export(source: str | Path, output: str | Path, *, iteration: int | None = None, dtype: str | None = None,
                    tokenizer: str | Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
                    is_average: bool = False, is_without_mtp: bool = False, license_id: str = UNKNOWN_LICENSE,
-                   losses: Losses | None = None) -> Export:
+                   losses: Losses | None = None, verify_files: str = "read") -> Export:
     """Plan a conversion without starting it; arguments and errors are those of `convert_to_hugging_face`."""
-    weights = MegatronWeights(source, iteration, is_average=is_average)
+    weights = MegatronWeights(source, iteration, is_average=is_average, verify=verify_files)
     manifest, kept = weights.manifest, weights.source
     chosen = dtype or (kept.dtype if kept else manifest.precision)
     model = dataclasses.replace(weights.model, mtp_num_layers=0) if is_without_mtp else weights.model

@@ -69,7 +69,7 @@ _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 def convert_to_megatron(source: str | Path, output: str | Path, *, parallel: ParallelConfig | None = None,
                         num_workers: int = 4, max_file_bytes: int = FILE_BYTES, is_verified: bool = False,
-                        progress: ProgressDisplay | None = None) -> Audit | None:
+                        verify_files: str = "read", progress: ProgressDisplay | None = None) -> Audit | None:
     """Make OUTPUT/iter_0000000 of a Hugging Face checkpoint, and OUTPUT/model.json for `--config`.
 
     Tensors keep their dtype; FP8 becomes BF16, and router biases are FP32. Where a parameter of ours is made of tensors
@@ -82,6 +82,8 @@ def convert_to_megatron(source: str | Path, output: str | Path, *, parallel: Par
         num_workers: Files written at a time.
         max_file_bytes: About how large a file becomes.
         is_verified: Compare every tensor with the source before the result gets its name.
+        verify_files: How far the source's files are compared with their checksums, where it has them: "read", "all"
+            or "none".
         progress: Told what is done.
 
     Returns:
@@ -91,7 +93,7 @@ def convert_to_megatron(source: str | Path, output: str | Path, *, parallel: Par
         CheckpointError: the source is damaged, the output is not empty, the disk is full; nothing is under OUTPUT then.
         ConfigError: the layout does not fit the model.
     """
-    directory = HuggingFaceDirectory(source)
+    directory = HuggingFaceDirectory(source, verify=verify_files)
     run = _run_of(directory.model, parallel or ParallelConfig())
     files = _plan_files(directory, max_file_bytes)
     place = Workplace(output, {
