@@ -100,6 +100,7 @@ def test_a_merge_needs_its_frequency():
 
 def test_fingerprint_is_of_what_changes_ids(tokenizer_dir, tmp_path, texts):
     shutil.copytree(tokenizer_dir, tmp_path / "t")
+    (tmp_path / "t" / "checksums.json").unlink()  # of the files as they were
     file = tmp_path / "t" / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     content["padding"] = {"strategy": "BatchLongest"}
@@ -115,6 +116,9 @@ def test_eod_follows_the_config(tokenizer_dir, tmp_path):
     shutil.copytree(tokenizer_dir, tmp_path / "t")
     config = tmp_path / "t" / "tokenizer_config.json"
     config.write_text(json.dumps({"eos_token": {"content": "<|EOT|>"}}))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is damaged: .* remove .*checksums\.json"):
+        find_eod_id(load_tokenizer(tmp_path / "t"), tmp_path / "t")
+    (tmp_path / "t" / "checksums.json").unlink()
     tokenizer = load_tokenizer(tmp_path / "t")
     assert find_eod_id(tokenizer, tmp_path / "t") == tokenizer.token_to_id("<|EOT|>")
     config.write_text(json.dumps({"eos_token": "</s>"}))

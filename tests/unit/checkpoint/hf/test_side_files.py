@@ -45,8 +45,8 @@ def exported(tmp_path: Path, checkpoint: Path, **options: Any) -> Path:
 def test_files_that_the_hub_and_its_readers_expect(tmp_path, tokenizer):
     folder = exported(tmp_path, trained(tmp_path), tokenizer=tokenizer)
     assert sorted(file.name for file in folder.iterdir()) == [
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json"]
+        "README.md", "checksums.json", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json"]
     config = json.loads((folder / "config.json").read_text())
     assert [config[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")] == [0, 1, 2]
     generation = GenerationConfig.from_pretrained(folder)
