@@ -320,8 +320,10 @@ launch() {
         rendezvous=(--master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$MASTER_PORT")
     else
         rendezvous=(--standalone --local-addr 127.0.0.1) # a free port, and no look-up of the host's own name
-        [ ! -e /sys/class/net/lo ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
     fi
+    # torchrun's stores listen on every address of the machine; those of its double, at the loopback address alone.
+    local torchrun=torch.distributed.run
+    [ "$nnodes" -gt 1 ] || torchrun=dsv3_megatron.process.local_torchrun
 
     # A wrong setting is said once, here, and not under a heap of torchrun's own messages. The nodes agree on it: none
     # waits in torchrun for one that found something wrong.
@@ -340,7 +342,7 @@ launch() {
     told=$(mktemp -d)
     on_signal=pass_on
     guarded env OMP_NUM_THREADS="$threads" \
-        DSV3_EXIT_CODE_FILE="$told/code" "$python" -m torch.distributed.run "${rendezvous[@]}" \
+        DSV3_EXIT_CODE_FILE="$told/code" "$python" -m "$torchrun" "${rendezvous[@]}" \
         --nproc-per-node "$num_processes" --shutdown-timeout "${SHUTDOWN_TIMEOUT:-30}" \
         --signals-to-handle "$torchrun_signals" \
         -m dsv3_megatron train "$@" || status=$?

@@ -33,7 +33,7 @@ case "$*" in
     *tomllib*) echo "complete" ;;
     *minimum_world_size*) echo 4 ;;
     *--check-only*) echo "$WORLD_SIZE" >"{folder}/world_size"; exit {check_code} ;;
-    *torch.distributed.run*)
+    *local_torchrun*|*torch.distributed.run*)
         echo "$*" >"{folder}/torchrun"
         echo "OMP_NUM_THREADS=$OMP_NUM_THREADS" >>"{folder}/torchrun"
         trap 'exit 99' INT TERM
