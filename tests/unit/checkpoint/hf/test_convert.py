@@ -61,7 +61,7 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
 def assert_same_files(one: Path, other: Path) -> None:
     """An export has the other's files, and their checksums."""
     names = sorted(file.name for file in one.iterdir())
-    assert sorted([*names, "checksums.json"]) == sorted(file.name for file in other.iterdir())
+    assert sorted({*names, "checksums.json"}) == sorted(file.name for file in other.iterdir())
     assert filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
 
 
