@@ -323,7 +323,7 @@ launch() {
     fi
     # torchrun's stores listen on every address of the machine; those of its double, at the loopback address alone.
     local torchrun=torch.distributed.run
-    [ "$nnodes" -gt 1 ] || torchrun=dsv3_megatron.process.local_torchrun
+    [ "$nnodes" -gt 1 ] || torchrun=dsv3_megatron.platform.local_torchrun
 
     # A wrong setting is said once, here, and not under a heap of torchrun's own messages. The nodes agree on it: none
     # waits in torchrun for one that found something wrong.

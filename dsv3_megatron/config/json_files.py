@@ -53,7 +53,7 @@ def parse_json(text: str | bytes | bytearray, **options: Any) -> Any:
         options: Keyword arguments handed on to `json.loads`.
 
     Raises:
-        ValueError: it is not JSON, or beyond a bound.
+        ValueError: the text is not JSON, or is beyond a bound.
     """
     if not isinstance(text, str):
         text = text.decode("utf-8")  # json would take UTF-16 and lone surrogates too

@@ -8,6 +8,7 @@ this package changes nothing. Where CUDA is available it changes nothing at all.
     meta.py      models without memory, to be counted
     sending.py   a few numbers of the host, sent to a GPU without waiting for it
     notices.py   other packages' notices that are left out
+    local_torchrun.py   torchrun for one machine, whose stores no other machine can reach
 """
 
 from dsv3_megatron.platform.device import (

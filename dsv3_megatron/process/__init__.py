@@ -6,5 +6,5 @@ No torch: all of it is needed before torch is imported. In reading order:
     parent.py   a worker that ends with who started it        cores.py    cores that may be used
     logs.py     what is logged                                unpickling.py  the one place that unpickles
     host_bytes.py  memory that may be used                    elastic.py   nodes that come and go
-    loopback.py     a store that no other machine can reach   local_torchrun.py  torchrun with such stores
+    loopback.py     a store that no other machine can reach
 """

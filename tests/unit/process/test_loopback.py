@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_megatron.process.local_torchrun import main
+from dsv3_megatron.platform.local_torchrun import main
 from dsv3_megatron.process.loopback import is_loopback, listen_on_loopback, loopback_store_class
 
 LISTENING = "0A"
@@ -69,7 +69,7 @@ def test_a_store_of_one_machine() -> None:
 def test_torchrun_listens_on_this_machine_alone(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     variables = {name: value for name, value in os.environ.items() if not name.endswith("_SOCKET_IFNAME")}
-    agent = subprocess.Popen([sys.executable, "-m", "dsv3_megatron.process.local_torchrun", "--nproc-per-node", "2",
+    agent = subprocess.Popen([sys.executable, "-m", "dsv3_megatron.platform.local_torchrun", "--nproc-per-node", "2",
                               "worker.py"], cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120

@@ -1,8 +1,8 @@
 """torchrun for the processes of one machine: its stores listen at the loopback address alone.
 
-    python -m dsv3_megatron.process.local_torchrun --nproc-per-node 4 -m dsv3_megatron train FLAGS
+    python -m dsv3_megatron.platform.local_torchrun --nproc-per-node 4 -m dsv3_megatron train FLAGS
 
-Arguments are torchrun's. Where none of them says how processes meet, they meet at a free port (--standalone). torchrun
+Its arguments are those of torchrun. Where none of them says how processes meet, they meet at a free port (--standalone). torchrun
 itself opens two ports on every address of the machine, also with --standalone and --local-addr 127.0.0.1.
 """
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _program(arguments: Sequence[str]) -> int:
-    """Where the program begins, as far as it takes to tell its flags from torchrun's."""
+    """The place of the word with which the program begins: what follows are its flags, not torchrun's."""
     return next((place for place, word in enumerate(arguments)
                  if word in ("-m", "--module", "--") or word.endswith(".py")), len(arguments))
 
