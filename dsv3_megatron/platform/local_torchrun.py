@@ -2,8 +2,8 @@
 
     python -m dsv3_megatron.platform.local_torchrun --nproc-per-node 4 -m dsv3_megatron train FLAGS
 
-Its arguments are those of torchrun. Where none of them says how processes meet, they meet at a free port (--standalone). torchrun
-itself opens two ports on every address of the machine, also with --standalone and --local-addr 127.0.0.1.
+Its arguments are those of torchrun. Where none says how processes meet, they meet at a free port (--standalone).
+torchrun itself opens two ports on every address of the machine, also with --standalone and --local-addr 127.0.0.1.
 """
 
 from __future__ import annotations
