@@ -158,7 +158,8 @@ class Trial:
     def kill(self, node: int, what: str) -> int:
         """Kill a node's torchrun, one of its ranks, or all of it; how many processes that were."""
         found = self.processes(node)
-        pids = found["all"] if what == "all" else found[what][:1]
+        # One that has just been started has none yet.
+        pids = found["all"] if what == "all" or not found[what] else found[what][:1]
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)

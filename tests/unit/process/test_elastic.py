@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from dsv3_megatron.guards.endings import EXIT_CODE_FILE, tell_launcher
-from dsv3_megatron.process.elastic import ELASTIC, STOP_FILE, elastic_launch, end_agent, is_told_to_stop
+from dsv3_megatron.process.elastic import (
+    ELASTIC,
+    EXIT_AGAIN,
+    STOP_FILE,
+    STOPPED_CODE,
+    elastic_launch,
+    end_agent,
+    is_told_to_stop,
+    stopped_code,
+)
 from dsv3_megatron.process.ranks import Processes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,6 +39,20 @@ def test_the_stop_file_is_looked_for_when_asked(monkeypatch, tmp_path) -> None:
     assert not is_told_to_stop()
     (tmp_path / "stop").touch()
     assert is_told_to_stop()
+
+
+def test_a_stopped_run_ends_with_0_unless_it_is_started_again_otherwise(monkeypatch, tmp_path) -> None:
+    for name in (ELASTIC, STOPPED_CODE):
+        monkeypatch.delenv(name, raising=False)
+    assert stopped_code() == 0
+    for given, code in (("75", 75), ("0", 0), ("many", 0), ("300", 0)):
+        monkeypatch.setenv(STOPPED_CODE, given)
+        assert stopped_code() == code
+    monkeypatch.setenv(ELASTIC, "run at here:1")
+    monkeypatch.setenv(STOP_FILE, str(tmp_path / "stop"))
+    assert stopped_code() == EXIT_AGAIN  # torchrun signalled it, to start it again
+    (tmp_path / "stop").touch()
+    assert stopped_code() == 0
 
 
 def test_only_what_the_next_start_would_meet_again_is_told(monkeypatch, tmp_path) -> None:
