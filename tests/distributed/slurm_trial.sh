@@ -49,6 +49,6 @@ follow() { # follow JOB: until it has ended for good
 scaled "$folder/long.sbatch" --train-iters "${STEPS:-150}" --lr 1e-3 --lr-decay-style constant
 follow "$(submit long)"
 grep -E "ended with|goes on|resumed at|stopped by|is complete" "$folder/job-long.log"
-scaled "$folder/guard.sbatch" --train-iters 60 --lr 1e25 --min-lr 0 --lr-decay-style constant
+scaled "$folder/guard.sbatch" --train-iters 60 --lr 1e12 --lr-decay-style constant --max-consecutive-skips 0
 follow "$(submit guard)"
 grep -E "ended with|guard" "$folder/job-guard.log" | tail -4
