@@ -27,6 +27,8 @@
 # Ctrl-C or a signal that asks to stop (INT, TERM, HUP, QUIT, USR1, USR2, XCPU, ALRM, PWR): the run saves a checkpoint
 # and ends; a second one ends it at once. If this script is killed, what it started ends too.
 #
+# Where phases of a run name another layout than the one before them, the run is started again at their beginning.
+#
 # Exit codes: 0 done or stopped with a checkpoint, 2 a setting or an input is wrong, 3 a guard ended the run (a resumed
 # one would end the same way), 4 a rank hung, 128 and a signal's number where it came before there was anything to save;
 # others are a crash's.
@@ -414,7 +416,7 @@ default_num_processes() { # default_num_processes FLAGS...
     else # what is wrong with the flags, if anything is, is said by the check before the start
         "$python" -c 'import sys
 from dsv3_megatron.config.load import parse_command
-print(-(-parse_command(sys.argv[2:]).run.parallel.minimum_world_size // int(sys.argv[1])))' \
+print(-(-parse_command(sys.argv[2:]).run.minimum_world_size // int(sys.argv[1])))' \
             "${NNODES:-1}" "$@" 2>/dev/null || echo 1
     fi
 }
@@ -443,7 +445,30 @@ run_with_flags() {
             --resume | --resume=* | --overwrite-run) resume=() ;;
         esac
     done
-    launch "$(default_num_processes "$@")" "$@" ${resume[@]+"${resume[@]}"}
+    launch_to_the_end "$(default_num_processes "$@")" "$@" ${resume[@]+"${resume[@]}"}
+}
+
+# launch_to_the_end NUM_PROCESSES FLAGS...: where a phase has another layout, the run ends with 5 and is started again.
+launch_to_the_end() {
+    local num_processes=$1 status=0 skips="" flags argument
+    shift
+    launch "$num_processes" "$@" || status=$?
+    while [ "$status" = 5 ] && [ -z "$last_signal" ]; do
+        # Nothing is removed any more, and what is loaded is what was saved.
+        flags=()
+        for argument in "$@"; do
+            if [ -n "$skips" ]; then skips=""; continue; fi
+            case "$argument" in
+                --resume) skips=1 ;;
+                --resume=* | --overwrite-run) ;;
+                *) flags+=("$argument") ;;
+            esac
+        done
+        unset DSV3_MEGATRON_CHECKED
+        status=0
+        launch "$num_processes" "${flags[@]}" --resume auto || status=$?
+    done
+    return "$status"
 }
 
 # --------------------------------------------------------------------------------------------------- the quickstart

@@ -50,6 +50,7 @@ class Resumption:
         first_sample: Samples that the run had taken, or jumped over, when it began that dataset.
         position: The batch iterator's position in that dataset, for its check; None where there is nothing to compare.
         notes: What there is to say about it.
+        place: Steps, tokens and samples before that step.
     """
 
     run: RunConfig
@@ -59,6 +60,7 @@ class Resumption:
     first_sample: int = 0
     position: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    place: TrainedAmount = TrainedAmount()
 
     def start_of(self, span: DataSpan) -> int:
         """Samples that the run has taken, or jumped over, when it begins a dataset."""
@@ -113,7 +115,7 @@ def plan_schedule(run: RunConfig, load: str | None, iteration: int | None = None
     if own.fields == last.fields:
         recipe = replace(run.recipe(), shift=last.shift)
         _require_steps(recipe, now, manifest)
-        return Resumption(run, recipe, past, notes=tuple(notes)), manifest
+        return Resumption(run, recipe, past, notes=tuple(notes), place=now), manifest
     try:
         placed = run.recipe() if last.start == TrainedAmount() else run.recipe().placed_at(last.start)
         wrong = differences(placed, planned_steps(run, last), last.start, now)
@@ -124,7 +126,7 @@ def plan_schedule(run: RunConfig, load: str | None, iteration: int | None = None
         _require_steps(placed, now, manifest)
         notes.append(f"{settings}: the {now.iteration} steps up to the checkpoint would have been the same")
         stretches = (*earlier, replace(own, start=last.start, shift=placed.shift))
-        return Resumption(run, placed, stretches, notes=tuple(notes)), manifest
+        return Resumption(run, placed, stretches, notes=tuple(notes), place=now), manifest
     if not (overrides or keeps):
         raise CheckpointError(_refusal(manifest, wrong, settings, own, last))
     try:
@@ -133,7 +135,7 @@ def plan_schedule(run: RunConfig, load: str | None, iteration: int | None = None
         raise CheckpointError(f"load={load}: {error}") from error
     notes.append(f"another schedule from step {now.iteration + 1} on ({settings}): {'; '.join(wrong)}")
     stretches = (*past, replace(own, start=now, shift=recipe.shift))
-    return Resumption(run, recipe, stretches, notes=tuple(notes)), manifest
+    return Resumption(run, recipe, stretches, notes=tuple(notes), place=now), manifest
 
 
 def _place_in_data(planned: Resumption, manifest: Manifest, is_change_allowed: bool) -> Resumption:

@@ -24,6 +24,8 @@ from dsv3_megatron.process.stop import StopListener, default_stops
 from dsv3_megatron.runs.rank import EXIT_CONFIG, end_of, prepare_rank, run_rank, say_error
 
 if TYPE_CHECKING:
+    from dsv3_megatron.config.run import RunConfig
+    from dsv3_megatron.guards.claims import Start
     from dsv3_megatron.planning.precheck import Told
 
 # Set by the launcher for its check before the start, of which there is one a node: how many there are, and which.
@@ -41,9 +43,9 @@ def main(arguments: Sequence[str] | None = None,
         parse: Reader of them, which raises ValueError for what is wrong with them.
 
     Returns:
-        Exit code: 0 done, 2 a setting or an input is wrong, 3 a guard ended the run, 4 a rank hung, 75 it makes way for
-        the next start with other nodes, 128 and the number of a signal that came before there was anything to save; any
-        other error raises.
+        Exit code: 0 done, 2 a setting or an input is wrong, 3 a guard ended the run, 4 a rank hung, 5 the run goes on
+        under another layout when it is started again, 75 it makes way for the next start with other nodes, 128 and the
+        number of a signal that came before there was anything to save; any other error raises.
     """
     with StopListener("nothing was saved"):
         return end_of(lambda: _main(sys.argv[1:] if arguments is None else arguments, parse))
@@ -201,7 +203,10 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
     from dsv3_megatron.planning.dispatch_check import check_dispatch
 
     run = command.run
-    told = precheck.check_layout(run, world_size) + check_dispatch(run, _ranks_per_node(command, world_size))
+    start = RunClaim(run.checkpoint, run.logging.tensorboard_dir).look()
+    launched = _launched(run, start)
+    told = (precheck.check_layout(launched, world_size)
+            + check_dispatch(launched, _ranks_per_node(command, world_size)))
     # Each phase to run may have data of its own.
     data = [phase.data for phase in run.recipe().phases_to_run]
     if not run.data.data_path:
@@ -217,7 +222,6 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
                cache_dir=run.data.data_cache_path)
     if run.data.document_flags:
         resolve_eod_id(prefixes, tokenizer_model=run.data.tokenizer_model, flags=run.data.document_flags)
-    start = RunClaim(run.checkpoint, run.logging.tensorboard_dir).look()
     if run.checkpoint.pretrained_checkpoint and start.load is None:
         check_base(run.checkpoint.pretrained_checkpoint, run)
     plan_resumption(run, start.load, start.iteration)
@@ -235,6 +239,19 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
             run, world_size, is_planned=command.world_size is not None, hardware=command.hardware,
             allows_overflow=command.allow_memory_overflow)
     return told
+
+
+def _launched(run: RunConfig, start: Start) -> RunConfig:
+    """The run in the layout, and with the batch, of the phase that this start begins with."""
+    from dsv3_megatron.checkpoint.resume import plan_schedule
+    from dsv3_megatron.config.launches import LaunchPart
+
+    phases = run.recipe().phases_to_run
+    if all(phase.parallel == phases[0].parallel for phase in phases):
+        return run
+    planned, _ = plan_schedule(run, start.load, start.iteration)
+    part = LaunchPart.at(planned.run, planned.recipe, planned.place)
+    return part.run.in_phase(part.first_phase)
 
 
 def _ranks_per_node(command: TrainingRequest, world_size: int) -> int | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.config.expert_dispatch import DISPATCHERS, FLEX_BACKENDS, members_of_nodes, resolve_dispatcher
-from dsv3_megatron.config.fields import ConfigError, divisors, nearest, option
+from dsv3_megatron.config.fields import ConfigError, InPhases, divisors, nearest, option
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.pipeline import (
     PAIRABLE,
@@ -39,12 +39,15 @@ _MOST_SMS = 64
 class ParallelConfig:
     """Degrees of parallelism. Data parallelism is what the world size leaves over."""
 
-    tensor_model_parallel_size: int = option(1, help="ranks each attention and dense layer is split over")
-    pipeline_model_parallel_size: int = option(1, help="pipeline ranks the layers are split over")
+    tensor_model_parallel_size: int = option(
+        1, in_phases=InPhases.CHANGED, help="ranks each attention and dense layer is split over")
+    pipeline_model_parallel_size: int = option(
+        1, in_phases=InPhases.CHANGED, help="pipeline ranks the layers are split over")
     num_virtual_stages_per_pipeline_rank: int = option(
-        1, help="model chunks each pipeline rank holds; more than 1: the interleaved schedule")
+        1, in_phases=InPhases.CHANGED,
+        help="model chunks each pipeline rank holds; more than 1: the interleaved schedule")
     pipeline_schedule: str = option(
-        "auto", choices=("auto", *SCHEDULES),
+        "auto", in_phases=InPhases.CHANGED, choices=("auto", *SCHEDULES),
         help="what a pipeline rank runs when; auto: interleaved with virtual stages, else 1f1b")
     overlap_moe_expert_parallel_comm: bool = option(
         False, help="interleaved schedule: run a forward and a backward pass as a pair that hides the experts' "
@@ -53,12 +56,13 @@ class ParallelConfig:
         None, help="layers of each stage, Megatron-Core's notation, e.g. 'Ett|tt|ttmL', or 'E|ttt|ttt|mL' with "
                    "the embedding, and the MTP modules and the loss, in stages of their own, or 'Ettt|ttt|m|L' with "
                    "the loss apart from the MTP modules; none: balanced")
-    expert_model_parallel_size: int = option(1, help="ranks the experts of a layer are spread over")
+    expert_model_parallel_size: int = option(
+        1, in_phases=InPhases.CHANGED, help="ranks the experts of a layer are spread over")
     expert_tensor_parallel_size: int = option(1, help="ranks each expert is split over")
     context_parallel_size: int = option(
-        1, help="ranks a sequence is split over, each with an early and a late part of it")
+        1, in_phases=InPhases.CHANGED, help="ranks a sequence is split over, each with an early and a late part of it")
     cp_comm_type: str = option(
-        "p2p", choices=CP_COMM_TYPES,
+        "p2p", in_phases=InPhases.CHANGED, choices=CP_COMM_TYPES,
         help="what ranks that share a sequence pass each other to attend. p2p: latents, block after block in a ring; "
              "all_gather: all latents at once; a2a: expanded keys, values and queries, heads against tokens")
     moe_token_dispatcher_type: str = option(

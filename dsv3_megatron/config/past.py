@@ -80,7 +80,7 @@ def planned_steps(run: RunConfig, stretch: Stretch) -> Recipe:
     unknown: dict[str, Any] = dict.fromkeys((*MODEL_FIELDS, *DATA_FIELDS))
     training = with_schedule(run.training, stretch.fields)
     phases = tuple(replace(phase, **unknown) for phase in training.phases)
-    recipe = plan_recipe(run.model, replace(training, phases=phases, stop_after_phase=None), run.data)
+    recipe = plan_recipe(run.model, replace(training, phases=phases, stop_after_phase=None), run.data, run.parallel)
     return replace(recipe, shift=stretch.shift)
 
 

@@ -4,6 +4,9 @@ A run's `phases` are a list. What a phase does not say carries over from the one
 run's own fields hold (`lr`, `global_batch_size`, `seq_length`, ...). `recipe.py` makes of them what each step is taken
 with. No torch.
 
+A phase may name another layout too, such as more context-parallel ranks for longer sequences; the data-parallel ranks
+are those that it leaves. `launches.py` says what becomes of it.
+
 In TOML:
 
     lr = 2.2e-4                                 # before the first phase
@@ -37,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.fields import ConfigError, InPhases, names_in_phases, require_finite
 from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.step import StepConfig
 from dsv3_megatron.config.values import plain, read_field, require_values
 
@@ -45,6 +49,7 @@ LR_DECAY_STYLES = ("constant", "cosine", "linear")
 MODEL_FIELDS = names_in_phases(ModelConfig, InPhases.CHANGED)
 TRAINING_FIELDS = names_in_phases(StepConfig, InPhases.CHANGED)
 DATA_FIELDS = names_in_phases(DataConfig, InPhases.CHANGED)
+LAYOUT_FIELDS = names_in_phases(ParallelConfig, InPhases.CHANGED)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class WrittenPhase:
         gradual = {"lr"} if self.lr_decay_style != "constant" else set()
         if self.global_batch_size_increment is not None:
             gradual.add("global_batch_size")
-        return self.given([name for name in (*TRAINING_FIELDS, *DATA_FIELDS) if name not in gradual])
+        return self.given([name for name in (*TRAINING_FIELDS, *DATA_FIELDS, *LAYOUT_FIELDS) if name not in gradual])
 
     def validate(self) -> None:
         """Check what can be said of the phase alone; the rest is checked where it is seen in its run (`recipe.py`).
@@ -132,7 +137,8 @@ def _changes() -> list[tuple[str, str, Any]]:
     """Name, annotation and declaration, of a phase, of each field of a run that phases may change."""
     return [(field.name, f"{str(field.type).removesuffix(' | None')} | None",
              dataclasses.field(default=None, metadata=field.metadata))
-            for section in (StepConfig, ModelConfig, DataConfig) for field in dataclasses.fields(section)
+            for section in (StepConfig, ModelConfig, DataConfig, ParallelConfig)
+            for field in dataclasses.fields(section)
             if field.metadata["in_phases"] is InPhases.CHANGED]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from dsv3_megatron.config.data import DataConfig
@@ -82,8 +83,10 @@ def dsv3_671b() -> RunConfig:
     The layout is PP16 under DualPipe, EP64, ZeRO-1 data parallelism, no TP, on 2048 GPUs (sections 3.1 and 3.2), in FP8
     (3.3), with norms, up-projections of attention and SwiGLU computed again (3.2.3). Micro-batch 1 is from DeepEP's "V3
     pre-training setting". It is pre-training's, and 128 replicas cannot share the 480 sequences of the last phase: the
-    run stops before the extension, whose layout the report does not give, and goes on from there under another one
-    with --stop-after-phase none. Moments in BF16 and an average of the weights are the report's (sections 3.3.1 and
+    run stops before the extension, and goes on with --stop-after-phase none. The report does not give the extension's
+    layout; ours keeps PP16 and EP64, and 8 and 32 ranks share a sequence, so that each has 4K tokens as before. They
+    exchange heads for tokens (a2a), under DualPipeV: DualPipe, and a ring, would need more memory or more time by the
+    planner. Moments in BF16 and an average of the weights are the report's (sections 3.3.1 and
     3.2.3); the average's decay is ours. The modules are this library's: Transformer Engine's keep more than fits into
     80 GB.
     """
@@ -95,12 +98,21 @@ def dsv3_671b() -> RunConfig:
         max_position_embeddings=4096, init_method_std=0.006)
     training = TrainingConfig(
         seq_length=4096, micro_batch_size=1, global_batch_size=3072, lr=2.2e-4, precision="bf16",
-        mtp_loss_scaling_factor=0.3, moe_router_bias_update_rate=1e-3, phases=deepseek_v3_phases(),
+        mtp_loss_scaling_factor=0.3, moe_router_bias_update_rate=1e-3, phases=_under_our_layouts(deepseek_v3_phases()),
         stop_after_phase="lowest", exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16", ema_decay=0.999,
         recompute_granularity="selective", transformer_impl="local")
     parallel = ParallelConfig(pipeline_model_parallel_size=16, expert_model_parallel_size=64,
                               pipeline_schedule="dualpipe")
     return _run("dsv3-671b", model, training, parallel, Fp8Config("blockwise"))
+
+
+def _under_our_layouts(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+    """DeepSeek-V3's phases, those of long sequences with a layout."""
+    ranks = {"extension-32k": 8, "extension-128k": 32}
+    layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 16, "pipeline_schedule": "dualpipev",
+              "num_virtual_stages_per_pipeline_rank": 1, "expert_model_parallel_size": 64, "cp_comm_type": "a2a"}
+    return tuple(dataclasses.replace(phase, context_parallel_size=ranks[phase.name], **layout)
+                 if phase.name in ranks else phase for phase in phases)
 
 
 def deepseek_v3_phases() -> tuple[Phase, ...]:

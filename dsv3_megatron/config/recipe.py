@@ -21,7 +21,15 @@ from functools import cached_property
 from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
-from dsv3_megatron.config.phases import DATA_FIELDS, MODEL_FIELDS, TRAINING_FIELDS, Phase, errors_of_phase
+from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.phases import (
+    DATA_FIELDS,
+    LAYOUT_FIELDS,
+    MODEL_FIELDS,
+    TRAINING_FIELDS,
+    Phase,
+    errors_of_phase,
+)
 from dsv3_megatron.config.ramps import BatchSize, LearningRate, Plateau
 from dsv3_megatron.config.training import TrainingConfig
 
@@ -39,6 +47,7 @@ class PlannedPhase:
         training: Training configuration of a run that is this phase alone: batch size and learning rate are those at
             its end.
         data: Data configuration of a run that is this phase alone.
+        parallel: Layout of the phase.
         plateaus: The phase's steps by batch size; at least one stretch.
         learning_rate: Learning rate at each step of the phase.
         batch_size: Batch size at each step of the phase.
@@ -52,6 +61,7 @@ class PlannedPhase:
     model: ModelConfig
     training: TrainingConfig
     data: DataConfig
+    parallel: ParallelConfig
     plateaus: tuple[Plateau, ...]
     learning_rate: LearningRate
     batch_size: BatchSize
@@ -256,7 +266,7 @@ class Recipe:
         return next(span for span in self.spans if span.first_phase <= phase.index <= span.last_phase)
 
 
-def plan_recipe(model: ModelConfig, training: TrainingConfig, data: DataConfig) -> Recipe:
+def plan_recipe(model: ModelConfig, training: TrainingConfig, data: DataConfig, parallel: ParallelConfig) -> Recipe:
     """Lay out a run's phases.
 
     Args:
@@ -264,6 +274,7 @@ def plan_recipe(model: ModelConfig, training: TrainingConfig, data: DataConfig) 
         training: The run's training configuration, with its phases. Each phase alone, or a run without any, must be
             valid.
         data: The run's data configuration, before the first phase.
+        parallel: The run's layout, before the first phase.
 
     Raises:
         ConfigError: a phase does not fit what comes before it; names the phase.
@@ -274,9 +285,9 @@ def plan_recipe(model: ModelConfig, training: TrainingConfig, data: DataConfig) 
     phases: list[PlannedPhase] = []
     for index, phase in enumerate(written):
         with errors_of_phase(phase.name):
-            planned = _plan(index, phase, (model, training, data), place, planned_token)
+            planned = _plan(index, phase, (model, training, data, parallel), place, planned_token)
         phases.append(planned)
-        model, training, data = planned.model, planned.training, planned.data
+        model, training, data, parallel = planned.model, planned.training, planned.data, planned.parallel
         place, planned_token = planned.end, planned.planned_end_token
     return Recipe(tuple(phases), tuple(_spans(phases)), last + 1)
 
@@ -296,9 +307,10 @@ def _whole_run(training: TrainingConfig) -> Phase:
                  lr_decay_iters=None if is_constant else training.lr_decay_iters)
 
 
-def _plan(index: int, phase: Phase, before: tuple[ModelConfig, TrainingConfig, DataConfig], place: Plateau,
-          planned_token: int) -> PlannedPhase:
-    old_model, old_training, old_data = before
+def _plan(index: int, phase: Phase, before: tuple[ModelConfig, TrainingConfig, DataConfig, ParallelConfig],
+          place: Plateau, planned_token: int) -> PlannedPhase:
+    old_model, old_training, old_data, old_parallel = before
+    parallel = replace(old_parallel, **phase.given(LAYOUT_FIELDS))
     training = replace(old_training, **phase.given(TRAINING_FIELDS))
     data = replace(old_data, **phase.given(DATA_FIELDS))
     end_token = None if phase.train_tokens is None else planned_token + phase.train_tokens
@@ -323,8 +335,8 @@ def _plan(index: int, phase: Phase, before: tuple[ModelConfig, TrainingConfig, D
         last_token = _token_after(phase.lr_decay_iters, batch_size, place, seq_length)
     learning_rate = LearningRate(old_training.lr, training.lr, phase.lr_decay_style, phase.lr_warmup_iters,
                                  place.iteration, first_token, last_token)
-    return PlannedPhase(index, phase.name, _model(phase, old_model), training, data, plateaus, learning_rate,
-                        batch_size, end_token or end.tokens, phase.train_tokens is None)
+    return PlannedPhase(index, phase.name, _model(phase, old_model), training, data, parallel, plateaus,
+                        learning_rate, batch_size, end_token or end.tokens, phase.train_tokens is None)
 
 
 def _batch_size(phase: Phase, start: int, end: int, first_token: int, last_token: int) -> BatchSize:

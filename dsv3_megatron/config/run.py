@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,11 +86,14 @@ class RunConfig:
                               f"run's {len(recipe.spans)} datasets is shuffled by the seed before plus 1, all below "
                               "2^32")
         for phase in recipe.phases if self.training.phases else ():
-            # What comes after a stop may need another layout.
-            size = world_size if phase.index < recipe.num_phases else None
+            # What comes after a stop may need another layout, and what layout it names is checked when it is run.
+            is_run = phase.index < recipe.num_phases
+            checked = phase if is_run else dataclasses.replace(phase, parallel=self.parallel)
             with errors_of_phase(phase.name):
-                self.in_phase(phase)._validate_training(size)
-                self._validate_ramp(phase, size)
+                self.in_phase(checked)._validate_training(world_size if is_run else None)
+                self._validate_ramp(checked, world_size if is_run else None)
+                if checked.parallel != self.parallel:
+                    self._validate_other_layout(checked)
         self.fp8.validate(self.model, self.parallel, self.training.transformer_impl)
         require_conversations(self.data)
         require_document_attention(self.data, self.training.transformer_impl)
@@ -142,16 +146,29 @@ class RunConfig:
                 "the module of depth k predicts the token k positions beyond the next, and the last one would have "
                 "none to predict")
 
+    def _validate_other_layout(self, phase: PlannedPhase) -> None:
+        """The rules of a phase that is run under another layout than the run's own."""
+        self.fp8.validate(phase.model, phase.parallel, self.training.transformer_impl)
+        require_context_parallel(phase.parallel, self.training.transformer_impl, self.training.attention_backend)
+        if not self.checkpoint.save:
+            raise ConfigError("the phase has another layout than the run begins with, and goes on from a checkpoint "
+                              "under it: give save, a folder, or --stop-after-phase a phase before it")
+
     def _validate_ramp(self, phase: PlannedPhase, world_size: int | None) -> None:
         """The split has to be able to do every batch of a ramp."""
         sizes = phase.batch_size.sizes()
         for size in sizes[:-1] if world_size is not None else ():
             try:
-                dataclasses.replace(phase.training, global_batch_size=size).validate(self.parallel, world_size)
+                dataclasses.replace(phase.training, global_batch_size=size).validate(phase.parallel, world_size)
             except ConfigError as error:
                 raise ConfigError(
                     f"the batch goes from {sizes[0]} to global_batch_size={sizes[-1]} in steps of "
                     f"global_batch_size_increment={phase.batch_size.increment}, and on the way {error}") from error
+
+    @property
+    def minimum_world_size(self) -> int:
+        """Smallest number of processes on which every phase that the run does can be."""
+        return math.lcm(*(phase.parallel.minimum_world_size for phase in self.recipe().phases_to_run))
 
     def recipe(self) -> Recipe:
         """What each step is taken with, from the first to the last; of a valid run.
@@ -159,14 +176,15 @@ class RunConfig:
         Raises:
             ConfigError: a phase does not fit the one before it.
         """
-        return plan_recipe(self.model, self.training, self.data)
+        return plan_recipe(self.model, self.training, self.data, self.parallel)
 
     def in_phase(self, phase: PlannedPhase) -> RunConfig:
-        """The run with the model, batch, sequence length and data of one of its phases, for what is built in it.
+        """The run with the model, batch, sequence length, data and layout of one of its phases.
 
         Its own recipe is not the run's: what phases before this one changed holds in it from the start.
         """
-        return dataclasses.replace(self, model=phase.model, training=phase.training, data=phase.data)
+        return dataclasses.replace(self, model=phase.model, training=phase.training, data=phase.data,
+                                   parallel=phase.parallel)
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, as `load.py` writes and reads them; with phases, without what those leave unused."""

@@ -209,7 +209,7 @@ COST = (
           lambda: 180e3 * pretraining_tokens() / _TRILLION, _THOUSAND, command=_HERE,
           why="180K GPU-hours for 1T tokens, times the recipe's tokens."),
     _planned("GPU-hours of the context extension", "table 1", "119K", _extension_hours, _THOUSAND, source=REPORT,
-             is_slow=True, why="Its layout is not published; the planner searches one, without context parallelism."),
+             is_slow=True, why="Its layout is not published; ours shares a sequence among 8 and 32 ranks."),
     Claim("GPU-hours of post-training", REPORT, "table 1", "5K",
           why="It takes reinforcement learning, which this library does not have, and the data."),
     _planned("GPU-hours in all", "table 1", "2788K",

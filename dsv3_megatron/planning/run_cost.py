@@ -99,7 +99,7 @@ def only_phase(run: RunConfig, phase: PlannedPhase, *, global_batch_size: int | 
                                    lr_decay_style="constant")
     if global_batch_size is not None:
         training = dataclasses.replace(training, global_batch_size=global_batch_size)
-    return dataclasses.replace(run, model=phase.model, training=training, data=phase.data)
+    return dataclasses.replace(run, model=phase.model, training=training, data=phase.data, parallel=phase.parallel)
 
 
 def require_possible(run: RunConfig, num_devices: int) -> None:

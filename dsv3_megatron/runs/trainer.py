@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from dsv3_megatron.checkpoint.hf.model_card import Losses
 from dsv3_megatron.checkpoint.resume import plan_resumption
 from dsv3_megatron.checkpoint.store import load_checkpoint
 from dsv3_megatron.checkpoint.text_files import collect_text_files
+from dsv3_megatron.config.launches import EXIT_NEXT_LAYOUT, LaunchPart
 from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import BatchIterator
@@ -73,8 +75,10 @@ class Trainer(Learner):
         run = run.override(overwrite_run=False, load=self.start.load or run.checkpoint.load)
         asked, load = run, self.start.load
         self.resumption = on_first_rank(partial(plan_resumption, run, load, self.start.iteration), f"load={load}")
-        self.recipe = self.resumption.recipe
-        super().__init__(build_for_training(self.resumption.run))
+        self._whole_layout = run.parallel
+        self.part = self._part()
+        self.recipe = self.part.recipe
+        super().__init__(build_for_training(self.part.run))
         run = self.run
         self.watchdog = Watchdog(run.guards.hang_timeout_s, folder=run.logging.tensorboard_dir)
         self.text_files = collect_text_files(run) if self.rank == 0 else None
@@ -173,7 +177,9 @@ class Trainer(Learner):
             self.writer = MetricsWriter(
                 log.tensorboard_dir, self.speed, num_layers=self.run.model.num_layers, log_interval=log.log_interval,
                 picture_interval=log.picture_interval, resumed_iteration=self.iteration, enabled=is_reporter)
-            self.writer.write_config(self.run.as_dict(), environment={
+            # A start from these settings begins with the layout that the run was asked for.
+            asked = replace(self.run, parallel=self._whole_layout)
+            self.writer.write_config(asked.as_dict(), environment={
                 "precision": self.precision, "world_size": self.world_size, "device": self.device.name})
 
     def beat(self, doing: str) -> None:
@@ -188,7 +194,7 @@ class Trainer(Learner):
         The first two save what is new since the last checkpoint; after a guard's end that one stays the newest.
 
         Returns:
-            The exit code: 0, or EXIT_GUARD.
+            The exit code: 0, EXIT_GUARD, or EXIT_NEXT_LAYOUT where the next phase has another layout.
         """
         with closing(self.claim), stop_calls(self._note_signal):
             return self._train()
@@ -227,7 +233,8 @@ class Trainer(Learner):
             # One that could not be written before the signal.
             if not self.guard.end_reason and self.keeper.wants(self.iteration, is_last=True):
                 self.save(is_needed=True)
-            if run.checkpoint.export_hf and self.step_plan is None and not stopped and not self.guard.end_reason:
+            is_whole = self.step_plan is None and self.part.next_phase is None
+            if run.checkpoint.export_hf and is_whole and not stopped and not self.guard.end_reason:
                 self.watchdog.slow("export")
                 losses = Losses(*last_losses(run.logging.tensorboard_dir, self.iteration))
                 with stop_calls(None):  # all is saved; an export can be made again
@@ -240,12 +247,18 @@ class Trainer(Learner):
         if stopped:
             self.display.message(f"stopped by {signal_name(stopped)} after iteration {self.iteration}, "
                                  f"{self.keeper.what_was_saved(self.iteration)}")
+        goes_on = (self.part.next_phase is not None and self.step_plan is None and not stopped
+                   and not self.guard.end_reason)
+        if goes_on:
+            assert self.part.next_phase is not None
+            self.display.message(f"phase {self.part.next_phase.name} is next, under another layout: the launcher "
+                                 "starts the run again; without one, start the same command with --resume auto")
         self.display.close()
         if self.writer:
             self.writer.close()
         self.guard_log.finish(self.guard, run.checkpoint.save)
         destroy_groups()
-        return EXIT_GUARD if self.guard.end_reason else 0
+        return EXIT_GUARD if self.guard.end_reason else EXIT_NEXT_LAYOUT if goes_on else 0
 
     def train_step(self) -> tuple[StepReport, int]:
         """One optimizer step; there must be one left.
@@ -355,8 +368,8 @@ class Trainer(Learner):
         position = RunProgress(self.iteration, self.consumed_samples, self.consumed_tokens, self.guard.state_dict(),
                                self.resumption.schedules_at(self.iteration),
                                self.data.state_dict(self.data_position))
-        self.keeper.save(position, self.run.in_phase(self.recipe.phase_before(self.consumed_tokens)), self.text_files,
-                         is_needed=is_needed)
+        made_by = replace(self.run.in_phase(self.recipe.phase_before(self.consumed_tokens)), parallel=self.run.parallel)
+        self.keeper.save(position, made_by, self.text_files, is_needed=is_needed)
 
     def _finish_save(self) -> None:
         """Wait for the checkpoint that is being written, if one is."""
@@ -406,12 +419,18 @@ class Trainer(Learner):
             if self.rank == 0:
                 logger.warning("%s", passed_over(source, damage, iteration))
 
+    def _part(self) -> LaunchPart:
+        """What this start does of the run."""
+        resumption = self.resumption
+        return LaunchPart.at(resumption.run, resumption.recipe, resumption.place)
+
     def _plan_again(self, asked: RunConfig, iteration: int) -> None:
         """Place the run at an earlier checkpoint than the one it was to go on from."""
-        load, before = self.start.load, self.resumption.run
+        load, before = self.start.load, self.part.run
         self.resumption = on_first_rank(partial(plan_resumption, asked, load, iteration), f"load={load}")
-        self.recipe = self.resumption.recipe
-        if self.resumption.run != before:
+        self.part = self._part()
+        self.recipe = self.part.recipe
+        if self.part.run != before:
             raise CheckpointError(f"load={load}: the newest checkpoint is damaged, and from that of iteration "
                                   f"{iteration} this run would go on by other settings; write {iteration} into "
                                   f"{load}/{TRACKER}, and start it again")

@@ -92,7 +92,7 @@ def fullest_rank(run: RunConfig, world_size: int, *, device: str = "cuda", imbal
         device: "cuda" or "cpu": which operations the modules choose.
         imbalance: Rows that a rank's experts get, as a multiple of the mean over ranks; 1 is balance.
     """
-    phases = {(phase.training.seq_length, phase.training.micro_batch_size): run.in_phase(phase)
+    phases = {(phase.training.seq_length, phase.training.micro_batch_size, phase.parallel): run.in_phase(phase)
               for phase in run.recipe().phases_to_run}
     return max((rank for phase in phases.values()
                 for rank in estimate_memory(phase, world_size, device=device, imbalance=imbalance)),

@@ -244,7 +244,13 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "global_batch_size=22; try a global_batch_size that is a multiple of 8, or a micro_batch_size of 1 or 11"),
     ("tiny", {"phases": [{"name": "long", "train_iters": 5}, {"name": "longer", "train_iters": 5, "seq_length": 512}]},
      1, "phase 'longer': seq_length=512 must not exceed max_position_embeddings=256"),
+    ("tiny", {"phases": [{"name": "short", "train_iters": 5}, {"name": "split", "train_iters": 5,
+                                                               "context_parallel_size": 2}]}, 2,
+     "phase 'split': the phase has another layout than the run begins with, and goes on from a checkpoint under it: "
+     "give save, a folder, or --stop-after-phase a phase before it"),
     # -- what is written --
+    ("tiny", {"max_failed_saves": -1}, 1, "max_failed_saves=-1 must not be negative; 0 never ends a run for "
+     "checkpoints that cannot be written"),
     ("tiny", {"save": "checkpoints", "save_interval": 0}, 1, "save_interval=0 must be at least 1"),
     ("tiny", {"resume": "auto", "overwrite_run": True}, 1,
      "overwrite_run removes what resume=auto would go on from, at every start of the run; leave out --resume auto to "
