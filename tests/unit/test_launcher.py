@@ -35,6 +35,8 @@ case "$*" in
     *--check-only*) echo "$WORLD_SIZE" >"{folder}/world_size"; exit {check_code} ;;
     *local_torchrun*|*torch.distributed.run*)
         echo "$*" >"{folder}/torchrun"
+        echo "$*" >>"{folder}/torchruns"
+        if [ "{told_code}" = 5 ] && [ "$(wc -l <"{folder}/torchruns")" = 3 ]; then exit 0; fi
         echo "OMP_NUM_THREADS=$OMP_NUM_THREADS" >>"{folder}/torchrun"
         trap 'exit 99' INT TERM
         worker & first=$!
@@ -148,6 +150,16 @@ def test_a_workers_own_exit_code_comes_through_torchrun(tmp_path: Path, code: in
     launch = Launch(tmp_path, exit_code=1, told_code=str(code))
     assert launch.run("--preset", "tiny")[0] == code
     assert Launch(tmp_path, exit_code=137, told_code=str(code)).run("--preset", "tiny")[0] == 137
+
+
+@pytest.mark.parametrize("told", [[], ["--overwrite-run"], ["--resume", "load"], ["--resume=auto"]])
+def test_a_run_whose_next_phase_has_another_layout_is_started_again(told: list[str], tmp_path: Path) -> None:
+    """Twice here; what it saved is gone on from, and nothing is removed a second time."""
+    launch = Launch(tmp_path, exit_code=1, told_code="5")
+    assert launch.run("--preset", "tiny", *told, "--seed", "2")[0] == 0
+    first, *others = (line.partition(" train ")[2] for line in launch.read("torchruns").splitlines())
+    assert first == " ".join(["--preset tiny", *told, "--seed 2", *([] if told else ["--resume auto"])])
+    assert others == ["--preset tiny --seed 2 --resume auto"] * 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
