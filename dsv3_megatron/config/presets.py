@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.fields import ConfigError
@@ -109,9 +110,10 @@ def dsv3_671b() -> RunConfig:
 def _under_our_layouts(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
     """DeepSeek-V3's phases, those of long sequences with a layout."""
     ranks = {"extension-32k": 8, "extension-128k": 32}
-    layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 16, "pipeline_schedule": "dualpipev",
-              "num_virtual_stages_per_pipeline_rank": 1, "expert_model_parallel_size": 64, "cp_comm_type": "a2a"}
-    return tuple(dataclasses.replace(phase, context_parallel_size=ranks[phase.name], **layout)
+    layout: dict[str, Any] = {
+        "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 16, "pipeline_schedule": "dualpipev",
+        "num_virtual_stages_per_pipeline_rank": 1, "expert_model_parallel_size": 64, "cp_comm_type": "a2a"}
+    return tuple(dataclasses.replace(phase, **layout | {"context_parallel_size": ranks[phase.name]})
                  if phase.name in ranks else phase for phase in phases)
 
 
