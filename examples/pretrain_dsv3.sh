@@ -349,7 +349,10 @@ launch() {
         --signals-to-handle "$torchrun_signals" \
         -m dsv3_megatron train "$@" || status=$?
     on_signal=end_guarded
-    if [ "$status" = 1 ] && [ -s "$told/code" ]; then status=$(cat "$told/code"); fi
+    if [ -s "$told/code" ]; then
+        # Where the next phase has another layout, 5, nothing has failed, and torchrun ends with 0.
+        if [ "$status" = 1 ] || { [ "$status" = 0 ] && [ "$(cat "$told/code")" = 5 ]; }; then status=$(cat "$told/code"); fi
+    fi
     rm -rf "$told"
     return "$status"
 }

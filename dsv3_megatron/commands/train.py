@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.launches import EXIT_NEXT_LAYOUT, LaunchPart
 from dsv3_megatron.config.load import TrainingRequest, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.streams import message
 from dsv3_megatron.config.world_size import largest_world_size
-from dsv3_megatron.guards.endings import tell_launcher
+from dsv3_megatron.guards.endings import launcher_listens, tell_launcher
 from dsv3_megatron.process.elastic import EXIT_AGAIN, elastic_launch, stopped_code
 from dsv3_megatron.process.ranks import Processes, require_free_port
 from dsv3_megatron.process.stop import StopListener, default_stops
@@ -244,7 +245,6 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
 def _launched(run: RunConfig, start: Start) -> RunConfig:
     """The run in the layout, and with the batch, of the phase that this start begins with."""
     from dsv3_megatron.checkpoint.resume import plan_schedule
-    from dsv3_megatron.config.launches import LaunchPart
 
     phases = run.recipe().phases_to_run
     if all(phase.parallel == phases[0].parallel for phase in phases):
@@ -273,6 +273,9 @@ def _train(command: TrainingRequest, processes: Processes) -> int:
             code = stopped_code()
         if elastic_launch() and processes.rank == 0:
             let_go(processes, code)
+        elif code == EXIT_NEXT_LAYOUT and launcher_listens() and not elastic_launch():
+            tell_launcher(code)
+            return 0  # torchrun would call it a failure
         return code
 
     return run_rank(processes.rank, work)

@@ -54,6 +54,11 @@ def _write_code(code: int) -> None:
             file.write(f"{code}\n")
 
 
+def launcher_listens() -> bool:
+    """Whether a launcher has named a file for codes that torchrun does not pass on."""
+    return bool(os.environ.get(EXIT_CODE_FILE))
+
+
 def mark_ended(save: str, text: str) -> None:
     """Leave a guard's reason for ending the run in its folder of checkpoints; that it cannot be is only said."""
     try:

@@ -155,7 +155,7 @@ def test_a_workers_own_exit_code_comes_through_torchrun(tmp_path: Path, code: in
 @pytest.mark.parametrize("told", [[], ["--overwrite-run"], ["--resume", "load"], ["--resume=auto"]])
 def test_a_run_whose_next_phase_has_another_layout_is_started_again(told: list[str], tmp_path: Path) -> None:
     """Twice here; what it saved is gone on from, and nothing is removed a second time."""
-    launch = Launch(tmp_path, exit_code=1, told_code="5")
+    launch = Launch(tmp_path, exit_code=0, told_code="5")
     assert launch.run("--preset", "tiny", *told, "--seed", "2")[0] == 0
     first, *others = (line.partition(" train ")[2] for line in launch.read("torchruns").splitlines())
     assert first == " ".join(["--preset tiny", *told, "--seed 2", *([] if told else ["--resume auto"])])
