@@ -115,7 +115,7 @@ class Trainer(Learner):
     @property
     def is_complete(self) -> bool:
         """Whether all steps of the run have been taken."""
-        return self.step_plan is None
+        return self.step_plan is None and self.part.next_phase is None
 
     # -- phases ------------------------------------------------------------------------------------
 
@@ -233,8 +233,7 @@ class Trainer(Learner):
             # One that could not be written before the signal.
             if not self.guard.end_reason and self.keeper.wants(self.iteration, is_last=True):
                 self.save(is_needed=True)
-            is_whole = self.step_plan is None and self.part.next_phase is None
-            if run.checkpoint.export_hf and is_whole and not stopped and not self.guard.end_reason:
+            if run.checkpoint.export_hf and self.is_complete and not stopped and not self.guard.end_reason:
                 self.watchdog.slow("export")
                 losses = Losses(*last_losses(run.logging.tensorboard_dir, self.iteration))
                 with stop_calls(None):  # all is saved; an export can be made again
