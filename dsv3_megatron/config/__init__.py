@@ -18,6 +18,7 @@ A run whose settings change under way:
 
     phases.py        phases as they are written                ramps.py         learning rate and batch at a position
     recipe.py        every step of a run, laid out             past.py          steps that another recipe planned
+    launches.py      phases of one layout, in one start
 
 Megatron-LM's flags:
 
