@@ -11,7 +11,8 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.json_files import parse_json, read_text_file
 from dsv3_megatron.config.output import json_text
 
-_MAX_NODES = 100_000
+_MAX_NODES, _MAX_NAME_PARTS = 100_000, 100
+_ENDS_NAME = re.compile(r"[=,\n{}#]")
 FORMATS = (".toml", ".yaml", ".yml", ".json")
 
 
@@ -63,6 +64,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse_toml(text: str) -> Any:
     import tomllib
 
+    _refuse_long_names(text)
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -73,6 +75,15 @@ def _parse_toml(text: str) -> Any:
         name = text.splitlines()[int(repeated.group(1)) - 1].partition("=")[0].strip()
         raise ConfigError(f"{name} is given twice, at line {first} and at line {repeated.group(1)}; leave one "
                           "out") from error
+
+
+def _refuse_long_names(text: str) -> None:
+    """Refuse names of very many parts, such as a.a.a, for which tomllib takes the square of their number of steps."""
+    run = 0
+    for part in text.split("."):
+        run = 0 if _ENDS_NAME.search(part) else run + 1
+        if run > _MAX_NAME_PARTS:
+            raise ConfigError(f"it has a name of more than {_MAX_NAME_PARTS} parts, {part.strip()[:40]!r} among them")
 
 
 def _first_line_like(lines: list[str], number: int) -> int | None:

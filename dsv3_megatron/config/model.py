@@ -27,6 +27,7 @@ _MAY_CHANGE = frozenset({
 
 # Everything that looks at a model looks at each of its layers.
 MAX_LAYERS = 2000
+MAX_EXPERTS, MAX_HEADS = 1 << 16, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class ModelConfig:
 
     num_layers: int = option(most=MAX_LAYERS, help="transformer layers, MTP modules not counted")
     hidden_size: int = option(help="width of the residual stream")
-    num_attention_heads: int = option(help="attention heads")
+    num_attention_heads: int = option(most=MAX_HEADS, help="attention heads")
     kv_lora_rank: int = option(help="width of the compressed key/value latent")
     qk_nope_head_dim: int = option(help="per-head width of query and key without rotary embedding")
     qk_rope_head_dim: int = option(help="per-head width of the rotary part; the key's is shared by all heads")
     v_head_dim: int = option(help="per-head width of the value")
     ffn_hidden_size: int = option(help="intermediate width of the dense layers' SwiGLU")
-    num_experts: int = option(help="routed experts in each MoE layer")
+    num_experts: int = option(most=MAX_EXPERTS, help="routed experts in each MoE layer")
     moe_ffn_hidden_size: int = option(help="intermediate width of one expert")
     moe_router_topk: int = option(help="routed experts each token goes to")
     vocab_size: int = option(help="rows of the embedding and of the output head")

@@ -37,6 +37,8 @@ class Trial:
         said: What it printed, standard output and then standard error; without times.
         is_quoted: Nothing that it said could be taken for a line, or moves the cursor of a terminal.
         seconds: Time that it took.
+        cpu_s: Time that it and its children computed, in seconds.
+        peak_mb: Megabytes that it, or the largest of its children, had at its peak beyond what it began with.
     """
 
     ending: str
@@ -44,6 +46,8 @@ class Trial:
     said: tuple[str, str]
     is_quoted: bool
     seconds: float
+    cpu_s: float = 0.0
+    peak_mb: int = 0
 
 
 def try_command(work: Callable[[], int], folder: Path, *, timeout_s: float = TIMEOUT_S) -> Trial:
@@ -54,13 +58,13 @@ def try_command(work: Callable[[], int], folder: Path, *, timeout_s: float = TIM
         folder: The folder; `folder.out` and `folder.err` beside it get what is printed.
     """
     outputs = [folder.with_name(folder.name + ending) for ending in (".out", ".err")]
-    started = time.monotonic()
+    started, began_kb = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     pid = os.fork()
     if not pid:
         _child(work, folder, outputs)
     deadline, status = started + timeout_s, None
     while status is None:
-        done, found = os.waitpid(pid, os.WNOHANG)
+        done, found, used = os.wait4(pid, os.WNOHANG)
         if done:
             status = found
         elif time.monotonic() > deadline:
@@ -69,7 +73,7 @@ def try_command(work: Callable[[], int], folder: Path, *, timeout_s: float = TIM
             time.sleep(0.002)
     _end_group(pid)
     if status is None:
-        os.waitpid(pid, 0)
+        used = os.wait4(pid, 0)[2]
     seconds = time.monotonic() - started
     said = tuple(output.read_text(encoding="utf-8", errors="surrogateescape") for output in outputs)
     for output in outputs:
@@ -77,7 +81,8 @@ def try_command(work: Callable[[], int], folder: Path, *, timeout_s: float = TIM
     code = -1 if status is None else os.waitstatus_to_exitcode(status)
     plain = tuple(_VARYING.sub("", text) for text in said)
     ending = _ending(status is None, code, said[0] + said[1])
-    return Trial(ending, code, (plain[0], plain[1]), not _FORGED.search(said[1]), seconds)
+    return Trial(ending, code, (plain[0], plain[1]), not _FORGED.search(said[1]), seconds,
+                 used.ru_utime + used.ru_stime, (used.ru_maxrss - began_kb) // 1000)
 
 
 def _ending(is_hung: bool, code: int, error: str) -> str:
@@ -85,7 +90,7 @@ def _ending(is_hung: bool, code: int, error: str) -> str:
         return "hang"
     if code < 0:
         return "killed"
-    if "Traceback (most recent call last)" in error or "panicked at" in error or code == _CRASHED:
+    if "Traceback (most recent call last)" in error or code == _CRASHED:
         return "traceback"
     if code == 0:
         return "done"

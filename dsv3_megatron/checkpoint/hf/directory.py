@@ -81,6 +81,7 @@ class HuggingFaceDirectory:
             logger.info("%s: num_nextn_predict_layers=%d, but no tensor of an MTP module is there: read without",
                         self.path, self.model.mtp_num_layers)
             self.model = dataclasses.replace(self.model, mtp_num_layers=0)
+        self._require_countable(len(found))
         expected = {tensor.name: tensor for tensor in hugging_face_tensors(self.model)}
         self._check_names(names, expected, stated, max(layers, default=-1) + 1)
         self.tensors = {name: tensor for name, tensor in expected.items() if name in names}
@@ -128,6 +129,16 @@ class HuggingFaceDirectory:
             raise CheckpointError(f"{entry.file}: tensor {entry.name} has {scales[row, column].item()} for block "
                                   f"({row}, {column}); a scale must be a positive finite number")
         return scales
+
+    def _require_countable(self, num_stored: int) -> None:
+        """Refuse a description of far more tensors than are stored, before each of them is named."""
+        model = self.model
+        sparse = max(0, model.num_layers - model.num_dense_layers) + model.mtp_num_layers
+        least = max(0, model.num_layers) + 3 * sparse * max(0, model.num_experts)
+        if least > 1000 + 10 * num_stored:
+            raise CheckpointError(f"{self.path / CONFIG} describes a model of {least:,} tensors or more, of "
+                                  f"num_hidden_layers={model.num_layers} and n_routed_experts={model.num_experts}; the "
+                                  f"files hold {num_stored:,}: it is the description of another model")
 
     def check_copies(self) -> None:
         """Compare each MTP module's stored copy of the embedding and the head with the main model's.

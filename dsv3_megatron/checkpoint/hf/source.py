@@ -12,6 +12,7 @@ A training run's own checkpoints have none of this: their weights are others.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ DESCRIPTION, SCALES, FILE_PREFIX = "hf_source.json", "hf_scales.safetensors", "h
 _CARRIED = (".json", ".txt", ".model", ".jinja", ".py", ".md")
 _CARRIED_NAMES = ("LICENSE", "LICENSE-MODEL", "LICENSE-CODE", "NOTICE")
 _CARRIED_BYTES = 64_000_000
+FOLLOW_LINKS = "DSV3_FOLLOW_LINKS"
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,29 @@ def scales_of(directory: HuggingFaceDirectory) -> list[StoredTensor]:
 
 
 def carried_files(path: Path) -> Iterator[Path]:
-    """Small files of a Hugging Face folder that go with the model: tokenizer, generation settings, model code."""
+    """Small files of a Hugging Face folder that go with the model: tokenizer, generation settings, model code.
+
+    Raises:
+        CheckpointError: one is a link that leads out of the folder (that of the hub's cache which it is in), and
+            DSV3_FOLLOW_LINKS=1 does not say that it may: whoever gets the copy would get a file of somewhere else.
+    """
     for file in sorted(path.iterdir()):
         is_known = file.name.endswith(_CARRIED) or file.name in _CARRIED_NAMES
         is_ours = file.name in (CONFIG, INDEX, SINGLE, CHECKSUMS) or file.name.endswith(
             (SUFFIX, SUFFIX + ".index.json"))
         if file.is_file() and is_known and not is_ours and file.stat().st_size <= _CARRIED_BYTES:
+            if file.is_symlink() and os.environ.get(FOLLOW_LINKS) != "1" and not _is_inside(file, path):
+                raise CheckpointError(f"{file} is a link to {file.resolve()}, outside of its folder: put a copy in its "
+                                      f"place, or set {FOLLOW_LINKS}=1 to have it copied from there")
             yield file
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    """Whether a link leads to a file in its folder, or in that of the same model in the hub's cache."""
+    root = folder.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    return file.resolve().is_relative_to(root)
 
 
 def read_source(folder: Path) -> Source | None:

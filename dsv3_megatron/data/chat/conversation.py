@@ -65,7 +65,7 @@ def read_conversation(line: str) -> Conversation:
     """
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError("invalid JSON", f"invalid JSON ({error})", "each line must be one JSON object") from None
     if not isinstance(record, dict):
         raise RecordError("not an object", f"a JSON {type(record).__name__}", "each line must be one JSON object")
@@ -121,7 +121,7 @@ def _tools_of(record: Mapping[str, Any]) -> Sequence[Any] | None:
     if isinstance(tools, str):  # Parquet has no column of any JSON, so that data sets keep tools as text
         try:
             tools = json.loads(tools) if tools.strip() else None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise RecordError("tools not read", f"'tools' is a text that is no JSON ({error})",
                               "give a list of tools, or the JSON text of one") from None
     if tools is not None and not isinstance(tools, list):

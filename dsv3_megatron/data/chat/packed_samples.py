@@ -23,8 +23,9 @@ import torch
 from dsv3_megatron.data.chat.masked import mask_prefix
 from dsv3_megatron.data.chat.packing import pack_lengths
 from dsv3_megatron.data.document_ends import restarted_positions
-from dsv3_megatron.data.indexed import dataset_paths, map_index, read_header, read_sidecar
+from dsv3_megatron.data.indexed import map_index, read_header, read_sidecar
 from dsv3_megatron.data.order import Permutation, Turns, derive_keys
+from dsv3_megatron.data.proved_tokens import ProvedTokens
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,9 @@ class _Stored:
         header, index = read_header(prefix), map_index(prefix)
         # Bare arrays over the mapped files: numpy's own class for them is slow to index.
         self._offsets_Q, self._item_bytes = np.asarray(index.offsets_Q), header.dtype.itemsize
-        self._values_T = np.asarray(np.memmap(dataset_paths(prefix)[0], dtype=header.dtype, mode="r"))
+        self._values = ProvedTokens(prefix)
 
     def read(self, number: int, count: int) -> np.ndarray:
         """The first values of a sequence."""
         first = int(self._offsets_Q[number]) // self._item_bytes
-        return self._values_T[first : first + count]
+        return self._values.read(first, first + count)

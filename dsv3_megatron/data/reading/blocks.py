@@ -20,6 +20,8 @@ from dsv3_megatron.data.reading.json_lines import Reject
 
 BLOCK_BYTES = 8_000_000
 _MAX_ROWS = 65_536
+_REPEATED_BYTES = 64
+_EXPANDING_BYTES, _EXPANDING = 32_000_000, 200
 
 
 @dataclass(frozen=True)
@@ -165,22 +167,79 @@ def _parquet_blocks(
             if row + meta.num_rows <= start:
                 row += meta.num_rows
                 continue
+            problem = _expanding(meta, keys)
+            if problem is not None:
+                yield fault(problem)
+                return
             num_rows = max(1, min(_MAX_ROWS, meta.num_rows * block_bytes // max(1, meta.total_byte_size)))
-            batches = parquet.iter_batches(
-                batch_size=num_rows, row_groups=[group], columns=list(keys), use_threads=False
-            )
-            for batch in batches:
-                first, end = max(row, start), row + batch.num_rows
-                if first < end:
-                    columns = [_column(batch.column(key).slice(first - row)) for key in keys]
+            # Small, or few bytes a row: texts may be there once for many rows, and stay so until they are needed.
+            is_repeated = meta.total_byte_size < max(_EXPANDING_BYTES, _REPEATED_BYTES * meta.num_rows)
+            reader = parquet
+            if is_repeated:
+                reader = pq.ParquetFile(file.path, buffer_size=1 << 20, read_dictionary=list(keys))
+            for batch in reader.iter_batches(batch_size=num_rows, row_groups=[group], columns=list(keys),
+                                             use_threads=False):
+                sizes = _decoded_bytes([batch.column(key) for key in keys])
+                large = int(sizes.sum())
+                if large > max(_EXPANDING_BYTES, _EXPANDING * file.size_bytes):
+                    yield fault(Reject("damaged file", f"{batch.num_rows} rows have {large} bytes of text that the "
+                                       f"file has once in its {file.size_bytes}, over {_EXPANDING} times as many",
+                                       "is it text? leave it out, or write each text once", row))
+                    return
+                for rows in _row_ranges(sizes, max(0, start - row), block_bytes):
+                    first, end = row + rows.start, row + rows.stop
+                    columns = [_column(batch.column(key).slice(rows.start, len(rows))) for key in keys]
                     on_disk = done + file.size_bytes * end // total
                     yield Block(index, first, end, columns, InputPosition(index, end), on_disk)
-                row = end
+                row += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         why = " ".join(str(error).split())[:200]
         yield fault(Reject("damaged file", f"not a whole Parquet file ({why})", "fetch or make the file again", row))
+
+
+def _expanding(meta: Any, keys: Sequence[str]) -> Reject | None:
+    """A row group whose pages are small on disk and large in memory, as no text makes them."""
+    for place in range(meta.num_columns):
+        column = meta.column(place)
+        small, large = column.total_compressed_size, column.total_uncompressed_size
+        if column.path_in_schema.split(".")[0] in keys and large > _EXPANDING_BYTES and large > _EXPANDING * small:
+            return Reject("damaged file", f"column {column.path_in_schema!r} has {large} bytes in {small} of the file, "
+                          f"over {_EXPANDING} times as many", "is it text? leave it out, or write it without "
+                          "compression")
+    return None
+
+
+def _decoded_bytes(arrays: Sequence[Any]) -> np.ndarray:
+    """Bytes that the texts of each row of some columns will have, int64; 0 for columns that have them already."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    sizes = np.zeros(len(arrays[0]), np.int64)
+    for array in arrays:
+        if not pa.types.is_dictionary(array.type):
+            continue
+        lengths = pc.binary_length(array.dictionary).to_numpy(zero_copy_only=False)
+        indices = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
+        sizes += np.asarray(lengths, np.int64)[indices] if len(lengths) else 0
+    return sizes
+
+
+def _row_ranges(sizes: np.ndarray, start: int, block_bytes: int) -> Iterator[range]:
+    """Rows of a batch from `start` on, cut where the texts of their columns together would exceed a block.
+
+    Args:
+        sizes: Bytes that the texts of each row will have.
+        start: First row that is wanted.
+        block_bytes: Size to aim at.
+    """
+    ends = np.cumsum(sizes[start:])
+    first, passed = 0, 0
+    while first < len(ends):
+        stop = max(first + 1, int(np.searchsorted(ends, passed + block_bytes, side="right")))
+        yield range(start + first, start + min(stop, len(ends)))
+        first, passed = stop, int(ends[min(stop, len(ends)) - 1])
 
 
 def _wrong_column(schema: Any, keys: Sequence[str]) -> Reject | None:

@@ -24,7 +24,8 @@ from dsv3_megatron.data.reading.json_lines import (
     invalid_utf8,
 )
 
-DEFAULT_MAX_DOCUMENT_BYTES = 1_000_000_000
+# A line may have six times as many, with every character escaped: all of it is held at a time.
+DEFAULT_MAX_DOCUMENT_BYTES = 100_000_000
 _SAMPLE_BLOCK_BYTES = 64_000
 _SAMPLES_PER_FILE = 4
 

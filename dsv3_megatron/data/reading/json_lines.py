@@ -102,7 +102,8 @@ class LineParser:
         raws = [memoryview(record[key]) for key in self.keys]
         for key, raw in zip(self.keys, raws, strict=True):
             if raw[0] != ord('"'):
-                raise _not_a_string(key, json.loads(bytes(raw)))
+                self._parse_slowly(bytes(line))  # says what it is, or what is wrong with it
+                raise AssertionError(f"{key!r} holds no string")
         return [_unescape(key, raw) for key, raw in zip(self.keys, raws, strict=True)]
 
     def _parse_slowly(self, line: bytes) -> list[str]:
@@ -122,6 +123,8 @@ class LineParser:
             ) from None
         except RecursionError:
             raise RecordError("invalid JSON", "JSON nested too deeply", "flatten it") from None
+        except ValueError as error:  # a number of more digits than Python reads
+            raise RecordError("invalid JSON", f"invalid JSON ({error})", "write such a number as a text") from None
         if not isinstance(record, dict):
             what = f"a JSON {type(record).__name__}"
             raise RecordError("not an object", what, "each line must be one JSON object")

@@ -108,3 +108,27 @@ def test_a_merge_key_of_yaml_is_no_second_value(file: Any) -> None:
 def test_an_unknown_preset_in_a_file(file: Any) -> None:
     with pytest.raises(ConfigError, match=r"preset='tinny' is not known; choose one of tiny, laptop"):
         parse_command(["--config", file('preset = "tinny"\n')])
+
+
+@pytest.mark.parametrize(("name", "text", "why"), [
+    ("laughs.yaml", "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(12)),
+     "it stands for more than 100000 values, with the alias [a-z] at line"),
+    ("itself.yaml", "a: &a [*a, *a]\nb: *a\n", "it stands for more than 100000 values"),
+    ("deep.yaml", "[" * 5000, "recursion"), ("deep.toml", "a = " + "[" * 20_000, "recursion"),
+    ("deep.json", "[" * 100_000, "it is nested too deeply"),
+    ("digits.json", '{"seed": ' + "7" * 5000 + "}", "4300 digits"),
+    ("dots.toml", "a." * 400_000 + "a = 1", "it has a name of more than 100 parts"),
+    ("dots2.toml", '["a" . ' * 2 + "a . " * 200 + "a]\nb = 1", "it has a name of more than 100 parts"),
+    ("long.json", '{"seed": 1' + " " * 1_000_000 + "}", "it has more than 1,000,000 bytes, .*DSV3_MAX_CONFIG_MB")])
+def test_settings_that_would_take_all_memory_or_time(tmp_path, name, text, why):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=why):
+        read_config_file(str(tmp_path / name))
+
+
+def test_a_few_aliases_are_read(tmp_path):
+    (tmp_path / "a.yaml").write_text("training: &t\n  seed: 7\n")
+    assert read_config_file(str(tmp_path / "a.yaml")) == {"seed": 7}
+    (tmp_path / "a.toml").write_text('lr = 0.5\ndata_path = ["0.3", "a.b.c", "0.7", "d.e"]  # one. two.\n' * 1)
+    assert read_config_file(str(tmp_path / "a.toml"))["lr"] == 0.5

@@ -13,9 +13,11 @@ from transformers import AutoTokenizer, DeepseekV3ForCausalLM, GenerationConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from dsv3_megatron.certification.reference_weights import weight_shapes
+from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.config_json import export_refusals
 from dsv3_megatron.checkpoint.hf.model_card import Losses, count_exported
 from dsv3_megatron.checkpoint.hf.readers import reader_notes
+from dsv3_megatron.checkpoint.hf.source import carried_files
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
 from dsv3_megatron.commands import convert as convert_checkpoint
@@ -185,3 +187,20 @@ def test_refusals_need_no_weights():
 def test_a_tokenizer_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="tokenizer=.*nowhere is not a folder"):
         convert_to_hugging_face(trained(tmp_path), tmp_path / "exported", tokenizer=tmp_path / "nowhere")
+
+
+def test_links_out_of_a_folder_are_not_copied(tmp_path, monkeypatch):
+    model = tmp_path / "models--a--b" / "snapshots" / "1"
+    (tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
+    model.mkdir(parents=True)
+    (tmp_path / "secret.json").write_text("{}")
+    (tmp_path / "models--a--b" / "blobs" / "f00").write_text("{}")
+    (model / "tokenizer.json").symlink_to("../../blobs/f00")  # as the hub's cache has it
+    (model / "merges.txt").write_text("")
+    (model / "vocab.txt").symlink_to("merges.txt")
+    assert [file.name for file in carried_files(model)] == ["merges.txt", "tokenizer.json", "vocab.txt"]
+    (model / "added_tokens.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json is a link to .*secret\.json, outside of its folder"):
+        list(carried_files(model))
+    monkeypatch.setenv("DSV3_FOLLOW_LINKS", "1")
+    assert len(list(carried_files(model))) == 4

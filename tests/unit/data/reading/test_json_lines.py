@@ -114,3 +114,10 @@ def test_what_is_wrong_is_said(line, reason, byte, message, is_long):
 def test_find_invalid_utf8():
     assert find_invalid_utf8(b"abc") is None and find_invalid_utf8("é中😀".encode()) is None
     assert find_invalid_utf8(bytearray(b"ab\xc3")) == 2 and find_invalid_utf8(memoryview(b"\x80")) == 0
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_a_number_of_more_digits_than_python_reads(is_long):
+    line = memoryview(b'{"text": ' + b"7" * 5000 + b"}")
+    with pytest.raises(RecordError, match="4300 digits.* write such a number as a text"):
+        list(LineParser(["text"]).parse_long(line) if is_long else LineParser(["text"]).parse(line))
