@@ -85,4 +85,5 @@ def test_rows_that_decode_to_far_more_than_the_file(tmp_path, num_rows):
     files = expand_inputs([str(tmp_path / "a.parquet")])
     (block,) = iterate_blocks(files, take_shard(files, JobShard()), keys=["text"], position=InputPosition(),
                               max_line_bytes=10**9)
-    assert block.reject is not None and f"have {num_rows}000000 bytes of text that the file has once" in block.reject.detail
+    assert block.reject is not None
+    assert f"have {num_rows}000000 bytes of text that the file has once" in block.reject.detail
