@@ -76,8 +76,8 @@ def as_line(number: int, certificate: Certificate) -> str:
         extras.append(f"recompute {run.training.recompute_granularity}")
     if run.fp8.is_enabled:
         extras.append("fp8")
-    if run.data.document_flags:
-        extras.append("documents")
+    if run.data.document_flags or run.data.sft:
+        extras.append("conversations" if run.data.sft else "documents")
     result = "equal" if verdict.is_equal else "DIFFERS"
     ties = f", {len(verdict.ties)} ties" if verdict.ties else ""
     line = (f"{number:4} {result}  {layout_words(run.parallel, certificate.shrunk.world_size)}, {', '.join(extras)}"

@@ -54,7 +54,7 @@ class DefinedStep:
 
 def has_definition(run: RunConfig) -> bool:
     """Whether the plain model covers the run: attention across documents whose positions restart it does not."""
-    return run.data.reset_attention_mask or not run.data.reset_position_ids
+    return run.data.isolates_documents or not run.data.restarts_positions
 
 
 def defined_steps(run: RunConfig, samples: RandomSamples, weights: Weights, num_steps: int
@@ -80,7 +80,7 @@ def defined_steps(run: RunConfig, samples: RandomSamples, weights: Weights, num_
         batch = slice(rows.start, rows.stop)
         result = document_step(
             leaves, model, samples.tokens[batch, :-1], samples.tokens[batch, 1:], samples.mask[batch],
-            samples.document_bounds(rows, is_isolated=run.data.reset_attention_mask),
+            samples.document_bounds(rows, is_isolated=run.data.isolates_documents),
             mtp_weight=training.mtp_loss_scaling_factor, balance_loss_alpha=training.moe_aux_loss_coeff)
         count = float(samples.mask[batch].sum())
         (result.total / count).backward()

@@ -29,8 +29,8 @@ class RandomSamples:
         num_samples: Number of sequences.
         seq_length: Tokens of a sequence.
         vocab_size: Number of token ids.
-        data: The run's data settings, of which the document switches count; documents have 5 tokens on average, each
-            sequence its own.
+        data: The run's data settings, of which the document switches and `sft` count; documents, and conversations,
+            have 5 tokens on average, each sequence its own.
         mask_BS: Mask of what counts in place of a random one.
         seed: Seed of tokens and masks.
 
@@ -50,12 +50,13 @@ class RandomSamples:
         if mask_BS is not None:
             self.mask = mask_BS
         self.positions = torch.arange(seq_length).repeat(num_samples, 1)
-        if data.document_flags:
+        self._is_chat = data.sft
+        if data.has_document_attention or data.eod_mask_loss:
             self.tokens[torch.rand(self.tokens.shape, generator=generator) < _END_SHARE] = EOD
             is_end = self.tokens[:, :-1] == EOD
             if data.eod_mask_loss:
                 self.mask[is_end] = 0.0
-            if data.reset_position_ids:
+            if data.restarts_positions:
                 starts = torch.nn.functional.pad((self.positions[:, :-1] + 1) * is_end[:, :-1], (1, 0))
                 self.positions -= starts.cummax(dim=1).values
 
@@ -70,8 +71,12 @@ class RandomSamples:
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return {"tokens": self.tokens[index, :-1], "labels": self.tokens[index, 1:], "loss_mask": self.mask[index],
-                "position_ids": self.positions[index]}
+        sample = {"tokens": self.tokens[index, :-1], "labels": self.tokens[index, 1:], "loss_mask": self.mask[index],
+                  "position_ids": self.positions[index]}
+        if self._is_chat:  # conversations say themselves where they end
+            (bounds,) = self.document_bounds(range(index, index + 1), is_isolated=True)
+            return {**sample, "document_bounds": bounds}
+        return sample
 
     def document_bounds(self, rows: range, *, is_isolated: bool) -> tuple[tuple[int, ...], ...]:
         """Ends of the documents of some sequences; of whole sequences where documents are not kept apart."""

@@ -51,7 +51,12 @@ class DataConfig:
     @property
     def has_document_attention(self) -> bool:
         """Whether the attention modules must know where documents, or conversations, end."""
-        return self.sft or self.reset_attention_mask or self.reset_position_ids
+        return self.isolates_documents or self.restarts_positions
+
+    @property
+    def isolates_documents(self) -> bool:
+        """Whether no position attends across the end of a document, or of a conversation."""
+        return self.sft or self.reset_attention_mask
 
     @property
     def restarts_positions(self) -> bool:

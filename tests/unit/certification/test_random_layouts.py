@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dsv3_megatron.certification.random_layouts import random_layouts
+from dsv3_megatron.certification.random_samples import EOD, RandomSamples
 from dsv3_megatron.certification.shrunk_run import shrink
+from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.pipeline import SCHEDULES
 
@@ -32,3 +34,14 @@ def test_every_dimension_is_among_them_and_every_layout_is_possible() -> None:
     layouts = {part.pipeline_model_parallel_layout for part in parallel} - {None}
     assert any(layout.startswith("E|") for layout in layouts) and any(layout.endswith("|L") for layout in layouts)
     assert any(layout.endswith("|mL") for layout in layouts) and len(layouts) > 20
+
+
+def test_random_conversations_say_where_they_end() -> None:
+    samples = RandomSamples(3, 24, 40, data=DataConfig(sft=True))
+    for index in range(3):
+        sample = samples[index]
+        starts = [0, *(position + 1 for position in range(23) if sample["tokens"][position] == EOD), 24]
+        assert list(sample["document_bounds"]) == starts and len(starts) > 2
+        assert sample["position_ids"].tolist() == [position - max(start for start in starts if start <= position)
+                                                   for position in range(24)]
+    assert "document_bounds" not in RandomSamples(3, 24, 40, data=DataConfig(reset_attention_mask=True))[0]
