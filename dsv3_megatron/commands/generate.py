@@ -43,7 +43,7 @@ class GenerationRequest:
         top_p: Probability that the likeliest tokens, as few as can be, must have together to be kept; 1 keeps all.
         seed: Seed of the draws.
         speculative: "mtp", or None.
-        kv_cache: "latent" or "full".
+        kv_cache: "latent", "full" or "training".
         batch_size: Prompts that are decoded together.
         tokenizer_model: Folder of the tokenizer; None: the checkpoint's.
         precision: "auto", "bf16", "fp32"; None: as the checkpoint was trained, "auto" if it does not say.
@@ -249,7 +249,8 @@ def _parse_arguments(arguments: list[str] | None) -> GenerationRequest:
     add("--seed", type=int, default=1234, metavar="N", help="of the draws (%(default)s)")
     add = parser.add_argument_group("how").add_argument
     add("--kv-cache", default="latent", metavar="KIND", help="latent: MLA's, with absorbed decoding; full: every "
-        "head's keys and values, to compare with (%(default)s)")
+        "head's keys and values, to compare with; training: these, attended as in training, to agree with it to the "
+        "bit, slowly (%(default)s)")
     add("--speculative", metavar="KIND", help="mtp: the MTP module drafts, the model verifies two tokens at once")
     add("--batch-size", type=int, default=1, metavar="B", help="prompts decoded together (%(default)s)")
     add("--precision", choices=PRECISIONS, help="of weights and activations (default: as trained; auto for Hugging "

@@ -21,8 +21,9 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.generation.cached_layers import LatentAttention
 from dsv3_megatron.generation.decode import absorbed_attention, full_attention
+from dsv3_megatron.ops.attention import causal_attention
 
-KV_CACHES = ("latent", "full")
+KV_CACHES = ("latent", "full", "training")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,13 @@ class Places:
 
 
 class KeyValueCache(Protocol):
-    """What a model's attention reads and writes, whichever of the two it is."""
+    """What a model's attention reads and writes, whichever it is.
+
+    Attributes:
+        least_rows: Tokens that a step computes at least, copies of one among them where there are fewer.
+    """
+
+    least_rows: int
 
     def fill(self, layer: int, places: Places, entry_TW: torch.Tensor, key_TND: torch.Tensor, value_TNU: torch.Tensor
              ) -> None:
@@ -80,6 +87,8 @@ class LatentCache:
     after its norm, as in the published code.
     """
 
+    least_rows = 1
+
     def __init__(self, config: MLATransformerConfig, *, num_layers: int, num_rows: int, capacity: int,
                  dtype: torch.dtype, device: torch.device) -> None:
         self.latent_width = config.kv_lora_rank
@@ -113,6 +122,8 @@ class LatentCache:
 
 class FullCache:
     """Every head's keys and values, as attention without latents would keep them. Arguments as of LatentCache."""
+
+    least_rows = 1
 
     def __init__(self, config: MLATransformerConfig, *, num_layers: int, num_rows: int, capacity: int,
                  dtype: torch.dtype, device: torch.device) -> None:
@@ -148,6 +159,37 @@ class FullCache:
             self.values_LBNCU.transpose(2, 3))
 
 
+class TrainingCache(FullCache):
+    """Keys and values as FullCache keeps them; attention is computed by what training computes it with.
+
+    It computes every position's attention anew at each step, of which the new tokens' is taken. So it is slow, and log-
+    probabilities have the bits of the training forward wherever products do not depend on how many rows are multiplied
+    at once: in bf16 on a CPU with units for it. Arguments as of LatentCache.
+    """
+
+    # One row, and few rows, go through products and experts that are faster and sum in another order.
+    least_rows = 16
+
+    def attend(self, layer: int, places: Places, attention: LatentAttention, query_TND: torch.Tensor,
+               entry_TW: torch.Tensor) -> torch.Tensor:
+        """Keep the keys and values of new tokens, and give the attention of their queries to the cache, [T, N, U]."""
+        self.fill(layer, places, entry_TW, *attention.expand(entry_TW))
+        keys_BCND, values_BCNU = (t.transpose(1, 2) for t in (self.keys_LBNCD[layer], self.values_LBNCU[layer]))
+        num_rows = keys_BCND.shape[0]
+        query_BQND = query_TND.view(num_rows, -1, *query_TND.shape[1:])
+        ends = (places.positions_T.view(num_rows, -1)[:, -1] + 1).tolist()
+        context = []
+        for row, end in enumerate(ends):
+            num_new = query_BQND.shape[1]
+            query_SND = query_TND.new_zeros(end, *query_TND.shape[1:])
+            query_SND[end - num_new:] = query_BQND[row]
+            context_SNU = causal_attention(query_SND, keys_BCND[row, :end].contiguous(),
+                                           values_BCNU[row, :end].contiguous(),
+                                           softmax_scale=attention.softmax_scale)
+            context.append(context_SNU[end - num_new:])
+        return torch.cat(context)
+
+
 def make_cache(kind: str, config: MLATransformerConfig, *, num_layers: int, num_rows: int, capacity: int,
                dtype: torch.dtype, device: torch.device) -> KeyValueCache:
     """The cache called `kind`, empty.
@@ -157,8 +199,9 @@ def make_cache(kind: str, config: MLATransformerConfig, *, num_layers: int, num_
     """
     if kind not in KV_CACHES:
         raise ConfigError(f"kv_cache={kind!r} must be one of {', '.join(KV_CACHES)}")
-    made: type[LatentCache] | type[FullCache] = LatentCache if kind == "latent" else FullCache
-    return made(config, num_layers=num_layers, num_rows=num_rows, capacity=capacity, dtype=dtype, device=device)
+    made: dict[str, type[LatentCache] | type[FullCache]] = {
+        "latent": LatentCache, "full": FullCache, "training": TrainingCache}
+    return made[kind](config, num_layers=num_layers, num_rows=num_rows, capacity=capacity, dtype=dtype, device=device)
 
 
 def _bytes_per_position(stored_LBC: torch.Tensor) -> int:

@@ -65,16 +65,30 @@ class Prompts:
 
 @dataclass(frozen=True)
 class _Run:
-    """Tokens on their way through the layers: how they attend in layer i, and the rotations of their positions."""
+    """Tokens on their way through the layers: how they attend in layer i, and the rotations of their positions.
+
+    Fewer than `least_rows` go with copies of the first of them.
+    """
 
     attend: Callable[[int, LatentAttention, torch.Tensor, torch.Tensor], torch.Tensor]
     rotations_TP: torch.Tensor
+    least_rows: int = 1
 
     def through(self, layers: Sequence[Layer], x_TH: torch.Tensor) -> torch.Tensor:
-        """[T, H] -> [T, H], in place."""
+        """[T, H] -> [T, H], in place unless rows are added on the way."""
+        num_tokens, num_added = len(x_TH), max(0, self.least_rows - len(x_TH))
+
+        def padded(rows: torch.Tensor) -> torch.Tensor:
+            return torch.cat([rows, rows[:1].expand(num_added, *rows.shape[1:])]) if num_added else rows
+
+        def attend(index: int, attention: LatentAttention, query_TND: torch.Tensor, entry_TW: torch.Tensor
+                   ) -> torch.Tensor:
+            return padded(self.attend(index, attention, query_TND[:num_tokens], entry_TW[:num_tokens]))
+
+        x_TH, rotations_TP = padded(x_TH), padded(self.rotations_TP)
         for index, layer in enumerate(layers):
-            x_TH = layer(x_TH, self.rotations_TP, partial(self.attend, index))
-        return x_TH
+            x_TH = layer(x_TH, rotations_TP, partial(attend, index))
+        return x_TH[:num_tokens]
 
 
 class CachedModel:
@@ -134,9 +148,19 @@ class CachedModel:
         return hidden_TH.view(*tokens_BQ.shape, -1).transpose(0, 1)
 
     @torch.no_grad()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., H] -> [..., V], of the main model and of the MTP module, which share the head."""
-        return self._multiply(hidden.reshape(-1, hidden.shape[-1]), self._head).view(*hidden.shape[:-1], -1)
+    def logits(self, hidden: torch.Tensor, *, least_rows: int = 1) -> torch.Tensor:
+        """[..., H] -> [..., V], of the main model and of the MTP module, which share the head.
+
+        Args:
+            hidden: Hidden states after the final norm.
+            least_rows: Rows that are multiplied at least, a cache's; zeros where there are fewer.
+        """
+        rows_TH = hidden.reshape(-1, hidden.shape[-1])
+        num_added = max(0, least_rows - len(rows_TH))
+        if num_added:
+            rows_TH = torch.nn.functional.pad(rows_TH, (0, 0, 0, num_added))
+        logits_TV = self._multiply(rows_TH, self._head)
+        return logits_TV[:len(logits_TV) - num_added].reshape(*hidden.shape[:-1], -1)
 
     def _main(self, tokens_T: torch.Tensor, run: _Run) -> torch.Tensor:
         return self._norm(run.through(self._layers, self._embed(tokens_T)))
@@ -203,7 +227,7 @@ class CachedModel:
                 softmax_scale=attention.softmax_scale, document_bounds=(prompts.bounds,))
             return context_T1NV.squeeze(1)
 
-        return _Run(attend, self._rotations(places.limit, positions_T))
+        return _Run(attend, self._rotations(places.limit, positions_T), cache.least_rows)
 
     def _in_cache(self, num_new: int, positions: Sequence[int], cache: KeyValueCache) -> _Run:
         """Attention of new tokens to their rows of the cache."""
@@ -219,7 +243,7 @@ class CachedModel:
                    ) -> torch.Tensor:
             return cache.attend(layer, places, attention, query_TND, entry_TW)
 
-        return _Run(attend, self._rotations(limit, places.positions_T))
+        return _Run(attend, self._rotations(limit, places.positions_T), cache.least_rows)
 
 
 class _MTP:

@@ -31,7 +31,7 @@ class Options:
         max_new_tokens: Most new tokens of each prompt.
         max_length: Positions of a sequence, prompt included: the model's context.
         sampling: Rule by which tokens are chosen.
-        kv_cache: "latent" or "full".
+        kv_cache: "latent", "full" or "training".
         speculative: "mtp", or None for one token a step.
         batch_size: Prompts that are decoded together.
         stop_ids: Tokens that end a sequence; the first of them does.

@@ -58,7 +58,7 @@ class PlainDecoder:
         sequences: Prompts' ids, none empty.
         sampling: Rule by which tokens are chosen.
         streams: Uniform numbers of each sequence.
-        kv_cache: "latent" or "full".
+        kv_cache: "latent", "full" or "training".
         max_new_tokens: Tokens after the longest prompt that there is room for.
     """
 
@@ -114,7 +114,7 @@ class PlainDecoder:
         Raises:
             ConfigError: one of them is NaN or infinite.
         """
-        logits = self.model.logits(hidden)
+        logits = self.model.logits(hidden, least_rows=self.cache.least_rows)
         if not bool(logits.isfinite().all()):
             raise ConfigError(f"the logits behind position {max(self.positions)} are not finite, in "
                               f"{self.model.dtype}: the weights are damaged or the values overflow; try --precision "

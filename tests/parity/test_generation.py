@@ -27,7 +27,7 @@ from tests.parity.architectures import variant
 from tests.parity.compare import FLOAT64_TOLERANCE, assert_close
 from tests.transformers_model import huggingface_model
 
-CACHES = ("latent", "full")
+CACHES = ("latent", "full", "training")
 FLOAT32_TOLERANCE = 1e-5  # sums of at most some hundred terms in another order
 
 

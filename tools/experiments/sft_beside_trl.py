@@ -49,8 +49,8 @@ def trl_step(model_folder: str, tokenizer_folder: str, rows: list[dict[str, Any]
         loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(counted))
         loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    masks = [row["assistant_masks"] for row in prepared]
-    return float(loss), gradients, [row["input_ids"] for row in prepared], masks
+    masks = [[int(label != -100) for label in row["labels"]] for row in prepared]
+    return float(loss.detach()), gradients, [row["input_ids"] for row in prepared], masks
 
 
 def our_step(base: str, prefix: str, num_rows: int) -> tuple[float, dict[str, torch.Tensor]]:
@@ -110,6 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base", required=True, help="checkpoints of the base model")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (1e-5)")
     options = parser.parse_args(arguments)
+    from dsv3_megatron.checkpoint.open import open_checkpoint
     from dsv3_megatron.commands import convert, preprocess
     from dsv3_megatron.data.chat.packing import pack_lengths
     from dsv3_megatron.data.indexed import map_index, read_header
@@ -123,9 +124,10 @@ def main(arguments: list[str] | None = None) -> int:
         assert convert.main(["megatron-to-hf", "--input", options.base, "--output", model_folder, "--dtype", "fp32",
                              "--no-mtp"]) == 0
         lengths = np.asarray(map_index(prefix).lengths_Q).astype(np.int64)
-        from dsv3_megatron.checkpoint.open import open_checkpoint
-
         capacity = open_checkpoint(options.base).seq_length + 1
+        if lengths.max() > capacity:
+            raise ValueError(f"--input has a conversation of {lengths.max()} tokens; at most {capacity}, a sequence of "
+                             "the base model and the token after it, can be compared")
         num_rows = len(pack_lengths(lengths, capacity, key=0))
         loss, gradients = our_step(options.base, prefix, num_rows)
         theirs, their_gradients, ids, masks = trl_step(model_folder, options.tokenizer_model, rows, capacity)

@@ -58,7 +58,7 @@ def test_prompts_of_a_file(folder: Path) -> None:
     ({"prompt": "a", "load": "no-mtp", "speculative": "mtp"},
      "speculative=mtp needs a checkpoint with an MTP module, and this one has none (mtp_num_layers=0)"),
     ({"prompt": "a", "speculative": "eagle"}, "speculative='eagle' must be one of mtp"),
-    ({"prompt": "a", "kv_cache": "half"}, "kv_cache='half' must be one of latent, full"),
+    ({"prompt": "a", "kv_cache": "half"}, "kv_cache='half' must be one of latent, full, training"),
     ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
     ({"prompt": "a", "batch_size": 0}, "batch_size=0 must be at least 1"),
     ({"prompt": "a", "top_p": 0.5}, "top_p=0.5 has no effect with temperature=0"),

@@ -55,5 +55,5 @@ def test_rows_that_are_kept(kind: str) -> None:
 
 
 def test_an_unknown_cache() -> None:
-    with pytest.raises(ValueError, match="kv_cache='half' must be one of latent, full"):
+    with pytest.raises(ValueError, match="kv_cache='half' must be one of latent, full, training"):
         cache_of("tiny", "half", torch.float32)
