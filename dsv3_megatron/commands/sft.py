@@ -34,13 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return train.main(arguments, _parse)
 
 
-def _parse(arguments: Sequence[str]) -> TrainingRequest:
-    line = CommandLine(
+def command_line() -> CommandLine:
+    """What the command line has beside that of dsv3 train: its help, --epochs, and the base model's settings."""
+    return CommandLine(
         prog="dsv3 sft", usage="dsv3 sft --pretrained-checkpoint DIR --data-path PREFIX [flags]",
         description="Fine-tune a model on conversations (dsv3 preprocess --sft). Architecture, sequence length and "
         "precision are the base model's unless a preset, a file or a flag says otherwise.",
         begin=_begin, add_flags=_add_flags)
-    request, given = parse_line(arguments, line)
+
+
+def _parse(arguments: Sequence[str]) -> TrainingRequest:
+    request, given = parse_line(arguments, command_line())
     if not request.run.data.sft:
         raise ConfigError("sft=False: dsv3 sft trains on conversations; use dsv3 train for texts")
     if request.run.training.phases or "train_iters" in given:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import pytest
 
 from dsv3_megatron.commands.dispatch import COMMANDS
-from dsv3_megatron.config.load import parse_command
+from dsv3_megatron.config.load import parse_command, parse_line
 from tools.run_documented_commands import commands
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +82,9 @@ def check_command(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) 
     module = importlib.import_module(f"dsv3_megatron.commands.{name.replace('-', '_')}")
     if name == "train":
         check_run(words)
+    elif name == "sft":  # the base model need not be there
+        parse_line([word for index, word in enumerate(words) if word != "..." and "--pretrained-checkpoint" not in
+                    (word, words[index - 1])], module.command_line())
     elif name == "plan":  # its flags are a run's too
         options, _ = module._parse_arguments([word for word in words if word != "..."])
         assert options.calibrate or options.num_gpus
