@@ -5,7 +5,8 @@
 #   bash tests/distributed/slurm_trial.sh FOLDER DATA_PREFIX TOKENIZER
 #
 # FOLDER is made; its job-*.log are Slurm's logs of the two jobs. The example is changed in what the machine decides
-# (nodes, GPUs, time) and in the run (a tiny one of some minutes); the rest is what it is.
+# (nodes, GPUs, time) and in the run (a tiny one of some minutes); the rest is what it is. MINUTES is the time limit, a
+# minute before which the run is told to stop: on a busy machine it must have begun by then.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -16,8 +17,9 @@ scaled() { # scaled FILE FLAGS...
     local file=$1
     shift
     sed -e 's/^#SBATCH --nodes=.*/#SBATCH --nodes=2/; /^#SBATCH --gpus-per-node/d; /^#SBATCH --exclusive/d; /^#SBATCH --mem/d' \
-        -e 's/^#SBATCH --cpus-per-task=.*/#SBATCH --cpus-per-task=1/; s/^#SBATCH --time=.*/#SBATCH --time=5/' \
-        -e 's/^#SBATCH --signal=.*/#SBATCH --signal=TERM@120/; s/^export SHUTDOWN_TIMEOUT=.*/export SHUTDOWN_TIMEOUT=60/' \
+        -e 's/^#SBATCH --cpus-per-task=.*/#SBATCH --cpus-per-task=1/' \
+        -e "s/^#SBATCH --time=.*/#SBATCH --time=${MINUTES:-6}/" \
+        -e 's/^#SBATCH --signal=.*/#SBATCH --signal=TERM@60/; s/^export SHUTDOWN_TIMEOUT=.*/export SHUTDOWN_TIMEOUT=60/' \
         -e "s/--preset dsv3-671b\$/--preset tiny --vocab-size 512 --lr-warmup-iters 1 $*/" \
         -e 's/--save-interval 500 .*/--save-interval 10/; s/--eval-interval 1000/--eval-interval 0/' \
         -e "s/MASTER_ADDR=.*hostnames.*/MASTER_ADDR=127.0.0.1/" \

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_megatron.commands import train
 from dsv3_megatron.guards.endings import EXIT_CODE_FILE, tell_launcher
 from dsv3_megatron.process.elastic import (
     ELASTIC,
@@ -102,3 +103,15 @@ def test_starts_of_an_elastic_run_meet_under_one_name_whatever_agents_count() ->
     assert own == ["0", "0"]
     shared = place | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3"}
     assert Processes.from_environment(shared).attempt == "run/3"
+
+
+def test_processes_that_are_too_many_are_left_out(monkeypatch, capsys) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "6"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "6"),
+                        ("MASTER_ADDR", "here")):
+        monkeypatch.setenv(name, value)
+    found = train._narrowed(Processes.from_environment(), 4)
+    assert (found.rank, found.world_size, found.local_size) == (1, 4, 4) and capsys.readouterr().err == ""
+    assert train._narrowed(found, 4) is found
+    monkeypatch.setenv("RANK", "0")
+    train._narrowed(Processes.from_environment(), 2)
+    assert "2 of 4 processes are used" in capsys.readouterr().err and os.environ["WORLD_SIZE"] == "2"
