@@ -1,0 +1,208 @@
+"""Kills a run of four processes with SIGKILL at random moments, starts it again, and compares it with one that was not.
+
+    python -m tests.fuzz.killed_runs --kills 100
+
+The run has PP2 x EP2, a save of every second step behind training, and keeps two checkpoints. First it runs undisturbed
+and writes every checkpoint while training waits, and keeps all: the reference. Then it lives in another folder, again
+and again until it has been killed so often: each life goes on from the newest checkpoint there is, and ends at a random
+moment after its first look at the folder, by the kill of one rank or of all. After each life
+
+- the folder has a checkpoint that is whole, unless no save had been finished yet: every byte of its tensors is the
+  reference's of that step, and `dsv3 verify` finds nothing;
+- every step that the life logged has the reference's loss and gradient norm, to the last bit;
+- no process of the life is left that writes checkpoints.
+
+A life that comes to its end without being killed is compared with the reference's end, and the folder begins anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from dsv3_megatron.checkpoint.folder import latest_iteration, read_manifest
+from dsv3_megatron.commands.verify import verify_checkpoint
+from dsv3_megatron.data.indexed_writer import DatasetWriter
+from tests.distributed.launch import RankError, run_ranks
+from tests.distributed.small_run import small_run
+
+NUM_RANKS, NUM_STEPS, INTERVAL = 4, 16, 2
+CHANGES = {"num_layers": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2, "split": "100,0,0",
+           "eval_interval": 0, "lr": 3e-3, "train_iters": NUM_STEPS, "lr_warmup_iters": 0, "log_interval": 100,
+           "save_interval": INTERVAL}
+# Variable that the processes of a life have in their environment.
+MARK = "KILLED_RUNS_MARK"
+# Of a kill: the number of a rank, or all of them.
+ALL = -1
+
+
+@dataclass
+class Lives:
+    """What became of a run that was killed again and again.
+
+    Attributes:
+        killed: Lives by who was killed.
+        completed: Lives that came to the end of the run.
+        found: Lives by the newest checkpoint that they left; -1: none.
+        steps: Steps that were compared with the reference's.
+        wrong: What was not as it must be.
+    """
+
+    killed: Counter[int] = field(default_factory=Counter)
+    completed: int = 0
+    found: Counter[int] = field(default_factory=Counter)
+    steps: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+def make_data(prefix: Path) -> str:
+    """A dataset of made-up documents; its prefix."""
+    generator = np.random.default_rng(0)
+    with DatasetWriter(str(prefix), vocab_size=128) as writer:
+        lengths = generator.integers(20, 60, size=80)
+        writer.add_documents((generator.zipf(1.3, size=int(lengths.sum())) % 128).astype(np.int64), lengths)
+    return str(prefix)
+
+
+def live(data: str, folder: Path, changes: dict[str, Any], kill: tuple[int, float] | None) -> float:
+    """One rank's part of a life, from the newest checkpoint to the end or the kill; seconds that training took."""
+    from dsv3_megatron.runs.trainer import Trainer
+
+    run = small_run(data_path=[data], save=str(folder / "saved"), load=str(folder / "saved"),
+                    tensorboard_dir=str(folder / "logs"), **CHANGES, **changes)
+    run.validate(NUM_RANKS)
+    trainer = Trainer(run)
+    if kill is not None and kill[0] in (ALL, trainer.rank):
+        timer = threading.Timer(kill[1], os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    started = time.monotonic()
+    with mock.patch("dsv3_megatron.runs.trainer.destroy_groups"):  # `run_ranks` wants them at the end
+        assert trainer.train() == 0
+    return time.monotonic() - started
+
+
+def logged_steps(folder: Path) -> dict[int, tuple[Any, Any]]:
+    """Loss and gradient norm by step; a line that a kill cut short is left out."""
+    path = folder / "logs" / "metrics.jsonl"
+    if not path.exists():
+        return {}
+    *lines, _cut = path.read_text(encoding="utf-8").split("\n")
+    records = [json.loads(line) for line in lines]
+    return {record["iteration"]: (record["lm_loss"], record["grad_norm"]) for record in records
+            if record["kind"] == "step"}
+
+
+def compare(folder: Path, reference: Path, lives: Lives) -> None:
+    """Take in what a life has left."""
+    expected = logged_steps(reference)
+    for step, values in logged_steps(folder).items():
+        lives.steps += 1
+        if values != expected[step]:
+            lives.wrong.append(f"step {step} has loss and norm {values}, not {expected[step]}")
+    saved = folder / "saved"
+    latest = latest_iteration(saved)
+    lives.found[-1 if latest is None else latest] += 1
+    if latest is None:
+        return
+    damages = verify_checkpoint(saved, latest, 1)["damages"]
+    lives.wrong += [f"the checkpoint of {latest} is damaged: {damage}" for damage in damages]
+    mine, other = read_manifest(saved).path, read_manifest(reference / "saved", latest).path
+    names = {path.name for path in mine.iterdir()}
+    if names != {path.name for path in other.iterdir()}:
+        lives.wrong.append(f"the checkpoint of {latest} has {sorted(names)}")
+        return
+    # The manifest names the run, and the index has a random mark of the save; both are proved by `verify_checkpoint`.
+    lives.wrong += [f"{name} of {latest} is not the reference's"
+                    for name in sorted(names - {"checkpoint.json", ".metadata"})
+                    if (mine / name).read_bytes() != (other / name).read_bytes()]
+
+
+def left_over(mark: str) -> list[int]:
+    """Process ids of what ranks have started, the processes that write: they have a mark in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
+
+
+def kill_again_and_again(folder: Path, kills: int, seed: int, *, max_seconds: float = float("inf"),
+                         says: bool = False) -> Lives:
+    """Run the reference, then the lives; what became of them.
+
+    Args:
+        folder: Empty folder for both.
+        kills: Lives to end with SIGKILL.
+        seed: Of the moments and of who is killed.
+        max_seconds: No life begins later than that.
+        says: Print a line for each ten lives.
+    """
+    rng, lives = random.Random(seed), Lives()
+    data, reference, subject = make_data(folder / "data"), folder / "reference", folder / "killed"
+    mark = f"{os.getpid()}-{seed}"
+    deadline = time.monotonic() + max_seconds
+    length_s = max(run_ranks(NUM_RANKS, live, data, reference, {"async_save": False, "keep_last": 0}, None))
+    while sum(lives.killed.values()) < kills and not lives.wrong and time.monotonic() < deadline:
+        who, moment = rng.choice([ALL, *range(NUM_RANKS)]), rng.uniform(0.0, 0.6 * length_s)
+        try:
+            run_ranks(NUM_RANKS, live, data, subject, {"keep_last": 2}, (who, moment), environment={MARK: mark})
+        except RankError as error:
+            if "exit code -9" not in str(error) and "Connection" not in str(error):
+                raise
+            lives.killed[who] += 1
+        else:
+            lives.completed += 1
+        compare(subject, reference, lives)
+        if left_over(mark):
+            time.sleep(5)
+            lives.wrong += [f"process {pid} of a life still writes checkpoints" for pid in left_over(mark)]
+        if latest_iteration(subject / "saved") == NUM_STEPS:
+            shutil.rmtree(subject)
+        if says and sum(lives.killed.values()) % 10 == 0:
+            print(f"{sum(lives.killed.values())} killed, {lives.completed} completed, {lives.steps} steps compared",
+                  flush=True)
+    return lives
+
+
+def main() -> int:
+    """Kill so many lives and print what became of them; 0 if all was as it must be."""
+    parser = argparse.ArgumentParser(description="Kill a run again and again, and compare it with one that was not.")
+    parser.add_argument("--kills", type=int, default=100, metavar="N", help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    parser.add_argument("--max-seconds", type=float, default=float("inf"), metavar="S", help="no life begins later")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        lives = kill_again_and_again(Path(folder), options.kills, options.seed, max_seconds=options.max_seconds,
+                                     says=True)
+    print(f"killed: {sum(lives.killed.values())} lives, by rank {dict(sorted(lives.killed.items()))} ({ALL}: all)")
+    print(f"completed: {lives.completed}; newest after a life {dict(sorted(lives.found.items()))} (-1: none)")
+    print(f"steps compared: {lives.steps}; {time.perf_counter() - started:.0f} s")
+    for text in lives.wrong:
+        print(f"WRONG: {text}")
+    return 1 if lives.wrong else 0
+
+
+if __name__ == "__main__":
+    from tests.fuzz import killed_runs  # by its name, so that the ranks find it
+
+    sys.exit(killed_runs.main())
