@@ -198,7 +198,7 @@ def test_memory_of_all_processes_of_a_machine_without_gpus(good: str, monkeypatc
     monkeypatch.setattr(precheck, "smallest_gpu_bytes", lambda: None)
     run = run_of(good)
     (rank,) = estimate_memory(run, 4, device="cpu")
-    monkeypatch.setattr(precheck, "_host_bytes", lambda: 4 * rank.peak_bytes - 1)
+    monkeypatch.setattr(precheck, "host_bytes", lambda: 4 * rank.peak_bytes - 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert precheck.check_memory(run, 4)[0].is_warning
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
