@@ -120,29 +120,29 @@ check_number() { # check_number NAME LOWEST HIGHEST MEANING: fine if it is not s
     wrong "$1='$value' must be a whole number from $2 to $3, written in digits alone ($4); set it so, or unset it"
 }
 
-# NNODES=MIN:MAX: is_elastic is 1, and NNODES the fewest nodes, for which everything is checked.
-read_nodes() {
-    is_elastic=0 most_nodes=${NNODES:-1}
+# NNODES=MIN:MAX: is_elastic is 1, and everything is checked for the fewest nodes. The environment stays as it is, for
+# this script may begin again (see guarded).
+read_nodes() { # sets is_elastic, fewest_nodes, most_nodes
+    is_elastic=0 fewest_nodes=${NNODES:-1} most_nodes=${NNODES:-1}
     case "${NNODES:-}" in *:*) ;; *) return 0 ;; esac
     [[ "$NNODES" =~ ^[1-9][0-9]{0,5}:[1-9][0-9]{0,5}$ ]] && [ "${NNODES%:*}" -le "${NNODES#*:}" ] ||
         wrong "NNODES='$NNODES' must be the fewest and the most nodes of the run, MIN:MAX, in digits; set it so, or give one" \
             "number for nodes that stay"
     [ -n "${MASTER_ADDR:-}" ] ||
         wrong "MASTER_ADDR is not set: with NNODES=$NNODES give the host on which \`dsv3 rendezvous\` listens"
-    is_elastic=1 most_nodes=${NNODES#*:}
-    NNODES=${NNODES%:*}
-    unset NODE_RANK
+    is_elastic=1 fewest_nodes=${NNODES%:*} most_nodes=${NNODES#*:}
     check_number MAX_RESTARTS 0 1000000 "starts after a failure"
 }
 
 check_environment() { # sets num_gpus, is_elastic
-    local nnodes most
+    local most
     read_nodes
     [ -z "${TMPDIR:-}" ] || { [ -d "$TMPDIR" ] && [ -w "$TMPDIR" ]; } ||
         wrong "TMPDIR='$TMPDIR' must be a folder that this user may write to; make it, name another, or unset it"
-    check_number NNODES 1 100000 "nodes of the run"
-    nnodes=${NNODES:-1}
-    check_number NODE_RANK 0 $((nnodes - 1)) "this node's rank among NNODES=$nnodes"
+    if [ "$is_elastic" = 0 ]; then
+        check_number NNODES 1 100000 "nodes of the run"
+        check_number NODE_RANK 0 $((fewest_nodes - 1)) "this node's rank among NNODES=$fewest_nodes"
+    fi
     check_number MASTER_PORT 1 65535 "port on which node 0 listens"
     check_number SHUTDOWN_TIMEOUT 1 86400 "seconds"
     find_gpus
@@ -157,9 +157,9 @@ check_environment() { # sets num_gpus, is_elastic
         [[ "$MASTER_ADDR" =~ ^[][A-Za-z0-9._:%-]+$ ]] ||
             wrong "MASTER_ADDR='$MASTER_ADDR' must be the name or address of node 0's host; set it so, or unset it on one node"
     fi
-    if [ "$is_elastic" = 0 ] && [ "$nnodes" -gt 1 ]; then
-        [ -n "${MASTER_ADDR:-}" ] || wrong "MASTER_ADDR is not set: with NNODES=$nnodes give the host of node 0"
-        [ -n "${NODE_RANK:-}" ] || wrong "NODE_RANK is not set: with NNODES=$nnodes give this node's, 0 to $((nnodes - 1))"
+    if [ "$is_elastic" = 0 ] && [ "$fewest_nodes" -gt 1 ]; then
+        [ -n "${MASTER_ADDR:-}" ] || wrong "MASTER_ADDR is not set: with NNODES=$NNODES give the host of node 0"
+        [ -n "${NODE_RANK:-}" ] || wrong "NODE_RANK is not set: with NNODES=$NNODES give this node's, 0 to $((fewest_nodes - 1))"
     fi
 }
 
@@ -310,7 +310,7 @@ pass_on() {
 
 # launch NUM_PROCESSES FLAGS...: the run's exit code is the function's.
 launch() {
-    local num_processes=$1 nnodes="${NNODES:-1}" node_rank="${NODE_RANK:-0}" status=0 rendezvous threads
+    local num_processes=$1 nnodes="$fewest_nodes" node_rank="${NODE_RANK:-0}" status=0 rendezvous threads
     shift
     threads=${OMP_NUM_THREADS:-$(threads_per_process "$num_processes")}
     if [ "$is_elastic" = 1 ]; then
@@ -371,7 +371,7 @@ launch_elastic() {
             ;;
     esac
     unset MASTER_ADDR MASTER_PORT
-    guarded env WORLD_SIZE=$((num_processes * NNODES)) "$python" -m dsv3_megatron train "$@" --check-only >/dev/null || status=$?
+    guarded env WORLD_SIZE=$((num_processes * fewest_nodes)) "$python" -m dsv3_megatron train "$@" --check-only >/dev/null || status=$?
     if [ -n "$last_signal" ]; then
         return $((128 + $(kill -l "$last_signal")))
     elif [ "$status" != 0 ]; then
@@ -383,7 +383,7 @@ launch_elastic() {
     on_signal=pass_on
     # Rank 0 serves the ranks' store, a new one at each start: torchrun's own would go with a node that is lost.
     guarded env OMP_NUM_THREADS="$threads" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 DSV3_STOP_FILE="$stop_file" \
-        DSV3_EXIT_CODE_FILE="$told/code" "$python" -m torch.distributed.run --nnodes "$NNODES:$most_nodes" \
+        DSV3_EXIT_CODE_FILE="$told/code" "$python" -m torch.distributed.run --nnodes "$fewest_nodes:$most_nodes" \
         --rdzv-backend c10d --rdzv-endpoint "$address:$port" --rdzv-id "${RDZV_ID:-dsv3}" \
         --rdzv-conf "is_host=0${RDZV_CONF:+,$RDZV_CONF}" ${local_address[@]+"${local_address[@]}"} \
         --max-restarts "${MAX_RESTARTS:-100}" --nproc-per-node "$num_processes" \
@@ -420,7 +420,7 @@ default_num_processes() { # default_num_processes FLAGS...
         "$python" -c 'import sys
 from dsv3_megatron.config.load import parse_command
 print(-(-parse_command(sys.argv[2:]).run.minimum_world_size // int(sys.argv[1])))' \
-            "${NNODES:-1}" "$@" 2>/dev/null || echo 1
+            "$fewest_nodes" "$@" 2>/dev/null || echo 1
     fi
 }
 

@@ -21,11 +21,12 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.checksums import FileChecksums, read_checksums
 from dsv3_megatron.process.host_bytes import free_host_bytes
+from dsv3_megatron.process.parent import environment_of_child
 from dsv3_megatron.process.ranks import Processes
 from dsv3_megatron.process.stop import STOP_SIGNALS
 
@@ -129,10 +130,10 @@ class BackgroundWriter:
 
 def _start_copier(memory: int) -> subprocess.Popen[str]:
     """Start the process; it looks at no signal that asks to stop: its parent decides."""
-    variables: dict[str, Any] = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a process begins with the signals blocked here
     try:
-        return subprocess.Popen([sys.executable, "-m", _COPIER, str(memory), str(os.getpid())], text=True,
-                                env=variables, pass_fds=[memory], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return subprocess.Popen([sys.executable, "-m", _COPIER, str(memory), str(os.getpid())],
+                                env=environment_of_child(), pass_fds=[memory], text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -3,7 +3,7 @@
 No torch: all of it is needed before torch is imported. In reading order:
 
     ranks.py    torchrun's variables                          stop.py     signals that ask to end
-    parent.py   a worker that ends with who started it        cores.py    cores that may be used
+    parent.py   processes that this one starts                cores.py    cores that may be used
     logs.py     what is logged                                unpickling.py  the one place that unpickles
     host_bytes.py  memory that may be used                    elastic.py   nodes that come and go
     loopback.py     a store that no other machine can reach

@@ -1,4 +1,4 @@
-"""A worker process that ends with the one that started it, however that ends."""
+"""Processes that a process starts: where they find this package, and their end when it has ended, however it did."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
-__all__ = ["end_with_parent"]
+__all__ = ["end_with_parent", "environment_of_child"]
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.5
+
+
+def environment_of_child() -> dict[str, str]:
+    """This process's environment variables, with which another Python process imports this same package.
+
+    This package may be a checkout that nothing but the first process's working folder led to.
+    """
+    path = filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def end_with_parent(parent: int | None = None) -> None:

@@ -15,6 +15,7 @@ from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
 from dsv3_megatron.commands import evaluate, generate
+from dsv3_megatron.data.folder_checksums import CHECKSUMS
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.architectures import variant
 
@@ -29,10 +30,14 @@ def exported(tmp_path: Path, max_shard_bytes: int) -> Path:
 
 
 def save_changed(folder: Path, **options: object) -> None:
+    """Save other weights over an export. Its checksums tell of it, and are removed as the message says."""
     model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         model.model.norm.weight.fill_(7.0)
     model.save_pretrained(folder, **options)
+    with pytest.raises(CheckpointError, match="if it was changed on purpose, remove .*checksums.json"):
+        HuggingFaceDirectory(folder)
+    (folder / CHECKSUMS).unlink()
 
 
 def test_one_file_is_replaced(tmp_path):

@@ -137,6 +137,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
         program = "python"
     if program == "bash" and len(words) > 1 and words[1] == "examples/pretrain_dsv3.sh":
         check_run(words[2:])
+    elif program == "bash" and words[1:] == ["examples/post_train_dsv3.sh"]:
+        assert (ROOT / words[1]).is_file()  # its own commands are in test_post_training_example.py
     elif program == "dsv3":
         if words[1:] not in (["--help"], ["--version"]):
             check_command(words[1], words[2:], monkeypatch)

@@ -101,7 +101,8 @@ def test_without_a_gpu_the_layout_decides_the_number_of_processes(tmp_path: Path
     assert code == 0, stderr
     assert "--standalone" in launch.read("torchrun")
     assert "--nproc-per-node 4" in launch.read("torchrun")
-    assert "-m dsv3_megatron train --preset tiny --pipeline-model-parallel-size 2\n" in launch.read("torchrun")
+    assert ("-m dsv3_megatron train --preset tiny --pipeline-model-parallel-size 2 --resume auto\n"
+            in launch.read("torchrun"))
     assert launch.read("world_size") == "4\n"
 
 
@@ -195,6 +196,16 @@ def test_nodes_that_come_and_go(tmp_path: Path) -> None:
     assert ("--nnodes 2:5 --rdzv-backend c10d --rdzv-endpoint meet:1234 --rdzv-id mine --rdzv-conf "
             "is_host=0,last_call_timeout=5 --max-restarts 100 --nproc-per-node 2") in said
     assert said.splitlines()[0].endswith("train --preset tiny --resume auto")
+
+
+def test_nodes_that_come_and_go_where_the_launcher_begins_again(tmp_path: Path) -> None:
+    """Started behind a shell's `&` it ignores signals and begins again without that, in the same environment."""
+    launch = Launch(tmp_path)
+    process = launch.start("--preset", "tiny", ignored=(signal.SIGINT, signal.SIGQUIT), NNODES="2:5",
+                           MASTER_ADDR="meet", NPROC_PER_NODE="2")
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    assert "--nnodes 2:5 " in launch.read("torchrun")
 
 
 @pytest.mark.parametrize(("given", "said"), [

@@ -29,6 +29,7 @@ from dsv3_megatron.planning.machine.hardware_tables import HARDWARE, find_hardwa
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
 from dsv3_megatron.planning.time.step_time import StepTime, step_time
 from dsv3_megatron.planning.time.work import Setting
+from dsv3_megatron.process.parent import environment_of_child
 
 _ROUNDS = 5
 # Steps at the beginning of a run that are not typical, unless there are no others.
@@ -221,9 +222,8 @@ def run_ranks(arguments: list[str], num_processes: int) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))))
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(port), "PYTHONPATH": path}
+    common = {**environment_of_child(), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(num_processes),
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                   text=True, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                  for rank in range(num_processes)]

@@ -315,7 +315,7 @@ def test_ranks_that_share_a_sequence_pass_a_latent_a_token_and_layer() -> None:
     code, report = rehearse("--world-size", "2", *flags, "--processes", "1")
     assert code == 0 and report["found"] == []
     (rank,), run = report["ranks"], parse_command(flags).run
-    assert rank["planned_peak_bytes"] is None and rank["peak_bytes"] > 0
+    assert rank["planned_peak_bytes"] == pytest.approx(rank["peak_bytes"], rel=0.1)
     passed = {(row["dtype"], row["count"], row["mean_bytes"]) for row in rank["messages"]
               if row["phase"] == "step" and row["operation"] == "all_to_all"}
     layers, tokens = run.model.num_layers + run.model.mtp_num_layers, 2 * run.training.seq_length // 2

@@ -21,7 +21,8 @@ LISTS = {"data_path": ["0.5", "a", "0.5", "b"], "valid_data_path": ["c"], "fp8":
 CHANGED = {"seq_length", "micro_batch_size", "global_batch_size", "lr", "mtp_loss_scaling_factor",
            "moe_router_bias_update_rate", "rope_type", "rotary_scaling_factor", "original_max_position_embeddings",
            "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "max_position_embeddings", "data_path",
-           "valid_data_path"}
+           "valid_data_path", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+           "cp_comm_type", "expert_model_parallel_size", "pipeline_schedule", "num_virtual_stages_per_pipeline_rank"}
 OF_ONE_PHASE = {"train_iters", "min_lr", "lr_warmup_iters", "lr_decay_style", "lr_decay_iters"}
 
 

@@ -15,6 +15,7 @@ import pytest
 from dsv3_megatron.checkpoint.folder import RunProgress, begin_save, finish_save
 from dsv3_megatron.checkpoint.text_files import collect_text_files
 from dsv3_megatron.config.presets import preset
+from dsv3_megatron.data.folder_checksums import CHECKSUMS
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.tokenizer import BOS_TOKEN, EOS_TOKEN, fingerprint, save_tokenizer, train_tokenizer
 from dsv3_megatron.generation.text import TextCodec, TextStream, check_text, open_codec, read_prompts
@@ -27,6 +28,13 @@ BEGINS = {"post_processor": {
     "single": [{"SpecialToken": {"id": BOS_TOKEN, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
     "special_tokens": {BOS_TOKEN: {"id": BOS_TOKEN, "ids": [0], "tokens": [BOS_TOKEN]}}}}
+
+
+def begin_texts(folder: Path) -> None:
+    """Change a tokenizer on purpose: its texts begin with a token, and its checksums are gone."""
+    content = folder / "tokenizer.json"
+    content.write_text(json.dumps(json.loads(content.read_text()) | BEGINS))
+    (folder / CHECKSUMS).unlink()
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +147,7 @@ class TestTokenizerOfACheckpoint:
                                                        tmp_path: Path) -> None:
         """Whatever the tokenizer's own post-processor would put there."""
         shutil.copytree(tokenizers / "one", tmp_path / "begins")
-        content = tmp_path / "begins" / "tokenizer.json"
-        content.write_text(json.dumps(json.loads(content.read_text()) | BEGINS))
+        begin_texts(tmp_path / "begins")
         with DatasetWriter(str(tmp_path / "data"), vocab_size=300, options={"begin_ids": list(begin_ids)},
                            tokenizer_fingerprint=fingerprint(tmp_path / "begins")) as writer:
             writer.add_documents(np.arange(20), np.array([20]))
@@ -157,8 +164,7 @@ class TestTokenizerOfACheckpoint:
 class TestText:
     def test_a_text_that_begins_with_a_token(self, tokenizers: Path, tmp_path: Path) -> None:
         shutil.copytree(tokenizers / "one", tmp_path / "begins")
-        content = tmp_path / "begins" / "tokenizer.json"
-        content.write_text(json.dumps(json.loads(content.read_text()) | BEGINS))
+        begin_texts(tmp_path / "begins")
         plain, begins = TextCodec(tokenizers / "one"), TextCodec(tmp_path / "begins")
         assert begins.encode("fox") == [0, *plain.encode("fox")]
         assert begins.encode("") == [], "an empty prompt stays one"
