@@ -7,7 +7,6 @@ it go on in new ones.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib
 import os
 import pickle
@@ -33,6 +32,7 @@ from dsv3_megatron.certification.verdict import OneProcess, Verdict, both_precis
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.precision import Fp8Config
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.process.parent import freeze_before_forks
 from dsv3_megatron.process.unpickling import load_own
 
 # What torch and Megatron-Core import where it is first used.
@@ -250,8 +250,7 @@ def get_ready_to_fork() -> None:
     os.environ["DSV3_OVERLAP_ON_CPU"] = "1"  # as on the GPUs of the run that is certified
     for name in _FIRST_USED:
         importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # what is imported is no garbage of a rank's, and need not be looked through there
+    freeze_before_forks()
 
 
 def alone(run: RunConfig) -> RunConfig:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -10,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-__all__ = ["end_with_parent", "environment_of_child"]
+__all__ = ["end_with_parent", "environment_of_child", "freeze_before_forks"]
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.5
@@ -23,6 +25,16 @@ def environment_of_child() -> dict[str, str]:
     """
     path = filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def freeze_before_forks() -> None:
+    """Take what is there now, mostly imported modules, out of garbage collection: forked processes share it untouched.
+
+    At the end of this process it is collected again; libraries that look then would call it leaked.
+    """
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 def end_with_parent(parent: int | None = None) -> None:

@@ -7,7 +7,6 @@ which nothing has run before. Each leaves rankR.json, or rankR.log with why ther
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import os
@@ -16,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dsv3_megatron.process.parent import end_with_parent
+from dsv3_megatron.process.parent import end_with_parent, freeze_before_forks
 from dsv3_megatron.rehearsal.rank_results import RankTask
 from dsv3_megatron.rehearsal.rehearsed_rank import environment, rehearse_to_file
 
@@ -64,8 +63,7 @@ def _import() -> None:
     with while_importing():
         for name in _IMPORTED:
             importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # what is imported is no garbage of a rank's, and need not be looked through there
+    freeze_before_forks()
 
 
 def _wait_for_one(running: dict[int, RankTask], folder: Path) -> int:

@@ -14,7 +14,6 @@ is shown by the tests that start it with torchrun or by hand.
 from __future__ import annotations
 
 import atexit
-import gc
 import importlib
 import json
 import os
@@ -34,6 +33,7 @@ from typing import IO, Any
 # The server imports the package before it has prepared for it; nothing of Megatron-Core is in this module.
 from dsv3_megatron.certification.rank_forks import RankError as RankError
 from dsv3_megatron.certification.rank_forks import end_ranks, fork_rank, leave_result, output_of, supervise
+from dsv3_megatron.process.parent import freeze_before_forks
 
 ROOT = Path(__file__).resolve().parents[2]
 # What runs, evaluations and the tests' own modules import, and what torch imports where it is first used.
@@ -157,8 +157,7 @@ def _serve() -> None:
     prepare()  # before anything imports Megatron-Core, as every entry point does
     for name in _PRELOADED:
         importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # what is imported is no garbage of a rank's, and need not be looked through there
+    freeze_before_forks()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -252,7 +251,4 @@ def _run_module(name: str, *arguments: str) -> int:
 if __name__ == "__main__":
     # The folder of this file, which holds tests, must not shadow modules.
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
-    try:
-        _serve()
-    finally:
-        gc.unfreeze()
+    _serve()

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.process.parent import freeze_before_forks
 from tests.fuzz.changes import change_bytes, structured
 from tests.fuzz.readers import Reader, readers
 from tests.fuzz.specimens import write_specimens
@@ -177,7 +178,6 @@ def run_cases(folder: Path, num_cases: int, seed: int, *, only: str = "", shows:
 
 def preload() -> None:
     """Import what the commands import, so that a fork need not."""
-    import gc
     import importlib
 
     from dsv3_megatron.platform import prepare
@@ -188,8 +188,7 @@ def preload() -> None:
             importlib.import_module(name)
         except ImportError:
             traceback.print_exc()
-    gc.collect()
-    gc.freeze()
+    freeze_before_forks()
 
 
 def main(arguments: list[str] | None = None) -> int:
