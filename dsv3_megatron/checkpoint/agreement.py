@@ -71,6 +71,14 @@ def from_all_ranks(reasons: list[str], otherwise: str) -> str:
     return text + _way_out(text)
 
 
+def sum_over_ranks(number: int) -> int:
+    """The sum of what every rank gives; called by every rank."""
+    # Where collectives take their tensors: the CPU in a run without CUDA (platform/cpu.py).
+    total = torch.tensor(number, dtype=torch.int64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(total)
+    return int(total.item())
+
+
 def check_space(directory: str | Path, my_bytes: int) -> None:
     """Raise on every rank if the disk has not the room for what all of them will write, before any of it is written.
 
@@ -78,10 +86,7 @@ def check_space(directory: str | Path, my_bytes: int) -> None:
         directory: Folder that all ranks write to; need not exist.
         my_bytes: Bytes that this rank adds.
     """
-    # Where collectives take their tensors: the CPU in a run without CUDA (platform/cpu.py).
-    total = torch.tensor([my_bytes], dtype=torch.int64, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(total)
-    needed = int(total.item() * _OVERHEAD)
+    needed = int(sum_over_ranks(my_bytes) * _OVERHEAD)
 
     def check() -> None:
         folder = Path(directory)
@@ -100,10 +105,8 @@ def wait_for_folder(target: Path) -> None:
     deadline = time.monotonic() + _FOLDER_VISIBLE_S
     while not target.is_dir() and time.monotonic() < deadline:
         time.sleep(0.1)
-    # Where collectives take their tensors: the CPU in a run without CUDA (platform/cpu.py).
-    blind = torch.tensor([0 if target.is_dir() else 1], device=torch.cuda.current_device())
-    torch.distributed.all_reduce(blind)
-    if blind.item():
+    num_blind = sum_over_ranks(int(not target.is_dir()))
+    if num_blind:
         raise CheckpointError(
-            f"save={target.parent}: {blind.item()} of {torch.distributed.get_world_size()} processes do not see this "
+            f"save={target.parent}: {num_blind} of {torch.distributed.get_world_size()} processes do not see this "
             "folder; choose one on a file system that all nodes share")

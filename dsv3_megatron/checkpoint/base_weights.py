@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_megatron.checkpoint.finite import require_finite_weights
 from dsv3_megatron.checkpoint.folder import CheckpointError, check_architecture
-from dsv3_megatron.checkpoint.open import OpenedCheckpoint, open_checkpoint
+from dsv3_megatron.checkpoint.open import OpenedCheckpoint, errors_of_base, open_checkpoint
 from dsv3_megatron.checkpoint.store import load_into_new_run
 from dsv3_megatron.config.model import architecture_differences
 from dsv3_megatron.config.run import RunConfig
@@ -30,15 +30,12 @@ def check_base(folder: str, run: RunConfig) -> None:
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or it is of another architecture.
     """
-    try:
+    with errors_of_base(folder):
         opened = open_checkpoint(folder)
         if opened.load is None:
             check_architecture(folder, _with_base_mtp(opened, run))
         elif wrong := architecture_differences(asdict(opened.model), _with_base_mtp(opened, run).model):
             raise CheckpointError(f"the model is of another architecture: {'; '.join(wrong)}; use its values")
-    except CheckpointError as error:
-        raise CheckpointError(f"pretrained_checkpoint={folder}: {str(error).removeprefix(f'load={folder}: ')}"
-                              ) from error
 
 
 def load_base(folder: str, run: RunConfig, chunks: list[Any], optimizer: MegatronOptimizer,

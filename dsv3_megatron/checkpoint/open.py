@@ -5,8 +5,9 @@ For commands that take a run's checkpoint or a Hugging Face one alike (`dsv3 eva
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,16 @@ class OpenedCheckpoint:
         """
         return RunConfig(self.preset, self.model, parallel or ParallelConfig(), training, data or DataConfig(),
                          CheckpointConfig(load=load, verify_files=verify_files), LoggingConfig())
+
+
+@contextlib.contextmanager
+def errors_of_base(folder: str) -> Iterator[None]:
+    """Have errors of a checkpoint, which name `load`, name the setting that a run's base model is given by."""
+    try:
+        yield
+    except CheckpointError as error:
+        text = str(error).removeprefix(f"load={folder}").removeprefix(":").removeprefix(" ")
+        raise CheckpointError(f"pretrained_checkpoint={folder}: {text}") from error
 
 
 def open_checkpoint(load: str, *, verify_files: str = "read") -> OpenedCheckpoint:

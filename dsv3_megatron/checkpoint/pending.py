@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dsv3_megatron.checkpoint.agreement import from_all_ranks, on_first_rank, why
+from dsv3_megatron.checkpoint.agreement import from_all_ranks, on_first_rank, sum_over_ranks, why
 from dsv3_megatron.checkpoint.background import BackgroundWriter
 from dsv3_megatron.checkpoint.folder import CheckpointError, remove_partial
 from dsv3_megatron.checkpoint.writing import ShardOutcome, gather_outcomes
@@ -102,7 +102,4 @@ def can_write_behind(background: BackgroundWriter, num_bytes: int) -> bool:
 
 
 def _on_all_ranks(is_so: bool) -> bool:
-    # Where collectives take their tensors: the CPU in a run without CUDA (platform/cpu.py).
-    answer = torch.tensor(int(is_so), device=torch.cuda.current_device())
-    torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN)
-    return bool(answer.item())
+    return not sum_over_ranks(int(not is_so))

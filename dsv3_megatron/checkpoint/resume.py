@@ -22,6 +22,7 @@ from typing import Any
 
 from dsv3_megatron.checkpoint.folder import TRAINING, CheckpointError, Manifest, RunProgress, check_architecture
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.launches import LaunchPart
 from dsv3_megatron.config.past import (
     Stretch,
     differences,
@@ -61,6 +62,11 @@ class Resumption:
     position: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
     place: TrainedAmount = TrainedAmount()
+
+    @property
+    def part(self) -> LaunchPart:
+        """What the start that goes on there takes of the run."""
+        return LaunchPart.at(self.run, self.recipe, self.place)
 
     def start_of(self, span: DataSpan) -> int:
         """Samples that the run has taken, or jumped over, when it begins a dataset."""

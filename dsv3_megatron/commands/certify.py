@@ -15,7 +15,6 @@ Exit status: 0 equal, 1 something differs, 2 the run or the command cannot be.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser, parse_command
 from dsv3_megatron.config.output import json_text
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.process.cores import usable_cores
 
 if TYPE_CHECKING:
@@ -148,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, flags = _parse_arguments(arguments)
         certificates = certify(options, flags)
     except (ValueError, OSError) as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
         return 2
     _print(options, certificates)
     return 0 if all(certificate.verdict.is_equal for certificate in certificates) else EXIT_DIFFERS

@@ -21,7 +21,7 @@ from typing import Any
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import PRESETS, preset
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.config.training import VERIFY_FILES
 from dsv3_megatron.process.cores import usable_cores
 
@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
         prepare()  # before anything imports Megatron-Core
         _COMMANDS[options.command](options)
     except ValueError as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what is finished", file=sys.stderr)

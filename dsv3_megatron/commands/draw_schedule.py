@@ -8,10 +8,9 @@ prints the time of the step and how long each rank waited in it, and writes a Ga
 from __future__ import annotations
 
 import argparse
-import sys
 
 from dsv3_megatron.config.output import require_output_file
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.schedule.draw import plot_timeline, read_trace
 
 
@@ -35,6 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
         if options.png:
             plot_timeline(plan, timeline, options.png)
     except (ValueError, OSError) as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
         return 2
     return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.config.output import json_text, require_output_file
-from dsv3_megatron.config.streams import message, quoted
+from dsv3_megatron.config.streams import message, print_error, quoted
 from dsv3_megatron.data.indexed import dataset_paths, read_sidecar
 from dsv3_megatron.data.inspection import DatasetStatistics, measure, plot_lengths, read_document, verify
 
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.json:
             print(json_text({"problems": problems}))
     except (ValueError, OSError) as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
         return 2
     if options.verify and not problems and not options.json:
         seen = (

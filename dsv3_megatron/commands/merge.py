@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.data.indexed import dataset_paths
 from dsv3_megatron.data.merge import find_datasets, merge_datasets
 from dsv3_megatron.data.reading.inputs import shown
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             report=lambda prefix: print(f"appended {prefix}", file=sys.stderr),
         )
     except (ValueError, OSError) as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
         return 2
     print(
         f"{len(prefixes)} datasets, {sidecar.num_documents} documents, {sidecar.num_tokens} tokens "

@@ -16,7 +16,6 @@ Exit status: 0 for an answer, "does not fit" among them ("fits" in --json); 2 fo
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.metrics.rank_state import checkpoint_bytes
 from dsv3_megatron.planning.goodput.run_goodput import FailureFlags, RunGoodput, plan_goodput
 from dsv3_megatron.planning.machine.hardware import Hardware, save_hardware
@@ -201,5 +200,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, run = _parse_arguments(arguments)
         return _run(options, run)
     except (ValueError, OSError) as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
         return 2

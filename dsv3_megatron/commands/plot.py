@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from dsv3_megatron.config.output import require_output_file
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.metrics.event_files import read_run
 from dsv3_megatron.reports.report_page import draw_report
 
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
                   file=sys.stderr)
         draw_report(log, output)
     except (ValueError, OSError) as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
         return 2
     print(output)
     return 0

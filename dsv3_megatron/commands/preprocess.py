@@ -17,7 +17,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads cost memory here and do nothing
 
@@ -354,10 +354,10 @@ def main(arguments: list[str] | None = None) -> int:
         _run(options)
         return 0
     except WorkerDied as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
         status = 1
     except (ValueError, OSError) as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130

@@ -13,14 +13,13 @@ Exit status: 0 nothing found, 1 something found, 2 the run or the command cannot
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser, parse_command
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.planning.memory.estimate import RankMemory, estimate_memory
 from dsv3_megatron.process.cores import usable_cores
 from dsv3_megatron.rehearsal.findings import Rehearsal, as_json, as_text
@@ -119,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, flags = _parse_arguments(arguments)
         rehearsal = rehearse(options, flags)
     except (ValueError, OSError) as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
         return 2
     print(json_text(as_json(rehearsal)) if options.json else as_text(rehearsal))
     return EXIT_FOUND if rehearsal.findings() else 0

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.process.ranks import DEFAULT_PORT, require_free_port
 from dsv3_megatron.process.stop import signal_name, stop_calls
 
@@ -55,5 +56,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require_free_port(options.port, "0.0.0.0")
         return _serve(options.port)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2

@@ -9,12 +9,11 @@ Prints Markdown, or JSON. Exit status: 0, or 2 for a command that cannot be carr
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dsv3_megatron.config.output import json_text, require_output_file
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.papers.claim_page import as_json, page
 from dsv3_megatron.papers.claim_table import judge_all
 
@@ -42,6 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             options.output.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
         return 2
     return 0

@@ -73,13 +73,10 @@ def _begin(name: str | None, fields: Mapping[str, Any]) -> RunConfig:
     base = fields.get("pretrained_checkpoint")
     if name is not None or base is None:
         return fine_tuned(preset(name or "tiny"))
-    from dsv3_megatron.checkpoint.folder import CheckpointError
-    from dsv3_megatron.checkpoint.open import open_checkpoint
+    from dsv3_megatron.checkpoint.open import errors_of_base, open_checkpoint
 
-    try:
+    with errors_of_base(base):
         opened = open_checkpoint(base)
-    except CheckpointError as error:
-        raise CheckpointError(f"pretrained_checkpoint={base}: {str(error).removeprefix(f'load={base} ')}") from error
     run = fine_tuned(opened.run(base, preset("tiny").training))
     known = {field: value for field, value in opened.training.items() if field in ("micro_batch_size", "precision")}
     length = min(opened.seq_length, opened.model.max_position_embeddings)

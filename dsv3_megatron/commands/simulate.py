@@ -15,14 +15,13 @@ Exit status: 0, or 2 for a command that cannot be carried out.
 from __future__ import annotations
 
 import argparse
-import sys
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.output import json_text, require_output_file
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.schedule.compare import Outcome, compare, recommend
 from dsv3_megatron.schedule.draw import plot_timeline, write_trace
 from dsv3_megatron.schedule.formulas import published_bubble
@@ -217,6 +216,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _run(options)
     except (ValueError, OSError) as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
         return 2
     return 0

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.launches import EXIT_NEXT_LAYOUT, LaunchPart
+from dsv3_megatron.config.launches import EXIT_NEXT_LAYOUT
 from dsv3_megatron.config.load import TrainingRequest, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.config.world_size import largest_world_size
 from dsv3_megatron.guards.endings import launcher_listens, tell_launcher
 from dsv3_megatron.process.elastic import EXIT_AGAIN, elastic_launch, stopped_code
@@ -107,7 +107,7 @@ def _refuse(text: str, processes: Processes | None) -> int:
     """Say what is wrong, to the user and to the processes that would wait for this one."""
     if processes is None or NODES in os.environ:
         where = f" (node {os.environ.get(NODE_RANK)}, on {socket.gethostname()})" if _num_nodes() > 1 else ""
-        print(f"error: {message(text)}{where}", file=sys.stderr, flush=True)
+        print_error(text, where)
         if processes is not None:
             _meet_nodes(processes, text)
     else:
@@ -138,11 +138,11 @@ def _meet_nodes(processes: Processes, error: str | None) -> int:
             meet_nodes(processes, int(os.environ[NODE_RANK]), _num_nodes(), error)
         except PeerError as peer:
             if error is None:  # else it is said, and nobody was there to be told
-                print(f"error: {message(peer)}", file=sys.stderr, flush=True)
+                print_error(peer)
                 return EXIT_CONFIG
     except ConfigError as wrong:
         if error is None:
-            print(f"error: {message(wrong)}", file=sys.stderr, flush=True)
+            print_error(wrong)
         return EXIT_CONFIG
     return 0
 
@@ -250,8 +250,7 @@ def _launched(run: RunConfig, start: Start) -> RunConfig:
     if all(phase.parallel == phases[0].parallel for phase in phases):
         return run
     planned, _ = plan_schedule(run, start.load, start.iteration)
-    part = LaunchPart.at(planned.run, planned.recipe, planned.place)
-    return part.run.in_phase(part.first_phase)
+    return planned.part.run.in_phase(planned.part.first_phase)
 
 
 def _ranks_per_node(command: TrainingRequest, world_size: int) -> int | None:

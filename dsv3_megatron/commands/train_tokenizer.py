@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.data.reading.documents import read_documents
 from dsv3_megatron.data.reading.inputs import expand_inputs, shown
 from dsv3_megatron.data.text_sample import TextSample, hold_out
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         measured = _measure(tokenizer, list(held_out))
         identity = save_tokenizer(tokenizer, options.output)
     except (ValueError, OSError) as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)

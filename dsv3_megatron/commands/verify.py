@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from dsv3_megatron.checkpoint.folder import (
     saved_iterations,
 )
 from dsv3_megatron.config.output import json_text
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.data.checksums import BlockVerifier, damages
 from dsv3_megatron.process.cores import usable_cores
 
@@ -93,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
             is_sound &= not found["damages"]
             print(json_text(found) if options.json else _as_text(directory, found))
     except (CheckpointError, OSError) as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
         return 2
     return 0 if is_sound else 1
 

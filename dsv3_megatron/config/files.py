@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.json_files import parse_json, read_text_file
+from dsv3_megatron.config.json_files import first_repeated, parse_json, read_text_file
 from dsv3_megatron.config.output import json_text
 
 _MAX_NODES, _MAX_NAME_PARTS = 100_000, 100
@@ -51,14 +51,12 @@ def _parse(file: Path) -> Any:
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, each of whose names must be there once."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        name = next(name for name in names if names.count(name) > 1)
+    name = first_repeated(pairs)
+    if name is not None:
         first, second = [value for other, value in pairs if other == name][:2]
         raise ConfigError(f"{name} is given twice in the same place, as {json_text(first)[:80]} and as "
                           f"{json_text(second)[:80]}; leave one out")
-    return found
+    return dict(pairs)
 
 
 def _parse_toml(text: str) -> Any:

@@ -85,11 +85,18 @@ def object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: a name is there twice.
     """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice in one object")
-    return found
+    name = first_repeated(pairs)
+    if name is not None:
+        raise ValueError(f"{name!r} is given twice in one object")
+    return dict(pairs)
+
+
+def first_repeated(pairs: list[tuple[str, Any]]) -> str | None:
+    """The first name of an object's that is there more than once; None: each is there once."""
+    if len(dict(pairs)) == len(pairs):
+        return None
+    names = [name for name, _ in pairs]
+    return next(name for name in names if names.count(name) > 1)
 
 
 def read_text_file(path: str | os.PathLike[str]) -> str:

@@ -82,6 +82,16 @@ def message(value: object) -> str:
                      for number, line in enumerate(_CONTROLS_IN_LINES.sub(_escaped_control, str(value)).split("\n")))
 
 
+def print_error(error: object, behind: str = "") -> None:
+    """Say on stderr what is wrong, as `message` has it.
+
+    Args:
+        error: The error, or its text.
+        behind: Words of ours that follow it.
+    """
+    print(f"error: {message(error)}{behind}", file=sys.stderr, flush=True)
+
+
 def _escaped_control(found: re.Match[str]) -> str:
     return found.group().encode("unicode_escape").decode("ascii")
 

@@ -110,9 +110,11 @@ def require_index(prefix: str) -> None:
         ValueError: a file is missing or damaged, or the sidecar is of other files.
     """
     header, sidecar = read_header(prefix), read_sidecar(prefix)
-    if sidecar is not None:
-        _check_counts(prefix, header, sidecar)
-    if _index_sha256(prefix) != (sidecar.idx_sha256 if sidecar is not None else None) and sidecar is not None:
+    if sidecar is None:
+        check_index(prefix)
+        return
+    _check_counts(prefix, header, sidecar)
+    if _index_sha256(prefix) != sidecar.idx_sha256:
         raise ValueError(_stale(prefix, "the hash of the .idx file is another"))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import sys
 import sysconfig
 import time
 from collections import Counter
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dsv3_megatron.config.output import json_text
-from dsv3_megatron.config.streams import run_command
+from dsv3_megatron.config.streams import print_error, run_command
 from dsv3_megatron.process.stop import end_with_a_line
 
 _TEXT_SUFFIXES = frozenset({".py", ".md", ".rst", ".txt"})
@@ -219,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         summary = build_quickstart_corpus(options.output, target_bytes=options.target_bytes, seed=options.seed)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     print(
         f"corpus: {summary.num_train_documents} + {summary.num_valid_documents} documents, "

@@ -17,13 +17,14 @@ from dsv3_megatron.data.blend import Blend, parse_blend
 from dsv3_megatron.data.chat.masked import check_masks, has_masks
 from dsv3_megatron.data.document_ends import resolve_eod_id
 from dsv3_megatron.data.indexed import read_header
+from dsv3_megatron.data.order import InTurns
 
 if TYPE_CHECKING:
     from dsv3_megatron.config.recipe import DataSpan
     from dsv3_megatron.config.run import RunConfig
     from dsv3_megatron.data.batches import SampleDataset
-    from dsv3_megatron.data.chat.packed_samples import BlendedConversations, PackedConversations
-    from dsv3_megatron.data.samples import BlendedTokens, ShuffledTokens
+    from dsv3_megatron.data.chat.packed_samples import PackedConversations
+    from dsv3_megatron.data.samples import ShuffledTokens
 
 
 @dataclass(frozen=True)
@@ -238,27 +239,28 @@ def build_datasets(config: DatasetConfig) -> TrainingData:
 
 
 def open_conversations(config: DatasetConfig, blend: Blend, edges: tuple[float, float]
-                       ) -> tuple[PackedConversations | BlendedConversations, int]:
+                       ) -> tuple[PackedConversations | InTurns[PackedConversations], int]:
     """The packed conversations of a blend's share between two edges of each file, and the samples of one pass.
 
     Raises:
         ValueError: a conversation is too long and is to be refused, or none is left.
     """
-    from dsv3_megatron.data.chat.packed_samples import BlendedConversations, PackedConversations
+    from dsv3_megatron.data.chat.packed_samples import PackedConversations
 
     parts = [PackedConversations(prefix, sequences_between(prefix, edges), seq_length=config.seq_length,
-                                 seed=config.seed, number=number, long_conversations=config.long_conversations)
+                                 seed=config.seed, number=number, long_conversations=config.long_conversations,
+                                 is_verified=config.is_verified)
              for number, prefix in enumerate(blend.prefixes)]
     sizes = [part.samples_per_epoch for part in parts]
     if len(parts) == 1:
         return parts[0], sizes[0]
-    return BlendedConversations(parts, blend.weights or sizes), sum(sizes)
+    return InTurns(parts, blend.weights or sizes), sum(sizes)
 
 
 def _open_blend(config: DatasetConfig, blend: Blend, edges: tuple[float, float], purpose: str
-                ) -> tuple[ShuffledTokens | BlendedTokens, int]:
+                ) -> tuple[ShuffledTokens | InTurns[ShuffledTokens], int]:
     """The tokens of a blend's share between two edges of each file, and the samples of one pass over them."""
-    from dsv3_megatron.data.samples import BlendedTokens, ShuffledTokens
+    from dsv3_megatron.data.samples import ShuffledTokens
 
     parts = []
     for number, prefix in enumerate(blend.prefixes):
@@ -273,7 +275,7 @@ def _open_blend(config: DatasetConfig, blend: Blend, edges: tuple[float, float],
     sizes = [part.samples_per_epoch for part in parts]
     if len(parts) == 1:
         return parts[0], sizes[0]
-    return BlendedTokens(parts, blend.weights or sizes), sum(sizes)
+    return InTurns(parts, blend.weights or sizes), sum(sizes)
 
 
 def sequences_between(prefix: str, edges: tuple[float, float]) -> tuple[int, int]:

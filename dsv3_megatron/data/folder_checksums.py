@@ -20,13 +20,11 @@ CHECKSUMS = "checksums.json"
 _SIGNATURE, _VERSION = "signature", 1
 
 
-def write_folder_checksums(folder: str | os.PathLike[str], known: Mapping[str, FileChecksums] | None = None, *,
-                           names: Iterable[str] | None = None) -> None:
+def write_folder_checksums(folder: str | os.PathLike[str], *, names: Iterable[str] | None = None) -> None:
     """Write the checksums of files of a folder, at its top, into `checksums.json` there.
 
     Args:
         folder: The folder.
-        known: Checksums that were made while files were written; the other files are read.
         names: Names of the files; None: all.
 
     Raises:
@@ -35,7 +33,7 @@ def write_folder_checksums(folder: str | os.PathLike[str], known: Mapping[str, F
     folder = Path(folder)
     if names is None:
         names = [file.name for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS]
-    files = {name: ((known or {}).get(name) or checksum_file(folder / name)).as_dict() for name in sorted(names)}
+    files = {name: checksum_file(folder / name).as_dict() for name in sorted(names)}
     partial = folder / f"{CHECKSUMS}.tmp-{os.getpid()}"
     partial.write_text(json_text(with_signature({"version": _VERSION, "files": files}, _SIGNATURE), indent=1) + "\n",
                        encoding="utf-8")
@@ -76,11 +74,31 @@ def require_whole(file: str | os.PathLike[str], others: Iterable[str] = ()) -> N
     path = Path(file)
     known = read_folder_checksums(path.parent)
     for name in others:
-        if name in known and not (path.parent / name).is_file():
-            raise ValueError(f"{path.parent / name} is missing, {path.parent / CHECKSUMS} has its checksum: get it "
-                             f"again, or remove {CHECKSUMS} if it is not needed")
+        if name in known:
+            _require_there(path.parent / name)
     if path.name in known:
         _prove(path, known[path.name])
+
+
+def require_all_whole(folder: str | os.PathLike[str], known: Mapping[str, FileChecksums]) -> None:
+    """Prove files of a folder, each of which must be there.
+
+    Args:
+        folder: The folder.
+        known: Checksums of the files by name, from `read_folder_checksums`.
+
+    Raises:
+        ValueError: a file is gone, or does not have its checksum.
+    """
+    for name in sorted(known):
+        _require_there(Path(folder) / name)
+        _prove(Path(folder) / name, known[name])
+
+
+def _require_there(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, {path.parent / CHECKSUMS} has its checksum: get it again, or remove "
+                         f"{CHECKSUMS} if it is not needed")
 
 
 def _prove(path: Path, checksums: FileChecksums) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -73,6 +74,31 @@ class Permutation:
             index = left * columns + right
             if index < self.size:
                 return index
+
+
+class SampleSource(Protocol):
+    """Something that gives samples by their numbers, such as one shuffled dataset."""
+
+    def read(self, index: int) -> Any:
+        """The sample at an index."""
+        ...
+
+
+class InTurns[Part: SampleSource]:
+    """The samples of several datasets, each in its own order, in turns by weight.
+
+    Args:
+        parts: The datasets.
+        weights: Shares of the samples that the datasets have, on any scale.
+    """
+
+    def __init__(self, parts: Sequence[Part], weights: Sequence[float]) -> None:
+        self.parts, self._turns = tuple(parts), Turns(weights)
+
+    def read(self, index: int) -> Any:
+        """The sample at an index, as the dataset whose turn it is gives it."""
+        number, turn = self._turns[index]
+        return self.parts[number].read(turn)
 
 
 class Turns:

@@ -16,7 +16,7 @@ Shapes: S sequence, g sequences of a group.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ import torch
 
 from dsv3_megatron.data.document_ends import document_bounds, restarted_positions
 from dsv3_megatron.data.indexed import map_index, read_header
-from dsv3_megatron.data.order import Permutation, Turns, derive_keys, mix_array
+from dsv3_megatron.data.order import Permutation, derive_keys, mix_array
 from dsv3_megatron.data.proved_tokens import ProvedTokens
 
 _GROUP_SEQUENCES = 4096
@@ -126,23 +126,6 @@ class ShuffledTokens:
             raise ValueError(f"{self.prefix}.idx: sequences {first} to {stop - 1} do not lie end to end in the .bin "
                              "file, as those of Megatron-Core's datasets do; make the dataset again")
         return starts_G1, self._offsets_Q[first:stop][order_g] // self._item_bytes
-
-
-class BlendedTokens:
-    """The samples of several datasets, each in its own order, in turns by weight.
-
-    Args:
-        parts: The datasets.
-        weights: Shares of the samples that the datasets have, on any scale.
-    """
-
-    def __init__(self, parts: Sequence[ShuffledTokens], weights: Sequence[float]) -> None:
-        self.parts, self._turns = tuple(parts), Turns(weights)
-
-    def read(self, index: int) -> np.ndarray:
-        """The ids of a sample, int64 [S + 1]."""
-        number, turn = self._turns[index]
-        return self.parts[number].read(turn)
 
 
 class Samples:

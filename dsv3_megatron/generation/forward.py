@@ -76,19 +76,27 @@ class _Run:
 
     def through(self, layers: Sequence[Layer], x_TH: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H], in place unless rows are added on the way."""
-        num_tokens, num_added = len(x_TH), max(0, self.least_rows - len(x_TH))
+        num_tokens = len(x_TH)
+        if num_tokens < self.least_rows:
+            return self._with_copies(num_tokens).through(layers, _padded(x_TH, self.least_rows))[:num_tokens]
+        for index, layer in enumerate(layers):
+            x_TH = layer(x_TH, self.rotations_TP, partial(self.attend, index))
+        return x_TH
 
-        def padded(rows: torch.Tensor) -> torch.Tensor:
-            return torch.cat([rows, rows[:1].expand(num_added, *rows.shape[1:])]) if num_added else rows
+    def _with_copies(self, num_tokens: int) -> _Run:
+        """Describe a run of the same tokens and copies of the first behind them, of which attention sees none."""
 
         def attend(index: int, attention: LatentAttention, query_TND: torch.Tensor, entry_TW: torch.Tensor
                    ) -> torch.Tensor:
-            return padded(self.attend(index, attention, query_TND[:num_tokens], entry_TW[:num_tokens]))
+            context = self.attend(index, attention, query_TND[:num_tokens], entry_TW[:num_tokens])
+            return _padded(context, self.least_rows)
 
-        x_TH, rotations_TP = padded(x_TH), padded(self.rotations_TP)
-        for index, layer in enumerate(layers):
-            x_TH = layer(x_TH, rotations_TP, partial(attend, index))
-        return x_TH[:num_tokens]
+        return _Run(attend, _padded(self.rotations_TP, self.least_rows))
+
+
+def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Put copies of the first row behind the rows that there are, until they are `count`."""
+    return torch.cat([rows, rows[:1].expand(count - len(rows), *rows.shape[1:])])
 
 
 class CachedModel:

@@ -206,7 +206,7 @@ def read_prompts(file: str | os.PathLike[str]) -> list[str]:
         if not line.strip():
             continue
         try:
-            record = parse_json(line.decode("utf-8"))
+            record = parse_json(line)
         except ValueError as error:
             raise ConfigError(f"{file}:{number}: not a line of JSON in UTF-8: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):

@@ -190,8 +190,10 @@ class RunClaim:
             except OSError as error:  # gone, or full: nobody else takes it now, and who writes there says so
                 logger.debug("%s cannot be looked at: %s", lock.path, error)
         start = self._start
-        for folder in self._folders() if start is not None else ():
-            if start is not None and Path(folder).is_dir() and not (Path(folder) / IDENTITY_FILE).exists():
+        if start is None:
+            return
+        for folder in self._folders():
+            if Path(folder).is_dir() and not (Path(folder) / IDENTITY_FILE).exists():
                 try:
                     _write_identity(folder, start.run, self._config.save)
                 except OSError as error:

@@ -30,13 +30,9 @@ def tell_launcher(code: int) -> int:
     Returns:
         The code.
     """
-    if elastic_launch():
-        if code not in _FINAL:
-            return code
+    if code in _FINAL or not elastic_launch():
         _write_code(code)
-        end_agent()
-        return code
-    _write_code(code)
+        end_agent()  # where nodes come and go; nothing otherwise
     return code
 
 

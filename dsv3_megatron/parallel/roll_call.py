@@ -18,7 +18,7 @@ import time
 from torch.distributed import PrefixStore, TCPStore
 
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.process.loopback import loopback_store_class
 from dsv3_megatron.process.ranks import Processes, require_free_port, wait_for_port
 
@@ -184,7 +184,7 @@ def say_once(text: str, processes: Processes, *, tells: bool = True) -> None:
         tells: The other ranks, who may still come to meet, are told; False: they have met.
     """
     if processes.address is None or processes.world_size == 1:
-        print(f"error: {message(text)}", file=sys.stderr, flush=True)
+        print_error(text)
         return
     line = f"error: {text} ({processes.place})"
     if not processes.has_agent:  # started by hand, each in a terminal of its own

@@ -203,12 +203,11 @@ def _layouts(run: RunConfig, setting: Setting, rejected: list[Rejected]) -> Iter
                  *((name, 1) for name in SCHEDULES if name not in ("1f1b", "interleaved"))]
     granularities = (None, *RECOMPUTE_GRANULARITIES)
     tiled: set[int] = set()  # tensor-parallel degrees whose parts FP8 can take
+    splits = [(tp, cp, _way_to_split(run, setting, tp, cp)) for tp in (1, 2, 4, 8) if num_devices % tp == 0
+              for cp in _splits(run, num_devices)]
     for pp in (number for number in all_divisors(num_devices) if number <= model.num_layers):
         own = [(name, stages) for name, stages in schedules if pp > 1 or name == "1f1b"]
-        for tp, cp in itertools.product((1, 2, 4, 8), _splits(run, num_devices)):
-            if num_devices % tp:
-                continue
-            way = _way_to_split(run, setting, tp, cp)
+        for tp, cp, way in splits:
             # Who splits a sequence has no use for two at a time.
             sizes = [size for size in (_MICRO_BATCH_SIZES if cp == 1 else (1,))
                      if training.global_batch_size % size == 0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.output import json_text
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.rehearsal.rank_kinds import position_of
 from dsv3_megatron.rehearsal.rank_results import (
     BUILDING,
@@ -210,7 +209,7 @@ def rehearse_to_file(task: RankTask, path: Path) -> int:
     try:
         found = rehearse(task)
     except ValueError as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_error(error)
         return 2
     path.write_text(json_text(asdict(found)), encoding="utf-8")
     return 0

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.streams import message
+from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.data.checksums import DamagedFileError
 from dsv3_megatron.process.elastic import EXIT_AGAIN, elastic_launch
 from dsv3_megatron.process.ranks import Processes
@@ -42,17 +42,17 @@ def refuse(text: str) -> int:
     try:
         say_error(text, Processes.from_environment())
     except ConfigError:  # of the variables: that is another error, and this one comes first
-        print(f"error: {message(text)}", file=sys.stderr, flush=True)
+        print_error(text)
     return EXIT_CONFIG
 
 
 def say_error(text: str, processes: Processes, *, tells: bool = True) -> None:
     """Print an error of this process; of a run's, with rank and host, once for all ranks that meet the same."""
     if processes.world_size == 1 or processes.address is None:
-        print(f"error: {message(text)}", file=sys.stderr, flush=True)
+        print_error(text)
         return
     if not processes.address:  # no others can be met; rank 0 may stand for all, to look at a layout
-        print(f"error: {message(text)}{f' ({processes.place})' if processes.rank else ''}", file=sys.stderr, flush=True)
+        print_error(text, f" ({processes.place})" if processes.rank else "")
         return
     from dsv3_megatron.parallel.roll_call import say_once
 

@@ -29,7 +29,7 @@ from dsv3_megatron.checkpoint.hf.model_card import Losses
 from dsv3_megatron.checkpoint.resume import plan_resumption
 from dsv3_megatron.checkpoint.store import load_checkpoint
 from dsv3_megatron.checkpoint.text_files import collect_text_files
-from dsv3_megatron.config.launches import EXIT_NEXT_LAYOUT, LaunchPart
+from dsv3_megatron.config.launches import EXIT_NEXT_LAYOUT
 from dsv3_megatron.config.recipe import PlannedPhase, StepPlan
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import BatchIterator
@@ -76,7 +76,7 @@ class Trainer(Learner):
         asked, load = run, self.start.load
         self.resumption = on_first_rank(partial(plan_resumption, run, load, self.start.iteration), f"load={load}")
         self._whole_layout = run.parallel
-        self.part = self._part()
+        self.part = self.resumption.part
         self.recipe = self.part.recipe
         super().__init__(build_for_training(self.part.run))
         run = self.run
@@ -418,16 +418,11 @@ class Trainer(Learner):
             if self.rank == 0:
                 logger.warning("%s", passed_over(source, damage, iteration))
 
-    def _part(self) -> LaunchPart:
-        """What this start does of the run."""
-        resumption = self.resumption
-        return LaunchPart.at(resumption.run, resumption.recipe, resumption.place)
-
     def _plan_again(self, asked: RunConfig, iteration: int) -> None:
         """Place the run at an earlier checkpoint than the one it was to go on from."""
         load, before = self.start.load, self.part.run
         self.resumption = on_first_rank(partial(plan_resumption, asked, load, iteration), f"load={load}")
-        self.part = self._part()
+        self.part = self.resumption.part
         self.recipe = self.part.recipe
         if self.part.run != before:
             raise CheckpointError(f"load={load}: the newest checkpoint is damaged, and from that of iteration "

@@ -13,13 +13,13 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from dsv3_megatron.checkpoint.folder import latest_iteration, read_manifest, saved_iterations
-from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.guards.decisions import EXIT_GUARD
 from tests import signing
 from tests.distributed.faulty_run import Fault
 from tests.distributed.guarded_runs import BAD_STEP, bad_steps, steps_in_halves_and_whole, whole_runs
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_run import GLOBAL_BATCH, SEQ_LENGTH, differences
+from tests.made_up_texts import write_texts
 
 pytestmark = pytest.mark.distributed
 
@@ -30,12 +30,7 @@ TP2, PP2, EP2 = ({f"{kind}_parallel_size": 2} for kind in ("tensor_model", "pipe
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Documents of text-like token statistics."""
-    prefix = tmp_path_factory.mktemp("data") / "train"
-    generator = np.random.default_rng(0)
-    with DatasetWriter(str(prefix), vocab_size=128) as writer:
-        lengths = generator.integers(20, 60, size=150)
-        writer.add_documents((generator.zipf(1.3, size=int(lengths.sum())) % 128).astype(np.int64), lengths)
-    return str(prefix)
+    return write_texts(tmp_path_factory.mktemp("data") / "train", 150)
 
 
 def once(kind: str, rank: int = 1, **values: object) -> Fault:

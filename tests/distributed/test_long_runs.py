@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 
 from dsv3_megatron.checkpoint.folder import latest_iteration, saved_iterations
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.guards.claims import identity_of
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_run import small_run
+from tests.made_up_texts import write_texts
 
 pytestmark = pytest.mark.distributed
 
@@ -27,12 +26,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A dataset of made-up documents; its prefix."""
-    prefix = tmp_path_factory.mktemp("data") / "train"
-    generator = np.random.default_rng(0)
-    with DatasetWriter(str(prefix), vocab_size=128) as writer:
-        lengths = generator.integers(20, 60, size=60)
-        writer.add_documents((generator.zipf(1.3, size=int(lengths.sum())) % 128).astype(np.int64), lengths)
-    return str(prefix)
+    return write_texts(tmp_path_factory.mktemp("data") / "train", 60)
 
 
 @dataclass

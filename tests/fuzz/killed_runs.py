@@ -33,13 +33,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-
 from dsv3_megatron.checkpoint.folder import latest_iteration, read_manifest
 from dsv3_megatron.commands.verify import verify_checkpoint
-from dsv3_megatron.data.indexed_writer import DatasetWriter
 from tests.distributed.launch import RankError, run_ranks
 from tests.distributed.small_run import small_run
+from tests.made_up_texts import write_texts
 
 NUM_RANKS, NUM_STEPS, INTERVAL = 4, 16, 2
 CHANGES = {"num_layers": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2, "split": "100,0,0",
@@ -68,15 +66,6 @@ class Lives:
     found: Counter[int] = field(default_factory=Counter)
     steps: int = 0
     wrong: list[str] = field(default_factory=list)
-
-
-def make_data(prefix: Path) -> str:
-    """A dataset of made-up documents; its prefix."""
-    generator = np.random.default_rng(0)
-    with DatasetWriter(str(prefix), vocab_size=128) as writer:
-        lengths = generator.integers(20, 60, size=80)
-        writer.add_documents((generator.zipf(1.3, size=int(lengths.sum())) % 128).astype(np.int64), lengths)
-    return str(prefix)
 
 
 def live(data: str, folder: Path, changes: dict[str, Any], kill: tuple[int, float] | None) -> float:
@@ -157,7 +146,7 @@ def kill_again_and_again(folder: Path, kills: int, seed: int, *, max_seconds: fl
         says: Print a line for each ten lives.
     """
     rng, lives = random.Random(seed), Lives()
-    data, reference, subject = make_data(folder / "data"), folder / "reference", folder / "killed"
+    data, reference, subject = write_texts(folder / "data", 80), folder / "reference", folder / "killed"
     mark = f"{os.getpid()}-{seed}"
     deadline = time.monotonic() + max_seconds
     length_s = max(run_ranks(NUM_RANKS, live, data, reference, {"async_save": False, "keep_last": 0}, None))

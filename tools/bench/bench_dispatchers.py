@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
+from tools.bench.records import Measurement, append_rows, warn_of_load  # noqa: E402
 
 NUM_RANKS = 4
 DISPATCHERS = ("alltoall", "node")
@@ -96,8 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     found = measure(options.rounds, options.sequences)
     if torch.distributed.get_rank() == 0:
-        if load_average() > 0.5:
-            print(f"load average {load_average():.1f}: other work disturbs these numbers", file=sys.stderr)
+        warn_of_load()
         rows = report(found, options.sequences)
         if not options.no_csv:
             path = append_rows("dispatchers.csv", rows, f"cpu, {NUM_RANKS} processes of 1 thread")

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 from tools.bench.random_run import random_token_trainer  # noqa: E402
-from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
+from tools.bench.records import Measurement, append_rows, load_average, warn_of_load  # noqa: E402
 
 if TYPE_CHECKING:
     from dsv3_megatron.config.run import RunConfig
@@ -251,8 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = prepare()  # before anything imports Megatron-Core
     torch.set_num_threads(options.threads)
     watch_the_instruments()
-    if load_average() > 0.5:
-        print(f"load average {load_average():.1f}: other work disturbs these numbers", file=sys.stderr)
+    warn_of_load()
     for name in options.presets:
         run = preset(name).override(precision="fp32", eval_interval=0, train_iters=NEVER, log_interval=NEVER)
         if name == "laptop":

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
+from tools.bench.records import Measurement, append_rows, warn_of_load  # noqa: E402
 
 # Of the time of a transfer of two levels, the part within the node.
 NODE_SHARE = 1 / 3
@@ -224,8 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     start_process_group(device)
     is_reporter = torch.distributed.get_rank() == 0
-    if is_reporter and load_average() > 0.5:
-        print(f"load average {load_average():.1f}: other work disturbs these numbers", file=sys.stderr)
+    if is_reporter:
+        warn_of_load()
     for name in options.subjects:
         subject = real(max(1, options.layers // 2), options.seq_length) if name == "real" else \
             {"stand-in": stand_in, "levels": levels}[name](options.layers, options.unit_ms / 1e3)

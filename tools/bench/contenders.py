@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tools.bench.records import Measurement, append_rows, load_average
+from tools.bench.records import Measurement, append_rows, load_average, warn_of_load
 
 # Takes one step; what it returns goes into the answer, its "seconds" and "cpu_seconds" in place of the whole step's.
 Step = Callable[[], Mapping[str, float]]
@@ -151,8 +151,7 @@ def run_benchmark[S: Setting](script: str, groups: Iterable[list[S]],
     from dsv3_megatron.platform import detect_device
 
     device = f"{detect_device().name}, {options.threads} threads"
-    if load_average() > 0.5:
-        print(f"load average {load_average():.1f}: other work disturbs these numbers", file=sys.stderr)
+    warn_of_load()
     failed = False
     with options.log.open("w", encoding="utf-8") as log:
         for settings in groups:

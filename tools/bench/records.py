@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,12 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def warn_of_load() -> None:
+    """Say on stderr that other work disturbs what is measured, if it does."""
+    if load_average() > 0.5:
+        print(f"load average {load_average():.1f}: other work disturbs these numbers", file=sys.stderr)
 
 
 def load_average() -> float:

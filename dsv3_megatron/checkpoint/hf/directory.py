@@ -26,7 +26,7 @@ from dsv3_megatron.checkpoint.hf.spellings import is_frequencies, is_fused, part
 from dsv3_megatron.config.json_files import read_json as read_json_file
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.data.checksums import BlockVerifier
-from dsv3_megatron.data.folder_checksums import read_folder_checksums, require_whole
+from dsv3_megatron.data.folder_checksums import read_folder_checksums, require_all_whole
 from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, scale_shape
 from dsv3_megatron.ops.fp8.scale_groups import BLOCK, num_groups
 
@@ -257,9 +257,8 @@ def _verifiers(path: Path, verify: str) -> dict[str, BlockVerifier]:
         return {}
     try:
         known = read_folder_checksums(path)
-        for name in sorted(known):
-            if verify == "all" or not name.endswith(SUFFIX):
-                require_whole(path / name, (name,))
+        require_all_whole(path, {name: checksums for name, checksums in known.items()
+                                 if verify == "all" or not name.endswith(SUFFIX)})
     except (ValueError, OSError) as error:
         raise CheckpointError(str(error)) from error
     return {name: BlockVerifier(path / name, checksums) for name, checksums in known.items() if name.endswith(SUFFIX)}

@@ -12,7 +12,7 @@ Legend: S positions of a sequence, d documents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from dsv3_megatron.data.chat.masked import mask_prefix
 from dsv3_megatron.data.chat.packing import pack_lengths
 from dsv3_megatron.data.document_ends import restarted_positions
 from dsv3_megatron.data.indexed import map_index, read_header, read_sidecar
-from dsv3_megatron.data.order import Permutation, Turns, derive_keys
+from dsv3_megatron.data.order import Permutation, derive_keys
 from dsv3_megatron.data.proved_tokens import ProvedTokens
 
 
@@ -61,6 +61,7 @@ class PackedConversations:
         seed: Seed of packing and order.
         number: Position of the dataset in its blend.
         long_conversations: What becomes of conversations of more than seq_length + 1 tokens: "refuse", "cut" or "drop".
+        is_verified: Whether blocks of tokens and masks are compared with their checksums when they are first read.
 
     Attributes:
         num_conversations: Conversations that are taken.
@@ -73,7 +74,7 @@ class PackedConversations:
     """
 
     def __init__(self, prefix: str, share: tuple[int, int], *, seq_length: int, seed: int, number: int = 0,
-                 long_conversations: str = "refuse") -> None:
+                 long_conversations: str = "refuse", is_verified: bool = True) -> None:
         self.prefix, self.seq_length, self.seed, self.number = prefix, seq_length, seed, number
         first, stop = share
         lengths_d = np.asarray(map_index(prefix).lengths_Q[first:stop]).astype(np.int64)
@@ -98,7 +99,8 @@ class PackedConversations:
         self.samples_per_epoch = len(self._packing)
         sidecar = read_sidecar(prefix)
         self._filling = int((sidecar.options.get("eod_id") if sidecar is not None else None) or 0)
-        self._tokens, self._masks = _Stored(prefix), _Stored(mask_prefix(prefix))
+        self._tokens, self._masks = (
+            _Stored(each, is_verified=is_verified) for each in (prefix, mask_prefix(prefix)))
         self._order_of_epoch = lru_cache(2)(self._order_of_epoch_uncached)
 
     def read(self, index: int) -> PackedRow:
@@ -120,23 +122,6 @@ class PackedConversations:
 
     def _order_of_epoch_uncached(self, epoch: int) -> Permutation:
         return Permutation(self.samples_per_epoch, derive_keys("samples", self.seed, self.number, epoch, count=8))
-
-
-class BlendedConversations:
-    """The samples of several datasets of conversations, each in its own order, in turns by weight.
-
-    Args:
-        parts: Packed datasets of the blend.
-        weights: Shares of the samples that the datasets have, on any scale.
-    """
-
-    def __init__(self, parts: Sequence[PackedConversations], weights: Sequence[float]) -> None:
-        self.parts, self._turns = tuple(parts), Turns(weights)
-
-    def read(self, index: int) -> PackedRow:
-        """The sample at an index."""
-        number, turn = self._turns[index]
-        return self.parts[number].read(turn)
 
 
 class ConversationSamples:
@@ -165,11 +150,11 @@ class ConversationSamples:
 class _Stored:
     """The sequences of a dataset by number, mapped into memory."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, *, is_verified: bool) -> None:
         header, index = read_header(prefix), map_index(prefix)
         # Bare arrays over the mapped files: numpy's own class for them is slow to index.
         self._offsets_Q, self._item_bytes = np.asarray(index.offsets_Q), header.dtype.itemsize
-        self._values = ProvedTokens(prefix)
+        self._values = ProvedTokens(prefix, is_verified=is_verified)
 
     def read(self, number: int, count: int) -> np.ndarray:
         """The first values of a sequence."""

@@ -131,5 +131,5 @@ def _format_of(head: bytes) -> str:
         return "jsonl" if lines[0][1:].lstrip().startswith(b'"') else "text"  # its first line goes on
     try:
         return "jsonl" if isinstance(parse_json(lines[0]), dict) else "text"
-    except (ValueError, RecursionError):
+    except ValueError:
         return "text"

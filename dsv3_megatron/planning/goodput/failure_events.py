@@ -42,7 +42,6 @@ class _Job:
         self.queue: list[tuple[float, int, int, int, float]] = []
         self.count = 0
         self.is_waiting = False
-        self.begins_s = 0.0
 
     def post(self, delay: float, kind: int, value: float = 0.0) -> None:
         """Put an event on the clock."""

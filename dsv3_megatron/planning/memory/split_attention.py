@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from dsv3_megatron.planning.memory.ledger import Tensor
 from dsv3_megatron.planning.memory.operation_passes import LinearPass, Operations, core_attention_pass
-from dsv3_megatron.planning.memory.settings import WIDE, PassSettings
+from dsv3_megatron.planning.memory.settings import WIDE
 
 # ops/block_attention.py: tiles of a CPU, and those of a GPU where no fused kernel is.
 _TILE_BYTES = {"cpu": 1 << 20, "cuda": 512 << 20}
@@ -128,7 +128,7 @@ class ExchangedAttentionPass:
         if work is not None:
             ledger.make_again(*operands, work=work + query.size + key.size + key_value.size)
         ledger.drop(query, key, key_value)
-        self.core = core_attention_pass(replace(ops, s=_settings(s)), *operands)
+        self.core = core_attention_pass(replace(ops, s=s.of_some_heads()), *operands)
         ledger.drop(*operands)
         self.output = self._exchange("context", self.core.output.size)
         ledger.drop(self.core.output)
@@ -150,7 +150,3 @@ class ExchangedAttentionPass:
             results[name] = self._exchange(f"gradient of {name}", whole.size)
             self.ops.ledger.drop(whole)
         return results
-
-
-def _settings(s: PassSettings) -> PassSettings:
-    return s.of_some_heads()

@@ -73,13 +73,12 @@ def exchange_operations(model: ModelConfig, heads: int, shape: Shape) -> Iterato
     if shape.cp == 1:
         return
     rows = shape.tokens * heads * shape.value_bytes
-    there, back = rows * (2 * model.qk_head_dim + model.v_head_dim), rows * model.v_head_dim
-    for part, is_again in ((WorkPart.FORWARD, False), (WorkPart.INPUT, False), (WorkPart.INPUT, True)):
-        if is_again and "mla_up_proj" not in shape.recomputed:
-            continue
-        for name, num_bytes in (("heads for tokens", there), ("tokens for heads", back)):
-            if is_again and num_bytes == back:
-                continue
+    there = ("heads for tokens", rows * (2 * model.qk_head_dim + model.v_head_dim))
+    back = ("tokens for heads", rows * model.v_head_dim)
+    again = (there,) if "mla_up_proj" in shape.recomputed else ()
+    for part, is_again, sent in ((WorkPart.FORWARD, False, (there, back)), (WorkPart.INPUT, False, (there, back)),
+                                 (WorkPart.INPUT, True, again)):
+        for name, num_bytes in sent:
             # Put in the order of ranks, and back in that of the sequence.
             yield Movement(part, name, "copy", 4 * num_bytes, is_again=is_again)
             yield SequenceExchange(part, name, num_bytes * (shape.cp - 1) / shape.cp, is_again)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dsv3_megatron.data.indexed_writer import DatasetWriter
-from dsv3_megatron.data.samples import BlendedTokens, ShuffledTokens
+from dsv3_megatron.data.order import InTurns
+from dsv3_megatron.data.samples import ShuffledTokens
 
 
 def write(prefix: Path, lengths: list[int], first_id: int = 0) -> str:
@@ -53,7 +54,7 @@ def test_a_blend_takes_each_dataset_in_its_own_order(tmp_path: Path) -> None:
     """Also in later epochs of the smaller ones, and as the same dataset would come alone."""
     parts = [ShuffledTokens(write(tmp_path / str(number), [7] * documents, 50_000 * number), (0, documents),
                             seq_length=8, seed=2, number=number) for number, documents in enumerate((300, 20, 90))]
-    blend, weights = BlendedTokens(parts, (0.5, 0.3, 0.2)), (0.5, 0.3, 0.2)
+    blend, weights = InTurns(parts, (0.5, 0.3, 0.2)), (0.5, 0.3, 0.2)
     rows = [blend.read(place) for place in range(500)]
     for number, part in enumerate(parts):
         mine = [row for row in rows if row[0] // 50_000 == number]

@@ -10,8 +10,9 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.data.batches import BatchIterator
 from dsv3_megatron.data.chat.packed_samples import PackedConversations
+from dsv3_megatron.data.checksums import DamagedFileError
 from dsv3_megatron.data.current import open_current_data
-from dsv3_megatron.data.datasets import build_datasets, dataset_config
+from dsv3_megatron.data.datasets import build_datasets, dataset_config, open_conversations
 from dsv3_megatron.data.identity import data_identity, other_data
 from tests.unit.data.chat.written import write_conversations
 
@@ -144,3 +145,18 @@ def test_a_conversation_longer_than_a_group_of_steps_is_read_where_it_lies(tmp_p
     (part_a, part_b), *_ = [unpack(source.read(place), 120) for place in range(source.samples_per_epoch)]
     assert sorted([part_a, part_b]) == sorted(trimmed(ids[1:], masks[1:]))
     assert np.count_nonzero(source.read(0).mask_S) == sum(map(sum, (mask[1:] for mask in masks[1:])))
+
+
+@pytest.mark.parametrize("name", ["chat.bin", "chat_mask.bin"])
+def test_a_flipped_bit_is_found_where_it_is_read_unless_it_is_not_looked_for(written, tmp_path, name):
+    prefix = written[0]
+    content = bytearray((tmp_path / name).read_bytes())
+    content[0] ^= 1
+    (tmp_path / name).write_bytes(content)
+    share = (0, len(LENGTHS))
+    proved = PackedConversations(prefix, share, seq_length=S, seed=0, long_conversations="drop")
+    with pytest.raises(DamagedFileError, match=name):
+        [proved.read(index) for index in range(proved.samples_per_epoch)]
+    config = dataset_config(run_of(prefix, long_conversations="drop", verify_files="none"))
+    as_it_is = open_conversations(config, config.blend, (0.0, 1.0))[0]
+    assert all(len(as_it_is.read(index).ids_S1) == S + 1 for index in range(proved.samples_per_epoch))
