@@ -170,7 +170,8 @@ def run_benchmark[S: Setting](script: str, groups: Iterable[list[S]],
 def _start[S: Setting](script: str, setting: S, log: Any) -> Contender[S]:
     """Start a contender's process with its own number of threads."""
     assert dataclasses.is_dataclass(setting) and not isinstance(setting, type)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads)}
+    repository = str(Path(__file__).resolve().parents[2])  # a script's own folder alone would be looked through
+    environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads), "PYTHONPATH": repository}
     command = [sys.executable, script, "--serve", json.dumps(dataclasses.asdict(setting))]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
