@@ -16,6 +16,7 @@ import torch
 
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.data.checksums import BlockVerifier, DamagedFileError
+from dsv3_megatron.data.folder_checksums import CHECKSUMS, refusal
 
 # Bytes moved between two looks at whether the conversion was stopped, and read at a time where the kernel cannot.
 _STEP_BYTES = 64_000_000
@@ -72,6 +73,8 @@ def _prove(where: ByteRange, name: str) -> None:
     try:
         where.verifier.require(where.offset, where.num_bytes)
     except DamagedFileError as error:
+        if (where.file.parent / CHECKSUMS).is_file():  # of a folder in Hugging Face's layout
+            raise CheckpointError(f"{name}: {refusal(where.file, error)}") from error
         raise CheckpointError(f"{name}: {error}; take another checkpoint, or a copy of this one") from error
     except OSError as error:
         raise _unreadable(where, name, error) from error

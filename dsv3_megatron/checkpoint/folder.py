@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.checkpoint.manifest_file import flush, read_signed, require_files, signed_text, write_durably
+from dsv3_megatron.checkpoint.manifest_file import flush, read_signed, require_files, signed_text
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.json_files import read_json
 from dsv3_megatron.config.model import architecture_differences
+from dsv3_megatron.config.new_files import replace_text
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.checksums import FileChecksums, checksum_file, read_checksums
 
@@ -326,16 +327,14 @@ def finish_save(directory: str | Path, progress: RunProgress, run: dict[str, Any
         "contents": contents, "run_id": run_id, "world_size": world_size, "versions": versions, "run": run,
         "files": {name: known[name].num_bytes for name in sorted(known)},
         "checksums": {name: known[name].as_dict() for name in sorted(known)}}
-    write_durably(written / MANIFEST, signed_text(content))
+    replace_text(written / MANIFEST, signed_text(content), is_durable=True)
     flush(written)
     final = iteration_path(directory, progress.iteration)
     if final.exists():
         os.rename(final, final.with_name(final.name + _REPLACED))
     os.rename(written, final)
     flush(folder)
-    partial = folder / (TRACKER + ".partial")
-    write_durably(partial, f"{progress.iteration}\n")
-    os.replace(partial, folder / TRACKER)
+    replace_text(folder / TRACKER, f"{progress.iteration}\n", is_durable=True)
     flush(folder)
     replaced = final.with_name(final.name + _REPLACED)
     if replaced.exists():
@@ -358,13 +357,7 @@ def record_guards(directory: str | Path, iteration: int, guards: dict[str, Any])
     path = read_manifest(directory, iteration).path
     content = read_json(path / MANIFEST)
     content["progress"]["guards"] = guards
-    partial = path / (MANIFEST + ".partial")
-    try:
-        write_durably(partial, signed_text(content))
-        os.replace(partial, path / MANIFEST)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    replace_text(path / MANIFEST, signed_text(content), is_durable=True)
     flush(path)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.config.json_files import parse_json
+from dsv3_megatron.config.json_files import is_plain_name, parse_json
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.checksums import BlockVerifier, DamagedFileError, FileChecksums
 from dsv3_megatron.data.signed_json import with_signature, without_signature
@@ -84,20 +84,6 @@ def require_files(folder: Path, sizes: Mapping[str, int], checksums: Mapping[str
                 BlockVerifier(file, checksums[name]).require(0, size)
             except DamagedFileError as error:
                 raise ValueError(str(error)) from error
-
-
-def is_plain_name(name: Any) -> bool:
-    """Whether a name out of a file is that of a file in the same folder: no path, no step upwards, printable."""
-    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\\" not in name \
-        and name.isprintable()
-
-
-def write_durably(file: Path, text: str) -> None:
-    """Write a text, and have it on disk."""
-    with open(file, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def flush(path: Path) -> None:

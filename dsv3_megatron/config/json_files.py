@@ -99,6 +99,12 @@ def first_repeated(pairs: list[tuple[str, Any]]) -> str | None:
     return next(name for name in names if names.count(name) > 1)
 
 
+def is_plain_name(name: Any) -> bool:
+    """Whether a name out of a file is that of a file in the same folder: no path, no step upwards, printable."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\\" not in name \
+        and name.isprintable()
+
+
 def read_text_file(path: str | os.PathLike[str]) -> str:
     """The text of a file of settings, of at most DSV3_MAX_CONFIG_MB (1) megabytes.
 

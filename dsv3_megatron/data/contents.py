@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_megatron.config.json_files import read_json_object
+from dsv3_megatron.config.new_files import replace_text
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.indexed import (
     IndexHeader,
@@ -222,17 +223,12 @@ def _keep(places: list[str], key: dict[str, Any], found: Contents) -> None:
     text = json_text(kept, indent=2) + "\n"
     reasons = []
     for place in places:
-        partial = f"{place}.{os.getpid()}.partial"
         try:
             os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
-            with open(partial, "w", encoding="utf-8") as stream:
-                stream.write(text)
-            os.replace(partial, place)
+            replace_text(place, text, is_shared=True)
             return
         except OSError as error:
             reasons.append(str(error))
-            with contextlib.suppress(OSError):
-                os.unlink(partial)
     logger.warning("what was found about the data cannot be kept, and will be read again (%s)", "; ".join(reasons))
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dsv3_megatron.config.new_files import open_new, replace_text
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.streams import print_error, run_command
 from dsv3_megatron.process.stop import end_with_a_line
@@ -167,7 +168,7 @@ def build_quickstart_corpus(
     num_bytes: Counter[str] = Counter()
     digests = {split: hashlib.sha256() for split in temporary}
     try:
-        streams = {split: open(path, "wb") for split, path in temporary.items()}
+        streams = {split: open_new(path) for split, path in temporary.items()}
         try:
             selected = _select_documents(candidates, target_bytes=target_bytes, seed=seed, skipped=skipped)
             for name, text, size in selected:
@@ -198,9 +199,7 @@ def build_quickstart_corpus(
         (folder / "corpus.json").unlink(missing_ok=True)  # it vouches for the two files, so it goes first
         for split, path in temporary.items():
             os.replace(path, folder / f"{split}.jsonl")
-        temporary_summary = folder / f"corpus.json.tmp-{os.getpid()}"
-        temporary_summary.write_text(json_text(asdict(summary), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary_summary, folder / "corpus.json")
+        replace_text(folder / "corpus.json", json_text(asdict(summary), indent=2) + "\n", is_shared=True)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)

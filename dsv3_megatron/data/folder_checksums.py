@@ -2,6 +2,7 @@
 
 Hugging Face's formats have no place for checksums, so they stand in a file beside the others. A folder without one is
 read as far as its format can be checked. Whoever changes a file of the folder on purpose removes checksums.json.
+Another program that saves into the folder does not know of it: a refusal says therefore which files are others now.
 """
 
 from __future__ import annotations
@@ -11,21 +12,27 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.config.json_files import read_json_object
+from dsv3_megatron.config.json_files import is_plain_name, read_json_object
+from dsv3_megatron.config.new_files import replace_text
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.checksums import BlockVerifier, DamagedFileError, FileChecksums, checksum_file, read_checksums
 from dsv3_megatron.data.signed_json import with_signature, without_signature
 
 CHECKSUMS = "checksums.json"
+# Of larger files a refusal compares the size alone, when it looks for what else is another.
+_COMPARED_BYTES = 64 << 20
+_NAMED = 5
 _SIGNATURE, _VERSION = "signature", 1
 
 
-def write_folder_checksums(folder: str | os.PathLike[str], *, names: Iterable[str] | None = None) -> None:
+def write_folder_checksums(folder: str | os.PathLike[str], *, names: Iterable[str] | None = None,
+                           known: Mapping[str, FileChecksums] | None = None) -> None:
     """Write the checksums of files of a folder, at its top, into `checksums.json` there.
 
     Args:
         folder: The folder.
         names: Names of the files; None: all.
+        known: Checksums that were made while files were written, by name; the other files are read for theirs.
 
     Raises:
         OSError: a file cannot be read, or the checksums cannot be written.
@@ -33,11 +40,10 @@ def write_folder_checksums(folder: str | os.PathLike[str], *, names: Iterable[st
     folder = Path(folder)
     if names is None:
         names = [file.name for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS]
-    files = {name: checksum_file(folder / name).as_dict() for name in sorted(names)}
-    partial = folder / f"{CHECKSUMS}.tmp-{os.getpid()}"
-    partial.write_text(json_text(with_signature({"version": _VERSION, "files": files}, _SIGNATURE), indent=1) + "\n",
-                       encoding="utf-8")
-    os.replace(partial, folder / CHECKSUMS)
+    made = known or {}
+    files = {name: (made.get(name) or checksum_file(folder / name)).as_dict() for name in sorted(names)}
+    replace_text(folder / CHECKSUMS, json_text(with_signature({"version": _VERSION, "files": files}, _SIGNATURE),
+                                               indent=1) + "\n", is_shared=True)
 
 
 def read_folder_checksums(folder: str | os.PathLike[str]) -> dict[str, FileChecksums]:
@@ -53,7 +59,10 @@ def read_folder_checksums(folder: str | os.PathLike[str]) -> dict[str, FileCheck
         if version != _VERSION:
             raise ValueError(f"version {version!r}, this release reads {_VERSION}")
         files = without_signature(content, _SIGNATURE)["files"]
-        return {str(name): read_checksums(_object(entry)) for name, entry in files.items()}
+        for name in files:
+            if not is_plain_name(name):
+                raise ValueError(f"it names a file {name!r}, which is not a file of this folder")
+        return {name: read_checksums(_object(entry)) for name, entry in files.items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, KeyError, AttributeError) as error:
@@ -73,11 +82,9 @@ def require_whole(file: str | os.PathLike[str], others: Iterable[str] = ()) -> N
     """
     path = Path(file)
     known = read_folder_checksums(path.parent)
-    for name in others:
+    for name in (*(name for name in others if name in known and not (path.parent / name).is_file()), path.name):
         if name in known:
-            _require_there(path.parent / name)
-    if path.name in known:
-        _prove(path, known[path.name])
+            _prove(path.parent / name, known)
 
 
 def require_all_whole(folder: str | os.PathLike[str], known: Mapping[str, FileChecksums]) -> None:
@@ -91,17 +98,35 @@ def require_all_whole(folder: str | os.PathLike[str], known: Mapping[str, FileCh
         ValueError: a file is gone, or does not have its checksum.
     """
     for name in sorted(known):
-        _require_there(Path(folder) / name)
-        _prove(Path(folder) / name, known[name])
+        _prove(Path(folder) / name, known)
 
 
-def _require_there(path: Path) -> None:
+def refusal(file: str | os.PathLike[str], reason: object) -> str:
+    """Message about a file that is not the one of its checksums: what else differs in its folder, and the ways out.
+
+    Args:
+        file: The file, beside which there is a `checksums.json`.
+        reason: What is wrong with it; names it.
+    """
+    folder = Path(file).parent
+    try:
+        found = {name: what for name, checksums in read_folder_checksums(folder).items()
+                 if (what := _difference(folder / name, checksums))}
+    except (ValueError, OSError):
+        found = {}
+    named = [f"{name} ({what})" for name, what in sorted(found.items())][:_NAMED]
+    listed = "; ".join(named) + (f"; {len(found) - _NAMED} more" if len(found) > _NAMED else "")
+    weights = "" if not any(name.endswith(".safetensors") for name in found) else \
+        ", or give --verify-files none to read weights as they are"
+    return (f"{reason}. Not as {folder / CHECKSUMS} has them: {listed or Path(file).name}. A program that saves into "
+            "this folder, such as Transformers with save_pretrained, leaves that file as it was: if one did, or you "
+            f"changed files on purpose, remove {CHECKSUMS}{weights}. Otherwise get the files again")
+
+
+def _prove(path: Path, known: Mapping[str, FileChecksums]) -> None:
+    checksums = known[path.name]
     if not path.is_file():
-        raise ValueError(f"{path} is missing, {path.parent / CHECKSUMS} has its checksum: get it again, or remove "
-                         f"{CHECKSUMS} if it is not needed")
-
-
-def _prove(path: Path, checksums: FileChecksums) -> None:
+        raise ValueError(refusal(path, f"{path} is missing"))
     size = path.stat().st_size
     try:
         if size != checksums.num_bytes:
@@ -109,8 +134,21 @@ def _prove(path: Path, checksums: FileChecksums) -> None:
                                    f"it has {size} bytes, {checksums.num_bytes} were written")
         BlockVerifier(path, checksums).require(0, size)
     except DamagedFileError as error:
-        raise ValueError(f"{error}; get it again, or, if it was changed on purpose, remove {path.parent / CHECKSUMS}"
-                         ) from error
+        raise ValueError(refusal(path, error)) from error
+
+
+def _difference(path: Path, checksums: FileChecksums) -> str:
+    """What differs about a file, in words; nothing if it is the one of its checksums, as far as that is looked at."""
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    if size != checksums.num_bytes:
+        return f"{size} bytes, not {checksums.num_bytes}"
+    try:
+        BlockVerifier(path, checksums).require(0, size if size <= _COMPARED_BYTES else 0)
+    except DamagedFileError:
+        return "other content"
+    return ""
 
 
 def _object(value: Any) -> dict[str, Any]:

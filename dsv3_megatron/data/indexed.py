@@ -15,7 +15,6 @@ ignore both.
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import struct
 from collections.abc import Iterator
@@ -44,7 +43,6 @@ CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_CODES.items()}
 _MAX_UINT16_VOCAB_SIZE = 65500  # Megatron-Core's limit, exclusive
 SIDECAR_VERSION = 2  # 1 had no signature
 _SIGNATURE = "signature"
-_SCAN_CHUNK_BYTES = 64 << 20
 _READ_BYTES = 8 << 20
 _CHECKED_AT_A_TIME = 1 << 20
 
@@ -227,22 +225,6 @@ def check_index(prefix: str | os.PathLike[str]) -> None:
         falls = np.flatnonzero(np.diff(bounds[start: start + _CHECKED_AT_A_TIME + 1]) < 0)
         if falls.size:
             raise ValueError(f"{idx_path}: document {start + int(falls[0])} ends before it begins; {way_out}")
-
-
-def largest_token_id(prefix: str | os.PathLike[str], *, max_bytes: int | None = None) -> int:
-    """The largest id in a dataset's .bin, -1 for one without tokens.
-
-    Args:
-        prefix: The dataset.
-        max_bytes: Read only evenly spaced parts of about this size in all of a file that is larger.
-    """
-    header = read_header(prefix)
-    if not header.num_tokens:
-        return -1
-    tokens_T = np.memmap(dataset_paths(prefix)[0], dtype=header.dtype, mode="r")
-    chunks = np.array_split(tokens_T, math.ceil(tokens_T.nbytes / _SCAN_CHUNK_BYTES))
-    every = 1 if max_bytes is None else math.ceil(tokens_T.nbytes / max_bytes)
-    return max(int(chunk.max()) for chunk in chunks[::every])
 
 
 def read_chunks(path: str) -> Iterator[bytes]:

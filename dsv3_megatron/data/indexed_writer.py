@@ -39,17 +39,20 @@ from dsv3_megatron.data.proved_tokens import BlockSums, ProvedTokens
 
 _CHUNK_BYTES = 8 << 20
 _MAX_LENGTH = np.iinfo(np.int32).max
+_GROWING = ("bin", "lengths", "documents")  # suffixes: ids, tokens of each sequence, sequences of each document
 
 
 @dataclass(frozen=True)
 class WriterState:
-    """What has been written so far; `bin_sha256` is the hash of the ids' bytes."""
+    """What has been written so far; the hashes are of the bytes of ids, of lengths and of documents."""
 
     num_documents: int = 0
     num_sequences: int = 0
     num_tokens: int = 0
     max_token_id: int = -1
     bin_sha256: str = hashlib.sha256().hexdigest()
+    lengths_sha256: str = hashlib.sha256().hexdigest()
+    documents_sha256: str = hashlib.sha256().hexdigest()
 
 
 def refuse_existing(prefix: str, *, is_overwrite_allowed: bool) -> None:
@@ -106,7 +109,8 @@ class DatasetWriter:
         os.makedirs(self.folder, exist_ok=True)
         self._base = os.path.join(self.folder, os.path.basename(self.prefix))
         self._files: list[IO[bytes]] = []
-        self._bin_sha256, self._sums = hashlib.sha256(), BlockSums(ALGORITHM)
+        self._hashes = {suffix: hashlib.sha256() for suffix in _GROWING}
+        self._sums = BlockSums(ALGORITHM)
         self._sums_file: IO[bytes] = open(f"{self._base}.sums", "wb")  # made anew from the ids, which are read anyway
         self._state = state or WriterState()
         self._restore(self._state)
@@ -139,7 +143,8 @@ class DatasetWriter:
         """This moment, with everything before it handed to the operating system."""
         for file in self._files:
             file.flush()
-        return WriterState(**(asdict(self._state) | {"bin_sha256": self._bin_sha256.hexdigest()}))
+        hashes = {f"{suffix}_sha256": found.hexdigest() for suffix, found in self._hashes.items()}
+        return WriterState(**(asdict(self._state) | hashes))
 
     def add_documents(self, ids_T: np.ndarray, lengths_D: np.ndarray) -> None:
         """Append documents of one sequence each, given as flat ids [T] and one length each [D], sum T.
@@ -175,16 +180,14 @@ class DatasetWriter:
             sequences_D: int32, sequences of each document, sum Q.
             max_token_id: Largest of the ids, -1 without any.
         """
-        bin_file, lengths_file, documents_file = self._files
         num_bytes = 0
         for piece in ids:
-            self._take(piece)
-            bin_file.write(piece)
+            self._write("bin", piece)
             num_bytes += len(piece)
         num_tokens = int(lengths_Q.sum(dtype=np.int64))
         assert lengths_Q.dtype == sequences_D.dtype == np.int32 and num_bytes == num_tokens * self.dtype.itemsize
-        lengths_file.write(lengths_Q.tobytes())
-        documents_file.write(sequences_D.tobytes())
+        self._write("lengths", lengths_Q.tobytes())
+        self._write("documents", sequences_D.tobytes())
         before = self._state
         self._state = WriterState(
             before.num_documents + sequences_D.size,
@@ -206,15 +209,13 @@ class DatasetWriter:
             raise ValueError(
                 f"{prefix} holds {header.dtype.name}, {self.prefix} {self.dtype.name}: they cannot be joined"
             )
-        bin_file, lengths_file, documents_file = self._files
         largest, tokens, found = -1, ProvedTokens(prefix), hashlib.sha256()
         for start in range(0, len(tokens), _CHUNK_BYTES):
             ids = tokens.read(start, min(start + _CHUNK_BYTES, len(tokens)))
             chunk = memoryview(ids.view(np.uint8))
-            self._take(chunk)
+            self._write("bin", chunk)
             found.update(chunk)
             largest = max(largest, int(ids.max()))
-            bin_file.write(chunk)
         if sidecar is not None and found.hexdigest() != sidecar.bin_sha256:
             raise ValueError(f"{prefix}.bin is not what {prefix}.json vouches for: get it again, or remove the sidecar "
                              "if it is another dataset's")
@@ -225,10 +226,10 @@ class DatasetWriter:
             )
         self.vocab_size = max(self.vocab_size, largest + 1)
         for start in range(0, header.num_sequences, _CHUNK_BYTES):
-            lengths_file.write(index.lengths_Q[start : start + _CHUNK_BYTES].tobytes())
+            self._write("lengths", index.lengths_Q[start : start + _CHUNK_BYTES].tobytes())
         for start in range(0, header.num_documents, _CHUNK_BYTES):
             counts = np.diff(index.boundaries_D1[start : start + _CHUNK_BYTES + 1])
-            documents_file.write(counts.astype(np.int32).tobytes())
+            self._write("documents", counts.astype(np.int32).tobytes())
         before = self._state
         self._state = WriterState(
             before.num_documents + header.num_documents,
@@ -273,11 +274,8 @@ class DatasetWriter:
         self._files = []
 
     def _restore(self, state: WriterState) -> None:
-        sizes = {
-            "bin": state.num_tokens * self.dtype.itemsize,
-            "lengths": 4 * state.num_sequences,
-            "documents": 4 * state.num_documents,
-        }
+        sizes = dict(zip(_GROWING, (state.num_tokens * self.dtype.itemsize, 4 * state.num_sequences,
+                                    4 * state.num_documents), strict=True))
         try:
             for suffix, size in sizes.items():
                 self._files.append(open(f"{self._base}.{suffix}", "ab", buffering=1 << 20))
@@ -285,18 +283,25 @@ class DatasetWriter:
                 if found < size:
                     raise ValueError(f"{self._base}.{suffix} has {found} bytes where {size} were written")
                 self._files[-1].truncate(size)
-            for chunk in read_chunks(f"{self._base}.bin"):
-                self._take(chunk)
-            if self._bin_sha256.hexdigest() != state.bin_sha256:
-                raise ValueError(f"{self._base}.bin is not what was written")
+            for suffix in sizes:
+                for chunk in read_chunks(f"{self._base}.{suffix}"):
+                    self._take(suffix, chunk)
+                if self._hashes[suffix].hexdigest() != getattr(state, f"{suffix}_sha256"):
+                    raise ValueError(f"{self._base}.{suffix} is not what was written")
         except ValueError as error:
             self.close()
             raise ValueError(f"{error}, after a crash of the machine, say: start over with --overwrite") from None
 
-    def _take(self, data: bytes | memoryview) -> None:
-        """Have the hash and the checksums of the next bytes of ids."""
-        self._bin_sha256.update(data)
-        self._sums_file.write(self._sums.update(data))
+    def _write(self, suffix: str, data: bytes | memoryview) -> None:
+        """Append to one of the growing files."""
+        self._take(suffix, data)
+        self._files[_GROWING.index(suffix)].write(data)
+
+    def _take(self, suffix: str, data: bytes | memoryview) -> None:
+        """Have the hash of the next bytes of one of the growing files, and of ids the checksums too."""
+        self._hashes[suffix].update(data)
+        if suffix == "bin":
+            self._sums_file.write(self._sums.update(data))
 
     def _refuse_id(self, ids_T: np.ndarray, lengths_D: np.ndarray) -> None:
         position = int(np.flatnonzero((ids_T < 0) | (ids_T >= self.vocab_size))[0])

@@ -13,7 +13,6 @@ from dsv3_megatron.data.contents import require_index
 from dsv3_megatron.data.indexed import (
     IndexArrays,
     dataset_paths,
-    largest_token_id,
     map_index,
     read_chunks,
     read_header,
@@ -109,8 +108,9 @@ def verify(prefix: str, *, report: Callable[[int], None] | None = None) -> list[
     if sidecar is None:
         return problems
     bin_path, idx_path, sidecar_path = dataset_paths(prefix)
-    for path, wanted in ((bin_path, sidecar.bin_sha256), (idx_path, sidecar.idx_sha256)):
-        found = _hash(path, report)
+    bin_sha256, largest, damage = _read_tokens(prefix, report or _ignore)
+    for path, found, wanted in ((bin_path, bin_sha256, sidecar.bin_sha256),
+                                (idx_path, _hash(idx_path, report or _ignore), sidecar.idx_sha256)):
         if found != wanted:
             problems.append(f"{path} is not what {sidecar_path} vouches for: sha256 {found[:12]}, not {wanted[:12]}")
     counted = (header.num_documents, header.num_sequences, header.num_tokens, header.dtype.name)
@@ -119,11 +119,8 @@ def verify(prefix: str, *, report: Callable[[int], None] | None = None) -> list[
         problems.append(
             f"{sidecar_path} speaks of documents, sequences, tokens, dtype {noted}, {idx_path} of {counted}"
         )
-    try:
-        ProvedTokens(prefix).require_all()
-    except ValueError as error:
-        problems.append(str(error))
-    largest = largest_token_id(prefix)
+    if damage is not None:
+        problems.append(str(damage))
     if largest >= sidecar.vocab_size:
         problems.append(f"{bin_path} holds id {largest}, the vocabulary has {sidecar.vocab_size}")
     return problems
@@ -161,13 +158,38 @@ def _check_index(prefix: str, index: IndexArrays, itemsize: int, num_tokens: int
     return problems
 
 
-def _hash(path: str, report: Callable[[int], None] | None) -> str:
+def _read_tokens(prefix: str, report: Callable[[int], None]) -> tuple[str, int, ValueError | None]:
+    """The hash of a .bin file, its largest id (-1 without any), and the first damage by its checksums; read once."""
+    damage: ValueError | None = None
+    try:
+        tokens = ProvedTokens(prefix)
+    except ValueError as error:
+        damage, tokens = error, ProvedTokens(prefix, is_verified=False)
+    digest, largest = hashlib.sha256(), -1
+    for start in range(0, len(tokens), _CHUNK):
+        stop = min(start + _CHUNK, len(tokens))
+        try:
+            if damage is None:
+                tokens.read(start, stop)
+        except ValueError as error:
+            damage = error
+        ids = tokens.tokens_T[start:stop]
+        digest.update(ids.view(np.uint8))
+        largest = max(largest, int(ids.max()))
+        report(ids.nbytes)
+    return digest.hexdigest(), largest, damage
+
+
+def _hash(path: str, report: Callable[[int], None]) -> str:
     digest = hashlib.sha256()
     for chunk in read_chunks(path):
         digest.update(chunk)
-        if report is not None:
-            report(len(chunk))
+        report(len(chunk))
     return digest.hexdigest()
+
+
+def _ignore(_num_bytes: int) -> None:
+    """The report that nobody reads."""
 
 
 def plot_lengths(prefix: str, path: str) -> None:

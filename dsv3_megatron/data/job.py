@@ -1,9 +1,9 @@
 """The folder in which a preprocessing job works: who owns it, what it is making, how far it has come.
 
 OUTPUT.unfinished/ holds a lock (one process at a time), job.json (what determines the output: inputs, tokenizer,
-options), state.json (the last position that everything on disk agrees with, replaced after every block) and the growing
-datasets. A job that ends, however it ends, leaves either the finished datasets or this folder, from which the same job
-goes on.
+options), state.json (the last position that everything on disk agrees with, replaced after every block; it has a
+checksum of itself and the hashes of the rest) and the growing datasets. A job that ends, however it ends, leaves either
+the finished datasets or this folder, from which the same job goes on.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import shutil
 from typing import IO, Any
 
 from dsv3_megatron.config.json_files import read_json_object
+from dsv3_megatron.config.new_files import replace_text, require_own_folder
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.data.signed_json import with_signature, without_signature
 
 FOLDER_SUFFIX = ".unfinished"
+_SIGNATURE = "signature"
 
 
 def job_hash(identity: dict[str, Any]) -> str:
@@ -44,14 +47,15 @@ class Job:
         is_overwrite_allowed: Drop what is there.
 
     Raises:
-        ValueError: another process works in the folder, it holds another job, or it holds work that was neither to be
-            gone on with nor to be dropped.
+        ValueError: another process works in the folder, it holds another job, its state is damaged, or it holds work
+            that was neither to be gone on with nor to be dropped.
     """
 
     def __init__(self, path: str, identity: dict[str, Any], *, is_resumed: bool, is_overwrite_allowed: bool) -> None:
         self.path = path
         self._identity = json.loads(json_text(identity))
         os.makedirs(path, exist_ok=True)
+        require_own_folder(path)
         self._lock = self._take_lock()
         try:
             self.state = self._read_state(is_resumed, is_overwrite_allowed)
@@ -64,7 +68,7 @@ class Job:
 
     def save(self, state: dict[str, Any]) -> None:
         """Record how far the job has come; what it speaks of must have been written."""
-        self._replace("state.json", state)
+        self._replace("state.json", with_signature(state, _SIGNATURE))
         self.state = state
 
     def close(self) -> None:
@@ -91,15 +95,25 @@ class Job:
         return lock
 
     def _read_state(self, is_resumed: bool, is_overwrite_allowed: bool) -> dict[str, Any] | None:
-        state = self._read("state.json")
-        if state is None or (is_overwrite_allowed and not is_resumed):
+        if is_overwrite_allowed and not is_resumed:
+            return None
+        try:
+            state = self._read("state.json")
+            state = None if state is None else without_signature(state, _SIGNATURE)
+        except ValueError as error:
+            raise ValueError(f"{os.path.join(self.path, 'state.json')} does not say how far the unfinished work of an "
+                             f"earlier run came ({error}): start over with --overwrite (without --resume)") from error
+        if state is None:
             return None
         if not is_resumed:
             raise ValueError(
                 f"{self.path} holds the unfinished work of an earlier run: pass --resume to go on from there, or "
                 "--overwrite to start over"
             )
-        before = self._read("job.json") or {}
+        try:
+            before = self._read("job.json") or {}
+        except ValueError:
+            before = {}  # then everything differs
         changed = sorted(key for key in {*before, *self._identity} if before.get(key) != self._identity.get(key))
         if changed:
             raise ValueError(
@@ -111,14 +125,11 @@ class Job:
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
             return read_json_object(os.path.join(self.path, name))
-        except (FileNotFoundError, ValueError):
+        except FileNotFoundError:
             return None
 
     def _replace(self, name: str, content: dict[str, Any]) -> None:
-        path = os.path.join(self.path, name)
-        with open(f"{path}.new", "w", encoding="utf-8") as stream:
-            stream.write(json_text(content, indent=1))
-        os.replace(f"{path}.new", path)
+        replace_text(os.path.join(self.path, name), json_text(content, indent=1))
 
     def _clear(self) -> None:
         for name in os.listdir(self.path):

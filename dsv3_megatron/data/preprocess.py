@@ -7,6 +7,7 @@ before everything is whole.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -287,10 +288,24 @@ class _Run:
         self._lines = LineCounter(options.files, *(state["lines"] if state else ()))
         self.is_complete = bool(state.get("is_complete"))
         self._writers: list[DatasetWriter] = []
-        self._rejects = open(os.path.join(job.path, REJECTS_NAME), "ab")
+        self._rejects = open(os.path.join(job.path, REJECTS_NAME), "a+b")
         self._rejects.truncate(state.get("rejects_bytes", 0))
+        self._rejects.seek(0)
+        self._rejects_hash = hashlib.file_digest(self._rejects, "sha256")
+        if state and self._rejects_hash.hexdigest() != state["rejects_sha256"]:
+            self._rejects.close()
+            raise ValueError(f"{self._rejects.name} is not what was written: start over with --overwrite (without "
+                             "--resume)")
         if self.is_complete:
             return
+        try:
+            self._open_writers(encoder, identity_hash, state)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_writers(self, encoder: Encoder, identity_hash: str, state: dict[str, Any]) -> None:
+        options = self.options
         for index, key in enumerate(options.keys):
             self._writers.append(
                 DatasetWriter(
@@ -310,7 +325,7 @@ class _Run:
                         **options.transform_options,
                     },
                     is_overwrite_allowed=options.is_overwrite_allowed,
-                    folder=job.path,
+                    folder=self._job.path,
                     state=WriterState(**state["writers"][index]) if state else None,
                 )
             )
@@ -327,7 +342,9 @@ class _Run:
             if not self.options.is_skipping:
                 raise InputError(f"{message}, or leave such documents out with --on-error skip")
             row = {"file": path, "line": placed.line, "byte": placed.byte, "reason": placed.reason, "message": message}
-            self._rejects.write(json_text(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            written = json_text(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+            self._rejects.write(written)
+            self._rejects_hash.update(written)
             self.totals.rejected[placed.reason] += 1
         start = 0
         for key, writer, encoded in zip(self.options.keys, self._writers, result.keys, strict=True):
@@ -391,6 +408,7 @@ class _Run:
                 "totals": self.totals.as_counts(),
                 "writers": [asdict(writer.state()) for writer in self._writers] if is_open else [],
                 "rejects_bytes": self._rejects.tell(),
+                "rejects_sha256": self._rejects_hash.hexdigest(),
                 "is_complete": self.is_complete,
             }
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3_megatron.config.json_files import read_json_object
+from dsv3_megatron.config.new_files import replace_text
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.folder_checksums import CHECKSUMS, require_whole, write_folder_checksums
 from dsv3_megatron.data.special_tokens import BESIDE, special_token_names
@@ -141,9 +142,7 @@ def save_tokenizer(tokenizer: Tokenizer, output_dir: str | os.PathLike[str]) -> 
     }
     (folder / CHECKSUMS).unlink(missing_ok=True)  # of files that are replaced
     for name, content in contents.items():
-        temporary = folder / f"{name}.tmp-{os.getpid()}"
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, folder / name)
+        replace_text(folder / name, content, is_shared=True)
     write_folder_checksums(folder, names=contents)
     return fingerprint(folder)
 

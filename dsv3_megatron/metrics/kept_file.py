@@ -13,6 +13,8 @@ import time
 from collections import deque
 from pathlib import Path
 
+from dsv3_megatron.config.new_files import replace_text
+
 LIMIT_BYTES = 64_000_000
 # Records are written together up to this size.
 _CHUNK_BYTES = 1_000_000
@@ -171,25 +173,16 @@ class KeptText:
         """Try again what could not be written; raises nothing."""
         if self._text is None:
             return
-        partial = self.path.with_name(f".{self.path.name}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(self._text, encoding="utf-8")
-            os.replace(partial, self.path)
+            replace_text(self.path, self._text)
         except OSError as error:
             if not self._has_failed:
                 logger.warning("%s cannot be written: %s; the run goes on, and it is tried again", self.path,
                                error.strerror or error)
             self._has_failed = True
-            _remove(partial)
             return
         if self._has_failed:
             logger.warning("%s is written now", self.path)
         self._text, self._has_failed = None, False
 
-
-def _remove(partial: Path) -> None:
-    try:
-        partial.unlink(missing_ok=True)
-    except OSError as error:
-        logger.debug("%s stays: %s", partial, error)

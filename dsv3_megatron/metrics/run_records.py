@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.config.json_files import parse_json
+from dsv3_megatron.config.new_files import replacing
 from dsv3_megatron.config.output import finite, json_text
 from dsv3_megatron.metrics.measurements import Measurements
 
@@ -211,9 +212,5 @@ def truncate_records(path: str | os.PathLike[str], last_iteration: int) -> tuple
 
 
 def _replace(path: Path, lines: Sequence[str]) -> None:
-    shortened = path.with_name(path.name + ".tmp")
-    with shortened.open("w", encoding="utf-8") as file:
+    with replacing(path, "w", is_durable=True, encoding="utf-8") as file:
         file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(shortened, path)

@@ -26,6 +26,7 @@ import torch
 from dsv3_megatron.checkpoint.agreement import on_first_rank
 from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.new_files import open_new
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.document_ends import document_bounds, restarted_positions
@@ -235,7 +236,7 @@ class LogProbsWriter:
             self.partial.unlink(missing_ok=True)
 
     def _open(self) -> None:
-        self._stream = open(self.partial, "wb")
+        self._stream = open_new(self.partial)
         np.lib.format.write_array_header_1_0(self._stream, {
             "descr": "<f4", "fortran_order": False, "shape": (self.num_rows, self.num_columns)})
 

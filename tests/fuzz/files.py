@@ -29,23 +29,25 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.process.parent import freeze_before_forks
 from tests.fuzz.changes import change_bytes, structured
 from tests.fuzz.readers import Reader, readers
-from tests.fuzz.specimens import write_specimens
+from tests.fuzz.specimens import stop_halfway, write_specimens
 from tests.fuzz.trials import Trial, try_command
 
 GOOD = ("refused", "harmless", "as it stands")
 PRELOADED = ("dsv3_megatron.runs.trainer", "dsv3_megatron.runs.evaluator", "torch._dynamo", "pyarrow.parquet",
              "tokenizers", "yaml", "numpy", "safetensors", "tensorboard.backend.event_processing.event_accumulator",
              "dsv3_megatron.generation.generator", "dsv3_megatron.checkpoint.hf.to_hugging_face",
-             "dsv3_megatron.checkpoint.hf.to_megatron", "dsv3_megatron.data.preprocess", *(
+             "dsv3_megatron.checkpoint.hf.to_megatron", "dsv3_megatron.data.preprocess",
+             "dsv3_megatron.data.chat.encoding", "dsv3_megatron.data.chat.packed_samples", *(
                  f"dsv3_megatron.commands.{name}" for name in (
-                     "train", "preprocess", "train_tokenizer", "inspect", "merge", "verify", "convert", "evaluate",
-                     "generate", "plan", "simulate", "draw_schedule")))
+                     "train", "sft", "preprocess", "train_tokenizer", "inspect", "merge", "verify", "convert",
+                     "evaluate", "generate", "plan", "simulate", "draw_schedule")))
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,24 @@ class Case:
     seed: int
 
 
+def write(folder: Path, words: list[str], *, is_stopped: bool = False) -> None:
+    """Carry out a command that writes specimens, whole or until it is stopped.
+
+    Raises:
+        RuntimeError: it ends in another way.
+    """
+    def work() -> int:
+        from dsv3_megatron.commands.dispatch import main
+
+        if is_stopped:
+            stop_halfway()
+        return main(words)
+
+    trial = try_command(work, folder, timeout_s=120)
+    if (trial.ending == "done") == is_stopped:
+        raise RuntimeError(f"{' '.join(words)}: {trial.ending} {trial.code}\n{trial.said[0]}\n{trial.said[1]}")
+
+
 class Fuzzer:
     """Carries out cases.
 
@@ -80,21 +100,13 @@ class Fuzzer:
 
     def __init__(self, folder: Path, only: str = "", *, is_quick: bool = False) -> None:
         self.folder, self.specimens = folder, folder / "specimens"
-        self.specimens.mkdir()
-        write_specimens(self.specimens, self._write)
+        copied = folder / "copy"  # unfinished conversions name the folder in which they were begun
+        copied.mkdir()
+        write_specimens(copied, partial(write, copied), partial(write, copied, is_stopped=True))
+        copied.rename(self.specimens)
         self._runs = 1 if is_quick else 2
         self.readers = [reader for reader in readers() if only in reader.name and (reader.weight >= 1 or not is_quick)]
         self._original = {reader.name: self._undamaged(reader) for reader in self.readers}
-
-    def _write(self, words: list[str]) -> None:
-        def work() -> int:
-            from dsv3_megatron.commands.dispatch import main
-
-            return main(words)
-
-        trial = try_command(work, self.specimens, timeout_s=120)
-        if trial.ending != "done":
-            raise RuntimeError(f"{' '.join(words)}: {trial.ending} {trial.code}\n{trial.said[0]}\n{trial.said[1]}")
 
     def _copy(self, reader: Reader) -> Path:
         copied = self.folder / "copy"

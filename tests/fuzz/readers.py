@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.data.reading.file_content import decompressor
-from tests.fuzz.specimens import PLAN, PREPROCESS, TRAIN
+from tests.fuzz.specimens import CHAT, PLAN, PREPROCESS, TO_HUGGING_FACE, TO_MEGATRON, TRAIN, UNFINISHED
 
 # What is left of a file of these is not comparable: times are in them.
 _TIMED = ("metrics.jsonl",)
@@ -159,11 +159,41 @@ def _ids_stand(folder: Path) -> Callable[[str], bool]:
     return are_equal
 
 
+def _chat_stands(folder: Path) -> Callable[[str], bool]:
+    """Whether the ids are those of the conversations by Jinja2 and the tokenizers library, and as many as the masks."""
+    import numpy as np
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from tokenizers import Tokenizer
+
+    source = (folder / "tokenizer" / "chat_template.jinja").read_text(encoding="utf-8")
+    source = source.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+    lines = (folder / "chat.jsonl").read_bytes().decode("utf-8").removeprefix("\ufeff").split("\n")
+    texts = [template.render(messages=[
+        {**message, "content": message["content"] if isinstance(message["content"], str) else ""}
+        for message in json.loads(line)["messages"]]) for line in lines if line.strip()]
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    ids = [number for text in texts for number in tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def are_equal(_printed: str) -> bool:
+        masks = (folder / "made_conversations_mask.bin").read_bytes()
+        return (np.fromfile(folder / "made_conversations.bin", np.uint16).tolist() == ids and len(masks) == len(ids)
+                and set(masks) <= {0, 1} and 1 in masks)
+
+    return are_equal
+
+
 EVALUATE = "evaluate --load saved --data-path data/d_text_document --micro-batch-size 16 --json"
+SFT = ("sft --pretrained-checkpoint saved --data-path talk/chat_conversations --tokenizer-model tokenizer "
+       "--seq-length 32 --split 100,0,0 --global-batch-size 2 --train-iters 2 --eval-interval 0 --log-interval 1 "
+       "--transformer-impl local --long-conversations cut --tensorboard-dir made")
 _DATA = ("data/*_document.bin", "data/*_document.idx", "data/*_document.json", "data/*_document.sums")
 _SAVED = ("saved/iter_0000002/*", "saved/iter_0000002/.metadata", "saved/latest*", "saved/*.json")
 _EXPORTED = ("exported/*",)
 _TOKENIZER = ("tokenizer/*",)
+# A chat template that was put beside a tokenizer is copied as it is.
+_OWN_TOKENIZER = ("tokenizer/*.json",)
+_TALK = ("talk/*.bin", "talk/*.idx", "talk/*.json", "talk/*.sums")
 
 
 def readers() -> tuple[Reader, ...]:
@@ -209,7 +239,7 @@ def readers() -> tuple[Reader, ...]:
                tuple("evaluate --load exported --data-path data/d_text_document --seq-length 16 --micro-batch-size 16 "
                      "--json".split()),
                weight=0.7),
-        Reader("generate", (*_SAVED,), ("saved", "prompts.jsonl", "tokenizer"),
+        Reader("generate", (*_SAVED, *_OWN_TOKENIZER), ("saved", "prompts.jsonl", "tokenizer"),
                tuple("generate --load saved --prompts prompts.jsonl --max-new-tokens 8 --json".split()), weight=2),
         Reader("generate, prompts", ("prompts.jsonl",), ("saved", "prompts.jsonl", "tokenizer"),
                tuple("generate --load saved --prompts prompts.jsonl --max-new-tokens 1 --json".split()),
@@ -219,9 +249,27 @@ def readers() -> tuple[Reader, ...]:
         Reader("convert to Megatron", _EXPORTED, ("exported",),
                tuple("convert hf-to-megatron --input exported --output made --workers 1".split()),
                ("made/iter*/*.distcp", "made/model.json"), weight=2, shows=False),
-        Reader("convert to Hugging Face", _SAVED, ("saved", "tokenizer"),
+        Reader("convert to Hugging Face", (*_SAVED, *_OWN_TOKENIZER), ("saved", "tokenizer"),
                tuple("convert megatron-to-hf --input saved --output made --dtype fp32 --workers 1".split()),
                ("made/*",), weight=2, shows=False),
+        Reader("preprocess --sft", ("chat.jsonl", "tokenizer/chat_template.jinja"), ("chat.jsonl", "tokenizer"),
+               (*CHAT, "made"), ("made*.bin", "made*.idx"), weight=3, shows=False, stands=_chat_stands),
+        Reader("sft", (*_TALK, *_OWN_TOKENIZER), ("saved", "talk", "tokenizer"), tuple(SFT.split()),
+               ("made/metrics.jsonl",), shows=False),
+        Reader("sft, base model", _SAVED, ("saved", "talk", "tokenizer"), tuple(SFT.split()), ("made/metrics.jsonl",),
+               weight=0.7, shows=False),
+        Reader("inspect, masks", ("talk/*_mask.*",), ("talk",),
+               tuple("inspect talk/chat_conversations_mask --verify --documents 0 3 --json".split())),
+        Reader("preprocess --resume", ("unfinished/made*/*",), ("text.jsonl", "tokenizer", "unfinished"),
+               (*UNFINISHED, "--resume"), ("unfinished/made*.bin", "unfinished/made*.idx"), weight=2, shows=False),
+        Reader("convert to Hugging Face, going on", ("unfinished/exported.partial/**/*",),
+               ("saved", "tokenizer", "unfinished"), tuple(TO_HUGGING_FACE), ("unfinished/exported/*",), shows=False),
+        Reader("convert to Megatron, going on", ("unfinished/converted.partial/**/*",), ("exported", "unfinished"),
+               tuple(TO_MEGATRON), ("unfinished/converted/iter*/*.distcp", "unfinished/converted/model.json"),
+               shows=False),
+        Reader("train, logs", ("logs/*",), ("logs", "saved", "data", "tokenizer"),
+               ("train", *TRAIN, "3", "--load", "saved", "--save", "saved", "--tensorboard-dir", "logs"),
+               ("logs/metrics.jsonl",), weight=0.7, shows=False),
         Reader("plot", ("logs/*",), ("logs",), _read_log, weight=2, stands=_log_stands),
         Reader("plan --hardware", ("machine.json",), ("machine.json",),
                (*PLAN, "--hardware", "machine.json"), stands=_machine_stands),

@@ -1,7 +1,7 @@
 """One small specimen of each kind of file that the library reads, written by the library itself.
 
-`write_specimens` makes a folder with all of them. Nothing in it names the folder, so that a copy is as good as it is:
-everything is read with the copy as working directory.
+`write_specimens` makes a folder with all of them. Only unfinished conversions name the folder, so that a copy under the
+same name is as good as it is: everything is read with the copy as working directory.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,15 +33,25 @@ TRAIN = [*(part for name, value in _ARCHITECTURE.items() for part in (f"--{name.
 PREPROCESS = "preprocess --tokenizer-model tokenizer --append-eod --workers 1 --tokenizer-backend huggingface".split()
 PLAN = "plan --preset dsv3-16b --num-gpus 8 --expert-model-parallel-size 8 --json".split()
 
+CHAT = "preprocess --sft --tokenizer-model tokenizer --workers 1 --input chat.jsonl --output-prefix".split()
+TO_HUGGING_FACE = "convert megatron-to-hf --input saved --output unfinished/exported --dtype fp32 --workers 1".split()
+TO_MEGATRON = "convert hf-to-megatron --input exported --output unfinished/converted --workers 1".split()
+UNFINISHED = [*PREPROCESS, "--input", "text.jsonl", "--output-prefix", "unfinished/made"]
+# With marks around what counts, and a text that is easy to make in another way.
+TEMPLATE = ("{%- for message in messages -%}{{- '[' + message['role'] + ']' -}}{%- if message['role'] == 'assistant' "
+            "-%}{%- generation -%}{{- message['content'] + '.' -}}{%- endgeneration -%}{%- else -%}"
+            "{{- message['content'] -}}{%- endif -%}{%- endfor -%}")
+
 Command = Callable[[list[str]], None]
 
 
-def write_specimens(folder: Path, command: Command) -> None:
+def write_specimens(folder: Path, command: Command, stopped: Command) -> None:
     """Write one of each kind into a folder that exists.
 
     Args:
         folder: The folder; the working directory while it is filled.
         command: Carries out a command of `dsv3`, given its words; raises where it fails.
+        stopped: Carries out a command that ends in the middle of its work.
     """
     before = Path.cwd()
     os.chdir(folder)
@@ -48,14 +59,38 @@ def write_specimens(folder: Path, command: Command) -> None:
         _write_texts()
         _write_settings()
         command("train-tokenizer --input text.jsonl --vocab-size 300 --min-frequency 1 --output tokenizer".split())
+        Path("tokenizer/chat_template.jinja").write_text(TEMPLATE)
         command([*PREPROCESS, "--input", "text.jsonl", "--output-prefix", "data/d"])
         command(["train", *TRAIN, "2", "--save", "saved", "--tensorboard-dir", "logs"])
         command("convert megatron-to-hf --input saved --output exported --dtype fp32 --workers 1".split())
         command("simulate --schedule 1f1b --pipeline-model-parallel-size 2 --num-microbatches 4 --trace "
                 "trace.json".split())
         command([*PLAN, "--hardware", "h800", "--save-hardware", "machine.json"])
+        command([*CHAT, "talk/chat"])
+        for words in (UNFINISHED, TO_HUGGING_FACE, TO_MEGATRON):
+            stopped(words)
     finally:
         os.chdir(before)
+
+
+def stop_halfway() -> None:
+    """Have this process's next preprocessing, or conversion, end after a part of its work, as if it were killed."""
+    from dsv3_megatron.checkpoint.hf.workplace import Workplace
+    from dsv3_megatron.data import preprocess
+
+    run_pieces, take_block = Workplace.run, preprocess._Run.take
+
+    def run(place: Workplace, pieces: Sequence[Any], **options: Any) -> None:
+        run_pieces(place, pieces, **options)
+        raise KeyboardInterrupt
+
+    def take(job: Any, *block: Any) -> None:
+        take_block(job, *block)
+        if job.totals.documents >= 20:
+            raise KeyboardInterrupt
+
+    preprocess.BLOCK_BYTES = 1000
+    Workplace.run, preprocess._Run.take = run, take  # type: ignore[method-assign]
 
 
 def _write_texts() -> None:
@@ -68,6 +103,9 @@ def _write_texts() -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": TEXTS * 8}), "text.parquet")
+    Path("chat.jsonl").write_text("".join(json.dumps({"messages": [
+        {"role": "user", "content": text[:20]}, {"role": "assistant", "content": text[20:40] or "Yes"}]},
+        ensure_ascii=False) + "\n" for text in TEXTS * 4))
     Path("prompts.jsonl").write_text('{"prompt": "The river"}\n{"prompt": "def area("}\n')
     np.save("tokens.npy", np.random.default_rng(0).integers(0, VOCAB_SIZE, (3, 17), dtype=np.int32))
 

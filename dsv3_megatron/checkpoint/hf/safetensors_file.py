@@ -19,7 +19,7 @@ from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.config.json_files import object_without_repeats, parse_json
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.checksums import BlockVerifier, DamagedFileError
-from dsv3_megatron.data.folder_checksums import CHECKSUMS
+from dsv3_megatron.data.folder_checksums import refusal
 
 SUFFIX, SINGLE = ".safetensors", "model.safetensors"
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
@@ -89,8 +89,7 @@ def read_header_text(file: Path, verifier: BlockVerifier | None = None) -> str:
                 verifier.require(0, 8 + length)
             text = stream.read(length)
     except DamagedFileError as error:
-        raise CheckpointError(f"{error}; get it again, or, if it was changed on purpose, remove {CHECKSUMS} beside it"
-                              ) from error
+        raise CheckpointError(refusal(file, error)) from error
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     if len(text) < length:

@@ -159,7 +159,7 @@ def prepare_export(source: str | Path, output: str | Path, *, iteration: int | N
                 _write(place.result / name, text)
             for name, file in beside.copies.items():
                 shutil.copyfile(file, place.result / name)
-            write_folder_checksums(place.result)
+            write_folder_checksums(place.result, known=place.checksums(pieces))
         except OSError as error:
             raise CheckpointError(f"{place.result}: {error.strerror} ({error.filename})") from error
 

@@ -114,9 +114,11 @@ def convert_to_megatron(source: str | Path, output: str | Path, *, parallel: Par
         written = [TensorPart(**_with_tuples(chunk)) for piece in pieces[: len(files)] for chunk in place.told(piece)]
         write_index(place.result / folder, written, {"optimizer_step": 0})
         precision = "fp32" if all(chunk.dtype == "float32" for chunk in written) else "bf16"
+        checksums = {Path(name).name: known for name, known in place.checksums(pieces).items()}
         finish_save(place.result, RunProgress(0, 0, 0), run.as_dict(), world_size=1, precision=precision,
-                    contents=WEIGHTS, versions={"dsv3_megatron": __version__, "torch": torch.__version__,
-                                                "megatron_core": version("megatron-core")})
+                    contents=WEIGHTS, checksums=checksums,
+                    versions={"dsv3_megatron": __version__, "torch": torch.__version__,
+                              "megatron_core": version("megatron-core")})
         (place.result / MODEL_FILE).write_text(
             json_text({"model": dataclasses.asdict(run.model)}, indent=2) + "\n", encoding="utf-8")
         result = None

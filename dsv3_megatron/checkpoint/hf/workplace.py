@@ -3,10 +3,11 @@
     OUTPUT.partial/
         conversion.json     what is being converted to what; the same command goes on, another is refused
         lock                held by the process that converts
-        finished/NAME.json  a file of the result that is complete, and what its writer has to say of it
+        finished/NAME.json  a file of the result that is complete: its checksums, and what its writer has to say of it
         result/             renamed to OUTPUT when all of it is there
 
-A file is written under another name, flushed to disk and renamed; so a file with its final name is complete.
+A file is written under another name, flushed to disk and renamed; so a file with its final name is complete. Its
+checksums are made right behind, while it is in memory still; whoever goes on compares them.
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ from typing import IO, Any, Protocol
 import torch
 
 from dsv3_megatron.checkpoint.folder import CheckpointError, check_empty, flush
-from dsv3_megatron.config.json_files import read_json
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.json_files import read_json_object
+from dsv3_megatron.config.new_files import replace_text, require_own_folder
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.data.checksums import BlockVerifier, FileChecksums, checksum_file, read_checksums
+from dsv3_megatron.data.signed_json import with_signature, without_signature
 
 # Told a number of bytes that have been written or read; called from any thread.
 Report = Callable[[int], None]
 _WRITING = ".writing"
+_SIGNATURE = "signature"
 # Disk space beyond the tensors themselves: headers, index.
 _OVERHEAD = 1.01
 
@@ -108,12 +114,14 @@ class Workplace:
         """
         check_empty(self.output)
         try:
-            self._finished.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
+            require_own_folder(self.root)
+            self._finished.mkdir(exist_ok=True)
             self.result.mkdir(exist_ok=True)
             self._take_lock()
             self._check_identity()
             self._check_space(num_bytes)
-        except CheckpointError:
+        except ConfigError:
             self.close()
             raise
         except OSError as error:
@@ -129,7 +137,8 @@ class Workplace:
             report: Told the bytes written, from any thread; and at once those of pieces that were finished before.
 
         Raises:
-            CheckpointError: one could not be written; what is finished stays, and the same command goes on from it.
+            CheckpointError: one could not be written, or what was finished before is damaged; what is finished stays,
+                and the same command goes on from it.
         """
         stop = threading.Event()
 
@@ -141,6 +150,7 @@ class Workplace:
         todo = []
         for piece in pieces:
             if self._record(piece).is_file() and (self.result / piece.name).is_file():
+                self._require_whole(piece)
                 report(piece.num_bytes)
             else:
                 todo.append(piece)
@@ -160,8 +170,20 @@ class Workplace:
         assert not errors, "stopped without an error"
 
     def told(self, piece: OutputFile) -> Any:
-        """Read what a finished piece's writer returned."""
-        return read_json(self._record(piece))
+        """Read what a finished piece's writer returned.
+
+        Raises:
+            CheckpointError: the record of it is damaged.
+        """
+        return self._read_record(piece)["told"]
+
+    def checksums(self, pieces: Sequence[OutputFile]) -> dict[str, FileChecksums]:
+        """The checksums of finished pieces, by the names of their files.
+
+        Raises:
+            CheckpointError: the record of one is damaged.
+        """
+        return {piece.name: read_checksums(self._read_record(piece)["checksums"]) for piece in pieces}
 
     def is_finished(self, pieces: Sequence[OutputFile]) -> bool:
         """Whether all of the given pieces are complete."""
@@ -204,10 +226,8 @@ class Workplace:
             os.rename(partial, final)
             record = self._record(piece)
             record.parent.mkdir(parents=True, exist_ok=True)
-            written = record.with_name(record.name + _WRITING)
-            written.write_text(json_text(told), encoding="utf-8")
-            flush(written)
-            os.rename(written, record)
+            content = {"told": told, "checksums": checksum_file(final).as_dict()}
+            replace_text(record, json_text(with_signature(content, _SIGNATURE)), is_durable=True)
         except OSError as error:
             way_out = ("free some space and give the same command again: it goes on from what is finished"
                        if error.errno in (errno.ENOSPC, errno.EDQUOT) else "the same command goes on from what is "
@@ -216,6 +236,23 @@ class Workplace:
 
     def _record(self, piece: OutputFile) -> Path:
         return self._finished / f"{piece.name}.json"
+
+    def _read_record(self, piece: OutputFile) -> dict[str, Any]:
+        try:
+            return without_signature(read_json_object(self._record(piece)), _SIGNATURE)
+        except ValueError as error:
+            raise CheckpointError(f"{self._record(piece)} cannot be gone on from ({error}): remove it, and the file is "
+                                  "written again") from error
+
+    def _require_whole(self, piece: OutputFile) -> None:
+        """Prove a file that an earlier process finished."""
+        file, known = self.result / piece.name, self.checksums([piece])[piece.name]
+        try:
+            if file.stat().st_size != known.num_bytes:
+                raise CheckpointError(f"{file} has {file.stat().st_size} bytes, {known.num_bytes} were written")
+            BlockVerifier(file, known).require(0, known.num_bytes)
+        except ValueError as error:
+            raise CheckpointError(f"{error}; remove {self._record(piece)}, and the file is written again") from error
 
     def _take_lock(self) -> None:
         lock = open(self.root / "lock", "w", encoding="utf-8")  # held until close()
@@ -232,11 +269,13 @@ class Workplace:
     def _check_identity(self) -> None:
         file = self.root / "conversion.json"
         if not file.exists():
-            written = file.with_name(file.name + _WRITING)
-            written.write_text(json_text(self.identity, indent=2, sort_keys=True), encoding="utf-8")
-            os.rename(written, file)
+            replace_text(file, json_text(self.identity, indent=2, sort_keys=True))
             return
-        known = read_json(file)
+        try:
+            known = read_json_object(file)
+        except ValueError as error:
+            raise CheckpointError(f"{file} does not say what is being converted ({error}): remove {self.root}, and the "
+                                  "conversion starts over") from error
         mine = json.loads(json_text(self.identity))
         differing = sorted(key for key in known.keys() | mine.keys() if known.get(key) != mine.get(key))
         if differing:

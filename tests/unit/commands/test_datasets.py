@@ -296,6 +296,19 @@ def test_verify_finds_any_flipped_bit(dataset, data):
     assert verify(dataset) == []
 
 
+def test_verify_reads_every_byte_once(dataset, monkeypatch):
+    from dsv3_megatron.data import inspection
+
+    told, opened = [], []
+    monkeypatch.setattr(inspection, "read_chunks", lambda path: (opened.append(path), [Path(path).read_bytes()])[1])
+    reader = inspection.ProvedTokens
+    monkeypatch.setattr(inspection, "ProvedTokens", lambda *given, **named: (opened.append(given[0]),
+                                                                             reader(*given, **named))[1])
+    assert verify(dataset, report=told.append) == []
+    assert sum(told) == sum(os.path.getsize(path) for path in dataset_paths(dataset)[:2])
+    assert opened == [dataset, dataset_paths(dataset)[1]], "tokens and index, each once"
+
+
 def test_verify_without_a_sidecar_says_so(inspect_tool, dataset, capsys):
     Path(f"{dataset}.json").unlink()
     assert inspect_tool.main([dataset, "--verify"]) == 0

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -499,6 +500,39 @@ def test_unfinished_work_in_which_nothing_was_finished_is_in_nobodys_way(preproc
     assert not (tmp_path / "out.unfinished").exists()
 
 
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("state.json", lambda raw: raw.replace(b'"offset": ', b'"offset": 1'), r"state\.json does not say how far the "
+     r"unfinished work of an earlier run came \(its content does not have its checksum .*\): start over with --over"),
+    ("state.json", lambda raw: raw[:-9], r"state\.json does not say how far the unfinished work"),
+    ("rejects.jsonl", lambda raw: raw.replace(b'"line": 1', b'"line": 9'), r"rejects\.jsonl is not what was written: "
+     "start over with --overwrite"),
+    ("out_text_document.lengths", lambda raw: b"\x07" + raw[1:], "lengths is not what was written"),
+])
+def test_damaged_unfinished_work_is_refused_and_stays(preprocess, tmp_path, monkeypatch, name, change, message):
+    shrink_blocks(monkeypatch, 40)
+    (tmp_path / "x.jsonl").write_bytes(b"{}\n" + GOOD * 9 + b"nope\n" + GOOD)
+    monkeypatch.setattr("dsv3_megatron.data.preprocess._Run.finish", lambda run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        preprocess(tmp_path / "x.jsonl", options=["--on-error", "skip"])
+    monkeypatch.undo()
+    (file,) = (tmp_path / "out.unfinished").glob(name)
+    file.write_bytes(change(file.read_bytes()))
+    before = files_of(tmp_path / "out.unfinished")
+    status, _, err = preprocess(tmp_path / "x.jsonl", options=["--on-error", "skip", "--resume"])
+    assert status == 2 and re.search(message, err), err
+    assert files_of(tmp_path / "out.unfinished") == before
+    assert preprocess(tmp_path / "x.jsonl", options=["--on-error", "skip", "--overwrite"])[0] == 0
+    assert documents_of(tmp_path / "out_text_document")
+
+
+def test_unfinished_work_of_another_user_is_not_taken_over(preprocess, tmp_path, jsonl_file):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out.unfinished").symlink_to(tmp_path / "elsewhere")
+    status, _, err = preprocess(jsonl_file)
+    assert status == 2 and "out.unfinished is a link, where unfinished work would be: remove it" in err
+    assert not files_of(tmp_path / "elsewhere")
+
+
 @pytest.mark.parametrize("failing_call", range(1, 6))
 def test_an_error_while_publishing_loses_nothing(preprocess, tmp_path, jsonl_file, monkeypatch, failing_call):
     """Renames fail one after the other; each time the same command with --resume puts the dataset in place."""
@@ -510,7 +544,7 @@ def test_an_error_while_publishing_loses_nothing(preprocess, tmp_path, jsonl_fil
 
     def replace(source, target):
         nonlocal calls
-        if not str(source).endswith(".new"):  # the job's own state
+        if not str(source).endswith(".partial"):  # the job's own state
             calls += 1
             if calls == failing_call:
                 raise OSError(28, "No space left on device")

@@ -29,20 +29,25 @@ def test_whole_files_are_taken(folder: Path) -> None:
 
 def test_changed_files_are_refused(folder: Path) -> None:
     (folder / "a.json").write_text('{"a.json": 3}')
-    with pytest.raises(ValueError, match=rf"a\.json is damaged: .* if it was changed on purpose, remove .*{CHECKSUMS}"):
+    (folder / "b.json").write_text("{}")
+    with pytest.raises(ValueError, match=(
+            rf"a\.json is damaged: .*\. Not as .*{CHECKSUMS} has them: a\.json \(other content\); b\.json \(2 bytes, "
+            rf"not 13\)\. .* or you changed files on purpose, remove {CHECKSUMS}\. Otherwise get the files again")):
         require_whole(folder / "a.json")
+    (folder / "b.json").write_text('{"b.json": 1}')
     (folder / "a.json").write_text("{}")
     with pytest.raises(ValueError, match=r"a\.json is damaged: it has 2 bytes, 13 were written"):
         require_whole(folder / "a.json")
     (folder / "b.json").unlink()
-    with pytest.raises(ValueError, match=r"b\.json is missing, .* has its checksum"):
+    with pytest.raises(ValueError, match=r"b\.json is missing\. .* has them: a\.json \(.*\); b\.json \(missing\)\."):
         require_whole(folder / "a.json", ["b.json"])
     (folder / CHECKSUMS).unlink()
     require_whole(folder / "a.json", ["b.json"])
 
 
 @pytest.mark.parametrize("change", [
-    {"version": 2}, {"files": []}, {"files": {"a.json": 3}}, {"files": {"a.json": {"algorithm": "md5"}}}])
+    {"version": 2}, {"files": []}, {"files": {"a.json": 3}}, {"files": {"a.json": {"algorithm": "md5"}}},
+    {"files": {"../a.json": {}}}, {"files": {"a\x1b.json": {}}}])
 def test_checksums_that_are_none(folder: Path, change: dict[str, object]) -> None:
     content = json.loads((folder / CHECKSUMS).read_text())
     (folder / CHECKSUMS).write_text(json.dumps(with_signature(content | change, "signature")))

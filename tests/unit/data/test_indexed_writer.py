@@ -113,25 +113,32 @@ def test_writing_goes_on_from_a_state(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("suffix", "change", "message"),
     [
         (
+            "bin",
             lambda raw: raw[:-1],
             r"d\.bin has 5 bytes where 6 were written, after a crash of the machine, say: start over",
         ),
-        (
-            lambda raw: b"\x07" + raw[1:],
-            r"d\.bin is not what was written, after a crash of the machine, say: start over",
+        *(
+            (
+                suffix,
+                lambda raw: b"\x07" + raw[1:],
+                rf"d\.{suffix} is not what was written, after a crash of the machine, say: start over",
+            )
+            for suffix in ("bin", "lengths", "documents")
         ),
     ],
 )
-def test_a_state_that_the_files_do_not_bear_out_is_refused(tmp_path, change, message):
+def test_a_state_that_the_files_do_not_bear_out_is_refused(tmp_path, suffix, change, message):
     folder = tmp_path / "work"
     writer = DatasetWriter(tmp_path / "d", vocab_size=10, folder=os.fspath(folder))
     writer.add_documents(np.array([1, 2, 3]), np.array([3]))
     state = writer.state()
-    assert state == WriterState(1, 1, 3, 3, hashlib.sha256(np.array([1, 2, 3], np.uint16).tobytes()).hexdigest())
+    hashes = [hashlib.sha256(np.array(values, dtype).tobytes()).hexdigest()
+              for values, dtype in (([1, 2, 3], np.uint16), ([3], np.int32), ([1], np.int32))]
+    assert state == WriterState(1, 1, 3, 3, *hashes)
     writer.close()
-    damage(folder / "d.bin", change)
+    damage(folder / f"d.{suffix}", change)
     with pytest.raises(ValueError, match=message):
         DatasetWriter(tmp_path / "d", vocab_size=10, folder=os.fspath(folder), state=state)

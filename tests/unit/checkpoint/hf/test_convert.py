@@ -299,6 +299,34 @@ def test_another_conversion_was_under_way(tmp_path):
         convert_to_megatron(source, tmp_path / "ours")
 
 
+@pytest.mark.parametrize(("name", "message"), [
+    ("result/*/__0_0.distcp", r"__0_0\.distcp is damaged: the \d+ bytes from offset 0 on .*; remove .*__0_0\.distcp"
+     r"\.json, and the file is written again"),
+    ("finished/*/__0_0.distcp.json", r"__0_0\.distcp\.json cannot be gone on from \(.*\): remove it, and the file is "),
+    ("conversion.json", r"conversion\.json does not say what is being converted \(.*\): remove .*ours\.partial"),
+])
+def test_what_was_finished_and_is_damaged_is_not_gone_on_from(tmp_path, name, message):
+    source = make_source(tmp_path / "hf", "bf16", num_shards=6)
+    with stop_after(800_000, OSError(errno.EIO, "I/O error")), pytest.raises(CheckpointError, match="I/O error"):
+        convert_to_megatron(source, tmp_path / "ours", num_workers=1, max_file_bytes=300_000)
+    (file,) = (tmp_path / "ours.partial").glob(name)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x80
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        convert_to_megatron(source, tmp_path / "ours", num_workers=1, max_file_bytes=300_000)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_unfinished_work_behind_a_link_is_not_taken_over(tmp_path):
+    source = make_source(tmp_path / "hf", "bf16")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "ours.partial").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"ours\.partial is a link, where unfinished work would be: remove it"):
+        convert_to_megatron(source, tmp_path / "ours")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_two_processes_at_once(tmp_path):
     source = make_source(tmp_path / "hf", "bf16")
     entered, go_on = threading.Event(), threading.Event()
