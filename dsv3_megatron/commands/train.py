@@ -196,6 +196,8 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
     from dsv3_megatron.checkpoint.folder import check_save_directory
     from dsv3_megatron.checkpoint.resume import plan_resumption
     from dsv3_megatron.data.blend import check_data, parse_blend
+    from dsv3_megatron.data.chat.masked import mask_prefix
+    from dsv3_megatron.data.contents import read_contents
     from dsv3_megatron.data.datasets import parse_split
     from dsv3_megatron.data.document_ends import resolve_eod_id
     from dsv3_megatron.data.tokenizer import fingerprint
@@ -229,9 +231,12 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
     if run.checkpoint.save:
         check_save_directory(run.checkpoint.save)
     told += precheck.check_run_data(run)
+    masks = [mask_prefix(prefix) for prefix in prefixes] if run.data.sft else []
+    for prefix in masks:
+        read_contents(prefix, cache_dir=run.data.data_cache_path)
     if rank == 0:
         if run.checkpoint.verify_files == "all":
-            precheck.prove_tokens(prefixes)
+            precheck.prove_tokens([*prefixes, *masks])
         precheck.check_attention(run, is_planned=command.world_size is not None)
         told += precheck.check_vocabulary(run, prefixes)
         told += precheck.check_export(run)

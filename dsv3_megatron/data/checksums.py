@@ -131,6 +131,25 @@ def checksum_of(data: Any, algorithm: str = ALGORITHM) -> str:
     return f"{made.intdigest():0{_DIGITS[algorithm]}x}"
 
 
+class RunningChecksum:
+    """Makes one checksum of all bytes that come one after the other.
+
+    Args:
+        algorithm: "xxh3_64" or "crc32".
+    """
+
+    def __init__(self, algorithm: str = ALGORITHM) -> None:
+        self.algorithm, self._made = algorithm, _MAKERS[algorithm]()
+
+    def update(self, data: Any) -> None:
+        """Take in the next bytes."""
+        self._made.update(data)
+
+    def text(self) -> str:
+        """The checksum of what was taken in so far, with its algorithm: "ALGORITHM:DIGITS"."""
+        return f"{self.algorithm}:{self._made.intdigest():0{_DIGITS[self.algorithm]}x}"
+
+
 class BlockHasher:
     """Makes the checksums of bytes that come one after the other, in pieces of any size.
 

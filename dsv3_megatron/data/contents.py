@@ -29,6 +29,7 @@ import numpy as np
 from dsv3_megatron.config.json_files import read_json_object
 from dsv3_megatron.config.new_files import replace_text
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.data.checksums import RunningChecksum, is_known
 from dsv3_megatron.data.indexed import (
     IndexHeader,
     Sidecar,
@@ -115,16 +116,22 @@ def require_index(prefix: str) -> None:
         check_index(prefix)
         return
     _check_counts(prefix, header, sidecar)
-    if _index_sha256(prefix) != sidecar.idx_sha256:
+    if _index_sha256(prefix, sidecar) != sidecar.idx_sha256:
         raise ValueError(_stale(prefix, "the hash of the .idx file is another"))
 
 
-def _index_sha256(prefix: str) -> str:
-    """The hash of an index, all of whose numbers are right."""
+def _index_sha256(prefix: str, sidecar: Sidecar | None) -> str:
+    """The hash of an index, all of whose numbers are right; the sidecar's where the index has its checksum."""
     check_index(prefix)
-    found = hashlib.sha256()
+    algorithm = "" if sidecar is None else sidecar.idx_checksum.partition(":")[0]
+    found: Any = RunningChecksum(algorithm) if is_known(algorithm) else hashlib.sha256()
     for chunk in read_chunks(dataset_paths(prefix)[1]):
         found.update(chunk)
+    if isinstance(found, RunningChecksum):
+        assert sidecar is not None
+        if found.text() != sidecar.idx_checksum:
+            raise ValueError(_stale(prefix, "the hash of the .idx file is another"))
+        return sidecar.idx_sha256
     return found.hexdigest()
 
 
@@ -155,7 +162,7 @@ def _read(prefix: str, header: IndexHeader, sidecar: Sidecar | None) -> tuple[Co
     if num_bytes >= _SAID_FROM_BYTES:
         why = "it has no sidecar" if sidecar is None else "its tokens are newer than its sidecar"
         logger.warning("%s: reading %.1f GB once to check ids and hashes, for %s", prefix, num_bytes / 1e9, why)
-    idx_sha256 = _index_sha256(prefix)
+    idx_sha256 = _index_sha256(prefix, sidecar)
     if is_trusted:
         assert sidecar is not None
         bin_sha256, lowest, highest = sidecar.bin_sha256, 0, sidecar.max_token_id

@@ -135,7 +135,7 @@ def dataset_config(run: RunConfig, span: DataSpan | None = None) -> DatasetConfi
     )
     for prefix in config.prefixes:
         if data.sft:
-            check_masks(prefix)
+            check_masks(prefix, cache_dir=data.data_cache_path)
         elif has_masks(prefix):
             raise ValueError(f"{prefix} holds conversations, of which only what their masks say is to be learnt; give "
                              "sft (dsv3 sft), or other data")

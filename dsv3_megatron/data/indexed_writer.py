@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from dsv3_megatron.data.checksums import ALGORITHM
+from dsv3_megatron.data.checksums import ALGORITHM, RunningChecksum
 from dsv3_megatron.data.contents import require_index
 from dsv3_megatron.data.indexed import (
     CODE_OF_DTYPE,
@@ -246,6 +246,7 @@ class DatasetWriter:
         for file in [*self._files, self._sums_file]:
             os.fsync(file.fileno())
         self.close()
+        idx_sha256, idx_checksum = self._write_idx(state)
         sidecar = Sidecar(
             tokenizer_fingerprint=self._tokenizer_fingerprint,
             vocab_size=self.vocab_size,
@@ -255,10 +256,11 @@ class DatasetWriter:
             num_tokens=state.num_tokens,
             max_token_id=state.max_token_id,
             bin_sha256=state.bin_sha256,
-            idx_sha256=self._write_idx(state),
+            idx_sha256=idx_sha256,
             options=self._options,
             counts=dict(self.counts),
             sums_algorithm=self._sums.algorithm,
+            idx_checksum=idx_checksum,
         )
         # A file name that is not UTF-8 has lone surrogates in Python: as JSON's escapes they can be written and read.
         with open(f"{self._base}.json", "w", encoding="utf-8", errors="backslashreplace") as stream:
@@ -312,15 +314,17 @@ class DatasetWriter:
             "that made the ids"
         )
 
-    def _write_idx(self, state: WriterState) -> str:
-        digest = hashlib.sha256()
+    def _write_idx(self, state: WriterState) -> tuple[str, str]:
+        """Write the index; returns its hash and its checksum."""
+        digest, checksum = hashlib.sha256(), RunningChecksum()
         header = HEADER.pack(MAGIC, 1, CODE_OF_DTYPE[self.dtype], state.num_sequences, state.num_documents + 1)
         with open(f"{self._base}.idx", "wb") as stream:
             for part in _idx_parts(header, f"{self._base}.lengths", f"{self._base}.documents", self.dtype.itemsize):
                 digest.update(part)
+                checksum.update(part)
                 stream.write(part)
             _flush_to_disk(stream)
-        return digest.hexdigest()
+        return digest.hexdigest(), checksum.text()
 
 
 def publish(folder: str, prefix: str) -> None:

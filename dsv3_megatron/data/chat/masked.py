@@ -12,6 +12,7 @@ import re
 
 import numpy as np
 
+from dsv3_megatron.data.contents import read_contents, require_index
 from dsv3_megatron.data.indexed import dataset_paths, map_index, read_header, read_sidecar
 
 CONVERSATIONS, MASKS = "conversations", "conversations_mask"
@@ -36,11 +37,15 @@ def has_masks(prefix: str) -> bool:
     return sidecar is not None and sidecar.options.get("level") == "conversation"
 
 
-def check_masks(prefix: str) -> None:
-    """Check that a dataset is one of conversations, and that its mask is of it.
+def check_masks(prefix: str, *, cache_dir: str | None = None) -> None:
+    """Check that a dataset is one of conversations, that its mask is of it, and both indices in whole.
+
+    Args:
+        prefix: Path of the conversations, without suffix.
+        cache_dir: Folder of what `contents.read_contents` finds of a mask without a sidecar; None: beside the data.
 
     Raises:
-        ValueError: the dataset is another one, or the mask is missing, or of other conversations.
+        ValueError: the dataset is another one or damaged, or the mask is missing, damaged, or of other conversations.
     """
     if not has_masks(prefix):
         raise ValueError(f"{prefix} does not hold conversations: give what dsv3 preprocess --sft made, or leave "
@@ -51,11 +56,17 @@ def check_masks(prefix: str) -> None:
     if not all(map(os.path.isfile, dataset_paths(masks)[:2])):
         raise ValueError(f"{prefix} has no mask beside it: {masks}.bin and .idx say which of its tokens count; copy "
                          f"them too (of merged shards: merge those of the masks), or {_WAY_OUT}")
+    require_index(prefix)
+    require_index(masks)
     header = read_header(masks)
     jobs = {sidecar.options.get("job") for sidecar in (own, other) if sidecar is not None}
     if header.dtype != MASK_DTYPE or len(jobs) > 1 or not _same_lengths(prefix, masks):
         raise ValueError(f"{masks} is not the mask of {prefix}: it was made by another command, or has other "
                          f"lengths; {_WAY_OUT}")
+    highest = read_contents(masks, cache_dir=cache_dir).highest_id if other is None else other.max_token_id
+    if highest >= MASK_VALUES:
+        raise ValueError(f"{masks} holds the value {highest}, where 1 is a token that counts and 0 one that does not; "
+                         f"{_WAY_OUT}")
 
 
 def _same_lengths(prefix: str, masks: str) -> bool:

@@ -14,7 +14,7 @@ import pytest
 from dsv3_megatron.commands.train import main
 from dsv3_megatron.data import contents
 from dsv3_megatron.data.blend import check_data, read_vocab_size
-from dsv3_megatron.data.contents import read_contents
+from dsv3_megatron.data.contents import read_contents, require_index
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.rows import open_token_array, open_windows
 from tests.signing import change_sidecar
@@ -225,3 +225,20 @@ def test_every_number_of_the_index_is_looked_at(tmp_path: Path, monkeypatch: pyt
         Path(f"{path}.idx").write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
             read_contents(str(path))
+
+
+@pytest.mark.parametrize("algorithm", ["xxh3_64", "", "of later releases"])
+def test_an_index_is_proved_by_its_checksum_or_by_its_hash(tmp_path: Path, algorithm: str) -> None:
+    """A sidecar of an earlier release has no checksum of the index, one of a later release may have an unknown one."""
+    with DatasetWriter(tmp_path / "d", vocab_size=50) as writer:
+        writer.add_documents(np.array([3, 9, 5, 7]), np.array([2, 2]))
+    prefix, index = str(tmp_path / "d"), tmp_path / "d.idx"
+    if algorithm != "xxh3_64":
+        change_sidecar(prefix, idx_checksum=algorithm and f"{algorithm}:00")
+    assert read_contents(prefix).idx_sha256 == hashlib.sha256(index.read_bytes()).hexdigest()
+    require_index(prefix)
+    whole = index.read_bytes()
+    index.write_bytes(whole[:34] + b"\x01" + whole[35:])  # the first sequence has a token less: one that may be
+    for act in (read_contents, require_index):
+        with pytest.raises(ValueError, match=r"\(the hash of the \.idx file is another\)"):
+            act(prefix)

@@ -1,6 +1,7 @@
 """A dataset of conversations and its mask belong together: what does not is refused by name."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,3 +39,26 @@ def test_a_mask_that_is_missing_or_of_other_conversations(prepare, tmp_path):
         writer.add_documents(np.arange(6), np.array([6]))
     with pytest.raises(ValueError, match="text does not hold conversations: give what dsv3 preprocess --sft made"):
         check_masks(str(tmp_path / "text"))
+
+
+def test_a_damaged_mask_is_refused_before_it_is_used(prepare, tmp_path):
+    assert prepare(make_conversations(6))[0] == 0
+    own, mask = str(tmp_path / "out_conversations"), str(tmp_path / "out_conversations_mask")
+    (bin_path, idx_path, sidecar), whole = dataset_paths(mask), {}
+    for path in (bin_path, idx_path, sidecar):
+        whole[path] = Path(path).read_bytes()
+    lengths = np.frombuffer(whole[idx_path], "<i4", count=6, offset=34)
+    for at, value in ((34 + 24 + 8, 2**40), (34 + 24 + 8, -8)):  # the second offset
+        Path(idx_path).write_bytes(whole[idx_path][:at] + value.to_bytes(8, "little", signed=True)
+                                   + whole[idx_path][at + 8:])
+        with pytest.raises(ValueError, match=rf"{mask}\.idx: sequence 1 has {lengths[1]} tokens from byte {value} on"):
+            check_masks(own)
+    Path(idx_path).write_bytes(whole[idx_path])
+    Path(bin_path).write_bytes(b"\x07" + whole[bin_path][1:])
+    Path(sidecar).unlink()
+    with pytest.raises(ValueError, match=f"^{mask} holds the value 7, where 1 is a token that counts and 0 one that"):
+        check_masks(own)
+    own_index = Path(f"{own}.idx").read_bytes()
+    Path(f"{own}.idx").write_bytes(own_index[:34] + (-3).to_bytes(4, "little", signed=True) + own_index[38:])
+    with pytest.raises(ValueError, match=rf"{own}\.idx: sequence 0 has -3 tokens"):
+        check_masks(own)
