@@ -7,4 +7,5 @@ No torch: all of it is needed before torch is imported. In reading order:
     logs.py     what is logged                                unpickling.py  the one place that unpickles
     host_bytes.py  memory that may be used                    elastic.py   nodes that come and go
     loopback.py     a store that no other machine can reach
+    bounds.py       work that may take so much time and memory
 """

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.fuzz.files import preload, write
-from tests.fuzz.specimens import PREPROCESS, write_specimens
+from tests.fuzz.specimens import CHAT, PREPROCESS, write_specimens
 from tests.fuzz.trials import Trial, try_command
 
 MOST_S = 5.0
@@ -183,6 +183,21 @@ def bombs() -> Iterator[Bomb]:
     yield Bomb("a tokenizer of 8 GB", of_text, _sparse("tokenizer/tokenizer.json", 8_000_000_000))
     yield Bomb("a regular expression without end", of_text, _regex(r"(a+)+(a+)+$"))
     yield Bomb("a regular expression of 10^6 groups", of_text, _regex("(" * 100_000 + ")" * 100_000))
+    chat = (*CHAT, "made")
+    for name, source in (
+            ("never ends", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+            ("writes 10 GB", "{% for a in range(99999) %}{{ 'a' * 100000 }}{% endfor %}"),
+            ("repeats a text", "{{ 'a' * 10 ** 12 }}"),
+            ("repeats a text that is known", "{{ 'a' * 1000000000000 }}"),
+            ("doubles a text", "{% set ns = namespace(a='a') %}{% for a in range(99) %}{% set ns.a = ns.a ~ ns.a %}"
+             "{% endfor %}"),
+            ("takes powers", "{{ 9 ** (9 ** 9) ** 9 }}"),
+            ("pads a text", "{{ '%1000000000000d' % 1 }}"),
+            ("calls itself", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}")):
+        yield Bomb(f"a chat template that {name}", chat,
+                   partial(Path("tokenizer/chat_template.jinja").write_text, source))
+    yield Bomb("a chat template 10,000 deep", chat, partial(
+        Path("tokenizer/chat_template.jinja").write_text, "{% if a %}" * 10_000 + "{% endif %}" * 10_000))
     yield Bomb("an array of 10^18 ids", tuple("evaluate --load exported --tokens tokens.npy".split()), _npy)
 
 

@@ -3,7 +3,8 @@
 Templates are Jinja2's, run as Transformers' `apply_chat_template` runs them: in Jinja2's sandbox, with its names
 (`messages`, `tools`, `add_generation_prompt`, the special tokens, `raise_exception`, `tojson`). A template is read from
 where Transformers reads it: chat_template.jinja in the tokenizer's folder, else `chat_template` in
-tokenizer_config.json. What depends on the clock (`strftime_now`) is not there: the same lines must give the same data
+tokenizer_config.json. It is a program, and may be a stranger's: rendering a conversation has bounds of time, memory
+and powers of numbers. What depends on the clock (`strftime_now`) is not there: the same lines must give the same data
 on any day; most templates then take a date of their own.
 
 What the assistant says is found in one of two ways:
@@ -32,12 +33,15 @@ from dsv3_megatron.data.chat.conversation import Conversation
 from dsv3_megatron.data.reading.json_lines import RecordError
 from dsv3_megatron.data.special_tokens import SETTINGS, read_beside, special_token_names
 from dsv3_megatron.data.tokenizer import tokenizer_file
+from dsv3_megatron.process.bounds import bounded
 
 TEMPLATE_FILE = "chat_template.jinja"
 # Two code points that Unicode keeps for programs' own use: texts have none of them.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-# What an expression of a template can meet in a message.
-_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+# What an expression of a template can meet in a message, and the bounds of a rendering.
+_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TimeoutError,
+           TypeError, ValueError)
+_MOST_SECONDS, _MOST_BYTES, _MOST_EXPONENT = 2.0, 1_000_000_000, 1000
 _WAY_OUT = "mend the template or the conversation, or leave the conversation out"
 
 
@@ -55,13 +59,17 @@ class ChatTemplate:
 
     def __init__(self, source: str, *, tokens: Mapping[str, str], place: str) -> None:
         self.source, self.place, self._tokens = source, place, dict(tokens)
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+        environment = _BoundedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=[_GenerationMarks, "jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         try:
-            self._template = environment.from_string(source)
-            self.has_marks = any(environment.parse(source).find_all(nodes.ExtensionAttribute))
+            with bounded(_MOST_SECONDS, _MOST_BYTES):  # Jinja2 computes constants
+                self._template = environment.from_string(source)
+                self.has_marks = any(environment.parse(source).find_all(nodes.ExtensionAttribute))
+        except (MemoryError, RecursionError, SyntaxError, TimeoutError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{place} is no chat template that can be used: {why}") from error
         except TemplateError as error:
             line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
             raise ValueError(f"{place}{line} is no chat template that can be used: {error.message}") from error
@@ -96,6 +104,9 @@ class ChatTemplate:
         text, parts = _without_marks(marked)
         trained = [is_trained for is_trained, message in zip(conversation.trained, conversation.messages, strict=True)
                    if message["role"] == "assistant"]
+        if not parts:
+            raise RecordError("nothing marked", "the template marks no part of a conversation with "
+                              f"{len(trained)} turns of the assistant: nothing of it would count", _WAY_OUT)
         if all(trained):
             return text, parts
         if len(parts) != len(trained):
@@ -121,11 +132,12 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Any], conversation: Conversation, *, add_generation_prompt: bool = False
                 ) -> str:
         try:
-            return self._template.render(messages=list(messages), tools=conversation.tools, documents=None,
-                                         add_generation_prompt=add_generation_prompt, **self._tokens)
+            with bounded(_MOST_SECONDS, _MOST_BYTES):
+                return self._template.render(messages=list(messages), tools=conversation.tools, documents=None,
+                                             add_generation_prompt=add_generation_prompt, **self._tokens)
         except _ERRORS as error:
-            raise RecordError("template failed", f"the chat template fails: {type(error).__name__}: {error}", _WAY_OUT
-                              ) from error
+            why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise RecordError("template failed", f"the chat template fails: {why}", _WAY_OUT) from error
 
 
 def find_chat_template(tokenizer_model: str | os.PathLike[str], file: str | os.PathLike[str] | None = None
@@ -163,6 +175,18 @@ def find_chat_template(tokenizer_model: str | os.PathLike[str], file: str | os.P
                          f"chat_template in {SETTINGS}; write one there, or give --chat-template FILE (one in "
                          "DeepSeek-V3's form is examples/chat_template.jinja)")
     return ChatTemplate(source, tokens=special_token_names(tokenizer), place=str(place))
+
+
+class _BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """The sandbox, in which no power of numbers takes longer than an instruction should: nothing interrupts it."""
+
+    intercepted_binops = frozenset({"**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """The value of `left ** right`."""
+        if isinstance(right, int) and abs(right) > _MOST_EXPONENT:
+            raise TemplateError(f"a power of {str(right)[:20]}; at most {_MOST_EXPONENT} is computed")
+        return super().call_binop(context, operator, left, right)
 
 
 class _GenerationMarks(Extension):

@@ -96,6 +96,28 @@ def test_what_goes_wrong_with_one_conversation(source, contents, text):
     assert str(error.value).startswith(text)
 
 
+@pytest.mark.parametrize(("source", "message"), [
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "TimeoutError: it computes for"),
+    ("{{ 'a' * 10 ** 12 }}", "MemoryError"),
+    ("{% for a in range(99999) %}{{ 'a' * 100000 }}{% endfor %}", "MemoryError"),
+    ("{{ 9 ** (9 ** 9) }}", "TemplateError: a power of 387420489; at most 1000 is computed"),
+    ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "RecursionError"),
+])
+def test_a_template_that_would_take_all_time_or_memory_is_stopped(monkeypatch, source, message):
+    monkeypatch.setattr("dsv3_megatron.data.chat.template._MOST_SECONDS", 0.2)
+    with pytest.raises(RecordError, match=f"the chat template fails: {message}"):
+        template(source).render(conversation("a", "b"))
+    assert template("{{ 2 ** 10 }}").render(conversation("a", "b")) == "1024"
+
+
+def test_marks_around_nothing_are_refused():
+    """As where the name of a role is misspelt: every mask would be empty, and the run would learn nothing from it."""
+    source = "{% for m in messages %}{% if m.role == 'asistant' %}{% generation %}{{ m.content }}{% endgeneration %}" \
+             "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(RecordError, match="the template marks no part of a conversation with 2 turns of the assistant"):
+        template(source).render_parts(conversation("a", "b", "c", "d"))
+
+
 def test_a_weight_that_the_marks_cannot_follow():
     source = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
     seen = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0},

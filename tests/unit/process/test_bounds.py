@@ -1,0 +1,55 @@
+"""Work within bounds of time and memory, after which the process is as it was."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import threading
+import time
+
+import pytest
+
+from dsv3_megatron.process.bounds import bounded
+
+
+def limits() -> tuple[object, ...]:
+    return (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM),
+            signal.getitimer(signal.ITIMER_VIRTUAL))
+
+
+def test_time_is_bounded() -> None:
+    before, started = limits(), time.process_time()
+    with pytest.raises(TimeoutError, match=r"it computes for more than 0\.1 s"), bounded(0.1, 10**9):
+        while True:
+            pass
+    assert 0.05 < time.process_time() - started < 2 and limits() == before
+    with bounded(0.1, 10**9):
+        pass
+    while time.process_time() - started < 0.5:  # nothing comes late
+        pass
+    assert limits() == before
+
+
+def test_time_that_is_slept_away_does_not_count() -> None:
+    with bounded(0.05, 10**9):
+        time.sleep(0.2)
+
+
+def test_memory_is_bounded_and_can_be_had_afterwards() -> None:
+    before = limits()
+    with pytest.raises(MemoryError), bounded(1.0, 50_000_000):
+        bytearray(200_000_000)
+    assert limits() == before and len(bytearray(200_000_000)) == 200_000_000
+
+
+def test_a_thread_has_no_bound_of_time_and_fails_for_none() -> None:
+    done = []
+
+    def work() -> None:
+        with bounded(0.01, 10**9):
+            done.append(sum(range(3_000_000)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done
