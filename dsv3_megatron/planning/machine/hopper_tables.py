@@ -13,7 +13,8 @@ Sources, by the names used below:
     DeepEP 2 README since its second version (July 2026): 8192 tokens, few SMs; github.com/deepseek-ai/DeepEP
     cuDNN    github.com/NVIDIA/cudnn-frontend, benchmark/: attention of DeepSeek-V3's shape (192 and 128 wide heads,
              causal), and norms; commit 3929da2, 2026
-    FA3      FlashAttention-3, arXiv 2407.08608, figures 5 and 6: H100 SXM5, head dimension 128
+    FA3      FlashAttention-3, arXiv 2407.08608 (NeurIPS 2024), section 4.1 with figures 5 and 6: H100 SXM5, FlashAttention
+             2.5.8 beside it; head dimension 128
     MAMF     "Maximum Achievable Matmul FLOPS" of github.com/stas00/ml-engineering, compute/accelerator (August 2026)
     NVIDIA   data sheets
 
@@ -137,8 +138,8 @@ def hopper_figures(device: str) -> dict[str, Figure]:
                     "peers of all-to-alls"),
         fragmentation_share=(0.03, UNVERIFIED + "of torch's caching allocator with expandable segments"),
         # torch attends to blocks by FlashAttention 2; the measured attention is FlashAttention 3.
-        block_forward_share=(1 / 1.75, "FA3: 1.5 to 2.0 times as fast as FlashAttention 2, arXiv 2407.08608, abstract"),
-        block_backward_share=(1 / 1.625, "FA3: 1.5 to 1.75 times as fast as FlashAttention 2, section 4.1"),
+        block_forward_share=(1 / 1.75, "FA3, section 4.1: 1.5 to 2.0 times as fast as FlashAttention 2 forward"),
+        block_backward_share=(1 / 1.625, "FA3, section 4.1: 1.5 to 1.75 times as fast as FlashAttention 2 backward"),
         num_sms=(_SMS, "report, section 3.5.1"),
         communication_sms=(20, "report, section 3.2.2"),
         gpus_per_node=(8, "report, section 3.1; HGX"),
