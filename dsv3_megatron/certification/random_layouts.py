@@ -37,25 +37,34 @@ class _Split:
         return self.pp * stages_per_rank(self.schedule, self.virtual)
 
 
-def random_layouts(count: int, seed: int, max_processes: int) -> Iterator[tuple[int, list[str]]]:
+def random_layouts(count: int, seed: int, max_processes: int, *, splits_sequences: bool = False
+                   ) -> Iterator[tuple[int, list[str]]]:
     """Draw layouts that a run can have.
 
     Args:
         count: Number of layouts.
         seed: Seed of all of them.
         max_processes: Most processes of one.
+        splits_sequences: Every layout has context-parallel ranks, and some have YaRN, as long sequences do; such
+            layouts are others than those that the same seed gives without it.
 
     Yields:
         The number of processes, and the flags of the run.
 
     Raises:
+        ConfigError: two ranks are to share a sequence, and only one process may be started.
         RuntimeError: no valid layout was drawn in many attempts.
     """
+    if splits_sequences and max_processes < 2:
+        raise ConfigError(f"--with context needs at least 2 processes for a layout, and {max_processes} may be started; "
+                          "give --processes 2 or more")
     for number in range(count):
         generator = random.Random(f"{seed}/{number}")
-        split = _draw_split(generator, max_processes)
+        split = _draw_split(generator, max_processes, (2, 2, 4) if splits_sequences else (1, 1, 2, 2, 4))
         for _ in range(_ATTEMPTS):
             flags = _draw_flags(generator, split)
+            if splits_sequences:
+                flags += generator.choice([[], ["--rope-type", "yarn", "--rotary-scaling-factor", "4"]])
             try:
                 shrink(parse_command(flags).run, split.world_size, max_processes)
             except ConfigError:
@@ -66,12 +75,12 @@ def random_layouts(count: int, seed: int, max_processes: int) -> Iterator[tuple[
             raise RuntimeError(f"no valid layout in {_ATTEMPTS} attempts for {split}")
 
 
-def _draw_split(generator: random.Random, max_processes: int) -> _Split:
+def _draw_split(generator: random.Random, max_processes: int, context_sizes: tuple[int, ...]) -> _Split:
     pick = generator.choice
-    world_size = pick([size for size in (1, 2, 2, 2, 4, 4, 4, 4, 4, 8) if size <= max_processes])
+    world_size = pick([size for size in (1, 2, 2, 2, 4, 4, 4, 4, 4, 8) if min(context_sizes) <= size <= max_processes])
     while True:
         tp, pp = pick([1, 2, 4] if world_size > 4 else [1, 1, 2]), pick([1, 2, 2, 4, 4])
-        cp = pick([1, 1, 2, 2, 4])
+        cp = pick(context_sizes)
         ep, etp = pick([1, 2, 2, 4]), pick([1, 1, 2])
         if world_size % (tp * cp * pp) or world_size % (ep * etp * pp):
             continue

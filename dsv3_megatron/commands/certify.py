@@ -43,6 +43,8 @@ def _parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespac
     add = parser.add_argument
     add("--world-size", type=int, metavar="N", help="processes of the run (default: the fewest that its layout has)")
     add("--random", type=int, metavar="N", help="certify N layouts at random instead of a run's")
+    add("--with", choices=("context",), dest="kind", help="of the layouts at random, draw those alone that split "
+        "sequences over context-parallel ranks; some have YaRN")
     add("--seed", type=int, default=1, metavar="S", help="seed of the layouts at random (%(default)s)")
     add("--processes", type=int, metavar="N", help="most processes at a time (default: 8, or one a core where there "
         "are more, as far as memory goes)")
@@ -70,6 +72,8 @@ def _check(options: argparse.Namespace, flags: Sequence[str]) -> None:
     if options.random is not None and (flags or options.world_size is not None):
         given = flags[0] if flags else "--world-size"
         raise ConfigError(f"--random draws the layouts itself; leave out {given}, or --random")
+    if options.kind is not None and options.random is None:
+        raise ConfigError(f"--with {options.kind} chooses among layouts at random; give --random N, or leave it out")
 
 
 def certify(options: argparse.Namespace, flags: Sequence[str]) -> list[Certificate]:
@@ -94,7 +98,8 @@ def certify(options: argparse.Namespace, flags: Sequence[str]) -> list[Certifica
         from dsv3_megatron.certification.random_layouts import random_layouts
 
         asked = [(size, drawn, shrink(parse_command(drawn).run, size, processes))
-                 for size, drawn in random_layouts(options.random, options.seed, processes)]
+                 for size, drawn in random_layouts(options.random, options.seed, processes,
+                                                   splits_sequences=options.kind == "context")]
     return _certify(options, asked, processes)
 
 

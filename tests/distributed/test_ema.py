@@ -55,8 +55,9 @@ def train_and_save(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize(("ranks", "changes"), [(2, {"expert_model_parallel_size": 2}), (1, {"precision": "bf16"})],
-                         ids=["EP2xDP2-fp32", "one-process-bf16"])
+@pytest.mark.parametrize(("ranks", "changes"), [(2, {"expert_model_parallel_size": 2}), (1, {"precision": "bf16"}),
+                                              (2, {"expert_model_parallel_size": 2, "context_parallel_size": 2})],
+                         ids=["EP2xDP2-fp32", "one-process-bf16", "EP2xCP2-fp32"])
 def test_the_average_is_the_weighted_mean_of_the_weights_after_each_step(tmp_path, ranks, changes):
     results = run_ranks(ranks, train_and_save, tmp_path, changes)
     states = [merge([result["states"][number] for result in results]) for number in range(STEPS)]

@@ -15,6 +15,8 @@ from tests.distributed.launch import run_command
     ("--world-size 0", "--world-size=0 must be at least 1"),
     ("--processes 0", "--processes=0 must be at least 1"),
     ("--random 3 --tensor-model-parallel-size 2", "--random draws the layouts itself; leave out --tensor-model"),
+    ("--with context --world-size 2", "--with context chooses among layouts at random; give --random N"),
+    ("--random 3 --with context --processes 1", "--with context needs at least 2 processes"),
     ("--random 3 --world-size 2", "leave out --world-size, or --random"),
     ("--preset tiny --world-size 3 --tensor-model-parallel-size 2", "must divide world_size=3"),
     ("--preset tiny --tensor-model-parallel-size 2 --processes 1", "--processes=1 are too few"),
