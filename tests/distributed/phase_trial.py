@@ -2,12 +2,12 @@
 
     python -m tests.distributed.phase_trial --data-path DATA/train --valid-data-path DATA/valid --folder /tmp/trial
 
-Sequences have 256 tokens, then 512, which two ranks share, then 1,024, which four share. The launcher is started with one
-command line on four processes, again and again until it ends with 0. In the first and the last phase it is asked to
+Sequences have 256 tokens, then 512, which two ranks share, then 1,024, which four share. The launcher is started with
+one command line on four processes, again and again until it ends with 0. In the first and the last phase it is asked to
 stop (SIGTERM), in the second one of its processes is killed (SIGKILL). Beside it run one process of the same steps, and
 one with other micro-batches, which adds up in another order: how far these two come apart is how far rounding takes a
-run that computes the same. What is checked: every step is logged once, with the samples, learning rate and length of one
-process's; losses and the validations behind each phase are no farther from one process's than `TOLERANCE`.
+run that computes the same. What is checked: every step is logged once, with the samples, learning rate and length of
+one process's; losses and the validations behind each phase are no farther from one process's than `TOLERANCE`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Launches:
         """Start the launcher, and wait for its end.
 
         Args:
-            stop_at: A step; once it is logged, the launcher is asked to stop, or a process killed. None: nothing is done.
+            stop_at: A step; once it is logged, the launcher is asked to stop, or a process killed. None: neither.
             number: What is sent: SIGKILL to a process of the run, anything else to the launcher.
 
         Returns:

@@ -10,12 +10,15 @@ import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from dsv3_megatron.checkpoint.folder import read_manifest
+from dsv3_megatron.config.launches import EXIT_NEXT_LAYOUT
+from dsv3_megatron.config.phases import read_phases
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from tests.distributed.launch import run_ranks
@@ -153,6 +156,60 @@ def _check_values(whole: dict[int, Any]) -> None:
     assert columns["consumed_tokens"] == tokens.tolist()
     assert columns["consumed_samples"] == np.cumsum(columns["batch_size"]).tolist()
     assert len(set(columns["tokens"])) == len(whole), "two steps read the same tokens"
+
+
+def start_until_complete(run: RunConfig, folder: Path) -> dict[str, Any]:
+    """What the launcher does of a run: start after start from the newest checkpoint, until one ends with 0."""
+    from megatron.core import parallel_state
+
+    found: dict[str, Any] = {"codes": [], "losses": {}, "context_ranks": {}}
+    while 0 not in found["codes"]:
+        parallel_state.destroy_model_parallel()
+        trainer = start_once(run, folder)
+        take_step = trainer.train_step
+
+        def noted(trainer: Any = trainer, take_step: Any = take_step) -> Any:
+            report, stopped = take_step()
+            found["losses"][report.iteration] = report.lm_loss
+            found["context_ranks"][report.iteration] = trainer.run.parallel.context_parallel_size
+            return report, stopped
+
+        trainer.train_step = noted
+        with mock.patch("dsv3_megatron.runs.trainer.destroy_groups"):  # `run_ranks` wants them at the end
+            found["codes"].append(trainer.train())
+    parallel_state.destroy_model_parallel()
+    (folder / "latest_checkpointed_iteration.txt").write_text("8")
+    torch.distributed.barrier()
+    again = start_once(run, folder)
+    found["again"] = again.train_step()[0].lm_loss
+    return found
+
+
+def start_once(run: RunConfig, folder: Path) -> Any:
+    from dsv3_megatron.runs.trainer import Trainer
+
+    run = run.override(save=str(folder), load=str(folder) if any(folder.glob("iter_*")) else None)
+    run.validate(torch.distributed.get_world_size())
+    return Trainer(run)
+
+
+def test_a_phase_has_its_own_layout(prefix: str, tmp_path: Path) -> None:
+    """Two replicas, then two ranks that share each longer sequence; stopped within the second phase bit for bit."""
+    longer = {"train_iters": 4, "seq_length": 32, "rope_type": "yarn", "rotary_scaling_factor": 2.0,
+              "original_max_position_embeddings": SEQ_LENGTH}
+    losses = {}
+    for name, ranks, layout in (("alone", 1, {}), ("split", 2, {"context_parallel_size": 2})):
+        run = phased_run(prefix, num_layers=2, save_interval=2).override(phases=read_phases([
+            {"name": "short", "train_iters": 6}, {"name": "long", **longer, **layout}]))
+        (tmp_path / name).mkdir()
+        found = run_ranks(ranks, start_until_complete, run, tmp_path / name)
+        losses[name] = found[0]["losses"]
+        for rank in found:
+            assert rank["codes"] == ([EXIT_NEXT_LAYOUT, 0] if layout else [0])
+            assert list(rank["context_ranks"].values()) == [1] * 6 + [ranks] * 4
+            assert rank["losses"] == losses[name] and rank["again"] == rank["losses"][9]
+    # fp32 sums in another order, over ten steps.
+    assert losses["split"] == pytest.approx(losses["alone"], rel=1e-4)
 
 
 def in_phases(prefix: str, folder: Path) -> dict[str, Any]:
