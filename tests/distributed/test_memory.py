@@ -23,8 +23,8 @@ TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expe
 
 def compared(world_size: int, **settings: Any) -> list[Comparison]:
     run: RunConfig = preset("tiny").override(
-        transformer_impl="local", eval_interval=0, seq_length=128,
-        **{"precision": "fp32", "global_batch_size": 2, **settings})
+        transformer_impl="local", eval_interval=0,
+        **{"precision": "fp32", "seq_length": 128, "global_batch_size": 2, **settings})
     return compare(run, world_size, run_ranks(world_size, measure, run), is_wide_product=has_wide_products())
 
 
@@ -66,7 +66,9 @@ def test_a_forgotten_tensor_would_be_seen(one_process: Comparison) -> None:
          "global_batch_size": 8}),
     (2, {PP: 2, "pipeline_model_parallel_layout": "Ettttmm|L", "mtp_num_layers": 2, "global_batch_size": 8}),
     (4, {PP: 4, "pipeline_schedule": "zb1p", "pipeline_model_parallel_layout": "Ett|tt|m|L", "global_batch_size": 8}),
+    (2, {"context_parallel_size": 2, "seq_length": 256}),
 ], ids=["tp2", "zbv-bf16-selective", "pp2-ep2-dualpipe", "pp2-fp8-but-the-last-layers", "pp2-mtp-alone",
-        "interleaved-loss-apart", "dualpipev-loss-apart", "pp2-two-mtp-loss-apart", "zb1p-pp4-loss-apart"])
+        "interleaved-loss-apart", "dualpipev-loss-apart", "pp2-two-mtp-loss-apart", "zb1p-pp4-loss-apart",
+        "cp2"])
 def test_every_component_is_as_estimated(world_size: int, settings: dict[str, Any]) -> None:
     check(compared(world_size, **settings))

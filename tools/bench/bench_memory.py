@@ -42,6 +42,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "laptop": {"seq_length": 128, "micro_batch_size": 2, "global_batch_size": 8},
 }
 TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
+CP = "context_parallel_size"
 SCHEDULE, VIRTUAL, RECOMPUTE = "pipeline_schedule", "num_virtual_stages_per_pipeline_rank", "recompute_granularity"
 
 
@@ -64,6 +65,12 @@ def _case(name: str, world_size: int, **settings: Any) -> Case:
     return Case(name, world_size, settings)
 
 
+def _long(name: str, ranks: int, length: int, **settings: Any) -> Case:
+    """Ranks that share a sequence, through a dense and a MoE layer: the step of a whole model of 32K takes minutes."""
+    return _case(name, ranks, seq_length=length, micro_batch_size=1, global_batch_size=1, num_layers=2,
+                 num_dense_layers=1, mtp_num_layers=0, max_position_embeddings=length, **{CP: ranks, **settings})
+
+
 CASES = (
     _case("one process", 1),
     _case("one process, bf16", 1, precision="bf16"),
@@ -84,6 +91,9 @@ CASES = (
     _case("pp2 ep2 dualpipe, bf16", 4, precision="bf16", global_batch_size=16, **{PP: 2, EP: 2, SCHEDULE: "dualpipe"}),
     _case("pp2 tp2 dualpipev", 4, **{PP: 2, TP: 2, SCHEDULE: "dualpipev"}),
     _case("pp2 dualpipev, fp8", 2, precision="bf16", fp8="blockwise", **{PP: 2, SCHEDULE: "dualpipev"}),
+    # One long sequence on ranks that share it; the ring of latents, and for one length the other ways too.
+    *(_long(f"one long sequence, cp{ranks}", ranks, length) for length in (8192, 16384, 32768) for ranks in (1, 2, 4)),
+    *(_long(f"one long sequence, cp2 {way}", 2, 8192, cp_comm_type=way) for way in ("all_gather", "a2a")),
 )
 # Imported once, by the server that starts the processes.
 _PRELOADED = ("torch", "torch.profiler", "megatron.core.transformer.moe.token_dispatcher", "megatron.core.optimizer",
