@@ -56,8 +56,8 @@ def random_layouts(count: int, seed: int, max_processes: int, *, splits_sequence
         RuntimeError: no valid layout was drawn in many attempts.
     """
     if splits_sequences and max_processes < 2:
-        raise ConfigError(f"--with context needs at least 2 processes for a layout, and {max_processes} may be started; "
-                          "give --processes 2 or more")
+        raise ConfigError(f"--with context needs at least 2 processes for a layout, and {max_processes} may be "
+                          "started; give --processes 2 or more")
     for number in range(count):
         generator = random.Random(f"{seed}/{number}")
         split = _draw_split(generator, max_processes, (2, 2, 4) if splits_sequences else (1, 1, 2, 2, 4))

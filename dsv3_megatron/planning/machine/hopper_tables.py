@@ -13,8 +13,8 @@ Sources, by the names used below:
     DeepEP 2 README since its second version (July 2026): 8192 tokens, few SMs; github.com/deepseek-ai/DeepEP
     cuDNN    github.com/NVIDIA/cudnn-frontend, benchmark/: attention of DeepSeek-V3's shape (192 and 128 wide heads,
              causal), and norms; commit 3929da2, 2026
-    FA3      FlashAttention-3, arXiv 2407.08608 (NeurIPS 2024), section 4.1 with figures 5 and 6: H100 SXM5, FlashAttention
-             2.5.8 beside it; head dimension 128
+    FA3      FlashAttention-3, arXiv 2407.08608 (NeurIPS 2024), section 4.1 with figures 5 and 6: H100 SXM5, beside
+             FlashAttention 2.5.8; head dimension 128
     MAMF     "Maximum Achievable Matmul FLOPS" of github.com/stas00/ml-engineering, compute/accelerator (August 2026)
     NVIDIA   data sheets
 
