@@ -71,6 +71,9 @@ def shrink(run: RunConfig, world_size: int, max_processes: int) -> ShrunkRun:
     run.validate(world_size)
     run = only_phase(run, main_phase(run))
     parallel, small_size, reductions = _fewer_ranks(run.parallel, world_size, max_processes)
+    if parallel.cp_fp8_latents:
+        parallel = dataclasses.replace(parallel, cp_fp8_latents=False)
+        reductions.append("latents travel as they are: what FP8 makes of them is not proved")
     model, parallel, more = _smaller_model(run, parallel)
     replicas = parallel.data_parallel_size(small_size)
     micro_batch_size = min(run.training.micro_batch_size, 2)

@@ -65,6 +65,9 @@ class ParallelConfig:
         "p2p", in_phases=InPhases.CHANGED, choices=CP_COMM_TYPES,
         help="what ranks that share a sequence pass each other to attend. p2p: latents, block after block in a ring; "
              "all_gather: all latents at once; a2a: expanded keys, values and queries, heads against tokens")
+    cp_fp8_latents: bool = option(
+        False, help="latents travel in FP8 to the ranks that share a sequence, with the heads' shared key as it is; "
+                    "for cp_comm_type p2p and all_gather")
     moe_token_dispatcher_type: str = option(
         "auto", choices=DISPATCHERS,
         help="how tokens get to their experts. node: over the network once for each node, and on to each rank there; "
@@ -231,6 +234,9 @@ class ParallelConfig:
         """The rules of a split sequence."""
         if self.cp_comm_type not in CP_COMM_TYPES:
             raise ConfigError(f"cp_comm_type={self.cp_comm_type!r} must be one of {', '.join(CP_COMM_TYPES)}")
+        if self.cp_fp8_latents and self.cp_comm_type == "a2a":
+            raise ConfigError("cp_fp8_latents narrows the latents that ranks pass, and cp_comm_type=a2a passes none; "
+                              "leave it out, or set cp_comm_type=p2p")
         tp, cp = self.tensor_model_parallel_size, self.context_parallel_size
         if cp == 1:
             return

@@ -35,11 +35,13 @@ from dsv3_megatron.model.stage.weight_gradients import weight_grads_at_once
 from dsv3_megatron.ops.attention import attention_case, causal_attention
 from dsv3_megatron.ops.attention_choices import choose_attention
 from dsv3_megatron.ops.backend import log_choice
+from dsv3_megatron.ops.fp8.choice import packing_backend
 from dsv3_megatron.ops.fused_blocks import choose_block_attention
 from dsv3_megatron.ops.recompute import recomputed
 from dsv3_megatron.ops.rope import apply_rope
 from dsv3_megatron.parallel.head_exchange import heads_for_tokens, tokens_for_heads
 from dsv3_megatron.parallel.latent_ring import RingAttention
+from dsv3_megatron.parallel.narrow_latents import NarrowLatents
 from dsv3_megatron.parallel.sequence_parts import SequenceParts
 
 
@@ -69,8 +71,9 @@ def set_attention_backend(stages: Iterable[torch.nn.Module], run: RunConfig, pre
     if run.parallel.passes_latents:
         choice = choose_block_attention(run.training.attention_backend, device, value_bytes, run.model.qk_head_dim)
         log_choice(f"attention_backend {run.training.attention_backend} to blocks of other ranks", *choice)
+        narrow = NarrowLatents(run.model.kv_lora_rank, packing_backend()) if run.parallel.cp_fp8_latents else None
         for module in modules:
-            module.block_backend = choice[0]
+            module.block_backend, module.narrow_latents = choice[0], narrow
         return
     case = attention_case(device, value_bytes, run.model.qk_head_dim, run.model.v_head_dim,
                           has_documents=run.data.has_document_attention)
@@ -87,11 +90,13 @@ class LocalMLASelfAttention(MegatronModule):
         is_recomputed: Core attention need not keep queries, keys and values for backward.
         attention_backend: What computes core attention, one of `ops.attention.BACKENDS`.
         block_backend: What computes attention to blocks of other ranks, "flash" or "local".
+        narrow_latents: Makes latents narrow on their way to other ranks; None: they travel as they are.
     """
 
     is_recomputed = False
     attention_backend = "auto"
     block_backend = "local"
+    narrow_latents: NarrowLatents | None = None
 
     def __init__(
         self,
@@ -160,7 +165,7 @@ class LocalMLASelfAttention(MegatronModule):
         else:
             ring = RingAttention(self._expand_passed, self.config.v_head_dim, self.softmax_scale, self.parts,
                                  self.cp_group, documents.bounds, gathers=self.cp_comm_type == "all_gather",
-                                 backend=self.block_backend)
+                                 backend=self.block_backend, narrow=self.narrow_latents)
             context_SBND = ring(*self._from(self._project_to_pass, *sources))
         output_sBH, _bias = self.linear_proj(context_SBND.flatten(2))
         return output_sBH, None

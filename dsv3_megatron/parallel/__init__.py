@@ -16,6 +16,7 @@ In reading order:
     hops.py           two transfers as one
     route.py          how many rows go where, once for each node and rank
     node_journey.py   tokens to their experts by way of their nodes, and sums home
+    narrow_latents.py latents that travel in FP8
     latent_ring.py    attention to tokens of other ranks, whose latents are passed on
     head_exchange.py  heads against tokens
     chunk_runner.py   what a pipeline asks of a stage, whose steps take turns

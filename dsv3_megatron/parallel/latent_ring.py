@@ -33,6 +33,7 @@ from dsv3_megatron.ops.block_attention import BlockAttention
 from dsv3_megatron.ops.fused_blocks import FusedBlockAttention, block_attention
 from dsv3_megatron.ops.recompute import held, saving
 from dsv3_megatron.parallel.exchange import Posted, Splits, post_all_to_all
+from dsv3_megatron.parallel.narrow_latents import NarrowLatents
 from dsv3_megatron.parallel.sequence_parts import SequenceParts
 
 # What is passed of some tokens to their keys [S, B, N, D] and values [S, B, N, U].
@@ -53,6 +54,7 @@ class RingAttention:
         document_bounds: Documents that do not see each other, as of `causal_attention`, of the whole sequences.
         gathers: All blocks come at once; else one after the other.
         backend: What computes attention to a block, "flash" or "local".
+        narrow: Makes what is passed narrow on its way; None: it travels as it is.
     """
 
     expand: Expand
@@ -63,6 +65,7 @@ class RingAttention:
     document_bounds: DocumentBounds | None
     gathers: bool
     backend: str = "local"
+    narrow: NarrowLatents | None = None
 
     def attention(self, query_SBND: torch.Tensor) -> BlockAttention | FusedBlockAttention:
         """The queries, before they look at a block."""
@@ -85,28 +88,35 @@ class RingAttention:
 
     def blocks(self, passed_SBW: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Give each rank's block and whose it is, this rank's own first; the next one is under way meanwhile."""
-        size, rank, block = self.parts.size, self.parts.rank, passed_SBW.contiguous()
+        size, rank, block = self.parts.size, self.parts.rank, self._to_send(passed_SBW)
         for step in range(size):
             posted = post_all_to_all(block, self._splits(block, 1)) if step + 1 < size else None
-            yield (rank - step) % size, block
+            yield (rank - step) % size, self._as_it_was(block, passed_SBW.dtype)
             if posted is not None:
                 block = posted.wait()
 
     def gather(self, passed_SBW: torch.Tensor) -> torch.Tensor:
-        """The blocks of all ranks [size, S, B, W], in the ranks' order."""
-        blocks = passed_SBW.new_empty(self.parts.size, *passed_SBW.shape)
-        torch.distributed.all_gather_into_tensor(blocks.flatten(0, 1), passed_SBW.contiguous(), group=self.group)
+        """The blocks of all ranks as they travel, in the ranks' order: [size, S, B, W], where nothing is narrow."""
+        block = self._to_send(passed_SBW)
+        blocks = block.new_empty(self.parts.size, *block.shape)
+        torch.distributed.all_gather_into_tensor(blocks.flatten(0, 1), block, group=self.group)
         return blocks
 
-    def in_turn(self, blocks: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Give the blocks that were gathered as `blocks` gives them."""
+    def in_turn(self, blocks: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+        """Give the blocks that were gathered, of values of a dtype, as `blocks` gives them."""
         for step in range(self.parts.size):
             owner = (self.parts.rank - step) % self.parts.size
-            yield owner, blocks[owner]
+            yield owner, self._as_it_was(blocks[owner], dtype)
 
     def post_home(self, grad_SBW: torch.Tensor, owner: int) -> Posted:
         """Start sending the gradient of a block to its owner; as much comes of this rank's own."""
         return post_all_to_all(grad_SBW, self._splits(grad_SBW, owner - self.parts.rank))
+
+    def _to_send(self, passed_SBW: torch.Tensor) -> torch.Tensor:
+        return passed_SBW.contiguous() if self.narrow is None else self.narrow.packed(passed_SBW)
+
+    def _as_it_was(self, block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return block if self.narrow is None else self.narrow.unpacked(block, dtype)
 
     def _splits(self, rows: torch.Tensor, distance: int) -> Splits:
         """All rows go to the rank so far on, and as many come from the one so far back."""
@@ -120,7 +130,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query_SBND: torch.Tensor, passed_SBW: torch.Tensor, ring: RingAttention) -> torch.Tensor:
         seen, gathered = ring.attention(query_SBND).forward(), [ring.gather(passed_SBW)] if ring.gathers else []
-        for owner, block in ring.in_turn(gathered[0]) if gathered else ring.blocks(passed_SBW):
+        for owner, block in (ring.in_turn(gathered[0], passed_SBW.dtype) if gathered else ring.blocks(passed_SBW)):
             seen.look(*ring.expand(block), _regions(ring, query_SBND, owner))
         out_SBNU = seen.output(query_SBND.dtype)
         ctx.ring = ring
@@ -134,7 +144,7 @@ class _Attend(torch.autograd.Function):
         seen = ring.attention(query_SBND).backward(grads[0], out_SBNU, logsumexp_AS)
         grad_SBW = torch.zeros_like(passed_SBW, dtype=wide_dtype(passed_SBW.dtype))
         arriving: Posted | None = None
-        for owner, block in ring.in_turn(gathered[0]) if gathered else ring.blocks(passed_SBW):
+        for owner, block in (ring.in_turn(gathered[0], passed_SBW.dtype) if gathered else ring.blocks(passed_SBW)):
             look = partial(seen.look, regions=_regions(ring, query_SBND, owner))
             grad = _grad_of_block(ring, block, look).to(grad_SBW.dtype)
             if arriving is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dsv3_megatron.ops.attention import DocumentBounds
 from dsv3_megatron.parallel import latent_ring
 from dsv3_megatron.parallel.head_exchange import heads_for_tokens, tokens_for_heads
 from dsv3_megatron.parallel.latent_ring import RingAttention
+from dsv3_megatron.parallel.narrow_latents import NarrowLatents
 from dsv3_megatron.parallel.sequence_parts import SequenceParts
 from tests.distributed.launch import run_ranks
 
@@ -35,9 +37,10 @@ def keys_and_values(latent_SBW: torch.Tensor, weight: torch.Tensor) -> tuple[tor
     return torch.cat([key, shared], -1), value
 
 
-def expected(bounds: DocumentBounds | None) -> tuple[torch.Tensor, ...]:
+def expected(bounds: DocumentBounds | None, tensors: tuple[torch.Tensor, ...] | None = None
+             ) -> tuple[torch.Tensor, ...]:
     """Output, and gradients of queries, latents and the expansion, of one process."""
-    query, latent, weight, grad_out = whole_tensors()
+    query, latent, weight, grad_out = tensors or whole_tensors()
     leaves = [tensor.requires_grad_() for tensor in (query, latent, weight)]
     key, value = keys_and_values(latent, weight)
     hidden = torch.ones(B, S, S, dtype=torch.bool).triu(1)
@@ -80,6 +83,51 @@ def attend(size: int, way: str, bounds: DocumentBounds | None, dtype: torch.dtyp
         latent_ring.post_all_to_all = own
     return {"out": out.detach(), "grads": [leaf.grad for leaf in leaves], "forward": forward,
             "backward": sum(sent) - forward}
+
+
+def attend_narrow(way: str) -> dict[str, Any]:
+    """One rank's part in fp32, with latents in FP8; the queries come first, for two ranks."""
+    group = torch.distributed.group.WORLD
+    parts = SequenceParts(2, torch.distributed.get_rank())
+    query, latent, weight, grad_out = (tensor.float() for tensor in whole_tensors())
+    query, latent, grad_out = (parts.take(tensor, 0) for tensor in (query, latent, grad_out))
+    leaves = [tensor.requires_grad_() for tensor in (query, latent, weight)]
+    sent: list[int] = []
+    own = latent_ring.post_all_to_all
+
+    def counting(rows: torch.Tensor, splits: Any) -> Any:
+        sent.append(rows.nbytes)
+        return own(rows, splits)
+
+    ring = RingAttention(lambda block: keys_and_values(block, weight), U, SCALE, parts, group, BOUNDS,
+                         gathers=way == "all_gather", narrow=NarrowLatents(LATENT))
+    with mock.patch.object(latent_ring, "post_all_to_all", counting):
+        out = ring(query, latent)
+        out.backward(grad_out)
+    return {"tensors": [out.detach(), *(leaf.grad for leaf in leaves)], "sent": sent}
+
+
+def attend_narrow_in_both_ways() -> dict[str, Any]:
+    return {way: attend_narrow(way) for way in ("p2p", "all_gather")}
+
+
+def test_latents_in_fp8_are_rounded_once_whoever_looks_at_them() -> None:
+    """Against one process whose latents were rounded, by torch's own cast, before it began."""
+    query, latent, weight, grad_out = whole_tensors()
+    scale = 2 ** torch.ceil(torch.log2(latent[..., :LATENT].abs().amax(-1, keepdim=True) / 448))
+    rounded = (latent[..., :LATENT] / scale).float().to(torch.float8_e4m3fn).double() * scale
+    wanted = expected(BOUNDS, (query, torch.cat([rounded, latent[..., LATENT:]], -1), weight, grad_out))
+    ranks, whole = run_ranks(2, attend_narrow_in_both_ways), SequenceParts(2)
+    for way in ranks[0]:
+        found = [rank[way]["tensors"] for rank in ranks]
+        actual = [*(whole.join([tensors[index] for tensors in found], 0) for index in (0, 1, 2)),
+                  torch.stack([tensors[3] for tensors in found]).sum(0)]
+        for tensor, other in zip(actual, wanted, strict=True):
+            assert (tensor.double() - other).abs().max() / other.abs().max() < 2e-5, way
+    # A byte for each number of a latent, a scale for all of them, the shared key in fp32; the gradient in fp32.
+    narrow, wide = (S // 2 * B * size for size in (LATENT + 4 + 4 * ROPE, 4 * (LATENT + ROPE)))
+    assert [rank["p2p"]["sent"] for rank in ranks] == [[narrow, narrow, wide]] * 2
+    assert [rank["all_gather"]["sent"] for rank in ranks] == [[wide]] * 2
 
 
 def attend_in_every_way(size: int) -> dict[tuple[str, bool, torch.dtype], dict[str, Any]]:

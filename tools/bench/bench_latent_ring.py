@@ -33,6 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 from dsv3_megatron.parallel import latent_ring  # noqa: E402
 from dsv3_megatron.parallel.exchange import post_all_to_all  # noqa: E402
 from dsv3_megatron.parallel.latent_ring import RingAttention  # noqa: E402
+from dsv3_megatron.parallel.narrow_latents import NarrowLatents  # noqa: E402
 from dsv3_megatron.parallel.sequence_parts import SequenceParts  # noqa: E402
 from dsv3_megatron.planning.machine.hardware_tables import find_hardware  # noqa: E402
 from tools.bench.records import Measurement, append_rows, warn_of_load  # noqa: E402
@@ -88,14 +89,19 @@ def ring_of_keys(query: torch.Tensor, latent: torch.Tensor, weight: torch.Tensor
     return _ring(taken_apart)(query, passed)
 
 
+def ring_of_narrow_latents(query: torch.Tensor, latent: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The library's way with `--cp-fp8-latents`; its time is not compared."""
+    return _ring(lambda block: keys_and_values(block, weight), NarrowLatents(LATENT))(query, latent)
+
+
 RINGS: dict[str, Ring] = {LATENTS: ring_of_latents, KEYS: ring_of_keys}
 
 
-def _ring(expand: latent_ring.Expand) -> RingAttention:
+def _ring(expand: latent_ring.Expand, narrow: NarrowLatents | None = None) -> RingAttention:
     group = torch.distributed.group.WORLD
     assert group is not None
     parts = SequenceParts(group.size(), group.rank())
-    return RingAttention(expand, VALUE, SCALE, parts, group, None, gathers=False)
+    return RingAttention(expand, VALUE, SCALE, parts, group, None, gathers=False, narrow=narrow)
 
 
 def own_part(length: int, heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -133,19 +139,39 @@ def check_equal(heads: int) -> float:
     Raises:
         AssertionError: they do not compute the same.
     """
-    tensors = own_part(_CHECKED_LENGTH, heads, torch.float32)
-    found = []
-    for ring in RINGS.values():
-        leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
-        out = ring(*leaves)
-        out.backward(tensors[3])
-        # Each ring leaves shares of the weight's gradient on other ranks.
-        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
-        torch.distributed.all_reduce(grads[2])
-        found.append([out.detach(), *grads])
-    apart = max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(*found, strict=True))
+    found = [results_of(ring, heads, torch.float32) for ring in RINGS.values()]
+    apart = max(float((one - other).abs().max() / other.abs().max())
+                for one, other in zip(*(each.values() for each in found), strict=True))
     assert apart < _TOLERANCE, f"the rings differ by {apart:.1e}"
     return apart
+
+
+def results_of(ring: Ring, heads: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Output and gradients of a short sequence by name, in fp32; called by every rank."""
+    tensors = own_part(_CHECKED_LENGTH, heads, dtype)
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
+    out = ring(*leaves)
+    out.backward(tensors[3])
+    grads = [leaf.grad.float() for leaf in leaves if leaf.grad is not None]
+    # Each ring leaves shares of the weight's gradient on other ranks.
+    torch.distributed.all_reduce(grads[2])
+    return dict(zip(("output", "gradient of queries", "gradient of latents", "gradient of the product"),
+                    [out.detach().float(), *grads], strict=True))
+
+
+def narrow_error(heads: int, link: SlowLink) -> list[Measurement]:
+    """What FP8 on the way does to attention in BF16, beside what BF16 does to fp32, by norm; called by every rank."""
+    exact, wide = (results_of(ring_of_latents, heads, dtype) for dtype in (torch.float32, torch.bfloat16))
+    narrow = results_of(ring_of_narrow_latents, heads, torch.bfloat16)
+    done = timed(ring_of_narrow_latents, own_part(_CHECKED_LENGTH, heads, torch.bfloat16), link)
+    config = f"latents in FP8, {heads} heads, S={_CHECKED_LENGTH} CP{torch.distributed.get_world_size()}"
+    rows = [Measurement("latent_ring", config, name, value, "B")
+            for name, value in (("forward_bytes", done.forward_bytes), ("backward_bytes", done.backward_bytes))]
+    for way, one, other in (("fp8_to_bf16", narrow, wide), ("bf16_to_fp32", wide, exact)):
+        rows += [Measurement("latent_ring", config, f"{way} {name}",
+                             float((tensor - other[name]).norm() / other[name].norm()), "1")
+                 for name, tensor in one.items()]
+    return rows
 
 
 def attention_flops(length: int, heads: int, ranks: int) -> float:
@@ -233,17 +259,23 @@ def main(arguments: list[str] | None = None) -> int:
     if is_reporter:
         warn_of_load()
     apart = check_equal(options.heads)
+    narrow = narrow_error(options.heads, SlowLink(WallClock(), post_all_to_all, float("inf")))
     if is_reporter:
         print(f"both rings compute the same in fp32: {apart:.1e} apart", flush=True)
+        print("\n".join(f"{row.config}: {row.metric} {row.value:.3g} {row.unit}" for row in narrow), flush=True)
+        _keep(narrow, options, device.name)
     for length in options.lengths:
         found = measure(length, options.heads, options.links, options.rounds)
         if is_reporter:
-            rows = report(length, options.heads, found)
-            if not options.no_csv:
-                append_rows("context_parallel.csv", rows,
-                            f"{device.name}, {torch.distributed.get_world_size()} processes of 1 thread")
+            _keep(report(length, options.heads, found), options, device.name)
     destroy_groups()
     return 0
+
+
+def _keep(rows: list[Measurement], options: argparse.Namespace, device: str) -> None:
+    if not options.no_csv:
+        append_rows("context_parallel.csv", rows,
+                    f"{device}, {torch.distributed.get_world_size()} processes of 1 thread")
 
 
 if __name__ == "__main__":

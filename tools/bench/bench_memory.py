@@ -94,6 +94,7 @@ CASES = (
     # One long sequence on ranks that share it; the ring of latents, and for one length the other ways too.
     *(_long(f"one long sequence, cp{ranks}", ranks, length) for length in (8192, 16384, 32768) for ranks in (1, 2, 4)),
     *(_long(f"one long sequence, cp2 {way}", 2, 8192, cp_comm_type=way) for way in ("all_gather", "a2a")),
+    _long("one long sequence, cp2, latents in FP8", 2, 8192, cp_fp8_latents=True),
 )
 # Imported once, by the server that starts the processes.
 _PRELOADED = ("torch", "torch.profiler", "megatron.core.transformer.moe.token_dispatcher", "megatron.core.optimizer",

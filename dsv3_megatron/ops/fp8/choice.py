@@ -70,6 +70,11 @@ def local_backend(name: str) -> ReferenceBackend:
     return TritonBackend()
 
 
+def packing_backend() -> ReferenceBackend:
+    """What packs rows into FP8 records on this device, where nothing else of a run need be in FP8."""
+    return local_backend("reference" if _missing_for_triton() else "triton")
+
+
 def _missing_for_triton() -> list[str]:
     missing = [] if importlib.util.find_spec("triton") else ["triton package"]
     if not torch.cuda.is_available():

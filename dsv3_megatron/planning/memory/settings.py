@@ -75,6 +75,7 @@ class PassSettings:
         length: Positions of a sequence on this rank, which is the whole of it unless context-parallel ranks share it.
         cp: Context-parallel ranks; a sequence is split over them everywhere.
         cp_comm: How core attention gets to the tokens of others, as `cp_comm_type`.
+        narrows_latents: Latents go to other ranks in FP8.
         tp: Tensor-parallel ranks; a rank's part is split over them outside of attention and FFN.
         ep: Expert-parallel ranks.
         etp: Expert-tensor-parallel ranks.
@@ -110,6 +111,7 @@ class PassSettings:
     length: int
     cp: int
     cp_comm: str
+    narrows_latents: bool
     tp: int
     ep: int
     etp: int
@@ -261,7 +263,8 @@ def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_produc
         device=device, is_engine=device == "cuda" and is_engine(run), narrow=4 if precision == "fp32" else 2,
         is_wide_product=is_wide_product and precision != "fp32", sequences=training.micro_batch_size,
         length=training.seq_length // parallel.context_parallel_size, cp=parallel.context_parallel_size,
-        cp_comm=parallel.cp_comm_type, tp=tp, ep=parallel.expert_model_parallel_size,
+        cp_comm=parallel.cp_comm_type, narrows_latents=parallel.cp_fp8_latents, tp=tp,
+        ep=parallel.expert_model_parallel_size,
         etp=parallel.expert_tensor_parallel_size, hidden=model.hidden_size, heads=model.num_attention_heads // tp,
         query=model.qk_head_dim, nope=model.qk_nope_head_dim, rope=model.qk_rope_head_dim, value=model.v_head_dim,
         query_latent=model.q_lora_rank, latent=model.kv_lora_rank,

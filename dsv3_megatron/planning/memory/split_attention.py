@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dsv3_megatron.ops.row_bytes import record_bytes
 from dsv3_megatron.planning.memory.ledger import Tensor
 from dsv3_megatron.planning.memory.operation_passes import LinearPass, Operations, core_attention_pass
 from dsv3_megatron.planning.memory.settings import WIDE
@@ -31,7 +32,7 @@ class RingAttentionPass:
         working = self._queries()
         wide = ledger.make("wide context", self.rows * s.value * WIDE)
         self.statistics = ledger.make("attention log-sum-exp", self.rows * WIDE)
-        self.gathered = ledger.make("latents of all ranks", (s.cp if self._gathers else 0) * passed.size)
+        self.gathered = ledger.make("latents of all ranks", (s.cp if self._gathers else 0) * self._travelling())
         arriving = self._arriving()
         key, linear = self._expand()
         if self.is_fused:
@@ -56,8 +57,17 @@ class RingAttentionPass:
         return [] if self.is_fused else [ops.ledger.make("scaled queries", self.rows * ops.s.query * WIDE)]
 
     def _arriving(self) -> list[Tensor]:
-        """The next block, on its way."""
-        return [] if self._gathers else [self.ops.ledger.make("latents on their way", self.passed.size)]
+        """The next block, on its way; where it is narrow, also the one that is there, and what was made of it again."""
+        ledger, is_narrow = self.ops.ledger, self.ops.s.narrows_latents
+        own = [ledger.make("latents as they were", self.passed.size)] if is_narrow else []
+        blocks = 0 if self._gathers else 1 + is_narrow
+        return [*own, *(ledger.make("latents on their way", self._travelling()) for _ in range(blocks))]
+
+    def _travelling(self) -> int:
+        """Bytes of a block on its way."""
+        s = self.ops.s
+        narrow = s.local_tokens * (record_bytes(s.latent) + s.rope * s.narrow)
+        return narrow if s.narrows_latents else self.passed.size
 
     def _expand(self) -> tuple[Tensor, LinearPass]:
         """Keys of a block, and the product that they and the values are of."""

@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.ops.row_bytes import record_bytes
 from dsv3_megatron.planning.time.operations import (
     CoreAttention,
     LatentRing,
@@ -56,7 +57,9 @@ def ring_operations(model: ModelConfig, linears: Linears, heads: int, shape: Sha
             yield from (_beside_the_models(each, part) if number and not isinstance(each, CoreAttention) else each
                         for each in block)
         latents = shape.local_tokens * (model.kv_lora_rank + model.qk_rope_head_dim)
-        passed, grads = latents * shape.value_bytes, latents * _GRADIENT_BYTES
+        narrow = record_bytes(model.kv_lora_rank) + model.qk_rope_head_dim * shape.value_bytes
+        passed = shape.local_tokens * narrow if shape.narrows_latents else latents * shape.value_bytes
+        grads = latents * _GRADIENT_BYTES
         going = passed if part is WorkPart.FORWARD else passed + grads
         if shape.cp_comm == "all_gather":
             going = 0.0 if part is WorkPart.FORWARD else grads

@@ -179,6 +179,7 @@ class Shape:
         pads_values: Values are brought to the keys' width for core attention.
         cp: Context-parallel ranks, which share a sequence.
         cp_comm: How core attention gets to the tokens of others, as `cp_comm_type`.
+        narrows_latents: Latents go to other ranks in FP8.
     """
 
     micro_batch_size: int
@@ -196,6 +197,7 @@ class Shape:
     pads_values: bool = False
     cp: int = 1
     cp_comm: str = "p2p"
+    narrows_latents: bool = False
 
     @classmethod
     def of(cls, run: RunConfig, *, is_cpu: bool = False, imbalance: float = 1.0) -> Shape:
@@ -210,7 +212,7 @@ class Shape:
                    "fp32" if is_wide else "bf16", run.fp8.dispatches_fp8, frozenset(recomputed),
                    parallel.pipeline_model_parallel_size > 1 and parallel.schedule in SPLIT_BACKWARD, imbalance,
                    is_fused, pads_values(run, device=device, precision="fp32" if is_wide else "bf16"),
-                   parallel.context_parallel_size, parallel.cp_comm_type)
+                   parallel.context_parallel_size, parallel.cp_comm_type, parallel.cp_fp8_latents)
 
     @property
     def tokens(self) -> int:

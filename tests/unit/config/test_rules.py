@@ -97,6 +97,9 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "which divides heads; try 1, 2 or 4, or cp_comm_type=p2p"),
     ("tiny", {"context_parallel_size": 2, "cp_comm_type": "a2a+p2p"}, 2,
      "cp_comm_type='a2a+p2p' must be one of p2p, all_gather, a2a"),
+    ("tiny", {"context_parallel_size": 2, "cp_comm_type": "a2a", "cp_fp8_latents": True}, 2,
+     "cp_fp8_latents narrows the latents that ranks pass, and cp_comm_type=a2a passes none; leave it out, or set "
+     "cp_comm_type=p2p"),
     ("tiny", {"context_parallel_size": 2, "attention_backend": "fused"}, 2,
      "attention_backend=fused cannot attend to blocks of other ranks' tokens, which context_parallel_size=2 with "
      "cp_comm_type=p2p has; set attention_backend=auto, or cp_comm_type=a2a"),

@@ -66,6 +66,9 @@ def test_ranks_that_share_a_sequence_keep_a_part_of_it_each(way: str) -> None:
     assert kept.get("passed latents", 0) == (0 if way == "a2a" else layers * tokens * 576 * 2)
     keys = layers * tokens * 128 * 192 * 2
     assert kept.get("key", 0) == (keys if way == "a2a" else 0)
+    if way == "all_gather":
+        narrow = estimate_memory(long.override(context_parallel_size=4, cp_comm_type=way, cp_fp8_latents=True), 2048)[3]
+        assert dict(narrow.kept_by_chunk[0])["latents of all ranks"] == layers * 32768 * 656
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])

@@ -12,7 +12,14 @@ from dsv3_megatron.metrics.flops import flops_per_token
 from dsv3_megatron.parallel.layout import stage_layouts
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
 from dsv3_megatron.planning.time.layer_operations import stage_operations
-from dsv3_megatron.planning.time.operations import LatentRing, Product, Shape, WorkPart, model_flops
+from dsv3_megatron.planning.time.operations import (
+    LatentRing,
+    Product,
+    SequenceExchange,
+    Shape,
+    WorkPart,
+    model_flops,
+)
 from tests.unit.planning.time.setting import operations_of
 
 HEADS = ("head", "mtp 1 head")
@@ -55,6 +62,22 @@ def test_a_ring_makes_keys_and_values_of_every_block_forward_and_backward() -> N
     # 512 + 64 numbers of each token, in bf16; backward their gradients in fp32 beside them.
     assert [(ring.steps, ring.num_bytes) for ring in rings] == [
         (3, shape.tokens * 576 * 2), (3, shape.tokens * 576 * (2 + 4))] * layers
+
+
+@pytest.mark.parametrize("way", ["p2p", "all_gather"])
+def test_latents_in_fp8_are_656_bytes_of_a_token(way: str) -> None:
+    """512 numbers of a byte, 4 scales and 64 numbers in bf16; gradients in fp32 as without it."""
+    run = only_phase(preset("dsv3-671b"), main_phase(preset("dsv3-671b")))
+    run = dataclasses.replace(run, parallel=ParallelConfig(context_parallel_size=4, cp_comm_type=way,
+                                                           cp_fp8_latents=True))
+    shape, operations = operations_of(run)
+    rings = {(ring.part, ring.num_bytes / shape.tokens) for ring in operations if isinstance(ring, LatentRing)}
+    gathered = {each.num_bytes / shape.tokens for each in operations
+                if isinstance(each, SequenceExchange) and each.name == "latents of all ranks"}
+    if way == "p2p":
+        assert (rings, gathered) == ({(WorkPart.FORWARD, 656), (WorkPart.INPUT, 656 + 576 * 4)}, set())
+    else:
+        assert (rings, gathered) == ({(WorkPart.INPUT, 576 * 4)}, {3 * 656})
 
 
 @pytest.mark.parametrize("depth", [1, 2])
