@@ -7,7 +7,7 @@ and comes home in the dtype of sums.
 
 Source of the format: docs.vllm.ai, v1/attention/backends/mla/flashmla_sparse (0.11): 512 + 16 + 128 bytes.
 
-Shapes: S sequence, B micro-batch, W what is passed of a position, X bytes of it in FP8.
+Shapes: S sequence, B micro-batch, W what is passed of a position.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class NarrowLatents:
     backend: ReferenceBackend = REFERENCE
 
     def packed(self, passed_SBW: torch.Tensor) -> torch.Tensor:
-        """Bytes of what is passed, uint8 [S, B, X]."""
+        """Bytes of what is passed, uint8 [S, B, bytes of a position]."""
         rows = passed_SBW.flatten(0, 1)
         kept = rows[:, self.width:].contiguous().view(torch.uint8)
         records = self.backend.pack_rows(rows[:, :self.width].contiguous(), spare=kept.shape[1])
         records[:, -kept.shape[1]:] = kept
         return records.unflatten(0, passed_SBW.shape[:2])
 
-    def unpacked(self, records_SBX: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def unpacked(self, records: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """What was passed, [S, B, W] in the dtype that it was packed from."""
-        records = records_SBX.flatten(0, 1)
-        kept = records[:, record_bytes(self.width):].clone(memory_format=torch.contiguous_format).view(dtype)
-        latents = self.backend.unpack_rows(records, self.width, dtype)
-        return torch.cat([latents, kept], dim=-1).unflatten(0, records_SBX.shape[:2])
+        rows = records.flatten(0, 1)
+        kept = rows[:, record_bytes(self.width):].clone(memory_format=torch.contiguous_format).view(dtype)
+        latents = self.backend.unpack_rows(rows, self.width, dtype)
+        return torch.cat([latents, kept], dim=-1).unflatten(0, records.shape[:2])
