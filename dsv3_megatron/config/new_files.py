@@ -87,8 +87,9 @@ def require_own_folder(folder: str | os.PathLike[str]) -> None:
     path = Path(folder)
     if path.is_symlink() or not path.is_dir():
         kind = "a link" if path.is_symlink() else "no folder"
-        raise ConfigError(f"{path} is {kind}, where unfinished work would be: remove it, or choose another output")
+        raise ConfigError(f"{path} is {kind}, where a folder of this user's would be: remove it, or choose another "
+                          "output")
     owner = path.stat().st_uid
     if owner != os.geteuid():
-        raise ConfigError(f"{path} is unfinished work of another user (uid {owner}, this one is {os.geteuid()}): have "
-                          "that user finish it, remove it, or choose another output")
+        raise ConfigError(f"{path} was made by another user (uid {owner}, this one is {os.geteuid()}): have that user "
+                          "finish the work in it, remove it, or choose another output")

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_megatron.config.json_files import read_json_object
-from dsv3_megatron.config.new_files import replace_text
+from dsv3_megatron.config.new_files import replace_text, require_own_folder
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.checksums import RunningChecksum, is_known
 from dsv3_megatron.data.indexed import (
@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 _VERSION = 3  # of what is kept: 2 since the whole index is checked, 3 since it is signed
 _SIGNATURE = "signature"
 _END_BYTES = 1 << 16
+_PRIVATE = 0o700
 # Reading less than this takes no time worth a file; and no time worth a word.
 _KEPT_FROM_BYTES = 64 << 20
 _SAID_FROM_BYTES = 4 << 30
@@ -203,11 +204,24 @@ def _places(prefix: str, cache_dir: str | None) -> list[str]:
     path = os.path.realpath(prefix)
     name = f"{os.path.basename(path)}.{hashlib.sha256(path.encode(errors='surrogateescape')).hexdigest()[:16]}"
     first = os.path.join(cache_dir, f"{name}.checked.json") if cache_dir else f"{prefix}.checked.json"
-    return [first, os.path.join(_temporary_folder(), f"{name}.checked.json")]
+    temporary = _temporary_folder()
+    return [first] if temporary is None else [first, os.path.join(temporary, f"{name}.checked.json")]
 
 
-def _temporary_folder() -> str:
-    return os.path.join(tempfile.gettempdir(), f"dsv3_megatron-{os.getuid()}")
+def _temporary_folder() -> str | None:
+    """This user's folder in the system's temporary one, made where it is not there; None where it is somebody else's.
+
+    Whoever made the folder first could otherwise say what our data hold.
+    """
+    path = os.path.join(tempfile.gettempdir(), f"dsv3_megatron-{os.geteuid()}")
+    try:
+        os.makedirs(path, mode=_PRIVATE, exist_ok=True)
+        require_own_folder(path)
+        os.chmod(path, _PRIVATE)
+    except (OSError, ValueError) as error:
+        logger.warning("%s is not used: %s", path, error)
+        return None
+    return path
 
 
 def _find(places: list[str], key: dict[str, Any]) -> Contents | None:
@@ -243,12 +257,13 @@ def _keep(places: list[str], key: dict[str, Any], found: Contents) -> None:
 def _lock(prefix: str) -> Iterator[None]:
     """Let one process of this machine read a dataset at a time; without a place for the lock, each reads for itself."""
     name = hashlib.sha256(os.path.realpath(prefix).encode(errors="surrogateescape")).hexdigest()[:16]
-    path = os.path.join(_temporary_folder(), f"{name}.lock")
+    folder = _temporary_folder()
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        stream = open(path, "a", encoding="utf-8")
+        if folder is None:
+            raise OSError("there is no folder for it")
+        stream = open(os.path.join(folder, f"{name}.lock"), "a", encoding="utf-8")
     except OSError as error:
-        logger.warning("%s: no lock (%s), so each process reads for itself", path, error)
+        logger.warning("%s: no lock (%s), so each process reads for itself", prefix, error)
         yield
         return
     with stream:

@@ -529,7 +529,7 @@ def test_unfinished_work_of_another_user_is_not_taken_over(preprocess, tmp_path,
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out.unfinished").symlink_to(tmp_path / "elsewhere")
     status, _, err = preprocess(jsonl_file)
-    assert status == 2 and "out.unfinished is a link, where unfinished work would be: remove it" in err
+    assert status == 2 and "out.unfinished is a link, where a folder of this user's would be: remove it" in err
     assert not files_of(tmp_path / "elsewhere")
 
 

@@ -63,12 +63,12 @@ def test_unfinished_work_of_others_is_not_taken_over(tmp_path: Path, monkeypatch
     own.mkdir()
     require_own_folder(own)
     (tmp_path / "link").symlink_to(own)
-    with pytest.raises(ConfigError, match=r"link is a link, where unfinished work would be: remove it, or choose"):
+    with pytest.raises(ConfigError, match=r"link is a link, where a folder of this user's would be: remove it, or"):
         require_own_folder(tmp_path / "link")
-    with pytest.raises(ConfigError, match="is no folder, where unfinished work would be"):
+    with pytest.raises(ConfigError, match="is no folder, where a folder of this user's would be"):
         require_own_folder(tmp_path / "nowhere")
     uid = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
-    message = rf"own is unfinished work of another user \(uid {uid}, this one is {uid + 1}\): have that user"
+    message = rf"own was made by another user \(uid {uid}, this one is {uid + 1}\): have that user"
     with pytest.raises(ConfigError, match=message):
         require_own_folder(own)

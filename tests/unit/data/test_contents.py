@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -17,6 +18,7 @@ from dsv3_megatron.data.blend import check_data, read_vocab_size
 from dsv3_megatron.data.contents import read_contents, require_index
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.rows import open_token_array, open_windows
+from dsv3_megatron.data.signed_json import with_signature
 from tests.signing import change_sidecar
 
 
@@ -242,3 +244,24 @@ def test_an_index_is_proved_by_its_checksum_or_by_its_hash(tmp_path: Path, algor
     for act in (read_contents, require_index):
         with pytest.raises(ValueError, match=r"\(the hash of the \.idx file is another\)"):
             act(prefix)
+
+
+def test_what_another_user_says_of_our_data_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        caplog: pytest.LogCaptureFixture) -> None:
+    """Somebody makes our folder in the system's temporary one before us, with a verdict in it."""
+    prefix = write(tmp_path / "d", [3, 9, 5, 7, 8, 2], has_sidecar=False)
+    (tmp_path / "d.checked.json").mkdir()  # so that the verdict is kept in the temporary folder
+    assert read_contents(prefix).highest_id == 9
+    (kept,) = Path(contents._temporary_folder() or "").glob("*.checked.json")
+    assert kept.parent.stat().st_mode & 0o777 == 0o700
+    forged = json.loads(kept.read_text())
+    forged["contents"]["highest_id"] = 1
+    kept.write_text(json.dumps(with_signature(forged, "signature")))
+    assert read_contents(prefix).highest_id == 1, "whoever may write there is believed"
+    uid = os.geteuid()
+    mine = kept.parent
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)  # now the folder is another user's
+    mine.rename(mine.with_name(f"dsv3_megatron-{uid + 1}"))
+    assert read_contents(prefix).highest_id == 9
+    assert f"was made by another user (uid {uid}, this one is {uid + 1})" in caplog.text
+    assert "no lock (there is no folder for it)" in caplog.text

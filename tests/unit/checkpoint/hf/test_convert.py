@@ -322,7 +322,7 @@ def test_unfinished_work_behind_a_link_is_not_taken_over(tmp_path):
     source = make_source(tmp_path / "hf", "bf16")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "ours.partial").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"ours\.partial is a link, where unfinished work would be: remove it"):
+    with pytest.raises(ConfigError, match=r"ours\.partial is a link, where a folder of this user's would be"):
         convert_to_megatron(source, tmp_path / "ours")
     assert not list((tmp_path / "elsewhere").iterdir())
 
