@@ -28,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -174,18 +175,14 @@ class Fuzzer:
             return "silent"
 
 
-def run_cases(folder: Path, num_cases: int, seed: int, *, only: str = "", shows: bool = False,
-              first: int = 0, is_quick: bool = False) -> list[Case]:
+def run_cases(fuzzer: Fuzzer, seeds: Iterable[int], *, shows: bool = False) -> Iterator[Case]:
     """Carry out many cases; what went wrong is printed as it is found."""
-    fuzzer = Fuzzer(folder, only, is_quick=is_quick)
-    cases = []
-    for number in range(first, first + num_cases):
-        case = fuzzer.case(seed * 1_000_000 + number)
-        cases.append(case)
+    for seed in seeds:
+        case = fuzzer.case(seed)
         if shows or case.outcome not in GOOD:
             print(f"{case.outcome}: {case.reader}: {case.file}: {case.change} (seed {case.seed}, "
                   f"{case.trial.seconds:.1f} s)\n    {case.trial.said[1].strip()[-600:]!r}", flush=True)
-    return cases
+        yield case
 
 
 def preload() -> None:
@@ -213,23 +210,28 @@ def main(arguments: list[str] | None = None) -> int:
     add("--only", default="", metavar="NAME", help="readers whose name has this in it")
     add("--quick", action="store_true", help="without the readers that take long")
     add("--show", action="store_true", help="print every case")
-    add("--json", type=Path, metavar="FILE", help="write the counts there")
+    add("--seeds", type=int, nargs="+", metavar="N", help="carry out the cases of these seeds alone, as printed")
+    add("--json", type=Path, metavar="FILE", help="write the counts there, every hundred cases too")
     options = parser.parse_args(arguments)
     preload()
     started = time.perf_counter()
+    seeds = options.seeds or [options.seed * 1_000_000 + number
+                              for number in range(options.first, options.first + options.cases)]
+    counts: dict[str, Counter[str]] = {"together": Counter()}
+    slowest, cpu_s = 0.0, 0.0
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        cases = run_cases(Path(folder), options.cases, options.seed, only=options.only, shows=options.show,
-                          first=options.first, is_quick=options.quick)
-    counts: dict[str, Counter[str]] = {}
-    for case in cases:
-        counts.setdefault(case.reader, Counter())[case.outcome] += 1
+        fuzzer = Fuzzer(Path(folder), options.only, is_quick=options.quick)
+        for number, case in enumerate(run_cases(fuzzer, seeds, shows=options.show or bool(options.seeds)), start=1):
+            for name in ("together", case.reader):
+                counts.setdefault(name, Counter())[case.outcome] += 1
+            slowest, cpu_s = max(slowest, case.trial.seconds), cpu_s + case.trial.cpu_s
+            if options.json is not None and (number % 100 == 0 or number == len(seeds)):
+                options.json.write_text(json.dumps(counts, indent=1))
+    total = counts.pop("together")
     for name in sorted(counts):
         print(f"{name:28} {json.dumps(counts[name])}")
-    total = Counter(case.outcome for case in cases)
-    print(f"{'together':28} {json.dumps(total)}: {len(cases)} cases in {time.perf_counter() - started:.0f} s; the "
-          f"slowest {max(case.trial.seconds for case in cases):.1f} s")
-    if options.json is not None:
-        options.json.write_text(json.dumps({"together": total, **counts}, indent=1))
+    print(f"{'together':28} {json.dumps(total)}: {len(seeds)} cases in {time.perf_counter() - started:.0f} s, "
+          f"{cpu_s:.0f} s of computing; the slowest {slowest:.1f} s")
     return 0 if set(total) <= set(GOOD) else 1
 
 
