@@ -26,8 +26,10 @@ from dsv3_megatron.metrics.run_records import RunRecords, read_records
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "examples" / "pretrain_dsv3.sh"
 RECORDS = "metrics.jsonl"
-# Of losses, in nats: between runs in fp32 that add up in another order, after some dozens of steps.
-TOLERANCE = 2e-2
+# Of losses, in nats, between runs in fp32 that add up in another order. Over 3 x 12 steps the split run came 4e-7 from
+# one process. One process with other micro-batches came 2e-3 from it: in step 9 its distance grew a hundredfold, as
+# where a token goes to another expert whose score is nearly the same.
+TOLERANCE = 1e-2
 SPLIT, ALONE, OTHER_SUMS = "split", "one process", "one process, micro-batches of 1"
 _START_S = 900.0
 
