@@ -18,30 +18,31 @@ chat_dir="$run_dir/chat"
 
 say() { printf '%s\n' "$*" >&2; }
 
-if [ ! -f "$run_dir/checkpoints/latest_checkpointed_iteration.txt" ]; then
-    say "error: $run_dir has no checkpoint of the quickstart; run bash examples/pretrain_dsv3.sh first, or set RUN_DIR"
-    exit 2
-fi
-python=$(bash "$repo/examples/setup_environment.sh")
-if [ -e "$chat_dir/exported/config.json" ]; then
-    say "$chat_dir/exported is there: the model is fine-tuned; remove $chat_dir to begin again"
-else
-    mkdir -p "$chat_dir/tokenizer"
-    cp "$run_dir"/tokenizer/tokenizer*.json "$repo/examples/chat_template.jinja" "$chat_dir/tokenizer/"
-    if [ ! -e "$chat_dir/sums_conversations_mask.idx" ]; then
-        "$python" "$repo/examples/make_sums.py" --number 3000 --seed 1 --output "$chat_dir/sums.jsonl"
-        "$python" -m dsv3_megatron preprocess --sft --input "$chat_dir/sums.jsonl" \
-            --tokenizer-model "$chat_dir/tokenizer" --output-prefix "$chat_dir/sums" --overwrite --workers 1
+main() {
+    if [ ! -f "$run_dir/checkpoints/latest_checkpointed_iteration.txt" ]; then
+        say "error: $run_dir has no checkpoint of the quickstart; run bash examples/pretrain_dsv3.sh first, or set RUN_DIR"
+        exit 2
     fi
-    # A model of this size learns from few samples only at a rate that is large beside the report's 5e-6.
-    "$python" -m dsv3_megatron sft --pretrained-checkpoint "$run_dir/checkpoints" \
-        --data-path "$chat_dir/sums_conversations" --tokenizer-model "$chat_dir/tokenizer" --epochs 6 --lr 2e-3 \
-        --min-lr 1e-4 --global-batch-size 8 --split 95,5,0 --eval-interval 50 --eval-iters 1 \
-        --save "$chat_dir/checkpoints" --load "$chat_dir/checkpoints" --tensorboard-dir "$chat_dir/tensorboard" \
-        --export-hf "$chat_dir/exported"
-fi
-if "$python" -c 'import transformers' 2>/dev/null; then
-    "$python" - "$chat_dir/exported" <<'CHAT'
+    python=$(bash "$repo/examples/setup_environment.sh")
+    if [ -e "$chat_dir/exported/config.json" ]; then
+        say "$chat_dir/exported is there: the model is fine-tuned; remove $chat_dir to begin again"
+    else
+        mkdir -p "$chat_dir/tokenizer"
+        cp "$run_dir"/tokenizer/tokenizer*.json "$repo/examples/chat_template.jinja" "$chat_dir/tokenizer/"
+        if [ ! -e "$chat_dir/sums_conversations_mask.idx" ]; then
+            "$python" "$repo/examples/make_sums.py" --number 3000 --seed 1 --output "$chat_dir/sums.jsonl"
+            "$python" -m dsv3_megatron preprocess --sft --input "$chat_dir/sums.jsonl" \
+                --tokenizer-model "$chat_dir/tokenizer" --output-prefix "$chat_dir/sums" --overwrite --workers 1
+        fi
+        # A model of this size learns from few samples only at a rate that is large beside the report's 5e-6.
+        "$python" -m dsv3_megatron sft --pretrained-checkpoint "$run_dir/checkpoints" \
+            --data-path "$chat_dir/sums_conversations" --tokenizer-model "$chat_dir/tokenizer" --epochs 6 --lr 2e-3 \
+            --min-lr 1e-4 --global-batch-size 8 --split 95,5,0 --eval-interval 50 --eval-iters 1 \
+            --save "$chat_dir/checkpoints" --load "$chat_dir/checkpoints" --tensorboard-dir "$chat_dir/tensorboard" \
+            --export-hf "$chat_dir/exported"
+    fi
+    if "$python" -c 'import transformers' 2>/dev/null; then
+        "$python" - "$chat_dir/exported" <<'CHAT'
 import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,6 +55,9 @@ for question in ("What is 2 + 3?", "7 + 6 = ?", "Add 4 and 4."):
     answer = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1]:]
     print(f"user: {question}\nassistant: {tokenizer.decode(answer, skip_special_tokens=True)}")
 CHAT
-else
-    say "Transformers is not installed: the model is in $chat_dir/exported"
-fi
+    else
+        say "Transformers is not installed: the model is in $chat_dir/exported"
+    fi
+}
+
+main "$@"; exit # one line: all of the script has been read before it starts, and may change on disk meanwhile

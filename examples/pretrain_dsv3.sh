@@ -561,8 +561,14 @@ quickstart() {
 
 # ------------------------------------------------------------------------------------------------------------- main
 
-case "$*" in
-    "") quickstart ;;
-    --fresh) quickstart --fresh ;;
-    *) run_with_flags "$@" ;;
-esac
+main() {
+    case "$*" in
+        "") quickstart ;;
+        --fresh) quickstart --fresh ;;
+        *) run_with_flags "$@" ;;
+    esac
+}
+
+# bash reads a script as it goes. With both words on one line all of it has been read when the run starts, so that a
+# script which changes on disk meanwhile changes nothing for the run.
+main "$@"; exit

@@ -315,32 +315,36 @@ use_venv() {
 
 # ------------------------------------------------------------------------------------------------------------ main
 
-extras="" own_venv=0 find_only=0
-while [ $# -gt 0 ]; do
-    case "$1" in
-        --venv) own_venv=1 ;;
-        --find) find_only=1 ;;
-        --extras)
-            extras="${2:-}"
-            [ "$extras" = test ] || { say "--extras $extras: the only group is test"; exit 2; }
-            shift
-            ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
-        *)
-            say "$1 is not an option"
-            usage
-            exit 2
-            ;;
-    esac
-    shift
-done
+main() {
+    extras="" own_venv=0 find_only=0
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            --venv) own_venv=1 ;;
+            --find) find_only=1 ;;
+            --extras)
+                extras="${2:-}"
+                [ "$extras" = test ] || { say "--extras $extras: the only group is test"; exit 2; }
+                shift
+                ;;
+            -h | --help)
+                usage
+                exit 0
+                ;;
+            *)
+                say "$1 is not an option"
+                usage
+                exit 2
+                ;;
+        esac
+        shift
+    done
 
-if [ "$find_only" = 1 ]; then
-    if is_ready; then python_path="$venv/bin/python"; else find_python || no_python; fi
-elif [ "$own_venv" = 1 ] || ! use_active; then
-    use_venv
-fi
-printf '%s\n' "$python_path"
+    if [ "$find_only" = 1 ]; then
+        if is_ready; then python_path="$venv/bin/python"; else find_python || no_python; fi
+    elif [ "$own_venv" = 1 ] || ! use_active; then
+        use_venv
+    fi
+    printf '%s\n' "$python_path"
+}
+
+main "$@"; exit # one line: all of the script has been read before it starts, and may change on disk meanwhile

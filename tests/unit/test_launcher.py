@@ -69,13 +69,14 @@ class Launch:
         inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         self.environment = inherited | {"PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
 
-    def start(self, *flags: str, ignored: tuple[int, ...] = (), **variables: str) -> subprocess.Popen[str]:
+    def start(self, *flags: str, ignored: tuple[int, ...] = (), launcher: Path = LAUNCHER, **variables: str
+              ) -> subprocess.Popen[str]:
         """The launcher in a session of its own, with signals that it is started to ignore."""
         def ignore() -> None:
             for number in ignored:
                 signal.signal(number, signal.SIG_IGN)
 
-        return subprocess.Popen(["bash", str(LAUNCHER), *flags], env=self.environment | variables, text=True,
+        return subprocess.Popen(["bash", str(launcher), *flags], env=self.environment | variables, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
                                 start_new_session=True, preexec_fn=ignore)
 
@@ -139,6 +140,27 @@ def test_a_wrong_setting_ends_before_torchrun_with_its_exit_code(tmp_path: Path)
     launch = Launch(tmp_path, check_code=2)
     assert launch.run("--preset", "tiny", "--micro-batch-size", "5")[0] == 2
     assert launch.read("torchrun") == ""
+
+
+def test_a_launcher_that_changes_on_disk_ends_as_it_began(tmp_path: Path) -> None:
+    """bash reads a script as it goes: what is written over it in place would be run when training is over."""
+    launch = Launch(tmp_path, worker_ticks=20)
+    copy = tmp_path / "checkout" / "examples" / LAUNCHER.name
+    copy.parent.mkdir(parents=True)
+    copy.write_text(LAUNCHER.read_text())
+    (copy.parent / "setup_environment.sh").write_text((LAUNCHER.parent / "setup_environment.sh").read_text())
+    process = launch.start("--preset", "tiny", launcher=copy)
+    launch.wait_for("started", 2)
+    with copy.open("r+b") as stream:
+        stream.write(b"echo changed; exit 55\n" * 3000)
+    stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stdout) == (0, ""), stderr
+
+
+@pytest.mark.parametrize("name", ["pretrain_dsv3.sh", "post_train_dsv3.sh", "setup_environment.sh"])
+def test_scripts_that_work_for_long_are_read_whole_first(name: str) -> None:
+    last = (LAUNCHER.parent / name).read_text().splitlines()[-1]
+    assert last.split(" #")[0] == 'main "$@"; exit'
 
 
 def test_exit_code_of_a_failed_run(tmp_path: Path) -> None:
