@@ -6,10 +6,10 @@ do: it makes none again, and 320 elements a head go on where ours are 576 for al
 same code (`RingAttention`), pass in bf16 and send gradients home in fp32. Backward is a part: gradients of queries,
 latents and the product that makes keys and values. The rings take turns.
 
-Gloo on one machine is fast, and a core is slow: computing takes so much longer than passing that nothing shows. So
-each ring also runs over links of known speeds, on which a rank sends one message after the other (`SlowLink`). `h800`
-is the link that is as slow beside this machine's attention as the network of a node of H800 is beside FlashAttention 2.
-With fewer heads than 128 it stands for a rank that has so many under tensor parallelism.
+Gloo on one machine is fast, and a core is slow: computing takes so much longer than passing that nothing shows. So what
+was run is also played back over links of given speeds (`recorded_link.py`), with the processor time of computing.
+`h800` is the link that is as slow beside this core's attention as the network of a node of H800 is beside
+FlashAttention 2. With fewer heads than 128 it stands for a rank that has so many under tensor parallelism.
 
 Usage:
     torchrun --standalone --nproc-per-node 4 -m tools.bench.bench_latent_ring
@@ -36,8 +36,8 @@ from dsv3_megatron.parallel.latent_ring import RingAttention  # noqa: E402
 from dsv3_megatron.parallel.narrow_latents import NarrowLatents  # noqa: E402
 from dsv3_megatron.parallel.sequence_parts import SequenceParts  # noqa: E402
 from dsv3_megatron.planning.machine.hardware_tables import find_hardware  # noqa: E402
-from tools.bench.records import Measurement, append_rows, warn_of_load  # noqa: E402
-from tools.bench.timed_segments import SlowLink, WallClock  # noqa: E402
+from tools.bench.recorded_link import Event, RecordedLink, seconds_over  # noqa: E402
+from tools.bench.records import Measurement, append_rows, load_average, warn_of_load  # noqa: E402
 
 LATENT, NOPE, ROPE, VALUE = 512, 128, 64, 128
 KEY = NOPE + ROPE
@@ -51,19 +51,36 @@ Ring = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward and backward of a ring, until the slowest rank is done.
+    """One forward and backward of a ring on this rank.
 
     Attributes:
-        seconds: Of both passes.
-        forward_s: Of the forward pass.
-        forward_bytes: What this rank has sent forward, for each of its tokens and each rank that it went to.
-        backward_bytes: The same, backward.
+        wall_s: Seconds over gloo until the slowest rank is done, forward and in all.
+        processor_s: Processor time of the start, of the forward's end and of the end.
+        events: Messages.
+        tokens: Tokens of this rank, times the ranks that each goes to.
     """
 
-    seconds: float
-    forward_s: float
-    forward_bytes: float
-    backward_bytes: float
+    wall_s: tuple[float, float]
+    processor_s: tuple[float, float, float]
+    events: list[Event]
+    tokens: int
+
+    @property
+    def forward_s(self) -> float:
+        """Processor time of the forward pass."""
+        return self.processor_s[1] - self.processor_s[0]
+
+    def bytes_of_a_token(self, *, is_backward: bool) -> float:
+        """What went to each rank that got a token."""
+        return sum(event.num_bytes for event in self.events if event.num_bytes is not None
+                   and (event.processor_s > self.processor_s[1]) is is_backward) / self.tokens
+
+    def seconds_over(self, bytes_per_s: float) -> float:
+        """Both passes over a link, on the slowest rank; called by every rank."""
+        seconds = torch.tensor(seconds_over(self.events, self.processor_s[0], self.processor_s[2], bytes_per_s),
+                               dtype=torch.float64)
+        torch.distributed.all_reduce(seconds, op=torch.distributed.ReduceOp.MAX)
+        return float(seconds)
 
 
 def keys_and_values(passed_SBW: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,21 +133,23 @@ def own_part(length: int, heads: int, dtype: torch.dtype) -> tuple[torch.Tensor,
     return tuple(tensor.to(dtype) for tensor in (query, latent, weight, grad_out))
 
 
-def timed(ring: Ring, tensors: tuple[torch.Tensor, ...], link: SlowLink) -> Pass:
-    """A forward and a backward pass over a link; called by every rank."""
+def run(ring: Ring, tensors: tuple[torch.Tensor, ...]) -> Pass:
+    """A forward and a backward pass; called by every rank."""
     query, latent, weight = (tensor.detach().requires_grad_() for tensor in tensors[:3])
-    link.sent_bytes = 0
-    others = (torch.distributed.get_world_size() - 1) * query.shape[0]
+    link = RecordedLink(post_all_to_all)
     torch.distributed.barrier()
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), [link.now()]
     with mock.patch.object(latent_ring, "post_all_to_all", link):
         out = ring(query, latent, weight)
-        forward_s, forward_bytes = time.perf_counter() - started, link.sent_bytes
+        processor.append(link.now())
+        forward = time.perf_counter() - started
         out.backward(tensors[3])
-    seconds = torch.tensor([time.perf_counter() - started, forward_s], dtype=torch.float64)
-    torch.distributed.all_reduce(seconds, op=torch.distributed.ReduceOp.MAX)
-    return Pass(float(seconds[0]), float(seconds[1]), forward_bytes / others,
-                (link.sent_bytes - forward_bytes) / others)
+        processor.append(link.now())
+    wall = torch.tensor([forward, time.perf_counter() - started], dtype=torch.float64)
+    torch.distributed.all_reduce(wall, op=torch.distributed.ReduceOp.MAX)
+    others = torch.distributed.get_world_size() - 1
+    return Pass((float(wall[0]), float(wall[1])), (processor[0], processor[1], processor[2]), link.events,
+                others * query.shape[0])
 
 
 def check_equal(heads: int) -> float:
@@ -159,14 +178,13 @@ def results_of(ring: Ring, heads: int, dtype: torch.dtype) -> dict[str, torch.Te
                     [out.detach().float(), *grads], strict=True))
 
 
-def narrow_error(heads: int, link: SlowLink) -> list[Measurement]:
+def narrow_error(heads: int) -> list[Measurement]:
     """What FP8 on the way does to attention in BF16, beside what BF16 does to fp32, by norm; called by every rank."""
     exact, wide = (results_of(ring_of_latents, heads, dtype) for dtype in (torch.float32, torch.bfloat16))
     narrow = results_of(ring_of_narrow_latents, heads, torch.bfloat16)
-    done = timed(ring_of_narrow_latents, own_part(_CHECKED_LENGTH, heads, torch.bfloat16), link)
+    done = run(ring_of_narrow_latents, own_part(_CHECKED_LENGTH, heads, torch.bfloat16))
     config = f"latents in FP8, {heads} heads, S={_CHECKED_LENGTH} CP{torch.distributed.get_world_size()}"
-    rows = [Measurement("latent_ring", config, name, value, "B")
-            for name, value in (("forward_bytes", done.forward_bytes), ("backward_bytes", done.backward_bytes))]
+    rows = bytes_of("latents", config, done)
     for way, one, other in (("fp8_to_bf16", narrow, wide), ("bf16_to_fp32", wide, exact)):
         rows += [Measurement("latent_ring", config, f"{way} {name}",
                              float((tensor - other[name]).norm() / other[name].norm()), "1")
@@ -186,48 +204,37 @@ def like_h800(flops_per_s: float, length: int, ranks: int) -> float:
     return flops_per_s * h800["network_bandwidth"] * seconds / flops
 
 
-def measure(length: int, heads: int, links: list[str], rounds: int) -> dict[str, tuple[float, dict[str, list[Pass]]]]:
-    """Passes of both rings by link, with its bytes a second; called by every rank."""
+def bytes_of(way: str, config: str, done: Pass) -> list[Measurement]:
+    """Bytes of a token, and its elements, which are bf16 forward; backward there are gradients in fp32 beside them."""
+    forward, backward = (done.bytes_of_a_token(is_backward=is_backward) for is_backward in (False, True))
+    return [Measurement("latent_ring", config, f"{way} {name}", value, unit) for name, value, unit in (
+        ("forward elements", forward / 2, "1"), ("forward bytes", forward, "B"), ("backward bytes", backward, "B"))]
+
+
+def measure(length: int, heads: int, speeds: list[str], rounds: int) -> list[Measurement]:
+    """Run both rings in turns, play them back; what was seen, which is printed; called by every rank."""
     ranks = torch.distributed.get_world_size()
     tensors = own_part(length, heads, torch.bfloat16)
-    found: dict[str, tuple[float, dict[str, list[Pass]]]] = {}
-    for name in links:
-        if name == "h800":
-            own = min(each.forward_s for both in found["loopback"][1].values() for each in both)
-            speed = like_h800(attention_flops(length, heads, ranks) / own, length, ranks)
-        else:
-            speed = float("inf") if name == "loopback" else float(name) * 1e6
-        link = SlowLink(WallClock(), post_all_to_all, speed)
-        passes: dict[str, list[Pass]] = {way: [] for way in RINGS}
-        for number in range(rounds):
-            for way in list(RINGS)[::-1 if number % 2 else 1]:
-                passes[way].append(timed(RINGS[way], tensors, link))
-        found[name] = speed, passes
-    return found
-
-
-def report(length: int, heads: int, found: dict[str, tuple[float, dict[str, list[Pass]]]]) -> list[Measurement]:
-    """Print a table; return its numbers."""
-    rows, ranks = [], torch.distributed.get_world_size()
-    for name, (speed, passes) in found.items():
-        link = name if name == "loopback" else f"{speed / 1e6:.3g} MB/s" + (" (h800)" if name == "h800" else "")
-        config = f"ring over {link}, {heads} heads, S={length} CP{ranks}"
-        ratio = statistics.median(keys.seconds / ours.seconds
-                                  for ours, keys in zip(passes[LATENTS], passes[KEYS], strict=True))
-        told = []
-        for way, each in passes.items():
-            seconds, forward_s = (statistics.median(getattr(one, value) for one in each)
-                                  for value in ("seconds", "forward_s"))
-            told.append(f"{way} {seconds:.2f} s (forward {forward_s:.2f}), {each[0].forward_bytes:.0f} B forward and "
-                        f"{each[0].backward_bytes:.0f} B backward of a token")
-            metric = way.replace(" ", "_")
-            rows += [Measurement("latent_ring", config, f"{metric}_{value}", number, unit) for value, number, unit in (
-                ("seconds", seconds, "s"), ("forward_seconds", forward_s, "s"),
-                ("forward_elements", each[0].forward_bytes / 2, "1"), ("forward_bytes", each[0].forward_bytes, "B"),
-                ("backward_bytes", each[0].backward_bytes, "B"))]
-        rows += [Measurement("latent_ring", config, "keys_to_latents", ratio, "1"),
-                 Measurement("latent_ring", config, "num_rounds", len(passes[KEYS]), "1")]
-        print(f"{config}: {'; '.join(told)}; {ratio:.2f} times as long", flush=True)
+    passes: dict[str, list[Pass]] = {way: [] for way in RINGS}
+    for number in range(rounds):
+        for way in list(RINGS)[::-1 if number % 2 else 1]:
+            passes[way].append(run(RINGS[way], tensors))
+    setting = f"{heads} heads, S={length} CP{ranks}"
+    rows = [row for way, each in passes.items() for row in bytes_of(way, setting, each[0])]
+    fastest = torch.tensor(min(each.forward_s for both in passes.values() for each in both), dtype=torch.float64)
+    torch.distributed.all_reduce(fastest, op=torch.distributed.ReduceOp.MIN)
+    h800 = like_h800(attention_flops(length, heads, ranks) / float(fastest), length, ranks)
+    seconds = {f"gloo, {setting}": {way: [each.wall_s[1] for each in both] for way, both in passes.items()}}
+    for name in speeds:
+        speed = h800 if name == "h800" else float(name) * 1e6
+        config = f"{'like an H800 network, ' if name == 'h800' else ''}{speed / 1e6:.3g} MB/s, {setting}"
+        seconds[config] = {way: [each.seconds_over(speed) for each in both] for way, both in passes.items()}
+    for config, found in seconds.items():
+        ratio = statistics.median(keys / ours for ours, keys in zip(found[LATENTS], found[KEYS], strict=True))
+        rows += [*(Measurement("latent_ring", config, f"{way} seconds", statistics.median(each), "s")
+                   for way, each in found.items()),
+                 Measurement("latent_ring", config, "keys and values to latents", ratio, "1"),
+                 Measurement("latent_ring", config, "num_rounds", rounds, "1")]
     return rows
 
 
@@ -235,8 +242,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A ring of latents beside a ring of keys and values.")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
     parser.add_argument("--heads", type=int, default=16, help="of a rank, of DeepSeek-V3's 128 (%(default)s)")
-    parser.add_argument("--links", nargs="+", default=["loopback", "h800"],
-                        help="loopback, h800 (behind loopback), or MB/s (%(default)s)")
+    parser.add_argument("--speeds", nargs="+", default=["h800"], help="of links: h800, or MB/s (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--no-csv", action="store_true", help="print only")
     return parser.parse_args(arguments)
@@ -259,23 +265,23 @@ def main(arguments: list[str] | None = None) -> int:
     if is_reporter:
         warn_of_load()
     apart = check_equal(options.heads)
-    narrow = narrow_error(options.heads, SlowLink(WallClock(), post_all_to_all, float("inf")))
+    narrow = narrow_error(options.heads)
     if is_reporter:
         print(f"both rings compute the same in fp32: {apart:.1e} apart", flush=True)
-        print("\n".join(f"{row.config}: {row.metric} {row.value:.3g} {row.unit}" for row in narrow), flush=True)
         _keep(narrow, options, device.name)
     for length in options.lengths:
-        found = measure(length, options.heads, options.links, options.rounds)
+        rows = measure(length, options.heads, options.speeds, options.rounds)
         if is_reporter:
-            _keep(report(length, options.heads, found), options, device.name)
+            _keep(rows, options, device.name)
     destroy_groups()
     return 0
 
 
 def _keep(rows: list[Measurement], options: argparse.Namespace, device: str) -> None:
+    print("\n".join(f"{row.config}: {row.metric} {row.value:.4g} {row.unit}" for row in rows), flush=True)
     if not options.no_csv:
         append_rows("context_parallel.csv", rows,
-                    f"{device}, {torch.distributed.get_world_size()} processes of 1 thread")
+                    f"{device}, {torch.distributed.get_world_size()} processes of 1 thread, load {load_average():.1f}")
 
 
 if __name__ == "__main__":

@@ -109,33 +109,6 @@ class Channel:
             return _TimedTransfer(transfer, self._free_at[is_within], self.clock)
 
 
-@dataclass
-class SlowLink:
-    """A rank's link of a known speed, on which it sends one message after the other; is a `PostAllToAll`.
-
-    Attributes:
-        clock: Of the time.
-        post: Does the transfer itself, beside.
-        bytes_per_s: Speed of the link, one way; infinite: the transfer's own time is all.
-        sent_bytes: What was sent to other ranks so far.
-    """
-
-    clock: Clock
-    post: PostAllToAll
-    bytes_per_s: float
-    sent_bytes: int = 0
-    _free_at: float = field(default=0.0, repr=False)
-
-    def __call__(self, rows: torch.Tensor, splits: Splits) -> Posted:
-        """Start a transfer, behind those under way."""
-        own = torch.distributed.get_rank(splits.group)
-        num_bytes = (sum(splits.sent) - splits.sent[own]) * rows[0].numel() * rows.element_size()
-        transfer = self.post(rows, splits)
-        self.sent_bytes += num_bytes
-        self._free_at = max(self._free_at, self.clock.now()) + num_bytes / self.bytes_per_s
-        return _TimedTransfer(transfer, self._free_at, self.clock)
-
-
 @dataclass(frozen=True)
 class TwoLevels:
     """Rows over the network, then within a node; home the other way round. Is a `Carrier`.
