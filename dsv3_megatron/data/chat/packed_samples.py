@@ -12,6 +12,7 @@ Legend: S positions of a sequence, d documents.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,9 +22,9 @@ import numpy as np
 import torch
 
 from dsv3_megatron.data.chat.masked import mask_prefix
-from dsv3_megatron.data.chat.packing import pack_lengths
+from dsv3_megatron.data.chat.packing import Packing, pack_lengths
 from dsv3_megatron.data.document_ends import restarted_positions
-from dsv3_megatron.data.indexed import map_index, read_header, read_sidecar
+from dsv3_megatron.data.indexed import dataset_paths, map_index, read_header, read_sidecar
 from dsv3_megatron.data.order import Permutation, derive_keys
 from dsv3_megatron.data.proved_tokens import ProvedTokens
 
@@ -41,6 +42,51 @@ class PackedRow:
     ids_S1: np.ndarray
     mask_S: np.ndarray
     bounds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """The conversations of a share that are taken, and how they are packed.
+
+    Attributes:
+        numbers_d: int64, numbers in the dataset.
+        lengths_d: int64, tokens of each, what is cut off left out.
+        num_long: Conversations of the share that are too long.
+        packing: Which of them share a sequence.
+    """
+
+    numbers_d: np.ndarray
+    lengths_d: np.ndarray
+    num_long: int
+    packing: Packing
+
+
+@lru_cache(16)
+def _take(prefix: str, _stamp: tuple[int, int], share: tuple[int, int], seq_length: int, seed: int, number: int,
+          long_conversations: str) -> _Taken:
+    """Take and pack the conversations of a share; a run asks for its length, for its checks and for its samples.
+
+    Args other than `_stamp`, which tells the index from another one of its name, are those of `PackedConversations`.
+    """
+    first, stop = share
+    lengths_d = np.asarray(map_index(prefix).lengths_Q[first:stop]).astype(np.int64)
+    is_long_d = lengths_d > seq_length + 1
+    num_long = int(is_long_d.sum())
+    if num_long and long_conversations == "refuse":
+        at = int(np.argmax(is_long_d))
+        raise ValueError(
+            f"{prefix} has {num_long} conversation(s) of more than seq_length + 1 = {seq_length + 1} tokens, such as "
+            f"number {first + at} of {lengths_d[at]}; give a larger seq_length (the longest has {lengths_d.max()}), or "
+            "long_conversations=cut or drop")
+    numbers_d = np.arange(first, stop)
+    if long_conversations == "drop":
+        numbers_d, lengths_d = numbers_d[~is_long_d], lengths_d[~is_long_d]
+    if not len(numbers_d):
+        raise ValueError(f"{prefix} has no conversation of at most seq_length + 1 = {seq_length + 1} tokens in the "
+                         "share that is read: use more data, a larger seq_length or another split")
+    lengths_d = np.minimum(lengths_d, seq_length + 1)
+    (key,) = derive_keys("packing", seed, number, count=1)
+    return _Taken(numbers_d, lengths_d, num_long, pack_lengths(lengths_d, seq_length + 1, key=key))
 
 
 class PackedRows(Protocol):
@@ -76,27 +122,11 @@ class PackedConversations:
     def __init__(self, prefix: str, share: tuple[int, int], *, seq_length: int, seed: int, number: int = 0,
                  long_conversations: str = "refuse", is_verified: bool = True) -> None:
         self.prefix, self.seq_length, self.seed, self.number = prefix, seq_length, seed, number
-        first, stop = share
-        lengths_d = np.asarray(map_index(prefix).lengths_Q[first:stop]).astype(np.int64)
-        is_long_d = lengths_d > seq_length + 1
-        self.num_long = int(is_long_d.sum())
-        if self.num_long and long_conversations == "refuse":
-            at = int(np.argmax(is_long_d))
-            raise ValueError(
-                f"{prefix} has {self.num_long} conversation(s) of more than seq_length + 1 = {seq_length + 1} tokens, "
-                f"such as number {first + at} of {lengths_d[at]}; give a larger seq_length (the longest has "
-                f"{lengths_d.max()}), or long_conversations=cut or drop")
-        taken_d = np.arange(first, stop)
-        if long_conversations == "drop":
-            taken_d, lengths_d = taken_d[~is_long_d], lengths_d[~is_long_d]
-        self._numbers_d, self._lengths_d = taken_d, np.minimum(lengths_d, seq_length + 1)
-        self.num_conversations, self.num_tokens = len(taken_d), int(self._lengths_d.sum())
-        if not self.num_conversations:
-            raise ValueError(f"{prefix} has no conversation of at most seq_length + 1 = {seq_length + 1} tokens in the "
-                             "share that is read: use more data, a larger seq_length or another split")
-        (key,) = derive_keys("packing", seed, number, count=1)
-        self._packing = pack_lengths(self._lengths_d, seq_length + 1, key=key)
-        self.samples_per_epoch = len(self._packing)
+        index = os.stat(dataset_paths(prefix)[1])
+        taken = _take(prefix, (index.st_size, index.st_mtime_ns), share, seq_length, seed, number, long_conversations)
+        self._numbers_d, self._lengths_d, self._packing = taken.numbers_d, taken.lengths_d, taken.packing
+        self.num_long, self.num_tokens = taken.num_long, int(taken.lengths_d.sum())
+        self.num_conversations, self.samples_per_epoch = len(taken.numbers_d), len(taken.packing)
         sidecar = read_sidecar(prefix)
         self._filling = int((sidecar.options.get("eod_id") if sidecar is not None else None) or 0)
         self._tokens, self._masks = (

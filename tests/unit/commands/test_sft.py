@@ -95,3 +95,26 @@ def test_check_only_says_what_the_data_hold(chat: str, capsys) -> None:
             "samples of 16 tokens in all") in capsys.readouterr().out
     assert main([*given[:4], "--long-conversations", "cut", "--seq-length", "6", *given[6:]]) == 0
     assert "20 conversations of more than 7 tokens are cut at their end" in capsys.readouterr().err
+
+
+def test_conversations_are_packed_once(base: str, chat: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length in epochs, the checks and the run's own samples are of one packing; other files make another."""
+    from dsv3_megatron.data.chat import packed_samples
+    from dsv3_megatron.data.datasets import build_datasets, dataset_config
+    from dsv3_megatron.planning.precheck import check_run_data
+
+    packed = []
+    real = packed_samples.pack_lengths
+    monkeypatch.setattr(packed_samples, "pack_lengths",
+                        lambda *given, **named: (packed.append(given[0].tolist()), real(*given, **named))[1])
+    words = ["--pretrained-checkpoint", base, "--data-path", chat, "--split", "100,0,0"]
+    run = _parse(words).run
+    check_run_data(run)
+    first = build_datasets(dataset_config(run)).train[0]["tokens"]
+    assert packed == [[8] * 20]
+    write_conversations(f"{chat}2", [4] * 6, vocab_size=2048)
+    for suffix in ("", "_mask"):
+        for ending in ("bin", "idx", "json", "sums"):
+            Path(f"{chat}2{suffix}.{ending}").replace(f"{chat}{suffix}.{ending}")
+    second = build_datasets(dataset_config(_parse(words).run)).train[0]["tokens"]
+    assert packed == [[8] * 20, [4] * 6] and first.tolist() != second.tolist()
