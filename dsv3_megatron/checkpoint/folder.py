@@ -24,7 +24,7 @@ from dsv3_megatron.checkpoint.manifest_file import flush, read_signed, require_f
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.json_files import read_json
 from dsv3_megatron.config.model import architecture_differences
-from dsv3_megatron.config.new_files import replace_text
+from dsv3_megatron.config.new_files import open_new, replace_text
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.checksums import FileChecksums, checksum_file, read_checksums
 
@@ -258,7 +258,8 @@ def check_save_directory(directory: str | Path) -> None:
     probe = folder / f".writable.{os.uname().nodename}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"0")
+        with open_new(probe) as stream:
+            stream.write(b"0")
         probe.unlink()
     except OSError as error:
         raise CheckpointError(f"save={directory} cannot be written to: {error.strerror} ({error.filename}); "

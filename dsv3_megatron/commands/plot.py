@@ -15,6 +15,7 @@ from pathlib import Path
 from dsv3_megatron.config.output import require_output_file
 from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.metrics.event_files import read_run
+from dsv3_megatron.metrics.run_records import CONFIG_FILE, METRICS_FILE
 from dsv3_megatron.reports.report_page import draw_report
 
 
@@ -36,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         for path in log.cut_short:
             print(f"{path}: the last record is cut short, as of a run under way or killed; drawn without it",
                   file=sys.stderr)
+        if log.records is None and log.config is not None:
+            print(f"{options.logdir / METRICS_FILE} is missing, which a run writes beside {CONFIG_FILE}: drawn without "
+                  "it", file=sys.stderr)
         draw_report(log, output)
     except (ValueError, OSError) as error:
         print_error(error)

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_megatron.config.json_files import parse_json, read_json
+from dsv3_megatron.config.new_files import replace_text
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data import character_classes
 from dsv3_megatron.data.character_classes import GPT2_PATTERN, NUM_CODE_POINTS, byte_symbols, find_parting_code_points
@@ -396,9 +397,7 @@ def _cached(name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     found = find()
     with contextlib.suppress(OSError):  # a home that cannot be written: found anew the next time
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        temporary.write_text(json_text(found | {"sha256": _digest(found)}), encoding="utf-8")
-        os.replace(temporary, file)
+        replace_text(file, json_text(found | {"sha256": _digest(found)}), is_shared=True)
     return found
 
 

@@ -33,6 +33,7 @@ from dsv3_megatron.checkpoint.folder import (
     saved_iterations,
 )
 from dsv3_megatron.config.json_files import read_json
+from dsv3_megatron.config.new_files import replace_text
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.training import CheckpointConfig
 from dsv3_megatron.guards.endings import ENDED_FILE, forget_ended
@@ -383,9 +384,6 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 
 def _write_identity(folder: str, run: str, save: str | None) -> None:
-    file = Path(folder) / IDENTITY_FILE
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
     content = {"run": run, "begun": datetime.now(UTC).isoformat(timespec="seconds"),
                "save": os.path.abspath(save) if save else None}
-    partial.write_text(json_text(content) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    replace_text(Path(folder) / IDENTITY_FILE, json_text(content) + "\n", is_shared=True)

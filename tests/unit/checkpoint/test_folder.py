@@ -252,6 +252,10 @@ def test_save_directory(tmp_path):
         check_save_directory(tmp_path / "file" / "folder")
     with pytest.raises(CheckpointError, match="save=/proc cannot be written to"):
         check_save_directory("/proc")
+    (tmp_path / f".writable.{os.uname().nodename}.{os.getpid()}").symlink_to(tmp_path / "file")
+    (tmp_path / "file").write_text("of another matter")
+    check_save_directory(tmp_path)
+    assert (tmp_path / "file").read_text() == "of another matter"
 
 
 def test_no_torch_is_imported():

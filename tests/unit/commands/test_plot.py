@@ -145,3 +145,11 @@ def test_nothing_to_draw(tmp_path: Path, plot: Plot) -> None:
     writer.close()
     done = plot(tmp_path / "logs")
     assert done.returncode == 2 and "holds no step with a finite `lm loss`" in done.stderr
+
+
+def test_a_run_whose_records_are_gone_is_drawn_without_them_and_that_is_said(folder: Path, plot: Plot) -> None:
+    (folder / "metrics.jsonl").unlink()
+    done = plot(folder)
+    assert done.returncode == 0 and (folder / "report.png").exists()
+    assert done.stderr == (f"{folder}/metrics.jsonl is missing, which a run writes beside config.json: drawn without "
+                           "it\n")

@@ -132,3 +132,15 @@ def test_a_few_aliases_are_read(tmp_path):
     assert read_config_file(str(tmp_path / "a.yaml")) == {"seed": 7}
     (tmp_path / "a.toml").write_text('lr = 0.5\ndata_path = ["0.3", "a.b.c", "0.7", "d.e"]  # one. two.\n' * 1)
     assert read_config_file(str(tmp_path / "a.toml"))["lr"] == 0.5
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!!python/object/new:os.mkdir",
+                                 "!!python/name:os.mkdir", "!!python/module:os"])
+def test_nothing_in_a_file_of_settings_is_run(tag: str, file: Any, tmp_path: Path) -> None:
+    text = f"lr: {tag} [{tmp_path / 'made'}]\n"
+    with pytest.raises(ConfigError, match="python/"):
+        parse_command(["--config", file(text, "run.yaml")])
+    assert not (tmp_path / "made").exists()
+    if "apply" in tag:
+        yaml.unsafe_load(text)
+        assert (tmp_path / "made").exists(), "the payload works"
