@@ -19,6 +19,7 @@ The packages in the order in which they build on each other; each may use those 
     generation/   text from a model                             reports/     tables, pictures and pages of a run
     planning/     time and memory before a run                  guards/      bad steps, hangs, folders of a run
     runs/         the training loop, where all rooms meet       rehearsal/   ranks of a GPU run without a GPU
+    post_training/  a model that learns from answers of its own
     certification/  that a layout computes what one process does
     papers/       what papers say of DeepSeek-V3, and what is given here
     commands/     one module a command of `dsv3`

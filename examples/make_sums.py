@@ -1,42 +1,62 @@
 #!/usr/bin/env python3
-"""Write conversations about small sums, for the example of fine-tuning: examples/post_train_dsv3.sh.
+"""Write conversations about small sums, or prompts of such, for the example of post-training: post_train_dsv3.sh.
 
     python examples/make_sums.py --number 2000 --seed 1 --output sums.jsonl
+    python examples/make_sums.py --number 500 --prompts --output prompts.jsonl
+    python examples/make_sums.py --number 60 --prompts --held-out --output held-out.jsonl
 
-Each line is a conversation of one question and its answer. They are the same for the same number and seed.
+Each line is a conversation of one question and its answer, or a question with its answer for a reward. They are the
+same for the same number and seed. Every fifth question is held out: the first two commands never write it, the third
+writes each of them at most once.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.streams import run_command
 
 _LARGEST = 9
 _QUESTIONS = ("What is {a} + {b}?", "{a} + {b} = ?", "Add {a} and {b}.")
+_HELD_OUT_ONE_OF = 5
 
 
-def conversations(number: int, seed: int) -> Iterator[dict[str, list[dict[str, str]]]]:
-    """Yield conversations of a question and its answer, drawn with a seed."""
-    draws = random.Random(seed)
-    for _ in range(number):
-        a, b = draws.randint(0, _LARGEST), draws.randint(0, _LARGEST)
-        question = draws.choice(_QUESTIONS).format(a=a, b=b)
-        yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": str(a + b)}]}
+def questions(*, is_held_out: bool) -> list[tuple[str, str]]:
+    """The questions that are held out, or all others, each with its answer."""
+    numbers = range(_LARGEST + 1)
+    every = [(form.format(a=a, b=b), str(a + b)) for form, a, b in itertools.product(_QUESTIONS, numbers, numbers)]
+    random.Random(0).shuffle(every)
+    return [each for place, each in enumerate(every) if (place % _HELD_OUT_ONE_OF == 0) == is_held_out]
+
+
+def lines(number: int, seed: int, *, prompts: bool = False, is_held_out: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield conversations, or prompts with their answers, drawn with a seed."""
+    draws, known = random.Random(seed), questions(is_held_out=is_held_out)
+    drawn = draws.sample(known, min(number, len(known))) if is_held_out else draws.choices(known, k=number)
+    for question, answer in drawn:
+        if prompts:
+            yield {"prompt": question, "answer": answer}
+        else:
+            yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the file; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--number", type=int, default=2000, help="conversations (%(default)s)")
+    parser.add_argument("--number", type=int, default=2000, help="lines (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the draws (%(default)s)")
+    parser.add_argument("--prompts", action="store_true", help="write questions with their answers, not conversations")
+    parser.add_argument("--held-out", action="store_true", help="write questions that are written without it never")
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write, JSON lines")
     options = parser.parse_args(arguments)
     with open(options.output, "w", encoding="utf-8") as file:
-        file.writelines(json_text(conversation) + "\n" for conversation in conversations(options.number, options.seed))
+        file.writelines(json_text(line) + "\n" for line in lines(
+            options.number, options.seed, prompts=options.prompts, is_held_out=options.held_out))
     return 0
 
 

@@ -26,6 +26,7 @@ ROWS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("planning", "time and memory, before a run"),),
     (("guards", "what watches over a run"),),
     (("runs", "the training loop; where all rooms meet"),),
+    (("post_training", "a model that learns from its own answers"),),
     (("rehearsal", "ranks of a GPU run without a GPU"),),
     (("certification", "a layout against one process"),),
     (("papers", "what papers say, and what is given here"),),

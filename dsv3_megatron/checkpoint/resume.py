@@ -35,8 +35,7 @@ from dsv3_megatron.config.past import (
 from dsv3_megatron.config.recipe import DataSpan, Recipe, TrainedAmount
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import TrainingConfig
-from dsv3_megatron.data.datasets import dataset_config
-from dsv3_megatron.data.identity import data_identity, other_data
+from dsv3_megatron.data.identity import other_data, run_identity
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def _place_in_data(planned: Resumption, manifest: Manifest, is_change_allowed: b
         note = ("the checkpoint is of a release that did not record its data: they are taken to be these, and the run "
                 "goes on after as many samples as it has taken")
         return replace(planned, first_sample=span.first_sample + recipe.shift.samples, notes=(*planned.notes, note))
-    wrong = other_data(data_identity(dataset_config(run, span), phase.data), progress.data["identity"])
+    wrong = other_data(run_identity(run, phase), progress.data["identity"])
     if not wrong:
         return replace(planned, first_sample=progress.data["first_sample"], position=progress.data["position"])
     if not is_change_allowed:

@@ -7,6 +7,7 @@ Every module has `main(arguments)`, which returns the exit code. Nothing is impo
     train.py        one process of a run                   evaluate.py     loss and perplexity of a checkpoint
     generate.py     text from a checkpoint                 convert.py      to Hugging Face's format and back
     verify.py       whether checkpoints are what was written   sft.py      a model fine-tuned on conversations
+    grpo.py         a model that learns from its own answers
 
     preprocess.py   text to tokens on disk                 train_tokenizer.py   a tokenizer learned from text
     merge.py        datasets joined end to end             inspect.py      a dataset looked at, or verified

@@ -37,6 +37,7 @@ class Command:
 COMMANDS = (
     Command("train", "train a model, as one process of a run"),
     Command("sft", "fine-tune a model on conversations"),
+    Command("grpo", "let a model learn from its own answers"),
     Command("preprocess", "text to tokens on disk (.bin, .idx)", "--resume goes on"),
     Command("train-tokenizer", "learn a tokenizer from text", "nothing was written"),
     Command("merge", "join datasets end to end", "nothing was published"),

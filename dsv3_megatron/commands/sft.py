@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dsv3_megatron.commands import train
@@ -43,6 +43,32 @@ def command_line() -> CommandLine:
         begin=_begin, add_flags=_add_flags)
 
 
+def begin_with_base(name: str | None, fields: Mapping[str, Any], tuned: Callable[[RunConfig], RunConfig], *,
+                    global_batch_size: int) -> RunConfig:
+    """The run that flags of a fine-tuning change: a preset's, or one of the base model's architecture.
+
+    Args:
+        name: Name of a preset; None where none is given.
+        fields: Fields that flags and file give; `pretrained_checkpoint` among them names the base model.
+        tuned: Gives a run the settings of the fine-tuning.
+        global_batch_size: Sequences, or answers, of a step, where the architecture is the base model's.
+
+    Raises:
+        ValueError: the base model cannot be opened.
+    """
+    base = fields.get("pretrained_checkpoint")
+    if name is not None or base is None:
+        return tuned(preset(name or "tiny"))
+    from dsv3_megatron.checkpoint.open import errors_of_base, open_checkpoint
+
+    with errors_of_base(base):
+        opened = open_checkpoint(base)
+    run = tuned(opened.run(base, preset("tiny").training))
+    known = {field: value for field, value in opened.training.items() if field in ("micro_batch_size", "precision")}
+    length = min(opened.seq_length, opened.model.max_position_embeddings)
+    return run.override(load=None, seq_length=length, global_batch_size=global_batch_size, **known)
+
+
 def _parse(arguments: Sequence[str]) -> TrainingRequest:
     request, given = parse_line(arguments, command_line())
     if not request.run.data.sft:
@@ -69,18 +95,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _begin(name: str | None, fields: Mapping[str, Any]) -> RunConfig:
-    """The run that flags change: a preset's, or one of the base model's architecture, with the report's settings."""
-    base = fields.get("pretrained_checkpoint")
-    if name is not None or base is None:
-        return fine_tuned(preset(name or "tiny"))
-    from dsv3_megatron.checkpoint.open import errors_of_base, open_checkpoint
-
-    with errors_of_base(base):
-        opened = open_checkpoint(base)
-    run = fine_tuned(opened.run(base, preset("tiny").training))
-    known = {field: value for field, value in opened.training.items() if field in ("micro_batch_size", "precision")}
-    length = min(opened.seq_length, opened.model.max_position_embeddings)
-    return run.override(load=None, seq_length=length, global_batch_size=_GLOBAL_BATCH_SIZE, **known)
+    return begin_with_base(name, fields, fine_tuned, global_batch_size=_GLOBAL_BATCH_SIZE)
 
 
 def _steps_of(run: RunConfig, epochs: float) -> int:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dsv3_megatron.config.run import RunConfig
     from dsv3_megatron.guards.claims import Start
     from dsv3_megatron.planning.precheck import Told
+    from dsv3_megatron.runs.trainer import Trainer
 
 # Set by the launcher for its check before the start, of which there is one a node: how many there are, and which.
 NODES, NODE_RANK = "DSV3_NODES", "DSV3_NODE_RANK"
@@ -212,13 +213,15 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
             + check_dispatch(launched, _ranks_per_node(command, world_size)))
     # Each phase to run may have data of its own.
     data = [phase.data for phase in run.recipe().phases_to_run]
-    if not run.data.data_path:
+    if run.policy.is_on:
+        told += _check_prompts(run, is_new=start.load is None)
+    elif not run.data.data_path:
         raise ConfigError("data_path is not set: give the training data's PREFIX (of PREFIX.bin and PREFIX.idx, made "
                           "by dsv3 preprocess), as in --data-path PREFIX")
     prefixes = list(dict.fromkeys(
         prefix for section in data for field in ("data_path", "valid_data_path") if getattr(section, field)
         for prefix in parse_blend(getattr(section, field), field).prefixes))
-    if not all(section.valid_data_path for section in data):
+    if prefixes and not all(section.valid_data_path for section in data):
         parse_split(run.data.split)
     tokenizer = fingerprint(run.data.tokenizer_model) if run.data.tokenizer_model else None
     check_data(prefixes, vocab_size=run.model.vocab_size, tokenizer_fingerprint=tokenizer,
@@ -230,7 +233,7 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
     plan_resumption(run, start.load, start.iteration)
     if run.checkpoint.save:
         check_save_directory(run.checkpoint.save)
-    told += precheck.check_run_data(run)
+    told += precheck.check_run_data(run) if prefixes else []
     masks = [mask_prefix(prefix) for prefix in prefixes] if run.data.sft else []
     for prefix in masks:
         read_contents(prefix, cache_dir=run.data.data_cache_path)
@@ -245,6 +248,14 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
             run, world_size, is_planned=command.world_size is not None, hardware=command.hardware,
             allows_overflow=command.allow_memory_overflow)
     return told
+
+
+def _check_prompts(run: RunConfig, *, is_new: bool) -> list[Told]:
+    """Prompts, rewards and kept rollouts fit a run that learns from answers of its own."""
+    from dsv3_megatron.planning.precheck import Told
+    from dsv3_megatron.post_training.checks import check_policy
+
+    return [Told(text, is_warning=True) for text in check_policy(run, is_new=is_new)]
 
 
 def _launched(run: RunConfig, start: Start) -> RunConfig:
@@ -265,13 +276,23 @@ def _ranks_per_node(command: TrainingRequest, world_size: int) -> int | None:
     return None if command.world_size is not None else Processes.from_environment().local_size
 
 
+def _trainer_of(run: RunConfig) -> Trainer:
+    """The trainer of what a run learns from: texts and conversations, or answers of its own."""
+    if run.policy.is_on:
+        from dsv3_megatron.post_training.policy_trainer import PolicyTrainer
+
+        return PolicyTrainer(run)
+    from dsv3_megatron.runs.trainer import Trainer
+
+    return Trainer(run)
+
+
 def _train(command: TrainingRequest, processes: Processes) -> int:
     prepare_rank()
     from dsv3_megatron.parallel.roll_call import let_go
-    from dsv3_megatron.runs.trainer import Trainer
 
     def work() -> int:
-        trainer = Trainer(command.run)
+        trainer = _trainer_of(command.run)
         code = trainer.train()
         if code == 0 and not trainer.is_complete:
             code = stopped_code()

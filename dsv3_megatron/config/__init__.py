@@ -12,7 +12,7 @@ In reading order; a wrong setting raises `fields.ConfigError` before anything is
     guards.py        what is done about bad steps              run.py           RunConfig: all of these together
     presets.py       named runs                                files.py         TOML, YAML, JSON -> plain values
     load.py          command line and file -> RunConfig    world_size.py    processes at hand that a run can use
-    fine_tuning.py   settings of a fine-tuning
+    fine_tuning.py   settings of a fine-tuning             policy.py        GRPO: prompts, rewards, rollouts
 
 A run whose settings change under way:
 

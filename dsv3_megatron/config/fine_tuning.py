@@ -1,4 +1,4 @@
-"""The settings of a supervised fine-tuning: the report's, and ours where it is silent. No torch."""
+"""The settings of a supervised fine-tuning and of GRPO: the report's, and ours where it is silent. No torch."""
 
 from __future__ import annotations
 
@@ -22,3 +22,17 @@ def fine_tuned(run: RunConfig) -> RunConfig:
         run: A run, whose phases are left out.
     """
     return run.override(phases=(), stop_after_phase=None).override(**_REPORTS, **_OURS)
+
+
+# The report gives no values for GRPO. Weights that the objective does not move, as those of MTP modules, shall stay.
+_POLICYS: dict[str, Any] = {"sft": True, "lr": 1e-6, "min_lr": 1e-6, "lr_decay_style": "constant", "train_iters": 100,
+                            "weight_decay": 0.0, "mtp_loss_scaling_factor": 0.0}
+
+
+def policy_tuned(run: RunConfig) -> RunConfig:
+    """A run of the same model, layout and batch with the settings of GRPO; its prompts are to be given.
+
+    Args:
+        run: A run, whose phases are left out.
+    """
+    return run.override(phases=(), stop_after_phase=None).override(**_OURS).override(**_POLICYS)

@@ -34,6 +34,7 @@ _GROUP_TITLES = {
     "logging": "logs",
     "guards": "guards: steps that are not applied, spikes, hangs",
     "fp8": "FP8",
+    "policy": "GRPO: answers of its own that a model learns from (dsv3 grpo)",
 }
 
 

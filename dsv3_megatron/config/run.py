@@ -15,6 +15,7 @@ from dsv3_megatron.config.memory import require_moments, require_recompute
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.phases import check_fields_outside, errors_of_phase, validate_phases
+from dsv3_megatron.config.policy import PolicyConfig
 from dsv3_megatron.config.precision import Fp8Config
 from dsv3_megatron.config.recipe import PlannedPhase, Recipe, plan_recipe
 from dsv3_megatron.config.training import WITHOUT_PHASES, CheckpointConfig, LoggingConfig, TrainingConfig
@@ -29,6 +30,7 @@ SECTIONS: dict[str, type] = {
     "logging": LoggingConfig,
     "guards": GuardConfig,
     "fp8": Fp8Config,
+    "policy": PolicyConfig,
 }
 _SECTION_OF = {field.name: section for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
 
@@ -46,6 +48,7 @@ class RunConfig:
     logging: LoggingConfig
     guards: GuardConfig = GuardConfig()
     fp8: Fp8Config = Fp8Config()
+    policy: PolicyConfig = PolicyConfig()
 
     def override(self, **values: Any) -> RunConfig:
         """A copy in which each named field, whatever its section, has the given value.
@@ -124,6 +127,8 @@ class RunConfig:
             if getattr(self.logging, name) < 1:
                 raise ConfigError(f"{name}={getattr(self.logging, name)} must be at least 1")
         self.guards.validate(self.checkpoint)
+        self.policy.validate(self.data, self.training, self.parallel, self.guards, fp8=self.fp8.fp8,
+                             mtp_num_layers=self.model.mtp_num_layers)
 
     def _validate_training(self, world_size: int | None) -> None:
         """The rules of model, split and batch, which phases may change."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +31,8 @@ _STATE_VERSION = 1
 class SampleDataset(Protocol):
     """What the iterator needs: samples by number, as samples.py and Megatron-Core's datasets have them.
 
-    A sample that says where its documents end, as conversations' do, has `document_bounds` too.
+    A sample that says where its documents end, as conversations' do, has `document_bounds` too, and perhaps `extras`:
+    further values of each label, by name.
     """
 
     def __len__(self) -> int: ...
@@ -45,7 +46,8 @@ class Batch:
 
     tokens, labels and position ids are int64 [B, S], the loss mask float32 [B, S] (1 counts), sample ids int64 [B].
     `document_bounds` are plain numbers: a row for each sequence, 0 = b_0 < ... < b_n = S, whose documents lie from b_i
-    to b_(i+1); None where documents are not isolated.
+    to b_(i+1); None where documents are not isolated. `extras_BS` are further values of each label, float32 [B, S] by
+    name, which a loss of its own kind reads.
     """
 
     tokens_BS: torch.Tensor
@@ -54,13 +56,15 @@ class Batch:
     position_ids_BS: torch.Tensor
     sample_ids_B: torch.Tensor
     document_bounds: tuple[tuple[int, ...], ...] | None = None
+    extras_BS: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, *, is_non_blocking: bool = False) -> Batch:
         """Copy the batch to a device; the document bounds stay plain numbers."""
         tensors = {item.name: getattr(self, item.name) for item in fields(self)}
-        bounds = tensors.pop("document_bounds")
-        return Batch(**{name: tensor.to(device, non_blocking=is_non_blocking) for name, tensor in tensors.items()},
-                     document_bounds=bounds)
+        bounds, extras_BS = tensors.pop("document_bounds"), tensors.pop("extras_BS")
+        moved, extras_BS = ({name: tensor.to(device, non_blocking=is_non_blocking) for name, tensor in each.items()}
+                            for each in (tensors, extras_BS))
+        return Batch(**moved, document_bounds=bounds, extras_BS=extras_BS)
 
 
 def read_token_sequences(dataset: SampleDataset, start: int, stop: int) -> np.ndarray:
@@ -185,6 +189,8 @@ class BatchIterator(Iterator[Batch]):
             position_ids_BS=torch.stack([sample["position_ids"] for sample in samples]),
             sample_ids_B=torch.tensor(sample_ids, dtype=torch.int64),
             document_bounds=self._bounds(samples, tokens_BS),
+            extras_BS={name: torch.stack([sample["extras"][name] for sample in samples])
+                       for name in samples[0].get("extras", ())},
         )
 
     def _bounds(self, samples: list[Mapping[str, Any]], tokens_BS: torch.Tensor) -> tuple[tuple[int, ...], ...] | None:

@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.data.batches import BatchIterator, SampleDataset
+from dsv3_megatron.data.chat.prompts import ChatPrompts, open_run_prompts
 from dsv3_megatron.data.datasets import build_datasets, dataset_config
-from dsv3_megatron.data.identity import data_identity
+from dsv3_megatron.data.identity import run_identity
+from dsv3_megatron.data.samples import ENDLESS
 
 if TYPE_CHECKING:
     from dsv3_megatron.config.recipe import PlannedPhase
@@ -77,6 +81,32 @@ def open_current_data(run: RunConfig, phase: PlannedPhase, first_sample: int) ->
     Raises:
         ValueError: a file is missing or damaged, or there is less data than one sample needs.
     """
+    identity = run_identity(run, phase)
+    if run.policy.is_on:
+        samples = PromptSamples(open_run_prompts(run), run.policy.group_size, run.training.seed)
+        return CurrentData(samples, None, None, identity, first_sample)
     config = dataset_config(run, run.recipe().span_of(phase))
     data = build_datasets(config)
-    return CurrentData(data.train, data.valid, config.eod_id, data_identity(config, phase.data), first_sample)
+    return CurrentData(data.train, data.valid, config.eod_id, identity, first_sample)
+
+
+class PromptSamples:
+    """Prompts as samples, one for each answer, so that a checkpoint says which were answered, as it does of texts.
+
+    Args:
+        prompts: The prompts.
+        group_size: Answers to each.
+        seed: Seed of their order.
+    """
+
+    def __init__(self, prompts: ChatPrompts, group_size: int, seed: int) -> None:
+        self.prompts, self.group_size, self.seed = prompts, group_size, seed
+        self._width = max(len(prompt.ids) for prompt in prompts.prompts)
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        ids = self.prompts.of_group(index // self.group_size, self.seed).ids
+        tokens = torch.tensor([*ids, *[self.prompts.eod_id] * (self._width - len(ids))])
+        return {"tokens": tokens, "labels": tokens.roll(-1)}

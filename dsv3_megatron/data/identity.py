@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.data.blend import read_tokenizer_fingerprint
 from dsv3_megatron.data.chat.masked import mask_prefix
+from dsv3_megatron.data.chat.prompts import open_run_prompts
 from dsv3_megatron.data.contents import read_contents
-from dsv3_megatron.data.datasets import DatasetConfig, parse_split
+from dsv3_megatron.data.datasets import DatasetConfig, dataset_config, parse_split
 
 if TYPE_CHECKING:
     from dsv3_megatron.config.data import DataConfig
+    from dsv3_megatron.config.recipe import PlannedPhase
+    from dsv3_megatron.config.run import RunConfig
 
 # Of the order in samples.py; another one would be another order of the same data.
 _ORDER = 1
@@ -49,6 +52,26 @@ def data_identity(config: DatasetConfig, data: DataConfig) -> dict[str, Any]:
         "tokenizer": read_tokenizer_fingerprint(blend.prefixes),
         **{name: getattr(data, name) for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")},
         **(_of_conversations(blend.prefixes, data) if data.sft else {}),
+    }
+
+
+def run_identity(run: RunConfig, phase: PlannedPhase) -> dict[str, Any]:
+    """What the samples of a phase of a run follow from: those of its datasets, or the answers to its prompts.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    span = run.recipe().span_of(phase)
+    if not run.policy.is_on:
+        return data_identity(dataset_config(run, span), phase.data)
+    prompts = open_run_prompts(run)
+    return {
+        "order": _ORDER,
+        "seed": run.training.seed,
+        "group_size": run.policy.group_size,
+        "datasets": [{"name": os.path.basename(prompts.file), "sequences": len(prompts.prompts),
+                      **dict.fromkeys(_HASHES, prompts.sha256)}],
+        "tokenizer": prompts.tokenizer,
     }
 
 

@@ -24,6 +24,7 @@ from dsv3_megatron.generation.cache import KeyValueCache, Places, make_cache
 from dsv3_megatron.generation.cached_layers import LatentAttention, Layer, Norm, product_like
 from dsv3_megatron.model.attention import LocalMLASelfAttention
 from dsv3_megatron.ops.attention import causal_attention
+from dsv3_megatron.ops.cross_entropy import linear_cross_entropy
 
 # Rotary tables are made for a multiple of this many positions, not anew for every token.
 _TABLE_STEP = 1024
@@ -169,6 +170,20 @@ class CachedModel:
             rows_TH = torch.nn.functional.pad(rows_TH, (0, 0, 0, num_added))
         logits_TV = self._multiply(rows_TH, self._head)
         return logits_TV[:len(logits_TV) - num_added].reshape(*hidden.shape[:-1], -1)
+
+    @torch.no_grad()
+    def logprobs(self, hidden_TH: torch.Tensor, tokens_T: torch.Tensor, *, least_rows: int = 1) -> torch.Tensor:
+        """Log-probability of each token, fp32 [T], by the function that training computes its losses with.
+
+        Args:
+            hidden_TH: Hidden states after the final norm that the tokens were chosen from.
+            tokens_T: int64 ids.
+            least_rows: Rows that are multiplied at least, a cache's; zeros where there are fewer.
+        """
+        num_added = max(0, least_rows - len(tokens_T))
+        padded_TH = torch.nn.functional.pad(hidden_TH, (0, 0, 0, num_added))
+        losses_T = linear_cross_entropy(padded_TH, self._head, torch.nn.functional.pad(tokens_T, (0, num_added)))
+        return -losses_T[:len(tokens_T)]
 
     def _main(self, tokens_T: torch.Tensor, run: _Run) -> torch.Tensor:
         return self._norm(run.through(self._layers, self._embed(tokens_T)))

@@ -87,11 +87,21 @@ class Options:
 
 @dataclass(frozen=True)
 class NewTokens:
-    """What came next of one prompt: its ids, the end token not among them; why it ended, None while it goes on."""
+    """What came next of one prompt.
+
+    Attributes:
+        prompt: Number of the prompt among those that were given.
+        ids: New ids, the end token not among them.
+        ended: Reason of its end; None while it goes on.
+        end_id: The end token that ended it; None where none did.
+        states_TH: Hidden states that the new ids, and the end token behind them, were chosen from.
+    """
 
     prompt: int
     ids: tuple[int, ...]
     ended: str | None
+    end_id: int | None = None
+    states_TH: torch.Tensor | None = None
 
 
 @dataclass
@@ -149,11 +159,12 @@ class Generator:
         self.model, self.options = model, options
         self.statistics = GenerationStatistics()
 
-    def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[NewTokens]:
+    def generate(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None = None) -> Iterator[NewTokens]:
         """Continue each prompt, batch after batch.
 
         Args:
             prompts: Ids of each prompt.
+            numbers: Number of each, which its draws follow from; None: its place among the prompts.
 
         Yields:
             New tokens of a prompt, whichever has some; the last of each says why it ended.
@@ -164,10 +175,11 @@ class Generator:
         for number, ids in enumerate(prompts):
             self.options.check_prompt(ids, self.model.embedding.shape[0], f"prompt {number + 1}")
         return itertools.chain.from_iterable(
-            self._continue(first, prompts[first: first + self.options.batch_size])
+            self._continue(first, prompts[first: first + self.options.batch_size],
+                           (numbers or range(len(prompts)))[first: first + self.options.batch_size])
             for first in range(0, len(prompts), self.options.batch_size))
 
-    def _continue(self, first: int, prompts: Sequence[Sequence[int]]) -> Iterator[NewTokens]:
+    def _continue(self, first: int, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> Iterator[NewTokens]:
         options, statistics = self.options, self.statistics
         active = [self._sequence(first + row, len(ids)) for row, ids in enumerate(prompts)]
         made = SpeculativeDecoder if options.speculative else PlainDecoder
@@ -175,13 +187,13 @@ class Generator:
             started = time.perf_counter()
             decoder = made(
                 self.model, prompts, sampling=options.sampling, kv_cache=options.kv_cache,
-                streams=UniformStreams(options.sampling.seed, range(first, first + len(prompts))),
+                streams=UniformStreams(options.sampling.seed, numbers),
                 max_new_tokens=max(sequence.room for sequence in active))
             new = decoder.start()
         statistics.prefill_s += time.perf_counter() - started
         statistics.num_prompt_tokens += sum(map(len, prompts))
         statistics.cache_bytes_per_token = decoder.cache_bytes_per_token
-        events, counted = self._take(active, new)
+        events, counted = self._take(active, new, decoder.states)
         statistics.num_first_tokens += counted
         yield from events
         while going := [row for row, event in enumerate(events) if event.ended is None]:
@@ -197,7 +209,7 @@ class Generator:
             statistics.num_drafts += drafts
             statistics.num_accepted += accepted
             active = [active[row] for row in going]
-            events, counted = self._take(active, new)
+            events, counted = self._take(active, new, decoder.states)
             statistics.num_decoded_tokens += counted
             yield from events
 
@@ -207,20 +219,23 @@ class Generator:
             return _Sequence(prompt, left, CONTEXT)
         return _Sequence(prompt, self.options.max_new_tokens, MAX_NEW_TOKENS)
 
-    def _take(self, active: Sequence[_Sequence], new: Sequence[list[int]]) -> tuple[list[NewTokens], int]:
-        """What each sequence makes of its new tokens, and how many of these counted."""
+    def _take(self, active: Sequence[_Sequence], new: Sequence[list[int]], states: Sequence[torch.Tensor]
+              ) -> tuple[list[NewTokens], int]:
+        """What each sequence makes of its new tokens and their hidden states, and how many of these counted."""
         events, counted = [], 0
-        for sequence, ids in zip(active, new, strict=True):
-            ids, ended = ids[:sequence.room], None
+        for sequence, ids, states_TH in zip(active, new, states, strict=True):
+            ids, ended, end_id = ids[:sequence.room], None, None
             end = next((at for at, token in enumerate(ids) if token in self.options.stop_ids), None)
             if end is not None:
+                end_id = ids[end]
                 ids, ended = ids[:end], END_OF_TEXT
                 counted += 1
             elif len(ids) == sequence.room:
                 ended = sequence.room_ends
             sequence.room -= len(ids)
             counted += len(ids)
-            events.append(NewTokens(sequence.prompt, tuple(ids), ended))
+            chosen = len(ids) + (end_id is not None)
+            events.append(NewTokens(sequence.prompt, tuple(ids), ended, end_id, states_TH[:chosen]))
         return events, counted
 
 

@@ -60,10 +60,14 @@ class PlainDecoder:
         streams: Uniform numbers of each sequence.
         kv_cache: "latent", "full" or "training".
         max_new_tokens: Tokens after the longest prompt that there is room for.
+
+    Attributes:
+        states: Hidden states that each sequence's newest tokens were chosen from, [new tokens, H] each.
     """
 
     def __init__(self, model: CachedModel, sequences: Sequence[Sequence[int]], *, sampling: Sampling,
                  streams: UniformStreams, kv_cache: str, max_new_tokens: int) -> None:
+        self.states: list[torch.Tensor] = []
         self.model, self.sampling, self.streams = model, sampling, streams
         self.prompts = Prompts.pack(sequences, model.device)
         self.kv_cache, self.capacity = kv_cache, max(self.prompts.lengths) + max_new_tokens
@@ -81,7 +85,7 @@ class PlainDecoder:
         """The next tokens of each sequence, at least one."""
         hidden_1BH = self.model.decode(self.newest_B.unsqueeze(-1), self.positions, self.cache)
         self.positions = [position + 1 for position in self.positions]
-        self.newest_B = self._choose(hidden_1BH[0])
+        self.newest_B, self.states = self._choose(hidden_1BH[0]), list(hidden_1BH.transpose(0, 1))
         return self.newest_B.unsqueeze(-1).tolist()
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -99,7 +103,8 @@ class PlainDecoder:
     def _prefill(self) -> torch.Tensor:
         """Run the prompts and choose their next tokens; the main model's [T, 1, H]."""
         hidden_T1H = self.model.prefill(self.prompts, self.cache)
-        self.newest_B = self._choose(hidden_T1H[self.prompts.last_B(), 0])
+        last_B1H = hidden_T1H[self.prompts.last_B()]
+        self.newest_B, self.states = self._choose(last_B1H[:, 0]), list(last_B1H)
         return hidden_T1H
 
     def _choose(self, hidden_BH: torch.Tensor) -> torch.Tensor:
@@ -163,6 +168,7 @@ class SpeculativeDecoder(PlainDecoder):
         self.num_accepted += sum(accepted)
         new = [[draft, token] if stands else [token]
                for stands, draft, token in zip(accepted, self.draft_B.tolist(), token_B.tolist(), strict=True)]
+        self.states = [hidden_2BH[:len(ids), row] for row, ids in enumerate(new)]
         self._draft_after(is_accepted_B, token_B, hidden_2BH[:1 + any(accepted)])
         self.positions = [position + len(tokens) for position, tokens in zip(self.positions, new, strict=True)]
         self.newest_B = token_B

@@ -20,6 +20,9 @@ from dsv3_megatron.metrics.balance import max_violation
 from dsv3_megatron.metrics.flops import RunSpeed
 from dsv3_megatron.metrics.run_records import StepReport
 
+# Of what GRPO reports, what a line has room for.
+_SHOWN_EXTRAS = ("grpo/reward", "grpo/length")
+
 
 def compact(value: float, digits: int = 3) -> str:
     """A number to three digits, or more, with its magnitude: 950, 12.3k, 4.56M, 7.89B, 1.2T."""
@@ -63,6 +66,7 @@ def log_line(reports: Sequence[StepReport], speed: RunSpeed, train_iters: int) -
         fields.append(f"mfu {rates.mfu:.1%}")
     if last.expert_load:
         fields.append(f"max-violation {_mean_violation(last):.2f}")
+    fields += [f"{name.rpartition('/')[2]} {value:.3g}" for name, value in last.extras.items() if name in _SHOWN_EXTRAS]
     num_skipped = sum(report.skipped for report in reports)
     if num_skipped:
         fields.append(f"skipped {num_skipped}")

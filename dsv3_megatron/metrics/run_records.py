@@ -59,6 +59,7 @@ class StepReport:
         bias_update_rate: Step of the routers' biases, gamma; None without routed experts.
         phase: Name of the phase it belongs to; None in a run without phases.
         measurements: What the instruments saw; None on a step that is not logged.
+        extras: Further numbers of a run with a loss of its own kind, by their tags.
     """
 
     iteration: int
@@ -81,6 +82,7 @@ class StepReport:
     bias_update_rate: float | None = None
     phase: str | None = None
     measurements: Measurements | None = None
+    extras: Mapping[str, float] = field(default_factory=dict)
 
 
 def is_logged(iteration: int, log_interval: int) -> bool:

@@ -38,6 +38,7 @@ def step_scalars(report: StepReport, speed: RunSpeed) -> dict[str, float]:
                         ("bias-update-rate", report.bias_update_rate)):
         if value is not None:
             scalars[name] = value
+    scalars |= report.extras
     scalars |= balance_scalars(report.expert_load)
     if report.measurements is not None:
         scalars |= measurement_scalars(report.measurements)

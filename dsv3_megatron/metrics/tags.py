@@ -26,6 +26,8 @@ CONDITIONS = {
     "start": "once, at the start",
     "peak": "device's peak known",
     "gpu": "on a GPU",
+    "grpo": "with GRPO",
+    "grpo-validation": "with GRPO, each validation",
 }
 
 
@@ -122,6 +124,22 @@ TAGS: tuple[Tag, ...] = (
     _scalar("expert-groups/group-{group}", "tokens", "sent to a group in the step, a token once; mean over the layers",
             "groups"),
     Tag("expert-groups/now", "image", "", "tokens per group over their mean, layers x groups", "groups"),
+    # GRPO: answers of the model's own. `lm loss` is then the objective with its sign turned.
+    _scalar("grpo/reward", "", "weighted reward of an answer, mean over the rollout", "grpo"),
+    _scalar("grpo/reward/{rule}", "", "reward by one rule, before its weight", "grpo"),
+    _scalar("grpo/length", "tokens", "of an answer with its end token, mean over the rollout", "grpo"),
+    _scalar("grpo/unfinished", "share", "answers that were cut at their longest length", "grpo"),
+    _scalar("grpo/entropy", "nats/token", "of the distribution that a token of an answer was drawn from", "grpo"),
+    _scalar("grpo/no-signal", "share", "groups whose answers all have one reward: they add nothing to the gradient but "
+            "the divergence's", "grpo"),
+    _scalar("grpo/kl", "nats", "estimate of the divergence from the reference, of answers or of tokens as grpo_level "
+            "says", "grpo"),
+    _scalar("grpo/clip-fraction", "share", "ratios, of answers or of tokens, that the clipping leaves without a "
+            "gradient", "grpo"),
+    _scalar("grpo/ratio", "", "mean ratio of the probability now to that at the rollout", "grpo"),
+    _scalar("grpo/reward validation", "", "weighted reward of the likeliest answers to prompts that are kept apart",
+            "grpo-validation"),
+    _scalar("grpo/length validation", "tokens", "of these answers", "grpo-validation"),
     # The run itself.
     Tag("config/text_summary", "text", "", "the resolved configuration, as in config.json", "start"),
     Tag("environment/text_summary", "text", "", "what the run found: device, world size, precision", "start"),

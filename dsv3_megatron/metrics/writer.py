@@ -71,6 +71,7 @@ def step_record(report: StepReport, speed: RunSpeed) -> dict[str, Any]:
         "skipped": report.skipped,
         "spike": report.is_spike,
         "num_rollbacks": report.num_rollbacks,
+        **report.extras,
     }
 
 
@@ -189,6 +190,15 @@ class MetricsWriter:
         if not self.enabled:
             return
         self._events.add_scalar("lm loss validation average", lm_loss, iteration)
+        self._events.flush()
+
+    def write_answers(self, iteration: int, numbers: Mapping[str, float]) -> None:
+        """Log what answers to the prompts that are kept apart are worth, by tag, after `iteration` steps."""
+        if not self.enabled:
+            return
+        self._append({"kind": "validation", "iteration": iteration, **numbers})
+        for name, value in numbers.items():
+            self._events.add_scalar(f"{name} validation", value, iteration)
         self._events.flush()
 
     def close(self) -> None:

@@ -51,7 +51,7 @@ def sum_losses(loss_mask_BS: torch.Tensor, losses: TokenLosses, *, mtp_weight: f
 
 
 def sum_reports(collected: list[dict[str, Any]], groups: ProcessGroupCollection, device: Device, *,
-                num_mtp_layers: int) -> torch.Tensor:
+                num_mtp_layers: int, num_extras: int = 0) -> torch.Tensor:
     """The sums that `sum_losses` reported, over this rank's micro-batches; to be added up over all ranks.
 
     Args:
@@ -59,11 +59,12 @@ def sum_reports(collected: list[dict[str, Any]], groups: ProcessGroupCollection,
         groups: The run's process groups; tensor-parallel ranks report the same numbers, of which the first's count.
         device: Device of this process.
         num_mtp_layers: MTP losses in a report.
+        num_extras: Further sums behind them, of a loss of its own kind.
 
     Returns:
-        fp64 [2 + num_mtp_layers], on the device.
+        fp64 [2 + num_mtp_layers + num_extras], on the device.
     """
-    sums = torch.zeros(2 + num_mtp_layers, dtype=torch.float64, device=device.torch_device)
+    sums = torch.zeros(2 + num_mtp_layers + num_extras, dtype=torch.float64, device=device.torch_device)
     if groups.tp.rank() == 0:
         for report in collected:
             sums += report["sums"]

@@ -75,7 +75,8 @@ def read_run_config(path: Path) -> RunConfig:
     try:
         values = read_json(path)
         return RunConfig(preset=values["preset"], **{
-            name: cls(**values[name]) for name, cls in SECTIONS.items() if name in values or name != "guards"})
+            name: cls(**values[name]) for name, cls in SECTIONS.items()
+            if name in values or name not in ("guards", "policy")})
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: give the folder of a run, with tensorboard/{CONFIG_FILE} in it") from None
     except (ValueError, KeyError, TypeError) as error:

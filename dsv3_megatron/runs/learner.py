@@ -38,6 +38,7 @@ from dsv3_megatron.model.build import wrap_stages
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.model.losses import sum_losses
 from dsv3_megatron.model.stage.buckets import buckets_of, finish_gathering
+from dsv3_megatron.model.stage.runner import LossFunction
 from dsv3_megatron.ops.fp8.held_weights import constant_weights
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.optimizer import build_optimizer, set_learning_rate
@@ -56,6 +57,7 @@ class TakenStep:
 
     Attributes:
         losses: Mean losses of the step's tokens.
+        extras: Further means of a loss of its own kind, by the learner's `extra_names`.
         balance_loss: Balance loss before alpha, mean over sequences and MoE layers; None where there is none.
         outcome: What the guards made of the step: whether the update was applied, and the gradient's norm.
         loads_LE: int64 [L, E], on the host: tokens that each expert got; rows of dense layers are zero.
@@ -63,6 +65,7 @@ class TakenStep:
     """
 
     losses: StepLosses
+    extras: dict[str, float]
     balance_loss: float | None
     outcome: StepOutcome
     loads_LE: torch.Tensor
@@ -76,6 +79,9 @@ def build_for_training(run: RunConfig) -> BuiltModel:
 
 class Learner:
     """One process's stages with their gradients, their optimizer and their guard.
+
+    A learner with a loss of its own kind replaces `_loss`, and names in `extra_names` the sums that it reports behind
+    the losses, which become means as these do.
 
     Args:
         built: The stages; their parameters move into the learner's buffers, where both still see them.
@@ -91,6 +97,8 @@ class Learner:
             `finish_gathering`.
     """
 
+    extra_names: tuple[str, ...] = ()
+
     def __init__(self, built: BuiltModel) -> None:
         self.run = run = built.run
         self.device, self.groups, self.precision, self.mcore_config = (
@@ -101,8 +109,7 @@ class Learner:
             gathers_late=overlaps and run.parallel.overlap_param_gather)
         self.are_weights_read = True
         self.optimizer = build_optimizer(run.training, list(self.chunks), self.groups, precision=self.precision)
-        self.average = WeightAverage(self.optimizer, list(self.chunks), self.groups, decay=run.training.ema_decay
-                                     ) if run.training.ema_decay else None
+        self.average = self.make_average()
         self.instruments = Instruments(run, self.chunks, self.optimizer, self.groups, self.device)
         self._groups_of_gradients = groups_of_gradients(run.model, run.parallel, self.groups)
         # The function that takes micro-batches through the stages calls it behind the last of them.
@@ -112,6 +119,11 @@ class Learner:
         self.guard = Guard(run.guards)
         self.guard_log = EventLog(run.logging.tensorboard_dir, enabled=torch.distributed.get_rank() == 0)
         self.phase = run.recipe().phases_to_run[0]
+
+    def make_average(self) -> WeightAverage | None:
+        """The moving average of the weights that the run keeps; None if it keeps none."""
+        decay = self.run.training.ema_decay
+        return WeightAverage(self.optimizer, list(self.chunks), self.groups, decay=decay) if decay else None
 
     def beat(self, doing: str) -> None:
         """Hear that the step goes on, and with what; for a watchdog."""
@@ -142,7 +154,8 @@ class Learner:
             collected = self.run_microbatches(microbatches, plan.global_batch_size, forward_only=False)
         self.beat("optimizer")
         with clock.part("optimizer"):
-            sums = sum_step(self.run.model, self.chunks, self.optimizer, collected, self.groups, self.device)
+            sums = sum_step(self.run.model, self.chunks, self.optimizer, collected, self.groups, self.device,
+                            num_extras=len(self.extra_names))
             balance_loss = self._mean_balance_loss(sums.balance_loss, plan.global_batch_size)
             if self.average:
                 self.average.wait()
@@ -161,16 +174,18 @@ class Learner:
                                      update_rate=plan.bias_update_rate)
         with clock.part("logging"):
             measurements = self.instruments.end_step()
-        return TakenStep(sums.losses, balance_loss, outcome, sums.loads_LE, measurements)
+        extras = dict(zip(self.extra_names, sums.extras, strict=True))
+        return TakenStep(sums.losses, extras, balance_loss, outcome, sums.loads_LE, measurements)
 
-    def run_microbatches(self, batches: Sequence[Iterator[Batch]], num_sequences: int, *, forward_only: bool
-                         ) -> list[dict[str, Any]]:
+    def run_microbatches(self, batches: Sequence[Iterator[Batch]], num_sequences: int, *, forward_only: bool,
+                         loss: LossFunction | None = None) -> list[dict[str, Any]]:
         """Take one global batch through the pipeline; called by every rank.
 
         Args:
             batches: Micro-batches of each chunk.
             num_sequences: Sequences of the global batch.
             forward_only: No backward pass, and no reduction of gradients.
+            loss: Function that makes of token losses what is reported; None: the run's loss.
 
         Returns:
             This rank's reports of its micro-batches.
@@ -184,7 +199,7 @@ class Learner:
         # No weight changes within a global batch: in FP8 each is quantized once for all its micro-batches.
         with constant_weights():
             return self.forward_backward(
-                forward_step_func=ForwardStep(self._next_batch, self.run.data, self._loss),
+                forward_step_func=ForwardStep(self._next_batch, self.run.data, loss or self._loss),
                 data_iterator=list(batches) if len(batches) > 1 else batches[0],
                 model=list(self.chunks) if len(self.chunks) > 1 else self.chunks[0],
                 num_microbatches=num_microbatches,

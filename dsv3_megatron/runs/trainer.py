@@ -299,6 +299,7 @@ class Trainer(Learner):
             bias_update_rate=plan.bias_update_rate,
             phase=plan.phase.name if run.training.phases else None,
             measurements=step.measurements,
+            extras=step.extras,
         ), stopped
 
     def _agree_to_stop(self) -> int:

@@ -22,7 +22,7 @@ MAX_LINES = 450
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("config",), ("process",), ("platform",), ("kernels",), ("ops",), ("data",), ("parallel",), ("model",),
     ("schedule",), ("optim",), ("checkpoint", "metrics"), ("generation", "reports"), ("planning",), ("guards",),
-    ("runs",), ("rehearsal",), ("certification",), ("papers",), ("commands",),
+    ("runs",), ("post_training",), ("rehearsal",), ("certification",), ("papers",), ("commands",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # The only modules beside the packages above; they may import every stage.

@@ -82,7 +82,7 @@ def check_command(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) 
     module = importlib.import_module(f"dsv3_megatron.commands.{name.replace('-', '_')}")
     if name == "train":
         check_run(words)
-    elif name == "sft":  # the base model need not be there
+    elif name in ("sft", "grpo"):  # the base model need not be there
         parse_line([word for index, word in enumerate(words) if word != "..." and "--pretrained-checkpoint" not in
                     (word, words[index - 1])], module.command_line())
     elif name == "plan":  # its flags are a run's too

@@ -63,18 +63,46 @@ def read_conversation(line: str) -> Conversation:
         RecordError: the line holds no conversation in one of the three forms, or one that cannot be trained on: a role
             is unknown or out of order, an assistant's turn has no text, or the assistant never speaks.
     """
+    conversation = _conversation_of(_record_of(line))
+    if not any(conversation.trained):
+        raise RecordError("no assistant turn", "no turn of the assistant that counts",
+                          "give the conversation an answer, or leave it out")
+    return conversation
+
+
+def read_prompt(line: str) -> tuple[Conversation, dict[str, Any]]:
+    """Read the conversation that a line of JSON holds up to where the assistant is to answer, and the whole object.
+
+    Args:
+        line: One JSON object, in one of the forms of `read_conversation`; of `prompt` and `completion` the first.
+
+    Raises:
+        RecordError: the line holds no such conversation, or the last turn is not a user's or a tool's.
+    """
+    record = _record_of(line)
+    is_text = "prompt" in record and "messages" not in record and "conversations" not in record
+    asked = {**record, "messages": _turns("prompt", "user", record["prompt"])} if is_text else record
+    conversation = _conversation_of(asked)
+    last = conversation.messages[-1]["role"]
+    if last not in _BEFORE["assistant"]:
+        raise RecordError("no question", f"the last message is the {last}'s", "a prompt ends with a user's or a tool's")
+    return conversation, record
+
+
+def _record_of(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise RecordError("invalid JSON", f"invalid JSON ({error})", "each line must be one JSON object") from None
     if not isinstance(record, dict):
         raise RecordError("not an object", f"a JSON {type(record).__name__}", "each line must be one JSON object")
+    return record
+
+
+def _conversation_of(record: Mapping[str, Any]) -> Conversation:
     messages = [_checked(message, number) for number, message in enumerate(_messages_of(record), start=1)]
     conversation = Conversation(messages, _tools_of(record))
     _check_order(messages)
-    if not any(conversation.trained):
-        raise RecordError("no assistant turn", "no turn of the assistant that counts",
-                          "give the conversation an answer, or leave it out")
     return conversation
 
 

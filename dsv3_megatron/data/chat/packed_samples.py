@@ -13,8 +13,8 @@ Legend: S positions of a sequence, d documents.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -37,11 +37,39 @@ class PackedRow:
         ids_S1: int64 [S + 1], tokens and the one after them.
         mask_S: float32 [S], 1 where the label of the position counts.
         bounds: First positions of the conversations, from 0, then of the filling if there is one, then S.
+        extras_S: Further float32 [S] by name, each the value of the position's label; 0 where it does not count.
     """
 
     ids_S1: np.ndarray
     mask_S: np.ndarray
     bounds: tuple[int, ...]
+    extras_S: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def pack_row(documents: Sequence[tuple[np.ndarray, ...]], length: int, *, filling: int, names: Sequence[str] = ()
+             ) -> PackedRow:
+    """Lay documents behind each other in a row.
+
+    Args:
+        documents: Ids of each document, what counts of them, and further values of each token, one for each name;
+            together they have at most `length` + 1 tokens.
+        length: Positions of the row, without the token after the last.
+        filling: Token id behind them.
+        names: Names of the further values.
+    """
+    ids_S1 = np.full(length + 1, filling, dtype=np.int64)
+    # Of the token at each place; a label's place is one further on than its position.
+    values = np.zeros((1 + len(names), length + 1), dtype=np.float32)
+    starts, at = [], 0
+    for ids, *rest in documents:
+        ids_S1[at : at + len(ids)] = ids
+        values[:, at : at + len(ids)] = rest
+        values[:, at] = 0.0  # its label's position is in the document before
+        starts.append(at)
+        at += len(ids)
+    starts += [at] if at < length else []
+    return PackedRow(ids_S1, values[0, 1:], (*(start for start in starts if start < length), length),
+                     dict(zip(names, values[1:, 1:], strict=True)))
 
 
 @dataclass(frozen=True)
@@ -136,19 +164,11 @@ class PackedConversations:
     def read(self, index: int) -> PackedRow:
         """The sample at an index."""
         epoch, place = divmod(index, self.samples_per_epoch)
-        length = self.seq_length
-        ids_S1 = np.full(length + 1, self._filling, dtype=np.int64)
-        # Of the token at each place; a label's place is one further on than its position.
-        mask_S1, starts, at = np.zeros(length + 1, dtype=np.float32), [], 0
+        documents = []
         for conversation in self._packing[self._order_of_epoch(epoch)[place]].tolist():
             number, count = int(self._numbers_d[conversation]), int(self._lengths_d[conversation])
-            ids_S1[at : at + count] = self._tokens.read(number, count)
-            mask_S1[at : at + count] = self._masks.read(number, count)
-            mask_S1[at] = 0.0  # its label's position is in the conversation before
-            starts.append(at)
-            at += count
-        starts += [at] if at < length else []
-        return PackedRow(ids_S1, mask_S1[1:], (*(start for start in starts if start < length), length))
+            documents.append((self._tokens.read(number, count), self._masks.read(number, count)))
+        return pack_row(documents, self.seq_length, filling=self._filling)
 
     def _order_of_epoch_uncached(self, epoch: int) -> Permutation:
         return Permutation(self.samples_per_epoch, derive_keys("samples", self.seed, self.number, epoch, count=8))
@@ -174,7 +194,8 @@ class ConversationSamples:
         row = self.source.read(index)
         return {"tokens": torch.from_numpy(row.ids_S1[:-1]), "labels": torch.from_numpy(row.ids_S1[1:]),
                 "loss_mask": torch.from_numpy(row.mask_S), "document_bounds": row.bounds,
-                "position_ids": torch.from_numpy(restarted_positions(row.bounds))}
+                "position_ids": torch.from_numpy(restarted_positions(row.bounds)),
+                "extras": {name: torch.from_numpy(values_S) for name, values_S in row.extras_S.items()}}
 
 
 class _Stored:

@@ -1,0 +1,138 @@
+"""Answers to prompts, generated with the weights of the time, judged, and gathered from all replicas.
+
+Each replica answers its share of the prompts in one process. What an answer is follows from the run's seed, the
+rollout's number and the answer's place in it: not from the replicas, nor from which answers are generated together.
+
+Shapes: T tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.data.chat.prompts import ChatPrompt
+from dsv3_megatron.data.order import derive_keys
+from dsv3_megatron.generation.forward import CachedModel
+from dsv3_megatron.generation.generator import END_OF_TEXT, Generator, Options
+from dsv3_megatron.generation.sampling import Sampling
+from dsv3_megatron.generation.text import TextCodec
+from dsv3_megatron.post_training.rewards import Rewards
+from dsv3_megatron.post_training.rollout import Answer
+
+# Tokens whose distributions are in memory at once.
+_TOKENS_AT_A_TIME = 1024
+_LEAST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt that is to be answered once.
+
+    Attributes:
+        prompt: The prompt.
+        group: Number of its group in the run.
+        number: Number of the answer in its rollout.
+    """
+
+    prompt: ChatPrompt
+    group: int
+    number: int
+
+
+class Sampler:
+    """Generates and judges answers.
+
+    Args:
+        run: The run.
+        codec: The tokenizer.
+        rewards: Rules that judge.
+        beat: Function that hears that the work goes on.
+    """
+
+    def __init__(self, run: RunConfig, codec: TextCodec, rewards: Rewards, beat: Callable[[str], None]) -> None:
+        self.run, self.codec, self.rewards, self._beat = run, codec, rewards, beat
+
+    def answer(self, stage: torch.nn.Module, asked: Sequence[Asked], *, rollout: int | None) -> list[Answer]:
+        """Answer prompts in this process.
+
+        Args:
+            stage: The whole model, in eval mode.
+            asked: What is to be answered.
+            rollout: Number of the rollout, which the draws follow from; None: the likeliest tokens are taken.
+
+        Raises:
+            RewardError: an answer could not be judged.
+        """
+        policy = self.run.policy
+        sampling = Sampling() if rollout is None else Sampling(
+            1.0, seed=derive_keys("rollout", self.run.training.seed, rollout, count=1)[0] >> 32)
+        options = Options(policy.max_new_tokens, self.run.model.max_position_embeddings, sampling,
+                          kv_cache=policy.rollout_kv_cache, speculative=policy.rollout_speculative,
+                          batch_size=policy.rollout_batch_size, stop_ids=self.codec.stop_ids)
+        model = CachedModel(stage)
+        ids: list[list[int]] = [[] for _ in asked]
+        states: list[list[torch.Tensor]] = [[] for _ in asked]
+        answers: list[Answer | None] = [None] * len(asked)
+        for event in Generator(model, options).generate([each.prompt.ids for each in asked],
+                                                        [each.number for each in asked]):
+            place = event.prompt
+            ids[place] += event.ids if event.end_id is None else (*event.ids, event.end_id)
+            assert event.states_TH is not None
+            states[place].append(event.states_TH)
+            if event.ended is not None:
+                self._beat("rollout")
+                answers[place] = self._judged(model, asked[place], ids[place], torch.cat(states[place]),
+                                              is_finished=event.ended == END_OF_TEXT)
+                states[place] = []
+        assert None not in answers
+        return [answer for answer in answers if answer is not None]
+
+    @torch.inference_mode()
+    def _judged(self, model: CachedModel, asked: Asked, ids: list[int], states_TH: torch.Tensor, *, is_finished: bool
+                ) -> Answer:
+        tokens_T = torch.tensor(ids, device=model.device)
+        logprobs_T = torch.cat([model.logprobs(rows, tokens, least_rows=_LEAST_ROWS) for rows, tokens in zip(
+            states_TH.split(_TOKENS_AT_A_TIME), tokens_T.split(_TOKENS_AT_A_TIME), strict=True)])
+        text = self.codec.decode(ids[:len(ids) - is_finished])
+        where = f"{self.run.policy.prompts}, line {asked.prompt.line}"
+        values = self.rewards.of(text, asked.prompt.record, where)
+        return Answer(asked.prompt.line, asked.group, asked.prompt.ids, tuple(ids), is_finished, text,
+                      logprobs_T.float().cpu().numpy(), float(_entropies(model, states_TH).mean()), values,
+                      self.rewards.weighted(values))
+
+
+def _entropies(model: CachedModel, states_TH: torch.Tensor) -> torch.Tensor:
+    """Entropy of the distribution behind each hidden state, in nats, fp32 [T]."""
+    parts = []
+    for rows in states_TH.split(_TOKENS_AT_A_TIME):
+        logprobs_TV = model.logits(rows).float().log_softmax(dim=-1)
+        parts.append(-(logprobs_TV.exp() * logprobs_TV).sum(dim=-1))
+    return torch.cat(parts)
+
+
+def gathered(mine: Callable[[], list[Answer]], group: torch.distributed.ProcessGroup) -> list[list[Answer]]:
+    """The answers of all replicas; called by each, and the same on each.
+
+    Args:
+        mine: Function that makes this replica's.
+        group: Processes of all replicas.
+
+    Raises:
+        ConfigError: an answer of one of them could not be judged; on all of them, so that none waits for it.
+    """
+    found: list[Answer] | str
+    try:
+        found = mine()
+    except ConfigError as error:
+        found = str(error)
+    everyone: list[list[Answer] | str] = [found] * group.size()
+    torch.distributed.all_gather_object(everyone, found, group=group)
+    for each in everyone:
+        if isinstance(each, str):
+            raise ConfigError(each)
+    return [each for each in everyone if not isinstance(each, str)]

@@ -1,0 +1,116 @@
+"""GRPO on a whole model: gradients of packed answers are Transformers' on each answer alone; generation has the bits of
+the training forward.
+
+tools/experiments/grpo_beside_trl.py compares with TRL's trainer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dsv3_megatron.certification.reference_weights import Architecture
+from dsv3_megatron.certification.weight_names import whole_from_reference
+from dsv3_megatron.config.data import DataConfig
+from dsv3_megatron.config.fine_tuning import policy_tuned
+from dsv3_megatron.data.batches import BatchIterator
+from dsv3_megatron.data.chat.prompts import ChatPrompt
+from dsv3_megatron.ops.backend import choose_product_backend
+from dsv3_megatron.post_training.answer_rows import AnswerRows
+from dsv3_megatron.post_training.objective import ObjectiveSettings, packed_loss
+from dsv3_megatron.post_training.rewards import Rewards
+from dsv3_megatron.post_training.rollout import Answer
+from tests.digit_tokenizer import write_digit_tokenizer
+from tests.parity.architectures import run_of, variant
+from tests.parity.compare import assert_close, gradients_by_name
+from tests.transformers_model import huggingface_gradients, huggingface_model
+from tests.unit.post_training.test_objective import defined
+
+# Tokens of prompts and answers.
+LENGTHS = [(3, 4), (2, 9), (6, 1), (4, 5), (1, 7)]
+SEQ_LENGTH = 15
+# fp32 on both sides, sums in another order; largest seen 2e-6.
+TOLERANCE = 1e-5
+
+
+def batches_of(answers: list[Answer], seq_length: int, micro_batch_size: int = 1) -> tuple[BatchIterator, AnswerRows]:
+    rows = AnswerRows(answers, seq_length, filling=1, will_do=lambda number: number % micro_batch_size == 0)
+    return BatchIterator(rows.samples(), micro_batch_size=micro_batch_size, global_batch_size=rows.num_rows), rows
+
+
+def made_up(seed: int = 0) -> list[Answer]:
+    draws = np.random.default_rng(seed)
+    return [Answer(number + 1, number, tuple(draws.integers(0, 48, prompt)), tuple(draws.integers(0, 48, length)), True,
+                   "", (-4 + 0.2 * draws.standard_normal(length)).astype(np.float32), 0.0, (), 0.0,
+                   float(draws.standard_normal()), (-4 + 0.2 * draws.standard_normal(length)).astype(np.float32))
+            for number, (prompt, length) in enumerate(LENGTHS)]
+
+
+@pytest.mark.parametrize("level", ["sequence", "answer", "token"])
+def test_equals_transformers_on_each_answer(build: Callable, groups: Any, level: str) -> None:
+    from dsv3_megatron.model.packed_documents import forward_stage
+
+    config = dataclasses.replace(variant("groups", mtp_num_layers=0), max_position_embeddings=64)
+    # Wide enough for what an untrained model gives to these tokens, narrow enough for some to be clipped.
+    settings, answers = ObjectiveSettings(level, 0.3, 0.1), made_up()
+    model, weights = build(config, torch.float32, moe_aux_loss_coeff=0.0)
+    from dsv3_megatron.model.router import weigh_balance_losses
+
+    weigh_balance_losses([model], num_tokens=1, num_sequences=1)
+    sums, (batches, rows) = torch.zeros(5, dtype=torch.float64), batches_of(answers, SEQ_LENGTH)
+    for _, batch in zip(range(rows.num_rows), batches, strict=False):
+        losses = forward_stage(model, batch, DataConfig(sft=True))
+        loss, _, report = packed_loss(batch, losses, settings, mtp_weight=0.0)
+        loss.backward()
+        sums += report["sums"]
+    peer = huggingface_model(Architecture.of(config), {name: value.float() for name, value in weights.items()})
+    found = []
+    for answer in answers:
+        ids = torch.tensor([[*answer.prompt_ids, *answer.ids]])
+        logprobs = peer(ids).logits[0, len(answer.prompt_ids) - 1:-1].log_softmax(-1)
+        assert answer.reference_logprobs_T is not None
+        found.append((logprobs.gather(-1, torch.tensor(answer.ids)[:, None])[:, 0], torch.from_numpy(answer.logprobs_T),
+                      torch.from_numpy(answer.reference_logprobs_T)))
+    expected, told = defined(found, [answer.advantage for answer in answers], settings)
+    (expected * sums[0].item()).backward()
+    assert_close(sums[1] / sums[0], expected.detach().double(), "loss", tolerance=TOLERANCE)
+    assert (sums[2:] / sums[0]).tolist() == pytest.approx(told, rel=1e-4) and told[1] > 0
+    theirs = huggingface_gradients(peer, None, Architecture.of(config))
+    for name, gradient in gradients_by_name(model, groups).items():
+        assert_close(gradient, whole_from_reference(name, theirs, config.num_layers), f"gradient of {name}",
+                     tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize(("speculative", "together"), [(None, 1), (None, 5), ("mtp", 5)])
+def test_answers_have_the_bits_of_the_training_forward(groups: Any, tmp_path: Path, speculative: str | None,
+                                                       together: int) -> None:
+    if choose_product_backend("auto", torch.device("cpu"), torch.bfloat16) != "native":
+        pytest.skip("this processor has no units for bf16: its fp32 products depend on how many rows are multiplied")
+    from dsv3_megatron.generation.text import TextCodec
+    from dsv3_megatron.model.build import build_stages
+    from dsv3_megatron.model.packed_documents import forward_stage
+    from dsv3_megatron.post_training.sampler import Asked, Sampler
+
+    run = policy_tuned(run_of(variant("groups", vocab_size=24, max_position_embeddings=64), precision="bf16")).override(
+        prompts="p.jsonl", max_new_tokens=17, seq_length=60, rollout_speculative=speculative,
+        rollout_batch_size=together, tokenizer_model=write_digit_tokenizer(tmp_path))
+    model = build_stages(run, groups, precision="bf16")[0][0].eval()
+    sampler = Sampler(run, TextCodec(str(tmp_path)), Rewards((), 1.0), lambda doing: None)
+    draws = np.random.default_rng(0)
+    asked = [Asked(ChatPrompt(1, tuple(draws.integers(0, 24, length)), {}), number, number)
+             for number, length in enumerate((3, 9, 4, 4, 12))]
+    answers = sampler.answer(model, asked, rollout=0)
+    batches, rows = batches_of(answers, 60, micro_batch_size=2)
+    values = []
+    with torch.no_grad():
+        for _, batch in zip(range(rows.num_rows // 2), batches, strict=False):
+            values += list((-forward_stage(model, batch, DataConfig(sft=True)).main_BS).numpy())
+    for answer, logprobs_T in zip(answers, rows.by_answer(values[:len(rows.packing)]), strict=True):
+        assert answer.logprobs_T.tobytes() == logprobs_T.tobytes()
+    assert sum(len(answer.ids) for answer in answers) > 30
