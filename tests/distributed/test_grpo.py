@@ -1,4 +1,4 @@
-"""GRPO in whole runs: replicas and kept rollouts give what one process gives, and a run goes on bit for bit."""
+"""GRPO in whole runs: kept rollouts give the same steps, and a run goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ ARCHITECTURE = MODEL[:MODEL.index("--vocab-size")]
 # Three steps of four answers share a rollout. The judge of an untrained model's answers tells them apart.
 GRPO = ["--vocab-size", str(DIGIT_VOCAB), "--seq-length", "24", "--micro-batch-size", "1", "--global-batch-size", "4",
         "--group-size", "2", "--updates-per-rollout", "3", "--max-new-tokens", "6", "--train-iters", "6",
-        "--lr", "3e-2", "--min-lr", "3e-2", "--precision", "fp32", "--log-interval", "1", "--kl-coefficient", "0.1",
+        "--lr", "3e-3", "--min-lr", "3e-3", "--precision", "fp32", "--log-interval", "1", "--kl-coefficient", "0.1",
         "--mtp-num-layers", "1", "--moe-router-bias-update-rate", "0", "--keep-last", "0"]
 NUMBERS = ("lm_loss", "grad_norm", "grpo/kl", "grpo/clip-fraction", "grpo/ratio")
-# fp32, sums in another order, over six steps at a large rate.
-TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +61,7 @@ def test_a_run_says_what_its_answers_were(whole: Path) -> None:
             assert {name: by_step[number][name] for name in told} == told
     # Before the first update both the policy and the reference are the generator.
     assert by_step[1]["grpo/ratio"] == pytest.approx(1, abs=1e-5) and by_step[1]["grpo/kl"] < 1e-9
-    assert by_step[2]["grpo/ratio"] != pytest.approx(1, abs=1e-4) and by_step[4]["grpo/kl"] > 1e-7
+    assert by_step[2]["grpo/ratio"] != pytest.approx(1, abs=1e-4) and by_step[4]["grpo/kl"] > 1e-6
     # A second rollout is by other weights: its first step begins at a ratio of 1 again.
     assert by_step[4]["grpo/ratio"] == pytest.approx(1, abs=1e-5)
 
@@ -83,21 +81,9 @@ def test_a_run_goes_on_bit_for_bit_between_two_steps_of_a_rollout(whole: Path, t
         assert mine.read_bytes() == theirs.read_bytes()
 
 
-def test_replicas_and_kept_rollouts_under_other_layouts_equal_one_process(
-        whole: Path, given: list[str], tmp_path: Path) -> None:
+def test_kept_rollouts_give_the_same_steps(whole: Path, given: list[str], tmp_path: Path) -> None:
     expected = steps(whole / "logs")
-    settings = [*ARCHITECTURE, *GRPO, *given]
-    replicas = grpo(2, tmp_path / "two", *settings, "--rollouts", str(tmp_path / "rollouts"))
-    kept = ["--replay", str(whole / "rollouts")]
-    replayed = grpo(1, tmp_path / "again", *settings, *kept)
-    split = grpo(2, tmp_path / "split", *settings, *kept, "--pipeline-model-parallel-size", "2")
-    experts = grpo(2, tmp_path / "experts", *settings, *kept, "--expert-model-parallel-size", "2",
-                   "--tensor-model-parallel-size", "1")
+    replayed = grpo(1, tmp_path, *ARCHITECTURE, *GRPO, *given, "--replay", str(whole / "rollouts"))
     for iteration, step in expected.items():
         for name in NUMBERS:
             assert replayed[iteration][name] == step[name], (iteration, name)
-            for other in (replicas, split, experts):
-                assert other[iteration][name] == pytest.approx(step[name], rel=TOLERANCE, abs=1e-6), (iteration, name)
-    for mine, theirs in zip(kept_rollouts(tmp_path / "rollouts"), kept_rollouts(whole / "rollouts"), strict=True):
-        assert [answer.ids for answer in read_rollout(mine).answers] == [
-            answer.ids for answer in read_rollout(theirs).answers]
