@@ -4,14 +4,15 @@
     python -m tests.fuzz.files --cases 200 --only verify --show
 
 Each case copies specimens (tests/fuzz/specimens.py), changes one file (tests/fuzz/changes.py) and carries out a command
-in a forked process with 1.5 GB of memory beyond what it begins with, and 30 seconds. What is counted:
+in a forked process with 1.5 GB of memory beyond what it begins with, and 30 seconds of computing. What is counted:
 
 - refused: the command ends with an exit code that is not 0, and with a message.
 - harmless: it made and printed what it makes of the undamaged file, bit for bit (times aside).
 - as it stands: the changed file is another valid file of a kind of which nobody knows what should be in it (text,
   settings, prompts), and an independent reading of it gives the same as the command.
 - silent: the command made something else, and said nothing.
-- traceback, killed, hang, mute: a traceback or a panic; a signal; more than 30 seconds; an exit code without a message.
+- traceback, killed, hang, mute: a traceback or a panic; a signal; more than 30 seconds of computing, or two minutes of
+  the clock; an exit code without a message.
 - unquoted: something in the file could write control characters to the terminal, or a line like one of ours.
 
 Exit status: 0 if every case is one of the first three.

@@ -117,7 +117,8 @@ def _settings_stand(folder: Path) -> Callable[[str], bool]:
         for key, value in given.items():
             if key == "preset":
                 continue
-            entries = value if key in run and isinstance(value, dict) else {key: value}
+            # A section may be empty.
+            entries = (value or {}) if key in run and isinstance(value, dict | None) else {key: value}
             for name, entry in entries.items():
                 taken = next(section[name] for section in run.values()
                              if isinstance(section, dict) and name in section)

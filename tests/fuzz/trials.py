@@ -19,7 +19,8 @@ from pathlib import Path
 from dsv3_megatron.config.streams import prepare_streams
 
 LIMIT_BYTES = 1_500_000_000
-TIMEOUT_S = 30.0
+# Of the clock, and of computing: a machine that does much else at the time makes nothing hang.
+TIMEOUT_S, MOST_CPU_S = 120.0, 30
 _CRASHED = 70
 # What no line of ours has: control characters, and what a file says to look like a line of ours.
 _FORGED = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]|^error: forged", re.MULTILINE)
@@ -31,8 +32,8 @@ class Trial:
     """How a command ended.
 
     Attributes:
-        ending: "done", "refused" (with a message), "traceback", "killed" (by a signal), "hang" or "mute" (an exit code
-            that is not 0, and no message).
+        ending: "done", "refused" (with a message), "traceback", "killed" (by a signal), "hang" (it computes for
+            MOST_CPU_S, or takes TIMEOUT_S) or "mute" (an exit code that is not 0, and no message).
         code: Exit code.
         said: What it printed, standard output and then standard error; without times.
         is_quoted: Nothing that it said could be taken for a line, or moves the cursor of a terminal.
@@ -80,7 +81,7 @@ def try_command(work: Callable[[], int], folder: Path, *, timeout_s: float = TIM
         output.unlink()
     code = -1 if status is None else os.waitstatus_to_exitcode(status)
     plain = tuple(_VARYING.sub("", text) for text in said)
-    ending = _ending(status is None, code, said[0] + said[1])
+    ending = _ending(status is None or used.ru_utime + used.ru_stime > MOST_CPU_S - 1, code, said[0] + said[1])
     return Trial(ending, code, (plain[0], plain[1]), not _FORGED.search(said[1]), seconds,
                  used.ru_utime + used.ru_stime, (used.ru_maxrss - began_kb) // 1000)
 
@@ -114,6 +115,7 @@ def _child(work: Callable[[], int], folder: Path, outputs: list[Path]) -> None:
         limit = _virtual_bytes() + LIMIT_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (MOST_CPU_S, MOST_CPU_S))
         try:
             code = work()
         except SystemExit as end:
