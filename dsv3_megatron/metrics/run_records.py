@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.json_files import parse_json
 from dsv3_megatron.config.new_files import replacing
 from dsv3_megatron.config.output import finite, json_text
@@ -119,7 +120,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(line, record) of each complete line; a last line without newline is one that a crash cut short.
 
     Raises:
-        ValueError: a complete line is not a record; gives file, line number and byte offset.
+        ConfigError: a complete line is not a record; gives file, line number and byte offset.
     """
     offset = 0
     with path.open("rb") as file:
@@ -128,9 +129,10 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 return
             try:
                 record = parse_json(raw)
-                record["kind"], record["iteration"]
+                if type(record["iteration"]) is not int or not isinstance(record["kind"], str):
+                    raise TypeError("its iteration is no whole number, or its kind no text")
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise ConfigError(
                     f"{path}:{number} (byte {offset}) is not a metrics record: {error}; delete that line to go on"
                 ) from error
             yield raw.decode(), record
@@ -142,7 +144,7 @@ def read_records(path: str | os.PathLike[str]) -> RunRecords:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a complete line is not a record.
+        ConfigError: a complete line is not a record.
     """
     steps: list[dict[str, Any]] = []
     validations: list[dict[str, Any]] = []
@@ -185,7 +187,7 @@ def truncate_records(path: str | os.PathLike[str], last_iteration: int) -> tuple
         The records kept, and how many lines were dropped (a line cut short by a crash included).
 
     Raises:
-        ValueError: a complete line is not a record.
+        ConfigError: a complete line is not a record.
     """
     path = Path(path)
     if not path.exists():

@@ -89,7 +89,7 @@ class MetricsWriter:
         enabled: True on exactly one process.
 
     Raises:
-        ValueError: metrics.jsonl in the folder cannot be read.
+        ConfigError: metrics.jsonl in the folder cannot be read.
         ModuleNotFoundError: tensorboard is not installed.
     """
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.metrics.run_records import RunRecords, read_records, to_line, truncate_records
 
 
@@ -27,6 +28,11 @@ def test_reading_names_the_broken_line(tmp_path: Path) -> None:
     path.write_text('{"kind":"step"}\n')
     with pytest.raises(ValueError, match=r":1 \(byte 0\) is not a metrics record: 'iteration'"):
         read_records(path)
+    for iteration in ("1e3", '"1"', "null", "[]"):  # a run that goes on compares it with its own
+        path.write_text(f'{{"kind":"step","iteration":{iteration}}}\n')
+        for act in (read_records, lambda file: truncate_records(file, 1)):
+            with pytest.raises(ConfigError, match=r":1 \(byte 0\) is not a metrics record: its iteration is no "):
+                act(path)
     path.write_text(good + '{"kind":')
     assert len(read_records(path).steps) == 1
 
