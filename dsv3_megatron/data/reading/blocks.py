@@ -212,7 +212,11 @@ def _expanding(meta: Any, keys: Sequence[str]) -> Reject | None:
 
 
 def _decoded_bytes(arrays: Sequence[Any]) -> np.ndarray:
-    """Bytes that the texts of each row of some columns will have, int64; 0 for columns that have them already."""
+    """Bytes that the texts of each row of some columns will have, int64; 0 for columns that have them already.
+
+    Raises:
+        pyarrow.ArrowInvalid: a row names a text that is not there, which pyarrow does not look at when it reads.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -220,7 +224,8 @@ def _decoded_bytes(arrays: Sequence[Any]) -> np.ndarray:
     for array in arrays:
         if not pa.types.is_dictionary(array.type):
             continue
-        lengths = pc.binary_length(array.dictionary).to_numpy(zero_copy_only=False)
+        array.validate(full=True)
+        lengths = pc.binary_length(array.dictionary).fill_null(0).to_numpy(zero_copy_only=False)
         indices = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
         sizes += np.asarray(lengths, np.int64)[indices] if len(lengths) else 0
     return sizes

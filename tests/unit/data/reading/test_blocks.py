@@ -47,6 +47,20 @@ def test_gzip_and_zstd_of_several_members(tmp_path):
     assert texts_of(expand_inputs([str(tmp_path)]))[0] == ["one", "two", "three"] * 2
 
 
+@pytest.mark.parametrize("index", [2, -1, 2**31 - 1])
+def test_a_row_that_names_a_text_that_is_not_there(tmp_path, monkeypatch, index):
+    """As a flipped bit in a page of numbers makes it; pyarrow does not look."""
+    pq.write_table(pa.table({"text": pa.array(["one", None, "two"]).dictionary_encode()}), tmp_path / "a.parquet")
+    damaged = pa.DictionaryArray.from_arrays(pa.array([0, index, 1], pa.int32()), pa.array(["one", "two"]), safe=False)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches",
+                        lambda *_, **__: [pa.RecordBatch.from_arrays([damaged], ["text"])])
+    files = expand_inputs([str(tmp_path / "a.parquet")])
+    (block,) = iterate_blocks(files, take_shard(files, JobShard()), keys=["text"], block_bytes=50_000,
+                              position=InputPosition(), max_line_bytes=10**9)
+    assert block.reject is not None and "not a whole Parquet file" in block.reject.detail
+    assert block.data == [] and block.next == InputPosition(1)
+
+
 def test_texts_that_a_file_has_once_for_many_rows(tmp_path):
     """Blocks stay about as large as they are to be; rows that are wanted from the middle are those."""
     texts = [letter * 1000 for letter in "abc"]
