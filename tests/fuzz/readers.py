@@ -218,7 +218,8 @@ def readers() -> tuple[Reader, ...]:
                ("made/*",), shows=False, stands=lambda folder: lambda _: bool(_texts_of(folder))),
         Reader("inspect", _DATA, ("data",), ("inspect", "data/d_text_document", "--verify", "--json"), weight=3),
         Reader("inspect --documents", (*_DATA, *_TOKENIZER), ("data", "tokenizer"),
-               tuple("inspect data/d_text_document --documents 0 1 7 --tokenizer-model tokenizer".split()), weight=3),
+               tuple("inspect data/d_text_document --documents 0 1 7 --tokenizer-model tokenizer".split()), weight=3,
+               stands=_without_sidecar),
         Reader("merge", _DATA, ("data",), tuple("merge --input data --output-prefix made".split()),
                ("made*.bin", "made*.idx"), weight=2, shows=False),
         Reader("train, data", (*_DATA, "data/*.checked.json", *_TOKENIZER), ("data", "tokenizer"),
@@ -277,6 +278,12 @@ def readers() -> tuple[Reader, ...]:
         Reader("draw-schedule", ("trace.json",), ("trace.json",), ("draw-schedule", "trace.json"),
                stands=_trace_stands),
     )
+
+
+def _without_sidecar(folder: Path) -> Callable[[str], bool]:
+    """Whether it is said that there is no sidecar, where there is none."""
+    is_gone = not (folder / "data" / "d_text_document.json").exists()
+    return lambda printed: is_gone and "none: made by another tool" in printed
 
 
 def _log_stands(folder: Path) -> Callable[[str], bool]:

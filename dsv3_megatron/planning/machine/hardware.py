@@ -293,14 +293,21 @@ def load_hardware(path: str) -> Hardware:
         content = read_json(file)
         return Hardware(
             name=_text(content["name"]),
-            figures={name: _read(Figure, figure) for name, figure in content["figures"].items()},
+            figures=_Figures((name, _read(Figure, figure)) for name, figure in content["figures"].items()),
             products=tuple(_read(ProductPoint, point) for point in content["products"]),
             attention=tuple(_read(AttentionPoint, point) for point in content["attention"]),
-            movement={kind: _read(Figure, figure) for kind, figure in content["movement"].items()},
+            movement=_Figures((kind, _read(Figure, figure)) for kind, figure in content["movement"].items()),
             tables_source=_text(content["tables_source"]), fp8_scales=_text(content.get("fp8_scales", "")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"hardware={path} does not describe a machine ({type(error).__name__}: {error}); it must be "
                           "what --save-hardware writes") from error
+
+
+class _Figures(dict[str, Figure]):
+    """Figures of a file by name; one that is asked for and missing is the file's fault."""
+
+    def __missing__(self, name: str) -> Figure:
+        raise ConfigError(f"the machine has no figure {name!r}; its file must be what --save-hardware writes")
 
 
 def _read[Row](kind: type[Row], entry: dict[str, Any]) -> Row:

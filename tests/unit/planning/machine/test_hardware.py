@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from dsv3_megatron.config.fields import ConfigError
@@ -52,3 +55,13 @@ def test_a_machine_is_read_back_from_its_file(tmp_path) -> None:
     (tmp_path / "wrong.json").write_text('{"name": "x"}')
     with pytest.raises(ConfigError, match=r"wrong.json does not describe a machine \(KeyError: 'figures'\)"):
         load_hardware(str(tmp_path / "wrong.json"))
+
+
+def test_a_figure_that_a_file_lacks_is_named_when_it_is_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "machine.json"
+    save_hardware(find_hardware("h800"), str(file))
+    content = json.loads(file.read_text())
+    content["figures"]["unknown"] = content["figures"].pop("bf16_best_share")
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="the machine has no figure 'bf16_best_share'; its file must be what"):
+        load_hardware(str(file)).product_seconds("bf16", "fprop", 1, 4096, 4096, 4096)
