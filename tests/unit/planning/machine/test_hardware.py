@@ -64,4 +64,4 @@ def test_a_figure_that_a_file_lacks_is_named_when_it_is_asked_for(tmp_path: Path
     content["figures"]["unknown"] = content["figures"].pop("bf16_best_share")
     file.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="the machine has no figure 'bf16_best_share'; its file must be what"):
-        load_hardware(str(file)).product_seconds("bf16", "fprop", 1, 4096, 4096, 4096)
+        load_hardware(str(file)).product_seconds("bf16", "fprop", groups=1, rows=4096, columns=4096, inner=4096)
