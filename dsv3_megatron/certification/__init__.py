@@ -12,12 +12,14 @@ In reading order:
     verdict.py              what is compared with what
     comparison.py           two steps, number by number
     routing_notes.py        what routers saw and chose, and which differences are ties
+    given_roundings.py      roundings to FP8 that the order of a sum decides
     certificate.py          the verdict as text and JSON
 
     reference.py            the model in plain torch, from the report; nothing of this library
     reference_weights.py    its architecture, weights and their random values
     document_step.py        a global batch by definition: the reference on every document
     defined_steps.py        optimizer steps by definition
+    defined_update.py       AdamW by definition, given gradients
     weight_names.py         the reference's weights in our modules
 
     random_layouts.py       layouts at random, as flags

@@ -13,7 +13,7 @@ from typing import Any
 
 from dsv3_megatron.certification.comparison import Difference
 from dsv3_megatron.certification.shrunk_run import ShrunkRun
-from dsv3_megatron.certification.verdict import Verdict, tolerances_of
+from dsv3_megatron.certification.verdict import Verdict
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.version import __version__
 
@@ -94,13 +94,15 @@ def as_text(certificate: Certificate) -> str:
     result = "EQUAL" if verdict.is_equal else "DIFFERS"
     lines = [f"{result}: {layout_words(shrunk.run.parallel, shrunk.world_size)}", ""]
     lines += ["compared:", *(f"  {check}" for check in verdict.checks or ["nothing"])]
-    tolerances = asdict(tolerances_of(verdict.job.run))
-    lines += ["", "largest relative errors (tolerance of the first step):"]
-    lines += [f"  {kind:14} {error:.2g} ({tolerances.get(kind, tolerances['gradient']):.2g})"
-              for kind, error in verdict.largest.items()]
+    lines += ["", "largest relative errors (tolerance; ten times that for one process's second step against the "
+                  "definition's):"]
+    lines += [f"  {kind:25} {error:.2g} ({verdict.allowed[kind]:.2g})" for kind, error in verdict.largest.items()]
     if verdict.ties:
         lines += ["", f"choices of experts that rounding decides, {len(verdict.ties)}; no fault:"]
         lines += _first([str(tie) for tie in verdict.ties])
+    if verdict.num_taken:
+        lines += ["", f"roundings to FP8 that the order of a sum decides, taken from the other run: "
+                      f"{verdict.num_taken}; no fault"]
     if shrunk.reductions:
         lines += ["", "reduced:", *(f"  {text}" for text in shrunk.reductions)]
     lines += ["", "not proved here:", *(f"  {text}" for text in NOT_PROVED)]
@@ -134,9 +136,10 @@ def as_json(certificate: Certificate) -> dict[str, Any]:
         "not_proved": list(NOT_PROVED),
         "compared": verdict.checks,
         "largest_errors": verdict.largest,
-        "tolerances": asdict(tolerances_of(verdict.job.run)),
+        "tolerances": verdict.allowed,
         "differences": [_difference(difference) for difference in verdict.differences],
         "ties": [asdict(tie) for tie in verdict.ties],
+        "roundings_taken": verdict.num_taken,
         "error": verdict.error,
         "seconds": round(verdict.seconds, 3),
         "versions": versions(),

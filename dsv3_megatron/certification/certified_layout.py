@@ -6,12 +6,13 @@ One process alone does the same, and beforehand what is defined.
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from dsv3_megatron.certification.defined_steps import DefinedStep, defined_steps, has_definition
+from dsv3_megatron.certification.given_roundings import RoundingNotes, RoundingWatch
 from dsv3_megatron.certification.random_samples import RandomSamples
 from dsv3_megatron.certification.rank_step import (
     MadeDataTrainer,
@@ -64,12 +65,14 @@ class Resumed:
         loaded: Parameters as they were loaded.
         step: The next step.
         notes: What routers saw and chose in it.
+        num_taken: Roundings to FP8 that it took from the run that it is compared with, and not its own.
     """
 
     place: RankPlace
     loaded: list[WholeParameter]
     step: RankStep
     notes: Notes
+    num_taken: int
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class RankRecord:
         resumed: A resume from the checkpoint that the layout itself wrote after its first step; None: not asked for.
         resumed_from_other: A resume from one process's checkpoint; None likewise.
         initial: Parameters before the first step.
+        roundings: Roundings to FP8 in the steps that the order of a sum decides.
+        num_taken: Those that were taken from one process, and are not this rank's own.
     """
 
     steps: list[RankStep]
@@ -89,6 +94,8 @@ class RankRecord:
     resumed: Resumed | None
     resumed_from_other: Resumed | None
     initial: list[WholeParameter]
+    roundings: RoundingNotes
+    num_taken: int
 
 
 def initial_weights(model: ModelConfig, seed: int) -> Weights:
@@ -104,14 +111,27 @@ def definition_of(job: RunToCertify) -> tuple[list[DefinedStep], Notes] | None:
     return defined_steps(job.run, job.samples, initial_weights(job.run.model, job.seed), job.num_steps)
 
 
-def run_layout(job: RunToCertify, folder: Path, given: Notes | None, other: Path | None,
+@dataclass(frozen=True)
+class Decided:
+    """What another run has decided where rounding decides, to be taken.
+
+    Attributes:
+        choices: Choices of experts; None: the routers' own.
+        roundings: Roundings to FP8.
+    """
+
+    choices: Notes | None = None
+    roundings: RoundingNotes = field(default_factory=dict)
+
+
+def run_layout(job: RunToCertify, folder: Path, decided: Decided, other: Path | None,
                hooks: StepHooks | None = None) -> RankRecord:
     """Take the run's steps in this process and its peers; called by every rank.
 
     Args:
         job: The run.
         folder: Folder for its checkpoint; all ranks have the same.
-        given: Choices of experts to take; None: the routers' own.
+        decided: Choices and roundings to take.
         other: Folder of another layout's checkpoint after the first step; None: nothing to resume from.
         hooks: Things to do on the way.
     """
@@ -122,37 +142,45 @@ def run_layout(job: RunToCertify, folder: Path, given: Notes | None, other: Path
     load_reference_weights(trainer.chunks, trainer.groups, initial_weights(run.model, job.seed), run.model.num_layers)
     trainer.optimizer.reload_model_params()
     initial = parameter_values(trainer)
-    watch, steps = RoutingWatch(given), []
-    with closing(trainer.claim), watch.watched():
+    watch, rounding, steps = RoutingWatch(decided.choices), RoundingWatch(decided.roundings), []
+    with closing(trainer.claim), watch.watched(), rounding.watched():
         for number in range(1, job.num_steps + 1):
-            watch.begin(f"step {number}")
+            watch.begin(step_name(number))
+            rounding.begin(step_name(number))
             steps.append(take_step(trainer, hooks))
             if number == 1 and saved:
                 trainer.save(is_needed=True)
     leave_layout()
     return RankRecord(steps, watch.notes,
-                      resume(job, Path(saved), given, hooks) if saved else None,
-                      resume(job, other, given, hooks) if other else None, initial)
+                      resume(job, Path(saved), decided, hooks) if saved else None,
+                      resume(job, other, decided, hooks) if other else None, initial, rounding.notes,
+                      rounding.num_taken)
 
 
-def resume(job: RunToCertify, folder: Path, given: Notes | None, hooks: StepHooks | None = None) -> Resumed:
+def resume(job: RunToCertify, folder: Path, decided: Decided, hooks: StepHooks | None = None) -> Resumed:
     """Load a checkpoint after the first step and take the second; called by every rank.
 
     Args:
         job: The run.
         folder: Folder of the checkpoint.
-        given: Choices of experts to take; None: the routers' own.
+        decided: Choices and roundings to take.
         hooks: Things to do on the way.
     """
     trainer = MadeDataTrainer(job.run.override(load=str(folder)), job.samples)
     loaded = parameter_values(trainer)
-    watch = RoutingWatch(given)
-    with closing(trainer.claim), watch.watched():
-        watch.begin(f"step {NUM_STEPS}")
+    watch, rounding = RoutingWatch(decided.choices), RoundingWatch(decided.roundings)
+    with closing(trainer.claim), watch.watched(), rounding.watched():
+        watch.begin(step_name(NUM_STEPS))
+        rounding.begin(step_name(NUM_STEPS))
         step = take_step(trainer, hooks)
-    result = Resumed(place_of(trainer), loaded, step, watch.notes)
+    result = Resumed(place_of(trainer), loaded, step, watch.notes, rounding.num_taken)
     leave_layout()
     return result
+
+
+def step_name(number: int) -> str:
+    """Name of a step's pass over the data, for those who watch it."""
+    return f"step {number}"
 
 
 def leave_layout() -> None:

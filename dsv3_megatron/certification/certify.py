@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.certification.certified_layout import (
+    Decided,
     Resumed,
     RunToCertify,
     definition_of,
     resume,
     run_layout,
 )
+from dsv3_megatron.certification.given_roundings import merge_roundings
 from dsv3_megatron.certification.rank_forks import RankError, call_in_ranks
 from dsv3_megatron.certification.rank_step import StepHooks
-from dsv3_megatron.certification.shrunk_run import ADAM_EPS, LEARNING_RATE
 from dsv3_megatron.certification.verdict import OneProcess, Verdict, both_precisions, judge
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.precision import Fp8Config
@@ -102,7 +103,7 @@ class Certifier:
                 possible.append(job)
         files = self._run_layouts(possible, folder, verdicts)
         crossed = self._resume_alone([job for job in possible if job.name in files and job.num_steps > 1], folder,
-                                     verdicts)
+                                     files, verdicts)
         self._judge(files, crossed, verdicts)
         for name, left in files.items():
             for file in left:
@@ -131,8 +132,8 @@ class Certifier:
         def work(index: int) -> Any:
             job, place = missing[keys[index]], folder / f"alone-{first + index}"
             definition = definition_of(job)
-            given = None if definition is None or job.run.fp8.is_enabled else definition[1]
-            record = run_layout(job, place, given, None, self._alone_hooks.get(job.name))
+            given = definition[1] if definition else None
+            record = run_layout(job, place, Decided(given), None, self._alone_hooks.get(job.name))
             return OneProcess(record, definition[0] if definition else None, record.notes if given is None else given,
                               place)
 
@@ -146,14 +147,17 @@ class Certifier:
             if isinstance(one, OneProcess):
                 shutil.rmtree(one.folder, ignore_errors=True)
 
-    def _resume_alone(self, jobs: Sequence[RunToCertify], folder: Path, verdicts: dict[str, Verdict]
-                      ) -> dict[str, Resumed]:
-        """Let one process resume from each layout's checkpoint."""
+    def _resume_alone(self, jobs: Sequence[RunToCertify], folder: Path, files: dict[str, list[Path]],
+                      verdicts: dict[str, Verdict]) -> dict[str, Resumed]:
+        """Let one process resume from each layout's checkpoint, and round to FP8 as the layout did from there."""
         def work(index: int) -> Resumed:
             job = self._alone_job(jobs[index])
             one = self._alone[self._key(jobs[index])]
             assert isinstance(one, OneProcess)
-            return resume(job, folder / jobs[index].name, one.given, self._alone_hooks.get(job.name))
+            roundings = merge_roundings(_read(file).roundings for file in files[jobs[index].name]
+                                        ) if job.run.fp8.is_enabled else {}
+            return resume(job, folder / jobs[index].name, Decided(one.given, roundings),
+                          self._alone_hooks.get(job.name))
 
         resumed = {}
         for job, found in zip(jobs, self._in_processes(len(jobs), work), strict=True):
@@ -218,8 +222,8 @@ class Certifier:
                 for job in waiting:
                     one = self._alone[self._key(job)]
                     assert isinstance(one, OneProcess)
-                    record = run_layout(job, folder / job.name, one.given, one.folder if job.num_steps > 1 else None,
-                                        self._hooks.get(job.name))
+                    record = run_layout(job, folder / job.name, Decided(one.given, one.record.roundings),
+                                        one.folder if job.num_steps > 1 else None, self._hooks.get(job.name))
                     _write(folder / f"{job.name}.{rank}.pickle", record)
 
             error = ""
@@ -260,10 +264,8 @@ def alone(run: RunConfig) -> RunConfig:
 
 
 def without_fp8(job: RunToCertify) -> RunToCertify:
-    """A layout in FP8 as it is without, where the tolerances are those of fp32."""
-    plain = dataclasses.replace(job.run, fp8=Fp8Config()).override(lr=LEARNING_RATE, min_lr=LEARNING_RATE,
-                                                                   adam_eps=ADAM_EPS)
-    return dataclasses.replace(job, name=job.name + TWIN, run=plain)
+    """A layout in FP8 as it is without, where one process is held to the definition, and no gradient is rounded."""
+    return dataclasses.replace(job, name=job.name + TWIN, run=dataclasses.replace(job.run, fp8=Fp8Config()))
 
 
 def batches(jobs: Iterable[RunToCertify]) -> list[list[RunToCertify]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsv3_megatron.certification.defined_update import GradientOfStep, adamw_update
 from dsv3_megatron.certification.document_step import DocumentStep, document_step
 from dsv3_megatron.certification.random_samples import RandomSamples
 from dsv3_megatron.certification.reference import updated_router_bias
@@ -22,9 +23,6 @@ from dsv3_megatron.certification.routing_notes import ChoiceKind, Choices, Notes
 from dsv3_megatron.certification.weight_names import router_bias_name
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.run import RunConfig
-
-# What Megatron-Core adds to the norm before it divides by it.
-_CLIP_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def defined_steps(run: RunConfig, samples: RandomSamples, weights: Weights, num_
         The steps, and what their routers saw and chose.
     """
     model, training = run.model, run.training
-    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in weights.items()}
+    history: dict[str, list[GradientOfStep]] = {}
     steps, notes = [], Notes()
     for number in range(1, num_steps + 1):
         rows = range((number - 1) * training.global_batch_size, number * training.global_batch_size)
@@ -87,7 +85,10 @@ def defined_steps(run: RunConfig, samples: RandomSamples, weights: Weights, num_
         gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         notes |= _notes(run, result, weights, number, rows)
         norm = float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
-        weights = _updated(run, weights, gradients, moments, norm, number)
+        weights = dict(weights)
+        for name, gradient in gradients.items():
+            history.setdefault(name, []).append(GradientOfStep(gradient, norm))
+            weights[name] = adamw_update(training, weights[name], history[name], is_decayed=gradient.dim() > 1).value
         loads = {}
         for row, ids_BSK in result.experts.items():
             loads[row] = torch.bincount(ids_BSK.flatten(), minlength=model.num_experts).tolist()
@@ -108,23 +109,6 @@ def _balance_loss(run: RunConfig, result: DocumentStep) -> float | None:
         return None
     total = float(sum(loss.detach() for loss in result.balance.values()))
     return total / alpha / run.training.global_batch_size / len(result.balance)
-
-
-def _updated(run: RunConfig, weights: Weights, gradients: Weights,
-             moments: dict[str, tuple[torch.Tensor, torch.Tensor]], norm: float, number: int) -> Weights:
-    """Weights after AdamW's step number `number`, counted from 1; the moments change in place."""
-    training = run.training
-    clip = min(1.0, training.clip_grad / (norm + _CLIP_EPS)) if training.clip_grad else 1.0
-    beta1, beta2 = training.adam_beta1, training.adam_beta2
-    updated = dict(weights)
-    for name, gradient in gradients.items():
-        first, second = moments[name]
-        first.mul_(beta1).add_(clip * gradient, alpha=1 - beta1)
-        second.mul_(beta2).add_((clip * gradient) ** 2, alpha=1 - beta2)
-        step = first / (1 - beta1**number) / ((second / (1 - beta2**number)).sqrt() + training.adam_eps)
-        decay = training.weight_decay if gradient.dim() > 1 else 0.0
-        updated[name] = weights[name].detach() * (1 - training.lr * decay) - training.lr * step
-    return updated
 
 
 def _notes(run: RunConfig, result: DocumentStep, weights: Weights, number: int, rows: range) -> Notes:

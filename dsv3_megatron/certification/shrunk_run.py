@@ -35,9 +35,6 @@ LEARNING_RATE, CLIP_GRAD = 0.05, 0.5
 # AdamW's first update is g / (|g| + eps): with a small eps the sign of g, also of one that is rounding alone. This one
 # is of the size of the clipped gradients, so that the update is smooth in them.
 ADAM_EPS = 1e-3
-# In FP8 gradients agree to some percent of their norm only: smaller updates, and smoother in small gradients, leave the
-# second step nearly the same model.
-FP8_LEARNING_RATE, FP8_ADAM_EPS = 1e-3, 1e-2
 # Large enough to be seen in the routers' gradients.
 BALANCE_LOSS_ALPHA = 0.02
 
@@ -77,11 +74,10 @@ def shrink(run: RunConfig, world_size: int, max_processes: int) -> ShrunkRun:
     model, parallel, more = _smaller_model(run, parallel)
     replicas = parallel.data_parallel_size(small_size)
     micro_batch_size = min(run.training.micro_batch_size, 2)
-    learning_rate, adam_eps = (FP8_LEARNING_RATE, FP8_ADAM_EPS) if run.fp8.is_enabled else (LEARNING_RATE, ADAM_EPS)
     changes: dict[str, Any] = {
         "seq_length": _sequence_length(parallel), "micro_batch_size": micro_batch_size,
-        "train_iters": NUM_STEPS, "lr": learning_rate, "min_lr": learning_rate, "lr_decay_iters": None,
-        "clip_grad": CLIP_GRAD if run.training.clip_grad else 0.0, "adam_eps": adam_eps, "ema_decay": 0.0,
+        "train_iters": NUM_STEPS, "lr": LEARNING_RATE, "min_lr": LEARNING_RATE, "lr_decay_iters": None,
+        "clip_grad": CLIP_GRAD if run.training.clip_grad else 0.0, "adam_eps": ADAM_EPS, "ema_decay": 0.0,
         "eval_ema": False, "exp_avg_dtype": "fp32", "exp_avg_sq_dtype": "fp32", "moment_rounding": "stochastic",
         "moe_aux_loss_coeff": BALANCE_LOSS_ALPHA if run.training.moe_aux_loss_coeff else 0.0,
         "moe_router_bias_update_rate": 1e-3 if run.training.moe_router_bias_update_rate else 0.0,

@@ -29,6 +29,8 @@ from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.model.attention import LocalMLASelfAttention
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.router import DeepSeekRouter, choose_experts
+from dsv3_megatron.ops.fp8.products import Products
+from dsv3_megatron.ops.fp8.scale_groups import TILE
 from dsv3_megatron.optim.router_bias import routers
 from dsv3_megatron.parallel.latent_ring import RingAttention
 from dsv3_megatron.parallel.sequence_parts import SequenceParts
@@ -38,7 +40,7 @@ from dsv3_megatron.schedule import forward_backward
 from tests.distributed.layout_step import FAULTS
 
 TP, PP, EP = (f"--{name}-model-parallel-size 2" for name in ("tensor", "pipeline", "expert"))
-ETP, CP = "--expert-tensor-parallel-size 2", "--context-parallel-size 2"
+ETP, CP, FP8 = "--expert-tensor-parallel-size 2", "--context-parallel-size 2", "--fp8 blockwise"
 TWO_MODULES = "--mtp-num-layers 2"
 
 
@@ -93,6 +95,14 @@ class Stale(StepHooks):
         if is_last(trainer):
             for parameter, before in zip(parameters(trainer, "router.weight"), self.before, strict=True):
                 parameter.data.copy_(before)
+
+
+class WrongEpsilon(StepHooks):
+    """AdamW's epsilon is off by 5e-5 of itself, as if it had been kept in a narrow dtype."""
+
+    def before_step(self, trainer: Trainer) -> None:
+        for group in trainer.optimizer.param_groups:
+            group["eps"] *= 1 + 5e-5
 
 
 class RoundedCounters(StepHooks):
@@ -230,6 +240,11 @@ def positions_of_parts(_trainer: Trainer) -> list[tuple[Any, str, Any]]:
         table[:len(own(module, x, ids)[0])] for table in module.rotary(len(x), x)))]
 
 
+def other_scales(_trainer: Trainer) -> list[tuple[Any, str, Any]]:
+    """Inputs of linears in FP8 with scales that are powers of two, as only some of them are defined to have."""
+    return [(Products, "operand", lambda products, x: products.backend.quantize(x, TILE, power_of_2=True))]
+
+
 def half_the_weight(_trainer: Trainer) -> list[tuple[Any, str, Any]]:
     own = learner.sum_losses
     return [(learner, "sum_losses", lambda mask_BS, losses, *, mtp_weight, **rest: own(
@@ -337,11 +352,15 @@ PLANTED: dict[str, Planted] = {
     "weights used before they are gathered": Planted(
         EP, lambda: FAULTS["weights-not-gathered"], "main loss", reduces_early=True),
     "one replica misses an update": Planted("", Stale, r"parameter decoder\.layers\.1\.mlp\.router\.weight"),
+    "AdamW's epsilon off by 0.005%": Planted(
+        EP, WrongEpsilon, r"parameter decoder\.layers\.1\.mlp\.router\.weight.*given its gradients"),
+    "in FP8, inputs with scales of another kind": Planted(FP8, lambda: Patch(other_scales), "main loss"),
     "one rank's gradient off by a thousandth": Planted(
         "", lambda: times(r"mlp\.router\.weight", 1.001), r"gradient of decoder\.layers\.1\.mlp\.router\.weight"),
 }
 NOTHING = {"nothing wrong": "", "nothing wrong in tensor parallelism": f"{TP} {ETP}",
            "nothing wrong in parts of sequences": f"{CP} {TWO_MODULES} --reset-attention-mask",
+           "nothing wrong in FP8": f"{TP} {FP8}",
            "nothing wrong in a pipeline": f"{PP} --pipeline-schedule dualpipe"}
 
 

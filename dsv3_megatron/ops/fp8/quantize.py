@@ -110,8 +110,23 @@ def quantize(x: torch.Tensor, group: Group = TILE, *, format: str = "e4m3", powe
     groups = split_into_groups(x.float(), group)
     scales = group_scales(groups.abs().amax(dim=(-3, -1)), FORMAT_MAX[format], power_of_2=power_of_2)
     scaled = join_groups(groups / spread(scales), x.shape)
-    values = scaled.to(torch.float8_e4m3fn) if format == "e4m3" else pack_e5m6(round_to_e5m6(scaled))
-    return Quantized(values, scales, group, format, tuple(x.shape))
+    rounded = round_scaled(scaled, scales, group, format)
+    return Quantized(rounded if format == "e4m3" else pack_e5m6(rounded), scales, group, format, tuple(x.shape))
+
+
+def round_scaled(scaled: torch.Tensor, scales: torch.Tensor, group: Group, format: str) -> torch.Tensor:
+    """Values that are divided by their scales, rounded to nearest even: the one place in which a value is rounded.
+
+    Args:
+        scaled: fp32 [..., M, K].
+        scales: Scales of the groups, which decide nothing here; whoever looks at roundings tells values by them.
+        group: Rows and columns of a group.
+        format: "e4m3" or "e5m6".
+
+    Returns:
+        float8_e4m3fn, or float16 with values that E5M6 has.
+    """
+    return scaled.to(torch.float8_e4m3fn) if format == "e4m3" else round_to_e5m6(scaled)
 
 
 def quantize_columns(x: torch.Tensor | Quantized, *, power_of_2: bool = False) -> Quantized:
