@@ -86,7 +86,7 @@ def shrink(run: RunConfig, world_size: int, max_processes: int) -> ShrunkRun:
         "data_path": (), "valid_data_path": (), "tokenizer_model": None,
     }
     if run.fp8.is_enabled:
-        changes |= {"fp8_backend": "reference"}
+        changes |= {"fp8_backend": "reference", "fp8_accumulation": "fp32"}
     own = run.training.num_microbatches(run.parallel.data_parallel_size(world_size))
     small = dataclasses.replace(run, model=model, parallel=parallel, guards=GuardConfig()).override(
         **changes, global_batch_size=own * micro_batch_size * replicas)
@@ -95,6 +95,9 @@ def shrink(run: RunConfig, world_size: int, max_processes: int) -> ShrunkRun:
     small.validate(small_size)
     if count < own:
         reductions.append(f"micro-batches of a step {own} -> {count}")
+    if run.fp8.fp8_accumulation != small.fp8.fp8_accumulation:
+        # It cuts off bits that a sum in another order has otherwise.
+        more.append(f"accumulation {run.fp8.fp8_accumulation} -> fp32: the model of a tensor core's sums is not proved")
     return ShrunkRun(small, small_size, (*reductions, *more))
 
 

@@ -9,6 +9,7 @@ place in the trackers. They are planted in the layout's processes, or, where BOT
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import sys
@@ -29,8 +30,6 @@ from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.model.attention import LocalMLASelfAttention
 from dsv3_megatron.model.language_model import DeepSeekV3Model
 from dsv3_megatron.model.router import DeepSeekRouter, choose_experts
-from dsv3_megatron.ops.fp8.products import Products
-from dsv3_megatron.ops.fp8.scale_groups import TILE
 from dsv3_megatron.optim.router_bias import routers
 from dsv3_megatron.parallel.latent_ring import RingAttention
 from dsv3_megatron.parallel.sequence_parts import SequenceParts
@@ -240,9 +239,15 @@ def positions_of_parts(_trainer: Trainer) -> list[tuple[Any, str, Any]]:
         table[:len(own(module, x, ids)[0])] for table in module.rotary(len(x), x)))]
 
 
-def other_scales(_trainer: Trainer) -> list[tuple[Any, str, Any]]:
-    """Inputs of linears in FP8 with scales that are powers of two, as only some of them are defined to have."""
-    return [(Products, "operand", lambda products, x: products.backend.quantize(x, TILE, power_of_2=True))]
+def other_scales(trainer: Trainer) -> list[tuple[Any, str, Any]]:
+    """One weight in FP8 with a scale that is a power of two, as it is not defined to have."""
+    found = []
+    for chunk in trainer.chunks:
+        for name, module in chunk.named_modules():
+            if name.endswith("decoder.layers.3.self_attention.linear_proj"):
+                (precision,), backend = module.fp8
+                found.append((module, "fp8", ((dataclasses.replace(precision, scales="power_of_2"),), backend)))
+    return found
 
 
 def half_the_weight(_trainer: Trainer) -> list[tuple[Any, str, Any]]:
@@ -354,7 +359,7 @@ PLANTED: dict[str, Planted] = {
     "one replica misses an update": Planted("", Stale, r"parameter decoder\.layers\.1\.mlp\.router\.weight"),
     "AdamW's epsilon off by 0.005%": Planted(
         EP, WrongEpsilon, r"parameter decoder\.layers\.1\.mlp\.router\.weight.*given its gradients"),
-    "in FP8, inputs with scales of another kind": Planted(FP8, lambda: Patch(other_scales), "main loss"),
+    "in FP8, one weight with a scale of another kind": Planted(FP8, lambda: Patch(other_scales), "main loss"),
     "one rank's gradient off by a thousandth": Planted(
         "", lambda: times(r"mlp\.router\.weight", 1.001), r"gradient of decoder\.layers\.1\.mlp\.router\.weight"),
 }

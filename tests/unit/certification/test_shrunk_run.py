@@ -74,3 +74,11 @@ def test_every_token_leaves_out_experts_that_it_could_have_gone_to() -> None:
         model = shrink(run, run.parallel.minimum_world_size, 4).run.model
         reachable = model.num_experts // model.moe_router_num_groups * model.moe_router_group_topk
         assert model.moe_router_topk < reachable <= model.num_experts
+
+
+def test_sums_that_cut_bits_off_are_not_certified_and_the_certificate_says_so() -> None:
+    run = run_of("--fp8", "blockwise", "--fp8-backend", "reference", "--fp8-accumulation", "fp22")
+    small = shrink(run, 1, 1)
+    assert small.run.fp8.fp8_accumulation == "fp32"
+    assert any("accumulation fp22 -> fp32" in text for text in small.reductions)
+    assert not any("accumulation" in text for text in shrink(run_of("--fp8", "blockwise"), 1, 1).reductions)
