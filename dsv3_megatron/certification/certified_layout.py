@@ -86,7 +86,7 @@ class RankRecord:
         resumed_from_other: A resume from one process's checkpoint; None likewise.
         initial: Parameters before the first step.
         roundings: Roundings to FP8 in the steps that the order of a sum decides.
-        num_taken: Those that were taken from one process, and are not this rank's own.
+        num_taken: Roundings that were taken from one process, and are not this rank's own.
     """
 
     steps: list[RankStep]

@@ -286,8 +286,8 @@ def compare_losses(place: RankPlace, report: StepReport, expected: StepReport | 
 
     Args:
         place: The rank that reports them.
-        report: Its report.
-        expected: What it should be.
+        report: Report of the step.
+        expected: Report, or definition, that it should agree with.
         moment: Words for the differences: which step.
         tolerance: Largest relative error allowed.
         kind: Name under which the largest error is kept.
