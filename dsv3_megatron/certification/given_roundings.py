@@ -9,9 +9,10 @@ another order, takes the side that was noted for such a value, and its own side 
 taken for a value that itself lies within `MARGIN` of the middle, so each run is one that FP8 allows, whatever was
 noted: a fault cannot hide in what is taken. What is compared then agrees nearly as well as without FP8.
 
-Values are told apart by themselves, not by where they are: by the format, the middle, the scale of the group and their
-distance from the middle. No layout has to be known for that. A group that another layout forms of other tokens (weight
-gradients have a scale for 128 tokens of a channel) has another scale, and rounds as it does.
+Values are told apart by themselves, not by where they are: by the format, the middle, the largest value of the group
+and their distance from the middle. No layout has to be known for that. (The scale would not do: where scales are powers
+of two, many groups have the same.) A group that another layout forms of other tokens (weight gradients have a scale for
+128 tokens of a channel) has another largest value, and rounds as it does.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from dsv3_megatron.ops.fp8 import quantize
 from dsv3_megatron.ops.fp8.quantize import FORMAT_MAX
 from dsv3_megatron.ops.fp8.scale_groups import Group, join_groups, split_into_groups, spread
 
-# Distance from a middle within which the order of a sum may decide, of the largest value of the group; and how far two
-# runs' scales of one group, and their distances from the middle, may be apart.
+# Distance from a middle within which the order of a sum may decide, of the largest value that the format has.
 MARGIN = 4e-6
-_SCALES_PER_OCTAVE = 1 << 16
+# Two runs have the same group where their largest values are within a step of 1e-5 of each other.
+_STEPS_PER_OCTAVE = 1 << 16
 # Bits of the representation in which a step to the next value is 1, or more where the last bits are always zero.
 _UNIT = {"e4m3": 1, "e5m6": 16}
 
-# Format, code of the value above the middle with its sign, and the scale in steps of 1e-5 of itself.
+# Format, code of the value above the middle with its sign, and the largest value of the group in steps of 1e-5.
 Key = tuple[str, int, int]
 
 
@@ -53,9 +54,9 @@ class Roundings:
 
     def find(self, key: Key, distance: float) -> bool | None:
         """The side of the value that is most like this one; None where there is none."""
-        form, code, scale = key
+        form, code, largest = key
         near = [(abs(noted - distance), is_up) for step in (-1, 0, 1)
-                for noted, is_up in self.sides.get((form, code, scale + step), ())]
+                for noted, is_up in self.sides.get((form, code, largest + step), ())]
         return min(near)[1] if near else None
 
     def add(self, other: Roundings) -> None:
@@ -118,16 +119,18 @@ class RoundingWatch:
         near = (distance.abs() <= MARGIN) & (others != codes)
         if not bool(near.any()):
             return rounded
-        spread_scales = join_groups(spread(scales).expand(split_into_groups(scaled, group).shape), scaled.shape)
+        groups = split_into_groups(scaled, group)
+        largest = scales * groups.abs().amax(dim=(-3, -1))
+        spread_largest = join_groups(spread(largest).expand(groups.shape), scaled.shape)
         notes = self.notes.setdefault(self._pass, Roundings())
         given = self.given.get(self._pass)
         places = near.nonzero(as_tuple=True)
         is_up = rounded.float() > other.float()
-        columns = (codes[places], others[places], is_up[places], distance[places], spread_scales[places])
+        columns = (codes[places], others[places], is_up[places], distance[places], spread_largest[places])
         result = codes.clone()
         taken = []
-        for index, (code, neighbour, up, apart, scale) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-            key = form, code if up else neighbour, round(math.log2(scale) * _SCALES_PER_OCTAVE)
+        for index, (code, neighbour, up, apart, most) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            key = form, code if up else neighbour, round(math.log2(most) * _STEPS_PER_OCTAVE)
             side = given.find(key, apart) if given is not None else None
             if side is not None and side != up:
                 taken.append(index)

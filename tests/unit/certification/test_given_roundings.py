@@ -53,6 +53,14 @@ def test_nothing_is_taken_for_a_value_off_a_middle_or_of_another_group() -> None
         assert torch.equal(found.dequantize(), quantize(other).dequantize()) and taking.num_taken == 0
 
 
+def test_groups_with_the_same_power_of_2_are_told_apart() -> None:
+    """Their scales are the same, and so are the middles; the nearer of two distances is the wrong one's."""
+    given = torch.cat([tile(432.0 + 2e-4, largest=440.0), tile(432.0 - 4e-4, largest=430.0)])
+    _, watch = rounded(given, power_of_2=True)
+    found, _ = rounded(tile(432.0 - 3e-4, largest=440.0), watch, power_of_2=True)
+    assert found.dequantize()[0, 1] == 448.0
+
+
 def test_values_of_one_group_near_the_same_middle_are_told_apart() -> None:
     _, watch = rounded(tile(432.0 + 9e-4, 432.0 - 9e-4))
     found, _ = rounded(tile(432.0 - 9e-4, 432.0 + 9e-4), watch)
