@@ -36,8 +36,11 @@ def average_entries(average: WeightAverage, models: Iterable[dict[str, Any]], *,
               if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
     entries: dict[Any, Any] = {}
     for parameter, group in _parameters(average):
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device="cpu")
-        if not is_loading:
+        if not is_loading and group.size() == 1:
+            _, whole = held[parameter]  # all of it
+        else:
+            whole = torch.zeros(parameter.numel(), dtype=torch.float32, device="cpu")
+        if not is_loading and group.size() > 1:
             if parameter in held:
                 shard, values = held[parameter]
                 whole[shard.start:shard.end] = values
@@ -85,8 +88,6 @@ def _parameters(average: WeightAverage) -> list[tuple[torch.nn.Parameter, torch.
 
 def _merged(mine: torch.Tensor, group: torch.distributed.ProcessGroup, device: torch.device) -> torch.Tensor:
     """The sum over ranks of which one has an element and the others zero, as integers: exact, and -0.0 stays."""
-    if group.size() == 1:
-        return mine
     bits = mine.view(torch.int32).to(device)
     torch.distributed.all_reduce(bits, group=group)
     return bits.cpu().view(torch.float32)

@@ -1,9 +1,8 @@
 """A rank's helper for checkpoints that are written while training goes on: memory, and a process that empties it.
 
-A save makes the image of this rank's file in memory, which is all that training waits for. A process beside the rank
-copies it to disk (`file_copier.py`). The memory is a file without a name (memfd_create): both processes have it, no
-folder such as /dev/shm limits it, and it is gone with them, whatever ends them. It takes as many bytes as this rank's
-file, from the first save to the end of the run.
+A save copies this rank's tensors to their places in the image of its file (`host_image.py`), which is all that training
+waits for. A process beside the rank writes the image to disk, with checksums (`file_copier.py`). The memory takes as
+many bytes as this rank's file, from the first save to the end of the run.
 
 The process is started anew as a program of its own, not forked: the rank's threads, its gloo connections and its CUDA
 context stay out of it. It imports no torch. No collective runs in it.
@@ -12,7 +11,6 @@ context stay out of it. It imports no torch. No collective runs in it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import signal
@@ -21,13 +19,11 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
+from dsv3_megatron.checkpoint.host_image import HostImage
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.data.checksums import FileChecksums, read_checksums
-from dsv3_megatron.process.host_bytes import free_host_bytes
 from dsv3_megatron.process.parent import environment_of_child
-from dsv3_megatron.process.ranks import Processes
 from dsv3_megatron.process.stop import STOP_SIGNALS
 
 __all__ = ["BackgroundWriter"]
@@ -42,16 +38,17 @@ class BackgroundWriter:
     One file at a time: who writes into the memory has waited for the copy of what was there.
 
     Attributes:
+        image: The memory.
         refusal: Why the last save could not be written behind training, as it was said; empty: it could.
     """
 
     @staticmethod
     def is_possible() -> bool:
-        """Whether this system has files in memory; Linux has."""
-        return hasattr(os, "memfd_create")
+        """Whether this system has memory that two processes share by an open file; Linux has."""
+        return HostImage.is_possible()
 
     def __init__(self) -> None:
-        self._memory = -1  # made by the first save: some runs have none
+        self.image = HostImage()
         self.refusal = ""
         self._process: subprocess.Popen[str] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -62,31 +59,17 @@ class BackgroundWriter:
         return self._process.pid if self._process is not None else None
 
     def prepare(self, num_bytes: int) -> None:
-        """Have the memory for a file, and the process, which starts while the file is made.
+        """Have the memory for a file, and the process, which starts while the file is put together.
 
         Args:
-            num_bytes: Bytes of the file, roughly.
+            num_bytes: Bytes of the file.
 
         Raises:
             OSError: this host has not so much memory left, or the process cannot be started.
         """
-        if self._memory < 0:
-            self._memory = os.memfd_create("checkpoint")
-        missing = num_bytes - os.fstat(self._memory).st_size
-        if missing > 0:
-            # All ranks of this host ask at the same moment.
-            needed, available = missing * Processes.from_environment().local_size, free_host_bytes()
-            if available is not None and needed > available:
-                raise OSError(errno.ENOMEM, f"a copy of the checkpoint takes {needed / 1e9:.2f} GB of this host's "
-                                            f"memory, {available / 1e9:.2f} GB are free")
-            os.posix_fallocate(self._memory, 0, num_bytes)
+        self.image.reserve(num_bytes)
         if self._process is None or self._process.poll() is not None:
-            self._process = _start_copier(self._memory)
-
-    def image(self) -> IO[bytes]:
-        """The memory, which `prepare` has made, as a file to write from its beginning; to be flushed before `copy`."""
-        os.lseek(self._memory, 0, os.SEEK_SET)
-        return open(self._memory, "wb", closefd=False)
+            self._process = _start_copier(self.image.descriptor)
 
     def copy(self, path: Path, num_bytes: int) -> FileChecksums:
         """Have the process copy the image to a new file and flush it to disk; to be called in `run`'s thread.
@@ -123,9 +106,7 @@ class BackgroundWriter:
                 assert stream is not None
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
-        if self._memory >= 0:
-            os.close(self._memory)
-            self._memory = -1
+        self.image.close()
 
 
 def _start_copier(memory: int) -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from dsv3_megatron.checkpoint.average import average_entries
-from dsv3_megatron.checkpoint.optimizer_state import as_stored, restore_moments, with_padding_between_buckets
+from dsv3_megatron.checkpoint.optimizer_state import restore_moments, saved_entries, with_padding_between_buckets
 from dsv3_megatron.model.stage.buckets import finish_gathering
 from dsv3_megatron.optim.ema import WeightAverage
 from dsv3_megatron.optim.shards import distributed_parts
@@ -50,9 +50,12 @@ def sharded_state(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer | 
     state: dict[Any, Any] = {
         ("model", index, key): entry for index, entries in models.items() for key, entry in entries.items()}
     for index, part in enumerate(distributed_parts(optimizer) if optimizer is not None else []):
+        if not is_loading:
+            state |= {("optimizer", index, *key): entry for key, entry in saved_entries(part, models.values()).items()}
+            continue
         with with_padding_between_buckets(part):
             shards = part.sharded_state_dict(models, is_loading, metadata=metadata)["param_state"]
-        state |= {("optimizer", index, number, key): entry if is_loading else as_stored(entry, key, part.optimizer)
+        state |= {("optimizer", index, number, key): entry
                   for number, tensors in shards.items() for key, entry in tensors.items()}
     if average is not None:
         state |= average_entries(average, models.values(), is_loading=is_loading)

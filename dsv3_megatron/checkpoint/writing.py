@@ -4,7 +4,7 @@ The plan is Megatron-Core's and the bytes are torch.distributed.checkpoint's. In
 
     plan_shards                   all ranks: who writes what, under which names
     ShardsToWrite.write           this rank: its file, and the checksums of it
-    ShardsToWrite.write_behind    the same, while training goes on: its file in memory, which a process writes
+    ShardsToWrite.write_behind    the same, while training goes on: a copy of its tensors, which a process writes
     gather_outcomes               all ranks: what was written where, or what went wrong
     ShardsToWrite.finish          rank 0: the index
 """
@@ -12,9 +12,8 @@ The plan is Megatron-Core's and the bytes are torch.distributed.checkpoint's. In
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,15 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, SerializationFormat, _write_item
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, SerializationFormat, _StorageInfo, _write_item
 from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 
 from dsv3_megatron.checkpoint.agreement import why
 from dsv3_megatron.checkpoint.background import BackgroundWriter
+from dsv3_megatron.checkpoint.host_image import HostImage
+from dsv3_megatron.checkpoint.tensor_frames import frame_of, without_crc32
 from dsv3_megatron.data.checksums import ChecksumStream, FileChecksums
-
-# What torch.save adds to a tensor, at most: 1.6 KB and the alignment of the data.
-_ENTRY_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,8 @@ class ShardsToWrite:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of this rank's file, about: what torch.save adds to a tensor is rounded up."""
-        return (sum(len(data.getbuffer()) for _, data in self._writer.objects)
-                + sum(tensor.numel() * tensor.element_size() + _ENTRY_BYTES for _, tensor in self._writer.tensors))
+        """Bytes of this rank's file."""
+        return sum(lengths_of(self._writer.objects, self._writer.tensors))
 
     def write(self) -> ShardOutcome:
         """Write this rank's file, and have it on disk; what goes wrong is in the outcome, nothing is raised."""
@@ -110,17 +108,12 @@ class ShardsToWrite:
         if not writer.objects and not writer.tensors:
             return background.run(ShardOutcome)
         results: list[Any] = []
-        num_bytes = 0
 
         def keep() -> ShardOutcome:
-            nonlocal num_bytes
-            with background.image() as image:
-                results.extend(write_entries(image, writer.file_name, writer.objects, writer.tensors,
-                                             writer.transforms))
-                num_bytes = image.tell()
+            results.extend(put_entries(background.image, writer.file_name, writer.objects, writer.tensors))
             return ShardOutcome()
 
-        kept = _outcome_of(keep)
+        kept, num_bytes = _outcome_of(keep), self.num_bytes
         if kept.reason is not None:
             return background.run(lambda: kept)
         return background.run(lambda: _outcome_of(lambda: ShardOutcome(
@@ -191,12 +184,8 @@ def write_shard_file(path: Path, objects: list[tuple[Any, Any]], tensors: list[t
 
 def write_entries(stream: Any, file_name: str, objects: list[tuple[Any, Any]],
                   tensors: list[tuple[Any, torch.Tensor]], transforms: Any) -> list[Any]:
-    """Write the entries of a file one after the other; arguments and errors as `write_shard_file`.
-
-    torch.save's own checksum of a tensor (CRC-32) is left out: it takes several times as long as those of the
-    manifest, and no reader of torch's looks at it.
-    """
-    with _without_crc32():
+    """Write the entries of a file one after the other; arguments and errors as `write_shard_file`."""
+    with without_crc32():
         results = [_write_item(transforms, stream, data, item, file_name, SerializationFormat.TORCH_SAVE)
                    for item, data in objects]
         for item, tensor in tensors:
@@ -205,14 +194,39 @@ def write_entries(stream: Any, file_name: str, objects: list[tuple[Any, Any]],
         return results
 
 
-@contextmanager
-def _without_crc32() -> Iterator[None]:
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+def lengths_of(objects: list[tuple[Any, Any]], tensors: list[tuple[Any, torch.Tensor]]) -> list[int]:
+    """Bytes of each entry of a file, in the order in which `write_entries` writes them."""
+    return [len(data.getbuffer()) for _, data in objects] + [
+        frame_of(tensor.dtype, tuple(tensor.shape)).length for _, tensor in tensors]
+
+
+def put_entries(image: HostImage, file_name: str, objects: list[tuple[Any, Any]],
+                tensors: list[tuple[Any, torch.Tensor]]) -> list[Any]:
+    """Put together in memory the bytes that `write_entries` would write.
+
+    Args:
+        image: Memory with room for them.
+        file_name: Name of the file that the bytes are for.
+        objects: As for `write_shard_file`.
+        tensors: As for `write_shard_file`; they may change when this returns.
+
+    Returns:
+        What the index needs of each entry.
+    """
+    results, places, offset = [], [], 0
+    for (item, data), length in zip((*objects, *tensors), lengths_of(objects, tensors), strict=True):
+        results.append(WriteResult(index=item.index, size_in_bytes=length,
+                                   storage_data=_StorageInfo(file_name, offset, length)))
+        if isinstance(data, torch.Tensor):
+            frame = frame_of(data.dtype, tuple(data.shape))
+            image.put(offset, frame.head)
+            places.append((offset + len(frame.head), data))
+            image.put(offset + length - len(frame.tail), frame.tail)
+        else:
+            image.put(offset, data.getbuffer())
+        offset += length
+    image.put_tensors(places)
+    return results
 
 
 def _outcome_of(write: Callable[[], ShardOutcome]) -> ShardOutcome:
@@ -245,8 +259,9 @@ def checksums_of(outcomes: list[ShardOutcome]) -> Mapping[str, FileChecksums]:
 
 
 def _alone_on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the host without the rest of a storage that it is a part of, which torch.save would write too."""
+    """The tensor on the host, contiguous, and without the rest of a storage that it is a part of: torch.save would
+    write its strides and that rest too."""
     host = tensor.cpu()
     if host.untyped_storage().nbytes() != host.numel() * host.element_size() or not host.is_contiguous():
-        return host.clone(memory_format=torch.contiguous_format)
-    return host
+        host = host.clone(memory_format=torch.contiguous_format)
+    return host.view(-1).view(host.shape)  # an axis of length 1 may have any stride

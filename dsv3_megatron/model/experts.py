@@ -107,7 +107,7 @@ class GroupedExperts(MegatronModule):
             assert flattened_range is None, "flattened shards are not supported"
             gate, up = weight.chunk(2, dim=1)
             return [ShardedTensor.from_rank_offsets(
-                        key, half.contiguous(), *offsets, experts, (len(offsets) + 1, index, 2 * parts),
+                        key, half, *offsets, experts, (len(offsets) + 1, index, 2 * parts),
                         replica_id=replica, prepend_axis_num=len(offsets))
                     for half, index in ((gate, part), (up, parts + part))]
 

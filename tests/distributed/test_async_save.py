@@ -182,7 +182,7 @@ def without_memory(folder: Path) -> list[Any]:
     training.step(0)
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr("dsv3_megatron.checkpoint.background.free_host_bytes", lambda: 1000)
+            patch.setattr("dsv3_megatron.checkpoint.host_image.free_host_bytes", lambda: 1000)
         pending = begin(training, folder, progress_at(1, {}), background)
     training.step(1)
     path = pending.finish()

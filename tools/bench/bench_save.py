@@ -127,7 +127,7 @@ def write_in_turns(trainer: Trainer, folder: Path, rounds: int, seconds: Seconds
             os.fsync(raw.fileno())
 
     def with_crc32() -> None:
-        with mock.patch.object(writing, "_without_crc32", contextlib.nullcontext):
+        with mock.patch.object(writing, "without_crc32", contextlib.nullcontext):
             plain()
 
     actions = {"checksums": lambda: writing.write_shard_file(target / "summed", *entries), "no-checksums": plain,

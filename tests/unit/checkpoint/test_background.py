@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_megatron.checkpoint import background as module
+from dsv3_megatron.checkpoint import host_image as module
 from dsv3_megatron.checkpoint.background import BackgroundWriter
 from dsv3_megatron.data.checksums import BLOCK_BYTES, FileChecksums, checksum_file
 
@@ -28,10 +28,8 @@ def writer() -> Iterator[BackgroundWriter]:
 
 def copied(writer: BackgroundWriter, content: bytes, path: Path) -> FileChecksums:
     writer.prepare(len(content))
-    with writer.image() as image:
-        image.write(content)
-        size = image.tell()
-    return writer.run(lambda: writer.copy(path, size)).result(timeout=30)
+    writer.image.put(0, content)
+    return writer.run(lambda: writer.copy(path, len(content))).result(timeout=30)
 
 
 def test_files_are_copied_whole_one_after_the_other_by_one_process(writer: BackgroundWriter, tmp_path: Path) -> None:
@@ -128,7 +126,8 @@ def test_closing_gives_everything_back(tmp_path: Path) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     writer.close()
     writer.close()
-    assert not is_running(Path(f"/proc/{pid}")) and len(os.listdir("/proc/self/fd")) == descriptors - 3
+    assert not is_running(Path(f"/proc/{pid}"))
+    assert len(os.listdir("/proc/self/fd")) == descriptors - 4  # the memory, its map, and two pipes
 
 
 @pytest.mark.parametrize("room", [0, 1, BLOCK_BYTES, BLOCK_BYTES + 7])
