@@ -8,7 +8,9 @@ In reading order:
     run_state.py        the state of a run as a dictionary of tensors
     pending.py          a save under way
     writing.py          a rank's part of a save             proved_files.py  what is read is proved, and not run
-    background.py       its file in memory, to be written while training goes on
+    background.py       its file, to be written while training goes on: memory and a process
+    host_image.py       the memory in which it is put together
+    tensor_frames.py    what is around a tensor's bytes in it
     file_copier.py      the process that writes it; no torch
     optimizer_state.py  AdamW's part of it                   average.py    the moving average's part
     text_files.py       tokenizer and form of the texts      agreement.py  what ranks must agree on meanwhile

@@ -22,7 +22,7 @@ from dsv3_megatron.process.ranks import Processes
 __all__ = ["HostImage"]
 
 # Bytes that one thread copies at a time.
-_PIECE = 64 << 20
+_PIECE = 32 << 20
 
 
 class HostImage:
@@ -97,9 +97,10 @@ class HostImage:
                 moves += [(place.data_ptr() + start, values.data_ptr() + start, min(_PIECE, values.numel() - start))
                           for start in range(0, values.numel(), _PIECE)]
         # The C library's copy passes by the caches where much is copied; torch's does not.
-        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-            for _ in pool.map(lambda move: ctypes.memmove(*move), moves):
-                pass
+        num_threads = torch.get_num_threads()
+        with ThreadPoolExecutor(max_workers=num_threads) as pool:
+            for done in [pool.submit(_move, moves[thread::num_threads]) for thread in range(num_threads)]:
+                done.result()
         if is_on_gpu:
             torch.cuda.current_stream().synchronize()
 
@@ -114,6 +115,12 @@ class HostImage:
         if self._bytes.numel() and torch.cuda.is_available():
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
         self._bytes, self._mapped = torch.empty(0, dtype=torch.uint8), None
+
+
+def _move(moves: list[tuple[int, int, int]]) -> None:
+    """Copy bytes: to an address, from an address, so many."""
+    for move in moves:
+        ctypes.memmove(*move)
 
 
 def _runs(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -45,6 +45,7 @@ def sharded_state(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer | 
         "non_homogeneous_layers": True,
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
+        "is_loading": is_loading,
     }
     models = {index: _stage(chunk).sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
     state: dict[Any, Any] = {

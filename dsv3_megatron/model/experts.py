@@ -102,13 +102,15 @@ class GroupedExperts(MegatronModule):
         replica_id = (0, 0, self.dp_group.rank())
         experts = (len(offsets), self.ep_group.rank(), self.ep_group.size())
         parts, part = self.tp_group.size(), self.tp_group.rank()
+        # Ranks broadcast what they have loaded, which needs memory in one piece. What is saved is copied anyway.
+        is_loading = (metadata or {}).get("is_loading", True)
 
         def gate_and_up(key: str, weight: torch.Tensor, replica: Any, flattened_range: Any = None) -> list[Any]:
             assert flattened_range is None, "flattened shards are not supported"
             gate, up = weight.chunk(2, dim=1)
             return [ShardedTensor.from_rank_offsets(
-                        key, half, *offsets, experts, (len(offsets) + 1, index, 2 * parts),
-                        replica_id=replica, prepend_axis_num=len(offsets))
+                        key, half.contiguous() if is_loading else half, *offsets, experts,
+                        (len(offsets) + 1, index, 2 * parts), replica_id=replica, prepend_axis_num=len(offsets))
                     for half, index in ((gate, part), (up, parts + part))]
 
         def joined(halves: list[torch.Tensor]) -> torch.Tensor:
