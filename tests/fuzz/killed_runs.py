@@ -39,10 +39,11 @@ from tests.distributed.launch import RankError, run_ranks
 from tests.distributed.small_run import small_run
 from tests.made_up_texts import write_texts
 
-NUM_RANKS, NUM_STEPS, INTERVAL = 4, 16, 2
-CHANGES = {"num_layers": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2, "split": "100,0,0",
-           "eval_interval": 0, "lr": 3e-3, "train_iters": NUM_STEPS, "lr_warmup_iters": 0, "log_interval": 100,
-           "save_interval": INTERVAL}
+NUM_STEPS, INTERVAL = 16, 2
+CHANGES = {"num_layers": 2, "expert_model_parallel_size": 2, "split": "100,0,0", "eval_interval": 0, "lr": 3e-3,
+           "train_iters": NUM_STEPS, "lr_warmup_iters": 0, "log_interval": 100, "save_interval": INTERVAL}
+# Processes by stages of the pipeline.
+NUM_RANKS = {1: 2, 2: 4}
 # Variable that the processes of a life have in their environment.
 MARK = "KILLED_RUNS_MARK"
 # Of a kill: the number of a rank, or all of them.
@@ -74,7 +75,7 @@ def live(data: str, folder: Path, changes: dict[str, Any], kill: tuple[int, floa
 
     run = small_run(data_path=[data], save=str(folder / "saved"), load=str(folder / "saved"),
                     tensorboard_dir=str(folder / "logs"), **CHANGES, **changes)
-    run.validate(NUM_RANKS)
+    run.validate(NUM_RANKS[run.parallel.pipeline_model_parallel_size])
     trainer = Trainer(run)
     if kill is not None and kill[0] in (ALL, trainer.rank):
         timer = threading.Timer(kill[1], os.kill, (os.getpid(), signal.SIGKILL))
@@ -134,7 +135,7 @@ def left_over(mark: str) -> list[int]:
     return found
 
 
-def kill_again_and_again(folder: Path, kills: int, seed: int, *, max_seconds: float = float("inf"),
+def kill_again_and_again(folder: Path, kills: int, seed: int, *, stages: int = 2, max_seconds: float = float("inf"),
                          says: bool = False) -> Lives:
     """Run the reference, then the lives; what became of them.
 
@@ -142,6 +143,7 @@ def kill_again_and_again(folder: Path, kills: int, seed: int, *, max_seconds: fl
         folder: Empty folder for both.
         kills: Lives to end with SIGKILL.
         seed: Of the moments and of who is killed.
+        stages: Of the pipeline: 2 with four processes, 1 with two.
         max_seconds: No life begins later than that.
         says: Print a line for each ten lives.
     """
@@ -149,11 +151,13 @@ def kill_again_and_again(folder: Path, kills: int, seed: int, *, max_seconds: fl
     data, reference, subject = write_texts(folder / "data", 80), folder / "reference", folder / "killed"
     mark = f"{os.getpid()}-{seed}"
     deadline = time.monotonic() + max_seconds
-    length_s = max(run_ranks(NUM_RANKS, live, data, reference, {"async_save": False, "keep_last": 0}, None))
+    num_ranks, layout = NUM_RANKS[stages], {"pipeline_model_parallel_size": stages}
+    length_s = max(run_ranks(num_ranks, live, data, reference, layout | {"async_save": False, "keep_last": 0}, None))
     while sum(lives.killed.values()) < kills and not lives.wrong and time.monotonic() < deadline:
-        who, moment = rng.choice([ALL, *range(NUM_RANKS)]), rng.uniform(0.0, 0.6 * length_s)
+        who, moment = rng.choice([ALL, *range(num_ranks)]), rng.uniform(0.0, 0.6 * length_s)
         try:
-            run_ranks(NUM_RANKS, live, data, subject, {"keep_last": 2}, (who, moment), environment={MARK: mark})
+            run_ranks(num_ranks, live, data, subject, layout | {"keep_last": 2}, (who, moment),
+                      environment={MARK: mark})
         except RankError as error:
             if "exit code -9" not in str(error) and "Connection" not in str(error):
                 raise
