@@ -207,8 +207,8 @@ def put_entries(image: HostImage, file_name: str, objects: list[tuple[Any, Any]]
     Args:
         image: Memory with room for them.
         file_name: Name of the file that the bytes are for.
-        objects: As for `write_shard_file`.
-        tensors: As for `write_shard_file`; they may change when this returns.
+        objects: Entries of bytes: torch.distributed.checkpoint's item, and a BytesIO.
+        tensors: Entries of tensors: the item, and the tensor, on any device; it may change when this returns.
 
     Returns:
         What the index needs of each entry.
