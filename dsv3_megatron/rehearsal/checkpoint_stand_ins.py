@@ -73,10 +73,8 @@ def checkpoint_replacements(watch: Watch, notes: CheckpointNotes) -> tuple[Repla
                     "reads tensors into those that are there"),
         Replacement(f"{_SAVER}.strategies.fully_parallel", "exchange_loaded_objects_gather_object", _own_objects(watch),
                     "sends pickled objects, and refuses the same from two ranks"),
-        Replacement("dsv3_megatron.checkpoint.resume", "dataset_config", lambda original: nothing,
-                    "asks for the files of the data, which are made up"),
-        Replacement("dsv3_megatron.checkpoint.resume", "data_identity", lambda original: nothing,
-                    "looks at these files"),
+        Replacement("dsv3_megatron.checkpoint.resume", "run_identity", lambda original: nothing,
+                    "looks at the files of the data, which are made up"),
         Replacement("dsv3_megatron.checkpoint.resume", "other_data", lambda original: lambda *_: [],
                     "compares them with those of the checkpoint"),
     )
