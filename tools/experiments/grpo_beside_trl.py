@@ -1,0 +1,170 @@
+"""One step of GRPO beside TRL's GRPOTrainer: loss and gradients of the exported model on the same kept rollout.
+
+    python -m tools.experiments.grpo_beside_trl --base CHECKPOINTS --tokenizer-model TOKENIZER \
+        --prompts prompts.jsonl --rollout DIR/rollout-000000.parquet
+
+Needs TRL (pip install trl), which this library and its tests do not. The rollout is one that `dsv3 grpo` kept. Noise is
+added to both kinds of its log-probabilities, so that ratios differ from 1, some are clipped, and the divergence is not
+0. The model is exported to Hugging Face's form in fp32, and both begin with the exported one. GRPOTrainer computes the
+loss of all answers at once, padded; this library takes a step from the rollout (`--replay`), packed. MTP modules are
+left out on both sides. Printed are the largest relative differences of the loss and of each weight's gradient, for the
+two levels that TRL defines too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsv3_megatron.config.output import json_text
+from dsv3_megatron.config.streams import run_command
+from dsv3_megatron.post_training.kept import read_rollout, write_rollout
+from dsv3_megatron.post_training.rollout import Answer, Rollout
+from tools.experiments.sft_beside_trl import relative, separate
+
+# Levels of this library, and what TRL calls them.
+LOSS_TYPES = {"answer": "grpo", "token": "bnpo"}
+EPSILON, BETA, NOISE = 0.2, 0.04, 0.2
+
+
+def trl_trainer(model_folder: str, tokenizer_folder: str, rows: list[dict[str, Any]], folder: str, **settings: Any
+                ) -> Any:
+    """A GRPOTrainer of the exported model in fp32, on the CPU, whose rewards compare the last number."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    from dsv3_megatron.post_training.rewards import numeric
+
+    def judge(completions: list[Any], answer: list[Any], **_rest: Any) -> list[float]:
+        return [numeric(completion[0]["content"], {"answer": expected})
+                for completion, expected in zip(completions, answer, strict=True)]
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="eager",
+                                                 experts_implementation="eager")
+    config = GRPOConfig(output_dir=folder, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
+                        gradient_checkpointing=False, router_aux_loss_coef=0.0, epsilon=EPSILON, beta=BETA,
+                        use_bias_correction_kl=False, temperature=1.0, **settings)
+    prompts = [{"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in rows]
+    return GRPOTrainer(model=model, reward_funcs=judge, args=config, train_dataset=Dataset.from_list(prompts),
+                       processing_class=AutoTokenizer.from_pretrained(tokenizer_folder))
+
+
+def padded(rows: list[Any], *, is_left: bool, filling: Any) -> torch.Tensor:
+    """Rows of different lengths as one tensor."""
+    width = max(map(len, rows))
+    return torch.tensor([[filling] * (width - len(row)) * is_left + list(row) + [filling] * (width - len(row)) * (
+        not is_left) for row in rows])
+
+
+def trl_step(trainer: Any, answers: list[Answer], filling: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of GRPOTrainer on all answers at once."""
+    prompts, ids = [answer.prompt_ids for answer in answers], [answer.ids for answer in answers]
+    ones = [[1] * len(row) for row in prompts], [[1] * len(row) for row in ids]
+    inputs = {
+        "prompt_ids": padded(prompts, is_left=True, filling=filling),
+        "prompt_mask": padded(ones[0], is_left=True, filling=0),
+        "completion_ids": padded(ids, is_left=False, filling=filling),
+        "completion_mask": padded(ones[1], is_left=False, filling=0),
+        "advantages": torch.tensor([answer.advantage for answer in answers]),
+        "old_per_token_logps": padded([answer.logprobs_T.tolist() for answer in answers], is_left=False, filling=0.0),
+        "ref_per_token_logps": padded([np.asarray(answer.reference_logprobs_T).tolist() for answer in answers],
+                                      is_left=False, filling=0.0),
+        "num_items_in_batch": torch.tensor(sum(map(len, ids)))}
+    model = trainer.model
+    model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(model, inputs)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return float(loss.detach()), gradients
+
+
+def our_step(model_folder: str, tokenizer: str, prompts: str, folder: str, level: str, answers: list[Answer],
+             group_size: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one step from the kept rollout, gradients by Hugging Face's names."""
+    from dsv3_megatron.commands.grpo import _parse
+    from dsv3_megatron.runs.rank import prepare_rank
+
+    prepare_rank()
+    from dsv3_megatron.checkpoint.hf.names import tensors_by_parameter
+    from dsv3_megatron.model.global_names import whole_parameters
+    from dsv3_megatron.post_training.policy_trainer import PolicyTrainer
+
+    run = _parse([
+        "--pretrained-checkpoint", model_folder, "--seq-length", "256", "--tokenizer-model", tokenizer,
+        "--prompts", prompts, "--replay", folder,
+        "--grpo-level", level, "--group-size", str(group_size), "--global-batch-size", str(len(answers)),
+        "--micro-batch-size", "1", "--clip-epsilon", str(EPSILON), "--kl-coefficient", str(BETA), "--train-iters", "1",
+        "--max-new-tokens", str(max(len(answer.ids) for answer in answers)), "--precision", "fp32",
+        "--mtp-num-layers", "0", "--clip-grad", "0"]).run
+    run.validate(1)
+    trainer = PolicyTrainer(run)
+    report, _ = trainer.train_step()
+    parts, gradients = tensors_by_parameter(run.model), {}
+    for chunk in trainer.chunks:
+        for whole in whole_parameters(chunk, trainer.groups):
+            gradient: torch.Tensor = whole.parameter.main_grad  # type: ignore[attr-defined]
+            gradient = (gradient if whole.expert is None else gradient[whole.expert]).clone()
+            tensors = parts[whole.name]
+            for tensor, piece in zip(tensors, gradient.chunk(len(tensors)), strict=True):
+                gradients[tensor.name] = piece
+    trainer.claim.release()
+    assert report.lm_loss is not None and report.extras["grpo/clip-fraction"] > 0
+    return report.lm_loss, gradients
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compare one step at each level; returns 1 where a difference is larger than asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="checkpoints of the model")
+    parser.add_argument("--tokenizer-model", required=True, help="its tokenizer, with a chat template")
+    parser.add_argument("--prompts", required=True, help="the prompts that the rollout answers")
+    parser.add_argument("--rollout", required=True, help="a kept rollout, of that tokenizer")
+    parser.add_argument("--group-size", type=int, default=8, help="answers to a prompt (8)")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (1e-5)")
+    options = parser.parse_args(arguments)
+    from dsv3_megatron.commands import convert
+
+    kept, draws = read_rollout(options.rollout), np.random.default_rng(0)
+    results: dict[str, dict[str, Any]] = {}
+
+    def noisy(values: np.ndarray | None) -> np.ndarray:
+        assert values is not None
+        return (values + NOISE * draws.standard_normal(len(values))).astype(np.float32)
+
+    answers = [dataclasses.replace(
+        answer, logprobs_T=noisy(answer.logprobs_T), reference_logprobs_T=noisy(answer.logprobs_T),
+        advantage=float(draws.choice([-1.0, 0.5, 1.0]))) for answer in kept.answers]
+    with open(options.prompts, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file][:8]
+    with tempfile.TemporaryDirectory() as folder:
+        write_rollout(folder, Rollout(0, tuple(answers), kept.rules, kept.tokenizer))
+        assert convert.main(["megatron-to-hf", "--input", options.base, "--output", f"{folder}/hf", "--dtype", "fp32",
+                             "--no-mtp"]) == 0
+        for level, loss_type in LOSS_TYPES.items():
+            trainer = trl_trainer(f"{folder}/hf", options.tokenizer_model, rows, f"{folder}/trl", loss_type=loss_type,
+                                  per_device_train_batch_size=8, num_generations=8, max_completion_length=8)
+            theirs, their_gradients = trl_step(trainer, answers, 0)
+            loss, gradients = our_step(f"{folder}/hf", options.tokenizer_model, options.prompts, folder, level, answers,
+                                       options.group_size)
+            their_gradients = separate(their_gradients)
+            assert gradients.keys() == their_gradients.keys(), gradients.keys() ^ their_gradients.keys()
+            errors = {name: relative(gradients[name], their_gradients[name]) for name in gradients}
+            worst = max(errors, key=lambda name: errors[name])
+            results[level] = {"answers": len(answers), "loss": loss, "loss of TRL": theirs,
+                              "loss, relative": abs(loss - theirs) / abs(theirs), "gradients": len(errors),
+                              "gradient, largest relative": errors[worst], "of": worst}
+    print(json_text(results, indent=2))
+    worst_of_all = max(max(each["gradient, largest relative"], each["loss, relative"]) for each in results.values())
+    return 0 if worst_of_all <= options.tolerance else 1
+
+
+if __name__ == "__main__":
+    run_command(main)
