@@ -196,7 +196,7 @@ def named_paths(text: str) -> Iterator[str]:
 OF_A_USER = re.compile(
     r"(runs|checkpoints|logs|data|corpus|tokenizer|tensorboard|exported|converted|pages|DeepSeek-V3|build|iter_\w+|\.venv)/.*"
     r"|(run|model|config|checkpoint|generation_config|environment|logprobs|lengths|report|schedule|plan|trace|corpus|ids)"
-    r"\.\w+|(guards|metrics|train|valid|more|chat|PREFIX\.rejects)\.jsonl|(FILE|PREFIX)\.\w+")
+    r"\.\w+|(guards|metrics|train|valid|more|chat|prompts|held-out|PREFIX\.rejects)\.jsonl|(FILE|PREFIX)\.\w+")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
