@@ -7,8 +7,9 @@ Needs TRL (pip install trl), which this library and its tests do not. The rollou
 added to both kinds of its log-probabilities, so that ratios differ from 1, some are clipped, and the divergence is not
 0. The model is exported to Hugging Face's form in fp32, and both begin with the exported one. GRPOTrainer computes the
 loss of all answers at once, padded; this library takes a step from the rollout (`--replay`), packed. MTP modules are
-left out on both sides. Printed are the largest relative differences of the loss and of each weight's gradient, for the
-two levels that TRL defines too.
+left out on both sides. Printed are the largest relative differences of the loss and of each parameter's gradient, for
+the two levels that TRL defines too. A layer's experts are one parameter, as in Transformers: an expert that hardly a
+token went to has a gradient that is zero but for rounding, and nothing of its own to be measured by.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import tempfile
 from typing import Any
 
@@ -31,6 +33,7 @@ from tools.experiments.sft_beside_trl import relative, separate
 # Levels of this library, and what TRL calls them.
 LOSS_TYPES = {"answer": "grpo", "token": "bnpo"}
 EPSILON, BETA, NOISE = 0.2, 0.04, 0.2
+EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def trl_trainer(model_folder: str, tokenizer_folder: str, rows: list[dict[str, Any]], folder: str, **settings: Any
@@ -120,6 +123,14 @@ def our_step(model_folder: str, tokenizer: str, prompts: str, folder: str, level
     return report.lm_loss, gradients
 
 
+def by_parameter(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gradients in which the experts of a layer are one tensor, [experts, out, in]; the others as they are."""
+    together: dict[str, list[torch.Tensor]] = {}
+    for name in sorted(gradients):
+        together.setdefault(EXPERT.sub(".experts.", name), []).append(gradients[name])
+    return {name: torch.stack(parts) if len(parts) > 1 else parts[0] for name, parts in together.items()}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compare one step at each level; returns 1 where a difference is larger than asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,6 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
                                        options.group_size)
             their_gradients = separate(their_gradients)
             assert gradients.keys() == their_gradients.keys(), gradients.keys() ^ their_gradients.keys()
+            gradients, their_gradients = by_parameter(gradients), by_parameter(their_gradients)
             errors = {name: relative(gradients[name], their_gradients[name]) for name in gradients}
             worst = max(errors, key=lambda name: errors[name])
             results[level] = {"answers": len(answers), "loss": loss, "loss of TRL": theirs,
