@@ -46,7 +46,9 @@ def test_batch_holds_what_it_says():
     assert batch.sample_ids_B.tolist() == [2, 3] == batch.tokens_BS[:, 0].tolist()
     assert torch.equal(batch.tokens_BS[:, 1:], batch.labels_BS[:, :-1])
     assert batch.document_bounds is None
-    assert [getattr(batch, f.name).dtype for f in dataclasses.fields(batch) if f.name != "document_bounds"] == [
+    assert batch.extras_BS == {}
+    assert [getattr(batch, f.name).dtype for f in dataclasses.fields(batch)
+            if f.name not in ("document_bounds", "extras_BS")] == [
         torch.int64,
         torch.int64,
         torch.float32,
