@@ -46,9 +46,12 @@ test: lint
 	@$(FIND_PYTHON)
 	start=$$SECONDS
 	echo "== pytest, one process each, $(PYTEST_WORKERS) at a time"
-	$(TEST_ENV) "$$python" -m pytest -n $(PYTEST_WORKERS) -m "not gpu and not distributed" --durations=5
+	status=0
+	$(TEST_ENV) "$$python" -m pytest -n $(PYTEST_WORKERS) -m "not gpu and not distributed" --durations=5 || status=$$?
 	echo "== pytest, several processes each, $(DISTRIBUTED_WORKERS) files at a time"
-	$(TEST_ENV) "$$python" -m pytest -n $(DISTRIBUTED_WORKERS) --dist loadfile -m "distributed and not gpu" --durations=5
+	$(TEST_ENV) "$$python" -m pytest -n $(DISTRIBUTED_WORKERS) --dist loadfile -m "distributed and not gpu" --durations=5 ||
+		status=$$?
+	[ "$$status" = 0 ] || { echo "== failed; the summaries above name the tests" >&2; exit "$$status"; }
 	echo "== all passed: tests took $$((SECONDS - start)) s"
 
 test-gpu:
