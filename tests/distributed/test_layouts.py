@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from dsv3_megatron.certification.comparison import FP32, compare_steps
+from dsv3_megatron.certification.comparison import FP32, compare_steps, compare_updates
 from dsv3_megatron.certification.document_step import document_step
 from dsv3_megatron.certification.rank_step import RankStep, whole_tensors
 from dsv3_megatron.certification.weight_names import reference_names, whole_from_reference
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.training import TrainingConfig
 from dsv3_megatron.metrics.gradients import COMPONENTS, component_of
 from tests.distributed.launch import run_ranks
 from tests.distributed.layout_step import (
@@ -225,16 +226,19 @@ def one_process(steps: dict[str, list[RankStep]], layout: Layout) -> RankStep:
     return steps[one_process_name(layout.mtp_num_layers, layout.is_isolated, layout.num_layers)][0]
 
 
-def compare(expected: RankStep, ranks: list[RankStep], initial: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Check a layout's step against one process's.
+def compare(training: TrainingConfig, expected: RankStep, ranks: list[RankStep], initial: dict[str, torch.Tensor]
+            ) -> dict[str, float]:
+    """Check a layout's first step against one process's, and its update against AdamW given its gradients.
 
     Args:
+        training: Settings of the optimizer.
         initial: Parameters before the step.
 
     Returns:
         The largest relative errors, by kind.
     """
-    result = compare_steps(expected, ranks, initial, "step 1", FP32)
+    result = compare_steps(expected, ranks, "step 1", FP32)
+    result.add(compare_updates(training, initial, [], ranks, "step 1", FP32))
     assert not result.differences, "\n".join(map(str, result.differences))
     check_measurements(expected, ranks, whole_tensors([rank.gradients for rank in ranks]))
     return result.largest
@@ -275,7 +279,7 @@ def initial_parameters(layout: Layout, names: list[str]) -> dict[str, torch.Tens
 def check_layout(steps: dict[str, list[RankStep]], layout: Layout) -> dict[str, float]:
     expected = one_process(steps, layout)
     initial = initial_parameters(layout, [part.name for part in expected.values])
-    return compare(expected, steps[layout.name], initial)
+    return compare(layout.run.training, expected, steps[layout.name], initial)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -315,7 +319,8 @@ def on_streams() -> dict[str, list[RankStep]]:
 def test_equals_one_process_on_streams(steps, on_streams, name):
     (layout,) = [layout for layout in LAYOUTS if layout.name == name]
     expected = one_process(steps, layout)
-    compare(expected, on_streams[name], initial_parameters(layout, [part.name for part in expected.values]))
+    initial = initial_parameters(layout, [part.name for part in expected.values])
+    compare(layout.run.training, expected, on_streams[name], initial)
 
 
 @pytest.mark.parametrize(("layout", "message"), PLANTED, ids=lambda value: getattr(value, "fault", None))

@@ -81,7 +81,8 @@ def found() -> dict[str, list[tuple[RankStep, Sent]]]:
 def test_equals_one_process(found, other):
     expected = found[one_process(other).name][0][0]
     initial = initial_parameters(other, [part.name for part in expected.values])
-    print(other.name, compare(expected, [step for step, _ in found[other.name]], initial))
+    ranks = [step for step, _ in found[other.name]]
+    print(other.name, compare(other.run.training, expected, ranks, initial))
     assert sum(sent.num_calls for _, sent in found[other.name]) > 0
 
 
