@@ -40,11 +40,11 @@ def average_entries(average: WeightAverage, models: Iterable[dict[str, Any]], *,
             _, whole = held[parameter]  # all of it
         else:
             whole = torch.zeros(parameter.numel(), dtype=torch.float32, device="cpu")
-        if not is_loading and group.size() > 1:
-            if parameter in held:
-                shard, values = held[parameter]
-                whole[shard.start:shard.end] = values
-            whole = _merged(whole, group, parameter.device)
+            if not is_loading:
+                if parameter in held:
+                    shard, values = held[parameter]
+                    whole[shard.start:shard.end] = values
+                whole = _merged(whole, group, parameter.device)
         place = places[parameter]
         changes = {"key": AVERAGE_PREFIX + place.key, "data": whole.view(parameter.shape)}
         entries["average", len(entries)] = dataclasses.replace(

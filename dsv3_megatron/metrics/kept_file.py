@@ -185,4 +185,3 @@ class KeptText:
         if self._has_failed:
             logger.warning("%s is written now", self.path)
         self._text, self._has_failed = None, False
-

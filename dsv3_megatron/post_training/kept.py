@@ -14,6 +14,7 @@ import numpy as np
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.json_files import parse_json
+from dsv3_megatron.config.new_files import replacing
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.post_training.rollout import Answer, Rollout
 
@@ -54,9 +55,8 @@ def write_rollout(folder: str | os.PathLike[str], rollout: Rollout) -> None:
     table = pa.table({name: pa.array(columns[name], kind) for name, kind in kinds.items()}, schema=schema)
     path = rollout_file(folder, rollout.number)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(table, partial, compression="zstd")
-    os.replace(partial, path)
+    with replacing(path) as stream:
+        pq.write_table(table, stream, compression="zstd")
 
 
 def read_rollout(path: str | os.PathLike[str]) -> Rollout:

@@ -28,7 +28,7 @@ from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.post_training.kept import read_rollout, write_rollout
 from dsv3_megatron.post_training.rollout import Answer, Rollout
-from tools.experiments.sft_beside_trl import relative, separate
+from tools.experiments.sft_beside_trl import gradients_by_tensor, relative, separate
 
 # Levels of this library, and what TRL calls them.
 LOSS_TYPES = {"answer": "grpo", "token": "bnpo"}
@@ -96,8 +96,6 @@ def our_step(model_folder: str, tokenizer: str, prompts: str, folder: str, level
     from dsv3_megatron.runs.rank import prepare_rank
 
     prepare_rank()
-    from dsv3_megatron.checkpoint.hf.names import tensors_by_parameter
-    from dsv3_megatron.model.global_names import whole_parameters
     from dsv3_megatron.post_training.policy_trainer import PolicyTrainer
 
     run = _parse([
@@ -110,14 +108,7 @@ def our_step(model_folder: str, tokenizer: str, prompts: str, folder: str, level
     run.validate(1)
     trainer = PolicyTrainer(run)
     report, _ = trainer.train_step()
-    parts, gradients = tensors_by_parameter(run.model), {}
-    for chunk in trainer.chunks:
-        for whole in whole_parameters(chunk, trainer.groups):
-            gradient: torch.Tensor = whole.parameter.main_grad  # type: ignore[attr-defined]
-            gradient = (gradient if whole.expert is None else gradient[whole.expert]).clone()
-            tensors = parts[whole.name]
-            for tensor, piece in zip(tensors, gradient.chunk(len(tensors)), strict=True):
-                gradients[tensor.name] = piece
+    gradients = gradients_by_tensor(trainer)
     trainer.claim.release()
     assert report.lm_loss is not None and report.extras["grpo/clip-fraction"] > 0
     return report.lm_loss, gradients

@@ -59,8 +59,6 @@ def our_step(base: str, prefix: str, num_rows: int) -> tuple[float, dict[str, to
     from dsv3_megatron.runs.rank import prepare_rank
 
     prepare_rank()
-    from dsv3_megatron.checkpoint.hf.names import tensors_by_parameter
-    from dsv3_megatron.model.global_names import whole_parameters
     from dsv3_megatron.runs import trainer as trainers
 
     run = _parse(["--pretrained-checkpoint", base, "--data-path", prefix, "--split", "100,0,0", "--precision", "fp32",
@@ -69,8 +67,18 @@ def our_step(base: str, prefix: str, num_rows: int) -> tuple[float, dict[str, to
     run.validate(1)
     trainer = trainers.Trainer(run)
     report, _ = trainer.train_step()
-    parts = tensors_by_parameter(run.model)
-    gradients = {}
+    gradients = gradients_by_tensor(trainer)
+    trainer.claim.release()
+    assert report.lm_loss is not None
+    return report.lm_loss, gradients
+
+
+def gradients_by_tensor(trainer: Any) -> dict[str, torch.Tensor]:
+    """The gradients of a trainer's last step, of one process, by the names of a checkpoint in Hugging Face's format."""
+    from dsv3_megatron.checkpoint.hf.names import tensors_by_parameter
+    from dsv3_megatron.model.global_names import whole_parameters
+
+    parts, gradients = tensors_by_parameter(trainer.run.model), {}
     for chunk in trainer.chunks:
         for whole in whole_parameters(chunk, trainer.groups):
             gradient: torch.Tensor = whole.parameter.main_grad  # type: ignore[attr-defined]
@@ -78,9 +86,7 @@ def our_step(base: str, prefix: str, num_rows: int) -> tuple[float, dict[str, to
             tensors = parts[whole.name]
             for tensor, piece in zip(tensors, gradient.chunk(len(tensors)), strict=True):
                 gradients[tensor.name] = piece
-    trainer.claim.release()
-    assert report.lm_loss is not None
-    return report.lm_loss, gradients
+    return gradients
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -60,7 +60,7 @@ class ChatTemplate:
     def __init__(self, source: str, *, tokens: Mapping[str, str], place: str) -> None:
         self.source, self.place, self._tokens = source, place, dict(tokens)
         environment = _BoundedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=[_GenerationMarks, "jinja2.ext.loopcontrols"])
+                                          extensions=[_GenerationMarks, "jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         try:
