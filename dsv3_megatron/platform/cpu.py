@@ -172,6 +172,30 @@ def _unless_alone(original: Callable[..., Any]) -> Callable[..., Any]:
     return collective
 
 
+def _gathers_apart(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_coalescing_manager` of which all-gathers that are not waited for at once become messages of their own.
+
+    gloo's joined all-gather, while another collective of its group is under way, frees a buffer's record twice or
+    hangs (torch 2.15); a plain one does not.
+    """
+
+    @contextlib.contextmanager
+    def manager(group: Any, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
+        with original(group, device, async_ops) as handles:
+            yield handles
+            # A manager's calls are all of one kind. torch renamed this one in 2.15.
+            waiting = torch.distributed.distributed_c10d._world.pg_coalesce_state[group]
+            is_gather = any(call.op.__name__ in ("all_gather_into_tensor", "all_gather_single") for call in waiting)
+            gathers = list(waiting) if async_ops and is_gather else []
+            if gathers:
+                waiting.clear()
+        for call in gathers:
+            handles.append(torch.distributed.all_gather_into_tensor(call.dst_tensor, call.tensor, group=group,
+                                                                    async_op=True))
+
+    return manager
+
+
 def _set_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(new_state)
 
@@ -271,6 +295,9 @@ STAND_INS: tuple[StandIn, ...] = (
               "copies a whole gradient or parameter buffer onto itself where a rank has no replica; NCCL sees that "
               "it is in place, gloo copies", wraps=True)
       for collective in ("dist_reduce_scatter_func", "dist_all_gather_func")),
+    StandIn("megatron.core.distributed.param_and_grad_buffer", "_coalescing_manager", _gathers_apart,
+            ("distributed.param_and_grad_buffer:_ParamAndGradBucketGroup",),
+            "joins all-gathers that are under way beside others of their group, which ends gloo's threads", wraps=True),
 )
 
 _originals: list[tuple[Any, str, Any]] = []

@@ -74,8 +74,7 @@ def prepare(local_rank: int | None = None) -> Device:
 def overlaps_reductions(device: Device) -> bool:
     """Whether gradients are reduced and weights gathered while a run computes, where its settings ask for it.
 
-    On a GPU. On a CPU the same cores would do both, so that nothing is gained; and of four runs of several minutes over
-    gloo two ended in a segmentation fault in gloo's own thread, whose cause is not known. The environment variable
+    On a GPU. On a CPU the same cores would do both, so that nothing is gained. The environment variable
     DSV3_OVERLAP_ON_CPU, where it is set and not 0, asks for it there too: certificates and tests do.
     """
     return device.is_cuda or os.environ.get("DSV3_OVERLAP_ON_CPU", "0") != "0"

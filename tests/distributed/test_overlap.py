@@ -149,3 +149,28 @@ def test_ranks_of_a_group_begin_the_same_messages_in_one_order(taken, name):
     assert any(len(found) > 1 for found in orders.values())
     for group, found in orders.items():
         assert len(found) == len(group) and all(order == found[0] for order in found), group
+
+
+def gather_beside_others() -> tuple[int, list[list[float]]]:
+    """Two gathers in one of Megatron-Core's managers beside another of the same group: messages, and what came."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    whole = [torch.zeros(2 * size) for size in (3, 4)]
+    parts = [buffer.chunk(2)[group.rank()].fill_(group.rank() + 1.0) for buffer in whole]
+    other = torch.ones(5)
+    before = torch.distributed.all_reduce(other, async_op=True)
+    with param_and_grad_buffer._coalescing_manager(group, async_ops=True) as handles:
+        for buffer, part in zip(whole, parts, strict=True):
+            param_and_grad_buffer.dist_all_gather_func(buffer, part, group=group, async_op=True)
+    before.wait()
+    handles.wait()
+    return len(handles.works), [*(buffer.tolist() for buffer in whole), other.tolist()]
+
+
+def test_gathers_under_the_passes_are_messages_of_their_own_on_gloo():
+    """gloo's joined all-gather beside another collective of its group frees a record twice (torch 2.15)."""
+    for messages, values in run_ranks(2, gather_beside_others):
+        assert messages == 2
+        assert values == [[1.0] * 3 + [2.0] * 3, [1.0] * 4 + [2.0] * 4, [2.0] * 5]
