@@ -16,18 +16,17 @@ Source of the rules: DeepSeek-V3 report, section 5.2.1 (rule-based rewards, answ
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 import re
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.process.bounds import time_limit
 
 # Text of an answer, object of its prompt's line -> what it is worth.
 RewardFunction = Callable[[str, Mapping[str, Any]], float]
@@ -141,7 +140,7 @@ class Rewards:
     def _value(self, rule: RewardRule, text: str, record: Mapping[str, Any], where: str) -> float:
         told = f"reward {rule.name} of {where} (answer {text[:80]!r})"
         try:
-            with _time_limit(self.timeout_s):
+            with time_limit(self.timeout_s, is_of_clock=True, error=_TimeIsUp()):
                 found: Any = rule.function(text, record)
         except _TimeIsUp:
             raise RewardError(f"{told} took longer than reward_timeout_s={self.timeout_s:g}; make the function faster, "
@@ -183,22 +182,6 @@ def _rule(weight: str, word: str) -> RewardRule:
     if not callable(function):
         raise ConfigError(f"reward={word}: {file} has no function {name}")
     return RewardRule(name, number, function, None)
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _TimeIsUp where what is inside takes longer; of the main thread, whose Python code alone hears it."""
-
-    def end(number: int, frame: Any) -> None:
-        raise _TimeIsUp
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _same(found: str, expected: str) -> bool:

@@ -17,6 +17,7 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.chat.prompts import ChatPrompt
 from dsv3_megatron.data.order import derive_keys
+from dsv3_megatron.generation.cache import TrainingCache
 from dsv3_megatron.generation.forward import CachedModel
 from dsv3_megatron.generation.generator import END_OF_TEXT, Generator, Options
 from dsv3_megatron.generation.sampling import Sampling
@@ -26,7 +27,6 @@ from dsv3_megatron.post_training.rollout import Answer
 
 # Tokens whose distributions are in memory at once.
 _TOKENS_AT_A_TIME = 1024
-_LEAST_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ class Sampler:
     def _judged(self, model: CachedModel, asked: Asked, ids: list[int], states_TH: torch.Tensor, *, is_finished: bool
                 ) -> Answer:
         tokens_T = torch.tensor(ids, device=model.device)
-        logprobs_T = torch.cat([model.logprobs(rows, tokens, least_rows=_LEAST_ROWS) for rows, tokens in zip(
-            states_TH.split(_TOKENS_AT_A_TIME), tokens_T.split(_TOKENS_AT_A_TIME), strict=True)])
+        parts = zip(states_TH.split(_TOKENS_AT_A_TIME), tokens_T.split(_TOKENS_AT_A_TIME), strict=True)
+        logprobs_T = torch.cat([model.logprobs(rows, tokens, least_rows=TrainingCache.least_rows)
+                                for rows, tokens in parts])
         text = self.codec.decode(ids[:len(ids) - is_finished])
         where = f"{self.run.policy.prompts}, line {asked.prompt.line}"
         values = self.rewards.of(text, asked.prompt.record, where)

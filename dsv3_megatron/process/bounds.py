@@ -12,6 +12,36 @@ from types import FrameType
 
 
 @contextlib.contextmanager
+def time_limit(seconds: float, *, is_of_clock: bool, error: BaseException) -> Iterator[None]:
+    """Do some work that may take so much time.
+
+    Only the main thread can be interrupted, between two instructions of Python: in another thread, time has no limit.
+
+    Args:
+        seconds: Seconds that the work may take.
+        is_of_clock: Count seconds of the clock; else those that this process computes, so that a busy machine does no
+            harm.
+        error: What is raised where the time is over; one that is no Exception gets through work that catches those.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    timer, number = ((signal.ITIMER_REAL, signal.SIGALRM) if is_of_clock
+                     else (signal.ITIMER_VIRTUAL, signal.SIGVTALRM))
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise error
+
+    before = signal.signal(number, end)
+    try:
+        signal.setitimer(timer, seconds)
+        yield
+    finally:
+        signal.setitimer(timer, 0.0)
+        signal.signal(number, before)
+
+
+@contextlib.contextmanager
 def bounded(cpu_s: float, num_bytes: int) -> Iterator[None]:
     """Do some work that may take so much time and memory; in this process, which goes on afterwards.
 
@@ -29,21 +59,11 @@ def bounded(cpu_s: float, num_bytes: int) -> Iterator[None]:
     taken = int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize()
     soft = taken + num_bytes
     is_limiting = not 0 <= limits[0] <= soft
-    is_timed = threading.current_thread() is threading.main_thread()
-
-    def end(_number: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"it computes for more than {cpu_s:g} s")
-
     if is_limiting:
         resource.setrlimit(resource.RLIMIT_AS, (soft, limits[1]))
-    before = signal.signal(signal.SIGVTALRM, end) if is_timed else None
     try:
-        if is_timed:
-            signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s)
-        yield
+        with time_limit(cpu_s, is_of_clock=False, error=TimeoutError(f"it computes for more than {cpu_s:g} s")):
+            yield
     finally:
-        if is_timed:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
-            signal.signal(signal.SIGVTALRM, before)
         if is_limiting:
             resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from dsv3_megatron.data.chat.template import find_chat_template
 from dsv3_megatron.data.encoder import HuggingFaceEncoder
 from dsv3_megatron.data.order import Permutation, derive_keys
 from dsv3_megatron.data.reading.json_lines import RecordError
+from dsv3_megatron.data.tokenizer import tokenizer_file
 
 if TYPE_CHECKING:
     from dsv3_megatron.config.run import RunConfig
@@ -103,34 +105,56 @@ def open_chat_prompts(file: str, tokenizer_model: str, *, longest: int, is_dropp
         ConfigError: the file cannot be read, has no prompt, or a line that is none; the message has file and line.
         ValueError: the tokenizer or its chat template is missing or broken.
     """
+    read = _read_prompts(os.fspath(file), _stamp(file), tokenizer_model, _stamp(tokenizer_file(tokenizer_model).parent))
+    prompts, num_dropped = [], 0
+    for prompt in read.prompts:
+        missing = [key for key in keys if not isinstance(prompt.record.get(key), str | int | float)]
+        if missing:
+            problem = RecordError("no answer", f"no {missing[0]!r}, which a reward compares with", "give one")
+            raise ConfigError(f"{file}, line {prompt.line}: {problem}")
+        if len(prompt.ids) <= longest:
+            prompts.append(prompt)
+        elif is_dropping:
+            num_dropped += 1
+        else:
+            raise ConfigError(
+                f"{file}, line {prompt.line}: the prompt has {len(prompt.ids)} tokens, and seq_length + 1 - "
+                f"max_new_tokens = {longest} are left for one; give a larger seq_length, a smaller max_new_tokens or "
+                "long_conversations=drop")
+    if not prompts:
+        raise ConfigError(f"prompts={file} has no prompt of at most {longest} tokens; give JSON lines such as "
+                          '{"prompt": "2+2?", "answer": "4"}')
+    return replace(read, prompts=tuple(prompts), num_dropped=num_dropped)
+
+
+def _stamp(path: str | os.PathLike[str]) -> tuple[tuple[str, int, int], ...]:
+    """What tells a file, or the files of a folder, from others of their names; () where there is none."""
+    root = Path(path)
+    files = [entry for entry in sorted(root.iterdir()) if entry.is_file()] if root.is_dir() else [root]
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists())
+
+
+@lru_cache(4)
+def _read_prompts(file: str, _file_stamp: tuple[tuple[str, int, int], ...], tokenizer_model: str,
+                  _tokenizer_stamp: tuple[tuple[str, int, int], ...]) -> ChatPrompts:
+    """All prompts of a file, however long; a run asks for its checks, for its data's name and for its samples.
+
+    Args other than the stamps, which tell files from others of their names, are those of `open_chat_prompts`.
+    """
     try:
         content = Path(file).read_bytes()
     except OSError as error:
         raise ConfigError(f"prompts={file} cannot be read: {error.strerror}; give a file of JSON lines") from error
     encoder, template = HuggingFaceEncoder(tokenizer_model), find_chat_template(tokenizer_model)
-    prompts, num_dropped = [], 0
+    prompts = []
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             conversation, record = read_prompt(line.decode("utf-8"))
-            missing = [key for key in keys if not isinstance(record.get(key), str | int | float)]
-            if missing:
-                raise RecordError("no answer", f"no {missing[0]!r}, which a reward compares with", "give one")
             ids = encoder.encode(template.render(conversation, add_generation_prompt=True)).tolist()
         except (RecordError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}, line {number}: {error}") from error
-        if len(ids) > longest:
-            if not is_dropping:
-                raise ConfigError(
-                    f"{file}, line {number}: the prompt has {len(ids)} tokens, and seq_length + 1 - max_new_tokens = "
-                    f"{longest} are left for one; give a larger seq_length, a smaller max_new_tokens or "
-                    "long_conversations=drop")
-            num_dropped += 1
-            continue
         prompts.append(ChatPrompt(number, tuple(ids), record))
-    if not prompts:
-        raise ConfigError(f"prompts={file} has no prompt of at most {longest} tokens; give JSON lines such as "
-                          '{"prompt": "2+2?", "answer": "4"}')
-    return ChatPrompts(os.fspath(file), tuple(prompts), num_dropped, hashlib.sha256(content).hexdigest(),
-                       encoder.fingerprint, encoder.eod_id)
+    return ChatPrompts(file, tuple(prompts), 0, hashlib.sha256(content).hexdigest(), encoder.fingerprint,
+                       encoder.eod_id)

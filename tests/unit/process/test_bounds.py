@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_megatron.process.bounds import bounded
+from dsv3_megatron.process.bounds import bounded, time_limit
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -38,6 +39,20 @@ def test_time_is_bounded() -> None:
 def test_time_that_is_slept_away_does_not_count() -> None:
     with bounded(0.05, 10**9):
         time.sleep(0.2)
+
+
+class _Over(BaseException):
+    """No Exception."""
+
+
+def test_a_limit_of_the_clock_ends_what_sleeps_and_catches_all() -> None:
+    started, before = time.monotonic(), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(_Over), time_limit(0.1, is_of_clock=True, error=_Over()):
+        while True:
+            with contextlib.suppress(Exception):
+                time.sleep(10)
+    assert time.monotonic() - started < 5
+    assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)) == (before, (0.0, 0.0))
 
 
 # In a process of its own: one that has run other tests may hold that much free memory and need no more.

@@ -7,7 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.data.chat import prompts as prompts_module
 from dsv3_megatron.data.chat.prompts import open_chat_prompts
+from dsv3_megatron.data.encoder import HuggingFaceEncoder
 
 USER = {"role": "user", "content": "2+2?"}
 EARLIER = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
@@ -67,3 +69,21 @@ def test_each_epoch_has_each_prompt_once_in_another_order(tmp_path, chat_tokeniz
     epochs = [[prompts.of_group(20 * epoch + place, 3).line for place in range(20)] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(1, 21)) and epochs[0] != epochs[1]
     assert [prompts.of_group(place, 4).line for place in range(20)] != epochs[0]
+
+
+def test_a_run_makes_tokens_of_a_file_once_and_of_a_changed_one_again(
+        tmp_path, chat_tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def noted(folder: str) -> HuggingFaceEncoder:
+        made.append(folder)
+        return HuggingFaceEncoder(folder)
+
+    monkeypatch.setattr(prompts_module, "HuggingFaceEncoder", noted)
+    file = write(tmp_path, {"prompt": "2+2?", "answer": "4"}, {"prompt": "2+2? " * 100, "answer": "4"})
+    first = open_chat_prompts(file, str(chat_tokenizer), longest=50, is_dropping=True)
+    assert open_chat_prompts(file, str(chat_tokenizer), longest=50, is_dropping=True, keys=("answer",)) == first
+    assert len(open_chat_prompts(file, str(chat_tokenizer), longest=600).prompts) == 2 and len(made) == 1
+    write(tmp_path, {"prompt": "3+3?", "answer": "6"}, {"prompt": "2+2? " * 100, "answer": "4", "more": 1})
+    assert open_chat_prompts(file, str(chat_tokenizer), longest=600).prompts[0].record["answer"] == "6"
+    assert len(made) == 2
