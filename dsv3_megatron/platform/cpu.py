@@ -190,6 +190,7 @@ def _gathers_apart(original: Callable[..., Any]) -> Callable[..., Any]:
             if gathers:
                 waiting.clear()
         for call in gathers:
+            assert call.dst_tensor is not None
             handles.append(torch.distributed.all_gather_into_tensor(call.dst_tensor, call.tensor, group=group,
                                                                     async_op=True))
 
