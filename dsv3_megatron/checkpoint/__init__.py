@@ -20,6 +20,6 @@ In reading order:
 Checkpoints without a model in memory:
 
     open.py          what a folder says of its model  tensor_index.py  its index, which runs nothing, and its errors
-    tensor_files.py  a tensor at a time               byte_ranges.py   bytes from file to file
+    tensor_files.py  a tensor at a time               byte_ranges.py   bytes from file to file, proved
     hf/              Hugging Face's layout
 """

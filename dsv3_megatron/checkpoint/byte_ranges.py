@@ -1,27 +1,26 @@
-"""Runs of bytes in files, and moving them from one file into another without holding them.
+"""Runs of bytes in files: proved while they are read, and moved from one file into another without holding them.
 
-A tensor that keeps its dtype is moved by the kernel from file to file; only what has to be computed with comes into
-memory.
+A piece at a time is in memory, in the core's cache: its checksum in the file that it comes from and the one in the file
+that it goes to are made there. That takes no longer than to have the kernel move the bytes (copy_file_range) did.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.data.checksums import BlockVerifier, DamagedFileError
 from dsv3_megatron.data.folder_checksums import CHECKSUMS, refusal
+from dsv3_megatron.data.hashed_files import HashedFile, ProvedFile
 
-# Bytes moved between two looks at whether the conversion was stopped, and read at a time where the kernel cannot.
-_STEP_BYTES = 64_000_000
-_BUFFER_BYTES = 8_000_000
-_NOT_BY_KERNEL = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY})
+# Files of one reader that are open at a time.
+_MOST_FILES = 16
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,61 @@ class ByteRange:
     verifier: BlockVerifier | None = None
 
 
+class RangeReader:
+    """Reads ranges of bytes of any files; what it gave is good when it has ended without an error. For one thread.
+
+    A context manager. A file's blocks are proved by what is read of them, and at the end at the latest.
+    """
+
+    def __init__(self) -> None:
+        # The newest last; each with the tensor that was read of it last.
+        self._files: dict[Path, tuple[ProvedFile, str]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            while kind is None and self._files:
+                self._finish(next(iter(self._files)))
+        finally:
+            for file, _name in self._files.values():
+                file.close()
+
+    def read(self, where: ByteRange, view: Any, name: str) -> None:
+        """Fill memory with a range of bytes.
+
+        Args:
+            where: Place of the bytes.
+            view: Memory for as many bytes.
+            name: Name of the tensor, for messages.
+
+        Raises:
+            CheckpointError: the file cannot be read, ends before, or is damaged.
+        """
+        with _told(where.file, name):
+            self._file(where, name).read_into(where.offset, view)
+
+    def pieces(self, where: ByteRange, name: str) -> Iterator[memoryview]:
+        """A range of bytes in pieces, each good until the next is asked for; arguments and errors are `read`'s."""
+        with _told(where.file, name):
+            yield from self._file(where, name).pieces(where.offset, where.num_bytes)
+
+    def _file(self, where: ByteRange, name: str) -> ProvedFile:
+        file, _ = self._files.pop(where.file, (None, ""))
+        if file is None:
+            if len(self._files) == _MOST_FILES:
+                self._finish(next(iter(self._files)))
+            file = ProvedFile(where.file, where.verifier)
+        self._files[where.file] = file, name
+        return file
+
+    def _finish(self, path: Path) -> None:
+        file, name = self._files.pop(path)
+        with _told(path, name), file:
+            pass
+
+
 def read_byte_ranges(ranges: Sequence[ByteRange], raw: torch.Tensor, name: str) -> None:
     """Fill a tensor of bytes with ranges of bytes, one after the other.
 
@@ -43,107 +97,63 @@ def read_byte_ranges(ranges: Sequence[ByteRange], raw: torch.Tensor, name: str) 
         name: Name of the tensor, for messages.
 
     Raises:
-        CheckpointError: a file cannot be read or ends before.
+        CheckpointError: a file cannot be read, ends before, or is damaged.
     """
     view = memoryview(raw.numpy())
     position = 0
-    for where in ranges:
-        part = view[position: position + where.num_bytes]
-        position += where.num_bytes
-        _prove(where, name)
-        try:
-            descriptor = os.open(where.file, os.O_RDONLY)
-            try:
-                done = 0
-                while done < len(part):
-                    count = os.preadv(descriptor, [part[done:]], where.offset + done)
-                    if not count:
-                        raise _cut(where, name)
-                    done += count
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise _unreadable(where, name, error) from error
+    with RangeReader() as reader:
+        for where in ranges:
+            reader.read(where, view[position: position + where.num_bytes], name)
+            position += where.num_bytes
     assert position == len(view), (name, position, len(view))
 
 
-def _prove(where: ByteRange, name: str) -> None:
-    if where.verifier is None:
-        return
-    try:
-        where.verifier.require(where.offset, where.num_bytes)
-    except DamagedFileError as error:
-        if (where.file.parent / CHECKSUMS).is_file():  # of a folder in Hugging Face's layout
-            raise CheckpointError(f"{name}: {refusal(where.file, error)}") from error
-        raise CheckpointError(f"{name}: {error}; take another checkpoint, or a copy of this one") from error
-    except OSError as error:
-        raise _unreadable(where, name, error) from error
-
-
-def copy_byte_ranges(ranges: Sequence[ByteRange], target: int, offset: int, name: str,
+def copy_byte_ranges(ranges: Sequence[ByteRange], reader: RangeReader, target: HashedFile, offset: int, name: str,
                      report: Callable[[int], None]) -> None:
-    """Write ranges of bytes one after the other into an open file.
+    """Write ranges of bytes one after the other into a file.
 
     Args:
         ranges: Places that the bytes come from.
-        target: Descriptor of the file to write.
+        reader: Reads them; they are good when it has ended.
+        target: File to write.
         offset: First byte to write in that file.
         name: Name of the tensor, for messages.
         report: Told the number of bytes after each step; may raise to stop.
 
     Raises:
-        CheckpointError: a file cannot be read or ends before.
+        CheckpointError: a file cannot be read, ends before, or is damaged.
         OSError: the target cannot be written.
     """
     for where in ranges:
-        _prove(where, name)
-        try:
-            source = os.open(where.file, os.O_RDONLY)
-        except OSError as error:
-            raise _unreadable(where, name, error) from error
-        try:
-            done = 0
-            while done < where.num_bytes:
-                step = min(_STEP_BYTES, where.num_bytes - done)
-                count = _copy(source, where.offset + done, target, offset + done, step)
-                if not count:
-                    raise _cut(where, name)
-                done += count
-                report(count)
-        finally:
-            os.close(source)
-        offset += where.num_bytes
+        for piece in reader.pieces(where, name):
+            target.write(offset, piece)
+            offset += len(piece)
+            report(len(piece))
 
 
-def write_tensor(target: int, offset: int, tensor: torch.Tensor) -> None:
-    """Write a contiguous tensor's bytes at a position of an open file.
+def write_tensor(target: HashedFile, offset: int, tensor: torch.Tensor) -> None:
+    """Write a contiguous tensor's bytes at a position of a file.
 
     Raises:
         OSError: the file cannot be written.
     """
-    view = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    done = 0
-    while done < len(view):
-        done += os.pwrite(target, view[done: done + _STEP_BYTES], offset + done)
+    target.write(offset, tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def _copy(source: int, start: int, target: int, offset: int, num_bytes: int) -> int:
-    """Move some bytes, by the kernel where it can; how many, 0 at the source's end."""
+@contextlib.contextmanager
+def _told(file: Path, name: str) -> Iterator[None]:
+    """Tell of what goes wrong in reading a tensor's bytes.
+
+    Raises:
+        CheckpointError: something did.
+    """
     try:
-        return os.copy_file_range(source, target, num_bytes, start, offset)
+        yield
+    except DamagedFileError as error:
+        if (file.parent / CHECKSUMS).is_file():  # of a folder in Hugging Face's layout
+            raise CheckpointError(f"{name}: {refusal(file, error)}") from error
+        raise CheckpointError(f"{name}: {error}; take another checkpoint, or a copy of this one") from error
+    except EOFError as error:
+        raise CheckpointError(f"{file} ends within tensor {name}: it is truncated; get it again") from error
     except OSError as error:
-        if error.errno not in _NOT_BY_KERNEL:
-            raise
-    data = os.pread(source, min(num_bytes, _BUFFER_BYTES), start)
-    done = 0
-    while done < len(data):
-        done += os.pwrite(target, data[done:], offset + done)
-    return len(data)
-
-
-def _cut(where: ByteRange, name: str) -> CheckpointError:
-    return CheckpointError(f"{where.file} ends within tensor {name}: it is truncated; get it again")
-
-
-def _unreadable(where: ByteRange, name: str, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{where.file}: tensor {name} cannot be read: {error.strerror}")
+        raise CheckpointError(f"{file}: tensor {name} cannot be read: {error.strerror}") from error

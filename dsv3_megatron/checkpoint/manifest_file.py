@@ -12,7 +12,7 @@ from typing import Any
 
 from dsv3_megatron.config.json_files import is_plain_name, parse_json
 from dsv3_megatron.config.output import json_text
-from dsv3_megatron.data.checksums import BlockVerifier, DamagedFileError, FileChecksums
+from dsv3_megatron.data.checksums import DamagedFileError, FileChecksums, prove_file
 from dsv3_megatron.data.signed_json import with_signature, without_signature
 
 # Field of a manifest with the checksum of all the others: "ALGORITHM:DIGITS".
@@ -81,7 +81,7 @@ def require_files(folder: Path, sizes: Mapping[str, int], checksums: Mapping[str
             raise ValueError(f"it says {size} bytes of {name}, and {checksums[name].num_bytes} of its checksums")
         if checksums is not None and not name.endswith(TENSOR_SUFFIX):
             try:
-                BlockVerifier(file, checksums[name]).require(0, size)
+                prove_file(file, checksums[name])
             except DamagedFileError as error:
                 raise ValueError(str(error)) from error
 

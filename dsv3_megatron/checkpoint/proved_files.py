@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,20 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategie
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType
+from torch.futures import Future
 
 from dsv3_megatron.checkpoint.folder import DamagedCheckpointError, Manifest, damaged
+from dsv3_megatron.checkpoint.tensor_frames import known_frame
 from dsv3_megatron.checkpoint.tensor_index import READ_ERRORS, read_index
 from dsv3_megatron.data.checksums import BlockVerifier, DamagedFileError, damages
+from dsv3_megatron.data.hashed_files import ProvedFile
 from dsv3_megatron.process.cores import usable_cores
 from dsv3_megatron.process.unpickling import load_tensors
 
 logger = logging.getLogger(__name__)
 
-# Blocks that are proved at a time, ahead of the reader.
-_MAX_THREADS = 8
 _told: set[Path] = set()
 
 
@@ -77,6 +79,9 @@ class CheckpointFiles:
 class ProvedReader(FileSystemReader):
     """torch.distributed.checkpoint's reader of a checkpoint's files, whose index and bytes are proved.
 
+    Bytes go from a file into the tensor that they are for, and are proved on the way: no byte is read twice, and none
+    is copied in between where the tensor has the form in which it was saved.
+
     Args:
         files: The checkpoint's files.
     """
@@ -84,7 +89,6 @@ class ProvedReader(FileSystemReader):
     def __init__(self, files: CheckpointFiles) -> None:
         super().__init__(files.manifest.path)
         self._files = files
-        self._ahead: dict[tuple[str, int], Future[None]] = {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index, read without running what is in it."""
@@ -93,28 +97,73 @@ class ProvedReader(FileSystemReader):
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
-    def read_data(self, plan: Any, planner: Any) -> Any:
-        """Read what a plan says; other threads prove the bytes ahead of it."""
-        places = [self.storage_data[item.storage_index] for item in plan.items]
-        with ThreadPoolExecutor(max_workers=min(_MAX_THREADS, usable_cores())) as pool:
-            try:
-                for place in places:
-                    verifier = self._files.verifiers.get(place.relative_path)
-                    if verifier is None:
-                        continue
-                    for block in verifier.blocks(place.offset, place.length):
-                        key = place.relative_path, block
-                        if key not in self._ahead:
-                            self._ahead[key] = pool.submit(verifier.require_block, block)
-                return super().read_data(plan, planner)
-            finally:
-                pool.shutdown(cancel_futures=True)
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Take the index; called by torch."""
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        self._entries = metadata.state_dict_metadata
 
-    def _slice_file(self, file: Any, sinfo: Any) -> Any:
-        verifier = self._files.verifiers.get(sinfo.relative_path)
-        for block in verifier.blocks(sinfo.offset, sinfo.length) if verifier else ():
-            self._ahead[sinfo.relative_path, block].result()
-        return super()._slice_file(file, sinfo)
+    def read_data(self, plan: Any, planner: Any) -> Future[None]:
+        """Read what a plan says, each file from front to back; every byte is proved when this returns.
+
+        Raises:
+            DamagedFileError: bytes are not what was written; tensors may hold some of them.
+        """
+        items = [(self.storage_data[item.storage_index], item) for item in plan.items]
+        items.sort(key=lambda each: (each[0].relative_path, each[0].offset))
+        for name, group in itertools.groupby(items, key=lambda each: each[0].relative_path):
+            with ProvedFile(self._files.manifest.path / name, self._files.verifiers.get(name)) as file:
+                for place, item in group:
+                    if item.type == LoadItemType.BYTE_IO:
+                        content = bytearray(place.length)
+                        file.read_into(place.offset, content)
+                        file.finish()
+                        planner.load_bytes(item, io.BytesIO(content))
+                    else:
+                        self._read_tensor(file, place, item, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read_tensor(self, file: ProvedFile, place: Any, item: Any, planner: Any) -> None:
+        """Put what a tensor's entry has into the tensor that a plan has it for."""
+        target = planner.resolve_tensor(item).detach()
+        if target.shape != torch.Size(item.lengths):
+            raise ValueError(f"{item.storage_index.fqn} is {list(item.lengths)} in the index, {list(target.shape)} in "
+                             "the run")
+        entry = self._entries[item.storage_index.fqn]
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"{item.storage_index.fqn} is no tensor in the index")
+        shape, dtype = _shape_of(entry, item.storage_index), entry.properties.dtype
+
+        def beginning(num_bytes: int) -> bytes:
+            content = bytearray(num_bytes)
+            file.read_into(place.offset, content)
+            return bytes(content)
+
+        frame = known_frame(dtype, shape, place.length, beginning)
+        if frame is not None:
+            is_same = target.shape == shape and target.dtype == dtype and target.device.type == "cpu"
+            saved = target if is_same and target.is_contiguous() else torch.empty(shape, dtype=dtype)
+            file.read_into(place.offset + len(frame.head), saved.view(-1).view(torch.uint8).numpy())
+        else:
+            content = bytearray(place.length)
+            file.read_into(place.offset, content)
+            file.finish()
+            saved = load_tensors(io.BytesIO(content))
+        if saved is not target:
+            for axis, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                saved = saved.narrow(axis, start, length)
+            target.copy_(saved)
+        planner.commit_tensor(item, target)
+
+
+def _shape_of(entry: TensorStorageMetadata, index: MetadataIndex) -> tuple[int, ...]:
+    """Shape of one part of a tensor, by the index."""
+    hinted = entry.chunks[index.index: index.index + 1] if index.index is not None else []
+    for chunk in (*hinted, *entry.chunks):
+        if chunk.offsets == index.offset:
+            return tuple(chunk.sizes)
+    raise ValueError(f"the index has no part of {index.fqn} at {index.offset}")
 
 
 class _Planner(MCoreLoadPlanner):

@@ -2,7 +2,7 @@
 
 A checkpoint is torch.distributed.checkpoint's format, as megatron.core.dist_checkpointing writes and loads it: files of
 chunks, each chunk a tensor as `torch.save` writes it, and an index (`.metadata`) that says which part of which tensor
-is where. This module finds a chunk's bytes inside its file, and lays out files whose bytes are filled in afterwards.
+is where. This module finds a chunk's bytes inside its file, and lays out files.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from dsv3_megatron.checkpoint.byte_ranges import ByteRange, read_byte_ranges
 from dsv3_megatron.checkpoint.folder import CheckpointError, Manifest
 from dsv3_megatron.checkpoint.proved_files import CheckpointFiles
+from dsv3_megatron.checkpoint.tensor_frames import frame_of, known_frame
 from dsv3_megatron.checkpoint.tensor_index import INDEX, READ_ERRORS, read_index
 from dsv3_megatron.data.checksums import BlockVerifier, damages
 from dsv3_megatron.process.cores import usable_cores
@@ -74,28 +75,18 @@ class TensorPart:
 # ---- writing -----------------------------------------------------------------------------------------
 
 
-def lay_out_file(path: Path, chunks: Sequence[TensorPart]) -> tuple[list[TensorPart], list[int]]:
-    """Make a file with everything but the values of its chunks, which are to be written at the given positions.
+def lay_out(chunks: Sequence[TensorPart]) -> list[TensorPart]:
+    """Give chunks their places in a file, one after the other: each is its values with its frame (tensor_frames.py).
 
     Args:
-        path: File to make.
         chunks: Parts in the order in which they will be in the file.
-
-    Returns:
-        The chunks with their place in the file, and the position of each one's values.
-
-    Raises:
-        OSError: the file cannot be written.
     """
-    placed = []
-    with open(path, "wb") as stream:
-        for chunk in chunks:
-            start = stream.tell()
-            # The memory is never touched: torch writes the entry around the values and skips over them.
-            with torch.serialization.skip_data():
-                torch.save(torch.empty(chunk.sizes, dtype=getattr(torch, chunk.dtype)), stream)
-            placed.append(dataclasses.replace(chunk, start=start, length=stream.tell() - start))
-    return placed, [_values(path, chunk.start, chunk.length)[0] for chunk in placed]
+    placed, start = [], 0
+    for chunk in chunks:
+        length = frame_of(getattr(torch, chunk.dtype), chunk.sizes).length
+        placed.append(dataclasses.replace(chunk, start=start, length=length))
+        start += length
+    return placed
 
 
 def write_index(folder: Path, chunks: Iterable[TensorPart], common: dict[str, Any]) -> None:
@@ -242,8 +233,7 @@ class TensorFiles:
         place = chunk.file, chunk.start
         if place not in self._starts:
             try:
-                self._prove_frame(chunk)
-                start, sizes, dtype = _values(self.folder / chunk.file, chunk.start, chunk.length)
+                start, sizes, dtype = self._values(chunk)
             except READ_ERRORS as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise CheckpointError(f"checkpoint {self.folder} is truncated or corrupt: {chunk.key} in {chunk.file}: "
@@ -255,11 +245,18 @@ class TensorFiles:
             self._starts[place] = start
         return self._starts[place]
 
-    def _prove_frame(self, chunk: TensorPart) -> None:
-        """Prove what torch.save put around a chunk's values; they are proved when they are read."""
+    def _values(self, chunk: TensorPart) -> tuple[int, tuple[int, ...], str]:
+        """First byte of a chunk's values in its file, its shape and its dtype; the values are proved when read."""
+        path = self.folder / chunk.file
+        with open(path, "rb", buffering=0) as stream:
+            stream.seek(chunk.start)
+            frame = known_frame(getattr(torch, chunk.dtype), chunk.sizes, chunk.length, stream.read)
+        if frame is not None:
+            return chunk.start + len(frame.head), chunk.sizes, chunk.dtype
         around = min(chunk.length, _FRAME_BYTES)
         for start in (chunk.start, chunk.start + chunk.length - around):
             self._files.require(chunk.file, start, around)
+        return _values(path, chunk.start, chunk.length)
 
     def _rows(self, chunk: TensorPart, index: int | None) -> _Rows:
         start = self._start(chunk)

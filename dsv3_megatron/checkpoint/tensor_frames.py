@@ -6,14 +6,17 @@ With it, the file of a save can be laid out before a tensor is looked at, and a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
 import torch
 
-__all__ = ["TensorFrame", "frame_of", "without_crc32"]
+_crc32_lock = threading.RLock()
+
+__all__ = ["TensorFrame", "frame_of", "known_frame", "without_crc32"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,28 @@ def frame_of(dtype: torch.dtype, shape: tuple[int, ...]) -> TensorFrame:
     return TensorFrame(head, recorder.num_bytes, tail)
 
 
+def known_frame(dtype: torch.dtype, shape: tuple[int, ...], length: int, read: Callable[[int], bytes]
+                ) -> TensorFrame | None:
+    """The frame of an entry that was written as this version of torch writes it; its values lie between head and tail.
+
+    A head that is the same byte for byte is proved by that.
+
+    Args:
+        dtype: Dtype of the tensor.
+        shape: Shape of the tensor.
+        length: Bytes of the entry.
+        read: Gives so many bytes from the entry's beginning, or fewer where there are not so many.
+
+    Returns:
+        The frame; None: the entry is of another version of torch, of another writer, or damaged.
+    """
+    try:
+        frame = frame_of(dtype, shape)
+    except RuntimeError:
+        return None
+    return frame if length == frame.length and read(len(frame.head)) == frame.head else None
+
+
 class _Recorder:
     """A file that keeps what is written to it, but for the bytes of one tensor.
 
@@ -93,9 +118,10 @@ def without_crc32() -> Iterator[None]:
 
     It takes several times as long as those of the manifest, and no reader of torch's looks at it.
     """
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+    with _crc32_lock:  # the option is the process's
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            yield
+        finally:
+            torch.serialization.set_crc32_options(before)

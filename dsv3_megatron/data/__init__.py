@@ -13,6 +13,7 @@ To disk:  transforms/   what may happen to a document    encoder.py        texts
 On disk:  indexed.py    the .bin/.idx format, sidecars   indexed_writer.py writes it, in constant memory
           merge.py      datasets joined                  inspection.py     statistics and verification
           checksums.py  checksums of files by block, of checkpoints too
+          hashed_files.py   files whose checksums are made while they are read and written
           proved_tokens.py  tokens, each block proved when it is first read
           signed_json.py    JSON with a checksum of itself  folder_checksums.py  checksums.json beside others' formats
           contents.py   hashes, lowest and highest id, sidecars against their files

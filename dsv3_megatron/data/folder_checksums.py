@@ -15,7 +15,7 @@ from typing import Any
 from dsv3_megatron.config.json_files import is_plain_name, read_json_object
 from dsv3_megatron.config.new_files import replace_text
 from dsv3_megatron.config.output import json_text
-from dsv3_megatron.data.checksums import BlockVerifier, DamagedFileError, FileChecksums, checksum_file, read_checksums
+from dsv3_megatron.data.checksums import DamagedFileError, FileChecksums, checksum_file, prove_file, read_checksums
 from dsv3_megatron.data.signed_json import with_signature, without_signature
 
 CHECKSUMS = "checksums.json"
@@ -127,12 +127,8 @@ def _prove(path: Path, known: Mapping[str, FileChecksums]) -> None:
     checksums = known[path.name]
     if not path.is_file():
         raise ValueError(refusal(path, f"{path} is missing"))
-    size = path.stat().st_size
     try:
-        if size != checksums.num_bytes:
-            raise DamagedFileError(str(path), min(size, checksums.num_bytes),
-                                   f"it has {size} bytes, {checksums.num_bytes} were written")
-        BlockVerifier(path, checksums).require(0, size)
+        prove_file(path, checksums)
     except DamagedFileError as error:
         raise ValueError(refusal(path, error)) from error
 
@@ -145,7 +141,8 @@ def _difference(path: Path, checksums: FileChecksums) -> str:
     if size != checksums.num_bytes:
         return f"{size} bytes, not {checksums.num_bytes}"
     try:
-        BlockVerifier(path, checksums).require(0, size if size <= _COMPARED_BYTES else 0)
+        if size <= _COMPARED_BYTES:
+            prove_file(path, checksums)
     except DamagedFileError:
         return "other content"
     return ""

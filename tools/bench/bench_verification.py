@@ -44,14 +44,16 @@ _DOCUMENTS, _DOCUMENT_TOKENS, _SEQ_LENGTH = 200_000, 400, 4096
 def unproved(is_verified: bool) -> Iterator[None]:
     """Have nothing make checksums of what is written, nor look at every number of an index, unless `is_verified`."""
     from dsv3_megatron.checkpoint import folder
-    from dsv3_megatron.checkpoint.hf import workplace
-    from dsv3_megatron.data import checksums, contents, folder_checksums, indexed_writer
+    from dsv3_megatron.data import checksums, contents, folder_checksums, hashed_files, indexed_writer
 
-    def nothing(path: str | os.PathLike[str]) -> checksums.FileChecksums:
+    def nothing(path: str | os.PathLike[str] | int) -> checksums.FileChecksums:
         size = os.path.getsize(path)
         empty = checksums.FileChecksums(checksums.ALGORITHM, checksums.BLOCK_BYTES, size, "")
         width = checksums.num_digits(checksums.ALGORITHM)
         return checksums.FileChecksums(empty.algorithm, empty.block_bytes, size, "0" * width * empty.num_blocks)
+
+    def size_alone(file: Any) -> checksums.FileChecksums:
+        return nothing(file._descriptor)
 
     def hash_of_ids(writer: Any, suffix: str, data: Any) -> None:
         if suffix == "bin":  # the sidecar's hash is older than checksums
@@ -59,8 +61,10 @@ def unproved(is_verified: bool) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         if not is_verified:
-            for module in (folder, workplace, folder_checksums):
+            for module in (folder, folder_checksums):
                 stack.enter_context(mock.patch.object(module, "checksum_file", nothing))
+            stack.enter_context(mock.patch.object(hashed_files.HashedFile, "_take", lambda *_: None))
+            stack.enter_context(mock.patch.object(hashed_files.HashedFile, "checksums", size_alone))
             stack.enter_context(mock.patch.object(contents, "check_index", lambda prefix: None))
             stack.enter_context(mock.patch.object(contents, "is_known", lambda algorithm: False))
             stack.enter_context(mock.patch.object(indexed_writer.DatasetWriter, "_take", hash_of_ids))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from dsv3_megatron.checkpoint.byte_ranges import copy_byte_ranges, write_tensor
+from dsv3_megatron.checkpoint.byte_ranges import RangeReader, copy_byte_ranges, write_tensor
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf.audit import Audit, audit
 from dsv3_megatron.checkpoint.hf.directory import SCALE_SUFFIX, HuggingFaceDirectory
@@ -43,6 +43,7 @@ from dsv3_megatron.checkpoint.hf.workplace import (
 )
 from dsv3_megatron.config.version import __version__
 from dsv3_megatron.data.folder_checksums import write_folder_checksums
+from dsv3_megatron.data.hashed_files import HashedFile
 from dsv3_megatron.data.special_tokens import TOKENIZER
 from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, quantize_weight_blocks, requantize_weight_blocks
 from dsv3_megatron.ops.fp8.scale_groups import BLOCK, num_groups
@@ -175,30 +176,27 @@ class _ShardWriter:
     is_again: bool
     is_master: bool
 
-    def write(self, shard: WeightFile, path: Path, report: Report) -> None:
-        """Write one file of weights, header first, to a path."""
-        path.write_bytes(shard.header)
+    def write(self, shard: WeightFile, target: HashedFile, report: Report) -> None:
+        """Write one file of weights, header first."""
+        target.write(0, shard.header)
         places = {entry.name: entry for entry in shard.entries}
-        target = os.open(path, os.O_RDWR)
-        try:
-            os.truncate(target, shard.num_bytes)
+        with RangeReader() as reader:
             for entry in shard.entries:
                 if entry.name.endswith(SCALE_SUFFIX) or is_frequencies(entry.name):
                     if self.is_again:
                         assert self.weights.source is not None
                         scale = self.weights.source.scales[entry.name]
-                        copy_byte_ranges([scale.byte_range()], target, entry.offset, entry.name, report)
+                        copy_byte_ranges([scale.byte_range()], reader, target, entry.offset, entry.name, report)
                     continue  # else written with its weight
-                self._write_weight(target, entry, places, report)
-        finally:
-            os.close(target)
+                self._write_weight(reader, target, entry, places, report)
 
-    def _write_weight(self, target: int, entry: FileEntry, places: dict[str, FileEntry], report: Report) -> None:
+    def _write_weight(self, reader: RangeReader, target: HashedFile, entry: FileEntry, places: dict[str, FileEntry],
+                      report: Report) -> None:
         tensor = self.tensors[entry.name]
         dtype = self.weights.dtype(tensor, self.is_master) if tensor.num_elements else entry.dtype
         ranges = self.weights.byte_ranges(tensor, self.is_master)
         if ranges is not None and dtype == entry.dtype:
-            copy_byte_ranges(ranges, target, entry.offset, entry.name, report)
+            copy_byte_ranges(ranges, reader, target, entry.offset, entry.name, report)
             return
         place = entry.offset
         for first_row, num_rows in row_strips(tensor.shape):

@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint to one of ours, file by file: no model is built, no tensor but those in work is in memory.
 
-What keeps its dtype is moved by the kernel from file to file; FP8 is dequantized to BF16. The result is a checkpoint of
+What keeps its dtype goes from file to file in pieces; FP8 is dequantized to BF16. The result is a checkpoint of
 weights to start a run from (`--load`), under any layout; it also keeps what it takes to make the source again, byte
 for byte (`source.py`).
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shutil
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.checkpoint.byte_ranges import copy_byte_ranges, write_tensor
+from dsv3_megatron.checkpoint.byte_ranges import RangeReader, copy_byte_ranges, write_tensor
 from dsv3_megatron.checkpoint.folder import (
     WEIGHTS,
     CheckpointError,
@@ -48,13 +47,15 @@ from dsv3_megatron.checkpoint.hf.workplace import (
     Workplace,
     ignore,
 )
-from dsv3_megatron.checkpoint.tensor_files import TensorPart, lay_out_file, write_index
+from dsv3_megatron.checkpoint.tensor_files import TensorPart, lay_out, write_index
+from dsv3_megatron.checkpoint.tensor_frames import frame_of
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.version import __version__
+from dsv3_megatron.data.hashed_files import HashedFile
 from dsv3_megatron.ops.fp8.published import LARGEST_SCALE, SMALLEST_SCALE
 from dsv3_megatron.parallel.layout import stage_layouts
 
@@ -177,16 +178,19 @@ def _plan_files(directory: HuggingFaceDirectory, max_file_bytes: int
     return files
 
 
-def _write_file(directory: HuggingFaceDirectory, chunks: list[tuple[HuggingFaceTensor, TensorPart]], path: Path,
-                report: Report) -> list[dict[str, Any]]:
+def _write_file(directory: HuggingFaceDirectory, chunks: list[tuple[HuggingFaceTensor, TensorPart]],
+                target: HashedFile, report: Report) -> list[dict[str, Any]]:
     """One file of our checkpoint; its chunks with their places."""
-    placed, positions = lay_out_file(path, [chunk for _, chunk in chunks])
-    target = os.open(path, os.O_RDWR)
-    try:
-        for (tensor, chunk), position in zip(chunks, positions, strict=True):
+    placed = lay_out([chunk for _, chunk in chunks])
+    with RangeReader() as reader:
+        for (tensor, _), chunk in zip(chunks, placed, strict=True):
             entry, dtype = directory.stored[tensor.name], getattr(torch, chunk.dtype)
+            frame = frame_of(dtype, chunk.sizes)
+            position = chunk.start + len(frame.head)
+            target.write(chunk.start, frame.head)
             if entry.dtype == dtype:
-                copy_byte_ranges([entry.byte_range()], target, position, tensor.name, report)
+                copy_byte_ranges([entry.byte_range()], reader, target, position, tensor.name, report)
+                target.write(position + frame.num_bytes, frame.tail)
                 continue
             if entry.dtype == torch.float8_e4m3fn:
                 _check_scales(directory, tensor.name)
@@ -195,8 +199,7 @@ def _write_file(directory: HuggingFaceDirectory, chunks: list[tuple[HuggingFaceT
                 write_tensor(target, position, strip)
                 position += strip.nbytes
                 report(strip.nbytes)
-    finally:
-        os.close(target)
+            target.write(position, frame.tail)
     return [dataclasses.asdict(chunk) for chunk in placed]
 
 
@@ -212,22 +215,20 @@ def _check_scales(directory: HuggingFaceDirectory, name: str) -> None:
 
 def _side_pieces(directory: HuggingFaceDirectory, folder: str) -> list[OutputFile]:
     """What is kept of the source besides the weights."""
-    def write_description(path: Path, report: Report) -> None:
-        path.write_text(json_text(description_of(directory)), encoding="utf-8")
+    def write_description(target: HashedFile, report: Report) -> None:
+        target.write(0, json_text(description_of(directory)).encode())
 
-    def write_scales(path: Path, report: Report) -> None:
+    def write_scales(target: HashedFile, report: Report) -> None:
         header, positions = header_bytes([(scale.name, scale.dtype, scale.shape) for scale in scales])
-        path.write_bytes(header)
-        target = os.open(path, os.O_RDWR)
-        try:
+        target.write(0, header)
+        with RangeReader() as reader:
             for scale in scales:
-                copy_byte_ranges([scale.byte_range()], target, positions[scale.name], scale.name, report)
-        finally:
-            os.close(target)
+                copy_byte_ranges([scale.byte_range()], reader, target, positions[scale.name], scale.name, report)
 
-    def copy_file(file: Path, path: Path, report: Report) -> None:
-        shutil.copyfile(file, path)
-        report(file.stat().st_size)
+    def copy_file(file: Path, target: HashedFile, report: Report) -> None:
+        content = file.read_bytes()  # of 64 MB at most
+        target.write(0, content)
+        report(len(content))
 
     scales = scales_of(directory)
     pieces = [OutputFile(f"{folder}/{DESCRIPTION}", 0, write_description)]

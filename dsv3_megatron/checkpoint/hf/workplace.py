@@ -7,7 +7,7 @@
         result/             renamed to OUTPUT when all of it is there
 
 A file is written under another name, flushed to disk and renamed; so a file with its final name is complete. Its
-checksums are made right behind, while it is in memory still; whoever goes on compares them.
+checksums are made of the bytes as they are written; whoever goes on compares them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.json_files import read_json_object
 from dsv3_megatron.config.new_files import replace_text, require_own_folder
 from dsv3_megatron.config.output import json_text
-from dsv3_megatron.data.checksums import BlockVerifier, FileChecksums, checksum_file, read_checksums
+from dsv3_megatron.data.checksums import FileChecksums, prove_file, read_checksums
+from dsv3_megatron.data.hashed_files import HashedFile
 from dsv3_megatron.data.signed_json import with_signature, without_signature
 
 # Told a number of bytes that have been written or read; called from any thread.
@@ -50,13 +51,13 @@ class OutputFile:
     Attributes:
         name: Path of the file below the result.
         num_bytes: About how long it will be.
-        write: Writes it to the given path, telling the bytes it has written; returns what to remember of it, plain
-            values. Runs in a thread of its own.
+        write: Writes it, telling the bytes it has written; returns what to remember of it, plain values. Runs in a
+            thread of its own.
     """
 
     name: str
     num_bytes: int
-    write: Callable[[Path, Report], Any]
+    write: Callable[[HashedFile, Report], Any]
 
 
 class ProgressDisplay(Protocol):
@@ -221,12 +222,13 @@ class Workplace:
         partial = final.with_name(final.name + _WRITING)
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
-            told = piece.write(partial, report)
-            flush(partial)
+            with HashedFile(partial) as target:
+                told = piece.write(target, report)
+                target.flush()
+                content = {"told": told, "checksums": target.checksums().as_dict()}
             os.rename(partial, final)
             record = self._record(piece)
             record.parent.mkdir(parents=True, exist_ok=True)
-            content = {"told": told, "checksums": checksum_file(final).as_dict()}
             replace_text(record, json_text(with_signature(content, _SIGNATURE)), is_durable=True)
         except OSError as error:
             way_out = ("free some space and give the same command again: it goes on from what is finished"
@@ -248,9 +250,7 @@ class Workplace:
         """Prove a file that an earlier process finished."""
         file, known = self.result / piece.name, self.checksums([piece])[piece.name]
         try:
-            if file.stat().st_size != known.num_bytes:
-                raise CheckpointError(f"{file} has {file.stat().st_size} bytes, {known.num_bytes} were written")
-            BlockVerifier(file, known).require(0, known.num_bytes)
+            prove_file(file, known)
         except ValueError as error:
             raise CheckpointError(f"{error}; remove {self._record(piece)}, and the file is written again") from error
 

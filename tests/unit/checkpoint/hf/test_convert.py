@@ -34,6 +34,8 @@ from dsv3_megatron.commands import convert as convert_checkpoint
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.data.folder_checksums import read_folder_checksums, require_all_whole
+from dsv3_megatron.data.hashed_files import HashedFile
 from dsv3_megatron.ops.fp8.published import quantize_weight_blocks
 from tests.hugging_face import QUANTIZED, config_json, dequantized, published_weights, quantized, write_checkpoint
 from tests.parity.architectures import variant
@@ -204,18 +206,18 @@ def test_the_run_that_starts_from_it(tmp_path):
 
 
 def stop_after(num_bytes: int, error: BaseException):
-    """Moving bytes fails for good after so many."""
-    real, done, lock = os.copy_file_range, 0, threading.Lock()
+    """Writing bytes fails for good after so many."""
+    real, done, lock = os.pwrite, 0, threading.Lock()
 
-    def copy(source: int, target: int, count: int, start: int, offset: int) -> int:
+    def write(target: int, data: memoryview, offset: int) -> int:
         nonlocal done
         with lock:
-            done += count
+            done += len(data)
             if done > num_bytes:
                 raise error
-        return real(source, target, count, start, offset)
+        return real(target, data, offset)
 
-    return mock.patch("os.copy_file_range", copy)
+    return mock.patch("os.pwrite", write)
 
 
 def directions(tmp_path: Path):
@@ -261,14 +263,14 @@ KILLED = """
 import os, signal, sys
 from dsv3_megatron.platform import prepare
 prepare()
-real, moved = os.copy_file_range, 0
-def copy(*arguments):
-    global moved
-    moved += 1
-    if moved == int(sys.argv[1]):
+real, written = os.pwrite, 0
+def write(*arguments):
+    global written
+    written += 1
+    if written == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
-os.copy_file_range = copy
+os.pwrite = write
 from dsv3_megatron.commands.convert import main
 sys.exit(main(sys.argv[2:]))
 """
@@ -363,12 +365,16 @@ def test_outputs_that_are_refused(tmp_path):
     assert (tmp_path / "empty" / ITERATION).is_dir()
 
 
-def test_where_the_kernel_cannot_move_bytes(tmp_path):
+def test_where_the_kernel_takes_a_part_at_a_time(tmp_path):
+    """A file system may read and write less than it is asked to, as over a network."""
     source = make_source(tmp_path / "hf", "bf16")
-    with mock.patch("os.copy_file_range", side_effect=OSError(errno.EXDEV, "Invalid cross-device link")):
+    read, write = os.preadv, os.pwrite
+    with (mock.patch("os.preadv", lambda file, views, at: read(file, [view[:1000] for view in views], at)),
+          mock.patch("os.pwrite", lambda file, data, at: write(file, data[:700], at))):
         convert_to_megatron(source, tmp_path / "ours")
         convert_to_hugging_face(tmp_path / "ours", tmp_path / "back")
     assert_same_files(source, tmp_path / "back")
+    require_all_whole(tmp_path / "back", read_folder_checksums(tmp_path / "back"))
 
 
 # ---- damage ----
@@ -503,7 +509,7 @@ def test_tensors_of_several_strips(tmp_path):
     convert_to_hugging_face(tmp_path / "ours", tmp_path / "wide", dtype="fp32")
     written: list[int] = []
 
-    def write(target: int, offset: int, tensor: torch.Tensor) -> None:
+    def write(target: HashedFile, offset: int, tensor: torch.Tensor) -> None:
         written.append(tensor.shape[0])
         write_tensor(target, offset, tensor)
 
