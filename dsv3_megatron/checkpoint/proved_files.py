@@ -146,10 +146,9 @@ class ProvedReader(FileSystemReader):
             saved = target if is_same and target.is_contiguous() else torch.empty(shape, dtype=dtype)
             file.read_into(place.offset + len(frame.head), saved.view(-1).view(torch.uint8).numpy())
         else:
-            content = bytearray(place.length)
-            file.read_into(place.offset, content)
-            file.finish()
-            saved = load_tensors(io.BytesIO(content))
+            self._files.require(place.relative_path, place.offset, place.length)
+            with open(file.path, "rb") as stream:
+                saved = load_tensors(self._slice_file(stream, place))
         if saved is not target:
             for axis, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                 saved = saved.narrow(axis, start, length)

@@ -11,6 +11,7 @@ before there were any: the index has its hash compared, and its numbers are not 
     load         a checkpoint of a run into its model and optimizer
     export       the same checkpoint to Hugging Face's layout, in bf16, two workers
     import       that export back
+    hash         the checksum alone, of bytes that were just read and of bytes that come from memory
 
 Usage:
     python -m tools.bench.bench_verification --preset laptop --rounds 7 --folder /tmp/bench-verification
@@ -200,13 +201,35 @@ def report(name: str, config: str, times: dict[bool, list[tuple[float, float]]])
             Measurement(name, config, "rounds", len(ratios), "1")]
 
 
+def hash_rates() -> list[Measurement]:
+    """Print what a checksum costs by itself on one core, in CPU time, and return it."""
+    from dsv3_megatron.data.checksums import ALGORITHM, PIECE_BYTES, checksum_of
+
+    def rate(data: memoryview) -> float:
+        times = []
+        for _ in range(9):
+            cpu = time.thread_time()
+            for at in range(0, len(data), PIECE_BYTES):
+                checksum_of(data[at: at + PIECE_BYTES])
+            times.append(time.thread_time() - cpu)
+        return len(data) / statistics.median(times)
+
+    large = memoryview(bytearray(os.urandom(PIECE_BYTES) * 512))
+    rows = []
+    for config, found in (("in cache", statistics.median(rate(large[:PIECE_BYTES]) for _ in range(99))),
+                          ("from memory", rate(large))):
+        print(f"{ALGORITHM} {config}: {found / 1e9:.1f} GB/s", flush=True)
+        rows.append(Measurement("hash", f"{ALGORITHM}, {PIECE_BYTES >> 10} KiB {config}", "rate", found, "B/s"))
+    return rows
+
+
 def main() -> int:
     """Measure, and append to results/verification.csv."""
     parser = argparse.ArgumentParser(description="Time what proving files costs.")
     parser.add_argument("--preset", default="laptop", help="run whose checkpoint is loaded and exported (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="(%(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the six above")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the seven above")
     parser.add_argument("--folder", type=Path, help="folder to work in; none: the system's temporary one")
     parser.add_argument("--no-csv", action="store_true", help="print only")
     options = parser.parse_args()
@@ -233,7 +256,7 @@ def main() -> int:
             size = sum(file.stat().st_size for file in (folder / "saved").rglob("*") if file.is_file())
             config = f"{options.preset}, checkpoint of {size / 1e6:.0f} MB"
             actions |= {each: (config, action) for each, action in made.items()}
-        rows = []
+        rows = hash_rates() if wanted("hash") else []
         for each, (config, action) in actions.items():
             if wanted(each):
                 rows += report(each, config, in_turns(action, options.rounds))
