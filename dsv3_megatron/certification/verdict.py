@@ -13,6 +13,7 @@ import torch
 from dsv3_megatron.certification.certified_layout import RankRecord, Resumed, RunToCertify
 from dsv3_megatron.certification.comparison import (
     FP8,
+    FP8_OF_PASSED_LATENTS,
     FP32,
     Comparison,
     Difference,
@@ -69,7 +70,7 @@ class Verdict:
     @property
     def allowed(self) -> dict[str, float]:
         """Tolerances by kind, as in `largest`; ten times as much where a step goes on from weights of its own."""
-        in_fp8 = {f"{kind}{IN_FP8}": most for kind, most in FP8.by_kind().items()}
+        in_fp8 = {f"{kind}{IN_FP8}": most for kind, most in tolerances_of(self.job.run).by_kind().items()}
         in_fp8[f"{AGAINST_DEFINITION}{IN_FP8}"] = FP8_AGAINST_DEFINITION
         return {kind: (FP32.by_kind() | in_fp8)[kind] for kind in self.largest}
 
@@ -134,7 +135,9 @@ def judge(verdict: Verdict, one: OneProcess, ranks: list[RankRecord], crossed: R
 
 def tolerances_of(run: RunConfig) -> Tolerances:
     """Tolerances for a run's precision."""
-    return FP8 if run.fp8.is_enabled else FP32
+    if not run.fp8.is_enabled:
+        return FP32
+    return FP8_OF_PASSED_LATENTS if run.parallel.passes_latents else FP8
 
 
 def regroups(run: RunConfig) -> Callable[[str], bool]:
@@ -145,7 +148,7 @@ def regroups(run: RunConfig) -> Callable[[str], bool]:
     """
     if not run.fp8.is_enabled:
         return lambda name: False
-    if run.fp8.fp8_grad_grouping == "block" or run.parallel.context_parallel_size > 1:
+    if run.fp8.fp8_grad_grouping == "block" or run.parallel.passes_latents:
         return lambda name: True
     precisions = precision_map(run.fp8, run.model)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dsv3_megatron.certification.comparison import FP8, FP32, Scale, relative_error
+from dsv3_megatron.certification.comparison import FP8, FP8_OF_PASSED_LATENTS, FP32, Scale, relative_error
 from dsv3_megatron.certification.shrunk_run import shrink
 from dsv3_megatron.certification.verdict import regroups, tolerances_of
 from dsv3_megatron.config.load import parse_command
@@ -35,9 +35,19 @@ def test_an_override_and_a_run_without_fp8_are_exact() -> None:
     assert not plain(ATTENTION) and not plain(EXPERT)
 
 
-def test_blocks_of_tokens_and_split_sequences_reach_every_gradient() -> None:
-    for flags, size in (("--fp8-grad-grouping block", 1), ("--context-parallel-size 2", 2)):
+def test_blocks_of_tokens_and_latents_that_are_passed_reach_every_gradient() -> None:
+    for flags, size in (("--fp8-grad-grouping block", 1), ("--context-parallel-size 2", 2),
+                        ("--context-parallel-size 2 --cp-comm-type all_gather", 2)):
         assert regroups(small(f"--fp8 blockwise {flags}", size))("output_layer.weight")
+
+
+def test_shares_of_a_latents_gradient_have_a_tolerance_of_their_own_where_ranks_round_them() -> None:
+    ring = small("--fp8 blockwise --context-parallel-size 2", 2)
+    assert tolerances_of(ring) == FP8_OF_PASSED_LATENTS
+    heads = small("--fp8 blockwise --context-parallel-size 2 --cp-comm-type a2a", 2)
+    assert tolerances_of(heads) == FP8
+    assert not regroups(heads)("decoder.layers.1.self_attention.kv_layernorm.weight") and regroups(heads)(ATTENTION)
+    assert tolerances_of(small("--context-parallel-size 2", 2)) == FP32
 
 
 def test_an_error_of_each_entry() -> None:
