@@ -21,6 +21,10 @@ GRPO = ["--vocab-size", str(DIGIT_VOCAB), "--seq-length", "24", "--micro-batch-s
         "--group-size", "2", "--updates-per-rollout", "3", "--max-new-tokens", "6", "--train-iters", "6",
         "--lr", "3e-3", "--min-lr", "3e-3", "--precision", "fp32", "--log-interval", "1", "--kl-coefficient", "0.1",
         "--mtp-num-layers", "1", "--moe-router-bias-update-rate", "0", "--keep-last", "0"]
+# fp32, sums in another order, over six steps.
+TOLERANCE = 1e-4
+LAYOUTS = {"pipeline": ["--pipeline-model-parallel-size", "2"],
+           "experts and tensors": ["--expert-model-parallel-size", "2", "--tensor-model-parallel-size", "2"]}
 NUMBERS = ("lm_loss", "grad_norm", "grpo/kl", "grpo/clip-fraction", "grpo/ratio")
 
 
@@ -87,3 +91,25 @@ def test_kept_rollouts_give_the_same_steps(whole: Path, given: list[str], tmp_pa
     for iteration, step in expected.items():
         for name in NUMBERS:
             assert replayed[iteration][name] == step[name], (iteration, name)
+
+
+def require_close(found: dict[int, dict], expected: dict[int, dict]) -> None:
+    for iteration, step in expected.items():
+        for name in NUMBERS:
+            assert found[iteration][name] == pytest.approx(step[name], rel=TOLERANCE, abs=1e-6), (iteration, name)
+
+
+def test_replicas_give_the_answers_and_the_steps_of_one_process(whole: Path, given: list[str], tmp_path: Path) -> None:
+    replicas = grpo(2, tmp_path, *ARCHITECTURE, *GRPO, *given, "--rollouts", str(tmp_path / "rollouts"))
+    require_close(replicas, steps(whole / "logs"))
+    for mine, theirs in zip(kept_rollouts(tmp_path / "rollouts"), kept_rollouts(whole / "rollouts"), strict=True):
+        for answer, other in zip(read_rollout(mine).answers, read_rollout(theirs).answers, strict=True):
+            assert (answer.ids, answer.advantage) == (other.ids, other.advantage)
+            assert answer.reference_logprobs_T == pytest.approx(other.reference_logprobs_T, abs=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kept_rollouts_give_the_same_steps_under_a_layout(
+        layout: str, whole: Path, given: list[str], tmp_path: Path) -> None:
+    require_close(grpo(2, tmp_path, *ARCHITECTURE, *GRPO, *given, "--replay", str(whole / "rollouts"),
+                       *LAYOUTS[layout]), steps(whole / "logs"))
