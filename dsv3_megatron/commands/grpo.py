@@ -25,7 +25,7 @@ _GLOBAL_BATCH_SIZE = 64
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one process of a run of GRPO; returns the exit code, as `dsv3 train` does."""
-    return train.main(arguments, _parse)
+    return train.main(arguments, parse)
 
 
 def command_line() -> CommandLine:
@@ -38,7 +38,8 @@ def command_line() -> CommandLine:
         begin=_begin)
 
 
-def _parse(arguments: Sequence[str]) -> TrainingRequest:
+def parse(arguments: Sequence[str]) -> TrainingRequest:
+    """Read the command line of a run of GRPO; raises ValueError for what is wrong with it."""
     request, _ = parse_line(arguments, command_line())
     if not request.run.policy.is_on:
         raise ConfigError("prompts is not set: give the prompts to answer, as in --prompts FILE.jsonl")

@@ -19,8 +19,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsv3_megatron.commands import grpo, sft
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.load import Parser, parse_command
+from dsv3_megatron.config.load import Parser, TrainingRequest, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.streams import print_error
@@ -32,8 +33,10 @@ from dsv3_megatron.planning.memory.estimate import estimate_memory
 from dsv3_megatron.planning.memory.headroom import lacking_memory
 from dsv3_megatron.planning.memory.remedies import advise, describe
 from dsv3_megatron.planning.plan_report import PlanReport, as_json, as_text, plot
+from dsv3_megatron.planning.policy_cost import PolicyStep, policy_cost, policy_step
 from dsv3_megatron.planning.run_cost import RunCost, main_phase, only_phase, require_possible, run_cost, sensitivities
 from dsv3_megatron.planning.search import SearchResult, search
+from dsv3_megatron.planning.time.rollout_time import AnswerLengths
 from dsv3_megatron.planning.time.step_time import step_time
 from dsv3_megatron.planning.time.work import Setting
 
@@ -70,6 +73,12 @@ def _parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespac
         "is always replaced within a restart)")
     add("--repair-hours", type=float, default=24.0, metavar="X", help="mean hours until a lost node is a spare again "
         "(%(default)s)")
+    add("--prompt-tokens", type=float, default=256.0, metavar="X", help="of a run of GRPO: mean tokens of a prompt "
+        "(%(default)g)")
+    add("--answer-tokens", type=float, metavar="X", help="of a run of GRPO: mean tokens of an answer (default: the "
+        "longest)")
+    add("--rollout-gpus", type=int, metavar="N", help="of a run of GRPO: devices that one copy of the model generates "
+        "on (default: the fewest that leave half of their memory)")
     add("--imbalance", type=float, metavar="X", help="routed rows of the busiest expert-parallel rank over the mean "
         "(default: from the machine's deviation)")
     add("--memory-headroom-gb", type=float, metavar="X", help="memory of each device that the run's tensors cannot "
@@ -80,7 +89,15 @@ def _parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespac
     add("--json", action="store_true", help="print one JSON object")
     add("--png", metavar="FILE.png", help="draw it on one page")
     options, rest = parser.parse_known_args(arguments)
-    return options, parse_command(rest).run
+    return options, _request(rest).run
+
+
+def _request(words: Sequence[str]) -> TrainingRequest:
+    """The run of flags: of dsv3 grpo where they have prompts, of dsv3 sft with --sft, else of dsv3 train."""
+    given = {word.partition("=")[0] for word in words}
+    if "--prompts" in given:
+        return grpo.parse(words)
+    return sft.parse(words) if "--sft" in given else parse_command(words)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -96,7 +113,9 @@ def _check(options: argparse.Namespace) -> None:
     for flag, number, least, most in (
             ("--imbalance", options.imbalance, 1, _MOST_IMBALANCE),
             ("--memory-headroom-gb", options.memory_headroom_gb, 0, _MOST),
-            ("--tokens", options.tokens, 1, _MOST), ("--price-per-gpu-hour", options.price_per_gpu_hour, 0, _MOST)):
+            ("--tokens", options.tokens, 1, _MOST), ("--prompt-tokens", options.prompt_tokens, 1, _MOST),
+            ("--answer-tokens", options.answer_tokens, 1, _MOST), ("--rollout-gpus", options.rollout_gpus, 1, _MOST),
+            ("--price-per-gpu-hour", options.price_per_gpu_hour, 0, _MOST)):
         if number is not None and not least <= number <= most:
             meaning = ", which is balance," if flag == "--imbalance" else ""
             raise ConfigError(f"{flag}={number:g} must be at least {least}{meaning} and at most {most:g}")
@@ -150,7 +169,8 @@ def plan(run: RunConfig, setting: Setting, options: argparse.Namespace) -> PlanR
         ConfigError: the run cannot be on so many devices.
     """
     phase = main_phase(run)
-    main = only_phase(run, phase)
+    policy = _policy_step(run, setting, options)
+    main = policy.training.run if policy else only_phase(run, phase)
     found: SearchResult | None = search(main, setting, num_best=options.top) if options.search else None
     if found is not None and found.ranked:
         try:
@@ -164,11 +184,25 @@ def plan(run: RunConfig, setting: Setting, options: argparse.Namespace) -> PlanR
     remedies: tuple[str, ...] = ()
     if lacking_memory(memory, setting):
         remedies = tuple(describe(advise(main, setting.num_devices, **terms)))
-    cost = run_cost(run, setting, tokens=options.tokens, price_per_gpu_hour=options.price_per_gpu_hour,
-                    find_layout=_find_layout)
+    price = options.price_per_gpu_hour
+    cost = policy_cost(run, setting, policy, price_per_gpu_hour=price) if policy else run_cost(
+        run, setting, tokens=options.tokens, price_per_gpu_hour=price, find_layout=_find_layout)
     return PlanReport(
         run=main, phase=phase.name, step=step_time(main, setting), memory=memory, remedies=remedies, cost=cost,
-        sensitivity=sensitivities(main, setting), search=found, goodput=_goodput(options, run, setting, cost))
+        sensitivity=sensitivities(main, setting), search=found, goodput=_goodput(options, run, setting, cost),
+        policy=policy)
+
+
+def _policy_step(run: RunConfig, setting: Setting, options: argparse.Namespace) -> PolicyStep | None:
+    """A step of a run of GRPO; None of another run."""
+    if not run.policy.is_on:
+        return None
+    for flag, value in (("--tokens", options.tokens), ("--search", options.search or None)):
+        if value is not None:
+            raise ConfigError(f"{flag} cannot go with --prompts: a run of GRPO is counted in steps and answers, and is "
+                              "planned in the layout given; leave it out")
+    answer = run.policy.max_new_tokens if options.answer_tokens is None else options.answer_tokens
+    return policy_step(run, setting, AnswerLengths(options.prompt_tokens, answer), options.rollout_gpus)
 
 
 def _run(options: argparse.Namespace, run: RunConfig) -> int:

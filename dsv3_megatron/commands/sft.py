@@ -31,7 +31,7 @@ _GLOBAL_BATCH_SIZE = 8
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one process of a fine-tuning; returns the exit code, as `dsv3 train` does."""
-    return train.main(arguments, _parse)
+    return train.main(arguments, parse)
 
 
 def command_line() -> CommandLine:
@@ -69,7 +69,8 @@ def begin_with_base(name: str | None, fields: Mapping[str, Any], tuned: Callable
     return run.override(load=None, seq_length=length, global_batch_size=global_batch_size, **known)
 
 
-def _parse(arguments: Sequence[str]) -> TrainingRequest:
+def parse(arguments: Sequence[str]) -> TrainingRequest:
+    """Read the command line of a fine-tuning; raises ValueError for what is wrong with it."""
     request, given = parse_line(arguments, command_line())
     if not request.run.data.sft:
         raise ConfigError("sft=False: dsv3 sft trains on conversations; use dsv3 train for texts")

@@ -19,6 +19,7 @@ from dsv3_megatron.config.pipeline import (
     PAIRABLE,
     PAIRED,
     SCHEDULES,
+    microbatches_problem,
     num_model_copies,
     ranks_problem,
     require_schedule,
@@ -179,6 +180,15 @@ class ParallelConfig:
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the attention layers among `world_size` processes."""
         return world_size // self.model_parallel_size
+
+    def takes_batch(self, num_sequences: int, micro_batch_size: int, world_size: int) -> bool:
+        """Whether so many sequences can be a step's batch: whole micro-batches on each replica, as many as the
+        schedule takes."""
+        unit = micro_batch_size * self.data_parallel_size(world_size)
+        if num_sequences % unit:
+            return False
+        return self.pipeline_model_parallel_size == 1 or not microbatches_problem(
+            self.schedule, self.pipeline_model_parallel_size, num_sequences // unit, "pipeline_schedule")
 
     def expert_data_parallel_size(self, world_size: int) -> int:
         """Replicas of each expert among `world_size` processes."""

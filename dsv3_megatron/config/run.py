@@ -50,6 +50,11 @@ class RunConfig:
     fp8: Fp8Config = Fp8Config()
     policy: PolicyConfig = PolicyConfig()
 
+    @property
+    def keeps_average(self) -> bool:
+        """Whether the run keeps fp32 weights beside those that it trains: their moving average, or GRPO's reference."""
+        return self.training.ema_decay > 0 or (self.policy.is_on and self.policy.kl_coefficient > 0)
+
     def override(self, **values: Any) -> RunConfig:
         """A copy in which each named field, whatever its section, has the given value.
 

@@ -201,7 +201,7 @@ def rank_states(run: RunConfig, world_size: int, *, precision: str) -> tuple[Ran
         master_bytes=0 if precision == "fp32" else numels.owned * 4,
         moment_bytes=numels.owned * sum(moment_sizes),
         scratch_bytes=numels.num_parts * blocks * _NARROW_BLOCK * 4,
-        average_bytes=numels.owned * 4 if training.ema_decay else 0,
+        average_bytes=numels.owned * 4 if run.keeps_average else 0,
         step_bytes=max(numels.largest_owned, numels.largest_reduced) * 4,
         parameters=numels.parameters,
     ) for numels in _rank_numels(run.model, run.parallel, world_size))
@@ -215,5 +215,5 @@ def checkpoint_bytes(run: RunConfig) -> int:
     """
     training = run.training
     moments = sum(2 if dtype == "bf16" else 4 for dtype in (training.exp_avg_dtype, training.exp_avg_sq_dtype))
-    states = 4 + moments + (4 if training.ema_decay else 0)
+    states = 4 + moments + (4 if run.keeps_average else 0)
     return count_parameters(run.model).total * (weight_bytes_per_parameter(training.precision) + states)

@@ -8,7 +8,9 @@ from dsv3_megatron.papers.claim import COMPANION, REPORT, Claim
 from dsv3_megatron.papers.training_claims import v3_run
 
 _TUNING = "dsv3 sft --preset dsv3-671b --train-iters 1000 --print-schedule"
-_NO_RL = "This library has no reinforcement learning. The report gives neither epsilon, beta, G nor a number of steps."
+_EQUATIONS = ("They are what dsv3 grpo does by default, and tests compare it with them in float64. The report gives "
+              "neither epsilon, beta, G nor a number of steps.")
+_RULES = "The rules are here (dsv3 grpo --reward); a model that judges is not. The data are not published."
 _WEIGHTS = "It takes the published weights on eight large GPUs"
 
 
@@ -30,8 +32,8 @@ POST_TRAINING = (
           lambda: "masked" if fine_tuning().data.has_document_attention else "not masked", command=_TUNING),
     Claim("fine-tuning: instances", REPORT, "5.1", "1.5M", why="The data are not published."),
     Claim("fine-tuning: epochs", REPORT, "5.1", "2", lambda: EPOCHS, command=_TUNING),
-    Claim("GRPO: objective and advantages", REPORT, "5.2.2", "(equations 26 to 28)", why=_NO_RL),
-    Claim("reward models", REPORT, "5.2.1", "(rules, and a model)", why=_NO_RL),
+    Claim("GRPO: objective and advantages", REPORT, "5.2.2", "(equations 26 to 28)", why=_EQUATIONS),
+    Claim("reward models", REPORT, "5.2.1", "(rules, and a model)", why=_RULES),
 )
 
 INFERENCE = (

@@ -9,6 +9,7 @@ Nothing is imported here.
 
     search.py       all layouts, ranked or rejected           plan_report.py  text, JSON, picture
     run_cost.py     phases, days, device-hours, money         flags.py      settings as flags to paste
+    policy_cost.py  rollouts and steps of GRPO
     precheck.py     will a run find what it needs?        dispatch_check.py  and its tokens their experts?
 
 What a rank holds between steps is metrics/rank_state.py, which --print-model reads too.

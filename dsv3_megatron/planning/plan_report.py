@@ -15,6 +15,7 @@ from dsv3_megatron.planning.machine.hardware import UNVERIFIED, Hardware
 from dsv3_megatron.planning.memory.estimate import RankMemory
 from dsv3_megatron.planning.memory.headroom import Headroom, lacking_memory
 from dsv3_megatron.planning.memory.settings import is_engine
+from dsv3_megatron.planning.policy_cost import PolicyStep, policy_json, policy_text
 from dsv3_megatron.planning.run_cost import RunCost
 from dsv3_megatron.planning.search import MEMORY, RULE, SLOWER, SearchResult
 from dsv3_megatron.planning.time.dispatch_bytes import bytes_of_straddling_groups
@@ -79,6 +80,7 @@ class PlanReport:
         sensitivity: Change of the step time with 10% more of a resource.
         search: What a search of layouts found, if one was asked for.
         goodput: The run with failures, if something was said of them.
+        policy: A step of GRPO, rollout and all, if the run is of that kind; `step` is the training in it.
     """
 
     run: RunConfig
@@ -90,6 +92,7 @@ class PlanReport:
     sensitivity: Mapping[str, float]
     search: SearchResult | None = None
     goodput: RunGoodput | None = None
+    policy: PolicyStep | None = None
 
     @property
     def hardware(self) -> Hardware:
@@ -150,6 +153,8 @@ def as_json(report: PlanReport) -> dict[str, Any]:
                   "price": cost.price(cost.gpu_hours)},
         "sensitivity": dict(report.sensitivity), "unverified": report.unverified(),
     }
+    if report.policy is not None:
+        found["policy"] = policy_json(report.policy)
     if report.goodput is not None:
         found["goodput"] = goodput_json(report.goodput, cost.price_per_gpu_hour)
     if report.search is not None:
@@ -187,8 +192,10 @@ def _memory_json(rank: RankMemory) -> dict[str, Any]:
 def as_text(report: PlanReport) -> str:
     """Write a report as text for a terminal."""
     parts = [_head(report), _breakdown(report), _memory(report), _phases(report), _sensitivity(report)]
+    if report.policy is not None:
+        parts.insert(1, policy_text(report.policy))
     if report.goodput is not None:
-        parts.insert(4, goodput_text(report.goodput, report.cost.price_per_gpu_hour))
+        parts.insert(4 + (report.policy is not None), goodput_text(report.goodput, report.cost.price_per_gpu_hour))
     if report.search is not None:
         parts.insert(0, search_text(report.search))
     if report.unverified():

@@ -20,7 +20,6 @@ import torch
 from megatron.core.utils import unwrap_model
 
 from dsv3_megatron.checkpoint.agreement import on_first_rank
-from dsv3_megatron.config.pipeline import microbatches_problem
 from dsv3_megatron.config.recipe import StepPlan
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
@@ -192,14 +191,8 @@ class PolicyTrainer(Trainer):
         return rows.by_answer([by_row[row] for row in range(len(rows.packing))])
 
     def _pack(self, answers: Sequence[Answer]) -> AnswerRows:
-        parallel, micro = self.run.parallel, self.run.training.micro_batch_size
-        unit = micro * parallel.data_parallel_size(self.world_size)
-
         def will_do(num_rows: int) -> bool:
-            if num_rows % unit:
-                return False
-            return parallel.pipeline_model_parallel_size == 1 or not microbatches_problem(
-                parallel.schedule, parallel.pipeline_model_parallel_size, num_rows // unit, "pipeline_schedule")
+            return self.run.parallel.takes_batch(num_rows, self.run.training.micro_batch_size, self.world_size)
 
         return AnswerRows(answers, self.run.training.seq_length, filling=self._prompts.eod_id, will_do=will_do)
 

@@ -36,9 +36,19 @@ EPSILON, BETA, NOISE = 0.2, 0.04, 0.2
 EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
-def trl_trainer(model_folder: str, tokenizer_folder: str, rows: list[dict[str, Any]], folder: str, **settings: Any
-                ) -> Any:
-    """A GRPOTrainer of the exported model in fp32, on the CPU, whose rewards compare the last number."""
+def trl_trainer(model_folder: str, tokenizer_folder: str, rows: list[dict[str, Any]], folder: str, *,
+                precision: str = "fp32", is_eager: bool = True, **settings: Any) -> Any:
+    """A GRPOTrainer of the exported model, on the CPU, whose rewards compare the last number.
+
+    Args:
+        model_folder: Folder of the model in fp32.
+        tokenizer_folder: Folder of the tokenizer, with its chat template.
+        rows: Prompts with their answers.
+        folder: Folder that the trainer may write to.
+        precision: "bf16": computes in bf16 with fp32 weights.
+        is_eager: Use the plainest attention and experts instead of what Transformers chooses.
+        settings: Further settings of GRPOConfig.
+    """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
@@ -49,9 +59,9 @@ def trl_trainer(model_folder: str, tokenizer_folder: str, rows: list[dict[str, A
         return [numeric(completion[0]["content"], {"answer": expected})
                 for completion, expected in zip(completions, answer, strict=True)]
 
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="eager",
-                                                 experts_implementation="eager")
-    config = GRPOConfig(output_dir=folder, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
+    kinds = {"attn_implementation": "eager", "experts_implementation": "eager"} if is_eager else {}
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, **kinds)
+    config = GRPOConfig(output_dir=folder, use_cpu=True, bf16=precision == "bf16", report_to=[], save_strategy="no",
                         gradient_checkpointing=False, router_aux_loss_coef=0.0, epsilon=EPSILON, beta=BETA,
                         use_bias_correction_kl=False, temperature=1.0, **settings)
     prompts = [{"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in rows]
@@ -92,13 +102,13 @@ def trl_step(trainer: Any, answers: list[Answer], filling: int) -> tuple[float, 
 def our_step(model_folder: str, tokenizer: str, prompts: str, folder: str, level: str, answers: list[Answer],
              group_size: int) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one step from the kept rollout, gradients by Hugging Face's names."""
-    from dsv3_megatron.commands.grpo import _parse
+    from dsv3_megatron.commands.grpo import parse
     from dsv3_megatron.runs.rank import prepare_rank
 
     prepare_rank()
     from dsv3_megatron.post_training.policy_trainer import PolicyTrainer
 
-    run = _parse([
+    run = parse([
         "--pretrained-checkpoint", model_folder, "--seq-length", "256", "--tokenizer-model", tokenizer,
         "--prompts", prompts, "--replay", folder,
         "--grpo-level", level, "--group-size", str(group_size), "--global-batch-size", str(len(answers)),

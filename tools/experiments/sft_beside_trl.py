@@ -55,13 +55,13 @@ def trl_step(model_folder: str, tokenizer_folder: str, rows: list[dict[str, Any]
 
 def our_step(base: str, prefix: str, num_rows: int) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one step of a run over all packed conversations, gradients by Hugging Face's names."""
-    from dsv3_megatron.commands.sft import _parse
+    from dsv3_megatron.commands.sft import parse
     from dsv3_megatron.runs.rank import prepare_rank
 
     prepare_rank()
     from dsv3_megatron.runs import trainer as trainers
 
-    run = _parse(["--pretrained-checkpoint", base, "--data-path", prefix, "--split", "100,0,0", "--precision", "fp32",
+    run = parse(["--pretrained-checkpoint", base, "--data-path", prefix, "--split", "100,0,0", "--precision", "fp32",
                   "--mtp-num-layers", "0", "--train-iters", "1", "--global-batch-size", str(num_rows),
                   "--micro-batch-size", "1", "--clip-grad", "0"]).run
     run.validate(1)

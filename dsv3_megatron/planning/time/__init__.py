@@ -7,4 +7,5 @@ Nothing is imported here. In reading order:
     dispatch_bytes.py   destinations of tokens                network.py          bytes on the wire
     work.py             operations as seconds on a machine    under_passes.py     messages that passes hide
     step_time.py        a step, through schedule/simulate
+    rollout_time.py     answers of a run of GRPO, by bytes and operations
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_megatron.commands.grpo import _parse, main
+from dsv3_megatron.commands.grpo import main, parse
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import preset
 from tests.unit.commands.test_sft import base
@@ -15,7 +15,7 @@ __all__ = ["base"]  # a fixture
 
 
 def test_the_run_has_the_base_models_architecture(base: str) -> None:
-    run = _parse(["--pretrained-checkpoint", base, "--prompts", "p.jsonl", "--reward", "1", "numeric", "0.5", "format",
+    run = parse(["--pretrained-checkpoint", base, "--prompts", "p.jsonl", "--reward", "1", "numeric", "0.5", "format",
                   "--rollouts", "kept", "--tokenizer-model", "tok", "--max-new-tokens", "8"]).run
     assert run.model == preset("tiny").override(num_layers=6).model and run.data.sft
     assert (run.training.seq_length, run.training.precision, run.training.global_batch_size) == (16, "bf16", 64)
@@ -25,7 +25,7 @@ def test_the_run_has_the_base_models_architecture(base: str) -> None:
 
 def test_without_prompts_there_is_nothing_to_do() -> None:
     with pytest.raises(ConfigError, match="prompts is not set"):
-        _parse(["--preset", "tiny"])
+        parse(["--preset", "tiny"])
 
 
 def test_a_wrong_setting_and_a_base_of_another_architecture_are_told(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsv3_megatron.checkpoint.folder import RunProgress, begin_save, finish_save
-from dsv3_megatron.commands.sft import _parse, main
+from dsv3_megatron.commands.sft import main, parse
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.presets import preset
 from tests.hugging_face import config_json
@@ -33,7 +33,7 @@ def base(tmp_path: Path) -> str:
 
 
 def test_the_run_has_the_base_models_architecture_and_the_reports_settings(base: str, chat: str) -> None:
-    run = _parse(["--pretrained-checkpoint", base, "--data-path", chat, "--split", "100,0,0",
+    run = parse(["--pretrained-checkpoint", base, "--data-path", chat, "--split", "100,0,0",
                   "--global-batch-size", "4"]).run
     assert run.model == preset("tiny").override(num_layers=6).model
     assert (run.training.seq_length, run.training.micro_batch_size, run.training.precision) == (16, 1, "bf16")
@@ -55,7 +55,7 @@ def test_a_length_in_epochs_is_rounded_up_to_steps(chat: str, flags: list[str], 
              "--split", "100,0,0"]
     words = [word for index, word in enumerate(given)
              if not any(flag in (word, given[index - 1]) for flag in flags if flag.startswith("--"))]
-    assert _parse([*words, *flags]).run.training.train_iters == steps
+    assert parse([*words, *flags]).run.training.train_iters == steps
 
 
 @pytest.mark.parametrize(("flags", "text"), [
@@ -67,7 +67,7 @@ def test_a_length_in_epochs_is_rounded_up_to_steps(chat: str, flags: list[str], 
 ])
 def test_what_cannot_be_is_said(chat: str, flags: list[str], text: str) -> None:
     with pytest.raises(ConfigError) as error:
-        _parse(["--data-path", chat, "--split", "100,0,0", "--seq-length", "16", *flags])
+        parse(["--data-path", chat, "--split", "100,0,0", "--seq-length", "16", *flags])
     assert str(error.value).startswith(text)
 
 
@@ -108,7 +108,7 @@ def test_conversations_are_packed_once(base: str, chat: str, monkeypatch: pytest
     monkeypatch.setattr(packed_samples, "pack_lengths",
                         lambda *given, **named: (packed.append(given[0].tolist()), real(*given, **named))[1])
     words = ["--pretrained-checkpoint", base, "--data-path", chat, "--split", "100,0,0"]
-    run = _parse(words).run
+    run = parse(words).run
     check_run_data(run)
     first = build_datasets(dataset_config(run)).train[0]["tokens"]
     assert packed == [[8] * 20]
@@ -116,5 +116,5 @@ def test_conversations_are_packed_once(base: str, chat: str, monkeypatch: pytest
     for suffix in ("", "_mask"):
         for ending in ("bin", "idx", "json", "sums"):
             Path(f"{chat}2{suffix}.{ending}").replace(f"{chat}{suffix}.{ending}")
-    second = build_datasets(dataset_config(_parse(words).run)).train[0]["tokens"]
+    second = build_datasets(dataset_config(parse(words).run)).train[0]["tokens"]
     assert packed == [[8] * 20, [4] * 6] and first.tolist() != second.tolist()
