@@ -20,6 +20,7 @@ from dsv3_megatron.config.guards import GuardConfig
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.training import NO_LOGS
 from dsv3_megatron.parallel.layout import StageLayout, layout_string, stage_layouts
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
 from dsv3_megatron.rehearsal.rehearsed_run import fewest_microbatches
@@ -82,7 +83,7 @@ def shrink(run: RunConfig, world_size: int, max_processes: int) -> ShrunkRun:
         "moe_aux_loss_coeff": BALANCE_LOSS_ALPHA if run.training.moe_aux_loss_coeff else 0.0,
         "moe_router_bias_update_rate": 1e-3 if run.training.moe_router_bias_update_rate else 0.0,
         "precision": "fp32", "transformer_impl": "local", "eval_interval": 0,
-        "load": None, "save": None, "export_hf": None, "tensorboard_dir": None, "trace_schedule": None,
+        "load": None, "save": None, "export_hf": None, **NO_LOGS,
         "data_path": (), "valid_data_path": (), "tokenizer_model": None,
     }
     if run.fp8.is_enabled:

@@ -203,6 +203,7 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
     from dsv3_megatron.data.document_ends import resolve_eod_id
     from dsv3_megatron.data.tokenizer import fingerprint
     from dsv3_megatron.guards.claims import RunClaim
+    from dsv3_megatron.metrics.trackers.kinds import require_tracker_packages
     from dsv3_megatron.planning import precheck
     from dsv3_megatron.planning.dispatch_check import check_dispatch
 
@@ -243,6 +244,7 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
         precheck.check_attention(run, is_planned=command.world_size is not None)
         told += precheck.check_vocabulary(run, prefixes)
         told += precheck.check_export(run)
+        require_tracker_packages(run.logging)
         told += precheck.check_folders(run)
         told += precheck.check_memory(
             run, world_size, is_planned=command.world_size is not None, hardware=command.hardware,

@@ -57,7 +57,6 @@ _OFFLOAD = ("nothing of a step is kept in host memory but the weights' average; 
             "--exp-avg-dtype")
 _PHASES = "give phases, which change batch and learning rate over the run (--phases FILE)"
 _FLEX = "use --moe-token-dispatcher-type flex, whose library decides about its SMs; leave it out"
-_WANDB = "use --tensorboard-dir: TensorBoard, metrics.jsonl and config.json in a folder"
 _PROFILE = "use --trace-schedule for what each rank does when, or tools/bench for operations"
 
 FLAGS: tuple[MegatronFlag, ...] = (
@@ -172,7 +171,6 @@ FLAGS: tuple[MegatronFlag, ...] = (
            "--train-iters", "exit-duration-in-mins exit-interval"),
     *_each(REFUSED, "1", "use --hang-timeout-s, in seconds", "distributed-timeout-minutes"),
     *_each(REFUSED, "0", "what is logged is always the same; leave it out", "log-params-norm log-num-zeros-in-grad"),
-    *_each(REFUSED, "1", _WANDB, "wandb-project wandb-entity wandb-exp-name wandb-save-dir"),
     *_each(REFUSED, "0", _PROFILE, "profile use-pytorch-profiler"),
     *_each(REFUSED, "1", _PROFILE, "profile-step-start profile-step-end"),
     *_each(REFUSED, "+", _PROFILE, "profile-ranks"),
@@ -197,7 +195,8 @@ SAME_NAME: tuple[str, ...] = tuple((
     "--recompute-granularity --recompute-modules --reset-attention-mask --reset-position-ids --rope-type --rotary-base "
     "--rotary-scaling-factor --save --save-interval --seed --seq-length --sft --split --tensor-model-parallel-size "
     "--tensorboard-dir --tokenizer-model --train-iters --transformer-impl --use-checkpoint-opt-param-scheduler "
-    "--v-head-dim --valid-data-path --vocab-size --weight-decay"
+    "--v-head-dim --valid-data-path --vocab-size --wandb-entity --wandb-exp-name --wandb-project --wandb-save-dir "
+    "--weight-decay"
 ).split())
 
 # Of those, and their kin, where more than the name needs to be known.
@@ -210,6 +209,8 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
     ("--split", "99,1,0 by default"),
     ("--sft", "reads what dsv3 preprocess --sft made, not a file of conversations; dsv3 sft gives it"),
     ("--exp-avg-dtype, --exp-avg-sq-dtype", "fp32 or bf16"),
+    ("--wandb-exp-name, --wandb-save-dir", "may be left out: the run's identity is its name, and --tensorboard-dir the "
+     "folder; the step is a metric, iteration"),
     ("--cp-comm-type", "p2p, all_gather or a2a, the same in all layers; p2p and all_gather pass latents, not keys and "
      "values"),
     ("--async-save", "on, unless --no-async-save is given; a process writes, from a copy of its own in host memory"),

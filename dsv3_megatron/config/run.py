@@ -128,9 +128,7 @@ class RunConfig:
         if self.logging.trace_schedule and self.parallel.pipeline_model_parallel_size == 1:
             raise ConfigError(f"trace_schedule={self.logging.trace_schedule} records what pipeline ranks do and needs "
                               "pipeline_model_parallel_size of at least 2; leave it out")
-        for name in ("log_interval", "picture_interval"):
-            if getattr(self.logging, name) < 1:
-                raise ConfigError(f"{name}={getattr(self.logging, name)} must be at least 1")
+        self.logging.validate()
         self.guards.validate(self.checkpoint)
         self.policy.validate(self.data, self.training, self.parallel, self.guards, fp8=self.fp8.fp8,
                              mtp_num_layers=self.model.mtp_num_layers)

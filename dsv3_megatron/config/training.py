@@ -240,3 +240,39 @@ class LoggingConfig:
     picture_interval: int = option(10, help="logged steps between heat maps and histograms")
     trace_schedule: str | None = option(None, help="file for what each pipeline rank does when in a step, for "
                                         "chrome://tracing, ui.perfetto.dev and dsv3 draw-schedule")
+    wandb_project: str | None = option(None, help="project of Weights & Biases that gets what --tensorboard-dir gets")
+    wandb_exp_name: str | None = option(None, help="name of the run there; none: preset and identity of the run")
+    wandb_save_dir: str | None = option(None, help="folder for its own folder, wandb; none: --tensorboard-dir")
+    wandb_entity: str | None = option(None, help="user or team there; none: the default of whoever is logged in")
+    mlflow_experiment: str | None = option(None, help="MLflow experiment that gets what --tensorboard-dir gets; "
+                                           "MLFLOW_TRACKING_URI says where")
+    prometheus_file: str | None = option(None, help="file, ending in .prom, for the newest value of each tag, for "
+                                         "node exporter's textfile collector")
+
+    def validate(self) -> None:
+        """Check how often is logged, and that trackers have a folder of logs beside them.
+
+        Raises:
+            ConfigError: one message with the rule, the values, the field and the way out.
+        """
+        for name in ("log_interval", "picture_interval"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in TRACKERS:
+            if getattr(self, name) and not self.tensorboard_dir:
+                raise ConfigError(f"{name}={getattr(self, name)} needs tensorboard_dir: a tracker gets what goes to "
+                                  "that folder, which keeps what the tracker may miss; give --tensorboard-dir DIR")
+        for name in ("wandb_exp_name", "wandb_save_dir", "wandb_entity"):
+            if getattr(self, name) and not self.wandb_project:
+                raise ConfigError(f"{name}={getattr(self, name)} is about Weights & Biases; give wandb_project too, or "
+                                  "leave it out")
+        if self.prometheus_file and not self.prometheus_file.endswith(".prom"):
+            raise ConfigError(f"prometheus_file={self.prometheus_file} must end in .prom: node exporter's textfile "
+                              "collector reads no other file")
+
+
+# Settings that ask for a tracker beside TensorBoard.
+TRACKERS = ("wandb_project", "mlflow_experiment", "prometheus_file")
+# Settings of a run that writes nothing about itself.
+NO_LOGS: dict[str, None] = dict.fromkeys((
+    "tensorboard_dir", "trace_schedule", "wandb_exp_name", "wandb_save_dir", "wandb_entity", *TRACKERS))

@@ -15,5 +15,6 @@ What a logged step looks like from inside:
     scalars.py         TensorBoard's scalars     pictures.py        its histograms and heat maps
     heat_map.py        images                    event_files.py     a run's folder read back
     event_writer.py event files through a full disk           kept_file.py     the same for any file of records
+    sinks.py        TensorBoard and trackers  trackers/         Weights & Biases, MLflow, Prometheus
     live_bytes.py  bytes that a block of code allocates on a CPU
 """

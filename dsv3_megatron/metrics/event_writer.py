@@ -11,7 +11,6 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import summary
 
 from dsv3_megatron.metrics.kept_file import KeptFile
+from dsv3_megatron.metrics.trackers.tracked_values import TagHistogram
 
 _FILE_VERSION = "brain.Event:2"
 _numbers = itertools.count()
@@ -53,23 +53,11 @@ class EventWriter:
         """An image, uint8 [height, width, channels]."""
         self._add(summary.image(tag, image_HWC, dataformats="HWC"), step)
 
-    def add_histogram_raw(self, tag: str, step: int, *, minimum: float, maximum: float, num: int, total: float,
-                          sum_squares: float, bucket_limits: Sequence[float], bucket_counts: Sequence[int]) -> None:
-        """A histogram of values that were counted elsewhere.
-
-        Args:
-            tag: Name of the histogram.
-            step: Steps taken.
-            minimum: Smallest of the values.
-            maximum: Largest of the values.
-            num: Number of values.
-            total: Sum of the values.
-            sum_squares: Sum of the values' squares.
-            bucket_limits: Upper end of each bucket.
-            bucket_counts: Values in each.
-        """
-        self._add(summary.histogram_raw(tag, minimum, maximum, num, total, sum_squares, list(bucket_limits),
-                                        list(bucket_counts)), step)
+    def add_histogram(self, tag: str, histogram: TagHistogram, step: int) -> None:
+        """A histogram of values that were counted elsewhere."""
+        self._add(summary.histogram_raw(
+            tag, histogram.edges[0], histogram.edges[-1], sum(histogram.counts), histogram.total,
+            histogram.sum_squares, list(histogram.edges[1:]), list(histogram.counts)), step)
 
     def flush(self) -> None:
         """Write what was added since the last time, if it can be written."""

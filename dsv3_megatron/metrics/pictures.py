@@ -1,4 +1,4 @@
-"""Heat maps and histograms of a run in TensorBoard.
+"""Heat maps and histograms of a run in TensorBoard and the trackers.
 
 What each tag means stands in `tags.py`, and from there in the README of this folder.
 """
@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dsv3_megatron.metrics.event_writer import EventWriter
 from dsv3_megatron.metrics.heat_map import Axis, LoadHistory, draw_heat_map, relative_loads
 from dsv3_megatron.metrics.run_records import StepReport
+from dsv3_megatron.metrics.sinks import MetricSinks
+from dsv3_megatron.metrics.trackers.tracked_values import TagHistogram
 
 _NUM_BIAS_BINS = 30
 
@@ -20,12 +21,12 @@ class Pictures:
     """Heat maps and histograms of a run.
 
     Args:
-        events: Writes the event file.
+        sinks: Places they go to.
         num_layers: Transformer layers of the main model; a layer from there on is an MTP module.
     """
 
-    def __init__(self, events: EventWriter, num_layers: int) -> None:
-        self._events = events
+    def __init__(self, sinks: MetricSinks, num_layers: int) -> None:
+        self._sinks = sinks
         self._num_layers = num_layers
         self._history = LoadHistory()
 
@@ -41,7 +42,7 @@ class Pictures:
             self._write_map("expert-load/now", f"expert load over its mean, iteration {step}", load, "expert", step)
         for layer in load:
             image = self._history.draw(layer, f"{self._name(layer)}: expert load over its mean")
-            self._events.add_image(f"expert-load/layer-{layer}/over-time", image, step)
+            self._sinks.add_image(f"expert-load/layer-{layer}/over-time", image, step)
         routers = report.measurements.routers if report.measurements else {}
         groups = {layer: router.tokens_per_group for layer, router in routers.items()
                   if len(router.tokens_per_group) > 1}
@@ -59,15 +60,10 @@ class Pictures:
         loads = relative_loads(list(counts.values()))
         image = draw_heat_map(loads, title, Axis("layer", [self._name(layer, short=True) for layer in counts]),
                               Axis(column_name, [str(column) for column in range(loads.shape[1])]))
-        self._events.add_image(tag, image, step)
+        self._sinks.add_image(tag, image, step)
 
     def _write_histogram(self, tag: str, counts: np.ndarray, edges: np.ndarray, step: int) -> None:
-        """Counts of values between edges; sums are those of values in the middle of their bins."""
-        middles = (edges[:-1] + edges[1:]) / 2
-        self._events.add_histogram_raw(
-            tag, step, minimum=float(edges[0]), maximum=float(edges[-1]), num=int(counts.sum()),
-            total=float((counts * middles).sum()), sum_squares=float((counts * middles**2).sum()),
-            bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist())
+        self._sinks.add_histogram(tag, TagHistogram(edges.tolist(), counts.tolist()), step)
 
     def _name(self, layer: int, short: bool = False) -> str:
         if layer >= self._num_layers:

@@ -1,4 +1,4 @@
-"""Every tag a run writes to TensorBoard, with what it means. The table in this folder's README is made from it.
+"""Every tag that a run writes to TensorBoard and trackers, with what it means. This folder's README shows the table.
 
     python -m dsv3_megatron.metrics.tags          # writes the table into README.md
 
@@ -7,6 +7,7 @@ A test trains and compares the run's tags with this list, both ways. Pure Python
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from dsv3_megatron.config.streams import run_command
 
 README = Path(__file__).with_name("README.md")
 _BEGIN, _END = "<!-- tags -->", "<!-- /tags -->"
+
+# What stands in the place of a placeholder; a word if it is not among these.
+_KINDS = dict.fromkeys(("layer", "depth", "group"), "[0-9]+")
 
 # When a tag is written, beyond what its kind says: the name of the condition and how the table puts it.
 CONDITIONS = {
@@ -144,6 +148,32 @@ TAGS: tuple[Tag, ...] = (
     Tag("config/text_summary", "text", "", "the resolved configuration, as in config.json", "start"),
     Tag("environment/text_summary", "text", "", "what the run found: device, world size, precision", "start"),
 )
+
+
+_PLAIN = {tag.name: tag for tag in TAGS if "{" not in tag.name}
+
+
+def _pattern(tag: Tag) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", lambda place: rf"(?P<{place[1]}>{_KINDS.get(place[1], '[^ /]+')})",
+                             re.escape(tag.name)))
+
+
+_PATTERNS = [(_pattern(tag), tag) for tag in TAGS if "{" in tag.name]
+
+
+def find_tag(written: str) -> tuple[Tag, dict[str, str]]:
+    """The tag of the table that a written one is, and what stands in the place of its braces.
+
+    Raises:
+        KeyError: the table has no such tag.
+    """
+    if written in _PLAIN:
+        return _PLAIN[written], {}
+    for pattern, tag in _PATTERNS:
+        found = pattern.fullmatch(written)
+        if found:
+            return tag, found.groupdict()
+    raise KeyError(f"{written!r} is not in the table of tags")
 
 
 def table() -> str:

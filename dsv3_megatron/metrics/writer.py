@@ -1,5 +1,7 @@
 """Writes what a run measures: TensorBoard's event files, `metrics.jsonl` and `config.json`, all in one folder.
 
+Trackers that are asked for (`trackers/`) get what TensorBoard gets.
+
 Scalars have Megatron-LM's names where it has them (`lm loss`, `mtp_1 loss`, `seq_load_balancing_loss`, `grad-norm`,
 `learning-rate`, `batch-size`, `iteration-time`, `throughput`, `lm loss validation`), so that its dashboards read them.
 What cannot be written for a while, because a disk is full, is kept and written later: logs end no run.
@@ -37,6 +39,7 @@ from dsv3_megatron.metrics.run_records import (
     truncate_records,
 )
 from dsv3_megatron.metrics.scalars import step_scalars
+from dsv3_megatron.metrics.trackers.tracker_thread import TrackerThread
 
 __all__ = ["MetricsWriter", "StepReport"]
 
@@ -87,6 +90,7 @@ class MetricsWriter:
         resumed_iteration: Last step of the checkpoint the run starts from, 0 for a new run. What an earlier
             run logged beyond it is dropped: those steps are taken again.
         enabled: True on exactly one process.
+        trackers: Trackers that get what TensorBoard gets; closed with the writer.
 
     Raises:
         ConfigError: metrics.jsonl in the folder cannot be read.
@@ -94,14 +98,15 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: str | Path, speed: RunSpeed, *, num_layers: int, log_interval: int = 1,
-                 picture_interval: int = 1, resumed_iteration: int = 0, enabled: bool = True) -> None:
+                 picture_interval: int = 1, resumed_iteration: int = 0, enabled: bool = True,
+                 trackers: Sequence[TrackerThread] = ()) -> None:
         self.directory = Path(directory)
         self.enabled = enabled
         self._speed = speed
         self._log_interval = log_interval
         self._picture_interval = picture_interval
         self._num_skipped = 0
-        self._events: Any = None
+        self._sinks: Any = None
         self._file: KeptFile | None = None
         self._texts: list[KeptText] = []
         if not enabled:
@@ -119,9 +124,10 @@ class MetricsWriter:
         self._file = KeptFile(path, has_lines=True)
         from dsv3_megatron.metrics.event_writer import EventWriter  # slow to import, and only one process needs it
         from dsv3_megatron.metrics.pictures import Pictures
+        from dsv3_megatron.metrics.sinks import MetricSinks
 
-        self._events = EventWriter(self.directory, purge_step=resumed_iteration + 1)
-        self._pictures = Pictures(self._events, num_layers)
+        self._sinks = MetricSinks(EventWriter(self.directory, purge_step=resumed_iteration + 1), trackers)
+        self._pictures = Pictures(self._sinks, num_layers)
 
     def write_config(self, config: Mapping[str, Any], *, environment: Mapping[str, Any] | None = None) -> None:
         """Write the resolved configuration: config.json, and as text in TensorBoard.
@@ -135,11 +141,10 @@ class MetricsWriter:
             return
         for name, file, values in (("config", CONFIG_FILE, config), ("environment", ENVIRONMENT_FILE, environment)):
             if values is not None:
-                text = json_text(values, indent=2)
                 self._texts.append(KeptText(self.directory / file))
-                self._texts[-1].write(text + "\n")
-                self._events.add_text(name, "```json\n" + text + "\n```", 0)
-        self._events.flush()
+                self._texts[-1].write(json_text(values, indent=2) + "\n")
+                self._sinks.add_document(name, values)
+        self._sinks.flush()
 
     def change_speed(self, speed: RunSpeed) -> None:
         """Turn the times of the steps from here on into rates with another sequence length."""
@@ -156,14 +161,14 @@ class MetricsWriter:
         if not is_logged(report.iteration, self._log_interval):
             return
         for name, value in step_scalars(report, self._speed).items():
-            self._events.add_scalar(name, value, report.iteration)
+            self._sinks.add_scalar(name, value, report.iteration)
         for name, count in (("skipped-iterations", self._num_skipped), ("spikes", report.num_spikes),
                             ("rollbacks", report.num_rollbacks)):
-            self._events.add_scalar(name, count, report.iteration)
+            self._sinks.add_scalar(name, count, report.iteration)
         self._pictures.note(report)
         if is_logged(report.iteration, self._log_interval * self._picture_interval):
             self._pictures.write(report)
-        self._events.flush()
+        self._sinks.flush()
 
     def write_validation(self, iteration: int, lm_loss: float, *, mtp_losses: Sequence[float] = (),
                          num_sequences: int | None = None) -> None:
@@ -179,18 +184,18 @@ class MetricsWriter:
             return
         self._append({"kind": "validation", "iteration": iteration, "lm_loss": lm_loss, "mtp_losses": list(mtp_losses),
                       "num_sequences": num_sequences})
-        self._events.add_scalar("lm loss validation", lm_loss, iteration)
-        self._events.add_scalar("lm loss validation ppl", math.exp(min(20.0, lm_loss)), iteration)
+        self._sinks.add_scalar("lm loss validation", lm_loss, iteration)
+        self._sinks.add_scalar("lm loss validation ppl", math.exp(min(20.0, lm_loss)), iteration)
         for depth, loss in enumerate(mtp_losses, start=1):
-            self._events.add_scalar(f"mtp_{depth} loss validation", loss, iteration)
-        self._events.flush()
+            self._sinks.add_scalar(f"mtp_{depth} loss validation", loss, iteration)
+        self._sinks.flush()
 
     def write_average_validation(self, iteration: int, lm_loss: float) -> None:
         """Log the loss of the weights' moving average on the validation data, nats per token."""
         if not self.enabled:
             return
-        self._events.add_scalar("lm loss validation average", lm_loss, iteration)
-        self._events.flush()
+        self._sinks.add_scalar("lm loss validation average", lm_loss, iteration)
+        self._sinks.flush()
 
     def write_answers(self, iteration: int, numbers: Mapping[str, float]) -> None:
         """Log what answers to the prompts that are kept apart are worth, by tag, after `iteration` steps."""
@@ -198,8 +203,8 @@ class MetricsWriter:
             return
         self._append({"kind": "validation", "iteration": iteration, **numbers})
         for name, value in numbers.items():
-            self._events.add_scalar(f"{name} validation", value, iteration)
-        self._events.flush()
+            self._sinks.add_scalar(f"{name} validation", value, iteration)
+        self._sinks.flush()
 
     def close(self) -> None:
         """Write what is buffered and release the files; may be called twice."""
@@ -207,7 +212,7 @@ class MetricsWriter:
             for text in self._texts:
                 text.flush()
             self._file.close()
-            self._events.close()
+            self._sinks.close()
             self._file = None
 
     def _append(self, record: Mapping[str, Any]) -> None:

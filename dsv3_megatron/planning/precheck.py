@@ -230,10 +230,11 @@ def check_folders(run: RunConfig) -> list[Told]:
         ConfigError: a folder cannot be written to; names the field.
     """
     places = {"save": run.checkpoint.save, "tensorboard_dir": run.logging.tensorboard_dir,
-              "export_hf": run.checkpoint.export_hf, "trace_schedule": run.logging.trace_schedule}
+              "export_hf": run.checkpoint.export_hf, "trace_schedule": run.logging.trace_schedule,
+              "wandb_save_dir": run.logging.wandb_save_dir, "prometheus_file": run.logging.prometheus_file}
     given = {field: place for field, place in places.items() if place}
     for field, place in given.items():
-        require_writable(field, place, is_file=field == "trace_schedule")
+        require_writable(field, place, is_file=field in ("trace_schedule", "prometheus_file"))
     if not run.checkpoint.save:
         return [Told("folders: save is not set: nothing of the model is kept"),
                 *([Told(f"folders: {_listed(given)} can be written to")] if given else [])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.pipeline import microbatches_multiple, microbatches_to_fill
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.training import NO_LOGS
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
 
 
@@ -34,7 +35,7 @@ def rehearsed_run(run: RunConfig, world_size: int, num_microbatches: int | None 
     """
     run.validate(world_size)
     run = only_phase(run, main_phase(run)).override(
-        load=folder, save=folder, tensorboard_dir=None, trace_schedule=None, export_hf=None)
+        load=folder, save=folder, export_hf=None, **NO_LOGS)
     count = fewest_microbatches(run, world_size) if num_microbatches is None else num_microbatches
     replicas = run.parallel.data_parallel_size(world_size)
     run = run.override(global_batch_size=count * run.training.micro_batch_size * replicas)

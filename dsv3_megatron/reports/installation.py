@@ -8,7 +8,6 @@ Usage:
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import resource
 import shutil
@@ -24,6 +23,7 @@ from packaging.requirements import Requirement
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.version import __version__
+from dsv3_megatron.metrics.trackers.kinds import TRACKER_KINDS, is_installed
 from dsv3_megatron.ops.fp8.choice import resolve_fp8_backend
 from dsv3_megatron.platform.device import detect_device, has_fast_bf16
 from dsv3_megatron.process.cores import usable_cores
@@ -105,6 +105,8 @@ OPTIONAL_PACKAGES = (
                     "cuDNN's attention through torch", "build FlashAttention-3 from its repository"),
     OptionalPackage("transformers", "tests against Transformers, and the benchmarks beside it",
                     "nothing; training and export do without", "pip install -e '.[test]'"),
+    *(OptionalPackage(kind.module, kind.flag, "TensorBoard, which every run has", kind.remedy)
+      for kind in TRACKER_KINDS),
 )
 
 
@@ -163,7 +165,7 @@ def _installed_version(name: str) -> str | None:
 
 def _optional_packages() -> Iterable[SetupFinding]:
     for package in OPTIONAL_PACKAGES:
-        if importlib.util.find_spec(package.module) is not None:
+        if is_installed(package.module):
             yield SetupFinding(ONE_FEATURE, package.module, _installed_version(package.module) or "there",
                                use=package.use)
         else:

@@ -42,6 +42,7 @@ from dsv3_megatron.guards.step_losses import StepLosses
 from dsv3_megatron.metrics.flops import RunSpeed, device_peak_flops, flops_per_token
 from dsv3_megatron.metrics.progress import TrainingDisplay
 from dsv3_megatron.metrics.run_records import StepReport, last_losses
+from dsv3_megatron.metrics.trackers.kinds import start_trackers
 from dsv3_megatron.metrics.writer import MetricsWriter
 from dsv3_megatron.model.losses import sum_over_ranks
 from dsv3_megatron.model.rotary import change_context
@@ -176,7 +177,9 @@ class Trainer(Learner):
         if log.tensorboard_dir:
             self.writer = MetricsWriter(
                 log.tensorboard_dir, self.speed, num_layers=self.run.model.num_layers, log_interval=log.log_interval,
-                picture_interval=log.picture_interval, resumed_iteration=self.iteration, enabled=is_reporter)
+                picture_interval=log.picture_interval, resumed_iteration=self.iteration, enabled=is_reporter,
+                trackers=start_trackers(log, run_id=self.start.run, run_name=f"{self.run.preset} {self.start.run}")
+                if is_reporter else ())
             # A start from these settings begins with the layout that the run was asked for.
             asked = replace(self.run, parallel=self._whole_layout)
             self.writer.write_config(asked.as_dict(), environment={

@@ -312,8 +312,8 @@ def test_what_divides_the_vocabulary_changes_nothing() -> None:
     ("--fp8-recipe mxfp8 --fp8-format e4m3", "--fp8-recipe mxfp8: FP8 is --fp8-recipe blockwise"),
     ("--attention-dropout 0.1", "--attention-dropout 0.1 is not supported, only 0: there is no dropout"),
     ("--moe-router-dtype fp64", "--moe-router-dtype fp64 is not supported, only fp32"),
-    ("--fp16 --wandb-project x", "--fp16 is not supported: use --precision bf16 or fp32, or --fp8 blockwise; "
-     "--wandb-project is not supported: use --tensorboard-dir"),
+    ("--fp16 --profile", "--fp16 is not supported: use --precision bf16 or fp32, or --fp8 blockwise; "
+     "--profile is not supported: use --trace-schedule"),
     ("--moe-router-score-functio sigmoid", "--moe-router-score-functio is not a flag; did you mean --moe-router-"),
     ("--rotary-scaling-factor 40", "rotary_scaling_factor=40.0 is of YaRN, and the run has rope_type=rope"),
 ])

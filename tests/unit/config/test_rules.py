@@ -264,6 +264,12 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"trace_schedule": "trace.json"}, 1, "trace_schedule=trace.json records what pipeline ranks do and needs "
      "pipeline_model_parallel_size of at least 2; leave it out"),
     ("tiny", {"log_interval": 0}, 1, "log_interval=0 must be at least 1"),
+    ("tiny", {"mlflow_experiment": "mine"}, 1, "mlflow_experiment=mine needs tensorboard_dir: a tracker gets what goes "
+     "to that folder, which keeps what the tracker may miss; give --tensorboard-dir DIR"),
+    ("tiny", {"tensorboard_dir": "logs", "wandb_entity": "us"}, 1,
+     "wandb_entity=us is about Weights & Biases; give wandb_project too, or leave it out"),
+    ("tiny", {"tensorboard_dir": "logs", "prometheus_file": "run.txt"}, 1, "prometheus_file=run.txt must end in .prom: "
+     "node exporter's textfile collector reads no other file"),
     # -- guards --
     ("tiny", {"on_spike": "rollback"}, 1, "on_spike=rollback needs save: a folder of checkpoints to go back to; or "
      "choose on_spike=skip"),

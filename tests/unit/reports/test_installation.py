@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import socket
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_a_package_is_compared_with_what_is_asked_for(version: str | None, state
 
 def test_a_package_of_one_feature_that_is_absent_says_what_it_is_for_and_what_to_do(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     findings = named(tmp_path)
     for package in OPTIONAL_PACKAGES:
         finding = findings[package.module]
