@@ -107,6 +107,43 @@ def dsv3_671b() -> RunConfig:
     return _run("dsv3-671b", model, training, parallel, Fp8Config("blockwise"))
 
 
+def moonlight_16b() -> RunConfig:
+    """Moonlight-16B-A3B, which is DeepSeek-V3's architecture at V2-Lite's widths.
+
+    Widths, counts and norms are those of the published `config.json` (moonshotai/Moonlight-16B-A3B): 27 layers,
+    full-rank queries, one group, two shared experts, no MTP. Transformers and DeepSeek's code norm the latents with
+    1e-6 whatever `rms_norm_eps` is. Batch, learning rate and AdamW are those of dsv3-16b; Moonlight was trained with
+    Muon.
+    """
+    base = dsv3_16b()
+    model = dataclasses.replace(
+        base.model, ffn_hidden_size=11264, mtp_num_layers=0, vocab_size=163840, moe_router_topk_scaling_factor=2.446,
+        max_position_embeddings=8192, original_max_position_embeddings=8192, rotary_base=50000.0,
+        layernorm_epsilon=1e-5, latent_layernorm_epsilon=1e-6, init_method_std=0.02)
+    training = dataclasses.replace(base.training, seq_length=8192, transformer_impl="local")
+    return dataclasses.replace(base, preset="moonlight-16b", model=model, training=training)
+
+
+def kimi_k2() -> RunConfig:
+    """Kimi-K2: DeepSeek-V3 with 384 experts in one group, half the heads and one dense layer; 1.03T parameters.
+
+    Widths and counts are those of the published `config.json` (moonshotai/Kimi-K2-Base), before its context is
+    extended by YaRN. It has no MTP. The layout and FP8 are dsv3-671b's, with which it fits 2048 GPUs of 80 GB by the
+    estimate; batch and learning rate are V3's at their full size. All of these are ours, and so is AdamW, for Kimi-K2
+    was trained with Muon. Nothing of this size has been run here.
+    """
+    base = dsv3_671b()
+    model = dataclasses.replace(
+        base.model, num_dense_layers=1, num_attention_heads=64, num_experts=384, moe_router_num_groups=1,
+        moe_router_group_topk=1, moe_router_topk_scaling_factor=2.827, mtp_num_layers=0, vocab_size=163840,
+        rotary_base=50000.0, init_method_std=0.02)
+    training = TrainingConfig(
+        seq_length=4096, micro_batch_size=1, global_batch_size=15360, train_iters=250_000, lr=2.2e-4, min_lr=2.2e-5,
+        lr_warmup_iters=2000, precision="bf16", exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16", ema_decay=0.999,
+        recompute_granularity="selective", transformer_impl="local")
+    return _run("kimi-k2", model, training, base.parallel, base.fp8)
+
+
 def _under_our_layouts(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
     """DeepSeek-V3's phases, those of long sequences with a layout."""
     ranks = {"extension-32k": 8, "extension-128k": 32}
@@ -146,6 +183,8 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "laptop": laptop,
     "dsv3-16b": dsv3_16b,
     "dsv3-671b": dsv3_671b,
+    "moonlight-16b": moonlight_16b,
+    "kimi-k2": kimi_k2,
 }
 
 

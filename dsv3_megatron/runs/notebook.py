@@ -84,7 +84,7 @@ class Model:
         """Build a named model with fresh weights, which depend on the seed alone.
 
         Args:
-            name: "tiny", "laptop", "dsv3-16b" or "dsv3-671b".
+            name: "tiny", "laptop", "dsv3-16b", "dsv3-671b", "moonlight-16b" or "kimi-k2".
             tokenizer: Folder with a tokenizer.json, for texts; None: ids only.
             fields: Settings to change, by the names of a run: vocab_size=2048, num_layers=2, lr=1e-3, seed=1,
                 precision="fp32".

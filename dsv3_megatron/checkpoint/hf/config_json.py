@@ -16,6 +16,9 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
 
 MODEL_TYPE = "deepseek_v3"
+# Types that are read. Kimi-K2 is DeepSeek-V3's architecture under a name of its own, by its makers so that engines can
+# tell it apart; an export of other weights than the source's has MODEL_TYPE, which transformers has code for.
+MODEL_TYPES = (MODEL_TYPE, "kimi_k2")
 # What the published checkpoint says of its FP8 weights.
 QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
@@ -113,10 +116,12 @@ def model_config_from_json(config: dict[str, Any], source: str = "config.json") 
         CheckpointError: another kind of model, a missing setting, one that this library does not compute with, or two
             that contradict each other.
     """
-    if config.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(f"{source}: model_type={config.get('model_type')!r}; this library reads {MODEL_TYPE!r}")
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise CheckpointError(f"{source}: model_type={kind!r}; this library reads "
+                              f"{' and '.join(map(repr, MODEL_TYPES))}")
     if config.get("scoring_func", SCORING_FUNC) != SCORING_FUNC:
-        raise CheckpointError(f"{source}: scoring_func={config['scoring_func']!r}: in a model of type {MODEL_TYPE!r} "
+        raise CheckpointError(f"{source}: scoring_func={config['scoring_func']!r}: in a model of type {kind!r} "
                               f"transformers computes {SCORING_FUNC} affinities whatever this says, and other programs "
                               "do what it says: which of them the weights are for is not known")
     for name, allowed in _FIXED.items():

@@ -90,6 +90,23 @@ def test_deepseek_v2_lite_is_15_7_billion() -> None:
     assert round(table.main_active_without_embedding / 1e9, 1) == 2.5
 
 
+def test_moonlight_has_the_numbers_of_its_report() -> None:
+    """15.29B, of which a token uses 2.24B, both without embeddings (Muon is Scalable for LLM Training, table 3)."""
+    model = preset("moonlight-16b").model
+    table = count_parameters(model)
+    embedding = model.vocab_size * model.hidden_size
+    assert table.main_total == 15_960_108_544 and table.mtp_total == 0
+    assert round((table.main_total - 2 * embedding) / 1e9, 2) == 15.29
+    assert round((table.main_active_without_embedding - embedding) / 1e9, 2) == 2.24
+
+
+def test_kimi_k2_has_a_trillion_parameters() -> None:
+    """"1T" and "32B" of its README; a token uses 31.7B without the table that it is looked up in."""
+    table = count_parameters(preset("kimi-k2").model)
+    assert table.main_total == 1_026_408_209_408
+    assert round(table.main_active_without_embedding / 1e9) == 32
+
+
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_mtp_modules_are_equal(depth: int) -> None:
     model = dataclasses.replace(preset("dsv3-671b").model, mtp_num_layers=depth)
@@ -215,7 +232,8 @@ def test_ranks_hold_the_model_once_and_the_copies(model: ModelConfig, pipeline: 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_counts(name: str) -> None:
     table = count_parameters(preset(name).model)
-    assert 0 < table.main_active_without_embedding < table.main_active <= table.main_total < table.total
+    assert 0 < table.main_active_without_embedding < table.main_active <= table.main_total <= table.total
+    assert (table.main_total < table.total) is (preset(name).model.mtp_num_layers > 0)
 
 
 def test_no_torch_is_imported() -> None:

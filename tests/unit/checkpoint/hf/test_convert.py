@@ -37,6 +37,7 @@ from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.data.folder_checksums import read_folder_checksums, require_all_whole
 from dsv3_megatron.data.hashed_files import HashedFile
 from dsv3_megatron.ops.fp8.published import quantize_weight_blocks
+from tests.family import FAMILY, small_folder
 from tests.hugging_face import QUANTIZED, config_json, dequantized, published_weights, quantized, write_checkpoint
 from tests.parity.architectures import variant
 from tests.signing import sign
@@ -87,6 +88,16 @@ def test_there_and_back_is_the_same_files(tmp_path, kind, name, num_shards):
         assert sum(row.num_tensors for row in table.rows) == len(HuggingFaceDirectory(source).tensors)
         assert "identical" in str(table)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["back", "hf", "ours"], "nothing is left over"
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_models_of_the_family_there_and_back(tmp_path, name):
+    """The same files again, `config.json` too, from its own model type, frequencies and scales."""
+    content, weights = small_folder(name)
+    source = write_checkpoint(tmp_path / "hf", content, weights, 2)
+    convert_to_megatron(source, tmp_path / "ours", is_verified=True)
+    convert_to_hugging_face(tmp_path / "ours", tmp_path / "back", is_verified=True)
+    assert_same_files(source, tmp_path / "back")
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])
