@@ -34,6 +34,7 @@ class WandbTracker:
         self._settings: dict[str, Any] = {"project": project, "id": run_id, "name": run_name, "entity": entity,
                                           "dir": save_dir}
         self._run: Any = None
+        self._library: Any = None
 
     def open(self) -> None:
         """Begin the run there, or go on with it."""
@@ -51,12 +52,14 @@ class WandbTracker:
         """Hand over what was logged at one moment; documents become the run's configuration."""
         if values.documents:
             self._run.config.update(dict(values.documents), allow_val_change=True)
-        row: dict[str, Any] = dict(values.scalars)
-        row |= {tag: self._library.Histogram(np_histogram=(list(histogram.counts), list(histogram.edges)))
-                for tag, histogram in values.histograms.items()}
-        row |= {tag: self._library.Image(image_HWC) for tag, image_HWC in values.images_HWC.items()}
-        if row:
-            self._run.log({ITERATION: values.step, **row})
+        if values.scalars:
+            self._run.log({ITERATION: values.step, **values.scalars})
+        # In a row of their own: an image is a file, which a full disk refuses before the row is there.
+        pictures = {tag: self._library.Histogram(np_histogram=(list(histogram.counts), list(histogram.edges)))
+                    for tag, histogram in values.histograms.items()}
+        pictures |= {tag: self._library.Image(image_HWC) for tag, image_HWC in values.images_HWC.items()}
+        if pictures:
+            self._run.log({ITERATION: values.step, **pictures})
 
     def close(self) -> None:
         """Say that the run has ended."""
