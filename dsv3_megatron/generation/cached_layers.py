@@ -25,6 +25,7 @@ from dsv3_megatron.model.norm import RMSNorm
 from dsv3_megatron.ops.backend import choose_product_backend, wide_dtype
 from dsv3_megatron.ops.experts import few_rows_experts, swiglu_experts
 from dsv3_megatron.ops.linear import linear_forward, multiply_rows
+from dsv3_megatron.ops.rms_norm import rms_norm
 from dsv3_megatron.ops.rope import rotate_tail_
 from dsv3_megatron.ops.swiglu import swiglu
 
@@ -40,19 +41,16 @@ def product_like(weight: torch.Tensor) -> ProductFunction:
 
 
 class Norm:
-    """RMSNorm with its constant as a tensor: of a few rows a number takes an operation's time to become one."""
+    """RMSNorm of a module, by the function that training calls: another order of its few steps would round otherwise in
+    one row of some thousands.
+    """
 
     def __init__(self, module: RMSNorm) -> None:
-        self._weight = module.weight
-        self._wide = wide_dtype(module.weight.dtype)
-        self._eps_1 = torch.full((1,), module.eps, dtype=self._wide, device=module.weight.device)
-        self._share = 1 / module.weight.shape[0]
+        self._weight, self._eps = module.weight, module.eps
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """x / sqrt(mean(x^2) + eps) * weight, in fp32 or fp64 and rounded once, as `ops.rms_norm` does."""
-        wide_TH = x_TH if x_TH.dtype == self._wide else x_TH.to(self._wide)
-        mean_T = torch.add(self._eps_1, torch.linalg.vecdot(wide_TH, wide_TH), alpha=self._share)
-        return (wide_TH * mean_T.rsqrt_().unsqueeze(-1)).mul_(self._weight).to(x_TH.dtype)
+        """x / sqrt(mean(x^2) + eps) * weight, in x's dtype."""
+        return rms_norm(x_TH, self._weight, self._eps)
 
 
 class LatentAttention:

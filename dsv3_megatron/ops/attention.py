@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dsv3_megatron.ops.attention_choices import KEEP_RESULT, PADDED, AttentionCase, choose_attention
 from dsv3_megatron.ops.backend import log_choice, unknown_backend, wide_dtype
 from dsv3_megatron.ops.recompute import held, is_recomputed, recomputed, saving
-from dsv3_megatron.ops.softmax import softmax_and_logsumexp_
+from dsv3_megatron.ops.softmax import softmax_, softmax_and_logsumexp_
 
 BACKENDS = ("auto", "blocked", "engine", "cudnn", "flash3", "flash_padded", "sdpa_padded", "sdpa", "reference")
 
@@ -290,7 +290,7 @@ class _BlockedAttention(torch.autograd.Function):
             probabilities = _scores(q, k, tile, future)
             logsumexp = softmax_and_logsumexp_(probabilities) if not keep else None
             if logsumexp is None:
-                torch.softmax(probabilities, dim=-1, out=probabilities)
+                softmax_(probabilities)
             torch.bmm(probabilities, v[rows, start : queries.stop], out=out[rows, queries])
             kept.append(probabilities if logsumexp is None else logsumexp)
         # Inputs that are computed again are brought into this form again.
