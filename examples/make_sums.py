@@ -5,9 +5,10 @@
     python examples/make_sums.py --number 500 --prompts --output prompts.jsonl
     python examples/make_sums.py --number 60 --prompts --held-out --output held-out.jsonl
 
-Each line is a conversation of one question and its answer, or a question with its answer for a reward. They are the
-same for the same number and seed. Every fifth question is held out: the first two commands never write it, the third
-writes each of them at most once.
+Each line is a conversation of one question and its answer, or a question with its answer for a reward. In half of the
+conversations the answer is in a box, \\boxed{13}, so that a model learns both ways, and a reward may want one of them.
+Lines are the same for the same number and seed. Every fifth question is held out: the first two commands never write
+it, the third writes each of them at most once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dsv3_megatron.config.streams import run_command
 _LARGEST = 9
 _QUESTIONS = ("What is {a} + {b}?", "{a} + {b} = ?", "Add {a} and {b}.")
 _HELD_OUT_ONE_OF = 5
+_BOXED_SHARE = 0.5
 
 
 def questions(*, is_held_out: bool) -> list[tuple[str, str]]:
@@ -42,7 +44,8 @@ def lines(number: int, seed: int, *, prompts: bool = False, is_held_out: bool = 
         if prompts:
             yield {"prompt": question, "answer": answer}
         else:
-            yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+            said = f"\\boxed{{{answer}}}" if draws.random() < _BOXED_SHARE else answer
+            yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": said}]}
 
 
 def main(arguments: list[str] | None = None) -> int:

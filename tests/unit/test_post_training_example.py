@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -30,9 +31,10 @@ def test_its_commands_have_their_flags(capsys: pytest.CaptureFixture[str]) -> No
     text = SCRIPT.read_text().replace("\\\n", " ")
     found = {match[1]: [word for word in shlex.split(match[2]) if word.startswith("--")]
              for match in re.finditer(r'"\$python" -m dsv3_megatron (\S+) (.*)', text)}
-    assert found.keys() == {"preprocess", "sft"}
+    assert found.keys() == {"preprocess", "sft", "grpo"}
     known = {flag for action in build_parser()._actions for flag in action.option_strings}
     assert not set(found["sft"]) - known - {"--epochs"}
+    assert not set(found["grpo"]) - known
     with pytest.raises(SystemExit, match="0"):
         preprocess.main(["--help"])
     shown = capsys.readouterr().out
@@ -45,6 +47,52 @@ def test_sums_are_right_and_the_same_again(tmp_path: Path) -> None:
         assert make_sums(["--number", "50", "--seed", seed, "--output", str(file)]) == 0
     lines = files[0].read_text().splitlines()
     assert files[0].read_text() == files[1].read_text() != files[2].read_text() and len(lines) == 50
+    num_boxed = 0
     for line in lines:
         question, answer = read_conversation(line).messages
-        assert sum(map(int, re.findall(r"\d", question["content"]))) == int(answer["content"])
+        said = re.fullmatch(r"(\d+)|\\boxed\{(\d+)\}", answer["content"])
+        assert said and sum(map(int, re.findall(r"\d", question["content"]))) == int(said[1] or said[2])
+        num_boxed += said[2] is not None
+    assert 15 <= num_boxed <= 35
+
+
+def read_prompts(file: Path, *flags: str) -> list[tuple[str, str]]:
+    assert make_sums(["--prompts", *flags, "--output", str(file)]) == 0
+    return [(record["prompt"], record["answer"]) for record in map(json.loads, file.read_text().splitlines())]
+
+
+def test_prompts_and_questions_that_are_held_out_share_none(tmp_path: Path) -> None:
+    """Every question is in one of the two; no conversation has one that is held out, and its answer is the sum."""
+    held_out = read_prompts(tmp_path / "held.jsonl", "--held-out", "--number", "60")
+    assert len(set(held_out)) == len(held_out) == 60  # of the 300 questions
+    assert len(read_prompts(tmp_path / "all.jsonl", "--held-out", "--number", "999")) == 60
+    shown = read_prompts(tmp_path / "prompts.jsonl", "--number", "3000", "--seed", "2")
+    assert len(shown) == 3000 and len(set(shown)) == 240 and not set(shown) & set(held_out)
+    assert all(sum(map(int, re.findall(r"\d", question))) == int(answer) for question, answer in [*shown, *held_out])
+    assert make_sums(["--number", "3000", "--output", str(tmp_path / "sums.jsonl")]) == 0
+    asked = {read_conversation(line).messages[0]["content"] for line in
+             (tmp_path / "sums.jsonl").read_text().splitlines()}
+    assert len(asked) == 240 and not asked & {question for question, _ in held_out}
+
+
+def test_what_is_done_is_not_done_again_and_a_stopped_run_ends_the_script(tmp_path: Path) -> None:
+    """With a Python that writes down what it is asked, and is stopped in the fine-tuning once."""
+    python, said = tmp_path / "python", tmp_path / "said"
+    python.write_text(f"""#!/usr/bin/env bash
+set -u
+case "$*" in *setup*|-c*) exit 0 ;; esac
+echo "$*" | grep -o 'make_sums.py\\|dsv3_megatron [a-z]*\\|^- ' >>{said}
+case "$*" in *' sft '*) [ -e {tmp_path}/stopped ] || {{ touch {tmp_path}/stopped; exit "$DSV3_STOPPED_CODE"; }} ;; esac
+""")
+    python.chmod(0o755)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").write_text("1")
+    (tmp_path / "run/tokenizer").mkdir()
+    (tmp_path / "run/tokenizer/tokenizer.json").write_text("{}")
+    environment = {**os.environ, "RUN_DIR": str(tmp_path / "run"), "PYTHON": str(python)}
+    codes = [subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, timeout=60).returncode
+             for _ in range(3)]
+    assert codes == [130, 0, 0]
+    made = ["make_sums.py"] * 3
+    assert said.read_text().splitlines() == [*made, "dsv3_megatron preprocess", "dsv3_megatron sft",
+                                             "dsv3_megatron sft", "dsv3_megatron grpo", "- ", "- "]

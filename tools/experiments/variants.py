@@ -15,7 +15,7 @@ import csv
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,14 +64,17 @@ def common_flags(options: argparse.Namespace) -> list[str]:
 
 
 def train_variants(variants: Mapping[str, Sequence[str]], *, common: Sequence[str], seeds: Iterable[int], work: Path,
-                   ) -> list[Curve]:
+                   do: Callable[[list[str]], int] | None = None, told: str = "lm_loss") -> list[Curve]:
     """Train every variant with every seed, seed by seed; the curves in that order.
 
     Args:
-        variants: Name -> flags of `dsv3_megatron.commands.train` that make it what it is.
+        variants: Name -> flags of `dsv3_megatron.commands.train`, or words of `do`, that make it what it is.
         common: Flags of all of them.
         seeds: Of weights and data order.
         work: Folder for logs; one below it for each run.
+        do: Function that does a run in this process, given its words, and returns its exit code; None: `dsv3 train` in
+            a process of its own.
+        told: Name of the validation's value that is printed of each run.
 
     Raises:
         RuntimeError: a run failed; gives its log.
@@ -80,24 +83,28 @@ def train_variants(variants: Mapping[str, Sequence[str]], *, common: Sequence[st
     for seed in seeds:
         for name, flags in variants.items():
             folder = work / f"{name}-{seed}"
-            command = [*common, *flags, "--seed", str(seed), "--tensorboard-dir", str(folder)]
+            command = [*flags, *common, "--seed", str(seed), "--tensorboard-dir", str(folder)]
             if not (folder / _FINISHED).exists() or (folder / _FINISHED).read_text() != " ".join(command):
-                _train(command, folder)
+                _do(command, folder, do)
             curves.append(Curve(name, seed, read_records(folder / METRICS_FILE)))
-            losses = curves[-1].records.validation_column("lm_loss")
-            print(f"{name}, seed {seed}: " + (f"validation loss {losses[-1][1]:.4f}" if losses else "done"), flush=True)
+            values = curves[-1].records.validation_column(told)
+            print(f"{name}, seed {seed}: " + (f"validation {told} {values[-1][1]:.4f}" if values else "done"),
+                  flush=True)
     return curves
 
 
-def _train(command: list[str], folder: Path) -> None:
+def _do(command: list[str], folder: Path, do: Callable[[list[str]], int] | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
-    with log.open("w", encoding="utf-8") as output:
-        # The folder is the experiment's own: what an unfinished run left in it goes.
-        result = subprocess.run([sys.executable, "-m", "dsv3_megatron", "train", *command, "--overwrite-run"],
-                                stdout=output, stderr=subprocess.STDOUT, check=False)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with code {result.returncode}; see {log}")
+    words = [*command, "--overwrite-run"]  # the folder is the experiment's own: what an unfinished run left goes
+    if do is not None:
+        code = do(words)
+    else:
+        with log.open("w", encoding="utf-8") as output:
+            code = subprocess.run([sys.executable, "-m", "dsv3_megatron", "train", *words], stdout=output,
+                                  stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        raise RuntimeError(f"{' '.join(command)} ended with code {code}" + (f"; see {log}" if do is None else ""))
     (folder / _FINISHED).write_text(" ".join(command))
 
 
@@ -107,7 +114,7 @@ def write_table(curves: Sequence[Curve], path: Path, *, columns: Sequence[str], 
     Args:
         curves: From `train_variants`.
         path: Where to; its folder is made.
-        columns: Names of a step's record. A validation has "lm_loss" alone.
+        columns: Names of values of a step's record. A validation has some of them: its loss, or its reward.
         every: Steps between rows.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,15 +128,17 @@ def write_table(curves: Sequence[Curve], path: Path, *, columns: Sequence[str], 
                     values = (record.get(column) for column in columns)
                     writer.writerow((*key, "step", record["iteration"],
                                      *("" if value is None else f"{value:.6g}" for value in values)))
-            for iteration, loss in curve.records.validation_column("lm_loss"):
-                writer.writerow((*key, "validation", iteration,
-                                 *(f"{loss:.6g}" if column == "lm_loss" else "" for column in columns)))
+            for record in curve.records.validations:
+                values = (record.get(column) for column in columns)
+                writer.writerow((*key, "validation", record["iteration"],
+                                 *("" if value is None else f"{value:.6g}" for value in values)))
 
 
-def mean_by_step(curves: Sequence[Curve], variant: str, column: str) -> Bands:
-    """A column of a variant over its seeds, where all of them have a value."""
-    per_seed = [dict(curve.records.column(column)) for curve in curves if curve.variant == variant]
-    return _bands(per_seed)
+def mean_by_step(curves: Sequence[Curve], variant: str, column: str, *, is_validation: bool = False) -> Bands:
+    """A column of a variant over its seeds, where all of them have a value; of its steps, or of its validations."""
+    mine = [curve.records for curve in curves if curve.variant == variant]
+    return _bands([dict(records.validation_column(column) if is_validation else records.column(column))
+                   for records in mine])
 
 
 def loss_differences(curves: Sequence[Curve], variant: str, base: str, *, window: int = 1, is_relative: bool = False
