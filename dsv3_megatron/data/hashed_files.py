@@ -75,7 +75,7 @@ class ProvedFile:
         view = _bytes_of(data)
         done = 0
         while done < len(view):
-            stop = done + self._step(offset + done, len(view) - done)
+            stop = min(len(view), done + self._room(offset + done))
             self._take(offset + done, view[done: stop])
             done = stop
 
@@ -83,11 +83,10 @@ class ProvedFile:
         """The bytes from `offset` on in pieces, each good until the next is asked for; errors are `read_into`'s."""
         stop = offset + num_bytes
         while offset < stop:
-            count = self._step(offset, stop - offset)
-            piece = piece_buffer()[:count]
+            piece = piece_buffer()[:min(stop - offset, self._room(offset))]
             self._take(offset, piece)
             yield piece
-            offset += count
+            offset += len(piece)
 
     def finish(self) -> None:
         """Prove the blocks of which a part has been read; errors are those of `read_into`."""
@@ -96,26 +95,32 @@ class ProvedFile:
 
     # ---- parts ---------------------------------------------------------------------------------------
 
-    def _step(self, offset: int, num_bytes: int) -> int:
-        """Bytes of the next piece: it lies in one block."""
+    def _room(self, offset: int) -> int:
+        """Bytes from a position to the end of its block."""
         block_bytes = self._verifier.checksums.block_bytes if self._verifier else BLOCK_BYTES
-        return min(num_bytes, PIECE_BYTES, block_bytes - offset % block_bytes)
+        return block_bytes - offset % block_bytes
 
-    def _take(self, offset: int, piece: memoryview) -> None:
-        """Read a piece, and take into its block's checksum what is not in it."""
+    def _take(self, offset: int, run: memoryview) -> None:
+        """Read bytes that lie in one block, and take into its checksum what is not in it."""
         verifier = self._verifier
-        stop = offset + len(piece)
+        stop = offset + len(run)
         if verifier is None or stop > verifier.checksums.num_bytes or verifier.is_proved(
                 block := offset // verifier.checksums.block_bytes):
-            self._read(offset, piece)
+            self._read(offset, run)
             return
         made, position = self._open.pop(block) if block in self._open else self._begin(block)
         if position < offset:
             self._advance(made, position, offset)
             position = offset
-        self._read(offset, piece)
-        if stop > position:
-            made.update(piece[position - offset:])
+        num_known = min(position, stop) - offset
+        if num_known:
+            self._read(offset, run[:num_known])
+        for at in range(num_known, len(run), PIECE_BYTES):
+            piece = run[at: at + PIECE_BYTES]
+            # Most of what is read comes by here.
+            if os.preadv(self._descriptor, [piece], offset + at) != len(piece):
+                self._read(offset + at, piece)
+            made.update(piece)
         self._open[block] = made, max(stop, position)
         if stop == verifier.bounds(block)[1]:
             self._complete(block)
