@@ -184,15 +184,18 @@ def main() -> int:
     parser.add_argument("--max-seconds", type=float, default=float("inf"), metavar="S", help="no life begins later")
     options = parser.parse_args()
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        lives = kill_again_and_again(Path(folder), options.kills, options.seed, max_seconds=options.max_seconds,
-                                     says=True)
+    folder = Path(tempfile.mkdtemp(prefix="killed-runs-"))
+    lives = kill_again_and_again(folder, options.kills, options.seed, max_seconds=options.max_seconds, says=True)
     print(f"killed: {sum(lives.killed.values())} lives, by rank {dict(sorted(lives.killed.items()))} ({ALL}: all)")
     print(f"completed: {lives.completed}; newest after a life {dict(sorted(lives.found.items()))} (-1: none)")
     print(f"steps compared: {lives.steps}; {time.perf_counter() - started:.0f} s")
+    if not lives.wrong:
+        shutil.rmtree(folder)
+        return 0
     for text in lives.wrong:
         print(f"WRONG: {text}")
-    return 1 if lives.wrong else 0
+    print(f"the reference's folder and the life's are kept in {folder}")
+    return 1
 
 
 if __name__ == "__main__":

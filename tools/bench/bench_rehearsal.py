@@ -26,7 +26,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 from tools.bench.records import Measurement, append_rows  # noqa: E402
 
-PRECISIONS = {"bf16": (), "fp8": ("--fp8", "blockwise")}
+PRECISIONS = {"bf16": ("--fp8", "none"), "fp8": ("--fp8", "blockwise")}
 SCHEDULES = ("1f1b", "dualpipe", "dualpipev")
 
 
