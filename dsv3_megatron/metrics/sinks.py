@@ -52,8 +52,9 @@ class MetricSinks:
         """Write what can be written now, and hand the moment to the trackers."""
         self._events.flush()
         values, self._values = self._values, None
-        for tracker in self._trackers if values else ():
-            tracker.put(values)  # type: ignore[arg-type]
+        if values is not None:
+            for tracker in self._trackers:
+                tracker.put(values)
 
     def close(self) -> None:
         """Write what is left and let everything go; may be called twice."""

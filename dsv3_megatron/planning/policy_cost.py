@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.recipe import PlannedPhase
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.planning.run_cost import PhaseCost, RunCost, only_phase, require_possible
 from dsv3_megatron.planning.time.rollout_time import (
@@ -53,11 +52,6 @@ class PolicyStep:
         return self.rollout_seconds + self.reference_seconds + self.training.seconds
 
 
-def packed_run(run: RunConfig, phase: PlannedPhase, lengths: AnswerLengths, num_devices: int) -> RunConfig:
-    """The run of a phase whose batch is the sequences that its answers fill, as `step_time` takes it."""
-    return only_phase(run, phase, global_batch_size=packed_sequences(run, lengths, num_devices))
-
-
 def policy_step(run: RunConfig, setting: Setting, lengths: AnswerLengths, copy_devices: int | None = None
                 ) -> PolicyStep:
     """Predict a step of a run of GRPO.
@@ -75,7 +69,7 @@ def policy_step(run: RunConfig, setting: Setting, lengths: AnswerLengths, copy_d
         if not value > 0:
             raise ConfigError(f"--{name}={value:g} must be greater than 0")
     (phase,) = run.recipe().phases
-    part = packed_run(run, phase, lengths, setting.num_devices)
+    part = only_phase(run, phase, global_batch_size=packed_sequences(run, lengths, setting.num_devices))
     require_possible(part, setting.num_devices)
     training = step_time(part, setting, with_transfers=False)
     rollout = None if run.policy.replay is not None else rollout_time(run, setting, lengths, copy_devices)

@@ -11,12 +11,19 @@ devices of a copy to cost nothing: a rollout takes longer than this says.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.metrics.parameters import EXPERT, ParameterTable, count_parameters, weight_bytes_per_parameter
+from dsv3_megatron.metrics.parameters import (
+    EXPERT,
+    Component,
+    ParameterTable,
+    count_parameters,
+    weight_bytes_per_parameter,
+)
 from dsv3_megatron.planning.memory.headroom import Headroom
 from dsv3_megatron.planning.time.work import Setting, WorkPart, WorkTable
 
@@ -93,8 +100,13 @@ def smallest_copy(run: RunConfig, setting: Setting) -> int:
 
 def _weight_bytes(run: RunConfig, table: ParameterTable, copy_devices: int) -> float:
     """Bytes of weights on a device that generates."""
-    experts = sum(part.total for part in table.main if part.sharding == EXPERT)
+    experts = _expert_parameters(table.main)
     return (table.main_total - experts + experts / copy_devices) * weight_bytes_per_parameter(run.training.precision)
+
+
+def _expert_parameters(parts: Iterable[Component]) -> int:
+    """Parameters of routed experts, which are spread over a copy's devices."""
+    return sum(part.total for part in parts if part.sharding == EXPERT)
 
 
 def rollout_time(run: RunConfig, setting: Setting, lengths: AnswerLengths, copy_devices: int | None = None
@@ -121,11 +133,11 @@ def rollout_time(run: RunConfig, setting: Setting, lengths: AnswerLengths, copy_
     per_step = 1 + _ACCEPTED_DRAFTS * drafts
     num_steps = math.ceil(answers / at_once) * lengths.answer / per_step
     context = lengths.prompt + lengths.answer / 2
-    num_bytes = _step_bytes(run, size, at_once, context, with_drafts=drafts)
-    kind = "fp32" if hardware.is_cpu else "bf16"
-    rate = hardware.peak(kind) * hardware[f"{kind}_best_share"] if hardware.has(f"{kind}_best_share") else (
-        hardware.peak(kind))
     table = count_parameters(model)
+    num_bytes = _step_bytes(run, table, size, at_once, context, with_drafts=drafts)
+    kind = "fp32" if hardware.is_cpu else "bf16"
+    share = f"{kind}_best_share"
+    rate = hardware.peak(kind) * (hardware[share] if hardware.has(share) else 1.0)
     weights = table.main_active_without_embedding + table.mtp_active * drafts
     flops = (1 + drafts) * (2 * weights + _attention_flops(model, context)) * at_once / size
     prompt_flops = 2 * weights * lengths.prompt * answers / size
@@ -133,13 +145,13 @@ def rollout_time(run: RunConfig, setting: Setting, lengths: AnswerLengths, copy_
                        num_steps * flops / rate, prompt_flops / rate)
 
 
-def _step_bytes(run: RunConfig, copy_devices: int, at_once: float, context: float, *, with_drafts: bool) -> float:
+def _step_bytes(run: RunConfig, table: ParameterTable, copy_devices: int, at_once: float, context: float, *,
+                with_drafts: bool) -> float:
     """Bytes that a device reads in a decoding step: dense weights, experts that some token goes to, and caches."""
     model, value_bytes = run.model, weight_bytes_per_parameter(run.training.precision)
-    table = count_parameters(model)
     parts = [*table.main, *(table.mtp if with_drafts else ())]
     dense = sum(part.total for part in parts if part.sharding != EXPERT and part.part != "embedding")
-    experts = sum(part.total for part in parts if part.sharding == EXPERT)
+    experts = _expert_parameters(parts)
     tokens = at_once * (1 + with_drafts)
     touched = 1 - (1 - model.moe_router_topk / model.num_experts) ** tokens if model.num_experts else 0.0
     cache = model.num_layers * (model.kv_lora_rank + model.qk_rope_head_dim) * context * at_once / copy_devices
