@@ -115,8 +115,8 @@ class ProvedFile:
         num_known = min(position, stop) - offset
         if num_known:
             self._read(offset, run[:num_known])
-        for at in range(num_known, len(run), PIECE_BYTES):
-            piece = run[at: at + PIECE_BYTES]
+        for at in range(num_known, len(run), BLOCK_BYTES):
+            piece = run[at: at + BLOCK_BYTES]
             # Most of what is read comes by here.
             if os.preadv(self._descriptor, [piece], offset + at) != len(piece):
                 self._read(offset + at, piece)

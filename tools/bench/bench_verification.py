@@ -3,8 +3,10 @@
 Each is done with checksums and without them, in turns, in one process; the numbers are medians of the time and of what
 was computed, and the least of each, which other work disturbs least. Without them means, for what is read,
 `--verify-files none`; for what is written, that nothing makes the checksums: the functions that do are replaced, for no
-run can leave them out. A dataset is opened without them as it was before there were any: the index has its hash
-compared, and its numbers are not looked at.
+run can leave them out. What is read comes from memory, where the last turn left it: there a checksum costs most beside
+the rest. With `--cold` the system forgets the files before every turn, and they come from disk, as when a run starts on
+another host. A dataset is opened without them as it was before there were any: the index has its hash compared, and its
+numbers are not looked at.
 
     preprocess   text to tokens with their checksums, one worker, from the first block to the finished dataset
     open         a dataset of many short documents, from its name to its first sample, twenty times
@@ -162,12 +164,31 @@ def checkpoints(folder: Path, preset_name: str) -> dict[str, Action]:
     return {"load": load, "export": export, "import": take_back}
 
 
-def in_turns(action: Action, rounds: int) -> dict[bool, list[tuple[float, float]]]:
-    """Seconds, and CPU seconds, of each time with and without; one time of each before is not counted."""
+def forget(folder: Path) -> None:
+    """Have the system read a folder's files from disk when they are read next; they must have been written to it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+def in_turns(action: Action, rounds: int, cold: Path | None = None) -> dict[bool, list[tuple[float, float]]]:
+    """Seconds, and CPU seconds, of each time with and without; one time of each before is not counted.
+
+    Args:
+        action: What is timed.
+        rounds: Times with, and as many without.
+        cold: Folder whose files come from disk in every turn; None: from memory.
+    """
     times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for number in range(rounds + 1):
         for is_verified in ((True, False) if number % 2 else (False, True)):
             os.sync()
+            if cold:
+                forget(cold)
             with unproved(is_verified):
                 wall, cpu = time.perf_counter(), cpu_seconds()
                 action(is_verified)
@@ -239,6 +260,7 @@ def main() -> int:
     parser.add_argument("--preset", default="laptop", help="run whose checkpoint is loaded and exported (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="(%(default)s)")
+    parser.add_argument("--cold", action="store_true", help="read files from disk, not from memory")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the seven above")
     parser.add_argument("--folder", type=Path, help="folder to work in; none: the system's temporary one")
     parser.add_argument("--no-csv", action="store_true", help="print only")
@@ -269,11 +291,12 @@ def main() -> int:
         rows = hash_rates() if wanted("hash") else []
         for each, (config, action) in actions.items():
             if wanted(each):
-                rows += report(each, config, in_turns(action, options.rounds))
+                rows += report(each, config, in_turns(action, options.rounds, folder if options.cold else None))
     if not options.no_csv:
         from dsv3_megatron.platform import detect_device
 
-        device = f"{detect_device().name}, {options.threads} threads, warm page cache, load {load_average():.1f}"
+        cache = "files read from disk" if options.cold else "warm page cache"
+        device = f"{detect_device().name}, {options.threads} threads, {cache}, load {load_average():.1f}"
         print(append_rows("verification.csv", rows, device))
     return 0
 
