@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dsv3_megatron.certification.reference_weights import Weights
-from dsv3_megatron.checkpoint.hf.config_json import model_config_from_json
+from dsv3_megatron.config.family_json import model_config_from_json
 from tests.hugging_face import published_weights, quantized
 
 _COMMON: dict[str, Any] = {

@@ -243,9 +243,15 @@ def check_architecture(directory: str | Path, run: RunConfig, iteration: int | N
     if differing:
         raise CheckpointError(
             f"load={directory}: checkpoint {manifest.path.name} is of another architecture: {'; '.join(differing)}. "
-            f"Use the checkpoint's values (preset {manifest.run.get('preset')!r}; all of them are in "
+            f"Use the checkpoint's values ({_began_with(manifest.run)}; all of them are in "
             f"{manifest.path / MANIFEST}), or another folder")
     return manifest
+
+
+def _began_with(values: Mapping[str, Any]) -> str:
+    """What gave a recorded run its architecture."""
+    folder = values.get("from_hf")
+    return f"preset {values.get('preset')!r}" if folder is None else f"--from-hf {folder}"
 
 
 def check_save_directory(directory: str | Path) -> None:

@@ -19,6 +19,7 @@ from dsv3_megatron.checkpoint.text_files import form_of_checkpoint
 from dsv3_megatron.config.data import DOCUMENT_SWITCHES, DataConfig
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
+from dsv3_megatron.config.presets import HUGGING_FACE
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import CheckpointConfig, LoggingConfig, TrainingConfig
 from dsv3_megatron.data.blend import parse_blend
@@ -36,7 +37,7 @@ class OpenedCheckpoint:
 
     Attributes:
         model: Architecture that the checkpoint is of.
-        preset: Name of the run that saved it, "evaluation" if it does not say.
+        preset: Name of the run that saved it, "hugging-face" if it does not say.
         seq_length: Tokens of a sequence in training, 4096 if it does not say.
         precision: Precision of the training, "auto" if the checkpoint does not say.
         load: Puts its tensors into stages, given these and their groups; None: `checkpoint.store.load_weights` does.
@@ -48,7 +49,7 @@ class OpenedCheckpoint:
     """
 
     model: ModelConfig
-    preset: str = "evaluation"
+    preset: str = HUGGING_FACE
     seq_length: int = _DEFAULT_SEQ_LENGTH
     precision: str = "auto"
     load: Callable[[list[Any], Any], None] | None = None

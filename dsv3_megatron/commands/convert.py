@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from dsv3_megatron.config.family_json import model_of_folder
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import PRESETS, preset
@@ -84,7 +85,10 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     _add_verify_files(add)
 
     add = commands.add_parser("inventory", help="list what a model's checkpoint holds, without weights").add_argument
-    add("--preset", choices=sorted(PRESETS), default="dsv3-671b", help="(%(default)s)")
+    of_model = commands.choices["inventory"].add_mutually_exclusive_group()
+    of_model.add_argument("--preset", choices=sorted(PRESETS), default="dsv3-671b", help="(%(default)s)")
+    of_model.add_argument("--from-hf", metavar="FOLDER", help="the model of this folder's config.json, in place of a "
+                          "preset's")
     add("--dtype", choices=("bf16", "fp8", "fp32"), default="fp8", help="(%(default)s)")
     add("--max-shard-gb", type=float, default=4.25, metavar="X", help="largest file in GB (%(default)s)")
     add("--list", action="store_true", help="list every tensor as a JSON line: file, name, dtype, shape")
@@ -166,7 +170,8 @@ def _inventory(options: argparse.Namespace) -> None:
     from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES
     from dsv3_megatron.checkpoint.hf.weight_files import inventory, plan_shards
 
-    shards = plan_shards(preset(options.preset).model, options.dtype, int(options.max_shard_gb * 1e9))
+    model = model_of_folder(options.from_hf) if options.from_hf else preset(options.preset).model
+    shards = plan_shards(model, options.dtype, int(options.max_shard_gb * 1e9))
     if options.list:
         for shard in shards:
             for entry in shard.entries:

@@ -46,5 +46,5 @@ def parse(arguments: Sequence[str]) -> TrainingRequest:
     return request
 
 
-def _begin(name: str | None, fields: Mapping[str, Any]) -> RunConfig:
-    return begin_with_base(name, fields, policy_tuned, global_batch_size=_GLOBAL_BATCH_SIZE)
+def _begin(start: RunConfig | None, fields: Mapping[str, Any]) -> RunConfig:
+    return begin_with_base(start, fields, policy_tuned, global_batch_size=_GLOBAL_BATCH_SIZE)

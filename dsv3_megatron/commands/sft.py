@@ -43,12 +43,12 @@ def command_line() -> CommandLine:
         begin=_begin, add_flags=_add_flags)
 
 
-def begin_with_base(name: str | None, fields: Mapping[str, Any], tuned: Callable[[RunConfig], RunConfig], *,
+def begin_with_base(start: RunConfig | None, fields: Mapping[str, Any], tuned: Callable[[RunConfig], RunConfig], *,
                     global_batch_size: int) -> RunConfig:
-    """The run that flags of a fine-tuning change: a preset's, or one of the base model's architecture.
+    """The run that flags of a fine-tuning change: of what they start from, or one of the base model's architecture.
 
     Args:
-        name: Name of a preset; None where none is given.
+        start: The preset, or the run of a model's folder, that they name; None where they name none.
         fields: Fields that flags and file give; `pretrained_checkpoint` among them names the base model.
         tuned: Gives a run the settings of the fine-tuning.
         global_batch_size: Sequences, or answers, of a step, where the architecture is the base model's.
@@ -57,8 +57,8 @@ def begin_with_base(name: str | None, fields: Mapping[str, Any], tuned: Callable
         ValueError: the base model cannot be opened.
     """
     base = fields.get("pretrained_checkpoint")
-    if name is not None or base is None:
-        return tuned(preset(name or "tiny"))
+    if start is not None or base is None:
+        return tuned(start or preset("tiny"))
     from dsv3_megatron.checkpoint.open import errors_of_base, open_checkpoint
 
     with errors_of_base(base):
@@ -95,8 +95,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "rounded up to whole steps. --train-iters says it in steps instead")
 
 
-def _begin(name: str | None, fields: Mapping[str, Any]) -> RunConfig:
-    return begin_with_base(name, fields, fine_tuned, global_batch_size=_GLOBAL_BATCH_SIZE)
+def _begin(start: RunConfig | None, fields: Mapping[str, Any]) -> RunConfig:
+    return begin_with_base(start, fields, fine_tuned, global_batch_size=_GLOBAL_BATCH_SIZE)
 
 
 def _steps_of(run: RunConfig, epochs: float) -> int:

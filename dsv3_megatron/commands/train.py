@@ -185,7 +185,7 @@ def _describe(command: TrainingRequest, rank: int) -> None:
     if command.plot_schedule:
         from dsv3_megatron.reports.schedule_plot import plot_schedule
 
-        plot_schedule(run.recipe(), command.plot_schedule, title=run.preset)
+        plot_schedule(run.recipe(), command.plot_schedule, title=run.name)
 
 
 def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[Told]:

@@ -11,6 +11,8 @@ In reading order; a wrong setting raises `fields.ConfigError` before anything is
     expert_dispatch.py   ways of tokens to their experts
     guards.py        what is done about bad steps              run.py           RunConfig: all of these together
     presets.py       named runs                                files.py         TOML, YAML, JSON -> plain values
+    family_json.py   config.json of a model -> ModelConfig   rotary_settings.py   its rotary settings
+    json_numbers.py  its numbers
     load.py          command line and file -> RunConfig    world_size.py    processes at hand that a run can use
     fine_tuning.py   settings of a fine-tuning             policy.py        GRPO: prompts, rewards, rollouts
 

@@ -1,7 +1,8 @@
 """Reads the command line and the file it names into one validated RunConfig.
 
-A run starts from a preset; a TOML, YAML or JSON file changes fields of it; the command line changes them
-again. The flags are made from the fields, so `--help` cannot disagree with what is read.
+A run starts from a preset, or with the architecture of a model's `config.json`; a TOML, YAML or JSON file changes
+fields of it; the command line changes them again. The flags are made from the fields, so `--help` cannot disagree with
+what is read.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from dsv3_megatron.config.family_json import model_of_folder
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.files import parse_file
 from dsv3_megatron.config.megatron_flags import BY_NAME
 from dsv3_megatron.config.megatron_values import apply_flags, require_yarn, take_flags
+from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.phases import Phase, read_phases
-from dsv3_megatron.config.presets import PRESETS, preset
+from dsv3_megatron.config.presets import HUGGING_FACE, PRESETS, preset, run_of_model
 from dsv3_megatron.config.run import SECTIONS, RunConfig, section_of
 from dsv3_megatron.config.training import WITHOUT_PHASES
 from dsv3_megatron.config.values import is_optional, kind_of, read_field, read_value
@@ -36,6 +40,10 @@ _GROUP_TITLES = {
     "fp8": "FP8",
     "policy": "GRPO: answers of its own that a model learns from (dsv3 grpo)",
 }
+
+# What a run starts from: names of a command line and of a file that are no fields.
+_STARTS = ("preset", "from_hf")
+_MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
 
 
 @dataclass(frozen=True)
@@ -104,15 +112,15 @@ class CommandLine:
         prog: Name of the command in messages.
         usage: First line of its help.
         description: Text of its help.
-        begin: Makes the run that flags and file change, of a preset's name, None where none is given, and of the
-            fields that they give.
+        begin: Makes the run that flags and file change, of the preset or model that they start from, None where none is
+            given, and of the fields that they give.
         add_flags: Gives a parser the command's own flags.
     """
 
     prog: str = "pretrain_dsv3.sh"
-    usage: str = "bash examples/pretrain_dsv3.sh [--preset NAME] [--config FILE] [flags]"
+    usage: str = "bash examples/pretrain_dsv3.sh [--preset NAME] [--from-hf FOLDER] [--config FILE] [flags]"
     description: str = "Pretrain a DeepSeek-V3-style model. Without arguments: the quickstart."
-    begin: Callable[[str | None, Mapping[str, Any]], RunConfig] = lambda name, fields: preset(name or "tiny")
+    begin: Callable[[RunConfig | None, Mapping[str, Any]], RunConfig] = lambda start, fields: start or preset("tiny")
     add_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
 
@@ -125,6 +133,8 @@ def build_parser(line: CommandLine | None = None) -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=130))
     start = parser.add_argument_group("run")
     start.add_argument("--preset", choices=sorted(PRESETS), help="named run to start from (default: tiny)")
+    start.add_argument("--from-hf", metavar="FOLDER", help="take the architecture of this folder's config.json, of any "
+                       "model of DeepSeek-V3's family, in place of the preset's; weights are not read")
     start.add_argument("--config", metavar="FILE", help="TOML, YAML or JSON file with fields to change; flags change "
                        "them again")
     start.add_argument("--print-model", action="store_true", help="print parameters, FLOPs and bytes per rank, "
@@ -188,12 +198,12 @@ def parse_line(arguments: Sequence[str], line: CommandLine) -> tuple[TrainingReq
     words, of_megatron = take_flags(arguments)
     given = _given(words, line)
     from_file = read_config_file(given["config"]) if given["config"] is not None else {}
-    name = given["preset"] or from_file.pop("preset", None)
-    from_file.pop("preset", None)
+    start = _start(given, from_file)
+    from_file = {field: value for field, value in from_file.items() if field not in _STARTS}
     flags = given_fields(given)
     if flags.get("phases"):  # they take the place of what the file says without phases
         from_file = {field: value for field, value in from_file.items() if field not in WITHOUT_PHASES}
-    begun = line.begin(name, from_file | flags)
+    begun = line.begin(start, from_file | flags)
     run, notes = apply_flags(of_megatron, begun.override(**from_file | flags), flags)
     require_yarn(run, flags)
     request = TrainingRequest(
@@ -218,7 +228,7 @@ def read_config_file(path: str) -> dict[str, Any]:
                 if name in places:
                     raise ConfigError(f"{name} is given twice, {places[name]} and {place}; leave one out")
                 places[name] = place
-                changes[name] = entry if name == "preset" else read_field(_field(name), entry)
+                changes[name] = entry if name in _STARTS else read_field(_field(name), entry)
         except ConfigError as error:
             raise ConfigError(f"config={path}: {error}") from error
     return changes
@@ -236,13 +246,35 @@ def _entries(key: str, value: Any) -> Iterator[tuple[str, str, Any]]:
     if not isinstance(value, dict):
         raise ConfigError(f"{key} is not a field of a run but a section, which holds fields")
     for name, entry in value.items():
-        if name == "preset":
-            raise ConfigError(f"preset, in section {key}, is of the run; write it outside the sections")
+        if name in _STARTS:
+            raise ConfigError(f"{name}, in section {key}, is of the run; write it outside the sections")
         owner = section_of(str(name))
         if owner != key:
             raise ConfigError(f"{name}, in section {key}, is a field of section {owner}; write it there, or outside "
                               "the sections")
         yield f"in section {key}", str(name), entry
+
+
+def _start(given: Mapping[str, Any], from_file: Mapping[str, Any]) -> RunConfig | None:
+    """The run that flags or a file name to start from; None: they name none."""
+    name, folder = (given[key] or from_file.get(key) for key in _STARTS)
+    # A file with every field of the architecture, as runs write it, has no need of the folder that they came from.
+    stated = {field: from_file[field] for field in _MODEL_FIELDS if field in from_file}
+    is_whole = len(stated) == len(_MODEL_FIELDS) and given["from_hf"] is None
+    if folder is None:
+        if name == HUGGING_FACE and is_whole:
+            return run_of_model(ModelConfig(**stated))
+        return None if name is None else preset(name)
+    if not isinstance(folder, str) or not folder.strip():
+        raise ConfigError(f"from_hf={folder!r} must be a folder with a model's config.json")
+    try:
+        model = ModelConfig(**stated) if is_whole else model_of_folder(folder)
+    except ConfigError as error:
+        raise ConfigError(f"from_hf={folder}: {error}") from error
+    run = run_of_model(model) if name in (None, HUGGING_FACE) else dataclasses.replace(preset(name), model=model)
+    run = dataclasses.replace(run, from_hf=os.path.abspath(folder))
+    longest = model.max_position_embeddings
+    return run.override(seq_length=longest) if run.training.seq_length > longest else run
 
 
 _UNSET: Any = object()

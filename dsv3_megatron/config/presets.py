@@ -188,6 +188,18 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 }
 
 
+# The record of a run that began with a model's `config.json`, or a checkpoint's architecture, and no preset.
+HUGGING_FACE = "hugging-face"
+
+
+def run_of_model(model: ModelConfig) -> RunConfig:
+    """A run of an architecture that no preset has, with every other setting as it is by default.
+
+    Batch and length are small; learning rate, loss weights and sequence length are DeepSeek-V3's.
+    """
+    return _run(HUGGING_FACE, model, TrainingConfig())
+
+
 def preset(name: str) -> RunConfig:
     """The run called `name`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,13 @@ _SECTION_OF = {field.name: section for section, cls in SECTIONS.items() for fiel
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that determines a run. `preset` is the name it started from, for the record."""
+    """Everything that determines a run.
+
+    Attributes:
+        preset: Name of the preset that the run started from, for the record.
+        from_hf: Folder of the model whose `config.json` took the place of the preset's architecture, for the record;
+            None: there was none.
+    """
 
     preset: str
     model: ModelConfig
@@ -49,6 +56,12 @@ class RunConfig:
     guards: GuardConfig = GuardConfig()
     fp8: Fp8Config = Fp8Config()
     policy: PolicyConfig = PolicyConfig()
+    from_hf: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call the run in titles: its preset, or the model whose architecture it took."""
+        return run_name(self.preset, self.from_hf)
 
     @property
     def keeps_average(self) -> bool:
@@ -197,6 +210,8 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, as `load.py` writes and reads them; with phases, without what those leave unused."""
         values: dict[str, Any] = {"preset": self.preset}
+        if self.from_hf is not None:
+            values["from_hf"] = self.from_hf
         for name in SECTIONS:
             values[name] = {field.name: plain(getattr(getattr(self, name), field.name))
                             for field in dataclasses.fields(SECTIONS[name])}
@@ -204,6 +219,14 @@ class RunConfig:
         for name in WITHOUT_PHASES if self.training.phases else ():
             del values["training"][name]
         return values
+
+
+def run_name(preset: str, from_hf: str | None) -> str:
+    """What to call a run in titles, by `RunConfig`'s fields of these names."""
+    if from_hf is None:
+        return preset
+    path = os.path.abspath(from_hf)
+    return os.path.basename(os.path.dirname(path) if path.endswith(".json") else path)
 
 
 def require_engine_epsilon(model: ModelConfig) -> None:

@@ -129,7 +129,7 @@ def as_json(report: PlanReport) -> dict[str, Any]:
     """Plain values; seconds, bytes, device-hours."""
     step, cost = report.step, report.cost
     found: dict[str, Any] = {
-        "preset": report.run.preset, "phase": report.phase, "hardware": report.hardware.name,
+        "preset": report.run.name, "phase": report.phase, "hardware": report.hardware.name,
         "num_gpus": step.setting.num_devices, "layout": _layout_words(report.run),
         "assumed": _assumptions(report),
         "fp8_scales": report.hardware.fp8_scales if report.run.fp8.is_enabled else None,
@@ -245,7 +245,7 @@ def _dispatch_words(report: PlanReport) -> str:
 def _head(report: PlanReport) -> str:
     step, training = report.step, report.run.training
     return "\n".join([
-        f"{report.run.preset} on {step.setting.num_devices} x {report.hardware.name}, phase {report.phase}: "
+        f"{report.run.name} on {step.setting.num_devices} x {report.hardware.name}, phase {report.phase}: "
         f"{training.global_batch_size} sequences of {training.seq_length} tokens a step",
         f"  {_layout_words(report.run)}, {step.num_microbatches} micro-batches",
         f"  assumed: {_assumptions(report)}",
@@ -369,7 +369,7 @@ def plot(report: PlanReport, path: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, ((step, memory), (phases, sensitivity)) = plt.subplots(2, 2, figsize=(13, 9), constrained_layout=True)
-    figure.suptitle(f"{report.run.preset} on {report.step.setting.num_devices} x {report.hardware.name}: "
+    figure.suptitle(f"{report.run.name} on {report.step.setting.num_devices} x {report.hardware.name}: "
                     f"{report.step.seconds:.3g} s a step, "
                     f"{report.step.gpu_hours_per_trillion_tokens / 1e3:.4g}K GPU-hours per 1T tokens\n"
                     f"{_layout_words(report.run)}")

@@ -106,7 +106,7 @@ def _gib(size: float) -> str:
 def as_text(rehearsal: Rehearsal) -> str:
     """The report for a terminal."""
     run, parallel = rehearsal.run, rehearsal.run.parallel
-    lines = [f"{run.preset} on {rehearsal.world_size} GPUs, PP{parallel.pipeline_model_parallel_size} "
+    lines = [f"{run.name} on {rehearsal.world_size} GPUs, PP{parallel.pipeline_model_parallel_size} "
              f"EP{parallel.expert_model_parallel_size} TP{parallel.tensor_model_parallel_size}, "
              f"{parallel.schedule}: {len(rehearsal.ranks)} ranks rehearsed, a step of {rehearsal.num_microbatches} "
              f"micro-batches (the run's has {rehearsal.asked_microbatches})"]
@@ -226,7 +226,7 @@ def message_rows(rank: RankResult, phase: str) -> dict[tuple[str, str, str, str]
 def as_json(rehearsal: Rehearsal) -> dict[str, Any]:
     """The report as plain values."""
     return {
-        "preset": rehearsal.run.preset, "world_size": rehearsal.world_size,
+        "preset": rehearsal.run.name, "world_size": rehearsal.world_size,
         "num_microbatches": rehearsal.num_microbatches, "run_microbatches": rehearsal.asked_microbatches,
         "device_bytes": rehearsal.device_bytes, "ranks": [_rank_json(rehearsal, rank) for rank in rehearsal.ranks],
         "found": rehearsal.findings(), "not_seen": NOT_SEEN}

@@ -74,7 +74,7 @@ def model_summary(run: RunConfig, world_size: int, stages: Sequence[StageLayout]
     flops = flops_per_token(run.model, run.training.seq_length)
     parallel = run.parallel
     return {
-        "preset": run.preset,
+        "preset": run.name,
         "parameters": {
             "components": [_component_summary(c) for c in table.main],
             "mtp_components": [_component_summary(c) for c in table.mtp],
@@ -160,7 +160,7 @@ def _heading(run: RunConfig) -> list[str]:
     model = run.model
     queries = "full-rank queries" if model.q_lora_rank is None else f"q_lora_rank {model.q_lora_rank}"
     return [
-        f"{run.preset}: {model.num_layers} layers ({model.num_dense_layers} dense, {model.num_moe_layers} MoE) + "
+        f"{run.name}: {model.num_layers} layers ({model.num_dense_layers} dense, {model.num_moe_layers} MoE) + "
         f"{model.mtp_num_layers} MTP, hidden {model.hidden_size}, vocabulary {model.vocab_size:,}",
         f"  attention: {model.num_attention_heads} heads, {queries}, kv_lora_rank {model.kv_lora_rank}, "
         f"qk {model.qk_nope_head_dim}+{model.qk_rope_head_dim}, v {model.v_head_dim}",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.config.run import run_name
 from dsv3_megatron.metrics.event_files import RunLog
 from dsv3_megatron.metrics.progress import compact
 from dsv3_megatron.reports.plot import INK, MTP, MUTED, STYLE, TRAIN, VALIDATION, smooth, smoothing_window
@@ -66,10 +67,10 @@ def draw_report(log: RunLog, path: str | Path) -> None:
 
 
 def title(log: RunLog) -> str:
-    """The run's folder and preset; `run/tensorboard` is called `run`."""
+    """The run's folder and its preset, or the model whose architecture it took; `run/tensorboard` is called `run`."""
     folder = log.directory.resolve()
     name = folder.parent.name if folder.name in ("tensorboard", "logs") else folder.name
-    return f"{name}: {log.config['preset']}" if log.config else name
+    return f"{name}: {run_name(log.config['preset'], log.config.get('from_hf'))}" if log.config else name
 
 
 def settings(log: RunLog) -> str:

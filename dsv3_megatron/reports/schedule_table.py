@@ -73,7 +73,7 @@ def schedule_table(run: RunConfig, as_json: bool = False) -> str:
     if as_json:
         return json_text(schedule_summary(run), indent=2)
     end, is_whole = recipe.phases[-1].end, recipe.num_phases == len(recipe.phases)
-    title = f"{run.preset}: {end.iteration:,} steps, {end.tokens:,} tokens, {end.samples:,} sequences"
+    title = f"{run.name}: {end.iteration:,} steps, {end.tokens:,} tokens, {end.samples:,} sequences"
     lines = [title, *aligned([_HEADINGS, *map(_cells, boundaries(recipe))], left=2)]
     if not is_whole:
         stop = recipe.phases_to_run[-1]
@@ -87,7 +87,7 @@ def schedule_summary(run: RunConfig) -> dict[str, Any]:
     recipe = run.recipe()
     end = recipe.phases[-1].end
     return {
-        "preset": run.preset, "num_steps": end.iteration, "num_tokens": end.tokens, "num_sequences": end.samples,
+        "preset": run.name, "num_steps": end.iteration, "num_tokens": end.tokens, "num_sequences": end.samples,
         "num_steps_before_stop": recipe.num_steps,
         "phases": [{"name": phase.name, "first_step": phase.start.iteration, "num_steps": phase.num_steps,
                     "first_token": phase.start.tokens, "num_tokens": phase.end.tokens - phase.start.tokens,

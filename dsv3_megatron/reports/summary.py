@@ -74,7 +74,7 @@ def read_run_config(path: Path) -> RunConfig:
     """
     try:
         values = read_json(path)
-        return RunConfig(preset=values["preset"], **{
+        return RunConfig(preset=values["preset"], from_hf=values.get("from_hf"), **{
             name: cls(**values[name]) for name, cls in SECTIONS.items()
             if name in values or name not in ("guards", "policy")})
     except FileNotFoundError:
@@ -178,7 +178,7 @@ def summarize(run_dir: Path, *, max_train_tokens: int = MAX_TRAIN_TOKENS, resume
     num_valid = records.validations[-1]["num_sequences"] or run.training.eval_iters * run.training.global_batch_size
     baselines = measure_baselines(run, num_train, num_valid, records.steps[-1].get("phase"))
     summary = _collect(run, run_dir, records, baselines, resume)
-    title = f"{run.preset}: {compact(summary.num_parameters)} parameters, {compact(summary.consumed_tokens)} tokens"
+    title = f"{run.name}: {compact(summary.num_parameters)} parameters, {compact(summary.consumed_tokens)} tokens"
     plot_run(records, summary.plot, title=title,
              baselines={"unigram": baselines.unigram_nats, "bigram": baselines.bigram_nats})
     (run_dir / "summary.json").write_text(json_text(dataclasses.asdict(summary), indent=2) + "\n", encoding="utf-8")
@@ -193,7 +193,7 @@ def _collect(run: RunConfig, run_dir: Path, records: RunRecords, baselines: Ngra
     validation_loss = validation["lm_loss"]
     rate = statistics.median(record["tokens_per_second"] for record in records.steps)
     return RunSummary(
-        preset=run.preset,
+        preset=run.name,
         num_parameters=count_parameters(run.model).total,
         iterations=last_step["iteration"],
         train_iters=run.recipe().num_steps,

@@ -126,6 +126,6 @@ def require_memory(run: RunConfig) -> None:
     precision = resolve_precision(run.training.precision, device)
     needed = count_parameters(run.model).total * weight_bytes_per_parameter(precision)
     if needed > have:
-        raise ConfigError(f"the weights of {run.preset} take {needed / 1e9:,.0f} GB in {precision}, and {device.name} "
+        raise ConfigError(f"the weights of {run.name} take {needed / 1e9:,.0f} GB in {precision}, and {device.name} "
                           f"has {have / 1e9:,.0f} GB; make it smaller (num_layers={run.model.num_layers}, num_experts="
                           f"{run.model.num_experts}), or use dsv3 train on more devices")

@@ -17,9 +17,11 @@ Shapes: B sequences, S positions, V vocabulary.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +29,17 @@ import numpy as np
 import torch
 
 from dsv3_megatron.checkpoint.folder import CheckpointError, RunProgress, check_save_directory, latest_iteration
-from dsv3_megatron.checkpoint.hf.config_json import model_config_from_json
-from dsv3_megatron.checkpoint.hf.directory import CONFIG, has_weights, read_json
+from dsv3_megatron.checkpoint.hf.directory import CONFIG, has_weights
 from dsv3_megatron.checkpoint.hf.export import export_run
 from dsv3_megatron.checkpoint.open import open_checkpoint
 from dsv3_megatron.checkpoint.store import load_checkpoint, save_checkpoint
 from dsv3_megatron.checkpoint.text_files import collect_text_files
-from dsv3_megatron.config.data import DataConfig
+from dsv3_megatron.config.family_json import model_of_folder
 from dsv3_megatron.config.fields import ConfigError, all_divisors
 from dsv3_megatron.config.model import ModelConfig
-from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.config.presets import preset
+from dsv3_megatron.config.presets import preset, run_of_model
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.training import CheckpointConfig, LoggingConfig, TrainingConfig
+from dsv3_megatron.config.training import TrainingConfig
 from dsv3_megatron.data.rows import check_token_array
 from dsv3_megatron.generation.forward import CachedModel
 from dsv3_megatron.generation.generator import Generator, Options
@@ -113,10 +113,7 @@ class Model:
                 raise CheckpointError(f"{path} holds no Hugging Face checkpoint: it has no {CONFIG}; Model.load reads "
                                       "the checkpoints of a run")
             return cls.load(path, tokenizer=tokenizer, **fields)
-        file = path / CONFIG if path.is_dir() else path
-        model = model_config_from_json(read_json(file.parent, file.name), str(file))
-        run = RunConfig("hugging-face", model, ParallelConfig(), TrainingConfig(), DataConfig(), CheckpointConfig(),
-                        LoggingConfig())
+        run = replace(run_of_model(model_of_folder(path)), from_hf=os.path.abspath(path))
         return cls._of(run, fields, tokenizer)
 
     @classmethod
@@ -184,7 +181,7 @@ class Model:
         state = f"{self.num_parameters:,} parameters, {self._source}"
         if self.iteration:
             state += f", {self.iteration} training steps"
-        return f"<Model {self.run.preset}: {state}{'' if self._built is not None else ', closed'}>"
+        return f"<Model {self.run.name}: {state}{'' if self._built is not None else ', closed'}>"
 
     @property
     def config(self) -> ModelConfig:

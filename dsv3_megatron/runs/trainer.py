@@ -178,7 +178,7 @@ class Trainer(Learner):
             self.writer = MetricsWriter(
                 log.tensorboard_dir, self.speed, num_layers=self.run.model.num_layers, log_interval=log.log_interval,
                 picture_interval=log.picture_interval, resumed_iteration=self.iteration, enabled=is_reporter,
-                trackers=start_trackers(log, run_id=self.start.run, run_name=f"{self.run.preset} {self.start.run}")
+                trackers=start_trackers(log, run_id=self.start.run, run_name=f"{self.run.name} {self.start.run}")
                 if is_reporter else ())
             # A start from these settings begins with the layout that the run was asked for.
             asked = replace(self.run, parallel=self._whole_layout)

@@ -13,15 +13,18 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 from dsv3_megatron.certification.weight_names import reference_names, router_bias_name, whole_from_reference
-from dsv3_megatron.checkpoint.folder import latest_iteration
+from dsv3_megatron.checkpoint.folder import latest_iteration, read_manifest
+from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.checkpoint.hf.to_megatron import convert_to_megatron
 from dsv3_megatron.checkpoint.store import RunProgress, load_checkpoint, save_checkpoint
 from dsv3_megatron.commands import train
+from dsv3_megatron.config.family_json import model_config_from_json
 from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
 from tests.distributed.launch import run_ranks
 from tests.distributed.small_run import SEQ_LENGTH, merge, small_run, start
+from tests.family import small_folder
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 
 pytestmark = pytest.mark.distributed
@@ -103,6 +106,34 @@ def test_a_run_becomes_hugging_face(tmp_path, ranks, changes):
     assert as_trained.keys() == wide.keys() == covered | copies
     assert torch.equal(as_trained["model.layers.4.embed_tokens.weight"], as_trained["model.embed_tokens.weight"])
     assert torch.equal(as_trained["model.layers.4.shared_head.head.weight"], as_trained["lm_head.weight"])
+
+
+# ---- --from-hf ----
+
+
+def test_a_run_of_a_models_architecture_resumes_and_exports(tmp_path: Path) -> None:
+    """Moonlight, shrunk: from its weights under PP2, on from a checkpoint, and out as the same architecture."""
+    content, weights = small_folder("moonlight-16b")
+    source = write_checkpoint(tmp_path / "Moonlight", content, weights, 2)
+    convert_to_megatron(source, tmp_path / "ours")
+    with DatasetWriter(str(tmp_path / "data"), vocab_size=content["vocab_size"]) as writer:
+        ids = np.random.default_rng(0).integers(0, content["vocab_size"], size=2000)
+        writer.add_documents(ids.astype(np.int64), np.full(50, 40))
+    saved, exported = tmp_path / "saved", tmp_path / "exported"
+    flags = ["--seq-length", "16", "--global-batch-size", "4", "--precision", "fp32", "--lr-decay-style", "constant",
+             "--eval-interval", "0", "--data-path", str(tmp_path / "data"), "--split", "100,0,0", "--save", str(saved),
+             "--pipeline-model-parallel-size", "2", "--tensorboard-dir", str(tmp_path / "logs")]
+    run_ranks(2, "dsv3_megatron", "train", "--from-hf", str(source), "--load", str(tmp_path / "ours"),
+              "--train-iters", "2", *flags)
+    manifest = read_manifest(saved)
+    assert (manifest.progress.iteration, manifest.run["from_hf"]) == (2, str(source))
+    (source / "config.json").rename(tmp_path / "moved.json")  # what the run recorded is enough
+    recorded = ["--config", str(tmp_path / "logs/config.json"), "--load", str(saved), "--train-iters", "3"]
+    run_ranks(2, "dsv3_megatron", "train", *recorded, "--export-hf", str(exported))
+    assert latest_iteration(saved) == 3
+    found = HuggingFaceDirectory(exported)
+    assert found.model == model_config_from_json(content) and found.tensors.keys() == {
+        name for name in weights if not name.endswith("inv_freq")}
 
 
 # ---- --export-hf ----

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from dsv3_megatron.checkpoint.hf.config_json import check_quantization, model_config_from_json, model_config_to_json
+from dsv3_megatron.checkpoint.hf.config_json import check_quantization, model_config_to_json
+from dsv3_megatron.config.family_json import model_config_from_json
 from dsv3_megatron.config.presets import preset
 from tests.family import FAMILY, small_config
 from tests.parity.test_transformers import check

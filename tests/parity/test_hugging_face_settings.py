@@ -18,8 +18,8 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from dsv3_megatron.checkpoint.folder import CheckpointError
 from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
-from dsv3_megatron.checkpoint.hf.config_json import ignored_settings
 from dsv3_megatron.checkpoint.hf.pretrained import load_hugging_face
+from dsv3_megatron.config.family_json import ignored_settings
 from dsv3_megatron.model.build import build_stages
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.architectures import run_of, variant

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ import pytest
 
 from dsv3_megatron.commands.dispatch import COMMANDS
 from dsv3_megatron.config.load import parse_command, parse_line
+from tests.family import FAMILY
 from tools.run_documented_commands import commands
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,12 +62,24 @@ def require_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     return None
 
 
+def with_model_folders(words: Sequence[str]) -> list[str]:
+    """The words, and the folder that --from-hf names made: it is a user's."""
+    words = list(words)
+    for index, word in enumerate(words[:-1]):
+        if word == "--from-hf":
+            folder = Path(Path(words[index + 1]).name)
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(FAMILY["deepseek-v3.1"]))
+            words[index + 1] = str(folder)
+    return words
+
+
 def check_run(words: list[str]) -> None:
     """Read the flags of a run, and check its fields. A file that it names stands for one that changes nothing."""
     if words in ([], ["--fresh"]) or "--help" in words:
         return
     is_whole = "..." not in words
-    words = [word for word in words if word != "..."]
+    words = with_model_folders([word for word in words if word != "..."])
     for index, word in enumerate(words[:-1]):
         if word == "--config":
             stand_in = Path(words[index + 1]).name
@@ -80,6 +94,7 @@ def check_command(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) 
     """Read the words after `dsv3 NAME` by the command's parser."""
     assert name in {command.name for command in COMMANDS}, f"dsv3 has no command {name}"
     module = importlib.import_module(f"dsv3_megatron.commands.{name.replace('-', '_')}")
+    words = with_model_folders(words)
     if name == "train":
         check_run(words)
     elif name in ("sft", "grpo"):  # the base model need not be there

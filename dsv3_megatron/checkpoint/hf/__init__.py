@@ -4,12 +4,11 @@
     weight = directory.tensor("lm_head.weight")       # one tensor, dequantized
     load_hugging_face(directory, chunks, groups)      # (module `load`) this rank's stages, under any layout
     hugging_face_tensors(model)                       # every tensor's name, shape and our parameter's name
-    model_config_from_json / model_config_to_json     # config.json <-> ModelConfig
+    model_config_to_json(model, dtype="bfloat16")     # config.json of a model; config/family_json.py reads one
 
 In reading order. What a folder holds:
 
-    names.py             every tensor and our parameter  config_json.py      config.json <-> ModelConfig
-    json_numbers.py      its numbers                     rotary_settings.py  its rotary settings
+    names.py             every tensor and our parameter  config_json.py      config.json of an export
     safetensors_file.py  one file                        directory.py        the folder as a whole
     spellings.py         other names of tensors          row_strips.py       a tensor a few rows at a time
 
@@ -23,9 +22,9 @@ From it and to it:
     model_card.py    README.md                            readers.py          programs that read an export
 """
 
-from dsv3_megatron.checkpoint.hf.config_json import model_config_from_json, model_config_to_json
+from dsv3_megatron.checkpoint.hf.config_json import model_config_to_json
 from dsv3_megatron.checkpoint.hf.directory import HuggingFaceDirectory
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, hugging_face_tensors, tensors_by_parameter
 
-__all__ = ["HuggingFaceDirectory", "HuggingFaceTensor", "Storage", "hugging_face_tensors", "model_config_from_json",
-           "model_config_to_json", "tensors_by_parameter"]
+__all__ = ["HuggingFaceDirectory", "HuggingFaceTensor", "Storage", "hugging_face_tensors", "model_config_to_json",
+           "tensors_by_parameter"]

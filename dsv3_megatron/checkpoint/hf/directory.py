@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from dsv3_megatron.checkpoint.folder import TRACKER, CheckpointError
-from dsv3_megatron.checkpoint.hf.config_json import check_quantization, ignored_settings, model_config_from_json
+from dsv3_megatron.checkpoint.hf.config_json import check_quantization
 from dsv3_megatron.checkpoint.hf.names import HuggingFaceTensor, Storage, hugging_face_tensors, layer_of
-from dsv3_megatron.checkpoint.hf.rotary_settings import check_stored_frequencies
 from dsv3_megatron.checkpoint.hf.row_strips import same_bits
 from dsv3_megatron.checkpoint.hf.safetensors_file import NAMES, SINGLE, SUFFIX, WEIGHT_DTYPES, StoredTensor, read_header
-from dsv3_megatron.checkpoint.hf.spellings import is_frequencies, is_fused, parts_of_fused
+from dsv3_megatron.checkpoint.hf.spellings import check_stored_frequencies, is_frequencies, is_fused, parts_of_fused
+from dsv3_megatron.config.family_json import ignored_settings, model_config_from_json
+from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.json_files import read_json as read_json_file
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.data.checksums import BlockVerifier
@@ -70,7 +71,7 @@ class HuggingFaceDirectory:
         verifiers = _verifiers(self.path, verify)
         self.json = read_json(self.path, CONFIG)
         source = str(self.path / CONFIG)
-        stated = model_config_from_json(self.json, source)
+        stated = _stated_model(self.json, source)
         self.model: ModelConfig = stated
         found = _published_names(_stored_tensors(self.path, verifiers))
         self.beside = {name: entry for name, entry in found.items() if is_frequencies(name)}
@@ -329,6 +330,14 @@ def _without_weights(path: Path) -> str:
         return (f"{path} holds pickled weights ({pickled[0]}): loading a pickle runs whatever code is in it, so only "
                 "safetensors are read; save the model again with safe_serialization=True")
     return f"{path} has neither {INDEX} nor {SINGLE}: it is no Hugging Face checkpoint"
+
+
+def _stated_model(config: Mapping[str, Any], source: str) -> ModelConfig:
+    """The architecture that a folder's `config.json` describes."""
+    try:
+        return model_config_from_json(dict(config), source)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ from dsv3_megatron.checkpoint.tensor_frames import frame_of
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
-from dsv3_megatron.config.presets import preset
+from dsv3_megatron.config.presets import HUGGING_FACE, preset
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.version import __version__
 from dsv3_megatron.data.hashed_files import HashedFile
@@ -138,7 +138,7 @@ def _run_of(model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
     """A run of this architecture, checked as a training run would be."""
     base = preset("dsv3-671b")
     seq_length = min(_SEQ_LENGTH, model.max_position_embeddings)
-    run = dataclasses.replace(base, preset="hugging-face", model=model, parallel=parallel).override(
+    run = dataclasses.replace(base, preset=HUGGING_FACE, model=model, parallel=parallel).override(
         seq_length=seq_length, phases=(), stop_after_phase=None)
     run.validate()
     stage_layouts(model, parallel)

@@ -65,7 +65,7 @@ class Calibration:
 
     def as_text(self) -> str:
         """Write the calibration as lines for a terminal."""
-        lines = [f"{self.step.run.preset}, {self.step.setting.num_devices} x {self.step.setting.hardware.name}, "
+        lines = [f"{self.step.run.name}, {self.step.setting.num_devices} x {self.step.setting.hardware.name}, "
                  f"medians of {self.num_steps} steps",
                  f"  {'':20} {'measured':>10} {'predicted':>10} {'ratio':>7}"]
         for name, measured in self.measured.items():
@@ -198,7 +198,7 @@ def measure_cpu(run: RunConfig, num_processes: int, *, rounds: int = _ROUNDS) ->
                           "without --fp8, or fit a machine to a run's logs with --calibrate")
     with tempfile.TemporaryDirectory(prefix="micro-benchmarks-") as name:
         folder = Path(name)
-        (folder / "run.json").write_text(json_text({"preset": run.preset} | run.as_dict()), encoding="utf-8")
+        (folder / "run.json").write_text(json_text(run.as_dict()), encoding="utf-8")
         try:
             run_ranks(["-m", __name__, name, str(rounds)], num_processes)
         except RuntimeError as error:

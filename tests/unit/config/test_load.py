@@ -97,8 +97,8 @@ def test_an_optional_flag_takes_none(field: dataclasses.Field) -> None:
 def test_help_has_every_flag_with_the_presets_default() -> None:
     """A default is shown exactly where all presets have it, and it is theirs."""
     assert set(ACTIONS) == {field.name for field in FIELDS} | {
-        "help", "preset", "config", "print_model", "print_schedule", "plot_schedule", "as_json", "check_only",
-        "world_size", "hardware", "allow_memory_overflow"}
+        "help", "preset", "from_hf", "config", "print_model", "print_schedule", "plot_schedule", "as_json",
+        "check_only", "world_size", "hardware", "allow_memory_overflow"}
     shown_somewhere = 0
     for field in FIELDS:
         values = [value_of(make(), field.name) for make in PRESETS.values()]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dsv3_megatron.checkpoint.folder import CheckpointError
-from dsv3_megatron.checkpoint.hf.json_numbers import typed_number
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.json_numbers import typed_number
 
 
 @pytest.mark.parametrize(("value", "is_float", "expected"), [(3, False, 3), (3.0, False, 3), (3, True, 3.0),
@@ -17,5 +17,5 @@ def test_a_number(value, is_float, expected):
     (3.5, False, "config.json: theta=3.5 must be a whole number"), (True, False, "theta=True must be a whole number"),
     ("3", True, "theta='3' must be a number"), (None, True, "theta=None must be a number")])
 def test_what_is_no_number(value, is_float, message):
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ConfigError, match=message):
         typed_number("theta", value, is_float, "config.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsv3_megatron.checkpoint.folder import CheckpointError
+from dsv3_megatron.config.fields import ConfigError
 
 
 def typed_number(name: str, value: Any, is_float: bool, source: str) -> Any:
@@ -17,11 +17,11 @@ def typed_number(name: str, value: Any, is_float: bool, source: str) -> Any:
         source: What to call the file in messages.
 
     Raises:
-        CheckpointError: the value is no number, a whole number is asked for and it has a fraction, or it is not finite.
+        ConfigError: the value is no number, a whole number is asked for and it has a fraction, or it is not finite.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and is_float:
         return float(value)
     if is_number and float(value).is_integer():
         return int(value)
-    raise CheckpointError(f"{source}: {name}={value!r} must be a {'' if is_float else 'whole '}number")
+    raise ConfigError(f"{source}: {name}={value!r} must be a {'' if is_float else 'whole '}number")

@@ -1,4 +1,4 @@
-"""Rotary settings of a `config.json`, to our fields and back, and the frequencies that some checkpoints store.
+"""Rotary settings of a `config.json`, to our fields and back. No torch.
 
 `transformers` is the measure: what it computes from a file is what is read here. YaRN has two multipliers in a model,
 one on cosines and sines, one in the softmax's scale. A file gives them by `mscale` and `mscale_all_dim`, and
@@ -11,12 +11,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
-from dsv3_megatron.checkpoint.folder import CheckpointError
-from dsv3_megatron.checkpoint.hf.json_numbers import typed_number
+from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.json_numbers import typed_number
 from dsv3_megatron.config.model import ModelConfig
-from dsv3_megatron.ops.rotary_frequencies import plain_frequencies, yarn_frequencies
 
 # YaRN's settings that are numbers of ours too, and the order in which they are written.
 _YARN = {"factor": "rotary_scaling_factor", "original_max_position_embeddings": "original_max_position_embeddings",
@@ -25,8 +22,6 @@ _YARN = {"factor": "rotary_scaling_factor", "original_max_position_embeddings": 
 _RAMP = {"beta_fast": 32.0, "beta_slow": 1.0}
 # Settings of YaRN with one value that this library computes with; null is as good as missing.
 _FIXED = {"truncate": True, "partial_rotary_factor": 1}
-# Frequencies in fp32 differ by the rounding of a power; in narrower types by that of the type.
-_FREQUENCY_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
 def rotary_fields(config: dict[str, Any], source: str) -> dict[str, Any]:
@@ -37,7 +32,7 @@ def rotary_fields(config: dict[str, Any], source: str) -> dict[str, Any]:
         source: What to call it in messages.
 
     Raises:
-        CheckpointError: a kind of rotary embedding or a setting that this library does not compute with, or two that
+        ConfigError: a kind of rotary embedding or a setting that this library does not compute with, or two that
             contradict each other.
     """
     spellings: list[tuple[str, dict[str, Any]]] = []
@@ -45,7 +40,7 @@ def rotary_fields(config: dict[str, Any], source: str) -> dict[str, Any]:
         content = config.get(name)
         if content is not None:
             if not isinstance(content, dict):
-                raise CheckpointError(f"{source}: {name}={content!r} must hold settings by name")
+                raise ConfigError(f"{source}: {name}={content!r} must hold settings by name")
             spellings.append((name, _one_spelling(content, f"{source}: {name}")))
     if config.get("rope_theta") is not None:
         theta = typed_number("rope_theta", config["rope_theta"], True, source)
@@ -58,13 +53,13 @@ def rotary_fields(config: dict[str, Any], source: str) -> dict[str, Any]:
     for name, fields in spellings:
         for field, value in fields.items():
             if field in merged and merged[field] != value:
-                raise CheckpointError(f"{source}: {origin[field]} and {name} contradict each other: {field} is "
-                                      f"{merged[field]!r} in one and {value!r} in the other")
+                raise ConfigError(f"{source}: {origin[field]} and {name} contradict each other: {field} is "
+                                  f"{merged[field]!r} in one and {value!r} in the other")
             merged[field], origin[field] = value, name
     fields = {"rotary_base": 10000.0, "rope_type": "rope", **merged}
     outside = config.get("original_max_position_embeddings")
     if fields["rope_type"] == "yarn" and outside not in (None, fields["original_max_position_embeddings"]):
-        raise CheckpointError(
+        raise ConfigError(
             f"{source}: original_max_position_embeddings={outside!r} contradicts {origin['rope_type']}, which has "
             f"{fields['original_max_position_embeddings']}; transformers would take the first, other programs the "
             "second")
@@ -75,54 +70,22 @@ def rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
     """The `rope_scaling` of a model's `config.json`; None for plain rotary embedding.
 
     Raises:
-        CheckpointError: multipliers of YaRN that readers of the file would not agree on.
+        ConfigError: multipliers of YaRN that readers of the file would not agree on.
     """
     if model.rope_type != "yarn":
         return None
     if model.rotary_scaling_factor > 1 and not (model.mscale and model.mscale_all_dim) \
             and (model.mscale, model.mscale_all_dim) != (1, 0):
-        raise CheckpointError(
+        raise ConfigError(
             f"mscale={model.mscale} with mscale_all_dim={model.mscale_all_dim}: DeepSeek's and transformers' code read "
             "a config.json with these differently; use mscale=1 with mscale_all_dim=0, or both above 0")
     return {"type": "yarn"} | {name: getattr(model, field) for name, field in _YARN.items()}
 
 
-def check_stored_frequencies(model: ModelConfig, name: str, stored: torch.Tensor) -> None:
-    """Compare frequencies that a checkpoint stores with those that its `config.json` makes; nothing reads them.
-
-    Args:
-        model: The architecture of the `config.json`.
-        name: Name of the tensor, with its file, for the message.
-        stored: Radians per token of each pair, [qk_rope_head_dim / 2]. Under YaRN those before the extension are as
-            good: some programs store these.
-
-    Raises:
-        CheckpointError: the frequencies are others: the weights were trained with another rotary embedding.
-    """
-    tolerance = _FREQUENCY_TOLERANCE[stored.dtype]
-    expected = [plain_frequencies(model.qk_rope_head_dim, model.rotary_base)]
-    if model.rope_type == "yarn":
-        expected.insert(0, yarn_frequencies(
-            model.qk_rope_head_dim, model.rotary_base, factor=model.rotary_scaling_factor,
-            original_length=model.original_max_position_embeddings, beta_fast=model.beta_fast,
-            beta_slow=model.beta_slow))
-    candidates = [values for values in expected if values.shape == stored.shape]
-    if any(torch.allclose(stored.double(), values, rtol=tolerance, atol=0.0) for values in candidates):
-        return
-    raise CheckpointError(
-        f"{name} holds {_some(stored)} radians per token, config.json makes {_some(expected[0])}: the weights were "
-        "trained with another rotary embedding than it says; give it their rope_theta and rope_scaling")
-
-
-def _some(values: torch.Tensor) -> str:
-    shown = ", ".join(f"{value:.6g}" for value in values.flatten()[:4].tolist())
-    return f"[{shown}{', ...' if values.numel() > 4 else ''}]"
-
-
 def _one_spelling(content: dict[str, Any], source: str) -> dict[str, Any]:
     types = {content[key] for key in ("type", "rope_type") if content.get(key) is not None}
     if len(types) > 1:
-        raise CheckpointError(f"{source}: type={content['type']!r} contradicts rope_type={content['rope_type']!r}")
+        raise ConfigError(f"{source}: type={content['type']!r} contradicts rope_type={content['rope_type']!r}")
     kind = types.pop() if types else "default"
     fields: dict[str, Any] = {}
     if content.get("rope_theta") is not None:
@@ -131,16 +94,16 @@ def _one_spelling(content: dict[str, Any], source: str) -> dict[str, Any]:
              if key not in ("type", "rope_type", "rope_theta") and value is not None}
     for name, value in _FIXED.items():
         if given.pop(name, value) != value:
-            raise CheckpointError(f"{source}: {name}={content[name]!r} is another rotary embedding than this "
-                                  f"library's, which has {name}={value!r}")
+            raise ConfigError(f"{source}: {name}={content[name]!r} is another rotary embedding than this "
+                              f"library's, which has {name}={value!r}")
     if kind in ("default", "rope"):
         if given:
-            raise CheckpointError(f"{source}: {', '.join(sorted(given))}: without effect under rope_type={kind!r}; "
-                                  "remove them or set rope_type to 'yarn'")
+            raise ConfigError(f"{source}: {', '.join(sorted(given))}: without effect under rope_type={kind!r}; "
+                              "remove them or set rope_type to 'yarn'")
         return {**fields, "rope_type": "rope"}
     if kind != "yarn":
-        raise CheckpointError(f"{source}: rope_type={kind!r} is not known to this library; it has 'default' and "
-                              "'yarn'")
+        raise ConfigError(f"{source}: rope_type={kind!r} is not known to this library; it has 'default' and "
+                          "'yarn'")
     return {**fields, "rope_type": "yarn", **_yarn(given, source)}
 
 
@@ -148,11 +111,11 @@ def _yarn(given: dict[str, Any], source: str) -> dict[str, Any]:
     """Our fields of YaRN, by what `transformers` makes of the settings."""
     unknown = sorted(given.keys() - _YARN.keys())
     if unknown:
-        raise CheckpointError(f"{source}: {', '.join(f'{name}={given[name]!r}' for name in unknown)}: not known to "
-                              "this library, and may change what the weights compute")
+        raise ConfigError(f"{source}: {', '.join(f'{name}={given[name]!r}' for name in unknown)}: not known to "
+                          "this library, and may change what the weights compute")
     for name in ("factor", "original_max_position_embeddings"):
         if name not in given:
-            raise CheckpointError(f"{source}: {name} is missing")
+            raise ConfigError(f"{source}: {name} is missing")
     numbers = {name: typed_number(name, value, name != "original_max_position_embeddings", source)
                for name, value in given.items()}
     fields = {_YARN[name]: value for name, value in numbers.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv3_megatron.checkpoint.hf import model_config_from_json
+from dsv3_megatron.config.family_json import model_config_from_json
 from tests.hugging_face import config_json
 from tests.unit.checkpoint.hf.published import V3
 
