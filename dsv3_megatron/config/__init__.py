@@ -31,5 +31,5 @@ What all commands share:
 
     output.py        JSON and output files                     streams.py       stdout and stderr that may be gone
     json_files.py    JSON of others, within bounds     new_files.py     files that get their name all at once
-    version.py       the library's version
+    packages.py      whether a package is installed    version.py       the library's version
 """

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import importlib.util
 import math
 import os
 import threading
@@ -22,7 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
-_XXHASH: Any = importlib.import_module("xxhash") if importlib.util.find_spec("xxhash") else None
+from dsv3_megatron.config.packages import is_installed
+
+_XXHASH: Any = importlib.import_module("xxhash") if is_installed("xxhash") else None
 
 BLOCK_BYTES = 4 << 20
 # Bytes read at a time and hashed behind: they are in a core's own cache still, which takes a quarter of the time that

@@ -6,7 +6,6 @@ written with one loads with the other.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +28,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from dsv3_megatron.config.packages import is_installed
 from dsv3_megatron.model.attention import LocalMLASelfAttention, LocalMLASubmodules
 from dsv3_megatron.model.experts import GroupedExperts, LocalMLP, LocalSharedExperts
 from dsv3_megatron.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
@@ -52,7 +52,7 @@ def resolve_transformer_impl(requested: str, *, has_documents: bool = False, spl
     Raises:
         ValueError: "transformer_engine" was asked for where it cannot run.
     """
-    missing = [what for what, there in (("transformer_engine package", _is_installed("transformer_engine")),
+    missing = [what for what, there in (("transformer_engine package", is_installed("transformer_engine")),
                                         ("CUDA device", torch.cuda.is_available())) if not there]
     if requested == "transformer_engine" and missing:
         raise ValueError(f"transformer_impl=transformer_engine needs what is not here: {' and '.join(missing)}; "
@@ -65,10 +65,6 @@ def resolve_transformer_impl(requested: str, *, has_documents: bool = False, spl
     reason = f" (no {' and no '.join(missing)})" if missing else f" (it {' and '.join(needs)})" if needs else ""
     logger.info("transformer_impl auto: %s%s", chosen, reason)
     return chosen
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def residual_add(training: bool, fused: bool) -> Callable[..., torch.Tensor]:

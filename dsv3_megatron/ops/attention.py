@@ -14,7 +14,6 @@ Shapes: S sequence, B micro-batch, N heads, D query and key width, U value width
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dsv3_megatron.config.packages import is_installed
 from dsv3_megatron.ops.attention_choices import KEEP_RESULT, PADDED, AttentionCase, choose_attention
 from dsv3_megatron.ops.backend import log_choice, unknown_backend, wide_dtype
 from dsv3_megatron.ops.recompute import held, is_recomputed, recomputed, saving
@@ -105,7 +105,7 @@ def attention_case(device: str, value_bytes: int, query_width: int, value_width:
     if device != "cuda":
         return AttentionCase("cpu", (0, 0), value_bytes, query_width, value_width, has_documents, frozenset(), 0)
     packages = frozenset(name for name in ("transformer_engine", "flash_attn_interface")
-                         if importlib.util.find_spec(name) is not None)
+                         if is_installed(name))
     return AttentionCase("cuda", torch.cuda.get_device_capability(), value_bytes, query_width, value_width,
                          has_documents, packages, torch.backends.cudnn.version() or 0)
 

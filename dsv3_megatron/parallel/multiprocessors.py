@@ -8,11 +8,11 @@ Source: DeepSeek-V3 report, section 3.2.2: 20 of 132 for communication.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 
 import torch
 
+from dsv3_megatron.config.packages import is_installed
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.parallel.communicators import set_most_sms
 from dsv3_megatron.platform import Device
@@ -34,7 +34,7 @@ def divide_multiprocessors(parallel: ParallelConfig, device: Device) -> None:
         return
     count = parallel.communication_sms
     set_most_sms(count)
-    if importlib.util.find_spec("triton") is not None:
+    if is_installed("triton"):
         from dsv3_megatron.kernels.launch import leave_processors
 
         leave_processors(count)

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from dsv3_megatron.config.expert_dispatch import members_of_nodes
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.packages import is_installed
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.ops.row_bytes import record_bytes
 from dsv3_megatron.planning.precheck import Told
@@ -52,7 +51,7 @@ def require_flex(backend: str) -> None:
     Raises:
         ConfigError: the library is not installed.
     """
-    if importlib.util.find_spec("deep_ep") is None:
+    if not is_installed("deep_ep"):
         raise ConfigError(
             f"moe_token_dispatcher_type=flex with moe_flex_dispatcher_backend={backend} needs the package deep_ep, "
             "which is not installed; install DeepEP (its branch hybrid-ep for hybridep), or set "

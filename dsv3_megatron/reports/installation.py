@@ -22,8 +22,9 @@ import torch
 from packaging.requirements import Requirement
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.packages import is_installed
 from dsv3_megatron.config.version import __version__
-from dsv3_megatron.metrics.trackers.kinds import TRACKER_KINDS, is_installed
+from dsv3_megatron.metrics.trackers.kinds import TRACKER_KINDS
 from dsv3_megatron.ops.fp8.choice import resolve_fp8_backend
 from dsv3_megatron.platform.device import detect_device, has_fast_bf16
 from dsv3_megatron.process.cores import usable_cores

@@ -142,7 +142,7 @@ def test_an_mtp_target_beyond_the_document_is_found(build, groups, monkeypatch):
 def test_auto_builds_modules_that_know_documents(groups, monkeypatch, caplog, is_there, has_documents, chosen, reason):
     from dsv3_megatron.model import specs
 
-    monkeypatch.setattr(specs, "_is_installed", lambda package: is_there)
+    monkeypatch.setattr(specs, "is_installed", lambda package: is_there)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
     with caplog.at_level("INFO", "dsv3_megatron"):
         assert specs.resolve_transformer_impl("auto", has_documents=has_documents) == chosen

@@ -22,7 +22,6 @@ Usage:
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import statistics
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+from dsv3_megatron.config.packages import is_installed  # noqa: E402
 from tools.bench.records import Measurement, append_rows  # noqa: E402
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("bench_fp8_slice needs CUDA: one Hopper GPU; --device cpu --smoke shows that it runs", file=sys.stderr)
         return 2
-    has_engine = options.device == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    has_engine = options.device == "cuda" and is_installed("transformer_engine")
     names = options.contenders or [name for name in CONTENDERS if has_engine or not name.startswith("te-")]
     if options.smoke:
         num_experts = SMOKE["num_experts"]

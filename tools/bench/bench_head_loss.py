@@ -12,7 +12,6 @@ Usage:
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dsv3_megatron.config.packages import is_installed
 from tools.bench.bench_adamw import milliseconds
 from tools.bench.records import Measurement, append_rows
 
@@ -62,7 +62,7 @@ def contenders() -> dict[str, Callable[[HeadCase], Any]]:
     found: dict[str, Callable[[HeadCase], Any]] = {name: ours(name) for name in OURS}
     found["torch"] = lambda case: torch.nn.functional.cross_entropy(
         torch.nn.functional.linear(case.hidden, case.weight).float(), case.targets)
-    if importlib.util.find_spec("liger_kernel"):
+    if is_installed("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
 
         loss = LigerFusedLinearCrossEntropyLoss()

@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+from dsv3_megatron.config.packages import is_installed
 
 # DeepGEMM's published figures on an H800, TFLOP/s, by (experts, tokens an expert, outputs, inputs).
 PUBLISHED = {(1, 4096, 2112, 7168): 1058, (1, 4096, 7168, 16384): 1358, (4, 8192, 4096, 7168): 1297}
@@ -177,6 +178,6 @@ def contenders(product: Product, given: Operands) -> dict[str, Callable[[], Any]
         others, arguments = fp8_triton.IMPLEMENTATIONS, (given.a, given.b)
     found["triton"] = lambda: multiply(product, given)
     for name, implementation in others.items():
-        if name != "deep_gemm" or importlib.util.find_spec("deep_gemm"):
+        if name != "deep_gemm" or is_installed("deep_gemm"):
             found[name] = partial(implementation, *arguments)
     return found

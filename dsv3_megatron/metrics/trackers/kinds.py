@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.packages import is_installed
 from dsv3_megatron.config.training import LoggingConfig
 from dsv3_megatron.metrics.trackers.mlflow_runs import MlflowTracker
 from dsv3_megatron.metrics.trackers.prometheus_file import PrometheusTracker
@@ -71,12 +71,6 @@ def require_tracker_packages(log: LoggingConfig) -> None:
         if not is_installed(kind.module):
             raise ConfigError(f"{kind.field}={getattr(log, kind.field)} needs the package {kind.module}, which is not "
                               f"installed: {kind.remedy}; or leave {kind.flag} out")
-
-
-def is_installed(module: str) -> bool:
-    """Whether a package can be imported; a folder of its name, such as W&B's own ./wandb, is none."""
-    spec = importlib.util.find_spec(module)
-    return spec is not None and spec.origin is not None
 
 
 def start_trackers(log: LoggingConfig, *, run_id: str, run_name: str) -> list[TrackerThread]:

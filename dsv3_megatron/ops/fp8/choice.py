@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 
 import torch
 
 from dsv3_megatron.config.fields import ConfigError
+from dsv3_megatron.config.packages import is_installed
 from dsv3_megatron.config.precision import FP8_BACKENDS
 from dsv3_megatron.ops.fp8.reference_backend import REFERENCE, ReferenceBackend
 
@@ -76,7 +76,7 @@ def packing_backend() -> ReferenceBackend:
 
 
 def _missing_for_triton() -> list[str]:
-    missing = [] if importlib.util.find_spec("triton") else ["triton package"]
+    missing = [] if is_installed("triton") else ["triton package"]
     if not torch.cuda.is_available():
         return [*missing, "CUDA device"]
     capability = torch.cuda.get_device_capability()

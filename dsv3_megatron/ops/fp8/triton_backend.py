@@ -11,13 +11,13 @@ Kernels are tested under Triton's interpreter. On a GPU: not run, and the two ot
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from dsv3_megatron.config.packages import is_installed
 from dsv3_megatron.ops.fp8.packed_rows import pack_rows, unpack_rows
 from dsv3_megatron.ops.fp8.quantize import Quantized, quantize
 from dsv3_megatron.ops.fp8.reference_backend import ReferenceBackend
@@ -192,7 +192,7 @@ def deep_gemm_grouped(a_RK: Quantized, b_eNK: Quantized, counts: Sequence[int]) 
 
 
 def _deep_gemm_library() -> Any:
-    if importlib.util.find_spec("deep_gemm") is None:
+    if not is_installed("deep_gemm"):
         raise ValueError("the measured choice for this shape is deep_gemm, which is not installed; install it, or "
                          "measure again with tools/bench/bench_fp8.py --tune")
     import deep_gemm as library

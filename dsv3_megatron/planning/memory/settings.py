@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from dataclasses import dataclass
 
 from dsv3_megatron.config.memory import recomputed_modules
 from dsv3_megatron.config.model import ModelConfig
+from dsv3_megatron.config.packages import is_installed
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.precision import Fp8Config, LinearPrecision, precision_map
 from dsv3_megatron.config.run import RunConfig
@@ -242,7 +242,7 @@ def pads_values(run: RunConfig, *, device: str, precision: str) -> bool:
 
 @functools.cache
 def _engine_is_installed() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
+    return is_installed("transformer_engine")
 
 
 def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_product: bool = False, imbalance: float = 1.0

@@ -1,6 +1,5 @@
 """bench_fp8 where there is no GPU: what it says, and its comparisons under the interpreter."""
 
-import importlib.util
 import sys
 from types import SimpleNamespace
 
@@ -91,8 +90,8 @@ def library(monkeypatch):
     made = SimpleNamespace(rows=[], fp8_gemm_nt=single, m_grouped_fp8_gemm_nt_contiguous=grouped,
                            get_mk_alignment_for_contiguous_layout=lambda: 16)
     monkeypatch.setitem(sys.modules, "deep_gemm", made)
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: made if name == "deep_gemm" else find(name))
+    monkeypatch.setattr("dsv3_megatron.ops.fp8.triton_backend.is_installed", lambda name: name == "deep_gemm")
+    monkeypatch.setattr(fp8_products, "is_installed", lambda name: name == "deep_gemm")
     return made
 
 

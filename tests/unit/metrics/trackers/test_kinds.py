@@ -14,7 +14,6 @@ from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.config.training import NO_LOGS, TRACKERS, LoggingConfig
 from dsv3_megatron.metrics.trackers.kinds import (
     TRACKER_KINDS,
-    is_installed,
     require_tracker_packages,
     start_trackers,
 )
@@ -50,15 +49,6 @@ def test_without_its_package_the_error_says_what_to_install(kind, monkeypatch: p
 
 def test_a_run_that_asks_for_none_starts_none() -> None:
     assert start_trackers(LoggingConfig(tensorboard_dir="logs"), run_id="r", run_name="n") == []
-
-
-def test_a_folder_that_is_called_as_a_package_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "some_tracker").mkdir()  # as W&B makes ./wandb
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert not is_installed("some_tracker")
-    (tmp_path / "some_tracker" / "__init__.py").write_text("")
-    importlib.invalidate_caches()
-    assert is_installed("some_tracker")
 
 
 def test_a_run_without_logs_is_one_without_trackers() -> None:

@@ -49,7 +49,7 @@ def test_what_is_missing_is_named(monkeypatch):
         resolve_fp8_backend("transformer_engine", transformer_impl="local")
     with pytest.raises(ConfigError, match="this run is built from Transformer Engine's; set transformer_impl=local"):
         resolve_fp8_backend("reference", transformer_impl="transformer_engine")
-    monkeypatch.setattr(fp8_choice.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(fp8_choice, "is_installed", lambda _: False)
     with pytest.raises(ConfigError, match="triton package and CUDA device"):
         resolve_fp8_backend("triton", transformer_impl="local")
 
