@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.config.slow_work import slow_work
 
 if TYPE_CHECKING:
     from dsv3_megatron.reports.installation import SetupFinding
@@ -75,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     drop_known_notices()
     from dsv3_megatron.reports.installation import TOPICS, State, examine
 
-    findings = sorted([*examine(Path()), *_rehearsal()], key=lambda finding: TOPICS.index(finding.topic))
+    with slow_work("look"):
+        findings = sorted([*examine(Path()), *_rehearsal()], key=lambda finding: TOPICS.index(finding.topic))
     wrong = [finding for finding in findings if finding.state is State.WRONG]
     if options.json:
         print(json_text({"is_ready": not wrong, "findings": [

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.config.output import json_text, require_output_file
+from dsv3_megatron.config.slow_work import slow_work
 from dsv3_megatron.config.streams import message, print_error, quoted
 from dsv3_megatron.data.indexed import dataset_paths, read_sidecar
 from dsv3_megatron.data.inspection import DatasetStatistics, measure, plot_lengths, read_document, verify
@@ -115,7 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
             for problem in problems:
                 print(f"damaged: {message(problem)}", file=sys.stderr)
         if not problems:
-            statistics = measure(options.prefix)
+            with slow_work("measure"):
+                statistics = measure(options.prefix)
             if options.histogram:
                 plot_lengths(options.prefix, options.histogram)
             documents = list(_read_documents(options))

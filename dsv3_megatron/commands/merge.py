@@ -9,8 +9,8 @@ Shards may be given in any order; all of them must be there, and the result is w
 from __future__ import annotations
 
 import argparse
-import sys
 
+from dsv3_megatron.config.slow_work import slow_work
 from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.data.indexed import dataset_paths
 from dsv3_megatron.data.merge import find_datasets, merge_datasets
@@ -33,12 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         prefixes = find_datasets(options.input)
-        sidecar = merge_datasets(
-            prefixes,
-            options.output_prefix,
-            is_overwrite_allowed=options.overwrite,
-            report=lambda prefix: print(f"appended {prefix}", file=sys.stderr),
-        )
+        with slow_work("merge", total=len(prefixes), unit="dataset") as work:
+
+            def report(prefix: str) -> None:
+                work.add()
+                work.say(f"appended {prefix}")
+
+            sidecar = merge_datasets(
+                prefixes, options.output_prefix, is_overwrite_allowed=options.overwrite, report=report
+            )
     except (ValueError, OSError) as error:
         print_error(error)
         return 2

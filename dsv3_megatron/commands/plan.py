@@ -24,6 +24,7 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser, TrainingRequest, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.slow_work import slow_work
 from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.metrics.rank_state import checkpoint_bytes
 from dsv3_megatron.planning.goodput.run_goodput import FailureFlags, RunGoodput, plan_goodput
@@ -210,18 +211,21 @@ def _run(options: argparse.Namespace, run: RunConfig) -> int:
     if options.calibrate is not None:
         from dsv3_megatron.planning.machine.calibrate import calibrate
 
-        result = calibrate(Path(options.calibrate), options.hardware)
+        with slow_work("calibrate"):
+            result = calibrate(Path(options.calibrate), options.hardware)
         if options.save_hardware:
             save_hardware(result.fitted, options.save_hardware)
         print(json_text(result.as_json()) if options.json else result.as_text())
         return 0
-    hardware = _hardware(options.hardware, run, options.num_gpus)
+    with slow_work("measure this machine"):
+        hardware = _hardware(options.hardware, run, options.num_gpus)
     if options.save_hardware:
         save_hardware(hardware, options.save_hardware)
     headroom = options.memory_headroom_gb
     setting = Setting(hardware, options.num_gpus, imbalance=options.imbalance,
                       headroom_bytes=None if headroom is None else headroom * 1e9)
-    report = plan(run, setting, options)
+    with slow_work("search layouts" if options.search else "plan"):
+        report = plan(run, setting, options)
     if options.png:
         plot(report, options.png)
     print(json_text(as_json(report)) if options.json else as_text(report))

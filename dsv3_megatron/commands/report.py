@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsv3_megatron.config.output import json_text, require_output_file
+from dsv3_megatron.config.slow_work import slow_work
 from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.papers.claim_page import as_json, page
-from dsv3_megatron.papers.claim_table import judge_all
+from dsv3_megatron.papers.claim_table import SECTIONS, judge_all
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse_arguments(arguments)
     try:
         require_output_file("--output", options.output)
-        sections = judge_all(with_slow=options.slow)
+        with slow_work("report", total=sum(map(len, SECTIONS.values())), unit="row") as work:
+            sections = judge_all(with_slow=options.slow, report=work.add)
         text = json_text(as_json(sections), indent=1) + "\n" if options.json else page(sections)
         if options.output is None:
             print(text, end="")

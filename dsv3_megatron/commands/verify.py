@@ -26,6 +26,7 @@ from dsv3_megatron.checkpoint.folder import (
     saved_iterations,
 )
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.config.slow_work import slow_work
 from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.data.checksums import BlockVerifier, damages
 from dsv3_megatron.process.cores import usable_cores
@@ -74,9 +75,11 @@ def verify_checkpoint(directory: Path, iteration: int, num_threads: int) -> dict
     checksums = (manifest.checksums or {}) if manifest else {}
     verifiers = {name: BlockVerifier(manifest.path / name, known) for name, known in checksums.items()} \
         if manifest else {}
-    found += [str(error) for _, error in damages(verifiers, num_threads)]
+    num_bytes = sum(known.num_bytes for known in checksums.values())
+    with slow_work(f"verify step {iteration}", total=num_bytes, unit="B") as work:
+        found += [str(error) for _, error in damages(verifiers, num_threads, work.add)]
     return {"iteration": iteration, "damages": found, "num_files": len(checksums),
-            "num_bytes": sum(known.num_bytes for known in checksums.values()),
+            "num_bytes": num_bytes,
             "seconds": time.perf_counter() - started,
             "has_checksums": manifest is None or manifest.checksums is not None}
 

@@ -15,6 +15,7 @@ In reading order; a wrong setting raises `fields.ConfigError` before anything is
     json_numbers.py  its numbers
     load.py          command line and file -> RunConfig    world_size.py    processes at hand that a run can use
     fine_tuning.py   settings of a fine-tuning             policy.py        GRPO: prompts, rewards, rollouts
+    sweep_file.py    settings x seeds of such runs
 
 A run whose settings change under way:
 
@@ -31,5 +32,6 @@ What all commands share:
 
     output.py        JSON and output files                     streams.py       stdout and stderr that may be gone
     json_files.py    JSON of others, within bounds     new_files.py     files that get their name all at once
+    slow_work.py     a bar for what takes longer than three seconds
     packages.py      whether a package is installed    version.py       the library's version
 """

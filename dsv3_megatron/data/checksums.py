@@ -16,7 +16,7 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
@@ -369,12 +369,14 @@ def piece_buffer() -> memoryview:
     return known
 
 
-def damages(verifiers: Mapping[str, BlockVerifier], num_threads: int) -> Iterator[tuple[str, DamagedFileError]]:
+def damages(verifiers: Mapping[str, BlockVerifier], num_threads: int, report: Callable[[int], None] | None = None
+            ) -> Iterator[tuple[str, DamagedFileError]]:
     """Every damaged block of some files, each read in whole; by name, in the order of the files.
 
     Args:
         verifiers: The files by names of the caller's.
         num_threads: Blocks read at a time.
+        report: Called with the number of bytes when a block has been looked at.
 
     Raises:
         OSError: a file cannot be read.
@@ -389,7 +391,10 @@ def damages(verifiers: Mapping[str, BlockVerifier], num_threads: int) -> Iterato
     with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
         for name, verifier in verifiers.items():
             blocks = range(verifier.checksums.num_blocks)
-            for error in pool.map(look, [verifier] * len(blocks), blocks):
+            for block, error in zip(blocks, pool.map(look, [verifier] * len(blocks), blocks), strict=True):
+                if report is not None:
+                    start, stop = verifier.bounds(block)
+                    report(stop - start)
                 if error is not None:
                     yield name, error
             size = os.path.getsize(verifier.path)

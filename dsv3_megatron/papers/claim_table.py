@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from dsv3_megatron.papers.claim import Agreement, Claim, Judged, judge
@@ -47,14 +47,19 @@ def all_claims() -> Iterator[Claim]:
         yield from claims
 
 
-def judge_all(*, with_slow: bool) -> tuple[JudgedSection, ...]:
+def judge_all(*, with_slow: bool, report: Callable[[], None] = lambda: None) -> tuple[JudgedSection, ...]:
     """Compare every claim with what the library gives.
 
     Args:
         with_slow: Compute those too that take longer: they import torch, or search layouts.
+        report: Called when a claim has been looked at.
     """
-    return tuple(JudgedSection(heading, tuple(judge(claim, with_slow=with_slow) for claim in claims))
-                 for heading, claims in SECTIONS.items())
+    def judged(claim: Claim) -> Judged:
+        found = judge(claim, with_slow=with_slow)
+        report()
+        return found
+
+    return tuple(JudgedSection(heading, tuple(map(judged, claims))) for heading, claims in SECTIONS.items())
 
 
 def count_verdicts(sections: Iterable[JudgedSection]) -> dict[Agreement, int]:

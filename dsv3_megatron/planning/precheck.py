@@ -24,6 +24,7 @@ from dsv3_megatron.checkpoint.hf.config_json import model_config_to_json
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.json_files import read_json
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.slow_work import slow_work
 from dsv3_megatron.data.blend import Blend
 from dsv3_megatron.data.chat.packed_samples import PackedConversations
 from dsv3_megatron.data.datasets import (
@@ -399,8 +400,10 @@ def prove_tokens(prefixes: Sequence[str]) -> None:
     Raises:
         DamagedFileError: one is damaged.
     """
-    for prefix in prefixes:
-        ProvedTokens(prefix).require_all()
+    with slow_work("prove tokens", total=len(prefixes), unit="dataset") as work:
+        for prefix in prefixes:
+            ProvedTokens(prefix).require_all()
+            work.add()
 
 
 def _check_unfinished(output: str, checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.config.slow_work import slow_work
 from dsv3_megatron.rehearsal.device_library import require_cuda_build, runtime_library
 from dsv3_megatron.rehearsal.forked_ranks import TASKS
 from dsv3_megatron.rehearsal.rank_results import RankResult, RankTask, result_of_json
@@ -21,6 +22,7 @@ from dsv3_megatron.rehearsal.rehearsed_rank import environment
 # Replaced by tests that plant a fault in the run before it.
 RANKS_COMMAND = ("-m", "dsv3_megatron.rehearsal.forked_ranks")
 _NUM_LAST_LINES = 12
+_POLL_S = 0.5
 
 
 def rehearse_ranks(tasks: Sequence[RankTask], *, num_processes: int, command: Sequence[str] = RANKS_COMMAND
@@ -51,7 +53,7 @@ def rehearse_ranks(tasks: Sequence[RankTask], *, num_processes: int, command: Se
             process = subprocess.Popen([sys.executable, *command, str(folder), str(num_processes)], env=variables,
                                        stdout=output, stderr=subprocess.STDOUT)
             try:
-                code = process.wait()
+                code = _wait(process, folder, len(tasks))
             finally:
                 # After an error or a signal nobody waits for it; its ranks end with it.
                 process.kill()
@@ -59,6 +61,16 @@ def rehearse_ranks(tasks: Sequence[RankTask], *, num_processes: int, command: Se
         if code:
             _raise(folder, code)
         return [_result(task, folder) for task in tasks]
+
+
+def _wait(process: subprocess.Popen[bytes], folder: Path, num_ranks: int) -> int:
+    """Wait for the process that ranks are forked from; on a terminal with a bar of the ranks that are through."""
+    with slow_work("rehearse", total=num_ranks, unit="rank") as work:
+        while True:
+            try:
+                return process.wait(timeout=_POLL_S)
+            except subprocess.TimeoutExpired:
+                work.reach(len({file.stem for ending in ("json", "ended") for file in folder.glob(f"rank*.{ending}")}))
 
 
 def _raise(folder: Path, code: int) -> None:
