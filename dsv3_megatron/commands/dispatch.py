@@ -38,6 +38,7 @@ COMMANDS = (
     Command("train", "train a model, as one process of a run"),
     Command("sft", "fine-tune a model on conversations"),
     Command("grpo", "let a model learn from its own answers"),
+    Command("sweep", "settings x seeds of a run, as a table", "the same command goes on"),
     Command("preprocess", "text to tokens on disk (.bin, .idx)", "--resume goes on"),
     Command("train-tokenizer", "learn a tokenizer from text", "nothing was written"),
     Command("merge", "join datasets end to end", "nothing was published"),
@@ -56,6 +57,7 @@ COMMANDS = (
     Command("plot", "a run's measurements as one page", "nothing was written"),
     Command("rendezvous", "where the nodes of an elastic run meet"),
     Command("doctor", "what is installed and what is missing here", "nothing was changed"),
+    Command("completion", "a script with which a shell completes all this", "nothing was written"),
 )
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv3_megatron.checkpoint.open import OpenedCheckpoint, open_checkpoint
 from dsv3_megatron.config.data import DOCUMENT_SWITCHES, DataConfig
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser, add_section, given_fields
@@ -39,6 +38,7 @@ from dsv3_megatron.process.ranks import Processes
 from dsv3_megatron.runs.rank import check_and_run, prepare_rank, refuse
 
 if TYPE_CHECKING:
+    from dsv3_megatron.checkpoint.open import OpenedCheckpoint
     from dsv3_megatron.runs.evaluator import Evaluation
 
 # Micro-batches of a step for each pipeline stage: the pipeline fills and empties once a step.
@@ -146,6 +146,8 @@ def check_request(request: EvaluationRequest, world_size: int) -> _CheckedReques
         raise ConfigError("give what to evaluate on: either --data-path PREFIX or --tokens FILE.npy")
     if request.micro_batch_size < 1:
         raise ConfigError(f"micro_batch_size={request.micro_batch_size} must be at least 1")
+    from dsv3_megatron.checkpoint.open import open_checkpoint
+
     checkpoint = open_checkpoint(request.load, verify_files=request.verify_files)
     checkpoint.model.validate()
     rows, length = _open_rows(request, checkpoint)

@@ -16,18 +16,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-from dsv3_megatron.checkpoint.open import open_checkpoint
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.training import PRECISIONS, VERIFY_FILES, TrainingConfig
-from dsv3_megatron.generation.text import TextCodec, TextStream, check_text, open_codec, read_prompts
 from dsv3_megatron.process.ranks import Processes
 from dsv3_megatron.runs.rank import check_and_run, prepare_rank, refuse
 
 if TYPE_CHECKING:
     from dsv3_megatron.generation.generator import GenerationStatistics, NewTokens, Options
+    from dsv3_megatron.generation.text import TextCodec, TextStream
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,9 @@ def check_request(request: GenerationRequest, world_size: int = 1) -> CheckedReq
                           "of any layout load into it")
     if (request.prompt is None) == (request.prompts is None):
         raise ConfigError("give what to continue: either --prompt TEXT or --prompts FILE.jsonl")
+    from dsv3_megatron.checkpoint.open import open_checkpoint
+    from dsv3_megatron.generation.text import check_text, open_codec, read_prompts
+
     checkpoint = open_checkpoint(request.load, verify_files=request.verify_files)
     model = checkpoint.model
     model.validate()
@@ -177,6 +179,8 @@ class Printer:
     def __init__(self, codec: TextCodec, prompts: Sequence[str], ids: Sequence[Sequence[int]], out: IO[str], *,
                  as_json: bool = False) -> None:
         self.prompts, self.out, self.as_json = prompts, out, as_json
+        from dsv3_megatron.generation.text import TextStream
+
         self._texts = [_Text(TextStream(codec, prompt)) for prompt in ids]
         self._turn = 0
         self._begin()

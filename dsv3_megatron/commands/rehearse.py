@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser, parse_command
@@ -22,12 +23,10 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.planning.memory.estimate import RankMemory, estimate_memory
 from dsv3_megatron.process.cores import usable_cores
-from dsv3_megatron.rehearsal.findings import Rehearsal, as_json, as_text
-from dsv3_megatron.rehearsal.made_routing import imbalance_of, require_imbalance
-from dsv3_megatron.rehearsal.rank_kinds import ranks_of_all_kinds, require_ranks
-from dsv3_megatron.rehearsal.rank_processes import RANKS_COMMAND, rehearse_ranks
-from dsv3_megatron.rehearsal.rank_results import RankResult, RankTask
-from dsv3_megatron.rehearsal.rehearsed_run import rehearsed_run
+
+if TYPE_CHECKING:  # the room imports torch, which the flags do without
+    from dsv3_megatron.rehearsal.findings import Rehearsal
+    from dsv3_megatron.rehearsal.rank_results import RankResult
 
 EXIT_FOUND = 1
 
@@ -71,18 +70,24 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--all-kinds chooses ranks itself; leave out --ranks, or it")
 
 
-def rehearse(options: argparse.Namespace, flags: Sequence[str], command: Sequence[str] = RANKS_COMMAND) -> Rehearsal:
+def rehearse(options: argparse.Namespace, flags: Sequence[str], command: Sequence[str] | None = None) -> Rehearsal:
     """Rehearse what the command's options ask for.
 
     Args:
         options: Options of this command.
         flags: Flags of the run.
-        command: Arguments of Python that start the process that ranks are forked from.
+        command: Arguments of Python that start the process that ranks are forked from; None: the rehearsal's own.
 
     Raises:
         ConfigError: the run cannot be, or the options.
         RuntimeError: the process that ranks are forked from died.
     """
+    from dsv3_megatron.rehearsal.findings import Rehearsal
+    from dsv3_megatron.rehearsal.rank_kinds import ranks_of_all_kinds, require_ranks
+    from dsv3_megatron.rehearsal.rank_processes import RANKS_COMMAND, rehearse_ranks
+    from dsv3_megatron.rehearsal.rank_results import RankTask
+    from dsv3_megatron.rehearsal.rehearsed_run import rehearsed_run
+
     _check(options)
     asked = parse_command(flags).run
     run = rehearsed_run(asked, options.world_size, options.num_microbatches)
@@ -94,7 +99,7 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str], command: Sequenc
     tasks = [RankTask(tuple(flags), rank, options.world_size, options.gpus_per_node, options.num_microbatches,
                       num_steps, options.save_and_resume, options.imbalance, device_bytes) for rank in ranks]
     results = rehearse_ranks(tasks, num_processes=options.processes or min(usable_cores(), len(tasks)),
-                             command=command)
+                             command=command or RANKS_COMMAND)
     return Rehearsal(
         run=run, world_size=options.world_size, device_bytes=device_bytes, ranks=tuple(results),
         asked_microbatches=asked.training.num_microbatches(asked.parallel.data_parallel_size(options.world_size)),
@@ -103,11 +108,15 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str], command: Sequenc
 
 def _planned(run: RunConfig, options: argparse.Namespace, result: RankResult) -> RankMemory:
     """The planner's estimate for a rank, with the rows that its experts get."""
+    from dsv3_megatron.rehearsal.made_routing import imbalance_of
+
     imbalance = imbalance_of(result.expert_rank, options.imbalance, ep=run.parallel.expert_model_parallel_size)
     return estimate_memory(run, options.world_size, imbalance=imbalance)[result.pipeline_rank]
 
 
 def _check_imbalance(imbalance: float, run: RunConfig) -> None:
+    from dsv3_megatron.rehearsal.made_routing import require_imbalance
+
     require_imbalance(imbalance, experts=run.model.num_experts, top_k=run.model.moe_router_topk,
                       ep=run.parallel.expert_model_parallel_size)
 
@@ -120,5 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print_error(error)
         return 2
+    from dsv3_megatron.rehearsal.findings import as_json, as_text
+
     print(json_text(as_json(rehearsal)) if options.json else as_text(rehearsal))
     return EXIT_FOUND if rehearsal.findings() else 0
