@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
+# The longest line has the load of every expert of a large model.
+_TAIL_BYTES = 4 << 20
 ENVIRONMENT_FILE = "environment.json"
 
 
@@ -151,6 +153,17 @@ def read_records(path: str | os.PathLike[str]) -> RunRecords:
     for _, record in _whole_lines(Path(path)):
         (steps if record["kind"] == "step" else validations).append(record)
     return RunRecords(steps, validations)
+
+
+def last_iteration(path: str | os.PathLike[str]) -> int:
+    """The step of a metrics file's last whole line, without reading the others; 0 where there is none yet."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+        return int(parse_json(lines[-1])["iteration"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
 
 
 def last_losses(folder: str | os.PathLike[str] | None, iteration: int) -> tuple[float | None, float | None, int | None]:

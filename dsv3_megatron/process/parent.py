@@ -10,9 +10,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["end_with_parent", "environment_of_child", "freeze_before_forks"]
+__all__ = ["end_with_parent", "environment_of_child", "freeze_before_forks", "stop_with_parent"]
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.5
@@ -50,6 +51,27 @@ def end_with_parent(parent: int | None = None) -> None:
         threading.Thread(target=_look_after, args=(parent,), name="parent", daemon=True).start()
     if os.getppid() != parent:
         os._exit(1)
+
+
+def stop_with_parent(number: int = signal.SIGTERM) -> Callable[[], None] | None:
+    """What has the kernel send a signal to a program once the thread that started it is gone: `Popen(preexec_fn=...)`.
+
+    Args:
+        number: The signal.
+
+    Returns:
+        The function; None where the kernel cannot be asked (not Linux), and the program goes on.
+    """
+    if sys.platform != "linux":
+        return None
+    library, parent = ctypes.CDLL(None), os.getpid()  # loaded here: between fork and exec nothing should be
+
+    def ask() -> None:
+        library.prctl(_PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask
 
 
 def _look_after(parent: int) -> None:

@@ -68,7 +68,7 @@ def test_no_file_patches_the_path_of_imports() -> None:
 
 def test_what_is_wrong_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    assert "dsv3 has no command 'trian'; there are train, sft, grpo, preprocess" in capsys.readouterr().err
+    assert "dsv3 has no command 'trian'; there are train, sft, grpo, sweep, preprocess" in capsys.readouterr().err
     assert main([]) == 2
     assert "usage: dsv3 COMMAND" in capsys.readouterr().err
     assert main(["--version"]) == 0
