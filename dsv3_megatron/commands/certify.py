@@ -15,6 +15,7 @@ Exit status: 0 equal, 1 something differs, 2 the run or the command cannot be.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,8 @@ def _parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespac
     add("--with", choices=("context",), dest="kind", help="of the layouts at random, draw those alone that split "
         "sequences over context-parallel ranks; some have YaRN")
     add("--seed", type=int, default=1, metavar="S", help="seed of the layouts at random (%(default)s)")
+    add("--first", type=int, default=1, metavar="N", help="begin with the Nth of the layouts at random, counted from "
+        "1: those before it are left out, as after a run that was stopped (%(default)s)")
     add("--processes", type=int, metavar="N", help="most processes at a time (default: 8, or one a core where there "
         "are more, as far as memory goes)")
     add("--json", action="store_true", help="print one JSON object")
@@ -66,12 +69,15 @@ def usual_processes(memory: Path = Path("/proc/meminfo")) -> int:
 def _check(options: argparse.Namespace, flags: Sequence[str]) -> None:
     """The rules of this command's own flags, without the run's."""
     for flag, value in (("--world-size", options.world_size), ("--random", options.random),
-                        ("--processes", options.processes)):
+                        ("--first", options.first), ("--processes", options.processes)):
         if value is not None and value < 1:
             raise ConfigError(f"{flag}={value} must be at least 1")
     if options.random is not None and (flags or options.world_size is not None):
         given = flags[0] if flags else "--world-size"
         raise ConfigError(f"--random draws the layouts itself; leave out {given}, or --random")
+    if options.first > (options.random or 1):
+        raise ConfigError(f"--first={options.first} begins behind the last of the layouts at random"
+                          + (f", --random {options.random}" if options.random is not None else "; give --random N"))
     if options.kind is not None and options.random is None:
         raise ConfigError(f"--with {options.kind} chooses among layouts at random; give --random N, or leave it out")
 
@@ -97,9 +103,9 @@ def certify(options: argparse.Namespace, flags: Sequence[str]) -> list[Certifica
     else:
         from dsv3_megatron.certification.random_layouts import random_layouts
 
+        layouts = random_layouts(options.random, options.seed, processes, splits_sequences=options.kind == "context")
         asked = [(size, drawn, shrink(parse_command(drawn).run, size, processes))
-                 for size, drawn in random_layouts(options.random, options.seed, processes,
-                                                   splits_sequences=options.kind == "context")]
+                 for size, drawn in itertools.islice(layouts, options.first - 1, None)]
     return _certify(options, asked, processes)
 
 
@@ -114,14 +120,14 @@ def _certify(options: argparse.Namespace, asked: list[tuple[int, list[str], Shru
     from dsv3_megatron.certification.verdict import Verdict
 
     get_ready_to_fork()
-    numbers = {f"layout-{number}": number for number in range(1, len(asked) + 1)}
+    numbers = {f"layout-{number}": number for number in range(options.first, options.first + len(asked))}
     jobs = [RunToCertify(name, shrunk.run, shrunk.world_size)
             for name, (_, _, shrunk) in zip(numbers, asked, strict=True)]
     found: dict[int, Certificate] = {}
 
     def tell(verdict: Verdict) -> None:
         number = numbers[verdict.job.name]
-        size, flags, shrunk = asked[number - 1]
+        size, flags, shrunk = asked[number - options.first]
         found[number] = Certificate(tuple(flags), size, shrunk, verdict)
         if options.random is not None and not options.json:
             print(as_line(number, found[number]), flush=True)

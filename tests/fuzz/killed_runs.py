@@ -8,7 +8,7 @@ and again until it has been killed so often: each life goes on from the newest c
 moment after its first look at the folder, by the kill of one rank or of all. After each life
 
 - the folder has a checkpoint that is whole, unless no save had been finished yet: every byte of its tensors is the
-  reference's of that step, and `dsv3 verify` finds nothing;
+  reference's of that step, and `dsv3 verify` finds nothing; so has the one before, which is kept too;
 - every step that the life logged has the reference's loss and gradient norm, to the last bit;
 - no process of the life is left that writes checkpoints.
 
@@ -33,7 +33,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from dsv3_megatron.checkpoint.folder import latest_iteration, read_manifest
+import numpy as np
+
+from dsv3_megatron.checkpoint.folder import Manifest, latest_iteration, read_manifest, saved_iterations
+from dsv3_megatron.checkpoint.tensor_index import read_index
 from dsv3_megatron.commands.verify import verify_checkpoint
 from tests.distributed.launch import RankError, run_ranks
 from tests.distributed.small_run import small_run
@@ -59,6 +62,7 @@ class Lives:
         completed: Lives that came to the end of the run.
         found: Lives by the newest checkpoint that they left; -1: none.
         steps: Steps that were compared with the reference's.
+        checkpoints: Checkpoints that were compared with the reference's, byte for byte.
         wrong: What was not as it must be.
     """
 
@@ -66,6 +70,7 @@ class Lives:
     completed: int = 0
     found: Counter[int] = field(default_factory=Counter)
     steps: int = 0
+    checkpoints: int = 0
     wrong: list[str] = field(default_factory=list)
 
 
@@ -110,17 +115,44 @@ def compare(folder: Path, reference: Path, lives: Lives) -> None:
     lives.found[-1 if latest is None else latest] += 1
     if latest is None:
         return
-    damages = verify_checkpoint(saved, latest, 1)["damages"]
-    lives.wrong += [f"the checkpoint of {latest} is damaged: {damage}" for damage in damages]
-    mine, other = read_manifest(saved).path, read_manifest(reference / "saved", latest).path
-    names = {path.name for path in mine.iterdir()}
-    if names != {path.name for path in other.iterdir()}:
-        lives.wrong.append(f"the checkpoint of {latest} has {sorted(names)}")
-        return
+    for step in saved_iterations(saved):
+        damages = verify_checkpoint(saved, step, 1)["damages"]
+        lives.wrong += [f"the checkpoint of {step} is damaged: {damage}" for damage in damages]
+        lives.wrong += differences(read_manifest(saved, step), read_manifest(reference / "saved", step))
+        lives.checkpoints += 1
+
+
+def differences(mine: Manifest, other: Manifest) -> list[str]:
+    """What two checkpoints of one step differ in, file by file and entry by entry; empty: they have the same bytes."""
+    step = mine.progress.iteration
+    names, others = ({path.name for path in each.path.iterdir()} for each in (mine, other))
+    if names != others:
+        return [f"the checkpoint of {step} has {sorted(names)}, not {sorted(others)}"]
+    found = []
     # The manifest names the run, and the index has a random mark of the save; both are proved by `verify_checkpoint`.
-    lives.wrong += [f"{name} of {latest} is not the reference's"
-                    for name in sorted(names - {"checkpoint.json", ".metadata"})
-                    if (mine / name).read_bytes() != (other / name).read_bytes()]
+    for name in sorted(names - {"checkpoint.json", ".metadata"}):
+        one, two = ((each.path / name).read_bytes() for each in (mine, other))
+        if one != two:
+            places = {index.fqn: place for index, place in read_index(mine).storage_data.items()
+                      if place.relative_path == name}
+            found += [f"{name} of {step} is not the reference's: {len(one)} and {len(two)} bytes"] + [
+                f"  {key}: {text}" for key, place in places.items()
+                if (text := _difference(one, two, place.offset, place.offset + place.length))]
+    return found
+
+
+def _difference(one: bytes, two: bytes, start: int, stop: int) -> str:
+    """How an entry of two files differs: how many bytes, from where to where, and the first of them."""
+    left, right = (np.frombuffer(each[start:stop], dtype=np.uint8) for each in (one, two))
+    if len(left) != len(right):
+        return f"{len(left)} and {len(right)} bytes are there of {stop - start}"
+    at = np.flatnonzero(left != right)
+    if not len(at):
+        return ""
+    first, last = int(at[0]), int(at[-1])
+    shown = slice(first, first + 16)
+    return (f"{len(at)} of its {len(left)} bytes differ, from {first} to {last}: {left[shown].tobytes().hex()} and "
+            f"{right[shown].tobytes().hex()}")
 
 
 def left_over(mark: str) -> list[int]:
@@ -185,10 +217,14 @@ def main() -> int:
     options = parser.parse_args()
     started = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="killed-runs-"))
-    lives = kill_again_and_again(folder, options.kills, options.seed, max_seconds=options.max_seconds, says=True)
+    try:
+        lives = kill_again_and_again(folder, options.kills, options.seed, max_seconds=options.max_seconds, says=True)
+    except BaseException:
+        print(f"the folders are kept in {folder}", flush=True)
+        raise
     print(f"killed: {sum(lives.killed.values())} lives, by rank {dict(sorted(lives.killed.items()))} ({ALL}: all)")
     print(f"completed: {lives.completed}; newest after a life {dict(sorted(lives.found.items()))} (-1: none)")
-    print(f"steps compared: {lives.steps}; {time.perf_counter() - started:.0f} s")
+    print(f"steps compared: {lives.steps}, checkpoints {lives.checkpoints}; {time.perf_counter() - started:.0f} s")
     if not lives.wrong:
         shutil.rmtree(folder)
         return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_megatron.certification.random_layouts import random_layouts
 from dsv3_megatron.commands.certify import EXIT_DIFFERS, main, usual_processes
 from tests.distributed.launch import run_command
 
@@ -16,6 +17,8 @@ from tests.distributed.launch import run_command
     ("--processes 0", "--processes=0 must be at least 1"),
     ("--random 3 --tensor-model-parallel-size 2", "--random draws the layouts itself; leave out --tensor-model"),
     ("--with context --world-size 2", "--with context chooses among layouts at random; give --random N"),
+    ("--random 3 --first 4", "--first=4 begins behind the last of the layouts at random, --random 3"),
+    ("--first 2", "--first=2 begins behind the last of the layouts at random; give --random N"),
     ("--random 3 --with context --processes 1", "--with context needs at least 2 processes"),
     ("--random 3 --world-size 2", "leave out --world-size, or --random"),
     ("--preset tiny --world-size 3 --tensor-model-parallel-size 2", "must divide world_size=3"),
@@ -46,13 +49,15 @@ def test_a_certificate_in_text_and_json() -> None:
     assert done.stdout.startswith("EQUAL: 2 processes: pp 1 x tp 1, ep 2, etp 1, dp 2\n")
     assert "processes 64 -> 2" in done.stdout and "resumes from its own checkpoint (bit for bit)" in done.stdout
     assert "2 steps of one process against the definition in float64" in done.stdout
-    done = run_command("dsv3_megatron", "certify", "--random", "1", "--seed", "5", "--processes", "2", "--json")
+    done = run_command("dsv3_megatron", "certify", *"--random 2 --seed 5 --first 2 --processes 2 --json".split())
     found = json.loads(done.stdout)
     (layout,) = found["layouts"]
     assert done.returncode == 0 and layout["is_equal"] and layout["differences"] == []
     assert set(layout["versions"]) == {"dsv3_megatron", "torch", "megatron-core"}
     assert layout["largest_errors"]["gradient"] < layout["tolerances"]["gradient"] * 10
-    assert layout["command"].startswith("dsv3 certify --world-size ")
+    _, (size, flags_of_second) = random_layouts(2, 5, 2)
+    assert layout["command"].startswith(f"dsv3 certify --world-size {size} {flags_of_second[0]}")
+    assert all(flag in layout["command"] for flag in flags_of_second)
 
 
 @pytest.mark.distributed
