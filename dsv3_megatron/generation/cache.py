@@ -20,8 +20,9 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.generation.cached_layers import LatentAttention
-from dsv3_megatron.generation.decode import absorbed_attention, full_attention
+from dsv3_megatron.generation.decode import absorbed_attention, full_attention, tile_attention
 from dsv3_megatron.ops.attention import causal_attention
+from dsv3_megatron.ops.backend import wide_dtype
 
 KV_CACHES = ("latent", "full", "training")
 
@@ -112,7 +113,7 @@ class LatentCache:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, which then count from 0 in this order."""
-        self.entries_LBCW = self.entries_LBCW[:, list(rows)]
+        self.entries_LBCW = rows_kept(self.entries_LBCW, rows)
 
     @property
     def bytes_per_token(self) -> int:
@@ -136,8 +137,13 @@ class FullCache:
     def fill(self, layer: int, places: Places, entry_TW: torch.Tensor, key_TND: torch.Tensor, value_TNU: torch.Tensor
              ) -> None:
         """Keep the whole keys and values of tokens; entries are not kept."""
-        self.keys_LBNCD[layer].transpose(1, 2)[places.rows_T, places.positions_T] = key_TND
-        self.values_LBNCU[layer].transpose(1, 2)[places.rows_T, places.positions_T] = value_TNU
+        _, _, heads, capacity, _ = self.keys_LBNCD.shape
+        # Of each token and head its row among all heads' positions: rows in one piece are written several times faster.
+        heads_N = torch.arange(heads, device=places.rows_T.device)
+        at = ((places.rows_T * heads).unsqueeze(1) + heads_N) * capacity + places.positions_T.unsqueeze(1)
+        for stored_LBNC, new_TN in ((self.keys_LBNCD, key_TND), (self.values_LBNCU, value_TNU)):
+            stored_BNC = stored_LBNC[layer]
+            stored_BNC.view(-1, stored_BNC.shape[-1])[at.flatten()] = new_TN.to(stored_BNC.dtype).flatten(0, 1)
 
     def attend(self, layer: int, places: Places, attention: LatentAttention, query_TND: torch.Tensor,
                entry_TW: torch.Tensor) -> torch.Tensor:
@@ -150,7 +156,7 @@ class FullCache:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, which then count from 0 in this order."""
-        self.keys_LBNCD, self.values_LBNCU = self.keys_LBNCD[:, list(rows)], self.values_LBNCU[:, list(rows)]
+        self.keys_LBNCD, self.values_LBNCU = rows_kept(self.keys_LBNCD, rows), rows_kept(self.values_LBNCU, rows)
 
     @property
     def bytes_per_token(self) -> int:
@@ -162,32 +168,46 @@ class FullCache:
 class TrainingCache(FullCache):
     """Keys and values as FullCache keeps them; attention is computed by what training computes it with.
 
-    It computes every position's attention anew at each step, of which the new tokens' is taken. So it is slow, and log-
-    probabilities have the bits of the training forward wherever products do not depend on how many rows are multiplied
-    at once: in bf16 on a CPU with units for it. Arguments as of LatentCache.
+    On a CPU that is tiles of fp32 products (ops/attention.py), of which a step makes those of its new tokens, of all
+    rows at once. Elsewhere it computes every position's attention anew at each step, of which the new tokens' is taken.
+    Log-probabilities have the bits of the training forward wherever products do not depend on how many rows are
+    multiplied at once: in bf16 on a CPU with units for it. Arguments as of LatentCache.
     """
 
     # One row, and few rows, go through products and experts that are faster and sum in another order.
     least_rows = 16
 
+    def __init__(self, config: MLATransformerConfig, *, dtype: torch.dtype, device: torch.device, **sizes: int) -> None:
+        # In the dtype that a CPU's attention multiplies in: what is kept is not made wide again at each step.
+        super().__init__(config, dtype=wide_dtype(dtype) if device.type == "cpu" else dtype, device=device, **sizes)
+
     def attend(self, layer: int, places: Places, attention: LatentAttention, query_TND: torch.Tensor,
                entry_TW: torch.Tensor) -> torch.Tensor:
         """Keep the keys and values of new tokens, and give the attention of their queries to the cache, [T, N, U]."""
         self.fill(layer, places, entry_TW, *attention.expand(entry_TW))
-        keys_BCND, values_BCNU = (t.transpose(1, 2) for t in (self.keys_LBNCD[layer], self.values_LBNCU[layer]))
-        num_rows = keys_BCND.shape[0]
-        query_BQND = query_TND.view(num_rows, -1, *query_TND.shape[1:])
-        ends = (places.positions_T.view(num_rows, -1)[:, -1] + 1).tolist()
-        context = []
-        for row, end in enumerate(ends):
-            num_new = query_BQND.shape[1]
-            query_SND = query_TND.new_zeros(end, *query_TND.shape[1:])
-            query_SND[end - num_new:] = query_BQND[row]
-            context_SNU = causal_attention(query_SND, keys_BCND[row, :end].contiguous(),
-                                           values_BCNU[row, :end].contiguous(),
-                                           softmax_scale=attention.softmax_scale)
-            context.append(context_SNU[end - num_new:])
-        return torch.cat(context)
+        keys_BNCD, values_BNCU = self.keys_LBNCD[layer], self.values_LBNCU[layer]
+        if query_TND.device.type == "cpu":
+            return tile_attention(query_TND, keys_BNCD[:, :, :places.limit], values_BNCU[:, :, :places.limit],
+                                  softmax_scale=attention.softmax_scale, hidden_BQC=places.hidden_BQC)
+        return _whole_attention(query_TND, keys_BNCD.transpose(1, 2), values_BNCU.transpose(1, 2),
+                                places.positions_T, attention.softmax_scale)
+
+
+def _whole_attention(query_TND: torch.Tensor, keys_BCND: torch.Tensor, values_BCNU: torch.Tensor,
+                     positions_T: torch.Tensor, softmax_scale: float) -> torch.Tensor:
+    """Attention of all positions of each row, of which the last ones' is taken: [T, N, U]."""
+    num_rows = keys_BCND.shape[0]
+    query_BQND = query_TND.view(num_rows, -1, *query_TND.shape[1:])
+    ends = (positions_T.view(num_rows, -1)[:, -1] + 1).tolist()
+    context = []
+    for row, end in enumerate(ends):
+        num_new = query_BQND.shape[1]
+        query_SND = query_TND.new_zeros(end, *query_TND.shape[1:])
+        query_SND[end - num_new:] = query_BQND[row]
+        context_SNU = causal_attention(query_SND, keys_BCND[row, :end].contiguous(),
+                                       values_BCNU[row, :end].contiguous(), softmax_scale=softmax_scale)
+        context.append(context_SNU[end - num_new:])
+    return torch.cat(context)
 
 
 def make_cache(kind: str, config: MLATransformerConfig, *, num_layers: int, num_rows: int, capacity: int,
@@ -202,6 +222,22 @@ def make_cache(kind: str, config: MLATransformerConfig, *, num_layers: int, num_
     made: dict[str, type[LatentCache] | type[FullCache]] = {
         "latent": LatentCache, "full": FullCache, "training": TrainingCache}
     return made[kind](config, num_layers=num_layers, num_rows=num_rows, capacity=capacity, dtype=dtype, device=device)
+
+
+def rows_kept(stored_LB: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """These rows of all layers, in this order; what is stored may be overwritten, and only rows that move are copied.
+
+    Args:
+        stored_LB: What a cache has stored, [L, B, ...].
+        rows: Rows to keep; one that comes several times is copied so often.
+    """
+    moved = [(new, old) for new, old in enumerate(rows) if new != old]
+    if len(rows) > stored_LB.shape[1] or 2 * len(moved) > len(rows):
+        return stored_LB[:, list(rows)]
+    if moved:
+        places, sources = map(list, zip(*moved, strict=True))
+        stored_LB[:, places] = stored_LB[:, sources]
+    return stored_LB[:, :len(rows)]
 
 
 def _bytes_per_position(stored_LBC: torch.Tensor) -> int:

@@ -178,9 +178,10 @@ class CachedModel:
         Args:
             hidden_TH: Hidden states after the final norm that the tokens were chosen from.
             tokens_T: int64 ids.
-            least_rows: Rows that are multiplied at least, a cache's; zeros where there are fewer.
+            least_rows: Rows that are multiplied at least, a cache's, also in the last of several products; zeros where
+                there are fewer.
         """
-        num_added = max(0, least_rows - len(tokens_T))
+        num_added = -len(tokens_T) % least_rows
         padded_TH = torch.nn.functional.pad(hidden_TH, (0, 0, 0, num_added))
         losses_T = linear_cross_entropy(padded_TH, self._head, torch.nn.functional.pad(tokens_T, (0, num_added)))
         return -losses_T[:len(tokens_T)]

@@ -70,8 +70,13 @@ class PlainDecoder:
         self.states: list[torch.Tensor] = []
         self.model, self.sampling, self.streams = model, sampling, streams
         self.prompts = Prompts.pack(sequences, model.device)
+        # Sequences that are alike go through the model once.
+        distinct = {tuple(ids): None for ids in sequences}
+        number = {ids: number for number, ids in enumerate(distinct)}
+        self._distinct = Prompts.pack(tuple(distinct), model.device)
+        self._numbers = [number[tuple(ids)] for ids in sequences]
         self.kv_cache, self.capacity = kv_cache, max(self.prompts.lengths) + max_new_tokens
-        self.cache = model.new_cache(kv_cache, num_rows=len(sequences), capacity=self.capacity)
+        self.cache = model.new_cache(kv_cache, num_rows=len(distinct), capacity=self.capacity)
         # As many tokens of each sequence are in the cache; the newest token is not.
         self.positions = list(self.prompts.lengths)
         self.newest_B = torch.empty(0, dtype=torch.int64)
@@ -101,11 +106,17 @@ class PlainDecoder:
         return self.cache.bytes_per_token
 
     def _prefill(self) -> torch.Tensor:
-        """Run the prompts and choose their next tokens; the main model's [T, 1, H]."""
-        hidden_T1H = self.model.prefill(self.prompts, self.cache)
-        last_B1H = hidden_T1H[self.prompts.last_B()]
+        """Run the prompts and choose their next tokens; the main model's [T, 1, H] of the distinct ones."""
+        hidden_T1H = self.model.prefill(self._distinct, self.cache)
+        self.cache.keep(self._numbers)
+        last_B1H = hidden_T1H[self._distinct.last_B()[self._numbers]]
         self.newest_B, self.states = self._choose(last_B1H[:, 0]), list(last_B1H)
         return hidden_T1H
+
+    def _of_all(self, hidden_T1H: torch.Tensor) -> torch.Tensor:
+        """Hidden states of all prompts, of those of the distinct ones."""
+        bounds = self._distinct.bounds
+        return torch.cat([hidden_T1H[bounds[number]: bounds[number + 1]] for number in self._numbers])
 
     def _choose(self, hidden_BH: torch.Tensor) -> torch.Tensor:
         logits_BV = self._logits(hidden_BH)
@@ -151,7 +162,7 @@ class SpeculativeDecoder(PlainDecoder):
 
     def start(self) -> list[list[int]]:
         """Run the prompts, choose the first token of each, and draft a second; returns the new ids of each row."""
-        hidden_T1H = self._prefill()
+        hidden_T1H = self._of_all(self._prefill())
         drafting_T1H = self.model.mtp_prefill(self.prompts, self.newest_B, hidden_T1H, self.mtp_cache)
         self._draft(drafting_T1H[self.prompts.last_B(), 0])
         return self.newest_B.unsqueeze(-1).tolist()

@@ -82,7 +82,8 @@ def linear_cross_entropy(
         backend: "fused", "chunked" or "auto", which `head_loss_choices.choose_head_loss` resolves.
         vocabulary_group: Ranks over which the vocabulary's rows are split in order, as many on each; all of them call.
             The gradient of `hidden` is then this rank's part of a sum over them.
-        keep_probabilities: Keep T v numbers of hidden's dtype for backward; None keeps up to 1 GiB. "fused" never does.
+        keep_probabilities: Keep T v numbers of hidden's dtype for backward; None keeps up to 1 GiB, and nothing without
+            gradients. "fused" never does.
         chunk_tokens: Tokens at a time of "chunked"; None takes the device's.
         product_backend: How "chunked" multiplies: "auto", "native" or "via_fp32", as `backend.choose_product_backend`
             takes it.
@@ -116,7 +117,9 @@ def linear_cross_entropy(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1; the default is {chunk_tokens_on(device)}")
     if keep_probabilities is None:
-        keep_probabilities = targets.numel() * weight_vH.shape[0] * hidden.element_size() <= KEPT_BYTES
+        # Without a backward pass they are made in a buffer of one chunk.
+        num_bytes = targets.numel() * weight_vH.shape[0] * hidden.element_size()
+        keep_probabilities = torch.is_grad_enabled() and num_bytes <= KEPT_BYTES
     is_wide = choose_product_backend(product_backend, hidden.device, hidden.dtype) == "via_fp32"
     dtype = wide_dtype(hidden.dtype) if is_wide else hidden.dtype
     plan = _Plan(is_fused, keep_probabilities, chunk_tokens, dtype, accumulate_into_main_grad, defer_weight_grad, group)

@@ -38,8 +38,10 @@ from dsv3_megatron.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 from dsv3_megatron.platform.sending import send_integers
 
 BACKENDS = ("auto", "looped", "grouped_mm", "reference")
-# Without gradients the activation of up to this many rows is computed at once.
+# Without gradients the experts of up to this many rows are multiplied as decoding's are (`linear.multiply_rows`).
 _FEW_ROWS = 64
+# Without gradients the activation of all rows is computed at once where its input takes up to this many bytes.
+_ACTIVATION_BYTES = 2 << 20
 
 
 def swiglu_experts(
@@ -99,6 +101,8 @@ def swiglu_experts(
     if backend == "looped" and not torch.is_grad_enabled() and 1 <= x_RH.shape[0] <= _FEW_ROWS:
         runs = [(expert, count) for expert, count in enumerate(counts) if count]
         return few_rows_experts(x_RH, runs, fc1_eFH, fc2_eHF, gates_R, product_backend=product_backend)
+    if backend == "looped" and not torch.is_grad_enabled():
+        return _without_gradients(x_RH, counts, fc1_eFH, fc2_eHF, gates_R, product_backend)
     if backend == "looped":
         plan = (counts, product_backend, accumulate_into_main_grad, defer_weight_grad)
         with saving():
@@ -245,6 +249,29 @@ def few_rows_experts(
         return torch.cat(parts)
 
     return products(swiglu(products(x_RH.to(dtype), fc1_eFH), gates_R), fc2_eHF).to(x_RH.dtype)
+
+
+def _without_gradients(x: torch.Tensor, counts: tuple[int, ...], fc1: torch.Tensor, fc2: torch.Tensor,
+                       gates: torch.Tensor | None, product_backend: str) -> torch.Tensor:
+    """What `_LoopedExperts` computes, to the bit, with one activation for all rows where that stays in cache."""
+    via_fp32 = choose_product_backend(product_backend, x.device, x.dtype) == "via_fp32"
+    dtype, wide = torch.float32 if via_fp32 else x.dtype, wide_dtype(x.dtype)
+    rows_x, gates = x.to(dtype), None if gates is None else gates.to(wide)
+    fc1_each, fc2_each = fc1.unbind(), fc2.unbind()
+    fc1_out = torch.empty((x.shape[0], fc1.shape[1]), dtype=dtype, device=x.device)
+    y = torch.empty((x.shape[0], fc2.shape[1]), dtype=dtype, device=x.device)
+    blocks = list(row_blocks(counts, x.shape[0], x.device, dtype))
+    is_at_once = fc1_out.numel() * wide.itemsize <= _ACTIVATION_BYTES
+    for block in blocks:
+        hidden = block.multiply(block.of(rows_x), fc1_each[block.expert].to(dtype).t(), fc1_out)
+        if not is_at_once:
+            active = swiglu_forward(hidden.to(wide), None if gates is None else block.of(gates))
+            block.multiply(active.to(dtype), fc2_each[block.expert].to(dtype).t(), y)
+    if is_at_once:
+        active = swiglu_forward(fc1_out.to(wide), gates).to(dtype)
+        for block in blocks:
+            block.multiply(block.of(active), fc2_each[block.expert].to(dtype).t(), y)
+    return y.to(x.dtype)
 
 
 class _LoopedExperts(torch.autograd.Function):

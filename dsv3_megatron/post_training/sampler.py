@@ -22,6 +22,7 @@ from dsv3_megatron.generation.forward import CachedModel
 from dsv3_megatron.generation.generator import END_OF_TEXT, Generator, Options
 from dsv3_megatron.generation.sampling import Sampling
 from dsv3_megatron.generation.text import TextCodec
+from dsv3_megatron.ops.head_loss_choices import chunk_tokens_on
 from dsv3_megatron.post_training.rewards import Rewards
 from dsv3_megatron.post_training.rollout import Answer
 
@@ -78,6 +79,15 @@ class Sampler:
         ids: list[list[int]] = [[] for _ in asked]
         states: list[list[torch.Tensor]] = [[] for _ in asked]
         answers: list[Answer | None] = [None] * len(asked)
+        ended: list[tuple[int, bool]] = []
+
+        def judge() -> None:
+            made = self._judged(model, [(asked[place], ids[place], states[place], is_finished)
+                                        for place, is_finished in ended])
+            for (place, _), answer in zip(ended, made, strict=True):
+                answers[place], states[place] = answer, []
+            ended.clear()
+
         for event in Generator(model, options).generate([each.prompt.ids for each in asked],
                                                         [each.number for each in asked]):
             place = event.prompt
@@ -86,33 +96,43 @@ class Sampler:
             states[place].append(event.states_TH)
             if event.ended is not None:
                 self._beat("rollout")
-                answers[place] = self._judged(model, asked[place], ids[place], torch.cat(states[place]),
-                                              is_finished=event.ended == END_OF_TEXT)
-                states[place] = []
+                ended.append((place, event.ended == END_OF_TEXT))
+                if sum(len(ids[each]) for each, _ in ended) >= _TOKENS_AT_A_TIME:
+                    judge()
+        judge()
         assert None not in answers
         return [answer for answer in answers if answer is not None]
 
     @torch.inference_mode()
-    def _judged(self, model: CachedModel, asked: Asked, ids: list[int], states_TH: torch.Tensor, *, is_finished: bool
-                ) -> Answer:
-        tokens_T = torch.tensor(ids, device=model.device)
-        parts = zip(states_TH.split(_TOKENS_AT_A_TIME), tokens_T.split(_TOKENS_AT_A_TIME), strict=True)
-        logprobs_T = torch.cat([model.logprobs(rows, tokens, least_rows=TrainingCache.least_rows)
-                                for rows, tokens in parts])
-        text = self.codec.decode(ids[:len(ids) - is_finished])
-        where = f"{self.run.policy.prompts}, line {asked.prompt.line}"
-        values = self.rewards.of(text, asked.prompt.record, where)
-        return Answer(asked.prompt.line, asked.group, asked.prompt.ids, tuple(ids), is_finished, text,
-                      logprobs_T.float().cpu().numpy(), float(_entropies(model, states_TH).mean()), values,
-                      self.rewards.weighted(values))
+    def _judged(self, model: CachedModel, made: Sequence[tuple[Asked, list[int], list[torch.Tensor], bool]]
+                ) -> list[Answer]:
+        """Answers, of which there are what was asked for, ids, hidden states, and whether an end token ended them."""
+        if not made:
+            return []
+        states_TH = torch.cat([part for _, _, states, _ in made for part in states])
+        tokens_T = torch.tensor([token for _, ids, _, _ in made for token in ids], device=model.device)
+        logprobs, entropies = [], []
+        for rows_TH, tokens in zip(states_TH.split(_TOKENS_AT_A_TIME), tokens_T.split(_TOKENS_AT_A_TIME), strict=True):
+            logprobs.append(model.logprobs(rows_TH, tokens, least_rows=TrainingCache.least_rows))
+            entropies.append(_entropies(model, rows_TH))
+        logprobs_T, entropies_T = torch.cat(logprobs).float().cpu().numpy(), torch.cat(entropies).cpu().numpy()
+        answers, first = [], 0
+        for asked, ids, _, is_finished in made:
+            part, first = slice(first, first + len(ids)), first + len(ids)
+            text = self.codec.decode(ids[:len(ids) - is_finished])
+            values = self.rewards.of(text, asked.prompt.record, f"{self.run.policy.prompts}, line {asked.prompt.line}")
+            answers.append(Answer(asked.prompt.line, asked.group, asked.prompt.ids, tuple(ids), is_finished, text,
+                                  logprobs_T[part].copy(), float(entropies_T[part].mean()), values,
+                                  self.rewards.weighted(values)))
+        return answers
 
 
 def _entropies(model: CachedModel, states_TH: torch.Tensor) -> torch.Tensor:
     """Entropy of the distribution behind each hidden state, in nats, fp32 [T]."""
     parts = []
-    for rows in states_TH.split(_TOKENS_AT_A_TIME):
-        logprobs_TV = model.logits(rows).float().log_softmax(dim=-1)
-        parts.append(-(logprobs_TV.exp() * logprobs_TV).sum(dim=-1))
+    for rows in states_TH.split(chunk_tokens_on(states_TH.device.type)):
+        # -p log p is 0 where p is, without a logarithm of it.
+        parts.append(torch.special.entr(model.logits(rows).float().softmax(dim=-1)).sum(dim=-1))
     return torch.cat(parts)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsv3_megatron.config.presets import PRESETS, preset
-from dsv3_megatron.generation.cache import make_cache
+from dsv3_megatron.generation.cache import make_cache, rows_kept
 from dsv3_megatron.model.mcore_config import mcore_config
 
 
@@ -42,7 +42,16 @@ def test_deepseek_v3_keeps_the_published_bytes() -> None:
     assert cache_of("dsv3-671b", "latent", torch.bfloat16, num_layers=1).bytes_per_token == 576 * 2
 
 
-@pytest.mark.parametrize("kind", ["latent", "full"])
+@pytest.mark.parametrize(("rows", "num_copied"), [([0, 1, 2], 0), ([0, 2], 1), ([2, 0], 2), ([1, 1, 0, 2], 4), ([], 0)])
+def test_only_rows_that_move_are_copied(rows: list[int], num_copied: int) -> None:
+    stored_LB = torch.arange(3.0).expand(2, 3).contiguous()
+    kept_LB = rows_kept(stored_LB, rows)
+    assert kept_LB.tolist() == [rows, rows]
+    is_a_view = kept_LB.untyped_storage().data_ptr() == stored_LB.untyped_storage().data_ptr()
+    assert is_a_view == (2 * num_copied <= len(rows))
+
+
+@pytest.mark.parametrize("kind", ["latent", "full", "training"])
 def test_rows_that_are_kept(kind: str) -> None:
     cache = cache_of("tiny", kind, torch.float32, device="cpu", num_layers=2)
     stored = {name: value for name, value in vars(cache).items() if isinstance(value, torch.Tensor)}
