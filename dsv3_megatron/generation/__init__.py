@@ -6,6 +6,7 @@
     forward.py        the model over prompts and over new tokens
     sampling.py       logits -> distribution -> token
     speculative.py    the acceptance rule, and decoding one or two tokens at a time
+    scoring.py        log-probabilities of answers that are there already
     generator.py      prompts in batches -> tokens, as they come
     text.py           which tokenizer; prompts -> ids, ids -> text as it becomes whole
 

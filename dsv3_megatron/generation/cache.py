@@ -140,10 +140,10 @@ class FullCache:
         _, _, heads, capacity, _ = self.keys_LBNCD.shape
         # Of each token and head its row among all heads' positions: rows in one piece are written several times faster.
         heads_N = torch.arange(heads, device=places.rows_T.device)
-        at = ((places.rows_T * heads).unsqueeze(1) + heads_N) * capacity + places.positions_T.unsqueeze(1)
+        at = (((places.rows_T * heads).unsqueeze(1) + heads_N) * capacity + places.positions_T.unsqueeze(1)).flatten()
         for stored_LBNC, new_TN in ((self.keys_LBNCD, key_TND), (self.values_LBNCU, value_TNU)):
             stored_BNC = stored_LBNC[layer]
-            stored_BNC.view(-1, stored_BNC.shape[-1])[at.flatten()] = new_TN.to(stored_BNC.dtype).flatten(0, 1)
+            stored_BNC.view(-1, stored_BNC.shape[-1]).index_copy_(0, at, new_TN.to(stored_BNC.dtype).flatten(0, 1))
 
     def attend(self, layer: int, places: Places, attention: LatentAttention, query_TND: torch.Tensor,
                entry_TW: torch.Tensor) -> torch.Tensor:

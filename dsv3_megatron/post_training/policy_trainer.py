@@ -1,9 +1,10 @@
 """A run of GRPO: the training loop of any run, whose steps begin with answers of the model's own.
 
 A rollout is made before the first of the steps that share it, with the weights of the time: answers are generated and
-judged, each replica's share of them, and the reference's log-probabilities of their tokens are computed. It is kept on
-disk, and a step takes its part of it as packed sequences. All that the rest of a run has is as it is: layouts, guards,
-checkpoints, instruments. A run that is resumed between two steps of a rollout reads this rollout again.
+judged, each replica's share of them, and the reference's log-probabilities of their tokens are computed by the layers
+that a generation has (generation/scoring.py). It is kept on disk, and a step takes its part of it as packed sequences.
+All that the rest of a run has is as it is: layouts, guards, checkpoints, instruments. A run that is resumed between two
+steps of a rollout reads this rollout again.
 
 Shapes: B micro-batch, S sequence.
 """
@@ -24,6 +25,8 @@ from dsv3_megatron.config.recipe import StepPlan
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.chat.prompts import ChatPrompts, open_run_prompts
+from dsv3_megatron.generation.forward import CachedModel
+from dsv3_megatron.generation.scoring import answer_logprobs
 from dsv3_megatron.generation.text import TextCodec
 from dsv3_megatron.metrics.run_records import StepReport
 from dsv3_megatron.model.language_model import TokenLosses
@@ -164,10 +167,16 @@ class PolicyTrainer(Trainer):
         reference = self._reference
         if reference is None:
             return answers
+        replicas, rank = self.groups.dp.size(), self.groups.dp.rank()
+        mine = answers[rank::replicas]
         with reference.swapped_in():
-            logprobs = self.logprobs(answers)
-        return tuple(replace(answer, reference_logprobs_T=values)
-                     for answer, values in zip(answers, logprobs, strict=True))
+            found = answer_logprobs(
+                CachedModel(unwrap_model(self.chunks[0]).eval()), [answer.prompt_ids for answer in mine],
+                [answer.ids for answer in mine], batch_size=self.run.policy.rollout_batch_size)
+        everyone: list[list[np.ndarray]] = [[]] * replicas
+        torch.distributed.all_gather_object(everyone, [values.cpu().numpy() for values in found], group=self.groups.dp)
+        return tuple(replace(answer, reference_logprobs_T=everyone[place % replicas][place // replicas])
+                     for place, answer in enumerate(answers))
 
     def logprobs(self, answers: Sequence[Answer]) -> list[np.ndarray]:
         """Log-probabilities of the answers' tokens by a training forward with the weights of the time.

@@ -114,3 +114,12 @@ def test_answers_have_the_bits_of_the_training_forward(groups: Any, tmp_path: Pa
     for answer, logprobs_T in zip(answers, rows.by_answer(values[:len(rows.packing)]), strict=True):
         assert answer.logprobs_T.tobytes() == logprobs_T.tobytes()
     assert sum(len(answer.ids) for answer in answers) > 30
+    # And by a model that did not draw them, here the same one: prompts once, answers of other lengths side by side.
+    from dsv3_megatron.generation.forward import CachedModel
+    from dsv3_megatron.generation.scoring import answer_logprobs
+
+    twice = [*answers, *answers]
+    found = answer_logprobs(CachedModel(model), [answer.prompt_ids for answer in twice],
+                            [answer.ids for answer in twice], batch_size=4)
+    for answer, logprobs in zip(twice, found, strict=True):
+        assert answer.logprobs_T.tobytes() == logprobs.numpy().tobytes()
