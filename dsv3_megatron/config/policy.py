@@ -138,12 +138,12 @@ class PolicyConfig:
             raise ConfigError(f"context_parallel_size={parallel.context_parallel_size} cannot go with prompts: the "
                               "objective reads whole answers; use other ranks for data parallelism")
         split = {name: getattr(parallel, name) for name in
-                 ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")}
+                 ("pipeline_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size")}
         name = next((name for name, size in split.items() if size > 1), None)
         if name is not None and (self.replay is None or self.valid_prompts is not None):
-            raise ConfigError(f"{name}={split[name]} cannot go with prompts that are to be answered: a replica "
-                              "generates in one process; use data parallelism, or learn from kept rollouts (replay) "
-                              "without valid_prompts")
+            raise ConfigError(f"{name}={split[name]} cannot go with prompts that are to be answered: every rank "
+                              "that generates has all layers and all experts; use data parallelism or tensor "
+                              "parallelism, or learn from kept rollouts (replay) without valid_prompts")
         if fp8 != "none" and self.replay is None:
             raise ConfigError(f"fp8={fp8} cannot go with prompts that are to be answered: generation computes in bf16, "
                               "and would not have training's probabilities; give fp8=none")

@@ -122,14 +122,15 @@ class LatentCache:
 
 
 class FullCache:
-    """Every head's keys and values, as attention without latents would keep them. Arguments as of LatentCache."""
+    """Keys and values of this rank's heads, as attention without latents keeps them. Arguments as of LatentCache."""
 
     least_rows = 1
 
     def __init__(self, config: MLATransformerConfig, *, num_layers: int, num_rows: int, capacity: int,
                  dtype: torch.dtype, device: torch.device) -> None:
         # Heads before positions, so that a head's keys are one matrix.
-        shape = (num_layers, num_rows, config.num_attention_heads, capacity)
+        num_heads = config.num_attention_heads // config.tensor_model_parallel_size  # this rank's
+        shape = (num_layers, num_rows, num_heads, capacity)
         self.keys_LBNCD = torch.zeros(
             *shape, config.qk_head_dim + config.qk_pos_emb_head_dim, dtype=dtype, device=device)
         self.values_LBNCU = torch.zeros(*shape, config.v_head_dim, dtype=dtype, device=device)

@@ -6,6 +6,9 @@ step (`laptop`, one row, one thread of an AMD EPYC). So the parts of a layer are
 layer's order. The weights are the modules' own parameters and views of them: nothing is copied, and what is loaded into
 the modules later is seen here.
 
+Under tensor parallelism every rank calls with the same rows. It has its heads, its features of an FFN and all experts,
+and what the ranks' parts of a product add up to is summed as in training.
+
 Everything is inference: gradients are off.
 
 Shapes: T tokens (rows), H hidden, N heads, D query width, X its part without rotation, P rotated pairs, Z latent width,
@@ -38,6 +41,24 @@ def product_like(weight: torch.Tensor) -> ProductFunction:
     if choose_product_backend("auto", weight.device, weight.dtype) == "via_fp32":
         return linear_forward
     return multiply_rows
+
+
+def summing_product(module: Any) -> ProductFunction:
+    """How rows are multiplied by a row-parallel layer's weight: over its ranks' parts of the input's features.
+
+    Args:
+        module: The layer.
+    """
+    multiply, group = product_like(module.weight), module.tp_group
+    if group.size() == 1:
+        return multiply
+
+    def multiply_and_sum(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        part = multiply(x, weight)
+        torch.distributed.all_reduce(part, group=group)
+        return part
+
+    return multiply_and_sum
 
 
 class Norm:
@@ -80,6 +101,7 @@ class LatentAttention:
         self._down, self._norm = parts.linear_kv_down_proj.weight, Norm(parts.kv_layernorm)
         self._up: torch.Tensor = parts.linear_kv_up_proj.weight
         self._output: torch.Tensor = parts.linear_proj.weight
+        self._multiply_output = summing_product(parts.linear_proj)
         self._up_widths = [config.qk_head_dim, config.v_head_dim]
         self.up_NXZ, self.up_NUZ = self._up.detach().view(self._heads, -1, self.latent_width).split(
             self._up_widths, dim=1)
@@ -115,7 +137,7 @@ class LatentAttention:
 
     def output(self, context_TNU: torch.Tensor) -> torch.Tensor:
         """What attention adds to the residual, [T, H]."""
-        return self._multiply(context_TNU.flatten(1), self._output)
+        return self._multiply_output(context_TNU.flatten(1), self._output)
 
 
 class SwiGLU:
@@ -123,11 +145,11 @@ class SwiGLU:
 
     def __init__(self, module: Any) -> None:
         self._up, self._down = module.linear_fc1.weight, module.linear_fc2.weight
-        self._multiply = product_like(self._up)
+        self._multiply, self._multiply_down = product_like(self._up), summing_product(module.linear_fc2)
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]."""
-        return self._multiply(swiglu(self._multiply(x_TH, self._up)), self._down)
+        return self._multiply_down(swiglu(self._multiply(x_TH, self._up)), self._down)
 
 
 class MixtureOfExperts:

@@ -25,6 +25,7 @@ from dsv3_megatron.generation.cached_layers import LatentAttention, Layer, Norm,
 from dsv3_megatron.model.attention import LocalMLASelfAttention
 from dsv3_megatron.ops.attention import causal_attention
 from dsv3_megatron.ops.cross_entropy import linear_cross_entropy
+from dsv3_megatron.ops.local_scores import is_among
 
 # Rotary tables are made for a multiple of this many positions, not anew for every token.
 _TABLE_STEP = 1024
@@ -100,11 +101,22 @@ def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat([rows, rows[:1].expand(count - len(rows), *rows.shape[1:])])
 
 
+def gathered_features(part: torch.Tensor, ranks: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """The features of all tensor-parallel ranks side by side, [T, each] -> [T, all], of this rank's part of them."""
+    if ranks.size() == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(ranks.size())]
+    torch.distributed.all_gather(parts, part.contiguous(), group=ranks)
+    return torch.cat(parts, dim=-1)
+
+
 class CachedModel:
     """The layers, the head and the first MTP module of a stage that is a whole model. Gradients are off.
 
+    Tensor-parallel ranks share a model: all of them call with the same tokens, and get the same results.
+
     Args:
-        stage: The only stage of a run of one process, from local modules, in eval mode.
+        stage: The only stage of a replica, from local modules, in eval mode; every rank of it has all experts.
 
     Raises:
         ConfigError: the stage's attention is not this library's own.
@@ -121,9 +133,11 @@ class CachedModel:
         self._rotary, self._rotations_CP = attention.rotary, torch.empty(0)
         self._layers, self._norm = list(map(Layer, stage.decoder.layers)), Norm(stage.decoder.final_layernorm)
         self._head: torch.Tensor = stage.output_layer.weight
+        self._ranks = stage.pg_collection.tp
+        self.vocab_size = len(self._head) * self._ranks.size()
         self._multiply = product_like(self._head)
         self.num_mtp_layers: int = self.config.mtp_num_layers or 0
-        self._mtp = _MTP(stage.mtp.layers[0]) if self.num_mtp_layers else None
+        self._mtp = _MTP(stage.mtp.layers[0], self._ranks) if self.num_mtp_layers else None
 
     def new_cache(self, kind: str, *, num_rows: int, capacity: int, is_mtp: bool = False) -> KeyValueCache:
         """An empty cache for the main model's layers, or for the MTP module's one."""
@@ -168,7 +182,7 @@ class CachedModel:
         num_added = max(0, least_rows - len(rows_TH))
         if num_added:
             rows_TH = torch.nn.functional.pad(rows_TH, (0, 0, 0, num_added))
-        logits_TV = self._multiply(rows_TH, self._head)
+        logits_TV = gathered_features(self._multiply(rows_TH, self._head), self._ranks)
         return logits_TV[:len(logits_TV) - num_added].reshape(*hidden.shape[:-1], -1)
 
     @torch.no_grad()
@@ -183,7 +197,8 @@ class CachedModel:
         """
         num_added = -len(tokens_T) % least_rows
         padded_TH = torch.nn.functional.pad(hidden_TH, (0, 0, 0, num_added))
-        losses_T = linear_cross_entropy(padded_TH, self._head, torch.nn.functional.pad(tokens_T, (0, num_added)))
+        losses_T = linear_cross_entropy(padded_TH, self._head, torch.nn.functional.pad(tokens_T, (0, num_added)),
+                                        vocabulary_group=self._ranks)
         return -losses_T[:len(tokens_T)]
 
     def _main(self, tokens_T: torch.Tensor, run: _Run) -> torch.Tensor:
@@ -227,7 +242,14 @@ class CachedModel:
     # ---- places ------------------------------------------------------------------------------------
 
     def _embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.embedding(tokens_T, self.embedding)
+        if self._ranks.size() == 1:
+            return torch.nn.functional.embedding(tokens_T, self.embedding)
+        own_T = tokens_T - self._ranks.rank() * len(self.embedding)
+        is_here_T = is_among(own_T, len(self.embedding))
+        part_TH = torch.nn.functional.embedding(own_T.where(is_here_T, 0), self.embedding)
+        part_TH = part_TH.where(is_here_T[:, None], 0.0)
+        torch.distributed.all_reduce(part_TH, group=self._ranks)
+        return part_TH
 
     def _rotations(self, limit: int, positions_T: torch.Tensor) -> torch.Tensor:
         """cos + i sin of positions below `limit`, [T, P]."""
@@ -273,7 +295,8 @@ class CachedModel:
 class _MTP:
     """The first MTP module. Source: DeepSeek-V3 report, eq. 21-22; embedding first, as the published `eh_proj`."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, ranks: torch.distributed.ProcessGroup) -> None:
+        self._ranks = ranks
         self._embedding_norm, self._hidden_norm = Norm(module.enorm), Norm(module.hnorm)
         self._joining: torch.Tensor = module.eh_proj.weight
         self._layers, self._norm = [Layer(module.mtp_model_layer)], Norm(module.final_layernorm)
@@ -282,4 +305,5 @@ class _MTP:
     def __call__(self, embedded_TH: torch.Tensor, hidden_TH: torch.Tensor, run: _Run) -> torch.Tensor:
         """[T, H], twice -> [T, H]."""
         joined = torch.cat([self._embedding_norm(embedded_TH), self._hidden_norm(hidden_TH)], dim=-1)
-        return self._norm(run.through(self._layers, self._multiply(joined, self._joining)))
+        x_TH = gathered_features(self._multiply(joined, self._joining), self._ranks)
+        return self._norm(run.through(self._layers, x_TH))

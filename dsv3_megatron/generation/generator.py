@@ -173,7 +173,7 @@ class Generator:
             ConfigError: before anything is computed, a prompt that cannot be continued.
         """
         for number, ids in enumerate(prompts):
-            self.options.check_prompt(ids, self.model.embedding.shape[0], f"prompt {number + 1}")
+            self.options.check_prompt(ids, self.model.vocab_size, f"prompt {number + 1}")
         return itertools.chain.from_iterable(
             self._continue(first, prompts[first: first + self.options.batch_size],
                            (numbers or range(len(prompts)))[first: first + self.options.batch_size])

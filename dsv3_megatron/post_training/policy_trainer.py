@@ -159,7 +159,9 @@ class PolicyTrainer(Trainer):
         finish_gathering(self.chunks)
         stage = unwrap_model(self.chunks[0]).eval()
         replicas, rank = self.groups.dp.size(), self.groups.dp.rank()
-        parts = gathered(lambda: self.sampler.answer(stage, asked[rank::replicas], rollout=rollout), self.groups.dp)
+        is_judged = self.groups.tp.rank() == 0
+        parts = gathered(lambda: self.sampler.answer(stage, asked[rank::replicas], rollout=rollout,
+                                                     is_judged=is_judged), self.groups.dp, self.groups.tp)
         return [parts[place % replicas][place // replicas] for place in range(len(asked))]
 
     def _with_reference(self, answers: tuple[Answer, ...]) -> tuple[Answer, ...]:

@@ -1,6 +1,7 @@
 """Answers to prompts, generated with the weights of the time, judged, and gathered from all replicas.
 
-Each replica answers its share of the prompts in one process. What an answer is follows from the run's seed, the
+Each replica answers its share of the prompts, in one process or in tensor-parallel ranks that all generate all of them,
+of which the first judges. What an answer is follows from the run's seed, the
 rollout's number and the answer's place in it: not from the replicas, nor from which answers are generated together.
 
 Shapes: T tokens, H hidden, V vocabulary.
@@ -9,7 +10,7 @@ Shapes: T tokens, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -58,13 +59,16 @@ class Sampler:
     def __init__(self, run: RunConfig, codec: TextCodec, rewards: Rewards, beat: Callable[[str], None]) -> None:
         self.run, self.codec, self.rewards, self._beat = run, codec, rewards, beat
 
-    def answer(self, stage: torch.nn.Module, asked: Sequence[Asked], *, rollout: int | None) -> list[Answer]:
+    def answer(self, stage: torch.nn.Module, asked: Sequence[Asked], *, rollout: int | None, is_judged: bool = True
+               ) -> list[Answer]:
         """Answer prompts in this process.
 
         Args:
             stage: The whole model, in eval mode.
             asked: What is to be answered.
             rollout: Number of the rollout, which the draws follow from; None: the likeliest tokens are taken.
+            is_judged: Whether the answers get their rewards here, once all of them are there: a rank that raises an
+                error while others wait for its part of a product would leave them waiting.
 
         Raises:
             RewardError: an answer could not be judged.
@@ -81,9 +85,9 @@ class Sampler:
         answers: list[Answer | None] = [None] * len(asked)
         ended: list[tuple[int, bool]] = []
 
-        def judge() -> None:
-            made = self._judged(model, [(asked[place], ids[place], states[place], is_finished)
-                                        for place, is_finished in ended])
+        def finish() -> None:
+            made = self._answers(model, [(asked[place], ids[place], states[place], is_finished)
+                                         for place, is_finished in ended])
             for (place, _), answer in zip(ended, made, strict=True):
                 answers[place], states[place] = answer, []
             ended.clear()
@@ -98,14 +102,20 @@ class Sampler:
                 self._beat("rollout")
                 ended.append((place, event.ended == END_OF_TEXT))
                 if sum(len(ids[each]) for each, _ in ended) >= _TOKENS_AT_A_TIME:
-                    judge()
-        judge()
+                    finish()
+        finish()
         assert None not in answers
-        return [answer for answer in answers if answer is not None]
+        done = [answer for answer in answers if answer is not None]
+        return [self._judged(answer, each) for answer, each in zip(done, asked, strict=True)] if is_judged else done
+
+    def _judged(self, answer: Answer, asked: Asked) -> Answer:
+        self._beat("rollout")
+        values = self.rewards.of(answer.text, asked.prompt.record, f"{self.run.policy.prompts}, line {answer.line}")
+        return replace(answer, rewards=values, reward=self.rewards.weighted(values))
 
     @torch.inference_mode()
-    def _judged(self, model: CachedModel, made: Sequence[tuple[Asked, list[int], list[torch.Tensor], bool]]
-                ) -> list[Answer]:
+    def _answers(self, model: CachedModel, made: Sequence[tuple[Asked, list[int], list[torch.Tensor], bool]]
+                 ) -> list[Answer]:
         """Answers, of which there are what was asked for, ids, hidden states, and whether an end token ended them."""
         if not made:
             return []
@@ -120,10 +130,8 @@ class Sampler:
         for asked, ids, _, is_finished in made:
             part, first = slice(first, first + len(ids)), first + len(ids)
             text = self.codec.decode(ids[:len(ids) - is_finished])
-            values = self.rewards.of(text, asked.prompt.record, f"{self.run.policy.prompts}, line {asked.prompt.line}")
             answers.append(Answer(asked.prompt.line, asked.group, asked.prompt.ids, tuple(ids), is_finished, text,
-                                  logprobs_T[part].copy(), float(entropies_T[part].mean()), values,
-                                  self.rewards.weighted(values)))
+                                  logprobs_T[part].copy(), float(entropies_T[part].mean()), (), 0.0))
         return answers
 
 
@@ -136,12 +144,14 @@ def _entropies(model: CachedModel, states_TH: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def gathered(mine: Callable[[], list[Answer]], group: torch.distributed.ProcessGroup) -> list[list[Answer]]:
-    """The answers of all replicas; called by each, and the same on each.
+def gathered(mine: Callable[[], list[Answer]], replicas: torch.distributed.ProcessGroup,
+             ranks: torch.distributed.ProcessGroup) -> list[list[Answer]]:
+    """The answers of all replicas; called by each rank of each, and the same on each.
 
     Args:
         mine: Function that makes this replica's.
-        group: Processes of all replicas.
+        replicas: This rank's group of data parallelism.
+        ranks: Its group of tensor parallelism, the first of which has the replica's answers with their rewards.
 
     Raises:
         ConfigError: an answer of one of them could not be judged; on all of them, so that none waits for it.
@@ -151,8 +161,11 @@ def gathered(mine: Callable[[], list[Answer]], group: torch.distributed.ProcessG
         found = mine()
     except ConfigError as error:
         found = str(error)
-    everyone: list[list[Answer] | str] = [found] * group.size()
-    torch.distributed.all_gather_object(everyone, found, group=group)
+    told = [found]
+    if ranks.size() > 1:
+        torch.distributed.broadcast_object_list(told, group=ranks, group_src=0)
+    everyone: list[list[Answer] | str] = told * replicas.size()
+    torch.distributed.all_gather_object(everyone, told[0], group=replicas)
     for each in everyone:
         if isinstance(each, str):
             raise ConfigError(each)

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from dsv3_megatron.ops.backend import choose_product_backend
 from dsv3_megatron.post_training.kept import kept_rollouts, read_rollout
 from tests.digit_tokenizer import DIGIT_VOCAB, write_digit_tokenizer, write_sums
 from tests.distributed.launch import run_ranks
@@ -113,3 +115,27 @@ def test_kept_rollouts_give_the_same_steps_under_a_layout(
         layout: str, whole: Path, given: list[str], tmp_path: Path) -> None:
     require_close(grpo(2, tmp_path, *ARCHITECTURE, *GRPO, *given, "--replay", str(whole / "rollouts"),
                        *LAYOUTS[layout]), steps(whole / "logs"))
+
+
+def test_tensor_parallel_ranks_answer_together(whole: Path, given: list[str], tmp_path: Path) -> None:
+    """Answers of one process, up to fp32's rounding; one rank judges."""
+    ranks = grpo(2, tmp_path, *ARCHITECTURE, *GRPO, *given, "--rollouts", str(tmp_path / "rollouts"),
+                 "--tensor-model-parallel-size", "2", "--valid-prompts", given[1], "--eval-interval", "3")
+    require_close(ranks, steps(whole / "logs"))
+    for mine, theirs in zip(kept_rollouts(tmp_path / "rollouts"), kept_rollouts(whole / "rollouts"), strict=True):
+        for answer, other in zip(read_rollout(mine).answers, read_rollout(theirs).answers, strict=True):
+            assert (answer.ids, answer.text, answer.rewards) == (other.ids, other.text, other.rewards)
+            assert answer.logprobs_T == pytest.approx(other.logprobs_T, abs=1e-4)
+
+
+@pytest.mark.parametrize("layout", [[], ["--tensor-model-parallel-size", "2"]], ids=["replicas", "tensors"])
+def test_in_bf16_a_rollout_has_the_bits_of_its_first_step(given: list[str], tmp_path: Path, layout: list[str]) -> None:
+    """Each token's ratio is 1, with drafts too: the mean of 24 answers' ratios is 1 without rounding."""
+    if choose_product_backend("auto", torch.device("cpu"), torch.bfloat16) != "native":
+        pytest.skip("this processor has no units for bf16: its fp32 products depend on how many rows are multiplied")
+    flags = dict(zip(GRPO[::2], GRPO[1::2], strict=True)) | {
+        "--precision": "bf16", "--global-batch-size": "24", "--updates-per-rollout": "1", "--train-iters": "1",
+        "--rollout-speculative": "mtp", "--grpo-level": "token", "--rollouts": str(tmp_path / "rollouts")}
+    words = [word for pair in flags.items() for word in pair]
+    (step,) = grpo(2, tmp_path, *ARCHITECTURE, *words, *given, *layout).values()
+    assert (step["grpo/ratio"], step["grpo/kl"]) == (1.0, 0.0)

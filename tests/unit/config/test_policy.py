@@ -52,6 +52,8 @@ def test_the_defaults() -> None:
     ({"context_parallel_size": 2}, "context_parallel_size=2 cannot go with prompts"),
     ({"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size=2 cannot go with prompts that are to be"),
     ({"expert_model_parallel_size": 2}, "expert_model_parallel_size=2 cannot go with prompts that are to be answered"),
+    ({"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
+     "expert_tensor_parallel_size=2 cannot go with prompts that are to be answered"),
     ({"fp8": "blockwise"}, "fp8=blockwise cannot go with prompts that are to be answered"),
     ({"valid_prompts": "v.jsonl", "eval_interval": 0}, "valid_prompts=v.jsonl is answered at validations"),
     ({"rollout_speculative": "mtp", "mtp_num_layers": 0}, "rollout_speculative=mtp needs an MTP module"),
