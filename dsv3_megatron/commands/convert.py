@@ -23,7 +23,7 @@ from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.config.streams import print_error
-from dsv3_megatron.config.training import VERIFY_FILES
+from dsv3_megatron.config.training import VERIFY_FILES, require_license
 from dsv3_megatron.process.cores import usable_cores
 
 
@@ -127,6 +127,7 @@ def _hf_to_megatron(options: argparse.Namespace) -> None:
 
 
 def _megatron_to_hf(options: argparse.Namespace) -> None:
+    require_license("--license", options.license)
     from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 
     table = convert_to_hugging_face(

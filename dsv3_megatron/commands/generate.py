@@ -20,6 +20,7 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import Parser
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.slow_work import slow_work
 from dsv3_megatron.config.training import PRECISIONS, VERIFY_FILES, TrainingConfig
 from dsv3_megatron.process.ranks import Processes
 from dsv3_megatron.runs.rank import check_and_run, prepare_rank, refuse
@@ -143,8 +144,9 @@ def _generate(checked: CheckedRequest, *, as_json: bool) -> int:
     from dsv3_megatron.parallel.groups import destroy_groups
     from dsv3_megatron.runs.built_model import build_model
 
-    built = build_model(checked.run)
-    built.load(checked.load)
+    with slow_work("load"):
+        built = build_model(checked.run)
+        built.load(checked.load)
     generator = Generator(CachedModel(built.stages[0].eval()), checked.options)
     printer = Printer(checked.codec, checked.texts, checked.ids, sys.stdout, as_json=as_json)
     for event in generator.generate(checked.ids):

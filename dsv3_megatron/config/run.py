@@ -19,7 +19,13 @@ from dsv3_megatron.config.phases import check_fields_outside, errors_of_phase, v
 from dsv3_megatron.config.policy import PolicyConfig
 from dsv3_megatron.config.precision import Fp8Config
 from dsv3_megatron.config.recipe import PlannedPhase, Recipe, plan_recipe
-from dsv3_megatron.config.training import WITHOUT_PHASES, CheckpointConfig, LoggingConfig, TrainingConfig
+from dsv3_megatron.config.training import (
+    WITHOUT_PHASES,
+    CheckpointConfig,
+    LoggingConfig,
+    TrainingConfig,
+    require_license,
+)
 from dsv3_megatron.config.values import plain, require_values
 
 SECTIONS: dict[str, type] = {
@@ -130,6 +136,7 @@ class RunConfig:
         if self.checkpoint.export_hf and not self.checkpoint.save:
             raise ConfigError(f"export_hf={self.checkpoint.export_hf} needs save: the run's last checkpoint is what is "
                               "exported")
+        require_license("export_license", self.checkpoint.export_license)
         if self.checkpoint.max_failed_saves < 0:
             raise ConfigError(f"max_failed_saves={self.checkpoint.max_failed_saves} must not be negative; 0 never ends "
                               "a run for checkpoints that cannot be written")

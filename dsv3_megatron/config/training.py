@@ -6,6 +6,7 @@ Plain frozen data, no torch. Flags that exist in Megatron-LM keep its spelling a
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 
 from dsv3_megatron.config.fields import (
@@ -195,6 +196,21 @@ class TrainingConfig(StepConfig):
 
 # Fields of a run that describe one phase, of the whole run, where no phases are given.
 WITHOUT_PHASES = names_in_phases(TrainingConfig, InPhases.REPLACED)
+
+
+def require_license(name: str, value: str) -> None:
+    """Check that a licence is one word as the hub writes it: it stands in the first lines of a model card as it is.
+
+    Args:
+        name: The setting or the flag, for the message.
+        value: The licence.
+
+    Raises:
+        ConfigError: the value is something else.
+    """
+    if not re.fullmatch(r"[a-z0-9]+([.+-][a-z0-9]+)*", value):
+        raise ConfigError(f"{name}={value!r} must be the hub's name of a licence, in lower case: apache-2.0, mit, "
+                          "cc-by-4.0, other, unknown")
 
 
 @dataclass(frozen=True)

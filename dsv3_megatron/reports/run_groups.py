@@ -10,6 +10,7 @@ Usage:
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def band_of(curves: Sequence[Sequence[tuple[int, float]]]) -> Band:
     by_step = [dict(curve) for curve in curves]
     steps = sorted(set.intersection(*(set(curve) for curve in by_step))) if by_step else []
     rows = ((step, [curve[step] for curve in by_step]) for step in steps)
-    return [(step, sum(values) / len(values), min(values), max(values)) for step, values in rows]
+    return [(step, statistics.fmean(values), min(values), max(values)) for step, values in rows]
 
 
 def read_groups(folders: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:

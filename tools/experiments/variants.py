@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3_megatron.metrics.run_records import METRICS_FILE, RunRecords, read_records
+from dsv3_megatron.reports.run_groups import Band, band_of
 
 _FINISHED = "finished"
-# (iteration, mean, least, most) over seeds.
-Bands = list[tuple[int, float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Panel:
     """One of an experiment's axes: a band for each variant by name."""
 
     label: str
-    bands: Mapping[str, Bands]
+    bands: Mapping[str, Band]
     is_logarithmic: bool = False
 
 
@@ -134,15 +133,14 @@ def write_table(curves: Sequence[Curve], path: Path, *, columns: Sequence[str], 
                                  *("" if value is None else f"{value:.6g}" for value in values)))
 
 
-def mean_by_step(curves: Sequence[Curve], variant: str, column: str, *, is_validation: bool = False) -> Bands:
+def mean_by_step(curves: Sequence[Curve], variant: str, column: str, *, is_validation: bool = False) -> Band:
     """A column of a variant over its seeds, where all of them have a value; of its steps, or of its validations."""
     mine = [curve.records for curve in curves if curve.variant == variant]
-    return _bands([dict(records.validation_column(column) if is_validation else records.column(column))
-                   for records in mine])
+    return band_of([records.validation_column(column) if is_validation else records.column(column) for records in mine])
 
 
 def loss_differences(curves: Sequence[Curve], variant: str, base: str, *, window: int = 1, is_relative: bool = False
-                     ) -> Bands:
+                     ) -> Band:
     """A variant's training loss less the base's with the same seed, mean over `window` steps; or as a share of it."""
     reference = {curve.seed: dict(curve.records.column("lm_loss")) for curve in curves if curve.variant == base}
     per_seed = []
@@ -151,15 +149,9 @@ def loss_differences(curves: Sequence[Curve], variant: str, base: str, *, window
             exact = reference[curve.seed]
             gaps = [(step, (loss - exact[step]) / (exact[step] if is_relative else 1.0))
                     for step, loss in curve.records.column("lm_loss")]
-            per_seed.append({gaps[last - 1][0]: statistics.fmean(gap for _, gap in gaps[last - window:last])
-                             for last in range(window, len(gaps) + 1)})
-    return _bands(per_seed)
-
-
-def _bands(per_seed: Sequence[Mapping[int, float]]) -> Bands:
-    steps = sorted(set.intersection(*(set(values) for values in per_seed)))
-    rows = ((step, [seed[step] for seed in per_seed]) for step in steps)
-    return [(step, statistics.fmean(values), min(values), max(values)) for step, values in rows]
+            per_seed.append([(gaps[last - 1][0], statistics.fmean(gap for _, gap in gaps[last - window:last]))
+                             for last in range(window, len(gaps) + 1)])
+    return band_of(per_seed)
 
 
 def plot_bands(panels: Sequence[Panel], colours: Mapping[str, str], path: Path, *, preset: str, seeds: Sequence[int],

@@ -261,6 +261,8 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ("tiny", {"export_hf": "exported"}, 1,
      "export_hf=exported needs save: the run's last checkpoint is what is exported"),
     ("tiny", {"keep_last": -1}, 1, "keep_last=-1 must not be negative; 0 keeps all checkpoints"),
+    ("tiny", {"export_license": "Apache 2.0\ntags: [x]"}, 1, "export_license='Apache 2.0\\ntags: [x]' must be the "
+     "hub's name of a licence, in lower case: apache-2.0, mit, cc-by-4.0, other, unknown"),
     ("tiny", {"trace_schedule": "trace.json"}, 1, "trace_schedule=trace.json records what pipeline ranks do and needs "
      "pipeline_model_parallel_size of at least 2; leave it out"),
     ("tiny", {"log_interval": 0}, 1, "log_interval=0 must be at least 1"),
