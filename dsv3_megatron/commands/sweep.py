@@ -67,8 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plan = dataclasses.replace(plan, at_a_time=options.at_a_time)
         steps = check_settings(plan, _reader_of(plan.command))
         if options.list:
+            launch = ["dsv3"] if plan.processes == 1 else [
+                "torchrun", "--standalone", "--nproc-per-node", str(plan.processes), "-m", "dsv3_megatron"]
             for run in plan.runs:
-                print(shlex.join(("dsv3", plan.command, *run.words)))
+                print(shlex.join((*launch, plan.command, *run.words)))
             return 0
         _require_own(plan.output)
         codes = {run: code_of(run) for run in plan.runs}
@@ -195,8 +197,9 @@ class _Sweep:
         self._codes[run] = ended.code
         num_done = sum(code in FINAL for code in self._codes.values())
         [result] = _results(self._plan, {run: ended.code}, ())
-        value = next((f", {name} {result.values[name]:.4f}" for name in reversed(list(result.values))
-                      if name.endswith(", last")), "")
+        last = sorted((name for name in result.values if name.endswith(", last")),
+                      key=lambda name: not name.startswith("validation "))  # of validations first, else as they are
+        value = f", {last[0].removesuffix(', last')} {result.values[last[0]]:.4f}" if last else ""
         self._say(f"[{num_done}/{len(self._codes)}] {run.name}: {result.state} after {duration(ended.seconds)}{value}")
         if ended.code == EXIT_DONE and not self._plan.keeps_checkpoints:
             shutil.rmtree(run.checkpoints, ignore_errors=True)

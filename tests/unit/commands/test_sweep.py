@@ -9,6 +9,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -122,6 +123,8 @@ def test_a_sweep_does_every_run_once_and_prints_its_table(sweep: Sweep, file: Pa
     lines = done.stdout.splitlines()
     assert [line.split("|")[1:3] for line in lines[2:4]] == [[f" {name} ", " 3 of 3 "] for name in NAMES]
     assert "± 0.0100" in lines[2], "the seeds are 0.01 apart"
+    ended = r"^\[1/6\] lr=0\.0+1, seed 1: done after 0:0\d:\d\d, lm_loss \d\.\d{4}$"
+    assert re.search(ended, done.stderr, re.MULTILINE)
     assert "[6/6]" in done.stderr and "6 runs, 0 of them finished before" in done.stderr
     again = sweep(file)
     assert again.returncode == 0 and again.stdout == done.stdout
@@ -228,6 +231,9 @@ def test_the_commands_can_be_looked_at_and_nothing_is_written(sweep: Sweep, file
         f"{file.parent}/study/lr=0.01/seed-1/checkpoints --tensorboard-dir "
         f"{file.parent}/study/lr=0.01/seed-1/tensorboard --resume auto")
     assert not (file.parent / "study").exists()
+    file.write_text("processes = 2\n" + file.read_text())
+    assert sweep(file, "--list").stdout.startswith(
+        f"torchrun --standalone --nproc-per-node 2 -m dsv3_megatron train --train-iters {STEPS}")
 
 
 def test_checkpoints_of_finished_runs_may_go(sweep: Sweep, file: Path) -> None:
