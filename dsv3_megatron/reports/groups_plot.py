@@ -148,3 +148,5 @@ def _draw_panel(axes: Any, quantity: Quantity, bands: dict[str, Band], names: Se
     axes.set_xlabel("iteration")
     if quantity.is_logarithmic:
         axes.set_yscale("log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(lambda value, _: f"{value:.3g}")
