@@ -131,6 +131,11 @@ def _training(manifest: Manifest, losses: Losses | None, is_average: bool) -> di
             "Written by": ", ".join(f"{name} {version}" for name, version in manifest.versions.items())}
     if is_average:
         rows["Weights are"] = "the moving average of the run's"
+    if (manifest.run.get("policy") or {}).get("prompts"):
+        # What such a run logs as its loss is the objective with its sign turned, and no loss of a text.
+        return rows | {"Learnt from": "its own answers to prompts, by their rewards (GRPO)"}
+    if (manifest.run.get("data") or {}).get("sft"):
+        rows["Fine-tuned on"] = "conversations"
     losses = losses or Losses()
     rows["Training loss"] = "not known" if losses.training is None else f"{losses.training:.4f} nats per token"
     rows["Validation loss"] = "not known" if losses.validation is None else (

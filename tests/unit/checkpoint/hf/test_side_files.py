@@ -29,6 +29,7 @@ from dsv3_megatron.metrics.run_records import last_losses
 from dsv3_megatron.ops.fp8.published import dequantize_weight_blocks, quantize_weight_blocks
 from tests.hugging_face import config_json, published_weights, write_checkpoint
 from tests.parity.architectures import variant
+from tests.signing import sign
 from tests.unit.checkpoint.hf.trained import MODEL, trained
 
 
@@ -104,6 +105,18 @@ def test_model_card_of_what_is_not_known(tmp_path):
     card = (exported(tmp_path, trained(tmp_path)) / "README.md").read_text()
     assert "license: unknown\n" in card and "## Licence\n\nNot stated." in card
     assert "| Training loss | not known |" in card and "AutoTokenizer" not in card
+
+
+def test_model_card_of_what_was_not_trained_on_plain_texts(tmp_path):
+    """What GRPO logs as its loss is an objective: in a card it would be read as a loss of texts."""
+    checkpoint = trained(tmp_path)
+    sign(checkpoint / "iter_0000000", lambda content: content["run"].update(data={"sft": True}))
+    card = (exported(tmp_path, checkpoint, losses=Losses(1.5)) / "README.md").read_text()
+    assert "| Fine-tuned on | conversations |" in card and "1.5000 nats per token" in card
+    sign(checkpoint / "iter_0000000", lambda content: content["run"].update(policy={"prompts": "sums.jsonl"}))
+    convert_to_hugging_face(checkpoint, tmp_path / "learnt", losses=Losses(-0.25))
+    card = (tmp_path / "learnt" / "README.md").read_text()
+    assert "| Learnt from | its own answers to prompts, by their rewards (GRPO) |" in card and "nats" not in card
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
