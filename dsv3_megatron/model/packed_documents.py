@@ -11,7 +11,7 @@ Legend: B sequences, S positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.data.batches import Batch
 from dsv3_megatron.ops.attention import DocumentBounds
+from dsv3_megatron.ops.cross_entropy import IGNORED
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,20 @@ def packed_documents(batch: Batch, data: DataConfig) -> PackedDocuments | None:
     if not data.has_document_attention:
         return None
     return PackedDocuments(batch.document_bounds, batch.position_ids_BS if data.restarts_positions else None)
+
+
+def with_labels_that_count(batch: Batch, data: DataConfig) -> Batch:
+    """The micro-batch with labels that its mask leaves out ignored, where conversations are learnt from.
+
+    The head need not compute their losses, which nothing reads.
+
+    Args:
+        batch: A micro-batch.
+        data: Data configuration of the run.
+    """
+    if not data.sft:
+        return batch
+    return replace(batch, labels_BS=batch.labels_BS.masked_fill(batch.loss_mask_BS == 0, IGNORED))
 
 
 def forward_stage(stage: torch.nn.Module, batch: Batch, data: DataConfig) -> Any:

@@ -30,6 +30,8 @@ from dsv3_megatron.ops.recompute import saving
 
 # A target that counts nothing, as torch has it.
 IGNORED = -100
+# On a CPU the tokens that count are chosen first where they are up to this share of all, so many at least.
+_WORTH_CHOOSING, _ROWS_AT_ONCE = 0.75, 16
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """-log softmax(hidden W^T)[target] of each token, in nats.
 
+    On a CPU, where many are ignored, the head multiplies the others alone; a GPU's host would wait for their number.
+
     Args:
         hidden: [..., H], bf16, fp32 or fp64; the same on all ranks of `vocabulary_group`.
         weight_vH: This rank's rows of the vocabulary, without a group all of them, same dtype.
@@ -110,6 +114,14 @@ def linear_cross_entropy(
         group = None
     if targets.device.type == "cpu":
         _check_targets(targets, _vocabulary(weight_vH, group))
+        counted = _rows_that_count(targets.reshape(-1))
+        if counted is not None:
+            losses = linear_cross_entropy(
+                rows.index_select(0, counted), weight_vH, targets.reshape(-1)[counted], vocabulary_group=group,
+                backend=backend, keep_probabilities=keep_probabilities, chunk_tokens=chunk_tokens,
+                product_backend=product_backend, accumulate_into_main_grad=accumulate_into_main_grad,
+                defer_weight_grad=defer_weight_grad)
+            return losses.new_zeros(targets.numel()).index_copy(0, counted, losses).view(targets.shape)
     is_fused = _is_fused(backend, rows)
     device = "cpu" if rows.device.type == "cpu" else "cuda"
     if chunk_tokens is None:
@@ -137,6 +149,18 @@ def _check_targets(targets: torch.Tensor, vocabulary: int) -> None:
     if bool(is_wrong.any()):
         raise ValueError(f"linear_cross_entropy: target {int(targets[is_wrong][0])} must be a token of the vocabulary, "
                          f"0..{vocabulary - 1}, or {IGNORED}, which counts nothing; check the labels' tokenizer")
+
+
+def _rows_that_count(targets_T: torch.Tensor) -> torch.Tensor | None:
+    """Indices of the tokens that are not ignored, or None where nearly all count.
+
+    Others fill their number up to a multiple of what a product needs to have the bits of one of many rows.
+    """
+    is_counted_T = targets_T != IGNORED
+    num_rows = max(1, -(-int(is_counted_T.sum()) // _ROWS_AT_ONCE)) * _ROWS_AT_ONCE
+    if num_rows > _WORTH_CHOOSING * len(targets_T):
+        return None
+    return is_counted_T.logical_not().to(torch.uint8).argsort(stable=True)[:num_rows]
 
 
 def _is_fused(backend: str, rows: torch.Tensor) -> bool:

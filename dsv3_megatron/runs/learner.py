@@ -37,6 +37,7 @@ from dsv3_megatron.metrics.measurements import Measurements
 from dsv3_megatron.model.build import wrap_stages
 from dsv3_megatron.model.language_model import TokenLosses
 from dsv3_megatron.model.losses import sum_losses
+from dsv3_megatron.model.packed_documents import with_labels_that_count
 from dsv3_megatron.model.stage.buckets import buckets_of, finish_gathering
 from dsv3_megatron.model.stage.runner import LossFunction
 from dsv3_megatron.ops.fp8.held_weights import constant_weights
@@ -235,7 +236,8 @@ class Learner:
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         self.beat("micro-batch")
-        return next(batches).to(self.device.torch_device, is_non_blocking=True)
+        batch = next(batches).to(self.device.torch_device, is_non_blocking=True)
+        return with_labels_that_count(batch, self.run.data)
 
     def _loss(self, batch: Batch, losses: TokenLosses) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         return sum_losses(batch.loss_mask_BS, losses, mtp_weight=self.phase.training.mtp_loss_scaling_factor,

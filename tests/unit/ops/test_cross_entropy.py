@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dsv3_megatron.ops import cross_entropy
 from dsv3_megatron.ops.cross_entropy import linear_cross_entropy, reference_cross_entropy, token_cross_entropy
 from dsv3_megatron.ops.softmax import softmax_and_logsumexp_
 
@@ -122,6 +123,28 @@ def test_ignored_targets(keep):
     counts = ignored != -100
     got = _with_gradients(lambda h, w: linear_cross_entropy(h, w, ignored, keep_probabilities=keep, chunk_tokens=3),
                           [hidden, weight], grad)
+    expected = _expected(hidden, weight, targets, grad * counts)
+    torch.testing.assert_close(got[0], expected[0] * counts, rtol=1e-10, atol=1e-10)
+    for a, b in zip(got[1:], expected[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_counted", [0, 1, 16, 17, 40, 50])
+def test_the_head_multiplies_the_rows_that_count(num_counted, monkeypatch):
+    """Few of 64 among ignored ones: in sixteens, nothing but theirs; nearly all of them: as they are."""
+    draws = torch.Generator().manual_seed(num_counted)
+    hidden, weight, grad = (torch.randn(shape, generator=draws, dtype=torch.float64)
+                            for shape in ((32, 2, 16), (40, 16), (32, 2)))
+    targets = torch.randint(0, 40, (64,), generator=draws)
+    counts = torch.zeros(64, dtype=torch.bool)
+    counts[torch.randperm(64, generator=draws)[:num_counted]] = True
+    targets, counts = targets.view(32, 2), counts.view(32, 2)
+    seen, chunked = [], cross_entropy.chunked_scores
+    monkeypatch.setattr(cross_entropy, "chunked_scores", lambda rows, *rest, **named: (
+        seen.append(len(rows)), chunked(rows, *rest, **named))[1])
+    got = _with_gradients(lambda h, w: linear_cross_entropy(h, w, targets.masked_fill(~counts, -100)),
+                          [hidden, weight], grad)
+    assert seen == [{0: 16, 1: 16, 16: 16, 17: 32, 40: 48, 50: 64}[num_counted]]
     expected = _expected(hidden, weight, targets, grad * counts)
     torch.testing.assert_close(got[0], expected[0] * counts, rtol=1e-10, atol=1e-10)
     for a, b in zip(got[1:], expected[1:], strict=True):
