@@ -20,7 +20,7 @@ from dsv3_megatron.config.guards import GuardConfig
 from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.run import RunConfig
-from dsv3_megatron.config.training import NO_LOGS
+from dsv3_megatron.config.training import NO_LOGS, TrainingConfig
 from dsv3_megatron.parallel.layout import StageLayout, layout_string, stage_layouts
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
 from dsv3_megatron.rehearsal.rehearsed_run import fewest_microbatches
@@ -38,6 +38,7 @@ LEARNING_RATE, CLIP_GRAD = 0.05, 0.5
 ADAM_EPS = 1e-3
 # Large enough to be seen in the routers' gradients.
 BALANCE_LOSS_ALPHA = 0.02
+_BALANCE_LOSS = "seq_aux_loss"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def shrink(run: RunConfig, world_size: int, max_processes: int) -> ShrunkRun:
         ConfigError: the run cannot be, or no layout of its kinds fits so few processes.
     """
     run.validate(world_size)
+    _require_balance_loss(run.training)
     run = only_phase(run, main_phase(run))
     parallel, small_size, reductions = _fewer_ranks(run.parallel, world_size, max_processes)
     if parallel.cp_fp8_latents:
@@ -100,6 +102,14 @@ def shrink(run: RunConfig, world_size: int, max_processes: int) -> ShrunkRun:
         # It cuts off bits that a sum in another order has otherwise.
         more.append(f"accumulation {run.fp8.fp8_accumulation} -> fp32: the model of a tensor core's sums is not proved")
     return ShrunkRun(small, small_size, (*reductions, *more))
+
+
+def _require_balance_loss(training: TrainingConfig) -> None:
+    """Refuse what the reference, which is written from the papers alone, does not compute."""
+    if training.moe_aux_loss_coeff and training.moe_router_load_balancing_type != _BALANCE_LOSS:
+        raise ConfigError(f"moe_router_load_balancing_type={training.moe_router_load_balancing_type}: a layout is "
+                          f"certified against a reference that has {_BALANCE_LOSS} alone; certify it with "
+                          f"--moe-router-load-balancing-type {_BALANCE_LOSS}, or with --moe-aux-loss-coeff 0")
 
 
 def _fewer_ranks(parallel: ParallelConfig, world_size: int, most: int) -> tuple[ParallelConfig, int, list[str]]:

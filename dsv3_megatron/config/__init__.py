@@ -3,6 +3,7 @@
 In reading order; a wrong setting raises `fields.ConfigError` before anything is allocated:
 
     fields.py        how a field is declared; ConfigError      values.py        a given value -> a field's value
+    router_functions.py  affinities and balance losses by name
     model.py         architecture                              weights.py       a row for every weight of it
     precision.py     FP8, product by product                   data.py          what is read
     step.py          what a step takes: batch, rate, weights   training.py      length, optimizer, checkpoints, logs

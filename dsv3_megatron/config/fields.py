@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 
@@ -28,7 +28,7 @@ class ConfigError(ValueError):
     """A run that cannot be: the message names the rule, the values, the field and the way out."""
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str, choices: tuple[str, ...] = (), nargs: str = "",
+def option(default: Any = dataclasses.MISSING, *, help: str, choices: Collection[str] = (), nargs: str = "",
            flag: str = "", most: float | None = None, in_phases: InPhases = InPhases.FIXED,
            read: Callable[[Any], Any] | None = None) -> Any:
     """Declare a dataclass field that is also a command-line flag.

@@ -92,8 +92,6 @@ FLAGS: tuple[MegatronFlag, ...] = (
     _only("attention-dropout", "0", "there is no dropout"),
     _only("hidden-dropout", "0", "there is no dropout"),
     _only("optimizer", "adam", "AdamW"),
-    _only("moe-router-load-balancing-type", "seq_aux_loss", "the sequence-wise balance loss, beside the balancing "
-          "bias; without it: --moe-aux-loss-coeff 0", nargs="+"),
     _only("moe-router-dtype", "fp32", "the router computes in fp32"),
     _only("main-grads-dtype", "fp32", "main gradients are fp32"),
     _only("main-params-dtype", "fp32", "master weights are fp32"),

@@ -13,11 +13,10 @@ from functools import partial
 from typing import Any
 
 from dsv3_megatron.config.fields import ConfigError, InPhases, all_divisors, nearest, option, require_finite
+from dsv3_megatron.config.router_functions import SCORE_FUNCTIONS
 
 ROPE_TYPES = ("rope", "yarn")
 GROUP_MASKS = ("exclude", "zero")
-# What `ops/router_scores.py` computes.
-SCORE_FUNCTIONS = ("sigmoid", "softmax")
 
 # Fields that a later phase of a run may change, since no weight has a shape of them: long-context extension, and the
 # initial weights, which a checkpoint replaces.

@@ -21,6 +21,7 @@ from dsv3_megatron.config.fields import (
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.phases import LR_DECAY_STYLES, Phase, read_phases
 from dsv3_megatron.config.pipeline import microbatches_problem, nearest_microbatches
+from dsv3_megatron.config.router_functions import BALANCE_LOSSES
 from dsv3_megatron.config.step import StepConfig
 from dsv3_megatron.config.values import hold_tuples
 
@@ -66,7 +67,10 @@ class TrainingConfig(StepConfig):
                               "report gives none; the dsv3 presets have 0.999)")
     eval_ema: bool = option(False, help="validate the weights' average too")
     clip_grad: float = option(1.0, help="largest global gradient norm; 0: no clipping")
-    moe_aux_loss_coeff: float = option(1e-4, help="alpha: weight of the sequence-wise balance loss")
+    moe_aux_loss_coeff: float = option(1e-4, help="alpha: weight of the balance loss")
+    moe_router_load_balancing_type: str = option(
+        "seq_aux_loss", choices=BALANCE_LOSSES, help="the balance loss that alpha weighs, of each sequence by itself; "
+        "seq_aux_loss: the report's")
     precision: str = option("auto", choices=PRECISIONS,
                             help="of weights and activations; auto: bf16 where the device computes it fast")
     transformer_impl: str = option("auto", choices=TRANSFORMER_IMPLS,
@@ -133,7 +137,8 @@ class TrainingConfig(StepConfig):
             self._validate_decay()
         for name, allowed in (("precision", PRECISIONS), ("transformer_impl", TRANSFORMER_IMPLS),
                               ("attention_backend", ATTENTION_BACKENDS),
-                              ("lr_decay_style", LR_DECAY_STYLES)):
+                              ("lr_decay_style", LR_DECAY_STYLES),
+                              ("moe_router_load_balancing_type", BALANCE_LOSSES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         if self.attention_backend == "local" and self.transformer_impl == "transformer_engine":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -118,7 +119,7 @@ def require_values(section: Any) -> None:
                                   f"{most}")
 
 
-def _require_text(name: str, text: Any, choices: tuple[str, ...]) -> None:
+def _require_text(name: str, text: Any, choices: Collection[str]) -> None:
     if not isinstance(text, str):
         raise ConfigError(f"{name}={_shown(text)} must be text")
     if not text.strip() and not choices and name != "name":

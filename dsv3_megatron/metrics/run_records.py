@@ -45,8 +45,7 @@ class StepReport:
         lm_loss: Next-token cross-entropy in nats per token, mean over the step's tokens that count; None where none
             does.
         mtp_losses: One per MTP depth, in nats per token, not scaled by lambda; empty without MTP.
-        balance_loss: Sequence-wise balance loss before alpha, mean over the MoE layers (as Megatron-LM logs it),
-            or None.
+        balance_loss: Balance loss before alpha, mean over the MoE layers (as Megatron-LM logs it), or None.
         grad_norm: Global L2 norm of the gradient before clipping.
         learning_rate: Learning rate that this step was taken with.
         batch_size: Sequences of this step.

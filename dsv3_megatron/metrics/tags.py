@@ -62,7 +62,7 @@ TAGS: tuple[Tag, ...] = (
     # Losses.
     _scalar("lm loss", "nats/token", "main next-token loss, mean over the step's tokens"),
     _scalar("mtp_{depth} loss", "nats/token", "loss of an MTP depth, before its weight", "mtp"),
-    _scalar("seq_load_balancing_loss", "", "sequence-wise balance loss before alpha, mean over the MoE layers; 1 is "
+    _scalar("seq_load_balancing_loss", "", "balance loss before alpha, mean over the MoE layers; of seq_aux_loss 1 is "
             "perfect balance", "balance-loss"),
     _scalar("mtp_{depth} agreement", "share", "positions where the depth's most likely token is the main head's for "
             "the same place in the text: the acceptance rate of greedy speculative decoding; of 128 positions of a "

@@ -1,8 +1,8 @@
 """DeepSeek-V3's router: affinities (sigmoid in V3), biased choice, node-limited groups, unbiased gates.
 
 Differs from Megatron-Core's router in that expert loads are counted in integers (a rounded count can
-flip the sign of a bias update), and in that the balance loss of a sequence split over ranks is the sum
-of the ranks' own terms, without a factor to undo.
+flip the sign of a bias update), and in that the balance loss of a sequence that is split over ranks is a function of
+the whole sequence's loads and affinities, any function of them, without a factor to undo.
 
 Shapes: T tokens of this rank, E experts, K top-k, G groups, B micro-batch, s local sequence.
 """
@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from dsv3_megatron.config.router_functions import BALANCE_LOSSES
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.model.observation import RouterObserver
 from dsv3_megatron.ops.recompute import recomputed, saving
@@ -31,13 +32,15 @@ class RouterOptions:
     """What Megatron-Core's configuration has no field for, or what its own router would apply a second time.
 
     Attributes:
-        balance_loss_coeff: alpha of the sequence-wise balance loss.
+        balance_loss_coeff: alpha of the balance loss.
+        balance_loss: Name of the balance loss in `config/router_functions.py`.
         group_score_topk: Best experts summed to a group's score; None: top-k / groups kept.
         group_mask: "exclude" or "zero", see `choose_experts`.
-        score_function: Name of the function that makes affinities of logits; see `ops/router_scores.py`.
+        score_function: Name of the function that makes affinities of logits, in `config/router_functions.py`.
     """
 
     balance_loss_coeff: float = 0.0
+    balance_loss: str = "seq_aux_loss"
     group_score_topk: int | None = None
     group_mask: str = "exclude"
     score_function: str = "sigmoid"
@@ -45,8 +48,9 @@ class RouterOptions:
     @classmethod
     def of(cls, run: RunConfig) -> RouterOptions:
         """The options that a run's configuration asks for."""
-        return cls(run.training.moe_aux_loss_coeff, run.model.moe_router_group_score_topk,
-                   run.model.moe_router_group_mask, run.model.moe_router_score_function)
+        return cls(run.training.moe_aux_loss_coeff, run.training.moe_router_load_balancing_type,
+                   run.model.moe_router_group_score_topk, run.model.moe_router_group_mask,
+                   run.model.moe_router_score_function)
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -211,7 +215,8 @@ class DeepSeekRouter(MegatronModule):
                 weight = self.tokens_per_sequence
                 probs_TE = _AttachLoss.apply(
                     probs_TE, loss * (length * self.sequence_group.size() if weight is None else weight))
-                self.balance_loss_sum += loss.detach()
+                # Ranks that share a sequence have the loss of all of it, and are added up.
+                self.balance_loss_sum += loss.detach() / self.sequence_group.size()
         return probs_TE, routing_map_TE
 
     def choose(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -254,20 +259,26 @@ class DeepSeekRouter(MegatronModule):
             return scores_sBE.topk(self.config.moe_router_topk, dim=-1).indices
 
     def _balance_loss(self, scores_sBE: torch.Tensor) -> torch.Tensor:
-        """Sum over the micro-batch's sequences of alpha * sum_i f_i P_i; this rank's tokens' part of P.
+        """Sum over the micro-batch's sequences of alpha times their balance loss; gradients go to this rank's tokens.
 
-        f_i counts plain top-k of the unbiased affinities, without the group limit, and has no gradient.
-        Source: DeepSeek-V3 report, eq. 17-20.
+        Loads count plain top-k of the unbiased affinities, without the group limit, and have no gradient.
+        Source: DeepSeek-V3 report, eq. 18-20; `config/router_functions.py` has what is made of them, eq. 17.
         """
-        config = self.config
-        total_length = scores_sBE.shape[0] * self.sequence_group.size()
+        config, num_ranks = self.config, self.sequence_group.size()
+        total_length = scores_sBE.shape[0] * num_ranks
+        share_BE = (scores_sBE / (scores_sBE.sum(-1, keepdim=True) + 1e-20)).sum(0) / total_length
         with torch.no_grad():
             chosen_BE = torch.zeros_like(scores_sBE).scatter_(-1, self.best_unbiased(scores_sBE), 1.0).sum(0)
-            if self.sequence_group.size() > 1:
-                torch.distributed.all_reduce(chosen_BE, group=self.sequence_group)
-            fraction_BE = chosen_BE * (config.num_moe_experts / (config.moe_router_topk * total_length))
-        probability_BE = (scores_sBE / (scores_sBE.sum(-1, keepdim=True) + 1e-20)).sum(0) / total_length
-        return self.balance_loss_coeff * (fraction_BE * probability_BE).sum()
+            if num_ranks > 1:
+                both_2BE = torch.stack((chosen_BE, share_BE))
+                torch.distributed.all_reduce(both_2BE, group=self.sequence_group)
+                chosen_BE, whole_BE = both_2BE
+            load_BE = chosen_BE * (config.num_moe_experts / (config.moe_router_topk * total_length))
+        if num_ranks > 1:
+            # The value is the whole sequence's; each rank's tokens get the gradient through their own part of the sum.
+            share_BE = whole_BE + (share_BE - share_BE.detach())
+        loss_B = BALANCE_LOSSES[self.options.balance_loss](load_BE, share_BE)
+        return self.balance_loss_coeff * loss_B.sum()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Keep the bias and the sums in fp32 when the model is converted to bf16."""

@@ -49,6 +49,7 @@ class Layout:
         is_isolated: Documents do not see each other, positions restart, and losses at their ends do not count.
         mask: Which tokens count: "random", or a name in MASKS.
         balance_loss_alpha: Weight of the balance losses; None: the architectures'.
+        balance_loss: Name of the balance loss.
         recompute_granularity: What is computed again in backward: "selective" is all that can be by name.
         fault: Name in FAULTS of what is broken on purpose, "" for nothing.
     """
@@ -63,6 +64,7 @@ class Layout:
     fault: str = ""
     mask: str = "random"
     balance_loss_alpha: float | None = None
+    balance_loss: str = "seq_aux_loss"
 
     @property
     def num_replicas(self) -> int:
@@ -94,6 +96,7 @@ class Layout:
             lr_warmup_iters=0, lr_decay_style="constant", weight_decay=WEIGHT_DECAY, clip_grad=CLIP_GRAD,
             adam_eps=ADAM_EPS, moe_router_bias_update_rate=1e-3, precision="fp32",
             **({} if self.balance_loss_alpha is None else {"moe_aux_loss_coeff": self.balance_loss_alpha}),
+            moe_router_load_balancing_type=self.balance_loss,
             recompute_granularity=self.recompute_granularity, reset_attention_mask=self.is_isolated,
             reset_position_ids=self.is_isolated, eod_mask_loss=self.is_isolated,
             # So that the instruments look; the launch's own folder, in which a run leaves its lock. A layout with a

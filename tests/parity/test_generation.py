@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from dsv3_megatron.certification.reference_weights import Architecture
+from dsv3_megatron.config.router_functions import SCORE_FUNCTIONS
 from dsv3_megatron.generation import speculative
 from dsv3_megatron.generation.forward import CachedModel, Prompts
 from dsv3_megatron.generation.generator import Generator, Options
 from dsv3_megatron.generation.sampling import Sampling, distribution
-from dsv3_megatron.ops.router_scores import SCORE_FUNCTIONS
 from tests.parity.architectures import variant
 from tests.parity.compare import FLOAT64_TOLERANCE, assert_close
 from tests.transformers_model import huggingface_model

@@ -129,6 +129,10 @@ def _training(manifest: Manifest, losses: Losses | None, is_average: bool) -> di
     rows = {"Tokens": f"{progress.consumed_tokens:,}", "Sequences": f"{progress.consumed_samples:,}",
             "Optimizer steps": f"{progress.iteration:,}", "Precision": manifest.precision,
             "Written by": ", ".join(f"{name} {version}" for name, version in manifest.versions.items())}
+    training = manifest.run["training"]
+    if training.get("moe_aux_loss_coeff"):
+        name = training.get("moe_router_load_balancing_type", "seq_aux_loss")
+        rows["Balance loss"] = f"{name}, weight {training['moe_aux_loss_coeff']:g}"
     if is_average:
         rows["Weights are"] = "the moving average of the run's"
     if (manifest.run.get("policy") or {}).get("prompts"):

@@ -99,7 +99,6 @@ class PassSettings:
         holds_attention_result: Core attention keeps its result as the projection behind it gets it.
         sends_by_node: Tokens go to their experts once for each node.
         is_piped: Passes run on a tape, in pieces, and weight gradients may wait.
-        has_balance_loss: The routers have a balance loss.
         imbalance: Rows of this rank's experts, as a multiple of the mean over ranks.
     """
 
@@ -135,7 +134,6 @@ class PassSettings:
     holds_attention_result: bool
     sends_by_node: bool
     is_piped: bool
-    has_balance_loss: bool
     imbalance: float
 
     @property
@@ -276,8 +274,7 @@ def pass_settings(run: RunConfig, *, device: str, precision: str, is_wide_produc
         holds_attention_result=parallel.passes_latents or (
             kernel in KEEP_RESULT and not run.data.has_document_attention and parallel.context_parallel_size == 1),
         sends_by_node=parallel.token_dispatcher(_RANKS_PER_NODE[device]) == "node",
-        is_piped=parallel.pipeline_model_parallel_size > 1, has_balance_loss=training.moe_aux_loss_coeff > 0,
-        imbalance=imbalance)
+        is_piped=parallel.pipeline_model_parallel_size > 1, imbalance=imbalance)
 
 
 @dataclass(frozen=True, eq=False)

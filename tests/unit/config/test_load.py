@@ -53,7 +53,8 @@ def _sample(field: dataclasses.Field) -> tuple[list[str], Any]:
     if field.metadata["nargs"]:
         return ["0.3", "a b", "0.7", "c"], ("0.3", "a b", "0.7", "c")
     if field.metadata["choices"]:
-        return [field.metadata["choices"][-1]], field.metadata["choices"][-1]
+        last = [*field.metadata["choices"]][-1]
+        return [last], last
     kind = str(field.type).removesuffix(" | None")
     word, value = {"int": ("7", 7), "float": ("3e-1", 0.3), "str": ("some where", "some where")}[kind]
     return [word], value

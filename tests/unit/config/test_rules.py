@@ -81,6 +81,8 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
      "moe_router_num_groups=4); leave it out for topk / group_topk"),
     ("tiny", {"moe_router_score_function": "tanh"}, 1,
      "moe_router_score_function='tanh' must be one of sigmoid, softmax"),
+    ("tiny", {"moe_router_load_balancing_type": "aux_loss"}, 1,
+     "moe_router_load_balancing_type='aux_loss' must be one of seq_aux_loss"),
     ("tiny", {"moe_router_group_mask": "inf"}, 1, "moe_router_group_mask='inf' must be one of exclude, zero"),
     # -- how it is split --
     ("tiny", {"tensor_model_parallel_size": 0}, 1, "tensor_model_parallel_size=0 must be at least 1"),
