@@ -1,6 +1,7 @@
 """Loss and perplexity of a checkpoint, of a run or in Hugging Face's format, on a dataset or on given token ids.
 
     dsv3 evaluate --load checkpoints --data-path data/valid_text_document
+    dsv3 evaluate --load checkpoints --data-path code=data/code_text_document web=data/web_text_document
     dsv3 evaluate --load DeepSeek-V3/ --tokens ids.npy --logprobs logprobs.npy --json
     torchrun --nproc-per-node 4 -m dsv3_megatron evaluate --load checkpoints --pipeline-model-parallel-size 2 \
         --expert-model-parallel-size 2 --data-path data/valid_text_document
@@ -28,7 +29,7 @@ from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import nearest_microbatches
 from dsv3_megatron.config.run import RunConfig, require_context_parallel, require_document_attention
 from dsv3_megatron.config.training import PRECISIONS, TRANSFORMER_IMPLS, VERIFY_FILES, TrainingConfig
-from dsv3_megatron.data.blend import without_suffix
+from dsv3_megatron.data.blend import parse_validation_sets, without_suffix
 from dsv3_megatron.data.document_ends import named_eod_id, resolve_eod_id
 from dsv3_megatron.data.rows import Rows, open_token_array, open_windows
 from dsv3_megatron.data.text_form import form_of_dataset
@@ -101,39 +102,58 @@ class _CheckedRequest:
     documents: str
 
 
-def carry_out(request: EvaluationRequest) -> int:
+def carry_out(request: EvaluationRequest, datasets: Mapping[str, str] | None = None) -> int:
     """Run one process of an evaluation; the first one prints the result to stdout.
+
+    Args:
+        request: What is asked for.
+        datasets: Prefixes of several datasets by name, in place of the request's own; None: it has one.
 
     Returns:
         Exit code, as `runs.rank.check_and_run` gives it.
     """
-    def check(processes: Processes) -> _CheckedRequest:
-        processes.require_rank()
-        return check_request(request, processes.world_size)
+    requests = ({"": request} if datasets is None else
+                {name: dataclasses.replace(request, data_path=prefix) for name, prefix in datasets.items()})
 
-    def work(rank: int, checked: _CheckedRequest) -> int:
+    def check(processes: Processes) -> dict[str, _CheckedRequest]:
+        processes.require_rank()
+        return {name: check_request(one, processes.world_size) for name, one in requests.items()}
+
+    def work(rank: int, checked: dict[str, _CheckedRequest]) -> int:
         configure_logging(rank)
         if rank == 0:
-            print(checked.documents, file=sys.stderr)
-        result = _evaluate(checked)
+            for line in dict.fromkeys(one.documents for one in checked.values()):
+                print(line, file=sys.stderr)
+        results = _evaluate(checked)
         if rank == 0:
-            print(as_json(result) if request.as_json else as_text(result))
+            print(_printed(results, is_json=request.as_json))
         return 0
 
     return check_and_run(check, work, left="nothing was written")
 
 
-def _evaluate(checked: _CheckedRequest) -> Evaluation:
+def _printed(results: Mapping[str, Evaluation], *, is_json: bool) -> str:
+    """The result of the one dataset that has no name, or those of several by their names."""
+    if is_json:
+        return as_json(results[""]) if "" in results else json_text(
+            {name: _plain(result) for name, result in results.items()})
+    return as_text(results[""]) if "" in results else "\n\n".join(
+        f"{name}\n{as_text(result)}" for name, result in results.items())
+
+
+def _evaluate(checked: Mapping[str, _CheckedRequest]) -> dict[str, Evaluation]:
     prepare_rank()
     from dsv3_megatron.parallel.groups import destroy_groups
     from dsv3_megatron.runs.built_model import build_model
     from dsv3_megatron.runs.evaluator import Evaluator
 
-    built = build_model(checked.run)
-    built.load(checked.load)
-    result = Evaluator(built, eod_id=checked.eod_id).evaluate(checked.rows, logprobs=checked.logprobs)
+    first = next(iter(checked.values()))
+    built = build_model(first.run)
+    built.load(first.load)
+    results = {name: Evaluator(built, one.run, eod_id=one.eod_id).evaluate(one.rows, logprobs=one.logprobs)
+               for name, one in checked.items()}
     destroy_groups()
-    return result
+    return results
 
 
 def check_request(request: EvaluationRequest, world_size: int) -> _CheckedRequest:
@@ -302,9 +322,12 @@ def as_text(result: Evaluation) -> str:
 
 def as_json(result: Evaluation) -> str:
     """One JSON object; null for what is infinite or not a number, which JSON cannot say."""
-    return json_text({
-        "loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens, "rows": result.rows,
-        "mtp_losses": list(result.mtp_losses)})
+    return json_text(_plain(result))
+
+
+def _plain(result: Evaluation) -> dict[str, Any]:
+    return {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens, "rows": result.rows,
+            "mtp_losses": list(result.mtp_losses)}
 
 
 _ABOUT_DOCUMENTS = """\
@@ -323,7 +346,26 @@ def _add_document_flags(parser: argparse.ArgumentParser) -> None:
         "Hugging Face's folder, if it is there)")
 
 
-def _parse_arguments(arguments: list[str] | None) -> EvaluationRequest:
+def _datasets(words: list[str] | None) -> tuple[str | None, dict[str, str] | None]:
+    """The prefix of --data-path; or the prefixes of several datasets, by name.
+
+    Raises:
+        ValueError: several without names, or more than a prefix for one.
+    """
+    if words is None:
+        return None, None
+    sets = parse_validation_sets(words, "data_path")
+    for name, blend in sets.items():
+        if len(blend.prefixes) > 1 or blend.weights is not None:
+            of_name = f" to {name}" if name else ""
+            raise ConfigError(f"data_path={' '.join(words)} gives {len(blend.prefixes)} datasets{of_name}, and every "
+                              "token of a dataset is predicted once: give each a name, NAME=PREFIX NAME=PREFIX, and no "
+                              "weights")
+    prefixes = {name: blend.prefixes[0] for name, blend in sets.items()}
+    return (prefixes[""], None) if "" in prefixes else (None, prefixes)
+
+
+def _parse_arguments(arguments: list[str] | None) -> tuple[EvaluationRequest, dict[str, str] | None]:
     parser = Parser(
         prog="dsv3 evaluate", allow_abbrev=False,
         description="Loss and perplexity of a checkpoint on a dataset or on given token ids.",
@@ -332,8 +374,8 @@ def _parse_arguments(arguments: list[str] | None) -> EvaluationRequest:
     add = parser.add_argument_group("model and data").add_argument
     add("--load", required=True, metavar="DIR", help="folder of checkpoints that a run saved (the newest is used), or "
         "of a Hugging Face checkpoint")
-    add("--data-path", metavar="PREFIX", help="dataset PREFIX.bin and PREFIX.idx; each token but the first is "
-        "predicted once, in file order")
+    add("--data-path", nargs="+", metavar="PREFIX", help="dataset PREFIX.bin and PREFIX.idx; each token but the first "
+        "is predicted once, in file order. Several with a name each, NAME=PREFIX NAME=PREFIX ..., are evaluated apart")
     add("--tokens", metavar="FILE", help="integer array [batch, seq] of token ids in .npy format")
     add("--seq-length", type=int, metavar="N", help="with --data-path: tokens predicted in a row (default: as trained)")
     add = parser.add_argument_group("how").add_argument
@@ -352,19 +394,21 @@ def _parse_arguments(arguments: list[str] | None) -> EvaluationRequest:
         "positions that have a target, divided by all tokens")
     add_section(parser, "parallel")
     options = vars(parser.parse_args(arguments))
-    return EvaluationRequest(
-        load=options["load"], data_path=options["data_path"], tokens=options["tokens"], logprobs=options["logprobs"],
+    data_path, datasets = _datasets(options["data_path"])
+    request = EvaluationRequest(
+        load=options["load"], data_path=data_path, tokens=options["tokens"], logprobs=options["logprobs"],
         seq_length=options["seq_length"], micro_batch_size=options["micro_batch_size"], precision=options["precision"],
         transformer_impl=options["transformer_impl"], parallel=given_fields(options, ["parallel"]),
         switches={name: options[name] for name in DOCUMENT_SWITCHES if options[name] is not None},
         tokenizer_model=options["tokenizer_model"], as_json=options["json"], ema=options["ema"],
         verify_files=options["verify_files"])
+    return request, datasets
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for input that the user can correct)."""
     try:
-        request = _parse_arguments(arguments)
-    except ConfigError as error:
+        request, datasets = _parse_arguments(arguments)
+    except ValueError as error:
         return refuse(str(error))
-    return carry_out(request)
+    return carry_out(request) if datasets is None else carry_out(request, datasets)

@@ -196,7 +196,7 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
     from dsv3_megatron.checkpoint.base_weights import check_base
     from dsv3_megatron.checkpoint.folder import check_save_directory
     from dsv3_megatron.checkpoint.resume import plan_resumption
-    from dsv3_megatron.data.blend import check_data, parse_blend
+    from dsv3_megatron.data.blend import blends_of_run, check_data
     from dsv3_megatron.data.chat.masked import mask_prefix
     from dsv3_megatron.data.contents import read_contents
     from dsv3_megatron.data.datasets import parse_split
@@ -220,8 +220,7 @@ def _check_inputs(command: TrainingRequest, world_size: int, rank: int) -> list[
         raise ConfigError("data_path is not set: give the training data's PREFIX (of PREFIX.bin and PREFIX.idx, made "
                           "by dsv3 preprocess), as in --data-path PREFIX")
     prefixes = list(dict.fromkeys(
-        prefix for section in data for field in ("data_path", "valid_data_path") if getattr(section, field)
-        for prefix in parse_blend(getattr(section, field), field).prefixes))
+        prefix for section in data for blend in blends_of_run(section) for prefix in blend.prefixes))
     if prefixes and not all(section.valid_data_path for section in data):
         parse_split(run.data.split)
     tokenizer = fingerprint(run.data.tokenizer_model) if run.data.tokenizer_model else None

@@ -26,7 +26,8 @@ class DataConfig:
     data_path: tuple[str, ...] = option(
         (), nargs="*", in_phases=InPhases.CHANGED, help="training data: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...")
     valid_data_path: tuple[str, ...] = option(
-        (), nargs="*", in_phases=InPhases.CHANGED, help="validation data, likewise; none: a share of data_path")
+        (), nargs="*", in_phases=InPhases.CHANGED, help="validation data, likewise, or several sets with a name each, "
+        "NAME=PREFIX NAME=PREFIX ...; none: a share of data_path")
     split: str = option("99,1,0", help="shares of data_path for training, validation and test without valid_data_path")
     data_cache_path: str | None = option(None, help="folder for what was found by reading data without "
                                          "a sidecar; none: beside the data")

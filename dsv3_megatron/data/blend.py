@@ -6,12 +6,17 @@ No torch here: a run checks its data with this module before it allocates anythi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.data.contents import read_contents
 from dsv3_megatron.data.indexed import read_sidecar
 from dsv3_megatron.data.text_form import common_form
+
+# A validation set's name and the first word of its blend; a path has a slash before any "=" of its own.
+_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,51 @@ def parse_blend(arguments: str | Sequence[str], field: str = "data_path") -> Ble
         if weight is None or not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"{field}: the weight {weight} of {prefix} must be a positive number")
     return Blend(tuple(map(without_suffix, items[1::2])), tuple(weight for weight in weights if weight is not None))
+
+
+def parse_validation_sets(arguments: str | Sequence[str], field: str = "valid_data_path") -> dict[str, Blend]:
+    """Read --valid-data-path: a blend as `parse_blend` reads it, or several, each with a name before its first word.
+
+    NAME=PREFIX ... or NAME=WEIGHT PREFIX WEIGHT PREFIX ...: a name begins with a letter or a digit and has letters,
+    digits, ".", "_" and "-"; what follows up to the next one is its blend.
+
+    Returns:
+        Blends by name, in the order in which they were given; under "" the one that has no name.
+
+    Raises:
+        ValueError: some have names and others none, a name is given twice, or a blend cannot be read.
+    """
+    items = [arguments] if isinstance(arguments, str) else [item.strip() for item in arguments]
+    sets: list[tuple[str, list[str]]] = []
+    for item in items:
+        found = _NAMED.fullmatch(item)
+        if found is not None:
+            sets.append((found[1], [found[2]]))
+        elif sets:
+            sets[-1][1].append(item)
+        else:
+            sets.append(("", [item]))
+    names = [name for name, _ in sets]
+    if "" in names and len(names) > 1:
+        raise ValueError(f"{field}={' '.join(items)} gives a name to some ({names[1]}=) and none to {items[0]}: give "
+                         "each validation set one, as in NAME=PREFIX NAME=PREFIX, or none; a prefix with = in it needs "
+                         "a ./ before it")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{field}={' '.join(items)} gives the name {twice} twice; give each validation set its own")
+    if not sets:
+        return {"": parse_blend(items, field)}
+    return {name: parse_blend(words, f"{field} of {name}" if name else field) for name, words in sets}
+
+
+def blends_of_run(data: DataConfig) -> list[Blend]:
+    """The blends that a run's data settings name: for training, and for validation if they name any.
+
+    Raises:
+        ValueError: one cannot be read.
+    """
+    return ([parse_blend(data.data_path)] if data.data_path else []) + (
+        list(parse_validation_sets(data.valid_data_path).values()) if data.valid_data_path else [])
 
 
 def without_suffix(prefix: str) -> str:

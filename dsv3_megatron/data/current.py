@@ -7,7 +7,7 @@ in the midst of that count.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,10 +30,11 @@ class CurrentData:
 
     Attributes:
         train: Training samples.
-        valid: Validation samples; None where there are none.
+        valid: Validation samples, the first of several; None where there are none.
         eod_id: Token that ends a document; None where nothing depends on it.
         identity: What the order of the training samples follows from.
         first_sample: Samples that the run had taken, or jumped over, when it began to read.
+        named_valid: Validation samples by name; empty where they have none.
     """
 
     train: SampleDataset
@@ -41,6 +42,12 @@ class CurrentData:
     eod_id: int | None
     identity: Mapping[str, Any]
     first_sample: int
+    named_valid: Mapping[str, SampleDataset] = field(default_factory=dict)
+
+    @property
+    def validation_sets(self) -> dict[str, SampleDataset]:
+        """Validation samples by name, in order; "" is the name of those that have none."""
+        return dict(self.named_valid) or ({} if self.valid is None else {"": self.valid})
 
     def position(self, num_samples: int) -> int:
         """Place in the training samples of a run that has taken, or jumped over, so many in all."""
@@ -87,7 +94,7 @@ def open_current_data(run: RunConfig, phase: PlannedPhase, first_sample: int) ->
         return CurrentData(samples, None, None, identity, first_sample)
     config = dataset_config(run, run.recipe().span_of(phase))
     data = build_datasets(config)
-    return CurrentData(data.train, data.valid, config.eod_id, identity, first_sample)
+    return CurrentData(data.train, data.valid, config.eod_id, identity, first_sample, data.named_valid)
 
 
 class PromptSamples:

@@ -8,12 +8,13 @@ finds the bounds. `DatasetConfig` and the checks need no torch; it is imported b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv3_megatron.data.blend import Blend, parse_blend
+from dsv3_megatron.data.blend import Blend, parse_blend, parse_validation_sets
 from dsv3_megatron.data.chat.masked import check_masks, has_masks
 from dsv3_megatron.data.document_ends import resolve_eod_id
 from dsv3_megatron.data.indexed import read_header
@@ -40,6 +41,7 @@ class DatasetConfig:
         split: Shares of documents for train, valid, test, in file order, as Megatron-LM's --split.
         train_blend: Data to train on, all of it.
         valid_blend: Data to validate on, all of it.
+        named_valid: Several such, each with its name, in place of valid_blend.
         eod_id: The token that ends a document; None where nothing depends on it.
         reset_position_ids: Position ids restart after an EOD.
         eod_mask_loss: Positions whose input is an EOD do not count: their label belongs to another document.
@@ -57,6 +59,7 @@ class DatasetConfig:
     split: str = "969,30,1"
     train_blend: Blend | None = None
     valid_blend: Blend | None = None
+    named_valid: tuple[tuple[str, Blend], ...] = ()
     eod_id: int | None = None
     reset_position_ids: bool = False
     eod_mask_loss: bool = False
@@ -80,11 +83,12 @@ class DatasetConfig:
                 f"{what} of data_path and train_data_path given: give data_path (cut by split), or train_data_path and "
                 "valid_data_path"
             )
-        if self.blend is not None and self.valid_blend is not None:
+        if self.blend is not None and self.valid_blends:
             raise ValueError("valid_data_path goes with train_data_path, not with data_path, which is cut by split")
         if self.blend is not None:
             parse_split(self.split)
-        for blend, name in ((self.valid_blend, "valid_data_path"), (self.blend, "data_path")):
+        for blend, name in (*((blend, "valid_data_path") for blend in self.valid_blends.values()),
+                            (self.blend, "data_path")):
             if blend is not None and blend.weights is not None and self.num_valid_samples is None:
                 raise ValueError(
                     f"{name} has weights, so one pass over it is not defined: set num_valid_samples (eval_iters x "
@@ -92,9 +96,14 @@ class DatasetConfig:
                 )
 
     @property
+    def valid_blends(self) -> dict[str, Blend]:
+        """Data to validate on by name, in order; "" is the name of what has none."""
+        return ({} if self.valid_blend is None else {"": self.valid_blend}) | dict(self.named_valid)
+
+    @property
     def prefixes(self) -> tuple[str, ...]:
         """Every dataset prefix, each once, in order."""
-        blends = [blend for blend in (self.blend, self.train_blend, self.valid_blend) if blend is not None]
+        blends = [blend for blend in (self.blend, self.train_blend, *self.valid_blends.values()) if blend is not None]
         return tuple(dict.fromkeys(prefix for blend in blends for prefix in blend.prefixes))
 
 
@@ -119,15 +128,16 @@ def dataset_config(run: RunConfig, span: DataSpan | None = None) -> DatasetConfi
     data, training = phases[0].data, phases[0].training
     valid_batch = max(phase.training.global_batch_size for phase in phases)
     blend = parse_blend(data.data_path, "data_path")
-    has_valid = bool(data.valid_data_path)
+    valid = parse_validation_sets(data.valid_data_path) if data.valid_data_path else {}
     config = DatasetConfig(
         seq_length=training.seq_length,
         seed=training.seed + span.index,
         num_valid_samples=max(1, training.eval_iters) * valid_batch,
-        blend=None if has_valid else blend,
+        blend=None if valid else blend,
         split=data.split,
-        train_blend=blend if has_valid else None,
-        valid_blend=parse_blend(data.valid_data_path, "valid_data_path") if has_valid else None,
+        train_blend=blend if valid else None,
+        valid_blend=valid.get(""),
+        named_valid=tuple((name, named) for name, named in valid.items() if name),
         is_validated=training.eval_interval > 0,
         is_chat=data.sft,
         long_conversations=data.long_conversations,
@@ -147,10 +157,17 @@ def dataset_config(run: RunConfig, span: DataSpan | None = None) -> DatasetConfi
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The datasets of a run; `valid` is None where there is no validation data."""
+    """The datasets of a run.
+
+    Attributes:
+        train: Training samples.
+        valid: Validation samples, the first of several; None where there are none.
+        named_valid: Validation samples by name; empty where they have none.
+    """
 
     train: SampleDataset
     valid: SampleDataset | None
+    named_valid: Mapping[str, SampleDataset] = field(default_factory=dict)
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
@@ -198,8 +215,8 @@ def check_sizes(config: DatasetConfig) -> None:
             check(config.blend, (train, train + valid), "validation")
     if config.train_blend is not None:
         check(config.train_blend, (0.0, 1.0), "training")
-    if config.valid_blend is not None and config.is_validated:
-        check(config.valid_blend, (0.0, 1.0), "validation")
+    for blend in config.valid_blends.values() if config.is_validated else ():
+        check(blend, (0.0, 1.0), "validation")
 
 
 def build_datasets(config: DatasetConfig) -> TrainingData:
@@ -223,19 +240,18 @@ def build_datasets(config: DatasetConfig) -> TrainingData:
         return Samples(source, samples_per_epoch if num_samples is None else num_samples, eod_id=config.eod_id,
                        reset_position_ids=config.reset_position_ids, eod_mask_loss=config.eod_mask_loss)
 
-    train_blend, valid_blend = config.train_blend, config.valid_blend
+    train_blend, valid_blends = config.train_blend, config.valid_blends
     train_edges = valid_edges = (0.0, 1.0)
     if config.blend is not None:
         train, valid, _ = parse_split(config.split)
         train_blend, train_edges = config.blend, (0.0, train)
-        valid_blend, valid_edges = config.blend if valid > 0 else None, (train, train + valid)
-    if not config.is_validated:
-        valid_blend = None
+        valid_blends, valid_edges = {"": config.blend} if valid > 0 else {}, (train, train + valid)
     assert train_blend is not None
+    sets = {name: open_samples(blend, valid_edges, "validation", config.num_valid_samples)
+            for name, blend in (valid_blends.items() if config.is_validated else ())}
     return TrainingData(
         train=open_samples(train_blend, train_edges, "training", config.num_train_samples or ENDLESS),
-        valid=None if valid_blend is None else open_samples(valid_blend, valid_edges, "validation",
-                                                            config.num_valid_samples))
+        valid=next(iter(sets.values()), None), named_valid={name: samples for name, samples in sets.items() if name})
 
 
 def open_conversations(config: DatasetConfig, blend: Blend, edges: tuple[float, float]

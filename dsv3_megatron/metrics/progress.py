@@ -164,9 +164,9 @@ class TrainingDisplay:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(1)
 
-    def validation(self, iteration: int, lm_loss: float, *, mtp_losses: Sequence[float] = ()) -> None:
-        """Print the loss on the validation data, in nats per token."""
-        parts = [f"validation at iteration {iteration}: lm loss {lm_loss:.4f}"]
+    def validation(self, iteration: int, lm_loss: float, *, mtp_losses: Sequence[float] = (), name: str = "") -> None:
+        """Print the loss on the validation data, or on the set of that name, in nats per token."""
+        parts = [f"validation{name and ' ' + name} at iteration {iteration}: lm loss {lm_loss:.4f}"]
         parts += [f"mtp_{depth} loss {loss:.4f}" for depth, loss in enumerate(mtp_losses, start=1)]
         self.message(" | ".join(parts))
 

@@ -27,6 +27,8 @@ CONDITIONS = {
     "balance-loss": "moe_aux_loss_coeff > 0",
     "validation": "each validation",
     "average": "each validation, with eval_ema",
+    "validation-sets": "each validation, if its sets have names",
+    "average-sets": "each validation with eval_ema, if its sets have names",
     "start": "once, at the start",
     "peak": "device's peak known",
     "gpu": "on a GPU",
@@ -67,11 +69,18 @@ TAGS: tuple[Tag, ...] = (
     _scalar("mtp_{depth} agreement", "share", "positions where the depth's most likely token is the main head's for "
             "the same place in the text: the acceptance rate of greedy speculative decoding; of 128 positions of a "
             "step's first micro-batch on each replica", "mtp"),
-    _scalar("lm loss validation", "nats/token", "main loss on the validation data", "validation"),
+    _scalar("lm loss validation", "nats/token", "main loss on the validation data, the first set of several",
+            "validation"),
     _scalar("lm loss validation ppl", "", "its exponential, the perplexity", "validation"),
     _scalar("lm loss validation average", "nats/token", "main loss of the weights' moving average on the validation "
             "data", "average"),
     _scalar("mtp_{depth} loss validation", "nats/token", "MTP loss on the validation data", "validation"),
+    _scalar("lm loss validation/{set}", "nats/token", "main loss on a validation set that has a name",
+            "validation-sets"),
+    _scalar("lm loss validation ppl/{set}", "", "its exponential, the perplexity", "validation-sets"),
+    _scalar("mtp_{depth} loss validation/{set}", "nats/token", "MTP loss on such a set", "validation-sets"),
+    _scalar("lm loss validation average/{set}", "nats/token", "main loss of the weights' moving average on such a set",
+            "average-sets"),
     # The recipe.
     _scalar("learning-rate", "", "of this step"),
     _scalar("batch-size", "sequences", "of this step, over all replicas"),

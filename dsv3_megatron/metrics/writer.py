@@ -171,7 +171,8 @@ class MetricsWriter:
         self._sinks.flush()
 
     def write_validation(self, iteration: int, lm_loss: float, *, mtp_losses: Sequence[float] = (),
-                         num_sequences: int | None = None) -> None:
+                         num_sequences: int | None = None,
+                         sets: Mapping[str, tuple[float, Sequence[float]]] | None = None) -> None:
         """Log a validation after `iteration` steps.
 
         Args:
@@ -179,22 +180,32 @@ class MetricsWriter:
             lm_loss: Nats per token, mean over the validated tokens.
             mtp_losses: One per MTP depth, nats per token.
             num_sequences: Sequences it was measured on; the summary evaluates its baselines on as many.
+            sets: Losses of each validation set that has a name, `lm_loss` and `mtp_losses`; the ones above are those of
+                the first.
         """
         if not self.enabled:
             return
-        self._append({"kind": "validation", "iteration": iteration, "lm_loss": lm_loss, "mtp_losses": list(mtp_losses),
-                      "num_sequences": num_sequences})
-        self._sinks.add_scalar("lm loss validation", lm_loss, iteration)
-        self._sinks.add_scalar("lm loss validation ppl", math.exp(min(20.0, lm_loss)), iteration)
-        for depth, loss in enumerate(mtp_losses, start=1):
-            self._sinks.add_scalar(f"mtp_{depth} loss validation", loss, iteration)
+        record: dict[str, Any] = {"kind": "validation", "iteration": iteration, "lm_loss": lm_loss,
+                                  "mtp_losses": list(mtp_losses), "num_sequences": num_sequences}
+        if sets:
+            record["sets"] = {name: {"lm_loss": loss, "mtp_losses": list(mtp)} for name, (loss, mtp) in sets.items()}
+        self._append(record)
+        named = ((f"/{name}", *own) for name, own in (sets or {}).items())
+        for ending, loss, mtp in (("", lm_loss, mtp_losses), *named):
+            self._sinks.add_scalar(f"lm loss validation{ending}", loss, iteration)
+            self._sinks.add_scalar(f"lm loss validation ppl{ending}", math.exp(min(20.0, loss)), iteration)
+            for depth, mtp_loss in enumerate(mtp, start=1):
+                self._sinks.add_scalar(f"mtp_{depth} loss validation{ending}", mtp_loss, iteration)
         self._sinks.flush()
 
-    def write_average_validation(self, iteration: int, lm_loss: float) -> None:
-        """Log the loss of the weights' moving average on the validation data, nats per token."""
+    def write_average_validation(self, iteration: int, lm_loss: float, *, sets: Mapping[str, float] | None = None
+                                 ) -> None:
+        """Log the loss of the weights' moving average on the validation data, and on each named set, nats per token."""
         if not self.enabled:
             return
         self._sinks.add_scalar("lm loss validation average", lm_loss, iteration)
+        for name, loss in (sets or {}).items():
+            self._sinks.add_scalar(f"lm loss validation average/{name}", loss, iteration)
         self._sinks.flush()
 
     def write_answers(self, iteration: int, numbers: Mapping[str, float]) -> None:

@@ -109,13 +109,13 @@ def check_run_data(run: RunConfig) -> list[Told]:
         if not training.eval_interval:
             told.append(Told(f"validation{name}: off (eval_interval=0)"))
             continue
-        valid = _validation_share(config)
-        if valid is None:
+        shares = _validation_shares(config)
+        if not shares:
             told.append(Told(f"validation{name}: none: split={config.split} leaves no documents for it"))
-            continue
         samples = config.num_valid_samples or 0
-        told += _check_blend(config, *valid, samples, f"validation{name}", "validation",
-                             f"{samples:,} samples each time, every {training.eval_interval} steps")
+        for label, (valid, valid_edges) in shares.items():
+            told += _check_blend(config, valid, valid_edges, samples, f"validation{label and ' ' + label}{name}",
+                                 "validation", f"{samples:,} samples each time, every {training.eval_interval} steps")
     return told
 
 
@@ -326,14 +326,12 @@ def _training_share(config: DatasetConfig) -> tuple[Blend, tuple[float, float]]:
     return config.train_blend, (0.0, 1.0)
 
 
-def _validation_share(config: DatasetConfig) -> tuple[Blend, tuple[float, float]] | None:
-    """Which documents are validated on; None for none."""
-    if config.valid_blend is not None:
-        return config.valid_blend, (0.0, 1.0)
-    if config.blend is None or not parse_split(config.split)[1]:
-        return None
+def _validation_shares(config: DatasetConfig) -> dict[str, tuple[Blend, tuple[float, float]]]:
+    """Which documents are validated on, by the name of the set; "" is the name of what has none."""
+    if config.blend is None:
+        return {name: (blend, (0.0, 1.0)) for name, blend in config.valid_blends.items()}
     train, valid, _ = parse_split(config.split)
-    return config.blend, (train, train + valid)
+    return {"": (config.blend, (train, train + valid))} if valid else {}
 
 
 def _check_blend(config: DatasetConfig, blend: Blend, edges: tuple[float, float], num_samples: int, title: str,

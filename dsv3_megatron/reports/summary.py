@@ -104,13 +104,12 @@ def measure_baselines(run: RunConfig, num_train_sequences: int, num_valid_sequen
     data = build_datasets(config)
     recipe = run.recipe()
     span = next((recipe.span_of(planned) for planned in recipe.phases if planned.name == phase), recipe.spans[0])
-    if span.index:
-        data = dataclasses.replace(data, valid=build_datasets(dataset_config(run, span)).valid)
-    if data.valid is None:
+    valid = build_datasets(dataset_config(run, span)).valid if span.index else data.valid
+    if valid is None:
         raise ValueError("the run has no validation data to score the baselines on; set valid_data_path or split")
     return measure_ngram_baselines(
         read_token_sequences(data.train, 0, min(num_train_sequences, len(data.train))),
-        read_token_sequences(data.valid, 0, min(num_valid_sequences, len(data.valid))),
+        read_token_sequences(valid, 0, min(num_valid_sequences, len(valid))),
         vocab_size=run.model.vocab_size,
         eod_id=config.eod_id if config.eod_mask_loss else None,
     )

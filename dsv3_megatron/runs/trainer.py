@@ -52,6 +52,7 @@ from dsv3_megatron.platform import prepare
 from dsv3_megatron.process.logs import configure_logging
 from dsv3_megatron.process.stop import signal_name, stop_calls
 from dsv3_megatron.runs.learner import Learner, build_for_training
+from dsv3_megatron.runs.validation_report import report_average, report_validation
 from dsv3_megatron.schedule.forward_backward import iterate_chunks
 
 logger = logging.getLogger(__name__)
@@ -311,15 +312,18 @@ class Trainer(Learner):
         torch.distributed.all_reduce(stop_signal, op=torch.distributed.ReduceOp.MAX)
         return int(stop_signal)
 
-    def evaluate(self) -> StepLosses:
-        """Mean losses over the first eval_iters global batches of the validation data; no state changes.
+    def evaluate(self, name: str | None = None) -> StepLosses:
+        """Mean losses over the first eval_iters global batches of a validation set; no state changes.
 
         Batches without a token that counts are left out of the mean. After a signal to stop, the mean is that of the
         batches that are done: at least one.
+
+        Args:
+            name: Name of the set; None: the first.
         """
         for chunk in self.chunks:
             chunk.eval()
-        batches = self._iterate(self.data.valid, 0)
+        batches = self._iterate(self.data.valid if name is None else self.data.validation_sets[name], 0)
         losses: list[StepLosses] = []
         stopped = 0
         while len(losses) < self.run.training.eval_iters and not stopped:
@@ -332,6 +336,16 @@ class Trainer(Learner):
         self._left_off = stopped
         return StepLosses.mean(losses)
 
+    def _evaluate_sets(self) -> dict[str, StepLosses]:
+        """Mean losses of each validation set, by name; none after a signal to stop."""
+        found: dict[str, StepLosses] = {}
+        for name in self.data.validation_sets:
+            self.watchdog.slow("validation")
+            found[name] = self.evaluate(name)
+            if self._left_off:
+                return {}
+        return found
+
     def _validate(self) -> int:
         """Validate and report; a signal to stop ends it after the global batch at hand, and nothing is reported.
 
@@ -340,30 +354,17 @@ class Trainer(Learner):
         """
         if self.data.valid is None:
             return 0
-        self.watchdog.slow("validation")
-        losses = self.evaluate()
+        losses, training = self._evaluate_sets(), self.phase.training
         if self._left_off:
             self.display.message(f"validation at iteration {self.iteration} left off: {signal_name(self._left_off)}")
             return self._left_off
-        if losses.main is None:
-            self.display.message(f"validation at iteration {self.iteration}: no token of the validation data counts "
-                                 "in the loss (eod_mask_loss leaves out the one after each EOD)")
-            return 0
-        self.display.validation(self.iteration, losses.main, mtp_losses=losses.mtp)
-        if self.writer:
-            training = self.phase.training
-            self.writer.write_validation(self.iteration, losses.main, mtp_losses=losses.mtp,
-                                         num_sequences=training.eval_iters * training.global_batch_size)
-        if self.average and self.average.num_updates and self.run.training.eval_ema:
+        has_loss = report_validation(self.iteration, losses, self.display, self.writer,
+                                     num_sequences=training.eval_iters * training.global_batch_size)
+        if has_loss and self.average and self.average.num_updates and self.run.training.eval_ema:
             with self.average.swapped_in():
-                loss = self.evaluate().main
-            if self._left_off:
-                return self._left_off
-            assert loss is not None, "the same tokens counted a moment ago"
-            self.display.message(f"validation of the average at iteration {self.iteration}: lm loss {loss:.4f}")
-            if self.writer:
-                self.writer.write_average_validation(self.iteration, loss)
-        return 0
+                losses = self._evaluate_sets()
+            report_average(self.iteration, losses, self.display, self.writer)
+        return self._left_off
 
     def save(self, *, is_needed: bool) -> None:
         """Write a checkpoint of this moment; of one that cannot be written it is only said, unless it is needed."""

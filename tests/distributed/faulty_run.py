@@ -164,11 +164,11 @@ class FaultyTrainer(Trainer):
         """As a signal would."""
         self.stop_signal = int(signal.SIGTERM)
 
-    def evaluate(self) -> StepLosses:
+    def evaluate(self, name: str | None = None) -> StepLosses:
         self.apply("slow_validation")
         self.phase_is_training = False
         try:
-            return super().evaluate()
+            return super().evaluate(name)
         finally:
             self.phase_is_training = True
 

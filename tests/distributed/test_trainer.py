@@ -108,7 +108,7 @@ def test_a_run_writes_the_tags_of_the_table_and_no_others(twenty_steps: Path) ->
              "phase": STEP_PARTS}
     expected = set()
     for tag in TAGS:
-        if tag.when in ("gpu", "peak", "validation", "average", "grpo", "grpo-validation"):
+        if tag.when in ("gpu", "peak", "grpo", "grpo-validation") or tag.when.startswith(("validation", "average")):
             continue
         kind = re.search("{(.*?)}", tag.name)
         for value in names[kind.group(1)] if kind else ("",):

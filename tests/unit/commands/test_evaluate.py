@@ -238,7 +238,7 @@ class TestDocuments:
                                                   capsys: pytest.CaptureFixture[str], rank: int) -> None:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr("dsv3_megatron.commands.evaluate._evaluate", lambda plan: RESULT)
+        monkeypatch.setattr("dsv3_megatron.commands.evaluate._evaluate", lambda plan: {"": RESULT})
         assert carry_out(EvaluationRequest(load=f"{isolated}/isolated", data_path=f"{isolated}/train")) == 0
         captured = capsys.readouterr()
         assert captured.err.count("at EOD 1, as in training\n") == captured.err.count("\n") == 1 - rank
@@ -252,6 +252,27 @@ class TestCommand:
                              "3", "--pipeline-model-parallel-size", "2", "--precision", "fp32"]) == 0
         assert seen == [EvaluationRequest(load="c", tokens="t.npy", logprobs="l.npy", micro_batch_size=3,
                                           precision="fp32", parallel=PP2, as_json=True)]
+
+    def test_datasets_with_names_are_evaluated_apart(self, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+        seen: list[Any] = []
+        monkeypatch.setattr(command, "carry_out", lambda *given: seen.append(given) or 0)
+        assert command.main(["--load", "c", "--data-path", "code=a/b", "web=c.bin"]) == 0
+        assert seen == [(EvaluationRequest(load="c"), {"code": "a/b", "web": "c"})]
+        for words, message in ((["code=a", "b"], "data_path=code=a b gives 2 datasets to code, and every token of "),
+                               (["a", "b"], "data_path=a b gives 2 datasets, and every token of a dataset is "),
+                               (["0.5", "a"], "data_path=0.5 a gives 1 datasets, and every token"),
+                               (["a", "code=b"], "data_path=a code=b gives a name to some (code=) and none to a: ")):
+            assert command.main(["--load", "c", "--data-path", *words]) == 2
+            assert f"error: {message}" in capsys.readouterr().err
+
+    def test_results_of_several_datasets_are_printed_by_name(self) -> None:
+        results = {"code": RESULT, "web": dataclasses.replace(RESULT, loss=1.0)}
+        blocks = command._printed(results, is_json=False).split("\n\n")
+        assert [block.splitlines()[0] for block in blocks] == ["code", "web"]
+        assert blocks[1].splitlines()[1] == "loss        1.000000 nats/token"
+        found = json.loads(command._printed(results, is_json=True))
+        assert found == {"code": json.loads(as_json(RESULT)), "web": json.loads(as_json(results["web"]))}
 
     def test_switches_that_are_not_given_are_not_requested(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[EvaluationRequest] = []

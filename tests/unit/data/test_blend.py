@@ -7,6 +7,7 @@ from dsv3_megatron.data.blend import (
     Blend,
     check_data,
     parse_blend,
+    parse_validation_sets,
     read_tokenizer_fingerprint,
     read_vocab_size,
 )
@@ -55,6 +56,38 @@ def test_megatron_reads_the_same_blend():
 def test_parse_blend_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         parse_blend(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("a", {"": Blend(("a",))}),
+        (["0.3", "a", "7", "b"], {"": Blend(("a", "b"), (0.3, 7.0))}),
+        (["data/a=b", "./c=d"], {"": Blend(("data/a=b", "./c=d"))}),
+        (["code=a.bin", "web-2.x=/data/b"], {"code": Blend(("a",)), "web-2.x": Blend(("/data/b",))}),
+        (["all=a", "b", "mixed=0.3", "a", "7", "b", "c=d=e"],
+         {"all": Blend(("a", "b")), "mixed": Blend(("a", "b"), (0.3, 7.0)), "c": Blend(("d=e",))}),
+    ],
+)
+def test_parse_validation_sets(arguments, expected):
+    found = parse_validation_sets(arguments)
+    assert found == expected and list(found) == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "valid_data_path is empty: give PREFIX, or WEIGHT PREFIX"),
+        (["a", "web=b"], r"valid_data_path=a web=b gives a name to some \(web=\) and none to a: give each"),
+        (["web=a", "code=b", "web=c"], "gives the name web twice; give each validation set its own"),
+        (["web="], "valid_data_path of web is empty: give PREFIX"),
+        (["web=0.5", "a", "b"], "valid_data_path of web=0.5 a b mixes weights and prefixes"),
+        (["web=-1", "a"], r"valid_data_path of web: the weight -1\.0 of a must be a positive number"),
+    ],
+)
+def test_parse_validation_sets_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        parse_validation_sets(arguments)
 
 
 def test_vocabulary_is_checked_before_a_run(tmp_path):

@@ -164,6 +164,26 @@ def test_a_position_survives_a_rebuild_and_notices_another_order(tmp_path):
         other.load_state_dict(state)
 
 
+def test_validation_sets_by_name(tmp_path):
+    """Each is what it would be as the one validation set; the first stands where one is asked for."""
+    train, *prefixes = [write(tmp_path / name, first_id=number * 1100) for number, name in enumerate("tab")]
+    run = preset("tiny").override(seq_length=16, global_batch_size=4, eval_iters=2, data_path=[train])
+    weighted = ["0.7", prefixes[0], "0.3", prefixes[1]]
+    sets = {"a": prefixes[:1], "both": weighted, "b": prefixes[1:]}
+    words = [word for name, (first, *rest) in sets.items() for word in (f"{name}={first}", *rest)]
+    data = build_datasets(dataset_config(run.override(valid_data_path=words)))
+    assert list(data.named_valid) == ["a", "both", "b"] and data.valid is data.named_valid["a"]
+    for name, given in sets.items():
+        alone = build_datasets(dataset_config(run.override(valid_data_path=given)))
+        assert alone.named_valid == {} and len(alone.valid) == len(data.named_valid[name]) == 8
+        rows = [read_token_sequences(samples, 0, 8) for samples in (alone.valid, data.named_valid[name])]
+        assert (rows[0] == rows[1]).all()
+        assert (read_token_sequences(alone.train, 0, 20) == read_token_sequences(data.train, 0, 20)).all()
+    assert dataset_config(run.override(valid_data_path=words)).prefixes == (train, *prefixes)
+    with pytest.raises(ValueError, match="absent.idx"):
+        build_datasets(dataset_config(run.override(valid_data_path=[f"a={prefixes[0]}", f"c={tmp_path}/absent"])))
+
+
 def blended(tmp_path, kind):
     """Three prefixes in one blend, cut by a split; or with blends of their own for training and validation."""
     prefixes = [write(tmp_path / name, first_id=number * 1100, num_documents=40 - number)

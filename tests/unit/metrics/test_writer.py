@@ -61,6 +61,26 @@ def test_round_trip(tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
     assert from_validation <= set(events)
 
 
+def test_each_validation_set_has_its_own_tags(tmp_path: Path, speed: RunSpeed) -> None:
+    """The first stands for the validation, in the records that plots and cards read as well."""
+    writer = MetricsWriter(tmp_path, speed, num_layers=4)
+    writer.write_validation(5, 2.5, mtp_losses=(3.5,), sets={"code": (2.5, (3.5,)), "web": (3.0, (4.0,))})
+    writer.write_average_validation(5, 2.25, sets={"code": 2.25, "web": 2.75})
+    writer.close()
+    assert read_events(tmp_path) == {
+        "lm loss validation": [(5, 2.5)], "lm loss validation/code": [(5, 2.5)], "lm loss validation/web": [(5, 3.0)],
+        "lm loss validation ppl": [(5, pytest.approx(math.exp(2.5)))],
+        "lm loss validation ppl/code": [(5, pytest.approx(math.exp(2.5)))],
+        "lm loss validation ppl/web": [(5, pytest.approx(math.exp(3.0)))],
+        "mtp_1 loss validation": [(5, 3.5)], "mtp_1 loss validation/code": [(5, 3.5)],
+        "mtp_1 loss validation/web": [(5, 4.0)], "lm loss validation average": [(5, 2.25)],
+        "lm loss validation average/code": [(5, 2.25)], "lm loss validation average/web": [(5, 2.75)]}
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert records.validation_column("lm_loss") == [(5, 2.5)]
+    assert records.validations[0]["sets"] == {"code": {"lm_loss": 2.5, "mtp_losses": [3.5]},
+                                              "web": {"lm_loss": 3.0, "mtp_losses": [4.0]}}
+
+
 def test_resume_drops_what_is_taken_again(tmp_path: Path, make_report: Make, speed: RunSpeed) -> None:
     first = MetricsWriter(tmp_path, speed, num_layers=4)
     for iteration in range(1, 8):

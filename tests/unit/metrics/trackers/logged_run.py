@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,16 @@ GRPO = {f"grpo/{name}": 0.5 for name in ("reward", "reward/exact", "length", "un
                                          "clip-fraction", "ratio")}
 MEMORY = {"host-peak-resident": 10**9, "gpu-allocated": 1, "gpu-peak-allocated": 2, "gpu-peak-reserved": 3}
 _FILLED = {"layer": tuple(map(str, LAYERS)), "group": ("0", "1"), "depth": ("1",), "component": COMPONENTS,
-           "phase": STEP_PARTS, "rule": ("exact",)}
+           "phase": STEP_PARTS, "rule": ("exact",), "set": ("code", "web-2")}
 
 
 def expected_tags(*kinds: str) -> set[str]:
     """Tags of the table, of some kinds, as the made-up run spells them."""
     expected = set()
     for tag in TAGS:
-        place = re.search("{(.*?)}", tag.name)
-        for value in (_FILLED[place[1]] if place else ("",)) if tag.kind in kinds else ():
-            expected.add(re.sub("{.*?}", value, tag.name))
+        places = re.findall("{(.*?)}", tag.name)
+        for values in itertools.product(*(_FILLED[place] for place in places)) if tag.kind in kinds else ():
+            expected.add(tag.name.format(**dict(zip(places, values, strict=True))))
     return expected
 
 
@@ -45,8 +46,8 @@ def write_run(folder: Path, trackers: list[TrackerThread], *, first: int = 1, la
     writer.write_config(CONFIG, environment=ENVIRONMENT)
     for iteration in range(first, last + 1):
         writer.write_step(_report(iteration))
-    writer.write_validation(last, 2.5, mtp_losses=(3.5,))
-    writer.write_average_validation(last, 2.25)
+    writer.write_validation(last, 2.5, mtp_losses=(3.5,), sets={"code": (2.5, (3.5,)), "web-2": (3.0, (4.0,))})
+    writer.write_average_validation(last, 2.25, sets={"code": 2.25, "web-2": 2.75})
     writer.write_answers(last, {"grpo/reward": 0.75, "grpo/length": 12.0})
     writer.close()
 
