@@ -19,16 +19,16 @@ scaled() { # scaled FILE FLAGS...
     sed -e 's/^#SBATCH --nodes=.*/#SBATCH --nodes=2/; /^#SBATCH --gpus-per-node/d; /^#SBATCH --exclusive/d; /^#SBATCH --mem/d' \
         -e 's/^#SBATCH --cpus-per-task=.*/#SBATCH --cpus-per-task=1/' \
         -e "s/^#SBATCH --time=.*/#SBATCH --time=${MINUTES:-6}/" \
-        -e 's/^#SBATCH --signal=.*/#SBATCH --signal=TERM@60/; s/^export SHUTDOWN_TIMEOUT=.*/export SHUTDOWN_TIMEOUT=60/' \
+        -e 's/^#SBATCH --signal=.*/#SBATCH --signal=TERM@60/' \
         -e "s/--preset dsv3-671b\$/--preset tiny --vocab-size 512 --lr-warmup-iters 1 $*/" \
         -e 's/--save-interval 500 .*/--save-interval 10/; s/--eval-interval 1000/--eval-interval 0/' \
-        -e "s/MASTER_ADDR=.*hostnames.*/MASTER_ADDR=127.0.0.1/" \
         "$repo/examples/slurm/pretrain_dsv3_2048.sbatch" >"$file"
 }
 
 submit() { # submit NAME: prints the job's id
     cd "$repo"
     DATA=$data VALID=$data TOKENIZER=$tokenizer OUTPUT=$folder/$1 NPROC_PER_NODE=1 OMP_NUM_THREADS=1 \
+        DSV3_MASTER_ADDR=127.0.0.1 SHUTDOWN_TIMEOUT=60 \
         CUDA_VISIBLE_DEVICES="" GLOO_SOCKET_IFNAME=lo PYTHON=${PYTHON:-python} \
         sbatch --parsable --output="$folder/job-$1.log" "$folder/$1.sbatch"
 }

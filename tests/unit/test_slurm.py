@@ -1,4 +1,4 @@
-"""The Slurm script around a made-up cluster: when a job goes back into the queue, and when it must not."""
+"""The Slurm scripts around a made-up cluster: when a job goes back into the queue, and when it must not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from dsv3_megatron.config.load import parse_command
 from dsv3_megatron.planning.precheck import check_memory
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "slurm" / "pretrain_dsv3_2048.sbatch"
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "slurm"
+SCRIPT, SMALL = FOLDER / "pretrain_dsv3_2048.sbatch", FOLDER / "pretrain_dsv3_16b_64.sbatch"
 LAST_STEP = 100
 
 
@@ -28,6 +29,7 @@ class Cluster:
         for name, text in {
             "repo/examples/pretrain_dsv3.sh": "true",
             "repo/examples/setup_environment.sh": f"echo {self.bin}/python",
+            "repo/examples/slurm/job.sh": (FOLDER / "job.sh").read_text(),
             "bin/python": f'case "$*" in *--print-schedule*) echo \'{{"num_steps_before_stop": {LAST_STEP}}}\' ;; '
                           f'*) exec {sys.executable} "$@" ;; esac',
             "bin/scontrol": f'case "$1" in show) echo node0 ;; requeue) echo "$2" >>{self.requeued} ;; esac',
@@ -39,10 +41,10 @@ class Cluster:
             file.chmod(0o755)
         self.repository = folder / "repo"
 
-    def submit(self, run: str) -> subprocess.CompletedProcess[str]:
+    def submit(self, run: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
         """One start of the job, in which `run` is what happens in the folder of checkpoints."""
         return subprocess.run(
-            ["bash", str(SCRIPT)], capture_output=True, text=True, timeout=60,
+            ["bash", str(script)], capture_output=True, text=True, timeout=60,
             env={"PATH": f"{self.bin}:{os.environ['PATH']}", "DSV3_REPO": str(self.repository), "RUN": run,
                  "OUTPUT": str(self.output), "DATA": "d", "VALID": "v", "TOKENIZER": "t", "SLURM_JOB_ID": "7",
                  "SLURM_SUBMIT_DIR": "/nowhere", "SLURM_JOB_NUM_NODES": "256", "SLURM_JOB_NODELIST": "node[0-255]"})
@@ -52,18 +54,33 @@ def saved(step: object) -> str:
     return f"echo {step} >latest_checkpointed_iteration.txt"
 
 
-def test_the_layout_fits_the_machine_that_it_is_for(tmp_path: Path) -> None:
-    """The flags that srun is given are those of a valid run of 2048 processes, within what an H800 leaves to a run."""
+def directives(script: Path) -> dict[str, str]:
+    """Slurm's options in a script."""
+    lines = [line.removeprefix("#SBATCH --") for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    return dict(line.partition("=")[::2] for line in lines)
+
+
+@pytest.mark.parametrize(("script", "num_gpus"), [(SCRIPT, 2048), (SMALL, 64)], ids=lambda value: str(value)[-16:])
+def test_the_layout_fits_the_machine_that_it_is_for(tmp_path: Path, script: Path, num_gpus: int) -> None:
+    """The flags that srun is given are those of a valid run on the job's GPUs, within what an H800 leaves to a run."""
+    assert int(directives(script)["nodes"]) * int(directives(script)["gpus-per-node"]) == num_gpus
     cluster = Cluster(tmp_path)
-    cluster.submit("exit 2")
+    cluster.submit("exit 2", script)
     words = shlex.split(cluster.started.read_text())
     flags = words[words.index("--preset"):]
     run = parse_command(flags).run
-    run.validate(2048)
-    (told,) = check_memory(run, 2048, hardware="h800")
+    run.validate(num_gpus)
+    (told,) = check_memory(run, num_gpus, hardware="h800")
     assert not told.is_warning and "of the 84.9 GB of an h800" in told.text
-    (told,) = check_memory(run.override(transformer_impl="local"), 2048, hardware="h800")
+    (told,) = check_memory(run.override(transformer_impl="local"), num_gpus, hardware="h800")
     assert not told.is_warning
+
+
+def test_both_jobs_end_alike() -> None:
+    """What Slurm is told is the same but for the name and the number of nodes."""
+    large, small = directives(SCRIPT), directives(SMALL)
+    assert {name for name in large if large[name] != small.get(name)} == {"job-name", "nodes"}
+    assert large.keys() == small.keys()
 
 
 @pytest.mark.parametrize(("run", "is_requeued", "said"), [

@@ -261,7 +261,7 @@ SLURM = ROOT / "examples/slurm/pretrain_dsv3_2048.sbatch"
 def slurm_flags() -> list[str]:
     """The flags of the example, with folders in place of its variables, as the shell itself takes them apart."""
     text = SLURM.read_text(encoding="utf-8")
-    array = text[text.index("flags=("):text.index("latest() {")]
+    array = text[text.index("flags=("):text.index("run_job ")]
     done = subprocess.run(["bash", "-c", f"{array}\nprintf '%s\\n' \"${{flags[@]}}\""], text=True, check=True,
                           capture_output=True, env={"DATA": "/d", "VALID": "/v", "TOKENIZER": "/t", "OUTPUT": "/o"})
     return done.stdout.splitlines()
