@@ -184,7 +184,7 @@ SAME_NAME: tuple[str, ...] = tuple((
     "--global-batch-size --hidden-size --init-method-std --kv-lora-rank --load --log-interval --lr "
     "--lr-decay-iters --lr-decay-style --lr-warmup-iters --max-position-embeddings --micro-batch-size --min-lr "
     "--moe-aux-loss-coeff --moe-ffn-hidden-size --moe-flex-dispatcher-backend --moe-token-dispatcher-type "
-    "--moe-router-bias-update-rate --moe-router-group-topk "
+    "--moe-router-bias-update-rate --moe-router-group-topk --moe-router-load-balancing-type "
     "--moe-router-num-groups --moe-router-score-function --moe-router-topk --moe-router-topk-scaling-factor --mscale "
     "--mscale-all-dim --mtp-loss-scaling-factor --mtp-num-layers --norm-epsilon --num-attention-heads --num-experts "
     "--num-layers --num-virtual-stages-per-pipeline-rank --overlap-grad-reduce "

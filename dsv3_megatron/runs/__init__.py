@@ -7,6 +7,7 @@ Nothing is imported here. In reading order:
     step_sums.py    what ranks add up of a step, in one collective
     learner.py      a model that learns: one optimizer step
     trainer.py      the training loop of a run
+    validation_report.py  what a run says of a validation
     run_queue.py    runs as processes, some at a time
     evaluator.py    rows of tokens scored with a model that only runs forward
     alone.py        settings and results of a model without a run

@@ -10,11 +10,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from dsv3_megatron.metrics.tags import TAGS
+from dsv3_megatron.metrics.tags import find_tag
 from dsv3_megatron.metrics.trackers.tracked_values import TrackedValues
 
 IDENTITY_TAG = "dsv3.run"
-_NAMES = {tag.name for tag in TAGS}
 # Metrics that a server takes in one call.
 _BATCH = 1000
 
@@ -75,7 +74,11 @@ class MlflowTracker:
 def metric_key(tag: str) -> str:
     """Name of the metric that a written tag becomes: its own, but for a dot behind a name that is a tag too."""
     front, _, last = tag.rpartition("/")
-    return f"{front}.{last}" if front in _NAMES else tag
+    try:
+        find_tag(front)
+    except KeyError:
+        return tag
+    return f"{front}.{last}"
 
 
 def _artifact(tag: str, step: int, ending: str) -> str:

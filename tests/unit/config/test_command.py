@@ -36,7 +36,8 @@ def test_help_answers_in_under_a_second_without_torch() -> None:
     assert "dsv3_megatron" in imported and not HEAVY & imported
     # Processor time: it is what the command takes, however busy the machine is.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
-    assert done.stdout.startswith("usage: bash examples/pretrain_dsv3.sh [--preset NAME] [--config FILE] [flags]")
+    assert done.stdout.startswith("usage: bash examples/pretrain_dsv3.sh [--preset NAME] [--from-hf FOLDER] "
+                                  "[--config FILE] [flags]")
     for action in build_parser()._actions:
         assert all(flag in done.stdout for flag in action.option_strings)
 

@@ -25,6 +25,7 @@ def test_every_tag_has_a_line_and_a_meaning() -> None:
     assert len({tag.name for tag in TAGS}) == len(TAGS)
     for tag in TAGS:
         assert tag.kind in ("scalar", "histogram", "image", "text") and tag.meaning and tag.when in CONDITIONS
-        assert set(re.findall(r"{(.*?)}", tag.name)) <= {"layer", "depth", "group", "component", "phase", "rule"}
+        assert set(re.findall(r"{(.*?)}", tag.name)) <= {
+            "layer", "depth", "group", "component", "phase", "rule", "set"}
     assert table().count("\n") == len(TAGS) + 1
     assert {tag.when for tag in TAGS} == set(CONDITIONS)
