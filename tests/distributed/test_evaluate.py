@@ -128,6 +128,18 @@ def test_the_command_under_torchrun(trained: Path, in_one_process: tuple[Evaluat
     assert json.loads(first)["loss"] == pytest.approx(in_one_process[0].loss, rel=1e-6)
 
 
+def test_several_datasets_are_evaluated_by_one_command(trained: Path) -> None:
+    """Under PP2, of other numbers of rows: each result is what the dataset has alone, to the last bit."""
+    def command(*datasets: str) -> dict[str, Any]:
+        return json.loads(run_ranks(2, "dsv3_megatron", "evaluate", "--load", trained / "run", "--data-path", *datasets,
+                                    "--json", "--pipeline-model-parallel-size", 2)[0])
+
+    found = command(f"valid={trained}/valid", f"train={trained}/train")
+    assert list(found) == ["valid", "train"]
+    assert found == {name: command(f"{trained}/{name}") for name in found}
+    assert found["valid"]["rows"] == NUM_WINDOWS != found["train"]["rows"]
+
+
 def test_damaged_tensors_are_named(trained: Path, tmp_path: Path) -> None:
     """Files of the right size with other content: one error, and no file of log-probabilities."""
     import shutil

@@ -93,6 +93,7 @@ def test_model_card(tmp_path, tokenizer):
     total = sum(torch.Size(shape).numel() for name, shape in weight_shapes(MODEL).items()
                 if "layers.3." not in name and "e_score_correction_bias" not in name)
     for text in (f"{total:,} parameters", "| Tokens | 81,920 |", "| Optimizer steps | 40 |",
+                 "| Balance loss | seq_aux_loss, weight 0.0001 |",
                  "| Training loss | 2.3457 nats per token |",
                  "| Validation loss | 2.5000 nats per token after step 30 |",
                  "| Context | 256 tokens |", "AutoTokenizer"):
