@@ -7,6 +7,7 @@ event files' logged steps. A panel whose numbers a run does not have says so.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,10 +123,11 @@ class _Page:
         _curve(axes, self.points("lm loss"), TRAIN, "main")
         for name, points in self.family("mtp_", " loss").items():
             _curve(axes, points, MTP, f"MTP {name}")
-        validation = self.points("lm loss validation")
-        if validation:
-            axes.plot(*zip(*validation, strict=True), color=VALIDATION, marker="o", markersize=4, linewidth=1.2,
-                      label=f"validation, last {validation[-1][1]:.3f}")
+        whole = self.points("lm loss validation")
+        named = self.family("lm loss validation/") or ({"": whole} if whole else {})
+        for (name, points), marker in zip(named.items(), itertools.cycle("os^vD"), strict=False):
+            axes.plot(*zip(*points, strict=True), color=VALIDATION, marker=marker, markersize=4, linewidth=1.2,
+                      label=f"validation{name and ' ' + name}, last {points[-1][1]:.3f}")
         axes.set_ylabel("nats per token")
         _finish(axes, "losses", columns=3)
 

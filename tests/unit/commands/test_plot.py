@@ -15,7 +15,7 @@ from dsv3_megatron.metrics.flops import RunSpeed, flops_per_token
 from dsv3_megatron.metrics.measurements import Measurements, RouterMeasurements
 from dsv3_megatron.metrics.run_records import StepReport
 from dsv3_megatron.metrics.writer import MetricsWriter
-from dsv3_megatron.reports.report_page import settings, title
+from dsv3_megatron.reports.report_page import _Page, settings, title
 
 Plot = Callable[..., "Done"]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -153,3 +153,20 @@ def test_a_run_whose_records_are_gone_is_drawn_without_them_and_that_is_said(fol
     assert done.returncode == 0 and (folder / "report.png").exists()
     assert done.stderr == (f"{folder}/metrics.jsonl is missing, which a run writes beside config.json: drawn without "
                            "it\n")
+
+
+def test_each_validation_set_is_drawn_by_its_name(folder: Path, tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    directory, speed = tmp_path / "several", RunSpeed(256, flops_per_token(preset("tiny").model, 256))
+    writer = MetricsWriter(directory, speed, num_layers=4)
+    writer.write_step(report(1))
+    writer.write_validation(1, 1.0, sets={"code": (1.0, ()), "web": (2.0, ())})
+    writer.close()
+    labels = {}
+    for name, log in (("one", read_run(folder)), ("several", read_run(directory))):
+        axes = Figure().add_subplot()
+        _Page(log).draw_losses(axes)
+        labels[name] = [str(line.get_label()) for line in axes.lines if str(line.get_label()).startswith("validation")]
+    assert labels == {"one": ["validation, last 1.000"],
+                      "several": ["validation code, last 1.000", "validation web, last 2.000"]}
