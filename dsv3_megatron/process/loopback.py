@@ -54,11 +54,19 @@ def use_loopback_interface() -> None:
 
 
 def loopback_store_class() -> type[Any]:
-    """torch's TCPStore, of which a server of a loopback address listens there alone."""
+    """torch's TCPStore, of which a server of a loopback address listens there alone.
+
+    Where such a class has taken the place of torch's already, it is that one: it would bind its port a second time.
+    """
     from torch.distributed import TCPStore
+
+    if getattr(TCPStore, "listens_on_loopback", False):
+        return TCPStore
 
     class LoopbackStore(TCPStore):
         """A TCPStore; its arguments are those of torch's."""
+
+        listens_on_loopback = True
 
         def __init__(self, host_name: str, port: int, world_size: int | None = None, is_master: bool = False,
                      *arguments: Any, **options: Any) -> None:

@@ -88,3 +88,14 @@ def test_torchrun_listens_on_this_machine_alone(tmp_path: Path) -> None:
 def test_several_machines_are_refused() -> None:
     with pytest.raises(SystemExit, match="cannot meet at the loopback address; start them with torchrun"):
         main(["--nnodes", "2", "--nproc-per-node", "2", "-m", "dsv3_megatron"])
+
+
+def test_a_store_that_has_taken_the_place_of_torchs_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As local_torchrun does it; a class around that one would bind its port twice."""
+    import torch
+
+    first = loopback_store_class()
+    monkeypatch.setattr(torch.distributed, "TCPStore", first)
+    assert loopback_store_class() is first
+    store = loopback_store_class()("127.0.0.1", 0, None, True, wait_for_workers=False)
+    assert store.port > 0
