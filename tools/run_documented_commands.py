@@ -42,6 +42,7 @@ NOT_RUN = [
     (r"source \.venv", "download: it needs the environment that make setup installs"),
     (r"make (test|lint)", "long: these are the tests themselves"),
     (r"sbatch ", "needs Slurm"),
+    (r"dsv3(_megatron)? lm-eval ", "needs the package lm-eval, and for tasks of the Hub a network"),
     (rf"{RUN} .*--preset dsv3-16b", "needs GPUs: it is the launch of several nodes"),
 ]
 

@@ -8,6 +8,7 @@ Every module has `main(arguments)`, which returns the exit code. Nothing is impo
     generate.py     text from a checkpoint                 convert.py      to Hugging Face's format and back
     verify.py       whether checkpoints are what was written   sft.py      a model fine-tuned on conversations
     grpo.py         a model that learns from its own answers   sweep.py   settings x seeds of such runs
+    lm_eval.py      lm-evaluation-harness on a checkpoint
 
     preprocess.py   text to tokens on disk                 train_tokenizer.py   a tokenizer learned from text
     merge.py        datasets joined end to end             inspect.py      a dataset looked at, or verified

@@ -48,6 +48,7 @@ COMMANDS = (
             "the same command goes on from what is finished"),
     Command("evaluate", "loss and perplexity of a checkpoint"),
     Command("generate", "text from a checkpoint"),
+    Command("lm-eval", "lm-evaluation-harness on a checkpoint"),
     Command("plan", "time, memory and cost of a run before it starts", "nothing was written"),
     Command("report", "DeepSeek-V3's report, figure by figure", "nothing was written"),
     Command("rehearse", "ranks of a GPU run on a machine without a GPU", "nothing was written"),

@@ -8,7 +8,12 @@
     speculative.py    the acceptance rule, and decoding one or two tokens at a time
     scoring.py        log-probabilities of answers that are there already
     generator.py      prompts in batches -> tokens, as they come
+    continuations.py  log-probabilities of continuations of texts, many in one pass
     text.py           which tokenizer; prompts -> ids, ids -> text as it becomes whole
+    stop_texts.py     sequences that end where their text has come to a given word
 
-One process holds the whole model. Its weights may come from a checkpoint of any layout.
+One process holds the whole model, whose weights may come from a checkpoint of any layout; or several do:
+
+    split_layers.py   a layer of which each rank has a part
+    split_model.py    stages, heads and experts on several ranks, run as if they were one model
 """

@@ -211,6 +211,24 @@ def _whole_attention(query_TND: torch.Tensor, keys_BCND: torch.Tensor, values_BC
     return torch.cat(context)
 
 
+class NoCache:
+    """Keeps nothing: for sequences that are run over once and not gone on with."""
+
+    least_rows, bytes_per_token = 1, 0
+
+    def fill(self, layer: int, places: Places, entry_TW: torch.Tensor, key_TND: torch.Tensor, value_TNU: torch.Tensor
+             ) -> None:
+        """Do nothing with the positions of prompts."""
+
+    def attend(self, layer: int, places: Places, attention: LatentAttention, query_TND: torch.Tensor,
+               entry_TW: torch.Tensor) -> torch.Tensor:
+        """Refuse: there is nothing to attend to."""
+        raise AssertionError("no position was kept")
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Do nothing: there are no rows."""
+
+
 def make_cache(kind: str, config: MLATransformerConfig, *, num_layers: int, num_rows: int, capacity: int,
                dtype: torch.dtype, device: torch.device) -> KeyValueCache:
     """The cache called `kind`, empty.

@@ -24,11 +24,14 @@ from dsv3_megatron.generation.cache import KeyValueCache, Places, make_cache
 from dsv3_megatron.generation.cached_layers import LatentAttention, Layer, Norm, product_like
 from dsv3_megatron.model.attention import LocalMLASelfAttention
 from dsv3_megatron.ops.attention import causal_attention
+from dsv3_megatron.ops.backend import wide_dtype
 from dsv3_megatron.ops.cross_entropy import linear_cross_entropy
 from dsv3_megatron.ops.local_scores import is_among
 
 # Rotary tables are made for a multiple of this many positions, not anew for every token.
 _TABLE_STEP = 1024
+# Tokens whose logits are in memory at once where all of them are scored.
+_SCORED_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,13 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Tokens on their way through the layers: how they attend in layer i, and the rotations of their positions.
+class TokenRun:
+    """Tokens on their way through the layers. Fewer than `least_rows` go with copies of the first of them.
 
-    Fewer than `least_rows` go with copies of the first of them.
+    Attributes:
+        attend: Function by which they attend in a layer, given its number.
+        rotations_TP: Rotations of their positions.
+        least_rows: Rows that go through a layer at least.
     """
 
     attend: Callable[[int, LatentAttention, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -85,7 +91,7 @@ class _Run:
             x_TH = layer(x_TH, self.rotations_TP, partial(self.attend, index))
         return x_TH
 
-    def _with_copies(self, num_tokens: int) -> _Run:
+    def _with_copies(self, num_tokens: int) -> TokenRun:
         """Describe a run of the same tokens and copies of the first behind them, of which attention sees none."""
 
         def attend(index: int, attention: LatentAttention, query_TND: torch.Tensor, entry_TW: torch.Tensor
@@ -93,7 +99,7 @@ class _Run:
             context = self.attend(index, attention, query_TND[:num_tokens], entry_TW[:num_tokens])
             return _padded(context, self.least_rows)
 
-        return _Run(attend, _padded(self.rotations_TP, self.least_rows))
+        return TokenRun(attend, _padded(self.rotations_TP, self.least_rows))
 
 
 def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -201,7 +207,31 @@ class CachedModel:
                                         vocabulary_group=self._ranks)
         return -losses_T[:len(tokens_T)]
 
-    def _main(self, tokens_T: torch.Tensor, run: _Run) -> torch.Tensor:
+    @torch.no_grad()
+    def scores(self, hidden_TH: torch.Tensor, tokens_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each token, and whether it is the likeliest.
+
+        Args:
+            hidden_TH: Hidden states after the final norm that the tokens follow.
+            tokens_T: int64 ids.
+
+        Returns:
+            fp32 [T] in nats (fp64 from fp64), and bool [T].
+        """
+        return self._scores(hidden_TH, tokens_T, self.logits)
+
+    def _scores(self, hidden_TH: torch.Tensor, tokens_T: torch.Tensor,
+                logits: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, is_likeliest = [], []
+        for rows_TH, ids_T in zip(hidden_TH.split(_SCORED_TOKENS), tokens_T.split(_SCORED_TOKENS), strict=True):
+            logits_TV = logits(rows_TH)
+            logits_TV = logits_TV.to(wide_dtype(logits_TV.dtype))
+            chosen_T = logits_TV.gather(1, ids_T.unsqueeze(1)).squeeze(1)
+            logprobs.append(chosen_T - logits_TV.logsumexp(dim=-1))
+            is_likeliest.append(logits_TV.argmax(dim=-1) == ids_T)
+        return torch.cat(logprobs), torch.cat(is_likeliest)
+
+    def _main(self, tokens_T: torch.Tensor, run: TokenRun) -> torch.Tensor:
         return self._norm(run.through(self._layers, self._embed(tokens_T)))
 
     # ---- the MTP module ----------------------------------------------------------------------------
@@ -235,7 +265,7 @@ class CachedModel:
         drafting_TH = self._draft(next_BQ.flatten(), hidden_QBH.transpose(0, 1).flatten(0, 1), run)
         return drafting_TH.view(*next_BQ.shape, -1).transpose(0, 1)
 
-    def _draft(self, next_T: torch.Tensor, hidden_TH: torch.Tensor, run: _Run) -> torch.Tensor:
+    def _draft(self, next_T: torch.Tensor, hidden_TH: torch.Tensor, run: TokenRun) -> torch.Tensor:
         assert self._mtp is not None, "the model has an MTP module"
         return self._mtp(self._embed(next_T), hidden_TH, run)
 
@@ -255,10 +285,11 @@ class CachedModel:
         """cos + i sin of positions below `limit`, [T, P]."""
         if self._rotations_CP.shape[0] < limit:
             length = math.ceil(limit / _TABLE_STEP) * _TABLE_STEP
-            self._rotations_CP = torch.complex(*self._rotary(length, self.embedding))
+            self._rotations_CP = torch.complex(*self._rotary(length, torch.empty(
+                0, dtype=self.dtype, device=self.device)))
         return self._rotations_CP[positions_T]
 
-    def _in_prompts(self, prompts: Prompts, cache: KeyValueCache) -> _Run:
+    def _in_prompts(self, prompts: Prompts, cache: KeyValueCache) -> TokenRun:
         """Ordinary attention within each prompt, kept in the cache on the way."""
         positions_T = torch.cat([torch.arange(length) for length in prompts.lengths]).to(self.device)
         rows_T = torch.repeat_interleave(torch.arange(len(prompts.lengths)), torch.tensor(prompts.lengths))
@@ -273,9 +304,9 @@ class CachedModel:
                 softmax_scale=attention.softmax_scale, document_bounds=(prompts.bounds,))
             return context_T1NV.squeeze(1)
 
-        return _Run(attend, self._rotations(places.limit, positions_T), cache.least_rows)
+        return TokenRun(attend, self._rotations(places.limit, positions_T), cache.least_rows)
 
-    def _in_cache(self, num_new: int, positions: Sequence[int], cache: KeyValueCache) -> _Run:
+    def _in_cache(self, num_new: int, positions: Sequence[int], cache: KeyValueCache) -> TokenRun:
         """Attention of new tokens to their rows of the cache."""
         positions_BQ = torch.tensor(positions).unsqueeze(1) + torch.arange(num_new)
         limit = max(positions) + num_new
@@ -289,7 +320,7 @@ class CachedModel:
                    ) -> torch.Tensor:
             return cache.attend(layer, places, attention, query_TND, entry_TW)
 
-        return _Run(attend, self._rotations(limit, places.positions_T), cache.least_rows)
+        return TokenRun(attend, self._rotations(limit, places.positions_T), cache.least_rows)
 
 
 class _MTP:
@@ -302,7 +333,7 @@ class _MTP:
         self._layers, self._norm = [Layer(module.mtp_model_layer)], Norm(module.final_layernorm)
         self._multiply = product_like(self._joining)
 
-    def __call__(self, embedded_TH: torch.Tensor, hidden_TH: torch.Tensor, run: _Run) -> torch.Tensor:
+    def __call__(self, embedded_TH: torch.Tensor, hidden_TH: torch.Tensor, run: TokenRun) -> torch.Tensor:
         """[T, H], twice -> [T, H]."""
         joined = torch.cat([self._embedding_norm(embedded_TH), self._hidden_norm(hidden_TH)], dim=-1)
         x_TH = gathered_features(self._multiply(joined, self._joining), self._ranks)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ from dsv3_megatron.generation.speculative import PlainDecoder, SpeculativeDecode
 
 SPECULATIVE = ("mtp",)
 # Why a sequence ended.
-END_OF_TEXT, MAX_NEW_TOKENS, CONTEXT = "end-of-text", "max-new-tokens", "context"
+END_OF_TEXT, MAX_NEW_TOKENS, CONTEXT, ASKED = "end-of-text", "max-new-tokens", "context", "asked"
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Options:
         speculative: "mtp", or None for one token a step.
         batch_size: Prompts that are decoded together.
         stop_ids: Tokens that end a sequence; the first of them does.
+        has_ended: Says after each step, of a prompt's number and its newest ids, whether its sequence shall end behind
+            them. None: nothing but the settings above ends one.
     """
 
     max_new_tokens: int
@@ -44,6 +46,7 @@ class Options:
     speculative: str | None = None
     batch_size: int = 1
     stop_ids: tuple[int, ...] = ()
+    has_ended: Callable[[int, Sequence[int]], bool] | None = None
 
     def validate(self, num_mtp_layers: int) -> None:
         """Check the settings against each other and the model.
@@ -232,6 +235,8 @@ class Generator:
                 counted += 1
             elif len(ids) == sequence.room:
                 ended = sequence.room_ends
+            elif self.options.has_ended is not None and self.options.has_ended(sequence.prompt, ids):
+                ended = ASKED
             sequence.room -= len(ids)
             counted += len(ids)
             chosen = len(ids) + (end_id is not None)

@@ -93,7 +93,9 @@ class TextCodec:
         stop_ids: Ids at which a text ends; None: the tokenizer's eos_token.
 
     Attributes:
+        path: Folder or file of the tokenizer.
         begin_ids: Ids that a prompt begins with.
+        bos_id: Id of the token named bos_token; None where none is named.
         eos_id: The tokenizer's own end token; None where it has none.
         stop_ids: Ids at which a text ends; none of them where nothing ends one.
         num_ids: Largest id + 1.
@@ -104,12 +106,13 @@ class TextCodec:
 
     def __init__(self, path: str | os.PathLike[str], *, form: TextForm | None = None,
                  stop_ids: tuple[int, ...] | None = None) -> None:
-        self.tokenizer = load_tokenizer(path)
+        self.path, self.tokenizer = Path(path), load_tokenizer(path)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.num_ids = count_ids(self.tokenizer)
         special = read_special_tokens(self.tokenizer, tokenizer_file(path))
         self.begin_ids = special.begin_ids if form is None else form.begin_ids
+        self.bos_id = special.bos_id
         self.eos_id = self.tokenizer.token_to_id(EOS_TOKEN) if special.eos_id is None else special.eos_id
         if stop_ids is None and self.eos_id is None:
             raise ValueError("nothing says which token ends a text: name eos_token in the tokenizer_config.json "

@@ -10,6 +10,9 @@ Nothing is imported here. In reading order:
     validation_report.py  what a run says of a validation
     run_queue.py    runs as processes, some at a time
     evaluator.py    rows of tokens scored with a model that only runs forward
+    shared_model.py a model on any layout that answers what the first process asks: scores, new tokens
+    answering_run.py  whether a checkpoint can answer so, before anything is allocated
+    harness_model.py  a model as lm-evaluation-harness asks it
     alone.py        settings and results of a model without a run
     notebook.py     all of it for a notebook: dsv3_megatron.Model
 """

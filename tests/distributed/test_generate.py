@@ -13,43 +13,22 @@ from typing import Any
 import pytest
 import torch
 
-from dsv3_megatron.checkpoint.hf.to_hugging_face import convert_to_hugging_face
 from dsv3_megatron.data.folder_checksums import CHECKSUMS
-from dsv3_megatron.data.indexed_writer import DatasetWriter
-from dsv3_megatron.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
+from dsv3_megatron.data.tokenizer import load_tokenizer
 from tests.distributed.launch import RankError, run_ranks
-from tests.distributed.small_run import architecture_arguments, small_run
+from tests.distributed.trained_text import train_on_words
 from tests.signing import sign
 
 pytestmark = pytest.mark.distributed
 
-VOCAB_SIZE, NEW_TOKENS = 320, 12
-WORDS = "the quick brown fox jumps over the lazy dog while seven wizards quietly vex big frogs".split()
+NEW_TOKENS = 12
 PROMPTS = ["the quick", "fox", "seven wizards quietly vex", "dog while"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps under PP2 x EP2 on four processes, in fp32; `run`, `hf` converted from it, `prompts.jsonl`."""
-    import numpy as np
-
-    folder = tmp_path_factory.mktemp("generate")
-    generator = np.random.default_rng(0)
-    texts = [" ".join(generator.choice(WORDS, size=40)) for _ in range(60)]
-    tokenizer = train_tokenizer(texts, vocab_size=VOCAB_SIZE)
-    save_tokenizer(tokenizer, folder / "tokenizer")
-    ids = [tokenizer.encode(text).ids for text in texts]
-    with DatasetWriter(str(folder / "train"), vocab_size=VOCAB_SIZE,
-                       tokenizer_fingerprint=fingerprint(folder / "tokenizer")) as writer:
-        writer.add_documents(np.concatenate(ids), np.array(list(map(len, ids))))
-    # Groups are scored by two experts, as the programs that read Hugging Face's files do.
-    run = small_run(vocab_size=VOCAB_SIZE, max_position_embeddings=64, moe_router_group_score_topk=2)
-    run_ranks(4, "dsv3_megatron", "train", *architecture_arguments(run), *(
-        "--seq-length 16 --micro-batch-size 1 --global-batch-size 4 --train-iters 4 --lr 1e-2 --min-lr 1e-3 "
-        "--lr-warmup-iters 0 --precision fp32 --eval-interval 0 --pipeline-model-parallel-size 2 "
-        "--pipeline-model-parallel-layout Ettttm|L --expert-model-parallel-size 2 "
-        f"--data-path {folder}/train --tokenizer-model {folder}/tokenizer --save {folder}/run").split())
-    convert_to_hugging_face(folder / "run", folder / "hf", dtype="fp32")
+    """`run`, `hf` converted from it, `prompts.jsonl`."""
+    folder = train_on_words(tmp_path_factory.mktemp("generate"))
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     return folder
 

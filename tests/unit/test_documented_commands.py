@@ -111,6 +111,10 @@ def check_command(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) 
         options, flags = module._parse_arguments([word for word in words if word != "..."])
         assert options.random or flags
         check_run(flags)
+    elif name == "lm-eval":  # what it does not know is for the harness, whose flags have underscores
+        request = module._parse_arguments([word for word in words if word != "..."])
+        assert not [word for word in request.words if word.startswith("--") and "-" in word[2:]], request.words
+        assert "--tasks" in request.words
     elif "--help" not in words:
         with parsing_only(monkeypatch):
             module.main(words)
@@ -237,6 +241,7 @@ def test_paths_exist(document: Path) -> None:
     ("python tools/plan_run.py --hardware h100 --num-gpus 8 --fp9 blockwise", "--fp9"),
     ("dsv3 planning --hardware h100", "no command planning"),
     ("dsv3 merge --inputz ...", "--inputz"),
+    ("dsv3 lm-eval --load a --tasks b --batch-size 2", "--batch-size"),
     ("torchrun --nproc-per-node 2 -m dsv3_megatron evaluate --load a --data b", "--data"),
     ("torchrun --nproc-per-node 4 tools/evaluate.py --load a --data b", "--data"),
     ("torchrun --nproc-per-nodes 4 tools/evaluate.py --load a", "--nproc-per-nodes"),
