@@ -41,8 +41,9 @@ NOT_RUN = [
     (r"make setup", "download: it installs an environment"),
     (r"source \.venv", "download: it needs the environment that make setup installs"),
     (r"make (test|lint)", "long: these are the tests themselves"),
-    (r"sbatch ", "needs Slurm"),
+    (r"sbatch |--executor slurm", "needs Slurm"),
     (r"dsv3(_megatron)? lm-eval ", "needs the package lm-eval, and for tasks of the Hub a network"),
+    (r"examples/data/prepare_corpus", "needs the package datatrove"),
     (rf"{RUN} .*--preset dsv3-16b", "needs GPUs: it is the launch of several nodes"),
 ]
 

@@ -10,6 +10,7 @@ To disk:  transforms/   what may happen to a document    encoder.py        texts
                         fast_tokenizer.py loads gigatoken
           preprocess.py a job, from inputs to datasets   block_encoder.py  a piece of it, in a worker process
           pool.py       worker processes                 job.py            how far a job has come, for going on with it
+          datatrove_step.py     the encoder as a step of datatrove's pipelines
 On disk:  indexed.py    the .bin/.idx format, sidecars   indexed_writer.py writes it, in constant memory
           merge.py      datasets joined                  inspection.py     statistics and verification
           checksums.py  checksums of files by block, of checkpoints too

@@ -5,7 +5,7 @@ A block's result depends on the block alone, so that any number of workers, shar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -108,10 +108,14 @@ class BlockEncoder:
 
     def _encode(self, block: Block, *, is_checked: bool) -> tuple[EncodedBlock, list[bytes]]:
         reading = Reading()
+        return self._encode_records(self.reader.read(block, reading), reading, is_checked=is_checked)
+
+    def _encode_records(self, records: Iterable[Record], reading: Reading, *, is_checked: bool
+                        ) -> tuple[EncodedBlock, list[bytes]]:
         rejects = []
         output = self._outputs(is_checked=is_checked)
         num_records = text_bytes = 0
-        for record in self.reader.read(block, reading):
+        for record in records:
             num_records += 1
             try:
                 encoded = self._encode_record(record, output, reading)
@@ -129,6 +133,19 @@ class BlockEncoder:
             out.flush()
         keys = [out.result() for out in output]
         return EncodedBlock(keys, reading, num_records, text_bytes), [piece for out in output for piece in out.pieces]
+
+    def encode_texts(self, texts: Sequence[str]) -> tuple[EncodedBlock, list[bytes]]:
+        """The result of texts that another program has read, for one dataset; a reject's `line` is its number from 1.
+
+        Their bytes are those that a block of the same texts gives.
+        """
+        records = [Record([_text_of(text)], 0, number) for number, text in enumerate(texts, start=1)]
+        try:
+            result = self._encode_records(records, Reading(), is_checked=False)
+        except _WrongId:
+            result = self._encode_records(records, Reading(), is_checked=True)
+        self.encoder.limit_memory()
+        return result
 
     def _outputs(self, *, is_checked: bool) -> list[TokenOutput]:
         """One for each dataset that records go into."""
@@ -190,6 +207,17 @@ class BlockEncoder:
             ids_T = np.concatenate(arrays)
             arrays = [transforms.combined.split_documents(ids_T, np.array([ids_T.size]), [text])[0]]
         return [arrays]
+
+
+def _text_of(text: str) -> Text:
+    """A text from another program, which UTF-8 may not have."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return Text(error=RecordError(
+            "lone surrogate", f"it has the lone surrogate {ascii(text[error.start])} at character {error.start}",
+            "it stands for no character: remove it"))
+    return Text(text)
 
 
 def _not_encoded(error: EncodingError) -> RecordError:

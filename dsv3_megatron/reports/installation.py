@@ -106,6 +106,8 @@ OPTIONAL_PACKAGES = (
                     "cuDNN's attention through torch", "build FlashAttention-3 from its repository"),
     OptionalPackage("transformers", "tests against Transformers, and the benchmarks beside it",
                     "nothing; training and export do without", "pip install -e '.[test]'"),
+    OptionalPackage("datatrove", "examples/data and TokenizeDocuments: preprocessing on an engine",
+                    "dsv3 preprocess, whose --shard divides work too", "pip install -e '.[datatrove]'"),
     OptionalPackage("lm_eval", "dsv3 lm-eval", "nothing; dsv3 evaluate and generate do without",
                     "pip install 'lm-eval>=0.4.13'"),
     *(OptionalPackage(kind.module, kind.flag, "TensorBoard, which every run has", kind.remedy)
