@@ -17,6 +17,9 @@ import torch
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.model.init import parameter_seed
 
+# Uniform numbers that a sequence draws at once.
+_AHEAD = 32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -70,8 +73,9 @@ def distribution(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         chosen_B1 = logits_BV.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(logits_BV, dtype=torch.float64).scatter_(-1, chosen_B1, 1.0)
     # The largest becomes 0 first: divided by a tiny temperature it would be infinite, and its softmax no number.
-    above_BV = logits_BV.double() - logits_BV.double().amax(dim=-1, keepdim=True)
-    probabilities_BV = (above_BV / sampling.temperature).softmax(dim=-1)
+    above_BV = logits_BV.to(torch.float64, copy=True)
+    above_BV.sub_(above_BV.amax(dim=-1, keepdim=True))
+    probabilities_BV = above_BV.div_(sampling.temperature).softmax(dim=-1)
     if sampling.top_p == 1:
         return probabilities_BV
     sorted_BV, ids_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
@@ -110,12 +114,18 @@ class UniformStreams:
     def __init__(self, seed: int, numbers: Iterable[int]) -> None:
         self._generators = [torch.Generator().manual_seed(parameter_seed(seed, f"prompt {number}"))
                             for number in numbers]
+        # Numbers of each sequence that are drawn and not taken: a call of a generator costs as much as many numbers.
+        self._ahead_BN = torch.empty(len(self._generators), 0, dtype=torch.float64)
 
     def take(self, count: int) -> torch.Tensor:
         """The next `count` numbers of each sequence, fp64 [B, count] in [0, 1)."""
-        return torch.stack([torch.rand(count, dtype=torch.float64, generator=generator)
-                            for generator in self._generators])
+        if self._ahead_BN.shape[1] < count:
+            more_BN = [torch.rand(max(count, _AHEAD), dtype=torch.float64, generator=generator)
+                       for generator in self._generators]
+            self._ahead_BN = torch.cat([self._ahead_BN, torch.stack(more_BN)], dim=1)
+        taken_BN, self._ahead_BN = self._ahead_BN[:, :count], self._ahead_BN[:, count:]
+        return taken_BN
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all other sequences."""
-        self._generators = [self._generators[row] for row in rows]
+        self._generators, self._ahead_BN = [self._generators[row] for row in rows], self._ahead_BN[list(rows)]

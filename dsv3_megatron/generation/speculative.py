@@ -131,7 +131,8 @@ class PlainDecoder:
             ConfigError: one of them is NaN or infinite.
         """
         logits = self.model.logits(hidden, least_rows=self.cache.least_rows)
-        if not bool(logits.isfinite().all()):
+        # A NaN is the lowest and the highest of any numbers.
+        if not all(bool(extreme.isfinite()) for extreme in logits.aminmax()):
             raise ConfigError(f"the logits behind position {max(self.positions)} are not finite, in "
                               f"{self.model.dtype}: the weights are damaged or the values overflow; try --precision "
                               "fp32, or another checkpoint")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dsv3_megatron.generation.sampling import Sampling, UniformStreams, distribution, draw
+from dsv3_megatron.model.init import parameter_seed
 
 
 def test_temperature_divides_the_logits() -> None:
@@ -87,3 +88,15 @@ def test_what_is_out_of_range(sampling: Sampling, message: str) -> None:
     with pytest.raises(ValueError) as error:
         sampling.validate()
     assert message in str(error.value)
+
+
+def test_uniform_numbers_are_those_of_a_generator_asked_one_by_one():
+    """However many are taken at once, and whoever leaves on the way."""
+    streams = UniformStreams(7, [3, 5, 9])
+    taken = [streams.take(count) for count in (1, 2, 40, 1, 31)]
+    streams.keep([2, 0])
+    taken = [torch.cat(taken, dim=1)[[2, 0]], streams.take(2), streams.take(50)]
+    for row, number in enumerate((9, 3)):
+        generator = torch.Generator().manual_seed(parameter_seed(7, f"prompt {number}"))
+        expected = [torch.rand((), dtype=torch.float64, generator=generator) for _ in range(127)]
+        assert torch.cat([part[row] for part in taken]).tolist() == [float(value) for value in expected]
