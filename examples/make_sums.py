@@ -3,7 +3,7 @@
 
     python examples/make_sums.py --number 2000 --seed 1 --output sums.jsonl
     python examples/make_sums.py --number 500 --prompts --output prompts.jsonl
-    python examples/make_sums.py --number 60 --prompts --held-out --output held-out.jsonl
+    python examples/make_sums.py --number 160 --prompts --held-out --output held-out.jsonl
 
 Each line is a conversation of one question and its answer, or a question with its answer for a reward. In half of the
 conversations the answer is in a box, \\boxed{13}, so that a model learns both ways, and a reward may want one of them.
@@ -23,7 +23,8 @@ from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.streams import run_command
 
 _LARGEST = 9
-_QUESTIONS = ("What is {a} + {b}?", "{a} + {b} = ?", "Add {a} and {b}.")
+_QUESTIONS = ("What is {a} + {b}?", "{a} + {b} = ?", "Add {a} and {b}.", "How much is {a} + {b}?", "{a} plus {b}?",
+              "What is {a} plus {b}?", "Give the sum of {a} and {b}.", "{a} and {b} together?")
 _HELD_OUT_ONE_OF = 5
 _BOXED_SHARE = 0.5
 

@@ -27,8 +27,8 @@ prepare() { # the tokenizer with its template, conversations and prompts
     mkdir -p "$chat_dir/tokenizer"
     cp "$run_dir"/tokenizer/tokenizer*.json "$repo/examples/chat_template.jinja" "$chat_dir/tokenizer/"
     "$python" "$repo/examples/make_sums.py" --number 3000 --seed 1 --output "$chat_dir/sums.jsonl"
-    "$python" "$repo/examples/make_sums.py" --number 500 --seed 2 --prompts --output "$chat_dir/prompts.jsonl"
-    "$python" "$repo/examples/make_sums.py" --number 60 --prompts --held-out --output "$chat_dir/held-out.jsonl"
+    "$python" "$repo/examples/make_sums.py" --number 2000 --seed 2 --prompts --output "$chat_dir/prompts.jsonl"
+    "$python" "$repo/examples/make_sums.py" --number 160 --prompts --held-out --output "$chat_dir/held-out.jsonl"
     "$python" -m dsv3_megatron preprocess --sft --input "$chat_dir/sums.jsonl" \
         --tokenizer-model "$chat_dir/tokenizer" --output-prefix "$chat_dir/sums" --overwrite --workers 1
 }
@@ -36,8 +36,8 @@ prepare() { # the tokenizer with its template, conversations and prompts
 # A model of this size learns from few samples only at a rate that is large beside the report's 5e-6.
 fine_tune() {
     "$python" -m dsv3_megatron sft --pretrained-checkpoint "$run_dir/checkpoints" \
-        --data-path "$chat_dir/sums_conversations" --tokenizer-model "$chat_dir/tokenizer" --epochs 2 --lr 2e-3 \
-        --min-lr 1e-4 --global-batch-size 8 --split 95,5,0 --eval-interval 50 --eval-iters 1 \
+        --data-path "$chat_dir/sums_conversations" --tokenizer-model "$chat_dir/tokenizer" --epochs 3 --lr 2e-3 \
+        --min-lr 1e-4 --global-batch-size 4 --split 95,5,0 --eval-interval 50 --eval-iters 1 \
         --save "$chat_dir/checkpoints" --load "$chat_dir/checkpoints" --tensorboard-dir "$chat_dir/tensorboard"
 }
 
@@ -47,8 +47,8 @@ reinforce() {
     "$python" -m dsv3_megatron grpo --pretrained-checkpoint "$chat_dir/checkpoints" \
         --tokenizer-model "$chat_dir/tokenizer" --prompts "$chat_dir/prompts.jsonl" \
         --valid-prompts "$chat_dir/held-out.jsonl" --reward boxed --max-new-tokens 12 --group-size 8 \
-        --global-batch-size 64 --micro-batch-size 4 --lr 1e-4 --min-lr 1e-4 --train-iters 10 --eval-interval 5 \
-        --save-interval 5 --save "$chat_dir/grpo/checkpoints" --load "$chat_dir/grpo/checkpoints" \
+        --global-batch-size 64 --micro-batch-size 4 --lr 2e-4 --min-lr 2e-4 --train-iters 24 --eval-interval 12 \
+        --save-interval 12 --save "$chat_dir/grpo/checkpoints" --load "$chat_dir/grpo/checkpoints" \
         --rollouts "$chat_dir/grpo/rollouts" --tensorboard-dir "$chat_dir/grpo/tensorboard" \
         --export-hf "$chat_dir/exported"
 }

@@ -63,16 +63,16 @@ def read_prompts(file: Path, *flags: str) -> list[tuple[str, str]]:
 
 def test_prompts_and_questions_that_are_held_out_share_none(tmp_path: Path) -> None:
     """Every question is in one of the two; no conversation has one that is held out, and its answer is the sum."""
-    held_out = read_prompts(tmp_path / "held.jsonl", "--held-out", "--number", "60")
-    assert len(set(held_out)) == len(held_out) == 60  # of the 300 questions
-    assert len(read_prompts(tmp_path / "all.jsonl", "--held-out", "--number", "999")) == 60
-    shown = read_prompts(tmp_path / "prompts.jsonl", "--number", "3000", "--seed", "2")
-    assert len(shown) == 3000 and len(set(shown)) == 240 and not set(shown) & set(held_out)
+    held_out = read_prompts(tmp_path / "held.jsonl", "--held-out", "--number", "160")
+    assert len(set(held_out)) == len(held_out) == 160  # of the 800 questions
+    assert len(read_prompts(tmp_path / "all.jsonl", "--held-out", "--number", "999")) == 160
+    shown = read_prompts(tmp_path / "prompts.jsonl", "--number", "9000", "--seed", "2")
+    assert len(shown) == 9000 and len(set(shown)) == 640 and not set(shown) & set(held_out)
     assert all(sum(map(int, re.findall(r"\d", question))) == int(answer) for question, answer in [*shown, *held_out])
-    assert make_sums(["--number", "3000", "--output", str(tmp_path / "sums.jsonl")]) == 0
+    assert make_sums(["--number", "9000", "--output", str(tmp_path / "sums.jsonl")]) == 0
     asked = {read_conversation(line).messages[0]["content"] for line in
              (tmp_path / "sums.jsonl").read_text().splitlines()}
-    assert len(asked) == 240 and not asked & {question for question, _ in held_out}
+    assert len(asked) == 640 and not asked & {question for question, _ in held_out}
 
 
 def test_what_is_done_is_not_done_again_and_a_stopped_run_ends_the_script(tmp_path: Path) -> None:
