@@ -244,7 +244,8 @@ def make_cache(kind: str, config: MLATransformerConfig, *, num_layers: int, num_
 
 
 def rows_kept(stored_LB: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """These rows of all layers, in this order; what is stored may be overwritten, and only rows that move are copied.
+    """Keep some rows of all layers, in a given order; what is stored may be overwritten, and only rows that move are
+    copied.
 
     Args:
         stored_LB: What a cache has stored, [L, B, ...].

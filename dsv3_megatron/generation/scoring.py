@@ -4,7 +4,7 @@ A prompt goes through the model once, whatever the number of its answers; answer
 of each at a time, and one that has ended leaves. The head sees the answers' tokens alone. With the cache that keeps
 training's bits (cache.py) the log-probabilities have them, as those of a generation have.
 
-Shapes: B answers, Q tokens of each at a time, T tokens, H hidden.
+Shapes: B rows, Q new tokens of a row, T tokens, H hidden.
 """
 
 from __future__ import annotations

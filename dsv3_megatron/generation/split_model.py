@@ -8,7 +8,7 @@ MTP modules, which draft, are left out.
 It is made for layouts that a checkpoint is trained under, whatever they are, rather than for speed: stages wait for one
 another.
 
-Shapes: T tokens, H hidden, V vocabulary (v its part on a tensor-parallel rank).
+Shapes: T tokens, H hidden, V vocabulary (v its part on this tensor-parallel rank).
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def gathered(mine: Callable[[], list[Answer]], replicas: torch.distributed.Proce
     Args:
         mine: Function that makes this replica's.
         replicas: This rank's group of data parallelism.
-        ranks: Its group of tensor parallelism, the first of which has the replica's answers with their rewards.
+        ranks: This rank's group of tensor parallelism, the first of which has the replica's answers with their rewards.
 
     Raises:
         ConfigError: an answer of one of them could not be judged; on all of them, so that none waits for it.

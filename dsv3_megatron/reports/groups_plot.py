@@ -29,8 +29,8 @@ class Quantity:
     Attributes:
         column: Name of it in metrics.jsonl.
         label: Text at the axis, with the unit.
-        is_validation: Whether it is of validations, not of steps.
-        is_logarithmic: Whether its axis is.
+        is_validation: Whether the quantity is of validations, not of steps.
+        is_logarithmic: Whether the axis of its panel is logarithmic.
     """
 
     column: str

@@ -167,7 +167,7 @@ def as_csv(results: Sequence[RunResult], settings: Mapping[str, Mapping[str, Any
 
 
 def as_json(results: Sequence[RunResult], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """All of it as plain values: `settings` with the spread of each value, and `runs`."""
+    """The results of a sweep as plain values: `settings` with the spread of each value, and `runs`."""
     table = spreads(results)
     return finite({
         "settings": [{"name": name, "values": dict(values), "results": {

@@ -118,7 +118,7 @@ def require_same_words(run: SweepRun, words: Sequence[str]) -> None:
 
 
 class RunQueue:
-    """Does runs, a number of them at a time.
+    """Carries out runs, a number of them at a time.
 
     Args:
         command: Command that trains: "train", "sft" or "grpo".
