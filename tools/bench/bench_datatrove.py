@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--device", required=True, help="what this is, for the CSV")
     add("--dry-run", action="store_true", help="print, but do not append to the results")
     options = parser.parse_args(arguments)
-    folder, load = Path(options.work_dir), load_average()
+    folder, loads = Path(options.work_dir), [load_average()]
     tokenizer, rows = folder / "tokenizer", []
     for megabytes, names in ((options.peer_megabytes, (ALONE, STEP, MERGE, THEIRS)),
                              (options.megabytes, (ALONE, STEP, MERGE))):
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         size = make_text(text, megabytes)
         if not (tokenizer / "tokenizer.json").exists():
             subprocess.run([sys.executable, "-m", "dsv3_megatron", "train-tokenizer", "--input", str(text / "0.jsonl"),
-                            "--vocab-size", "32768", "--max-train-bytes", "5000000", "--output", str(tokenizer)],
+                            "--vocab-size", "16384", "--max-train-bytes", "5000000", "--output", str(tokenizer)],
                            check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
         config = f"{megabytes} MB of made-up text, {TASKS} tasks, {WORKERS} at a time"
         for name, runs in run_contenders(text, tokenizer, folder / "out", names, options.runs).items():
@@ -140,9 +140,9 @@ def main(arguments: list[str] | None = None) -> int:
                                         ("num_runs", len(runs), "")):
                 rows.append(Measurement(name, config, metric, value, unit))
             print(f"{config:48} {name:24} {median:7.2f} s {size / 1e6 / median:7.1f} MB/s ({len(runs)} runs)")
-        rows.append(Measurement("machine", config, "load_at_start", load, ""))
+        loads.append(load_average())
     if not options.dry_run:
-        print(append_rows("datatrove.csv", rows, options.device))
+        print(append_rows("datatrove.csv", rows, f"{options.device}, load {min(loads):.1f} to {max(loads):.1f}"))
     return 0
 
 
