@@ -25,19 +25,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
-from datatrove.pipeline.dedup import MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
-from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets
-from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
-from datatrove.pipeline.readers import JsonlReader
-from datatrove.pipeline.writers import JsonlWriter
-from datatrove.utils.hashing import HashConfig
-
-from dsv3_megatron.data.datatrove_step import PlainWords, TokenizeDocuments
-
 
 def stages(options: argparse.Namespace) -> list[tuple[str, int, list[Any]]]:
     """Name, number of tasks and steps of each stage."""
+    from datatrove.pipeline.dedup import MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets
+    from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.writers import JsonlWriter
+    from datatrove.utils.hashing import HashConfig
+
+    from dsv3_megatron.data.datatrove_step import PlainWords, TokenizeDocuments
+
     # SHA-1, since datatrove's other hash needs a release of xxhash before 4.
     work, words, config = Path(options.work), PlainWords(), MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))
     kept = str(work / "kept")
@@ -59,6 +58,8 @@ def stages(options: argparse.Namespace) -> list[tuple[str, int, list[Any]]]:
 
 def executors(options: argparse.Namespace) -> list[Any]:
     """An executor for each stage, which waits for the one before it."""
+    from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+
     made: list[Any] = []
     for name, tasks, steps in stages(options):
         logs = str(Path(options.work) / "logs" / name)
