@@ -66,9 +66,9 @@ def train(notes: Path, given: Path | None, arguments: list[str]) -> int:
         routing.begin(f"step {trainer.iteration + 1}")
         return own_step(trainer)
 
-    def evaluate(trainer: Trainer) -> Any:
+    def evaluate(trainer: Trainer, *name: str) -> Any:
         routing.begin(f"validation {next(validations)} after step {trainer.iteration}")
-        return own_evaluate(trainer)
+        return own_evaluate(trainer, *name)
 
     with routing.watched(), mock.patch.object(Trainer, "train_step", train_step), \
             mock.patch.object(Trainer, "evaluate", evaluate):

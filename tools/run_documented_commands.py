@@ -43,7 +43,7 @@ NOT_RUN = [
     (r"make (test|lint)", "long: these are the tests themselves"),
     (r"sbatch |--executor slurm", "needs Slurm"),
     (r"dsv3(_megatron)? lm-eval ", "needs the package lm-eval, and for tasks of the Hub a network"),
-    (r"examples/data/prepare_corpus", "needs the package datatrove"),
+    (r"python examples/data/prepare_corpus", "needs the package datatrove"),
     (rf"{RUN} .*--preset dsv3-16b", "needs GPUs: it is the launch of several nodes"),
 ]
 
