@@ -203,10 +203,10 @@ def goodput_table(name: str) -> str:
 
 
 def memory_table(name: str) -> str:
-    """Estimated against counted memory: of each run the rank whose peak is farthest off."""
+    """Estimated against counted memory: of each run and length the rank whose peak is farthest off."""
     lines = ["| Model | Run | ranks | between steps | estimated | peak | estimated | error | device |",
              "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]
-    worst: dict[tuple[str, str], tuple[float, str]] = {}
+    worst: dict[tuple[str, str, str], tuple[float, str]] = {}
     for (config, case), metrics in newest(name).items():
         words = config.split()
         settings = dict(word.split("=") for word in words[1:])
@@ -216,7 +216,7 @@ def memory_table(name: str) -> str:
                 f"{settings['ranks']} | {values['state']:.2f} MB | {values['state_estimated']:.2f} MB | "
                 f"{values['peak']:.2f} MB | {values['peak_estimated']:.2f} MB | {error:+.2%} | "
                 f"{metrics['peak']['device']} |")
-        key = (words[0], case)
+        key = (words[0], settings["seq"], case)
         if key not in worst or abs(error) > abs(worst[key][0]):
             worst[key] = (error, line)
     return "\n".join([*lines, *(line for _, line in worst.values())])
