@@ -19,11 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 from dsv3_megatron.config.family_json import model_of_folder
+from dsv3_megatron.config.load import add_verify_files
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.presets import PRESETS, preset
 from dsv3_megatron.config.streams import print_error
-from dsv3_megatron.config.training import VERIFY_FILES, require_license
+from dsv3_megatron.config.training import require_license
 from dsv3_megatron.process.cores import usable_cores
 
 
@@ -82,7 +83,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--megatron", required=True, metavar="DIR", help="folder of checkpoints")
     add("--iteration", type=int, metavar="N", help="which checkpoint (the newest)")
     add("--workers", type=int, default=workers, metavar="N", help="tensors compared at a time (%(default)s)")
-    _add_verify_files(add)
+    add_verify_files(add, "the input")
 
     add = commands.add_parser("inventory", help="list what a model's checkpoint holds, without weights").add_argument
     of_model = commands.choices["inventory"].add_mutually_exclusive_group()
@@ -100,14 +101,9 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def _add_common(add: Any, workers: int) -> None:
     add("--workers", type=int, default=workers, metavar="N", help="files written at a time (%(default)s)")
-    _add_verify_files(add)
+    add_verify_files(add, "the input")
     add("--verify", action="store_true", help="compare every tensor with the source before the result gets its name, "
         "and print a table")
-
-
-def _add_verify_files(add: Any) -> None:
-    add("--verify-files", choices=VERIFY_FILES, default="read", help="what of the input is compared with its "
-        "checksums: what is read, all before any is used, or none (%(default)s)")
 
 
 def _hf_to_megatron(options: argparse.Namespace) -> None:

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.config.data import DOCUMENT_SWITCHES, DataConfig
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.load import Parser, add_section, given_fields
+from dsv3_megatron.config.load import Parser, add_precision, add_section, add_verify_files, given_fields
 from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import nearest_microbatches
 from dsv3_megatron.config.run import RunConfig, require_context_parallel, require_document_attention
-from dsv3_megatron.config.training import PRECISIONS, TRANSFORMER_IMPLS, VERIFY_FILES, TrainingConfig
+from dsv3_megatron.config.training import TRANSFORMER_IMPLS, TrainingConfig
 from dsv3_megatron.data.blend import parse_validation_sets, without_suffix
 from dsv3_megatron.data.document_ends import named_eod_id, resolve_eod_id
 from dsv3_megatron.data.rows import Rows, open_token_array, open_windows
@@ -380,11 +380,9 @@ def _parse_arguments(arguments: list[str] | None) -> tuple[EvaluationRequest, di
     add("--seq-length", type=int, metavar="N", help="with --data-path: tokens predicted in a row (default: as trained)")
     add = parser.add_argument_group("how").add_argument
     add("--micro-batch-size", type=int, default=1, metavar="N", help="rows in one forward pass (%(default)s)")
-    add("--precision", choices=PRECISIONS, help="of weights and activations (default: as trained; auto for Hugging "
-        "Face)")
+    add_precision(add)
     add("--ema", action="store_true", help="evaluate the moving average of the weights that the run kept (--ema-decay)")
-    add("--verify-files", choices=VERIFY_FILES, default="read", help="what of checkpoint and data is compared with "
-        "its checksums: what is read, all before any is used, or none (%(default)s)")
+    add_verify_files(add, "checkpoint and data")
     add("--transformer-impl", choices=TRANSFORMER_IMPLS, default="auto", help="modules to build from (%(default)s)")
     _add_document_flags(parser)
     add = parser.add_argument_group("output").add_argument

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.load import Parser
+from dsv3_megatron.config.load import Parser, add_precision, add_verify_files
 from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.config.slow_work import slow_work
-from dsv3_megatron.config.training import PRECISIONS, VERIFY_FILES, TrainingConfig
+from dsv3_megatron.config.training import TrainingConfig
 from dsv3_megatron.process.ranks import Processes
 from dsv3_megatron.runs.rank import check_and_run, prepare_rank, refuse
 
@@ -259,10 +259,8 @@ def _parse_arguments(arguments: list[str] | None) -> GenerationRequest:
         "bit, slowly (%(default)s)")
     add("--speculative", metavar="KIND", help="mtp: the MTP module drafts, the model verifies two tokens at once")
     add("--batch-size", type=int, default=1, metavar="B", help="prompts decoded together (%(default)s)")
-    add("--precision", choices=PRECISIONS, help="of weights and activations (default: as trained; auto for Hugging "
-        "Face)")
-    add("--verify-files", choices=VERIFY_FILES, default="read", help="what of the checkpoint is compared with its "
-        "checksums: what is read, all before any is used, or none (%(default)s)")
+    add_precision(add)
+    add_verify_files(add, "the checkpoint")
     add("--json", dest="as_json", action="store_true", help="print one JSON object for each text")
     return GenerationRequest(**vars(parser.parse_args(arguments)))
 

@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.config.fields import ConfigError
-from dsv3_megatron.config.load import Parser, add_section, given_fields
+from dsv3_megatron.config.load import Parser, add_precision, add_section, add_verify_files, given_fields
 from dsv3_megatron.config.packages import is_installed
-from dsv3_megatron.config.training import PRECISIONS, VERIFY_FILES
 from dsv3_megatron.process.logs import configure_logging
 from dsv3_megatron.process.ranks import Processes
 from dsv3_megatron.runs.rank import check_and_run, prepare_rank, refuse
@@ -159,11 +158,9 @@ def _parse_arguments(arguments: Sequence[str] | None) -> HarnessRequest:
     add("--load", required=True, metavar="DIR", help="folder of checkpoints that a run saved (the newest is used), or "
         "of a Hugging Face checkpoint")
     add("--tokenizer-model", metavar="DIR", help="tokenizer (default: the one the checkpoint was trained with)")
-    add("--precision", choices=PRECISIONS, help="of weights and activations (default: as trained; auto for Hugging "
-        "Face)")
+    add_precision(add)
     add("--max-length", type=int, metavar="N", help="most tokens that the model reads (default: its context)")
-    add("--verify-files", choices=VERIFY_FILES, default="read", help="what of the checkpoint is compared with its "
-        "checksums: what is read, all before any is used, or none (%(default)s)")
+    add_verify_files(add, "the checkpoint")
     add_section(parser, "parallel")
     known, words = parser.parse_known_args(arguments)
     options = vars(known)

@@ -26,7 +26,7 @@ from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.phases import Phase, read_phases
 from dsv3_megatron.config.presets import HUGGING_FACE, PRESETS, preset, run_of_model
 from dsv3_megatron.config.run import SECTIONS, RunConfig, section_of
-from dsv3_megatron.config.training import WITHOUT_PHASES
+from dsv3_megatron.config.training import PRECISIONS, VERIFY_FILES, WITHOUT_PHASES
 from dsv3_megatron.config.values import is_optional, kind_of, read_field, read_value
 
 _GROUP_TITLES = {
@@ -163,6 +163,18 @@ def add_section(parser: argparse.ArgumentParser, section: str) -> None:
     group = parser.add_argument_group(_GROUP_TITLES[section])
     for field in dataclasses.fields(SECTIONS[section]):
         _add_flag(group, field)
+
+
+def add_precision(add: Callable[..., Any]) -> None:
+    """Give a command that reads a checkpoint the flag --precision, by a parser's or a group's `add_argument`."""
+    add("--precision", choices=PRECISIONS, help="of weights and activations (default: as trained; auto for Hugging "
+        "Face)")
+
+
+def add_verify_files(add: Callable[..., Any], what: str) -> None:
+    """Give a command that reads files with checksums the flag --verify-files; `what` names them in its help."""
+    add("--verify-files", choices=VERIFY_FILES, default="read", help=f"what of {what} is compared with its checksums: "
+        "what is read, all before any is used, or none (%(default)s)")
 
 
 def given_fields(options: Mapping[str, Any], sections: Iterable[str] = tuple(SECTIONS)) -> dict[str, Any]:

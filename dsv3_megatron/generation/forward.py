@@ -52,6 +52,13 @@ class Prompts:
         ids = list(itertools.chain.from_iterable(sequences))
         return cls(tuple(map(len, sequences)), torch.tensor(ids, device=device))
 
+    @classmethod
+    def pack_distinct(cls, sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Prompts, list[int]]:
+        """Put sequences behind each other, those that are alike once; with each sequence's number among them."""
+        number: dict[tuple[int, ...], int] = {}
+        numbers = [number.setdefault(tuple(ids), len(number)) for ids in sequences]
+        return cls.pack(tuple(number), device), numbers
+
     @property
     def bounds(self) -> tuple[int, ...]:
         """The first position of each sequence, and the end of the last one."""

@@ -52,11 +52,9 @@ def answer_logprobs(model: CachedModel, prompts: Sequence[Sequence[int]], answer
 def _states(model: CachedModel, prompts: Sequence[tuple[int, ...]], answers: Sequence[Sequence[int]]
             ) -> list[torch.Tensor]:
     """Hidden states that each answer's tokens follow from, [tokens, H] each."""
-    distinct = {ids: number for number, ids in enumerate(dict.fromkeys(prompts))}
-    packed = Prompts.pack(tuple(distinct), model.device)
+    packed, numbers = Prompts.pack_distinct(prompts, model.device)
     capacity = max(map(len, prompts)) + max(map(len, answers))
-    cache = model.new_cache("training", num_rows=len(distinct), capacity=capacity)
-    numbers = [distinct[ids] for ids in prompts]
+    cache = model.new_cache("training", num_rows=len(packed.lengths), capacity=capacity)
     last_BH = model.prefill(packed, cache)[packed.last_B()[numbers], 0]
     cache.keep(numbers)
     states = [[last_H.unsqueeze(0)] for last_H in last_BH]

@@ -71,12 +71,9 @@ class PlainDecoder:
         self.model, self.sampling, self.streams = model, sampling, streams
         self.prompts = Prompts.pack(sequences, model.device)
         # Sequences that are alike go through the model once.
-        distinct = {tuple(ids): None for ids in sequences}
-        number = {ids: number for number, ids in enumerate(distinct)}
-        self._distinct = Prompts.pack(tuple(distinct), model.device)
-        self._numbers = [number[tuple(ids)] for ids in sequences]
+        self._distinct, self._numbers = Prompts.pack_distinct(sequences, model.device)
         self.kv_cache, self.capacity = kv_cache, max(self.prompts.lengths) + max_new_tokens
-        self.cache = model.new_cache(kv_cache, num_rows=len(distinct), capacity=self.capacity)
+        self.cache = model.new_cache(kv_cache, num_rows=len(self._distinct.lengths), capacity=self.capacity)
         # As many tokens of each sequence are in the cache; the newest token is not.
         self.positions = list(self.prompts.lengths)
         self.newest_B = torch.empty(0, dtype=torch.int64)
