@@ -106,7 +106,11 @@ def remove_logs(_trainer: Any, folder: Path) -> None:
 
 
 def fill_disk(trainer: Any, _folder: Path) -> None:
-    """No file of the process that writes can grow beyond 100 KB any more; a checkpoint has a megabyte."""
+    """No file of the process that writes can grow beyond 100 KB any more; a checkpoint has a megabyte.
+
+    The checkpoint that is still being written, if there is one, is finished before the disk is full.
+    """
+    trainer.keeper.finish(trainer.iteration)
     background = trainer.keeper._background
     background.prepare(0)
     resource.prlimit(background.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
