@@ -173,7 +173,7 @@ def _unless_alone(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _gathers_apart(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`_coalescing_manager` of which all-gathers that are not waited for at once become messages of their own.
+    """`_coalescing_manager` of which all-gathers become messages of their own.
 
     gloo's joined all-gather, while another collective of its group is under way, frees a buffer's record twice or
     hangs (torch 2.15); a plain one does not.
@@ -186,13 +186,15 @@ def _gathers_apart(original: Callable[..., Any]) -> Callable[..., Any]:
             # A manager's calls are all of one kind. torch renamed this one in 2.15.
             waiting = torch.distributed.distributed_c10d._world.pg_coalesce_state[group]
             is_gather = any(call.op.__name__ in ("all_gather_into_tensor", "all_gather_single") for call in waiting)
-            gathers = list(waiting) if async_ops and is_gather else []
+            gathers = list(waiting) if is_gather else []
             if gathers:
                 waiting.clear()
         for call in gathers:
             assert call.dst_tensor is not None
-            handles.append(torch.distributed.all_gather_into_tensor(call.dst_tensor, call.tensor, group=group,
-                                                                    async_op=True))
+            handle = torch.distributed.all_gather_into_tensor(call.dst_tensor, call.tensor, group=group,
+                                                              async_op=async_ops)
+            if async_ops:
+                handles.append(handle)
 
     return manager
 
@@ -298,7 +300,7 @@ STAND_INS: tuple[StandIn, ...] = (
       for collective in ("dist_reduce_scatter_func", "dist_all_gather_func")),
     StandIn("megatron.core.distributed.param_and_grad_buffer", "_coalescing_manager", _gathers_apart,
             ("distributed.param_and_grad_buffer:_ParamAndGradBucketGroup",),
-            "joins all-gathers that are under way beside others of their group, which ends gloo's threads", wraps=True),
+            "joins all-gathers, which ends gloo's threads where others of the group are under way", wraps=True),
 )
 
 _originals: list[tuple[Any, str, Any]] = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_megatron.certification.rank_step import leave_weights_to_passes, parameter_values
 from dsv3_megatron.certification.weight_names import load_reference_weights
@@ -151,7 +152,20 @@ def test_ranks_of_a_group_begin_the_same_messages_in_one_order(taken, name):
         assert len(found) == len(group) and all(order == found[0] for order in found), group
 
 
-def gather_beside_others() -> tuple[int, list[list[float]]]:
+class Messages(TorchDispatchMode):
+    """Names of the collectives that were issued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def gather_beside_others(async_ops: bool) -> tuple[list[str], list[list[float]]]:
     """Two gathers in one of Megatron-Core's managers beside another of the same group: messages, and what came."""
     from megatron.core.distributed import param_and_grad_buffer
 
@@ -161,16 +175,18 @@ def gather_beside_others() -> tuple[int, list[list[float]]]:
     parts = [buffer.chunk(2)[group.rank()].fill_(group.rank() + 1.0) for buffer in whole]
     other = torch.ones(5)
     before = torch.distributed.all_reduce(other, async_op=True)
-    with param_and_grad_buffer._coalescing_manager(group, async_ops=True) as handles:
+    with (Messages() as messages,
+          param_and_grad_buffer._coalescing_manager(group, async_ops=async_ops) as handles):
         for buffer, part in zip(whole, parts, strict=True):
-            param_and_grad_buffer.dist_all_gather_func(buffer, part, group=group, async_op=True)
+            param_and_grad_buffer.dist_all_gather_func(buffer, part, group=group, async_op=async_ops)
     before.wait()
     handles.wait()
-    return len(handles.works), [*(buffer.tolist() for buffer in whole), other.tolist()]
+    return messages.names, [*(buffer.tolist() for buffer in whole), other.tolist()]
 
 
-def test_gathers_under_the_passes_are_messages_of_their_own_on_gloo():
+@pytest.mark.parametrize("async_ops", [True, False])
+def test_gathers_are_messages_of_their_own_on_gloo(async_ops):
     """gloo's joined all-gather beside another collective of its group frees a record twice (torch 2.15)."""
-    for messages, values in run_ranks(2, gather_beside_others):
-        assert messages == 2
+    for messages, values in run_ranks(2, gather_beside_others, async_ops):
+        assert messages == ["_allgather_base_"] * 2
         assert values == [[1.0] * 3 + [2.0] * 3, [1.0] * 4 + [2.0] * 4, [2.0] * 5]
