@@ -33,6 +33,7 @@ from dsv3_megatron.certification.verdict import OneProcess, Verdict, both_precis
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.precision import Fp8Config
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.slow_work import SlowWork, slow_work
 from dsv3_megatron.process.parent import freeze_before_forks
 from dsv3_megatron.process.unpickling import load_own
 
@@ -42,6 +43,8 @@ _FIRST_USED = ("torch._dynamo", "torch.utils.serialization.config", "megatron.co
                "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader")
 # Layouts that take their turns in the same processes.
 BATCH_SIZE = 12
+# Of a batch: one process, the layouts, one process that resumes from theirs, the comparison.
+_NUM_STAGES = 4
 TIMEOUT_S = 600.0
 # Behind the name of a layout that is certified without FP8 besides.
 TWIN = " without FP8"
@@ -78,10 +81,13 @@ class Certifier:
         verdicts: dict[str, Verdict] = {}
         twins = {job.name: without_fp8(job) for job in jobs if job.run.fp8.is_enabled}
         everything = [both for job in jobs for both in (job, twins.get(job.name)) if both is not None]
-        with tempfile.TemporaryDirectory(prefix="certify-") as folder:
-            lots = batches(everything)
+        lots = batches(everything)
+        # Of several layouts, `tell` shows how far they are.
+        with (tempfile.TemporaryDirectory(prefix="certify-") as folder,
+              slow_work("certify", total=_NUM_STAGES * len(lots), unit="stage", shown=len(jobs) == 1, ticks=False
+                        ) as work):
             for number, batch in enumerate(lots):
-                for verdict in self._certify_batch(batch, Path(folder)):
+                for verdict in self._certify_batch(batch, Path(folder), work):
                     name = verdict.job.name.removesuffix(TWIN)
                     known = verdicts.get(name)
                     verdicts[name] = verdict if known is None else both_precisions(known, verdict)
@@ -90,9 +96,10 @@ class Certifier:
                 self._forget({self._key(job) for later in lots[number + 1:] for job in later})
         return [verdicts[job.name] for job in jobs]
 
-    def _certify_batch(self, jobs: Sequence[RunToCertify], folder: Path) -> list[Verdict]:
+    def _certify_batch(self, jobs: Sequence[RunToCertify], folder: Path, work: SlowWork) -> list[Verdict]:
         started = time.monotonic()
         self._run_alone([self._alone_job(job) for job in jobs], folder)
+        work.add()
         verdicts = {job.name: Verdict(job) for job in jobs}
         possible = []
         for job in jobs:
@@ -102,9 +109,12 @@ class Certifier:
             else:
                 possible.append(job)
         files = self._run_layouts(possible, folder, verdicts)
+        work.add()
         crossed = self._resume_alone([job for job in possible if job.name in files and job.num_steps > 1], folder,
                                      files, verdicts)
+        work.add()
         self._judge(files, crossed, verdicts)
+        work.add()
         for name, left in files.items():
             for file in left:
                 file.unlink()

@@ -28,6 +28,7 @@ from dsv3_megatron.config.output import json_text, require_output_file
 from dsv3_megatron.config.parallel import ParallelConfig
 from dsv3_megatron.config.pipeline import nearest_microbatches
 from dsv3_megatron.config.run import RunConfig, require_context_parallel, require_document_attention
+from dsv3_megatron.config.slow_work import slow_work
 from dsv3_megatron.config.training import TRANSFORMER_IMPLS, TrainingConfig
 from dsv3_megatron.data.blend import parse_validation_sets, without_suffix
 from dsv3_megatron.data.document_ends import named_eod_id, resolve_eod_id
@@ -124,7 +125,7 @@ def carry_out(request: EvaluationRequest, datasets: Mapping[str, str] | None = N
         if rank == 0:
             for line in dict.fromkeys(one.documents for one in checked.values()):
                 print(line, file=sys.stderr)
-        results = _evaluate(checked)
+        results = _evaluate(checked, rank)
         if rank == 0:
             print(_printed(results, is_json=request.as_json))
         return 0
@@ -141,15 +142,16 @@ def _printed(results: Mapping[str, Evaluation], *, is_json: bool) -> str:
         f"{name}\n{as_text(result)}" for name, result in results.items())
 
 
-def _evaluate(checked: Mapping[str, _CheckedRequest]) -> dict[str, Evaluation]:
+def _evaluate(checked: Mapping[str, _CheckedRequest], rank: int) -> dict[str, Evaluation]:
     prepare_rank()
     from dsv3_megatron.parallel.groups import destroy_groups
     from dsv3_megatron.runs.built_model import build_model
     from dsv3_megatron.runs.evaluator import Evaluator
 
     first = next(iter(checked.values()))
-    built = build_model(first.run)
-    built.load(first.load)
+    with slow_work("load", shown=rank == 0):
+        built = build_model(first.run)
+        built.load(first.load)
     results = {name: Evaluator(built, one.run, eod_id=one.eod_id).evaluate(one.rows, logprobs=one.logprobs)
                for name, one in checked.items()}
     destroy_groups()

@@ -16,10 +16,12 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.launches import EXIT_NEXT_LAYOUT
 from dsv3_megatron.config.load import TrainingRequest, parse_command
 from dsv3_megatron.config.output import json_text, require_output_file
+from dsv3_megatron.config.slow_work import slow_work
 from dsv3_megatron.config.streams import print_error
 from dsv3_megatron.config.world_size import largest_world_size
 from dsv3_megatron.guards.endings import launcher_listens, tell_launcher
 from dsv3_megatron.process.elastic import EXIT_AGAIN, elastic_launch, stopped_code
+from dsv3_megatron.process.logs import configure_logging
 from dsv3_megatron.process.ranks import Processes, require_free_port
 from dsv3_megatron.process.stop import StopListener, default_stops
 from dsv3_megatron.runs.rank import EXIT_CONFIG, end_of, prepare_rank, run_rank, say_error
@@ -290,10 +292,12 @@ def _trainer_of(run: RunConfig) -> Trainer:
 
 def _train(command: TrainingRequest, processes: Processes) -> int:
     prepare_rank()
+    configure_logging(processes.rank)  # before the bar, which takes the lines to itself while it is there
     from dsv3_megatron.parallel.roll_call import let_go
 
     def work() -> int:
-        trainer = _trainer_of(command.run)
+        with slow_work("start", shown=processes.rank == 0):
+            trainer = _trainer_of(command.run)
         code = trainer.train()
         if code == 0 and not trainer.is_complete:
             code = stopped_code()

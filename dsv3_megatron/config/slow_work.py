@@ -48,19 +48,25 @@ class SlowWork:
 
 
 @contextlib.contextmanager
-def slow_work(what: str, *, total: int | None = None, unit: str = "") -> Iterator[SlowWork]:
+def slow_work(what: str, *, total: int | None = None, unit: str = "", shown: bool = True, ticks: bool = True
+              ) -> Iterator[SlowWork]:
     """Show a bar on stderr while the block runs, if that is a terminal and the block takes so long; it goes at the end.
 
     Args:
         what: Name of the work, for the line.
         total: Units of all of the work; None: it is not counted, and the seconds are shown.
         unit: Name of a unit; "B" for bytes, which get their magnitude.
+        shown: False shows nothing: of several processes that do the same, one shows it.
+        ticks: False starts no thread, for a process that forks: the bar moves where something is counted.
     """
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not shown or sys.stderr is None or not sys.stderr.isatty():
         yield SlowWork(None)
         return
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
+    if not ticks:
+        tqdm.monitor_interval = 0  # tqdm's own thread
     bar = tqdm(total=total, unit=unit, unit_scale=unit == "B", desc=what, delay=_DELAY_S, leave=False, file=sys.stderr,
                dynamic_ncols=True, bar_format=None if total else _UNCOUNTED)
     work, ended = SlowWork(bar), threading.Event()
@@ -73,10 +79,13 @@ def slow_work(what: str, *, total: int | None = None, unit: str = "") -> Iterato
                     bar.refresh()
 
     thread = threading.Thread(target=tick, name="slow work", daemon=True)
-    thread.start()
+    if ticks:
+        thread.start()
     try:
-        yield work
+        with logging_redirect_tqdm():
+            yield work
     finally:
         ended.set()
-        thread.join()
+        if ticks:
+            thread.join()
         bar.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -82,6 +83,53 @@ def _read_settings(file: str) -> int:
         return _refused(error)
     print(json.dumps(dataclasses.asdict(run), default=str))
     return 0
+
+
+def _read_sweep() -> int:
+    """Print every run of a sweep's file, with the settings that its command line gives."""
+    from dsv3_megatron.commands.sweep import _line_of, _reader_of
+    from dsv3_megatron.config.sweep_file import check_settings, read_sweep
+
+    try:
+        plan = read_sweep("sweep.toml", _line_of)
+        parse = _reader_of(plan.command)
+        steps = check_settings(plan, parse)
+        runs = [{"seed": run.seed, "folder": str(run.folder), "steps": steps[run.setting],
+                 "run": dataclasses.asdict(parse(run.words).run)} for run in plan.runs]
+    except ValueError as error:
+        return _refused(error)
+    print(json.dumps({"command": plan.command, "at_a_time": plan.at_a_time, "processes": plan.processes, "runs": runs},
+                     default=str))
+    return 0
+
+
+def _sweep_stands(folder: Path) -> Callable[[str], bool]:
+    """Whether the runs are all combinations that the file gives, each with the values of its own."""
+    import tomllib
+
+    given = tomllib.loads((folder / "sweep.toml").read_text(encoding="utf-8-sig"))
+    grid = given.get("grid", {})
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    variants = list(given.get("variants", {}).values()) or [{}]
+    asked = [given.get("settings", {}) | variant | point | {"seed": seed}
+             for seed in given["seeds"] for variant in variants for point in points]
+
+    def are_all(printed: str) -> bool:
+        plan = json.loads(printed)
+        places = {run["folder"] for run in plan["runs"]}
+        return (plan["at_a_time"] == given.get("at_a_time", 1) and plan["processes"] == given.get("processes", 1)
+                and len(places) == len(asked) == len(plan["runs"])
+                and all(Path(given["output"]) in Path(place).parents for place in places)
+                and all(any(_has(run["run"], values) for run in plan["runs"]) for values in asked))
+
+    return are_all
+
+
+def _has(run: dict[str, Any], values: dict[str, Any]) -> bool:
+    """Whether a run has the values of these fields; its preset is no field."""
+    fields = {name: value for section in run.values() if isinstance(section, dict) for name, value in section.items()}
+    return all(float(fields[name]) == float(value)
+               for key, value in values.items() if (name := key.replace("-", "_")) != "preset")
 
 
 def _read_log() -> int:
@@ -210,6 +258,7 @@ def readers() -> tuple[Reader, ...]:
         for ending in ("toml", "yaml", "json"))
     return (
         *texts, *settings,
+        Reader("sweep", ("sweep.toml",), ("sweep.toml",), _read_sweep, weight=2, stands=_sweep_stands),
         Reader("preprocess, tokenizer", _TOKENIZER, ("text.jsonl", "tokenizer"),
                (*PREPROCESS, "--input", "text.jsonl", "--output-prefix", "made"), ("made*.bin", "made*.idx"),
                weight=3, shows=False),

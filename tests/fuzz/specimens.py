@@ -120,3 +120,7 @@ def _write_settings() -> None:
     Path("settings.json").write_text(json.dumps({
         "preset": "tiny", "model": {"num_layers": 6, "rotary_base": 10000.5},
         "training": {"train_iters": 40, "seed": 77, "lr": 3e-4}, "parallel": {"pipeline_schedule": "1f1b"}}, indent=1))
+    Path("sweep.toml").write_text('output = "made"\nseeds = [3, 14]\nat_a_time = 2\n[settings]\npreset = "tiny"\n'
+                                  'train_iters = 60\nlr-warmup-iters = 6\n[grid]\nlr = [2e-3, 6e-3]\n'
+                                  'mtp_num_layers = [0, 1]\n[variants.bias]\nmoe_aux_loss_coeff = 0.5\n'
+                                  '[variants.nothing]\nmoe_router_bias_update_rate = 0.25\n')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import sys
 import threading
@@ -83,3 +84,34 @@ def test_an_error_ends_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyError), slow_work("merge"):
         raise KeyError
     assert threading.active_count() <= before + 1  # tqdm's own monitor stays
+
+
+def test_one_of_several_processes_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = give_terminal(monkeypatch)
+    hurry(monkeypatch)
+    with slow_work("start", shown=False):
+        time.sleep(0.2)
+    assert terminal.getvalue() == ""
+
+
+def test_a_process_that_forks_gets_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = give_terminal(monkeypatch)
+    hurry(monkeypatch)
+    before = set(threading.enumerate())
+    with slow_work("certify", total=4, unit="stage", ticks=False) as work:
+        time.sleep(0.1)
+        assert not set(threading.enumerate()) - before
+        work.add()
+    assert "certify:  25%" in terminal.getvalue()
+
+
+def test_log_lines_do_not_break_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = give_terminal(monkeypatch)
+    hurry(monkeypatch)
+    handler = logging.StreamHandler(terminal)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    with slow_work("start"):
+        time.sleep(0.2)
+        logging.getLogger("dsv3_megatron").warning("experts on AMX")
+    assert re.search(r"start: 00:00\r +\r?experts on AMX\n", terminal.getvalue()), repr(terminal.getvalue())
+    assert logging.getLogger().handlers == [handler]
