@@ -55,15 +55,17 @@ def has_definition(run: RunConfig) -> bool:
     return run.data.isolates_documents or not run.data.restarts_positions
 
 
-def defined_steps(run: RunConfig, samples: RandomSamples, weights: Weights, num_steps: int
+def defined_steps(run: RunConfig, samples: RandomSamples, weights: Weights, num_steps: int, *, first: int = 1
                   ) -> tuple[list[DefinedStep], Notes]:
     """Take steps from the given weights.
 
     Args:
         run: A run, of which model, data switches, batch, losses and optimizer count.
         samples: Samples, in the order in which the run takes them.
-        weights: float64 weights and router biases before the first step.
+        weights: float64 weights and router biases before the first of them.
         num_steps: Number of steps to take.
+        first: Number of the first of them in the run, counted from 1: its samples are taken. AdamW's moments are zero
+            before it.
 
     Returns:
         The steps, and what their routers saw and chose.
@@ -71,7 +73,7 @@ def defined_steps(run: RunConfig, samples: RandomSamples, weights: Weights, num_
     model, training = run.model, run.training
     history: dict[str, list[GradientOfStep]] = {}
     steps, notes = [], Notes()
-    for number in range(1, num_steps + 1):
+    for number in range(first, first + num_steps):
         rows = range((number - 1) * training.global_batch_size, number * training.global_batch_size)
         leaves = {name: value.detach().clone().requires_grad_(not is_router_bias(name))
                   for name, value in weights.items()}

@@ -6,7 +6,7 @@ A weight of ours is one of the reference's or two on top of each other: the gate
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -67,6 +67,16 @@ def router_bias_name(row: int) -> str:
 def whole_from_reference(name: str, weights: Weights, num_layers: int) -> torch.Tensor:
     """Our whole parameter `name`, or its gradient, out of the reference's."""
     return torch.cat([weights[part] for part in reference_names(name, num_layers)])
+
+
+def reference_from_whole(values: Mapping[str, torch.Tensor], biases: Mapping[int, torch.Tensor], num_layers: int
+                         ) -> Weights:
+    """The reference's weights, float64, out of our whole parameters by global name and router biases by row."""
+    weights: Weights = {router_bias_name(row): bias.double() for row, bias in biases.items()}
+    for name, value in values.items():
+        parts = reference_names(name, num_layers)
+        weights |= zip(parts, value.double().chunk(len(parts)), strict=True)
+    return weights
 
 
 def load_reference_weights(chunks: Iterable[torch.nn.Module], groups: Any, weights: Weights, num_layers: int) -> None:
