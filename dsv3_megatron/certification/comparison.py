@@ -263,7 +263,7 @@ def gradient_roundings(step: RankStep, defined: DefinedStep, num_layers: int) ->
 
     Args:
         step: The step of one process.
-        defined: The same step by definition, from the same weights and with the same choices of experts.
+        defined: Result of this step by definition, from equal weights and with equal choices of experts.
         num_layers: Layers of the main model.
     """
     return {part.name: relative_error(part.local, whole_from_reference(part.name, defined.gradients, num_layers))

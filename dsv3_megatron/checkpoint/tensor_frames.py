@@ -1,6 +1,10 @@
 """What torch.save puts around the bytes of a tensor: it depends on dtype and shape, and not on a value.
 
 With it, the file of a save can be laid out before a tensor is looked at, and a save is a copy of bytes.
+
+There is one exception. torch's writer makes an id of the checksums that it sees go by. It takes every piece that begins
+with the bytes 50 4B 07 08 for one of them, a tensor too. Such a tensor has another id where torch writes it; a frame
+has that of all others. Nobody reads the id.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from typing import IO, Any, cast
 import torch
 
 _crc32_lock = threading.RLock()
+# Elements that cover the bytes in which torch's writer looks for a checksum.
+_NUM_READ = 8
 
 __all__ = ["TensorFrame", "frame_of", "known_frame", "without_crc32"]
 
@@ -46,8 +52,9 @@ def frame_of(dtype: torch.dtype, shape: tuple[int, ...]) -> TensorFrame:
     Raises:
         RuntimeError: this version of torch writes a tensor in another way than in one piece.
     """
-    # Never read: the kernel has not given its memory yet.
+    # Never read, but for its beginning: the kernel has not given the rest of its memory yet.
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    tensor.view(-1)[:_NUM_READ].zero_()
     recorder = _Recorder(tensor.data_ptr(), tensor.numel() * tensor.element_size())
     with without_crc32():
         torch.save(tensor, cast(IO[bytes], recorder))
