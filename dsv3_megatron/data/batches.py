@@ -31,8 +31,8 @@ _STATE_VERSION = 1
 class SampleDataset(Protocol):
     """What the iterator needs: samples by number, as samples.py and Megatron-Core's datasets have them.
 
-    A sample that says where its documents end, as conversations' do, has `document_bounds` too, and perhaps `extras`:
-    further values of each label, by name.
+    A sample that says where its documents end, as conversations' do, has `document_bounds` too, and perhaps `extras`,
+    further values of each label by name, and `continued`, as `Batch` has it.
     """
 
     def __len__(self) -> int: ...
@@ -47,7 +47,9 @@ class Batch:
     tokens, labels and position ids are int64 [B, S], the loss mask float32 [B, S] (1 counts), sample ids int64 [B].
     `document_bounds` are plain numbers: a row for each sequence, 0 = b_0 < ... < b_n = S, whose documents lie from b_i
     to b_(i+1); None where documents are not isolated. `extras_BS` are further values of each label, float32 [B, S] by
-    name, which a loss of its own kind reads.
+    name, which a loss of its own kind reads. `continued` are plain numbers too, a row for each sequence: of each
+    document the number of the one that it goes on from, or its own. A document that others go on from goes on from
+    none; they see it, and not each other. An empty row: none of the sequence does. None: none of the batch.
     """
 
     tokens_BS: torch.Tensor
@@ -57,14 +59,15 @@ class Batch:
     sample_ids_B: torch.Tensor
     document_bounds: tuple[tuple[int, ...], ...] | None = None
     extras_BS: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    continued: tuple[tuple[int, ...], ...] | None = None
 
     def to(self, device: torch.device | str, *, is_non_blocking: bool = False) -> Batch:
-        """Copy the batch to a device; the document bounds stay plain numbers."""
+        """Copy the batch to a device; what is said of its documents stays plain numbers."""
         tensors = {item.name: getattr(self, item.name) for item in fields(self)}
-        bounds, extras_BS = tensors.pop("document_bounds"), tensors.pop("extras_BS")
+        bounds, continued, extras_BS = (tensors.pop(name) for name in ("document_bounds", "continued", "extras_BS"))
         moved, extras_BS = ({name: tensor.to(device, non_blocking=is_non_blocking) for name, tensor in each.items()}
                             for each in (tensors, extras_BS))
-        return Batch(**moved, document_bounds=bounds, extras_BS=extras_BS)
+        return Batch(**moved, document_bounds=bounds, extras_BS=extras_BS, continued=continued)
 
 
 def read_token_sequences(dataset: SampleDataset, start: int, stop: int) -> np.ndarray:
@@ -77,6 +80,12 @@ def read_token_sequences(dataset: SampleDataset, start: int, stop: int) -> np.nd
         width = len(dataset[0]["tokens"]) + 1 if len(dataset) else 0
         return np.empty((0, width), dtype=np.int64)
     return np.stack(rows).astype(np.int64)
+
+
+def _continued(samples: list[Mapping[str, Any]]) -> tuple[tuple[int, ...], ...] | None:
+    """What the documents of each sample go on from; None where none of any does."""
+    rows = tuple(tuple(sample.get("continued", ())) for sample in samples)
+    return rows if any(rows) else None
 
 
 class BatchIterator(Iterator[Batch]):
@@ -191,6 +200,7 @@ class BatchIterator(Iterator[Batch]):
             document_bounds=self._bounds(samples, tokens_BS),
             extras_BS={name: torch.stack([sample["extras"][name] for sample in samples])
                        for name in samples[0].get("extras", ())},
+            continued=_continued(samples),
         )
 
     def _bounds(self, samples: list[Mapping[str, Any]], tokens_BS: torch.Tensor) -> tuple[tuple[int, ...], ...] | None:

@@ -112,10 +112,15 @@ def document_bounds(tokens_BS: np.ndarray, eod_id: int) -> tuple[tuple[int, ...]
     return tuple(rows)
 
 
-def restarted_positions(bounds: Sequence[int]) -> np.ndarray:
+def restarted_positions(bounds: Sequence[int], continued: Sequence[int] = ()) -> np.ndarray:
     """Positions that count from 0 in each document of a sequence, int64 [S], as Megatron-Core's datasets restart them.
 
     Args:
         bounds: Bounds of one sequence, as `document_bounds` gives them.
+        continued: Number, for each document, of the one whose positions it goes on from, or its own; empty: none does.
     """
-    return np.concatenate([np.arange(end - start) for start, end in itertools.pairwise(bounds)])
+    positions = [np.arange(end - start) for start, end in itertools.pairwise(bounds)]
+    for number, before in enumerate(continued):
+        if before != number:
+            positions[number] += len(positions[before])
+    return np.concatenate(positions)

@@ -13,6 +13,7 @@ The parts of a layer:
     node_dispatcher.py   the same, once for each node
     linear.py            linears, split and whole          norm.py     RMSNorm
     packed_documents.py  packed documents kept apart       losses.py   token losses -> a step's sums
+    shared_beginnings.py  documents that go on from one
 
 What all of it is set to:
 

@@ -163,6 +163,7 @@ class LocalMLASelfAttention(MegatronModule):
             part_of_heads = self._attend_to_whole(self._from(self._decompress_whole, *sources), documents)
             context_SBND = tokens_for_heads(part_of_heads, self.parts, self.cp_group)
         else:
+            assert documents.shared is None, "config/policy.py refuses context parallelism"
             ring = RingAttention(self._expand_passed, self.config.v_head_dim, self.softmax_scale, self.parts,
                                  self.cp_group, documents.bounds, gathers=self.cp_comm_type == "all_gather",
                                  backend=self.block_backend, narrow=self.narrow_latents)
@@ -172,9 +173,13 @@ class LocalMLASelfAttention(MegatronModule):
 
     def _attend_to_whole(self, queries_keys_values: tuple[torch.Tensor, ...], documents: PackedDocuments
                          ) -> torch.Tensor:
+        shared, bounds = documents.shared, documents.bounds
+        if shared is not None:
+            queries_keys_values, bounds = self._from(shared.apart, *queries_keys_values), (shared.bounds,)
         query_SBND, key_SBND, value_SBND = queries_keys_values
-        return causal_attention(query_SBND, key_SBND, value_SBND, softmax_scale=self.softmax_scale,
-                                document_bounds=documents.bounds, backend=self.attention_backend)
+        context_SBND = causal_attention(query_SBND, key_SBND, value_SBND, softmax_scale=self.softmax_scale,
+                                        document_bounds=bounds, backend=self.attention_backend)
+        return context_SBND if shared is None else shared.together(context_SBND)
 
     def _tables(self, x_sBH: torch.Tensor, position_ids_BS: torch.Tensor | None
                 ) -> tuple[torch.Tensor, torch.Tensor]:

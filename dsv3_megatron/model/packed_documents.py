@@ -18,6 +18,7 @@ import torch
 
 from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.data.batches import Batch
+from dsv3_megatron.model.shared_beginnings import SharedBeginnings
 from dsv3_megatron.ops.attention import DocumentBounds
 from dsv3_megatron.ops.cross_entropy import IGNORED
 
@@ -31,17 +32,21 @@ class PackedDocuments:
             crosses their ends.
         position_ids_BS: Rotary positions, int64; None: 0 .. S - 1. Restarting them at the bounds changes nothing but
             rounding, since scores depend on distances alone; without bounds it makes tokens of two documents look near.
+        shared: Documents that others go on from and see; None: there are none.
     """
 
     bounds: DocumentBounds | None = None
     position_ids_BS: torch.Tensor | None = None
+    shared: SharedBeginnings | None = None
 
     def starts_BS(self, device: torch.device) -> torch.Tensor:
-        """True where a document begins; with `bounds` only."""
+        """True where a document begins that does not go on from the one before it; with `bounds` only."""
         assert self.bounds is not None
         starts_BS = torch.zeros(len(self.bounds), self.bounds[0][-1], dtype=torch.bool)
         for row, bounds in enumerate(self.bounds):
-            starts_BS[row, list(bounds[:-1])] = True
+            continued = self.shared.continued[row] if self.shared is not None else ()
+            goes_on = {number for number, before in enumerate(continued) if before == number - 1}
+            starts_BS[row, [start for number, start in enumerate(bounds[:-1]) if number not in goes_on]] = True
         return starts_BS.to(device, non_blocking=True)
 
     def remaining_BS(self, device: torch.device) -> torch.Tensor:
@@ -62,7 +67,11 @@ def packed_documents(batch: Batch, data: DataConfig) -> PackedDocuments | None:
     """
     if not data.has_document_attention:
         return None
-    return PackedDocuments(batch.document_bounds, batch.position_ids_BS if data.restarts_positions else None)
+    shared = None
+    if batch.continued is not None:
+        assert batch.document_bounds is not None
+        shared = SharedBeginnings.of(batch.document_bounds, batch.continued, batch.tokens_BS.device)
+    return PackedDocuments(batch.document_bounds, batch.position_ids_BS if data.restarts_positions else None, shared)
 
 
 def with_labels_that_count(batch: Batch, data: DataConfig) -> Batch:

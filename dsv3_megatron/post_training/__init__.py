@@ -7,7 +7,7 @@ In reading order:
     kept.py         rollouts on disk, as Parquet
     sampler.py      answers generated with the weights of the time
     objective.py    the loss: clipped ratios and the divergence from a reference
-    answer_rows.py  answers packed into the sequences of a step
+    answer_rows.py  answers packed into the sequences of a step, prompts shared
     frozen_reference.py  the frozen weights that the divergence is from
     checks.py       what is checked before a run starts
     policy_trainer.py  the training loop: `runs/trainer.py`'s, whose steps begin with rollouts

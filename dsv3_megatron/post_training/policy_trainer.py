@@ -205,7 +205,8 @@ class PolicyTrainer(Trainer):
         def will_do(num_rows: int) -> bool:
             return self.run.parallel.takes_batch(num_rows, self.run.training.micro_batch_size, self.world_size)
 
-        return AnswerRows(answers, self.run.training.seq_length, filling=self._prompts.eod_id, will_do=will_do)
+        return AnswerRows(answers, self.run.training.seq_length, filling=self._prompts.eod_id, will_do=will_do,
+                          num_repeated=1 + self.run.model.mtp_num_layers)
 
     def _iterators(self, rows: AnswerRows) -> list[BatchIterator]:
         training = replace(self.run.training, global_batch_size=rows.num_rows)

@@ -38,16 +38,19 @@ class PackedRow:
         mask_S: float32 [S], 1 where the label of the position counts.
         bounds: First positions of the conversations, from 0, then of the filling if there is one, then S.
         extras_S: Further float32 [S] by name, each the value of the position's label; 0 where it does not count.
+        continued: Number, for each document, of the one in this row that it goes on from, sees, and counts its
+            positions from; its own number where there is none. Empty: there is none for any.
     """
 
     ids_S1: np.ndarray
     mask_S: np.ndarray
     bounds: tuple[int, ...]
     extras_S: Mapping[str, np.ndarray] = field(default_factory=dict)
+    continued: tuple[int, ...] = ()
 
 
-def pack_row(documents: Sequence[tuple[np.ndarray, ...]], length: int, *, filling: int, names: Sequence[str] = ()
-             ) -> PackedRow:
+def pack_row(documents: Sequence[tuple[np.ndarray, ...]], length: int, *, filling: int, names: Sequence[str] = (),
+             continued: Sequence[int] = ()) -> PackedRow:
     """Lay documents behind each other in a row.
 
     Args:
@@ -56,6 +59,7 @@ def pack_row(documents: Sequence[tuple[np.ndarray, ...]], length: int, *, fillin
         length: Positions of the row, without the token after the last.
         filling: Token id behind them.
         names: Names of the further values.
+        continued: Number, for each document, of the one that it goes on from, or its own; empty: none does.
     """
     ids_S1 = np.full(length + 1, filling, dtype=np.int64)
     # Of the token at each place; a label's place is one further on than its position.
@@ -68,8 +72,10 @@ def pack_row(documents: Sequence[tuple[np.ndarray, ...]], length: int, *, fillin
         starts.append(at)
         at += len(ids)
     starts += [at] if at < length else []
-    return PackedRow(ids_S1, values[0, 1:], (*(start for start in starts if start < length), length),
-                     dict(zip(names, values[1:, 1:], strict=True)))
+    bounds = (*(start for start in starts if start < length), length)
+    if continued:
+        continued = (*continued, *range(len(continued), len(bounds) - 1))
+    return PackedRow(ids_S1, values[0, 1:], bounds, dict(zip(names, values[1:, 1:], strict=True)), tuple(continued))
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,8 @@ class ConversationSamples:
         row = self.source.read(index)
         return {"tokens": torch.from_numpy(row.ids_S1[:-1]), "labels": torch.from_numpy(row.ids_S1[1:]),
                 "loss_mask": torch.from_numpy(row.mask_S), "document_bounds": row.bounds,
-                "position_ids": torch.from_numpy(restarted_positions(row.bounds)),
+                "continued": row.continued,
+                "position_ids": torch.from_numpy(restarted_positions(row.bounds, row.continued)),
                 "extras": {name: torch.from_numpy(values_S) for name, values_S in row.extras_S.items()}}
 
 
