@@ -7,6 +7,9 @@ sides. Objective, rewards and constants are those that both define alike (docs/g
 contender is a process of its own; steps alternate. Answers end early where an end token is drawn, which a model that
 was not fine-tuned hardly does: give such one, and the tokens that were really drawn are in the results.
 
+How much longer prompts are than answers decides much: answers to one prompt share it here. Their mean length in tokens is
+in the results. Where other work disturbs the machine, ratios of CPU time say more than those of time.
+
 Needs TRL (pip install trl), which this library and its tests do not; without it leave "trl" out of --contenders.
 
 Usage:
@@ -30,7 +33,7 @@ from tools.bench.contenders import Contender, Step, add_arguments, run_benchmark
 from tools.bench.records import Measurement
 
 OURS, LATENT, TRL = "dsv3_megatron", "dsv3_megatron-latent-cache", "trl"
-GROUP_SIZE, LEARNING_RATE = 8, 1e-6
+LEARNING_RATE = 1e-6
 _ENDLESS = 1_000_000
 
 
@@ -47,6 +50,16 @@ class Setting:
     answers: int
     new_tokens: int
     threads: int
+    group_size: int
+    seq_length: int
+    micro_batch_size: int
+    prompt_tokens: int
+
+    @property
+    def config(self) -> str:
+        """Name of what is measured in the results."""
+        return (f"{self.answers} answers of {self.new_tokens} tokens to prompts of {self.prompt_tokens} in groups of "
+                f"{self.group_size}, {self.precision}, threads={self.threads}")
 
 
 def ours_step(setting: Setting) -> Step:
@@ -55,10 +68,10 @@ def ours_step(setting: Setting) -> Step:
     from dsv3_megatron.runs.rank import prepare_rank
 
     run = parse([
-        "--pretrained-checkpoint", setting.model, "--seq-length", "256", "--tokenizer-model", setting.tokenizer,
+        "--pretrained-checkpoint", setting.model, "--seq-length", str(setting.seq_length), "--tokenizer-model", setting.tokenizer,
         "--prompts", setting.prompts, "--reward", "numeric", "--rollouts", f"{setting.folder}/{setting.contender}",
-        "--grpo-level", "answer", "--group-size", str(GROUP_SIZE), "--global-batch-size", str(setting.answers),
-        "--micro-batch-size", "4", "--max-new-tokens", str(setting.new_tokens), "--lr", str(LEARNING_RATE),
+        "--grpo-level", "answer", "--group-size", str(setting.group_size), "--global-batch-size", str(setting.answers),
+        "--micro-batch-size", str(setting.micro_batch_size), "--max-new-tokens", str(setting.new_tokens), "--lr", str(LEARNING_RATE),
         "--min-lr", str(LEARNING_RATE), "--train-iters", str(_ENDLESS), "--precision", setting.precision,
         "--mtp-num-layers", "0", "--rollout-kv-cache", "latent" if setting.contender == LATENT else "training"]).run
     run.validate(1)
@@ -93,7 +106,7 @@ def trl_step(setting: Setting) -> Step:
         rows = [json.loads(line) for line in file]
     trainer = trl_trainer(
         setting.model, setting.tokenizer, rows, f"{setting.folder}/trl", loss_type="grpo", max_steps=_ENDLESS,
-        per_device_train_batch_size=setting.answers, num_generations=GROUP_SIZE, logging_steps=1,
+        per_device_train_batch_size=setting.answers, num_generations=setting.group_size, logging_steps=1,
         max_completion_length=setting.new_tokens, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
         precision=setting.precision, is_eager=False)
     trainer.add_callback(Turns())
@@ -114,22 +127,39 @@ def report(contenders: list[Contender[Setting]]) -> list[Measurement]:
     """Print a table; return its numbers."""
     rows = []
     median = {c.setting.contender: statistics.median(c.seconds) for c in contenders if c.seconds}
+    cpu_median = {c.setting.contender: statistics.median(c.cpu_seconds) for c in contenders if c.seconds}
     for c in contenders:
-        name, setting = c.setting.contender, c.setting
-        config = (f"{setting.answers} answers of {setting.new_tokens} tokens, {setting.precision}, "
-                  f"threads={setting.threads}")
+        name, config = c.setting.contender, c.setting.config
         if not c.seconds:
             print(f"{name:28} {config:44} no step: {c.error}")
             continue
-        ratio = median[TRL] / median[name] if TRL in median else float("nan")
-        cpu = statistics.median(c.cpu_seconds)
+        ratio, cpu_ratio = (medians[TRL] / medians[name] if TRL in medians else float("nan")
+                            for medians in (median, cpu_median))
+        cpu = cpu_median[name]
         print(f"{name:28} {config:44} {median[name]:7.2f} s ({min(c.seconds):.2f}-{max(c.seconds):.2f}, "
-              f"{len(c.seconds)} steps) {cpu:7.2f} cpu-s  TRL takes {ratio:.2f}x")
+              f"{len(c.seconds)} steps) {cpu:7.2f} cpu-s  TRL takes {ratio:.2f}x, "
+              f"{cpu_ratio:.2f}x the CPU time")
         rows += [Measurement(name, config, metric, value, unit) for metric, value, unit in (
             ("step_time_median", median[name], "s"), ("step_time_min", min(c.seconds), "s"),
             ("step_time_max", max(c.seconds), "s"), ("step_cpu_time_median", cpu, "s"),
             ("num_steps", len(c.seconds), "1"))]
     return rows
+
+
+def prompt_tokens(tokenizer: str, prompts: str) -> int:
+    """Mean number of tokens of the prompts, with the chat template around them.
+
+    Args:
+        tokenizer: Folder of the tokenizer.
+        prompts: JSON lines with a text `prompt` each.
+    """
+    from transformers import AutoTokenizer
+
+    reader = AutoTokenizer.from_pretrained(tokenizer)
+    with open(prompts, encoding="utf-8") as file:
+        lengths = [len(reader.apply_chat_template([{"role": "user", "content": json.loads(line)["prompt"]}],
+                                                  add_generation_prompt=True, return_dict=False)) for line in file]
+    return round(statistics.fmean(lengths))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -141,6 +171,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=[OURS, LATENT, TRL], choices=(OURS, LATENT, TRL))
     parser.add_argument("--answers", type=int, default=64, help="answers of a step (64)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of an answer (32)")
+    parser.add_argument("--group-size", type=int, default=8, help="answers to a prompt (8)")
+    parser.add_argument("--seq-length", type=int, default=1024, help="tokens of a packed sequence of ours (1024)")
+    parser.add_argument("--micro-batch-size", type=int, default=1, help="packed sequences of ours at once (1)")
     add_arguments(parser, steps=5, warm_up=1, budget_s=120.0, limit_s=300.0)
     return parser.parse_args(arguments)
 
@@ -163,12 +196,15 @@ def main(arguments: list[str] | None = None) -> int:
                          "--no-mtp"]):
             return 1
 
+        length = prompt_tokens(options.tokenizer_model, options.prompts)
+
         def groups() -> Iterator[list[Setting]]:
             for precision in options.precisions:
                 here = Path(folder) / precision
                 here.mkdir()
                 yield [Setting(name, f"{folder}/hf", options.tokenizer_model, options.prompts, str(here), precision,
-                               options.answers, options.new_tokens, options.threads) for name in options.contenders]
+                               options.answers, options.new_tokens, options.threads, options.group_size,
+                               options.seq_length, options.micro_batch_size, length) for name in options.contenders]
 
         settings: Iterable[list[Setting]] = groups()
         return run_benchmark(__file__, settings, report, "grpo_step.csv", options)
