@@ -173,12 +173,14 @@ class LocalMLASelfAttention(MegatronModule):
 
     def _attend_to_whole(self, queries_keys_values: tuple[torch.Tensor, ...], documents: PackedDocuments
                          ) -> torch.Tensor:
-        shared, bounds = documents.shared, documents.bounds
+        shared, bounds, first_queries = documents.shared, documents.bounds, None
         if shared is not None:
-            queries_keys_values, bounds = self._from(shared.apart, *queries_keys_values), (shared.bounds,)
+            queries_keys_values = self._from(shared.apart, *queries_keys_values)
+            bounds, first_queries = (shared.bounds,), shared.first_queries
         query_SBND, key_SBND, value_SBND = queries_keys_values
         context_SBND = causal_attention(query_SBND, key_SBND, value_SBND, softmax_scale=self.softmax_scale,
-                                        document_bounds=bounds, backend=self.attention_backend)
+                                        document_bounds=bounds, first_queries=first_queries,
+                                        backend=self.attention_backend)
         return context_SBND if shared is None else shared.together(context_SBND)
 
     def _tables(self, x_sBH: torch.Tensor, position_ids_BS: torch.Tensor | None

@@ -4,8 +4,8 @@ A prompt with several answers is computed once: the prompt is a document, and ea
 sees it, and does not see the other answers. All that a layer does with a token by itself is done once for the prompt.
 Core attention alone looks at other tokens, and gets each answer behind a copy of the prompt's queries, keys and values,
 as documents that are by themselves. Its arithmetic is then that of whole documents, by any of its backends and to the
-bit; of the copies' results the first one's are taken, for all of them are alike. In backward the gradients of the
-copies are summed.
+bit; of the copies' results the first one's are taken, for all of them are alike, and the others' need not be there. In
+backward the gradients of the copies are summed.
 
 Legend: S positions, B sequences, N heads, D query width, T tokens.
 """
@@ -28,6 +28,7 @@ class SharedBeginnings:
     Attributes:
         continued: Number, for each document of each sequence, of the one that it goes on from, or its own.
         bounds: Bounds of the documents by themselves, behind each other in one row, from 0 to T.
+        first_queries: Number, for each document by itself, of its first tokens whose results are taken from another.
         sources_T: int64, the place of each of their tokens in the micro-batch, s B + b.
         own_SB: int64 [S B], where each position of the micro-batch is among the T tokens first.
         back_T: int64, of each of the T tokens its place in the micro-batch if it is its position's first, else S B.
@@ -37,6 +38,7 @@ class SharedBeginnings:
 
     continued: tuple[tuple[int, ...], ...]
     bounds: tuple[int, ...]
+    first_queries: tuple[int, ...]
     sources_T: torch.Tensor
     own_SB: torch.Tensor
     back_T: torch.Tensor
@@ -58,12 +60,13 @@ class SharedBeginnings:
         own_BS = np.full((num_rows, length), -1, dtype=np.int64)
         sources: list[np.ndarray] = []
         copies: list[tuple[int, int, int, int]] = []
-        ends, total = [0], 0
+        ends, first_queries, total = [0], [], 0
         for row, (starts, before) in enumerate(zip(bounds, continued, strict=True)):
             begun = {beginning for number, beginning in enumerate(before) if beginning != number}
             for number, beginning in enumerate(before):
                 if number in begun:
                     continue
+                first_queries.append(0)
                 for part in (number,) if beginning == number else (beginning, number):
                     start, end = starts[part], starts[part + 1]
                     sources.append(np.arange(start, end) * num_rows + row)
@@ -71,13 +74,14 @@ class SharedBeginnings:
                         own_BS[row, start:end] = np.arange(total, total + end - start)
                     else:
                         copies.append((row, start, end, total))
+                        first_queries[-1] = end - start
                     total += end - start
                 ends.append(total)
         sources_T, own_SB = np.concatenate(sources), own_BS.T.flatten()
         back_T = np.full(len(sources_T), length * num_rows, dtype=np.int64)
         back_T[own_SB] = np.arange(length * num_rows)
         on_device = [torch.from_numpy(places).to(device, non_blocking=True) for places in (sources_T, own_SB, back_T)]
-        return cls(continued, tuple(ends), on_device[0], on_device[1], on_device[2], tuple(copies))
+        return cls(continued, tuple(ends), tuple(first_queries), on_device[0], on_device[1], on_device[2], tuple(copies))
 
     def apart(self, *values_SBND: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Values [S, B, N, D] of the micro-batch's positions -> [T, 1, N, D] of the documents by themselves."""

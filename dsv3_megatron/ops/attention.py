@@ -49,6 +49,7 @@ def causal_attention(
     *,
     softmax_scale: float,
     document_bounds: DocumentBounds | None = None,
+    first_queries: tuple[int, ...] | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """softmax(scale q k^T) v over the positions up to and including each query's own.
@@ -61,6 +62,9 @@ def causal_attention(
         document_bounds: One row for each of the B sequences, 0 = b_0 <= b_1 <= ... <= b_n = S: positions b_i to
             b_(i+1) - 1 see each other and nothing else. Plain numbers, so that no layer waits for the device to read
             them. None is one document a sequence.
+        first_queries: Number, for each document of a single sequence with `document_bounds`, of its first positions
+            whose results are not read: they may be anything, and no gradient comes from them. "blocked" leaves out the
+            blocks of queries that have no others; the rest of the arithmetic is the same. None: all are read.
         backend: One of `BACKENDS`, as `attention_choices.py` explains them; "sdpa" leaves the choice to torch. "auto"
             is what is chosen there for a run that sets nothing.
 
@@ -93,7 +97,7 @@ def causal_attention(
     groups = group_sequences(document_bounds, *q_SBND.shape[:2])
     if backend == "blocked":
         with saving():
-            return _BlockedAttention.apply(q_SBND, k_SBND, v_SBNU, softmax_scale, groups)
+            return _BlockedAttention.apply(q_SBND, k_SBND, v_SBNU, softmax_scale, groups, first_queries)
     with saving():
         return _attend_by_document(q_SBND, k_SBND, v_SBNU, softmax_scale, groups, backend)
 
@@ -231,15 +235,17 @@ def _operands(q_SBND: torch.Tensor, k_SBND: torch.Tensor, v_SBNU: torch.Tensor, 
     return head_major(q_SBND).mul_(softmax_scale), head_major(k_SBND), head_major(v_SBNU)
 
 
-def _tiles(heads: int, groups: tuple[_Group, ...]) -> list[tuple[slice, int, slice]]:
+def _tiles(heads: int, groups: tuple[_Group, ...], first_queries: tuple[int, ...] | None
+           ) -> list[tuple[slice, int, slice]]:
     """(rows of heads, document start, queries) of every tile; its keys run from that start to its last query."""
     tiles = []
     for (first_sequence, last_sequence), documents in groups:
         first_row, last_row = first_sequence * heads, last_sequence * heads
-        for start, end in documents:
+        for number, (start, end) in enumerate(documents):
+            unread = 0 if first_queries is None else first_queries[number] // QUERY_BLOCK * QUERY_BLOCK
             rows = max(1, min(last_row - first_row, TILE_BYTES // (4 * QUERY_BLOCK * (end - start))))
             for row in range(first_row, last_row, rows):
-                for first in range(start, end, QUERY_BLOCK):
+                for first in range(start + unread, end, QUERY_BLOCK):
                     queries = slice(first, min(first + QUERY_BLOCK, end))
                     tiles.append((slice(row, min(row + rows, last_row)), start, queries))
     return tiles
@@ -272,6 +278,7 @@ class _BlockedAttention(torch.autograd.Function):
         v_SBNU: torch.Tensor,
         softmax_scale: float,
         groups: tuple[_Group, ...],
+        first_queries: tuple[int, ...] | None,
     ) -> torch.Tensor:
         inputs = (q_SBND, k_SBND, v_SBNU)
         q, k, v = _operands(*inputs, softmax_scale)
@@ -279,7 +286,7 @@ class _BlockedAttention(torch.autograd.Function):
         heads = v_SBNU.shape[2]
         out_SAU = torch.empty((length, num_rows, width), dtype=v.dtype, device=v.device)
         out = out_SAU.transpose(0, 1)
-        tiles, future = _tiles(heads, groups), future_mask(q, QUERY_BLOCK)
+        tiles, future = _tiles(heads, groups, first_queries), future_mask(q, QUERY_BLOCK)
         # Half of each document's square, 4 bytes.
         kept_bytes = sum((last - first) * heads * (end - start) ** 2 * 2
                          for (first, last), documents in groups for start, end in documents)
@@ -326,4 +333,4 @@ class _BlockedAttention(torch.autograd.Function):
             grad_k[rows, keys].baddbmm_(grad_scores.transpose(1, 2), q[rows, queries])  # q holds the scale
         del grad_out, grad_tile, grad_probabilities, grad_scores, future  # before narrow copies are made
         shaped = [t.view(length, ctx.batch, -1, t.shape[-1]).to(d) for t, d in zip(grads_SA, ctx.dtypes, strict=True)]
-        return (*shaped, None, None)
+        return (*shaped, None, None, None)

@@ -7,8 +7,8 @@ sides. Objective, rewards and constants are those that both define alike (docs/g
 contender is a process of its own; steps alternate. Answers end early where an end token is drawn, which a model that
 was not fine-tuned hardly does: give such one, and the tokens that were really drawn are in the results.
 
-How much longer prompts are than answers decides much: answers to one prompt share it here. Their mean length in tokens is
-in the results. Where other work disturbs the machine, ratios of CPU time say more than those of time.
+How much longer prompts are than answers decides much: answers to one prompt share it here. Their mean length in tokens
+is in the results. Where other work disturbs the machine, ratios of CPU time say more than those of time.
 
 Needs TRL (pip install trl), which this library and its tests do not; without it leave "trl" out of --contenders.
 
@@ -68,10 +68,12 @@ def ours_step(setting: Setting) -> Step:
     from dsv3_megatron.runs.rank import prepare_rank
 
     run = parse([
-        "--pretrained-checkpoint", setting.model, "--seq-length", str(setting.seq_length), "--tokenizer-model", setting.tokenizer,
-        "--prompts", setting.prompts, "--reward", "numeric", "--rollouts", f"{setting.folder}/{setting.contender}",
+        "--pretrained-checkpoint", setting.model, "--seq-length", str(setting.seq_length),
+        "--tokenizer-model", setting.tokenizer, "--prompts", setting.prompts,
+        "--reward", "numeric", "--rollouts", f"{setting.folder}/{setting.contender}",
         "--grpo-level", "answer", "--group-size", str(setting.group_size), "--global-batch-size", str(setting.answers),
-        "--micro-batch-size", str(setting.micro_batch_size), "--max-new-tokens", str(setting.new_tokens), "--lr", str(LEARNING_RATE),
+        "--micro-batch-size", str(setting.micro_batch_size), "--max-new-tokens", str(setting.new_tokens),
+        "--lr", str(LEARNING_RATE),
         "--min-lr", str(LEARNING_RATE), "--train-iters", str(_ENDLESS), "--precision", setting.precision,
         "--mtp-num-layers", "0", "--rollout-kv-cache", "latent" if setting.contender == LATENT else "training"]).run
     run.validate(1)
