@@ -153,6 +153,11 @@ class RunConfig:
         self.policy.validate(self.data, self.training, self.parallel, self.guards, fp8=self.fp8.fp8,
                              mtp_num_layers=self.model.mtp_num_layers)
 
+    @property
+    def longest_answer(self) -> int:
+        """Most positions of a prompt with its answer in a run of GRPO: a sequence's, and the model's context."""
+        return min(self.training.seq_length, self.model.max_position_embeddings)
+
     def _validate_training(self, world_size: int | None) -> None:
         """The rules of model, split and batch, which phases may change."""
         require_values(self.model)
@@ -163,7 +168,8 @@ class RunConfig:
             self.parallel.validate_world_size(world_size)
         self.training.validate(self.parallel, world_size)
         require_moments(self.training)
-        if self.training.seq_length > self.model.max_position_embeddings:
+        # Answers share a sequence, and positions restart in each: `longest_answer` keeps them in the context.
+        if self.training.seq_length > self.model.max_position_embeddings and not self.policy.is_on:
             raise ConfigError(
                 f"seq_length={self.training.seq_length} must not exceed "
                 f"max_position_embeddings={self.model.max_position_embeddings}"

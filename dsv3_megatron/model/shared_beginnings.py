@@ -81,7 +81,8 @@ class SharedBeginnings:
         back_T = np.full(len(sources_T), length * num_rows, dtype=np.int64)
         back_T[own_SB] = np.arange(length * num_rows)
         on_device = [torch.from_numpy(places).to(device, non_blocking=True) for places in (sources_T, own_SB, back_T)]
-        return cls(continued, tuple(ends), tuple(first_queries), on_device[0], on_device[1], on_device[2], tuple(copies))
+        return cls(continued, tuple(ends), tuple(first_queries), on_device[0], on_device[1], on_device[2],
+                   tuple(copies))
 
     def apart(self, *values_SBND: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Values [S, B, N, D] of the micro-batch's positions -> [T, 1, N, D] of the documents by themselves."""

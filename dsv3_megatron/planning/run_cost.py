@@ -113,7 +113,7 @@ def require_possible(run: RunConfig, num_devices: int) -> None:
     run.parallel.validate_world_size(num_devices)
     run.training.validate(run.parallel, num_devices)
     run.fp8.validate(run.model, run.parallel, run.training.transformer_impl)
-    if run.training.seq_length > run.model.max_position_embeddings:
+    if run.training.seq_length > run.model.max_position_embeddings and not run.policy.is_on:
         raise ConfigError(f"seq_length={run.training.seq_length} must not exceed max_position_embeddings="
                           f"{run.model.max_position_embeddings}")
 

@@ -127,7 +127,7 @@ class PolicyTrainer(Trainer):
             rollout = on_first_rank(lambda: read_rollout(path), str(path))
             require_rollout(
                 rollout, group_size=policy.group_size, num_answers=self._num_answers,
-                vocab_size=self.run.model.vocab_size, longest=self.run.training.seq_length + 1,
+                vocab_size=self.run.model.vocab_size, longest=self.run.longest_answer + 1,
                 needs_reference=policy.kl_coefficient > 0, tokenizer=self._prompts.tokenizer, place=str(path))
             return rollout
         reference = self._reference

@@ -86,12 +86,13 @@ def open_run_prompts(run: RunConfig, file: str | None = None, *, keys: Sequence[
     assert run.policy.prompts is not None and run.data.tokenizer_model is not None
     return open_chat_prompts(
         file or run.policy.prompts, run.data.tokenizer_model, keys=keys,
-        longest=run.training.seq_length + 1 - run.policy.max_new_tokens,
-        is_dropping=run.data.long_conversations == "drop")
+        longest=run.longest_answer + 1 - run.policy.max_new_tokens,
+        is_dropping=run.data.long_conversations == "drop",
+        limit="seq_length" if run.longest_answer == run.training.seq_length else "max_position_embeddings")
 
 
 def open_chat_prompts(file: str, tokenizer_model: str, *, longest: int, is_dropping: bool = False,
-                      keys: Sequence[str] = ()) -> ChatPrompts:
+                      keys: Sequence[str] = (), limit: str = "seq_length") -> ChatPrompts:
     """Read a file of prompts, and make tokens of them.
 
     Args:
@@ -100,6 +101,7 @@ def open_chat_prompts(file: str, tokenizer_model: str, *, longest: int, is_dropp
         longest: Most tokens that a prompt may have.
         is_dropping: Leave longer ones out, and count them, instead of refusing the file.
         keys: Names of values that every line must have, for the rewards.
+        limit: Name of the setting that `longest` follows from, for messages.
 
     Raises:
         ConfigError: the file cannot be read, has no prompt, or a line that is none; the message has file and line.
@@ -118,8 +120,8 @@ def open_chat_prompts(file: str, tokenizer_model: str, *, longest: int, is_dropp
             num_dropped += 1
         else:
             raise ConfigError(
-                f"{file}, line {prompt.line}: the prompt has {len(prompt.ids)} tokens, and seq_length + 1 - "
-                f"max_new_tokens = {longest} are left for one; give a larger seq_length, a smaller max_new_tokens or "
+                f"{file}, line {prompt.line}: the prompt has {len(prompt.ids)} tokens, and {limit} + 1 - "
+                f"max_new_tokens = {longest} are left for one; give a larger {limit}, a smaller max_new_tokens or "
                 "long_conversations=drop")
     if not prompts:
         raise ConfigError(f"prompts={file} has no prompt of at most {longest} tokens; give JSON lines such as "

@@ -40,3 +40,18 @@ def test_a_wrong_setting_and_a_base_of_another_architecture_are_told(
     assert main([*given, "--num-layers", "5"]) == 2
     assert "num_layers" in capsys.readouterr().err
     assert not (tmp_path / "kept").exists()
+
+
+def test_answers_share_a_sequence_that_is_longer_than_the_context(
+        base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Positions restart in each, so that a prompt with its answer is what must fit."""
+    from tests.digit_tokenizer import write_digit_tokenizer, write_sums
+
+    given = ["--pretrained-checkpoint", base, "--prompts", write_sums(tmp_path / "p.jsonl"), "--reward", "numeric",
+             "--rollouts", str(tmp_path / "kept"), "--tokenizer-model", write_digit_tokenizer(tmp_path / "tok"),
+             "--max-position-embeddings", "24", "--original-max-position-embeddings", "24"]
+    run = parse([*given, "--seq-length", "96", "--max-new-tokens", "8"]).run
+    run.validate(1)
+    assert run.longest_answer == 24
+    assert main([*given, "--seq-length", "96", "--max-new-tokens", "23", "--check-only"]) == 2
+    assert "and max_position_embeddings + 1 - max_new_tokens = 2 are left for one" in capsys.readouterr().err
