@@ -129,6 +129,26 @@ def test_a_shared_prompt_gives_what_its_copies_do(build: Callable, groups: Any, 
         assert_close(gradient, theirs[name], f"gradient of {name}", tolerance=1e-6)
 
 
+def test_shared_prompts_have_their_gradients_when_attention_is_computed_again(build: Callable, groups: Any) -> None:
+    from dsv3_megatron.model.packed_documents import forward_stage
+    from dsv3_megatron.model.recomputed_modules import set_recomputed
+    from dsv3_megatron.model.router import weigh_balance_losses
+
+    config, found = dataclasses.replace(variant("groups", mtp_num_layers=0), max_position_embeddings=64), []
+    for names in ((), ("mla_up_proj",)):
+        model, _ = build(config, torch.float32, moe_aux_loss_coeff=0.0)
+        set_recomputed([model], names)
+        weigh_balance_losses([model], num_tokens=1, num_sequences=1)
+        batches, rows = batches_of(made_up(whose=SHARED), 40)
+        assert shares_prompts(rows)
+        for _, batch in zip(range(rows.num_rows), batches, strict=False):
+            losses = forward_stage(model, batch, DataConfig(sft=True))
+            packed_loss(batch, losses, ObjectiveSettings("token", 0.3, 0.1), mtp_weight=0.0)[0].backward()
+        found.append(gradients_by_name(model, groups))
+    kept, again = found
+    assert all(torch.equal(gradient, again[name]) for name, gradient in kept.items())
+
+
 @pytest.mark.parametrize(("speculative", "together"), [(None, 1), (None, 5), ("mtp", 5)])
 def test_answers_have_the_bits_of_the_training_forward(groups: Any, tmp_path: Path, speculative: str | None,
                                                        together: int) -> None:
