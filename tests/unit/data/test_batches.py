@@ -45,10 +45,10 @@ def test_batch_holds_what_it_says():
     batch = next(make(dataset, data_parallel_rank=1))
     assert batch.sample_ids_B.tolist() == [2, 3] == batch.tokens_BS[:, 0].tolist()
     assert torch.equal(batch.tokens_BS[:, 1:], batch.labels_BS[:, :-1])
-    assert batch.document_bounds is None
+    assert batch.document_bounds is None and batch.continued is None
     assert batch.extras_BS == {}
     assert [getattr(batch, f.name).dtype for f in dataclasses.fields(batch)
-            if f.name not in ("document_bounds", "extras_BS")] == [
+            if f.name not in ("document_bounds", "extras_BS", "continued")] == [
         torch.int64,
         torch.int64,
         torch.float32,
@@ -60,6 +60,17 @@ def test_batch_holds_what_it_says():
     assert isinstance(moved, Batch) and moved.labels_BS.device.type == "meta"
     with pytest.raises(dataclasses.FrozenInstanceError):
         batch.tokens_BS = None
+
+
+def test_a_batch_says_which_documents_go_on_from_others():
+    dataset = ListDataset(8)
+    plain = [dataset[index] for index in range(8)]
+    samples = [{**sample, "document_bounds": (0, 2, 3, 4), "continued": (0, 0, 0) if index == 3 else ()}
+               for index, sample in enumerate(plain)]
+    iterator = make(samples, data_parallel_rank=1)
+    batch = next(iterator)
+    assert batch.continued == ((), (0, 0, 0)) == batch.to("meta").continued
+    assert next(iterator).continued is None
 
 
 def test_each_row_has_the_bounds_of_its_documents():
