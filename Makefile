@@ -1,15 +1,16 @@
 # make setup      .venv with everything pinned in constraints.txt
 # make test       environment, linter, type checker, every test that needs no GPU
+# make clients    programs that run an export, each in an environment in .clients/; the tests that run them
 # make test-gpu   every test that needs a GPU, and the quickstart on it; report in runs/gpu-report
 # make lint       linter, type checker and the documents' links
 # make docs       the documents as a site, in build/site
-# make clean      caches and build folders; not .venv, not runs/
+# make clean      caches and build folders; not .venv, .clients, runs/
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu lint docs clean
+.PHONY: help setup test clients test-gpu lint docs clean
 
 # Tests at a time: those that are one process each; those that start several, of which one mostly waits for another.
 PYTEST_WORKERS ?= 2
@@ -53,6 +54,12 @@ test: lint
 		status=$$?
 	[ "$$status" = 0 ] || { echo "== failed; the summaries above name the tests" >&2; exit "$$status"; }
 	echo "== all passed: tests took $$((SECONDS - start)) s"
+
+# Not a part of make test: what it installs takes a gigabyte.
+clients:
+	@$(FIND_PYTHON)
+	$(TEST_ENV) "$$python" -m tests.clients.environments
+	$(TEST_ENV) "$$python" -m pytest tests/clients -o faulthandler_timeout=1200
 
 test-gpu:
 	@$(FIND_PYTHON)

@@ -134,6 +134,8 @@ def save_tokenizer(tokenizer: Tokenizer, output_dir: str | os.PathLike[str]) -> 
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
+        # Without it Transformers 4 gives the model token types too, which this architecture's refuses to generate with.
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": 131072,
     }
     contents = {
