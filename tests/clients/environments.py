@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_megatron.checkpoint.hf.readers import TRANSFORMERS_4, TRANSFORMERS_5
+from dsv3_megatron.checkpoint.hf.readers import LLAMA_CPP, MLX_LM, TRANSFORMERS_4, TRANSFORMERS_5
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".clients"
@@ -38,8 +38,10 @@ class Client:
         page: File in docs/export/ that tells a user how to run it.
         requires: What the page has its user install, as pip reads it.
         shares_torch: Sees the packages of this library's environment behind its own.
-        sources: A source distribution of PyPI that is unpacked into `sources/` of its folder: "NAME==VERSION"; "" for
+        sources: A source distribution of PyPI that is unpacked into `sources/` of its folder, "NAME==VERSION"; "" for
             none.
+        checkout: A folder in `sources/` that stands for the repository which the page has its user clone, and has its
+            name.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Client:
     requires: tuple[str, ...]
     shares_torch: bool = False
     sources: str = ""
+    checkout: str = ""
 
     @property
     def folder(self) -> Path:
@@ -79,7 +82,12 @@ class Client:
 
 CLIENTS = {client.name or "transformers_5": client for client in (
     Client("", TRANSFORMERS_5, "transformers.md", ("transformers==5.23.0", "torch")),
-    Client("transformers_4", TRANSFORMERS_4, "transformers.md", ("transformers==4.57.6", "torch"), shares_torch=True),
+    Client("transformers_4", TRANSFORMERS_4, "transformers.md", ("transformers==4.57.6", "torch", "accelerate==1.15.0"),
+           shares_torch=True),
+    # The source of llama-cpp-python has llama.cpp whole.
+    Client("llama_cpp", LLAMA_CPP, "llama_cpp.md", ("xllamacpp==2026.10.11549", "transformers==5.23.0", "torch"),
+           shares_torch=True, sources="llama-cpp-python==0.3.36", checkout="vendor/llama.cpp"),
+    Client("mlx_lm", MLX_LM, "mlx_lm.md", ("mlx-lm==0.32.2", "mlx[cpu]==0.32.4")),
 )}
 
 

@@ -45,6 +45,13 @@ def blocks(page: str) -> list[Fence]:
     return found
 
 
+def scoring_block(page: str) -> str:
+    """The Python of a page up to the block that writes `logprobs.npy`."""
+    texts = [fence.text for fence in fences(page) if fence.language == "python"]
+    (last,) = (index for index, text in enumerate(texts) if '"logprobs.npy"' in text)
+    return "\n".join(texts[:last + 1])
+
+
 def requirements(page: str) -> list[list[str]]:
     """What each `pip install` of a page installs."""
     lines = [line for fence in fences(page) if is_installing(fence) for line in fence.text.splitlines()]
@@ -67,6 +74,9 @@ class Reader:
         dsv3.write_text(f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} '
                         '-m dsv3_megatron "$@"\n')
         dsv3.chmod(0o755)
+        if client.checkout:
+            checkout = client.folder / "sources" / client.checkout
+            (folder / checkout.name).symlink_to(checkout)
         self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                             "PATH": os.pathsep.join([str(programs), str(client.programs), os.environ["PATH"]])}
         self.environment.pop("PYTHONPATH", None)

@@ -219,7 +219,7 @@ def named_paths(text: str) -> Iterator[str]:
 
 # Files that a command of the pages makes, or that a user has: not of this repository.
 OF_A_USER = re.compile(
-    r"(runs|checkpoints|logs|data|corpus|tokenizer|tensorboard|exported|converted|pages|DeepSeek-V3|build|iter_\w+|\.venv)/.*"
+    r"(runs|checkpoints|logs|data|corpus|tokenizer|tensorboard|exported|converted|pages|DeepSeek-V3|build|llama\.cpp|iter_\w+|\.venv)/.*"
     r"|(run|study|curves|both|model|config|checkpoint|generation_config|environment|logprobs|lengths|report|schedule|plan|trace|corpus|ids)"
     r"\.\w+|(guards|metrics|train|valid|more|chat|prompts|held-out|PREFIX\.rejects)\.jsonl|(FILE|PREFIX)\.\w+")
 

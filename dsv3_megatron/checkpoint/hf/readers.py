@@ -107,6 +107,10 @@ def _fp8_uneven(model: ModelConfig, dtype: str) -> str:
     return _no_blocks({name: width for name, width in widths.items() if width > _BLOCK})
 
 
+def _fp8(model: ModelConfig, dtype: str) -> str:
+    return "dtype=fp8" if dtype == "fp8" else ""
+
+
 def _no_shared_experts(model: ModelConfig, dtype: str) -> str:
     return _fields(model, "num_shared_experts") if not model.num_shared_experts and model.num_moe_layers else ""
 
@@ -155,6 +159,8 @@ LIMITS = (
     Limit("FP8, a matrix of several blocks and a part of one, on a machine without a GPU", (TRANSFORMERS_5,), REFUSES,
           "it divides a matrix into blocks of equal size where it dequantizes; where that comes out even it computes "
           "other weights", _fp8_uneven),
+    Limit("FP8 on a machine without a GPU", (TRANSFORMERS_4,), REFUSES,
+          "it says that a GPU is needed; export bf16", _fp8),
     Limit("`--num-shared-experts 0`", (LLAMA_CPP, MLX_LM), REFUSES,
           "config.json has n_shared_experts=0 and tensors without elements, as Transformers has them",
           _no_shared_experts),

@@ -1,0 +1,41 @@
+"""The pages of docs/export/, followed with each program: log-probabilities and answers are this library's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dsv3_megatron.data.tokenizer import load_tokenizer
+from tests.clients.environments import CLIENTS
+from tests.clients.exports import (
+    QUESTION,
+    SHAPES,
+    TEXT,
+    TOLERANCE,
+    make_quickstart,
+    our_answer,
+    our_log_probabilities,
+    our_model,
+)
+from tests.clients.pages import Reader, page_text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param(name, marks=CLIENTS[name].mark) for name in CLIENTS])
+def test_a_page(tmp_path: Path, groups: Any, name: str) -> None:
+    client = CLIENTS[name]
+    make_quickstart(tmp_path, SHAPES["tiny"])
+    with Reader(client, tmp_path) as reader:
+        printed = reader.follow(page_text(client))
+    exported = tmp_path / "exported"
+    model = our_model(exported, groups)
+    ours_SV = our_log_probabilities(model, load_tokenizer(exported).encode(TEXT).ids)
+    theirs_SV = torch.from_numpy(np.load(tmp_path / "logprobs.npy"))
+    difference = (theirs_SV - ours_SV).abs().max().item()
+    print(f"{client.reader}: {list(theirs_SV.shape)}, largest difference of a log-probability {difference:.1e}")
+    assert theirs_SV.shape == ours_SV.shape and difference <= TOLERANCE
+    assert our_answer(model, exported, QUESTION) in printed[-1].splitlines()
