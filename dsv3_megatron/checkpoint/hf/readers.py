@@ -6,6 +6,7 @@ row takes that setting. Arithmetic on a ModelConfig: a run can be told before it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ READERS = (TRANSFORMERS_5, TRANSFORMERS_4, VLLM, SGLANG, LLAMA_CPP, MLX_LM)
 _BLOCK = 128
 # Layer counts that llama.cpp takes for a model with full-rank queries, and no others.
 _LITE_LAYERS = (26, 27)
+# Widths of a latent and its rotary key together for which vLLM's attention is made.
+_LATENT_KEYS = (320, 512, 576)
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,35 @@ def _fp8_query(model: ModelConfig, dtype: str) -> str:
     return _no_blocks({"q_lora_rank": model.q_lora_rank}) if dtype == "fp8" and model.q_lora_rank else ""
 
 
+def _has_as_many_blocks(*widths: int) -> bool:
+    """Whether matrices of these output widths have as many rows of blocks on top of each other as apart."""
+    return sum(math.ceil(width / _BLOCK) for width in widths) == math.ceil(sum(widths) / _BLOCK)
+
+
+def _fp8_fewer_pairs(model: ModelConfig, dtype: str) -> str:
+    """Widths of experts, and of FFNs whose gate and up projection have fewer rows of blocks together than apart."""
+    if dtype != "fp8":
+        return ""
+    return _no_blocks({name: width for name, width in _merged_widths(model).items()
+                       if name == "moe_ffn_hidden_size" or not _has_as_many_blocks(width, width)})
+
+
+def _fp8_moved_pairs(model: ModelConfig, dtype: str) -> str:
+    return "" if _fp8_fewer_pairs(model, dtype) else _fp8_merged(model, dtype)
+
+
+def _has_moved_query(model: ModelConfig) -> bool:
+    return _has_as_many_blocks(model.q_lora_rank or 0, model.kv_lora_rank + model.qk_rope_head_dim)
+
+
+def _fp8_fewer_queries(model: ModelConfig, dtype: str) -> str:
+    return "" if _has_moved_query(model) else _fp8_query(model, dtype)
+
+
+def _fp8_moved_queries(model: ModelConfig, dtype: str) -> str:
+    return _fp8_query(model, dtype) if _has_moved_query(model) else ""
+
+
 def _fp8_uneven(model: ModelConfig, dtype: str) -> str:
     """Widths of FP8 matrices that are more than one block and no whole number of blocks."""
     if dtype != "fp8":
@@ -148,14 +180,28 @@ def _query_of_other_depth(model: ModelConfig, dtype: str) -> str:
     return _fields(model, "q_lora_rank", "num_layers") if (model.q_lora_rank is None) != is_lite else ""
 
 
+def _latent_key(model: ModelConfig, dtype: str) -> str:
+    is_known = model.kv_lora_rank + model.qk_rope_head_dim in _LATENT_KEYS
+    return "" if is_known else _fields(model, "kv_lora_rank", "qk_rope_head_dim")
+
+
 LIMITS = (
     Limit("`--norm-epsilon` other than 1e-6", (VLLM, SGLANG, LLAMA_CPP), DIFFERS,
           "they take it for the latents' norms too, which have 1e-6 in Transformers and DeepSeek's code", _epsilon),
-    Limit("FP8, an FFN's or the experts' width no multiple of 128", (VLLM, SGLANG), REFUSES,
+    Limit("FP8, an FFN's or the experts' width no multiple of 128", (SGLANG,), REFUSES,
           "gate and up projection are put on top of each other, and a block must not reach from one into the other; "
           "export bf16, or train with multiples of 128", _fp8_merged),
-    Limit("FP8, `q_lora_rank` no multiple of 128", (VLLM,), REFUSES,
-          "the down-projections of query and key/value are put on top of each other", _fp8_query),
+    Limit("the same, of experts, or of an FFN whose two projections have fewer rows of blocks together than apart",
+          (VLLM,), REFUSES, "its scales do not fit; export bf16, or train with multiples of 128", _fp8_fewer_pairs),
+    Limit("the same, of an FFN whose two projections have as many rows of blocks together as apart", (VLLM,), DIFFERS,
+          "it scales rows of the up projection with the gate's scale; export bf16, or train with multiples of 128",
+          _fp8_moved_pairs),
+    Limit("FP8, `q_lora_rank` no multiple of 128, and fewer rows of blocks with key/value's below it than apart",
+          (VLLM, SGLANG), REFUSES, "the down-projections of query and key/value are put on top of each other, and "
+          "their scales do not fit", _fp8_fewer_queries),
+    Limit("FP8, `q_lora_rank` no multiple of 128, and as many rows of blocks with key/value's below it as apart",
+          (VLLM, SGLANG), DIFFERS, "rows of the key/value's projection are scaled with the query's scale",
+          _fp8_moved_queries),
     Limit("FP8, a matrix of several blocks and a part of one, on a machine without a GPU", (TRANSFORMERS_5,), REFUSES,
           "it divides a matrix into blocks of equal size where it dequantizes; where that comes out even it computes "
           "other weights", _fp8_uneven),
@@ -181,4 +227,6 @@ LIMITS = (
           "it does not divide the only gate by itself", _one_expert),
     Limit("full-rank queries but in 26 or 27 layers, or a query latent in these", (LLAMA_CPP,), REFUSES,
           "it tells the kind of query by the number of layers", _query_of_other_depth),
+    Limit("`kv_lora_rank` and `qk_rope_head_dim` whose sum is not 320, 512 or 576", (VLLM,), REFUSES,
+          "its attention is made for these; it loads the model and ends at the first text", _latent_key),
 )
