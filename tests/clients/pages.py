@@ -77,7 +77,9 @@ class Reader:
         if client.checkout:
             checkout = client.folder / "sources" / client.checkout
             (folder / checkout.name).symlink_to(checkout)
-        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        # A llama.cpp that ends itself would first have gdb tell for minutes where it was.
+        self.environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+                            "CUDA_VISIBLE_DEVICES": "",
                             "PATH": os.pathsep.join([str(programs), str(client.programs), os.environ["PATH"]])}
         self.environment.pop("PYTHONPATH", None)
 
