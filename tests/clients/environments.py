@@ -42,6 +42,7 @@ class Client:
             none.
         checkout: A folder in `sources/` that stands for the repository which the page has its user clone, and has its
             name.
+        rounds_fp8: FP8 weights become bf16 in it, as in this library; else they keep all bits of value times scale.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Client:
     shares_torch: bool = False
     sources: str = ""
     checkout: str = ""
+    rounds_fp8: bool = True
 
     @property
     def folder(self) -> Path:
@@ -86,7 +88,8 @@ CLIENTS = {client.name or "transformers_5": client for client in (
            shares_torch=True),
     # The source of llama-cpp-python has llama.cpp whole.
     Client("llama_cpp", LLAMA_CPP, "llama_cpp.md", ("xllamacpp==2026.10.11549", "transformers==5.23.0", "torch"),
-           shares_torch=True, sources="llama-cpp-python==0.3.36", checkout="vendor/llama.cpp"),
+           shares_torch=True, sources="llama-cpp-python==0.3.36", checkout="vendor/llama.cpp",
+           rounds_fp8=False),
     Client("mlx_lm", MLX_LM, "mlx_lm.md", ("mlx-lm==0.32.2", "mlx[cpu]==0.32.4")),
 )}
 

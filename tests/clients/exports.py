@@ -9,11 +9,14 @@ Legend: S positions, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from dsv3_megatron.certification.reference_weights import is_router_bias
 from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
@@ -25,7 +28,7 @@ from dsv3_megatron.config.presets import preset
 from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE, load_tokenizer, save_tokenizer, train_tokenizer
 from dsv3_megatron.model.build import build_stages
 from tests.clients.environments import ROOT
-from tests.hugging_face import published_weights
+from tests.hugging_face import dequantized, published_weights
 from tests.parity.architectures import run_of
 from tests.unit.checkpoint.hf.trained import trained
 
@@ -128,6 +131,18 @@ def export(folder: Path, shape: Shape) -> ModelConfig:
     convert_to_hugging_face(quickstart / "checkpoints", folder / "exported", dtype=shape.dtype,
                             tokenizer=quickstart / "tokenizer")
     return HuggingFaceDirectory(folder / "exported").model
+
+
+def without_rounding(export: Path, folder: Path) -> Path:
+    """Make the FP32 model of an FP8 export in a folder: each value times its scale, by plain loops over blocks."""
+    shutil.copytree(export, folder, ignore=shutil.ignore_patterns("checksums.json"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights = dequantized(load_file(export / "model.safetensors"), torch.float32)
+    save_file({name: weight.float() for name, weight in weights.items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+    return folder
 
 
 def our_model(export: Path, groups: Any) -> torch.nn.Module:
