@@ -238,7 +238,7 @@ class TestDocuments:
                                                   capsys: pytest.CaptureFixture[str], rank: int) -> None:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr("dsv3_megatron.commands.evaluate._evaluate", lambda plan: {"": RESULT})
+        monkeypatch.setattr("dsv3_megatron.commands.evaluate._evaluate", lambda plan, rank: {"": RESULT})
         assert carry_out(EvaluationRequest(load=f"{isolated}/isolated", data_path=f"{isolated}/train")) == 0
         captured = capsys.readouterr()
         assert captured.err.count("at EOD 1, as in training\n") == captured.err.count("\n") == 1 - rank
