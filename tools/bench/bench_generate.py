@@ -60,12 +60,10 @@ def ours_step(setting: Setting) -> Step:
     from dsv3_megatron.config.presets import laptop
     from dsv3_megatron.generation.forward import CachedModel
     from dsv3_megatron.generation.generator import Generator, Options
-    from dsv3_megatron.ops.host_memory import keep_freed_memory
-    from dsv3_megatron.platform import prepare
     from dsv3_megatron.runs.built_model import build_model
+    from dsv3_megatron.runs.rank import prepare_rank
 
-    if not prepare().is_cuda:
-        keep_freed_memory()
+    prepare_rank()
     run = laptop().override(precision=setting.precision, transformer_impl="local", mtp_num_layers=0)
     model = CachedModel(build_model(run).stages[0].eval())
     prompts = random_prompts(setting, run.model.vocab_size).tolist()

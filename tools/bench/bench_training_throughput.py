@@ -7,7 +7,13 @@ settings and, as further contenders, with its other expert implementations. Each
 steps alternate between them, so that a disturbance of the machine meets all; the others sleep meanwhile.
 
 One contender more is "products": the matrix products of a step alone, with the shapes of a balanced step, as a rate.
-It is what the machine would allow at the time, and each contender's share of it is printed and recorded.
+It is what the machine would allow at the time, in memory that is kept and lies on huge pages as ours does, and each
+contender's share of it is printed and recorded.
+
+With `--processes 4` a step's sequences are divided over four processes, each with `--threads` threads: data-parallel
+ours, and Transformers in torch's DistributedDataParallel. A further contender is ours with two pipeline stages and the
+experts of each divided over two ranks. "products" are then four processes at once with the products of a quarter of
+the tokens each.
 
 A contender that has used `--budget-s` takes no more steps: where a CPU multiplies bf16 natively at 1 GFLOP/s one step
 of the peer takes minutes. A step above `--step-limit-s` is given up and reported as such. How many steps a number
@@ -15,12 +21,14 @@ rests on is in the results.
 
 Usage:
     python -m tools.bench.bench_training_throughput --precisions fp32 bf16 --steps 5 --threads 2
+    python -m tools.bench.bench_training_throughput --processes 4 --threads 1
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -31,6 +39,8 @@ from tools.bench.contenders import Contender, Step, add_arguments, run_benchmark
 from tools.bench.records import Measurement  # noqa: E402
 
 OURS, PRODUCTS = "dsv3_megatron", "products"
+# Ours, as another four processes share the work.
+PIPED, NUM_PIPED = "dsv3_megatron-pp2-ep2", 4
 PEERS = {
     "transformers": {},
     "transformers-experts-eager": {"_experts_implementation": "eager"},
@@ -47,6 +57,12 @@ class Setting:
     seq_length: int
     batch_size: int
     threads: int
+    processes: int = 1
+
+    @property
+    def own_sequences(self) -> int:
+        """Sequences of a step that a process computes, where each computes whole ones."""
+        return self.batch_size // self.processes
 
 
 def ours_step(setting: Setting) -> Step:
@@ -57,11 +73,13 @@ def ours_step(setting: Setting) -> Step:
     run = laptop().override(
         mtp_num_layers=0,
         seq_length=setting.seq_length,
-        micro_batch_size=setting.batch_size,
+        micro_batch_size=setting.own_sequences,
         global_batch_size=setting.batch_size,
         precision=setting.precision,
         eval_interval=0,
     )
+    if setting.contender == PIPED:
+        run = run.override(pipeline_model_parallel_size=2, expert_model_parallel_size=2)
     trainer = random_token_trainer(run)
     return lambda: {"loss": trainer.train_step()[0].lm_loss or 0.0}
 
@@ -81,11 +99,14 @@ def peer_step(setting: Setting) -> Step:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
     model = DeepseekV3ForCausalLM(config).to(dtype).train()
+    if setting.processes > 1:
+        torch.distributed.init_process_group("gloo")
+        model = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")))
 
     def step() -> dict[str, float]:
-        tokens = torch.randint(0, LAPTOP.vocab_size, (setting.batch_size, setting.seq_length), generator=generator)
+        tokens = torch.randint(0, LAPTOP.vocab_size, (setting.own_sequences, setting.seq_length), generator=generator)
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
@@ -131,7 +152,11 @@ def products_step(setting: Setting) -> Step:
     import torch
 
     from dsv3_megatron.ops.backend import choose_product_backend
+    from dsv3_megatron.ops.host_memory import ask_for_huge_pages, keep_freed_memory
 
+    # As ours has it: fresh pages for every result would be no limit of the machine's.
+    keep_freed_memory()
+    ask_for_huge_pages()
     stored = torch.bfloat16 if setting.precision == "bf16" else torch.float32
     is_wide = choose_product_backend("auto", torch.device("cpu"), stored) == "via_fp32"
     dtype = torch.float32 if is_wide else stored
@@ -141,7 +166,7 @@ def products_step(setting: Setting) -> Step:
         return [torch.randn(*shape).to(dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs))]
 
     prepared = [(product.times, operands(product)) for product in step_products(
-        setting.seq_length * setting.batch_size)]
+        setting.seq_length * setting.own_sequences)]
 
     def step() -> dict[str, float]:
         for times, (x, weight, grad_y) in prepared:
@@ -158,8 +183,8 @@ def products_rate(contenders: list[Contender[Setting]]) -> float | None:
     """FLOP/s of the products alone, if they were measured."""
     for c in contenders:
         if c.setting.contender == PRODUCTS and c.seconds:
-            tokens = c.setting.seq_length * c.setting.batch_size
-            return sum(product.flops for product in step_products(tokens)) / statistics.median(c.seconds)
+            of_process = step_products(c.setting.seq_length * c.setting.own_sequences)
+            return c.setting.processes * sum(product.flops for product in of_process) / statistics.median(c.seconds)
     return None
 
 
@@ -213,18 +238,27 @@ def report(contenders: list[Contender[Setting]]) -> list[Measurement]:
 
 
 def _describe(setting: Setting) -> str:
-    return f"laptop {setting.precision} seq={setting.seq_length} batch={setting.batch_size} threads={setting.threads}"
+    text = f"laptop {setting.precision} seq={setting.seq_length} batch={setting.batch_size} threads={setting.threads}"
+    return text if setting.processes == 1 else f"{text} processes={setting.processes}"
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training tokens/s of this library against Transformers.")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
-    parser.add_argument("--contenders", nargs="+", default=[OURS, PRODUCTS, *PEERS],
-                        choices=(OURS, PRODUCTS, *PEERS))
+    parser.add_argument("--contenders", nargs="+", choices=(OURS, PIPED, PRODUCTS, *PEERS),
+                        help="all that the number of processes allows, where none is named")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4, help="sequences a step")
+    parser.add_argument("--processes", type=int, default=1, help="processes of each contender")
     add_arguments(parser, steps=5, warm_up=2, budget_s=300.0, limit_s=900.0)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    piped = [PIPED] if options.processes == NUM_PIPED else []
+    options.contenders = options.contenders or [OURS, *piped, PRODUCTS, *PEERS]
+    if options.processes < 1 or options.batch_size % options.processes:
+        parser.error(f"--processes {options.processes} must divide --batch-size {options.batch_size}")
+    if PIPED in options.contenders and not piped:
+        parser.error(f"{PIPED} takes --processes {NUM_PIPED}, not {options.processes}")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -232,10 +266,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     if options.serve:
         setting = Setting(**json.loads(options.serve))
-        makers = {OURS: ours_step, PRODUCTS: products_step}
+        makers = {OURS: ours_step, PIPED: ours_step, PRODUCTS: products_step}
         serve(lambda: makers.get(setting.contender, peer_step)(setting))
         return 0
-    groups = ([Setting(name, precision, options.seq_length, options.batch_size, options.threads)
+    groups = ([Setting(name, precision, options.seq_length, options.batch_size, options.threads, options.processes)
                for name in options.contenders] for precision in options.precisions)
     return run_benchmark(__file__, groups, report, "training_throughput.csv", options)
 

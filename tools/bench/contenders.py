@@ -1,8 +1,10 @@
-"""Contenders of a benchmark, each a process of its own, whose steps alternate.
+"""Contenders of a benchmark, each a process of its own or several, whose steps alternate.
 
 A disturbance of the machine meets all of them, and while one computes the others sleep. A contender is the benchmark's
-own script started with `--serve SETTING`, which calls `serve`. One that has used its budget takes no more steps; a step
-above the limit is given up, and so is its contender. How many steps a number rests on is for the results to say.
+own script started with `--serve SETTING`, which calls `serve`. Where its setting asks for several processes, each is
+told its rank by torchrun's variables, all are told to take a step at once, and the step takes as long as the slowest.
+One that has used its budget takes no more steps; a step above the limit is given up, and so is its contender. How many
+steps a number rests on is for the results to say.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import dataclasses
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
 import time
@@ -38,10 +41,10 @@ class Setting(Protocol):
 
 @dataclass
 class Contender[S: Setting]:
-    """One process, and the seconds of its timed steps."""
+    """One contender's processes, and the seconds of its timed steps; its CPU seconds are those of all processes."""
 
     setting: S
-    process: subprocess.Popen[str]
+    processes: list[subprocess.Popen[str]]
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     spent_s: float = 0.0
@@ -49,38 +52,51 @@ class Contender[S: Setting]:
 
     def step(self, is_timed: bool, budget_s: float, limit_s: float) -> None:
         """Take one step; a process that fails or exceeds the limit is noted and reported, not raised."""
-        assert self.process.stdin is not None and self.process.stdout is not None
         if self.error or (self.spent_s >= budget_s and self.seconds):
             return
-        try:
-            self.process.stdin.write("step\n")
-            self.process.stdin.flush()
-            if not select.select([self.process.stdout], [], [], limit_s)[0]:
-                self.process.kill()
-                self.error = f"step above {limit_s:.0f} s, killed"
+        for process in self.processes:
+            assert process.stdin is not None
+            try:
+                process.stdin.write("step\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                pass  # its end is seen below
+        deadline = time.monotonic() + limit_s
+        reports = []
+        for process in self.processes:
+            assert process.stdout is not None
+            if not select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                self._give_up(f"step above {limit_s:.0f} s, killed")
                 return
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            self.error = f"process ended with code {self.process.wait()}"
-            return
-        report = json.loads(answer)
-        self.spent_s += report["seconds"]
+            answer = process.stdout.readline()
+            if not answer:
+                self._give_up(f"process ended with code {process.wait()}")
+                return
+            reports.append(json.loads(answer))
+        seconds = max(report["seconds"] for report in reports)
+        self.spent_s += seconds
         if is_timed or self.spent_s >= budget_s:
-            self.seconds.append(report["seconds"])
-            self.cpu_seconds.append(report["cpu_seconds"])
+            self.seconds.append(seconds)
+            self.cpu_seconds.append(sum(report["cpu_seconds"] for report in reports))
+
+    def _give_up(self, error: str) -> None:
+        """Note what went wrong, and end what is left: processes that wait for one that is gone never answer."""
+        self.error = error
+        for process in self.processes:
+            process.kill()
 
     def close(self) -> None:
-        """End the process; it reads the end of its input between two steps."""
-        assert self.process.stdin is not None
-        if self.process.poll() is None:
-            self.process.stdin.close()
+        """End the processes; each reads the end of its input between two steps."""
+        for process in self.processes:
+            assert process.stdin is not None
+            if process.poll() is None:
+                process.stdin.close()
+        for process in self.processes:
             try:
-                self.process.wait(timeout=10)
+                process.wait(timeout=10)
             except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+                process.kill()
+                process.wait()
 
 
 def serve(make_step: Callable[[], Step]) -> None:
@@ -151,6 +167,8 @@ def run_benchmark[S: Setting](script: str, groups: Iterable[list[S]],
     from dsv3_megatron.platform import detect_device
 
     device = f"{detect_device().name}, {options.threads} threads"
+    if (processes := getattr(options, "processes", 1)) > 1:
+        device += f" in each of {processes} processes"
     warn_of_load()
     failed = False
     with options.log.open("w", encoding="utf-8") as log:
@@ -168,11 +186,24 @@ def run_benchmark[S: Setting](script: str, groups: Iterable[list[S]],
 
 
 def _start[S: Setting](script: str, setting: S, log: Any) -> Contender[S]:
-    """Start a contender's process with its own number of threads."""
+    """Start a contender's processes, each with its own number of threads."""
     assert dataclasses.is_dataclass(setting) and not isinstance(setting, type)
     repository = str(Path(__file__).resolve().parents[2])  # a script's own folder alone would be looked through
     environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads), "PYTHONPATH": repository}
     command = [sys.executable, script, "--serve", json.dumps(dataclasses.asdict(setting))]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-    return Contender(setting, process)
+    size, port = getattr(setting, "processes", 1), _free_port()
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        place = {} if size == 1 else {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                                env=environment | place)
+
+    return Contender(setting, [start(rank) for rank in range(size)])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

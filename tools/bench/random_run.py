@@ -35,15 +35,12 @@ class RandomTokens:
 
 def random_token_trainer(run: RunConfig) -> Trainer:
     """A trainer of `run` that reads random tokens, this process's part; `train_step` is the trainer's own."""
-    from dsv3_megatron.ops.host_memory import keep_freed_memory
-    from dsv3_megatron.platform import prepare
+    from dsv3_megatron.runs.rank import prepare_rank
 
-    prepare()  # before anything imports Megatron-Core
+    prepare_rank()  # before anything imports Megatron-Core
     from dsv3_megatron.data.current import CurrentData
     from dsv3_megatron.parallel.groups import world_size_from_environment
     from dsv3_megatron.runs.trainer import Trainer
-
-    keep_freed_memory()
 
     run.validate(world_size_from_environment())
     tokens = RandomTokens(run.model.vocab_size, run.training.seq_length)

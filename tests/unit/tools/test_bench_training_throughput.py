@@ -11,15 +11,15 @@ import pytest
 from dsv3_megatron.metrics.flops import flops_per_token
 from tools.bench import bench_training_throughput as bench
 from tools.bench import update_readme
-from tools.bench.contenders import Contender
+from tools.bench.contenders import Contender, measure
 from tools.bench.shapes import LAPTOP
 
 HEADER = "name,config,metric,value,unit,device,versions,commit,date\n"
 
 
-def contender(name: str, seconds: list[float]) -> Contender[Any]:
+def contender(name: str, seconds: list[float], processes: int = 1) -> Contender[Any]:
     process: Any = SimpleNamespace(spec=subprocess.Popen)
-    return Contender(bench.Setting(name, "fp32", 512, 4, 2), process, seconds, list(seconds))
+    return Contender(bench.Setting(name, "fp32", 512, 4, 2, processes), [process] * processes, seconds, list(seconds))
 
 
 def test_products_of_a_step_are_the_models():
@@ -39,8 +39,37 @@ def test_the_share_of_the_products_rate(capsys):
     assert found[bench.OURS, "share_of_products"] == pytest.approx(share)
     assert found["transformers", "share_of_products"] == pytest.approx(share / 2)
     assert "GFLOP/s" in capsys.readouterr().out
+    four = bench.report([contender(bench.PRODUCTS, [1.25], 4)])
+    assert four[0].value == pytest.approx(rate / 1e9) and four[0].config.endswith("threads=2 processes=4")
     alone = bench.report([contender(bench.OURS, [3.0])])
     assert not any(row.metric == "share_of_products" for row in alone)
+
+
+def test_a_step_of_several_processes_is_the_slowests(tmp_path):
+    """Each is told its rank and takes part in every step; where one fails, all are ended and it is said."""
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "for count, _ in enumerate(sys.stdin):\n"
+        "    rank = int(os.environ['RANK'])\n"
+        "    if rank == 1 and count == 2:\n"
+        "        sys.exit(3)\n"
+        "    print(json.dumps({'seconds': 1 + rank, 'cpu_seconds': 0.5}), flush=True)\n")
+    setting = bench.Setting(bench.OURS, "fp32", 512, 4, 1, 2)
+    (measured,) = measure(str(script), [setting], steps=1, warm_up=1, budget_s=60, limit_s=60, log=subprocess.DEVNULL)
+    assert (measured.seconds, measured.cpu_seconds, measured.error) == ([2], [1.0], "")
+    (failed,) = measure(str(script), [setting], steps=3, warm_up=0, budget_s=60, limit_s=60, log=subprocess.DEVNULL)
+    assert failed.seconds == [2, 2] and failed.error == "process ended with code 3"
+    assert all(process.poll() is not None for process in failed.processes)
+
+
+def test_processes_share_the_sequences(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--processes", "3"])
+    assert "--processes 3 must divide --batch-size 4" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["--processes", "2", "--contenders", bench.PIPED])
+    assert f"{bench.PIPED} takes --processes 4, not 2" in capsys.readouterr().err
 
 
 def test_every_cpu_has_its_rows(tmp_path, monkeypatch):
@@ -61,8 +90,9 @@ def test_every_cpu_has_its_rows(tmp_path, monkeypatch):
     (tmp_path / "training_throughput.csv").write_text(HEADER + "".join(lines))
     monkeypatch.setattr(update_readme, "RESULTS", tmp_path)
     assert update_readme.cpus_table("").splitlines()[2:] == [
-        f"| {old} | bf16 | 300 tokens/s | 10 tokens/s | 30.0x as fast |  |  |",
-        f"| {amx}, load 3.5 | bf16 | 900 tokens/s | 300 tokens/s | 3.0x as fast | 1,500 GFLOP/s | 15% |"]
+        f"| {old} | bf16 | 1 of 2 threads | 300 tokens/s | 10 tokens/s | 30.0x as fast |  |  |",
+        f"| {amx}, load 3.5 | bf16 | 1 of 2 threads | 900 tokens/s | 300 tokens/s | 3.0x as fast | 1,500 GFLOP/s "
+        "| 15% |"]
     table = update_readme.throughput_table("training_throughput")
     assert "| 900.0 |  | 15% | 5 |" in table and "500.0" not in table and "| products alone | 1,500 GFLOP/s |" in table
     assert "eager" not in table, "it did not take turns with the newest of ours"
