@@ -11,7 +11,6 @@ import math
 from typing import Any
 
 import torch
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from dsv3_megatron.model.stage.buckets import buckets_of
@@ -62,15 +61,26 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
         norm: Root of the sum of all ranks' `squared_norm`.
     """
     for part in distributed_parts(optimizer):
-        parameters = part.get_parameters()
-        if part.config.clip_grad > 0.0 and parameters:
-            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm,
-                                         use_decoupled_grad=_is_decoupled(part))
+        _clip(part, norm)
     is_applied = optimizer.step_with_ready_grads()
     assert is_applied, "without a gradient scaler every update is applied"
     chunks = {id(chunk): chunk for part in distributed_parts(optimizer) for chunk in part.model_chunks}
     for buckets in buckets_of(chunks.values()):
         buckets.note_update()
+
+
+def _clip(part: Any, norm: float) -> None:
+    """Scale a part's gradients down to the largest norm that its settings allow, as Megatron-Core does.
+
+    In place: without Transformer Engine or apex Megatron-Core makes a scaled copy of each and copies it back.
+    """
+    largest = part.config.clip_grad
+    # As Megatron-Core has it: a norm that is the largest one itself is scaled too.
+    factor = largest / (norm + 1.0e-6) if largest > 0.0 else 1.0
+    gradients = [gradient for gradient in (_gradient(part, parameter) for parameter in part.get_parameters())
+                 if gradient is not None]
+    if factor < 1.0 and gradients:
+        torch._foreach_mul_(gradients, factor)
 
 
 def _gradient(part: Any, parameter: torch.nn.Parameter) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from dsv3_megatron.optim.update import nonfinite_copies, squared_norm
+from dsv3_megatron.optim.update import apply_gradients, nonfinite_copies, squared_norm
 
 
 def part_of(counted: list[torch.Tensor], copies: list[torch.Tensor] = ()) -> Any:
@@ -59,3 +59,18 @@ def test_what_is_not_finite_shows_in_one_of_the_two(bad: float, place: int) -> N
     both[place][2][7] = bad
     assert math.isfinite(squared_norm(part)) == (place == 1)
     assert math.isnan(nonfinite_copies(part)) == (place == 1)
+
+
+@pytest.mark.parametrize(("largest", "norm"), [(1.0, 3.7), (1.0, 1.0), (1.0, 0.5), (0.0, 9.0), (2.5, math.inf)])
+def test_gradients_are_clipped_as_megatron_core_does_to_the_bit(largest: float, norm: float) -> None:
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    part, expected = part_of(gradients(0)), part_of(gradients(0))
+    part.config.clip_grad, part.model_chunks = largest, []
+    part.step_with_ready_grads = lambda: True
+    memory = [parameter.grad.data_ptr() for parameter in part.get_parameters()]
+    apply_gradients(part, norm)
+    if largest:
+        clip_grad_by_total_norm_fp32(expected.get_parameters(), largest, norm)
+    for parameter, other, address in zip(part.get_parameters(), expected.get_parameters(), memory, strict=True):
+        assert torch.equal(parameter.grad, other.grad) and parameter.grad.data_ptr() == address
