@@ -66,6 +66,7 @@ class Certifier:
         self._hooks, self._alone_hooks = hooks or {}, alone_hooks or {}
         self._alone: dict[Any, OneProcess | str] = {}
         self._num_alone = 0
+        self._work = SlowWork(None)
 
     def certify(self, jobs: Sequence[RunToCertify], tell: Callable[[Verdict], None] = lambda verdict: None
                 ) -> list[Verdict]:
@@ -85,9 +86,9 @@ class Certifier:
         # Of several layouts, `tell` shows how far they are.
         with (tempfile.TemporaryDirectory(prefix="certify-") as folder,
               slow_work("certify", total=_NUM_STAGES * len(lots), unit="stage", shown=len(jobs) == 1, ticks=False
-                        ) as work):
+                        ) as self._work):
             for number, batch in enumerate(lots):
-                for verdict in self._certify_batch(batch, Path(folder), work):
+                for verdict in self._certify_batch(batch, Path(folder)):
                     name = verdict.job.name.removesuffix(TWIN)
                     known = verdicts.get(name)
                     verdicts[name] = verdict if known is None else both_precisions(known, verdict)
@@ -96,10 +97,10 @@ class Certifier:
                 self._forget({self._key(job) for later in lots[number + 1:] for job in later})
         return [verdicts[job.name] for job in jobs]
 
-    def _certify_batch(self, jobs: Sequence[RunToCertify], folder: Path, work: SlowWork) -> list[Verdict]:
+    def _certify_batch(self, jobs: Sequence[RunToCertify], folder: Path) -> list[Verdict]:
         started = time.monotonic()
         self._run_alone([self._alone_job(job) for job in jobs], folder)
-        work.add()
+        self._work.add()
         verdicts = {job.name: Verdict(job) for job in jobs}
         possible = []
         for job in jobs:
@@ -109,12 +110,12 @@ class Certifier:
             else:
                 possible.append(job)
         files = self._run_layouts(possible, folder, verdicts)
-        work.add()
+        self._work.add()
         crossed = self._resume_alone([job for job in possible if job.name in files and job.num_steps > 1], folder,
                                      files, verdicts)
-        work.add()
+        self._work.add()
         self._judge(files, crossed, verdicts)
-        work.add()
+        self._work.add()
         for name, left in files.items():
             for file in left:
                 file.unlink()
@@ -212,11 +213,16 @@ class Certifier:
             if count:
                 try:
                     call_in_ranks(workers, share, timeout_s=self.timeout_s, are_alone=True,
-                                  progress=partial(_count, Path(name)))
+                                  progress=partial(self._count, Path(name)))
                 except (RankError, TimeoutError) as failure:
                     error = str(failure)
             files = [Path(name) / f"{index}.pickle" for index in range(count)]
             return [_read(file) if file.exists() else error for file in files]
+
+    def _count(self, folder: Path) -> int:
+        """How much is done: files that are complete. Called again and again while processes are waited for."""
+        self._work.tick()
+        return sum(1 for _ in folder.glob("*.pickle"))
 
     # -- the layouts ---------------------------------------------------------------------------------
 
@@ -238,7 +244,7 @@ class Certifier:
 
             error = ""
             try:
-                call_in_ranks(size, turns, timeout_s=self.timeout_s, progress=partial(_count, folder))
+                call_in_ranks(size, turns, timeout_s=self.timeout_s, progress=partial(self._count, folder))
             except (RankError, TimeoutError) as failure:
                 error = str(failure)
             done = []
@@ -284,11 +290,6 @@ def batches(jobs: Iterable[RunToCertify]) -> list[list[RunToCertify]]:
     for job in jobs:
         by_size.setdefault(job.world_size, []).append(job)
     return [same[start:start + BATCH_SIZE] for same in by_size.values() for start in range(0, len(same), BATCH_SIZE)]
-
-
-def _count(folder: Path) -> int:
-    """How much is done: files that are complete."""
-    return sum(1 for _ in folder.glob("*.pickle"))
 
 
 def _write(file: Path, value: Any) -> None:

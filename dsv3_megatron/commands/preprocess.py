@@ -17,6 +17,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from dsv3_megatron.config.slow_work import bar_width
 from dsv3_megatron.config.streams import print_error
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads cost memory here and do nothing
@@ -209,7 +210,7 @@ class _Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total_bytes or None, unit="B", unit_scale=True, dynamic_ncols=True)
+            self._bar = tqdm(total=total_bytes or None, unit="B", unit_scale=True, **bar_width(sys.stderr))
 
     def __call__(self, totals: Totals) -> None:
         if self._bar is not None:

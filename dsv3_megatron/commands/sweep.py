@@ -30,6 +30,7 @@ from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.load import CommandLine, TrainingRequest, parse_command
 from dsv3_megatron.config.new_files import replace_text
 from dsv3_megatron.config.output import json_text
+from dsv3_megatron.config.slow_work import bar_width
 from dsv3_megatron.config.streams import message, print_error
 from dsv3_megatron.config.sweep_file import SweepPlan, SweepRun, check_settings, read_sweep
 from dsv3_megatron.guards.lock import BEAT_S, RunLock
@@ -234,7 +235,7 @@ class _Sweep:
             from tqdm import tqdm
 
             self._bar = tqdm(total=sum(self._steps[run.setting] for run in self._codes), unit="step",
-                             initial=self._num_steps(), file=sys.stderr, dynamic_ncols=True)
+                             initial=self._num_steps(), file=sys.stderr, **bar_width(sys.stderr))
 
     def _num_steps(self) -> int:
         return sum(self._steps[run.setting] if code in FINAL else last_iteration(run.logs / METRICS_FILE)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, TextIO
 
+from dsv3_megatron.config.slow_work import bar_width
 from dsv3_megatron.metrics.balance import max_violation
 from dsv3_megatron.metrics.flops import RunSpeed
 from dsv3_megatron.metrics.run_records import StepReport
@@ -117,7 +118,7 @@ class TrainingDisplay:
             from tqdm import tqdm
 
             self._bar = tqdm(total=train_iters, initial=start_iteration, file=self._stream, unit="step",
-                             dynamic_ncols=True, smoothing=0.1)
+                             **bar_width(self._stream), smoothing=0.1)
 
     def update(self, report: StepReport) -> None:
         """Count one step; prints a line at every log_interval-th one, the first and the last."""

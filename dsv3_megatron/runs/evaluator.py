@@ -28,6 +28,7 @@ from dsv3_megatron.config.data import DataConfig
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.config.new_files import open_new
 from dsv3_megatron.config.run import RunConfig
+from dsv3_megatron.config.slow_work import bar_width
 from dsv3_megatron.data.batches import Batch, BatchIterator
 from dsv3_megatron.data.document_ends import document_bounds, restarted_positions
 from dsv3_megatron.data.rows import Rows
@@ -257,5 +258,5 @@ def _progress_bar(total: int, *, is_shown: bool) -> Any:
     """A bar on stderr; off a terminal it is printed now and then."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="row", file=sys.stderr, disable=not is_shown, dynamic_ncols=True,
+    return tqdm(total=total, unit="row", file=sys.stderr, disable=not is_shown, **bar_width(sys.stderr),
                 mininterval=0.2 if sys.stderr.isatty() else 10.0)

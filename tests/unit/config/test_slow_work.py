@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import sys
+import termios
 import threading
 import time
+from typing import Any
 
 import pytest
 
 from dsv3_megatron.config import slow_work as module
-from dsv3_megatron.config.slow_work import slow_work
+from dsv3_megatron.config.slow_work import bar_width, slow_work
 
 
 class Terminal(io.StringIO):
@@ -101,8 +104,24 @@ def test_a_process_that_forks_gets_no_thread(monkeypatch: pytest.MonkeyPatch) ->
     with slow_work("certify", total=4, unit="stage", ticks=False) as work:
         time.sleep(0.1)
         assert not set(threading.enumerate()) - before
+        work.tick()
+        assert "certify:   0%" in terminal.getvalue(), "it is seen before the first stage is done"
+        time.sleep(0.15)  # tqdm draws ten times a second at most
         work.add()
     assert "certify:  25%" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("rows", "columns", "width"), [
+    (0, 100, {"ncols": 99, "nrows": 24}), (0, 0, {"ncols": 79, "nrows": 24}), (30, 60, {"dynamic_ncols": True})])
+def test_a_terminal_that_does_not_say_its_height_gets_a_bar(rows: int, columns: int, width: dict[str, Any]) -> None:
+    ours, theirs = os.openpty()
+    try:
+        termios.tcsetwinsize(theirs, (rows, columns))
+        with open(theirs, "w") as terminal:
+            assert bar_width(terminal) == width
+    finally:
+        os.close(ours)
+    assert bar_width(io.StringIO()) == {"dynamic_ncols": True}
 
 
 def test_log_lines_do_not_break_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
