@@ -48,8 +48,8 @@ class PolicyConfig:
     rollouts: str | None = option(None, help="folder that keeps each rollout, as Parquet")
     replay: str | None = option(None, help="folder of kept rollouts to learn from, in place of generating any")
     rollout_kv_cache: str = option(
-        "training", choices=ROLLOUT_CACHES, help="training: log-probabilities have the bits of the training forward; "
-        "latent: faster, they have not; full: likewise")
+        "training", choices=ROLLOUT_CACHES, help="training: log-probabilities have the bits of the training forward, "
+        "which sums as generation does; latent: faster, they have not; full: likewise")
     rollout_speculative: str | None = option(None, choices=("mtp",), help="mtp: the MTP module drafts")
     rollout_batch_size: int = option(64, help="answers that a replica generates at once")
 
@@ -60,6 +60,11 @@ class PolicyConfig:
     def is_on(self) -> bool:
         """Whether the run learns by GRPO."""
         return self.prompts is not None
+
+    @property
+    def has_generations_bits(self) -> bool:
+        """Whether the training forward sums as generation does, so that both have the same bits."""
+        return self.is_on and self.rollout_kv_cache == "training"
 
     def validate(self, data: DataConfig, training: TrainingConfig, parallel: ParallelConfig, guards: GuardConfig, *,
                  fp8: str, mtp_num_layers: int) -> None:

@@ -23,6 +23,7 @@ from dsv3_megatron.generation.cached_layers import LatentAttention
 from dsv3_megatron.generation.decode import absorbed_attention, full_attention, tile_attention
 from dsv3_megatron.ops.attention import causal_attention
 from dsv3_megatron.ops.backend import wide_dtype
+from dsv3_megatron.ops.steady_sums import LEAST_ROWS
 
 KV_CACHES = ("latent", "full", "training")
 
@@ -48,7 +49,8 @@ class KeyValueCache(Protocol):
     """What a model's attention reads and writes, whichever it is.
 
     Attributes:
-        least_rows: Tokens that a step computes at least, copies of one among them where there are fewer.
+        least_rows: Tokens that a step computes at least, copies of one among them where there are fewer, and rows that
+            an expert's products take at least. More than 1: sums are those of `ops/steady_sums.py`.
     """
 
     least_rows: int
@@ -171,12 +173,12 @@ class TrainingCache(FullCache):
 
     On a CPU that is tiles of fp32 products (ops/attention.py), of which a step makes those of its new tokens, of all
     rows at once. Elsewhere it computes every position's attention anew at each step, of which the new tokens' is taken.
-    Log-probabilities have the bits of the training forward wherever products do not depend on how many rows are
-    multiplied at once: in bf16 on a CPU with units for it. Arguments as of LatentCache.
+    Log-probabilities have the bits of a training forward that sums accordingly (`ops/steady_sums.py`), as that of a run
+    of GRPO does. Arguments as of LatentCache.
     """
 
     # One row, and few rows, go through products and experts that are faster and sum in another order.
-    least_rows = 16
+    least_rows = LEAST_ROWS
 
     def __init__(self, config: MLATransformerConfig, *, dtype: torch.dtype, device: torch.device, **sizes: int) -> None:
         # In the dtype that a CPU's attention multiplies in: what is kept is not made wide again at each step.
@@ -185,7 +187,7 @@ class TrainingCache(FullCache):
     def attend(self, layer: int, places: Places, attention: LatentAttention, query_TND: torch.Tensor,
                entry_TW: torch.Tensor) -> torch.Tensor:
         """Keep the keys and values of new tokens, and give the attention of their queries to the cache, [T, N, U]."""
-        self.fill(layer, places, entry_TW, *attention.expand(entry_TW))
+        self.fill(layer, places, entry_TW, *attention.expand(entry_TW, self.least_rows))
         keys_BNCD, values_BNCU = self.keys_LBNCD[layer], self.values_LBNCU[layer]
         if query_TND.device.type == "cpu":
             return tile_attention(query_TND, keys_BNCD[:, :, :places.limit], values_BNCU[:, :, :places.limit],

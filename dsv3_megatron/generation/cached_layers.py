@@ -128,10 +128,19 @@ class LatentAttention:
         latent_TZ.copy_(self._norm(latent_TZ))
         return query_TND, entry_TW
 
-    def expand(self, entry_TW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [T, N, D] and values [T, N, U] of positions kept as `project` returns them."""
+    def expand(self, entry_TW: torch.Tensor, least_rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [T, N, D] and values [T, N, U] of positions.
+
+        Args:
+            entry_TW: Positions kept as `project` returns them.
+            least_rows: Rows that are multiplied at least; zeros where there are fewer.
+        """
         latent_TZ, shared_key_TR = entry_TW.split([self.latent_width, entry_TW.shape[1] - self.latent_width], dim=1)
-        key_value = self._multiply(latent_TZ, self._up)
+        if len(latent_TZ) < least_rows:
+            rows = torch.nn.functional.pad(latent_TZ, (0, 0, 0, least_rows - len(latent_TZ)))
+            key_value = self._multiply(rows, self._up)[:len(latent_TZ)]
+        else:
+            key_value = self._multiply(latent_TZ, self._up)
         key_nope_TNX, value_TNU = key_value.view(len(key_value), self._heads, -1).split(self._up_widths, dim=-1)
         return torch.cat([key_nope_TNX, shared_key_TR.unsqueeze(1).expand(-1, self._heads, -1)], dim=-1), value_TNU
 
@@ -147,8 +156,8 @@ class SwiGLU:
         self._up, self._down = module.linear_fc1.weight, module.linear_fc2.weight
         self._multiply, self._multiply_down = product_like(self._up), summing_product(module.linear_fc2)
 
-    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """[T, H] -> [T, H]."""
+    def __call__(self, x_TH: torch.Tensor, least_rows: int = 1) -> torch.Tensor:
+        """[T, H] -> [T, H]; there are as many rows as are wanted."""
         return self._multiply_down(swiglu(self._multiply(x_TH, self._up)), self._down)
 
 
@@ -163,11 +172,19 @@ class MixtureOfExperts:
         self._each_fc1, self._each_fc2 = self._fc1.detach().unbind(0), self._fc2.detach().unbind(0)
         self._shared = None if module.shared_experts is None else SwiGLU(module.shared_experts)
 
-    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """[T, H] -> [T, H]."""
+    def __call__(self, x_TH: torch.Tensor, least_rows: int = 1) -> torch.Tensor:
+        """[T, H] -> [T, H].
+
+        Args:
+            x_TH: Normed input.
+            least_rows: Rows that an expert's products take at least; more than 1: they have the bits of training's.
+        """
         wide = wide_dtype(x_TH.dtype)
         gates_TK, ids_TK = self._choose(self._score(multiply_rows(x_TH.to(wide), self._router.to(wide))))
-        output_TH = self._of_a_token(x_TH, gates_TK, ids_TK) if len(x_TH) == 1 else self._of_all(x_TH, gates_TK, ids_TK)
+        if len(x_TH) == 1:
+            output_TH = self._of_a_token(x_TH, gates_TK, ids_TK)
+        else:
+            output_TH = self._of_all(x_TH, gates_TK, ids_TK, least_rows)
         return output_TH if self._shared is None else output_TH.add_(self._shared(x_TH))
 
     def _of_a_token(self, x_1H: torch.Tensor, gates_1K: torch.Tensor, ids_1K: torch.Tensor) -> torch.Tensor:
@@ -177,13 +194,18 @@ class MixtureOfExperts:
                                      self._each_fc2, gates_1K[0])
         return routed_KH.sum(0, keepdim=True)
 
-    def _of_all(self, x_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
+    def _of_all(self, x_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor, least_rows: int
+                ) -> torch.Tensor:
         """Rows sorted by expert, and put back."""
+        if least_rows > 1:
+            # Training adds up a token's experts by their numbers, one after the other; so does this sum of a few.
+            ids_TK, order_TK = ids_TK.sort(dim=-1)
+            gates_TK = gates_TK.gather(1, order_TK)
         expert_R = ids_TK.flatten()
         order_R = expert_R.argsort(stable=True)
         counts = torch.bincount(expert_R, minlength=self._num_experts).tolist()
         sorted_RH = swiglu_experts(x_TH[order_R // ids_TK.shape[1]], counts, self._fc1, self._fc2,
-                                   gates_TK.flatten()[order_R])
+                                   gates_TK.flatten()[order_R], least_rows=least_rows)
         routed_RH = torch.empty_like(sorted_RH)
         routed_RH[order_R] = sorted_RH
         return routed_RH.view(*ids_TK.shape, -1).sum(1)
@@ -205,9 +227,10 @@ class Layer:
         self._attention_norm, self._ffn_norm = Norm(module.input_layernorm), Norm(module.pre_mlp_layernorm)
         self._ffn = MixtureOfExperts(module.mlp) if isinstance(module.mlp, MoELayer) else SwiGLU(module.mlp)
 
-    def __call__(self, x_TH: torch.Tensor, rotations_TP: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """[T, H] -> [T, H], in place."""
+    def __call__(self, x_TH: torch.Tensor, rotations_TP: torch.Tensor, attend: Attend, least_rows: int = 1
+                 ) -> torch.Tensor:
+        """[T, H] -> [T, H], in place; of T tokens an expert's products take at least `least_rows`."""
         query_TND, entry_TW = self.attention.project(self._attention_norm(x_TH), rotations_TP)
         x_TH += self.attention.output(attend(self.attention, query_TND, entry_TW))
-        x_TH += self._ffn(self._ffn_norm(x_TH))
+        x_TH += self._ffn(self._ffn_norm(x_TH), least_rows)
         return x_TH

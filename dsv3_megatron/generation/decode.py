@@ -11,15 +11,11 @@ C positions looked at, Z latent width, W = Z + Y, U value width, T = B Q, J = Q 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from dsv3_megatron.ops.backend import choose_product_backend, wide_dtype
 from dsv3_megatron.ops.softmax import softmax_
-
-# Queries of a head that `tile_attention` multiplies at least, the first that has the bits of many; zeros among them.
-_QUERIES = (4, 8, 16)
+from dsv3_megatron.ops.steady_sums import steady_context, steady_scores
 
 
 def absorbed_attention(
@@ -75,54 +71,21 @@ def tile_attention(
 ) -> torch.Tensor:
     """Compute what `full_attention` does by the steps and in the dtypes of a tile of training's attention on a CPU.
 
-    An entry of a product has the same bits however many queries are multiplied, from a few on, and whatever is masked
-    behind it. Arguments and result are as in `absorbed_attention`.
+    A query's result has the same bits whatever queries and masked keys are multiplied with it, as a tile's that is
+    steady. Arguments and result are as in `absorbed_attention`.
 
-    Source: `ops/attention.py`, "blocked".
+    Source: `ops/attention.py`, "blocked"; `ops/steady_sums.py`.
     """
     rows, heads = keys_BNCD.shape[:2]
-    query_BQND = query_TND.view(rows, -1, *query_TND.shape[1:])
-    num_new, wide = query_BQND.shape[1], wide_dtype(query_TND.dtype)
-    least = least_queries(query_TND.shape[-1], values_BNCU.shape[-1], wide)
-    query_BNQD = torch.zeros(rows, heads, max(num_new, least), query_TND.shape[-1], dtype=wide, device=query_TND.device)
-    query_BNQD[:, :, :num_new] = query_BQND.transpose(1, 2)
-    query_AQD = query_BNQD.mul_(softmax_scale).flatten(0, 1)
+    query_BQND, wide = query_TND.view(rows, -1, *query_TND.shape[1:]), wide_dtype(query_TND.dtype)
+    query_BNQD = query_BQND.transpose(1, 2).to(dtype=wide, memory_format=torch.contiguous_format, copy=True)
     keys_ACD, values_ACU = (stored.to(wide).flatten(0, 1) for stored in (keys_BNCD, values_BNCU))
-    scores_AQC = torch.bmm(query_AQD, keys_ACD.transpose(1, 2))[:, :num_new].contiguous()
+    scores_AQC = steady_scores(query_BNQD.mul_(softmax_scale).flatten(0, 1), keys_ACD)
     if hidden_BQC is not None:
         scores_AQC.view(rows, heads, *scores_AQC.shape[1:]).masked_fill_(hidden_BQC.unsqueeze(1), float("-inf"))
-    softmax_(scores_AQC)
-    if num_new < least:
-        scores_AQC = torch.nn.functional.pad(scores_AQC, (0, 0, 0, least - num_new))
-    context_AQU = torch.bmm(scores_AQC, values_ACU)
-    context_BNQU = context_AQU.view(rows, heads, *context_AQU.shape[1:])[:, :, :num_new]
+    context_AQU = steady_context(softmax_(scores_AQC), values_ACU)
+    context_BNQU = context_AQU.unflatten(0, (rows, heads))
     return context_BNQU.transpose(1, 2).flatten(0, 1).to(query_TND.dtype)
-
-
-@functools.cache
-def least_queries(width: int, value_width: int, dtype: torch.dtype) -> int:
-    """The fewest queries of a head whose two products have the bits that they have among many, by trying it.
-
-    A CPU's library multiplies few rows by other kernels, which sum in another order. MKL, one thread of a Xeon: up to 2
-    rows of heads of 48, 4 of 96, 8 of 192.
-
-    Args:
-        width: Width of a query.
-        value_width: Width of a value.
-        dtype: Dtype of the products.
-    """
-    draws = torch.Generator().manual_seed(0)
-    query, keys, values, probabilities = (torch.randn(2, 128, size, generator=draws, dtype=dtype)
-                                          for size in (width, width, value_width, 128))
-    for count in _QUERIES[:-1]:
-        if all(_has_bits_of_many(*operands, count) for num_keys in (20, 57, 128) for operands in (
-                (query, keys[:, :num_keys].transpose(1, 2)), (probabilities[..., :num_keys], values[:, :num_keys]))):
-            return count
-    return _QUERIES[-1]
-
-
-def _has_bits_of_many(left: torch.Tensor, right: torch.Tensor, count: int) -> bool:
-    return torch.equal(torch.bmm(left[:, :count], right), torch.bmm(left, right)[:, :count])
 
 
 def _probabilities(scores: torch.Tensor, softmax_scale: float, hidden: torch.Tensor | None) -> torch.Tensor:

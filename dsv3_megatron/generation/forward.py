@@ -82,7 +82,7 @@ class TokenRun:
     Attributes:
         attend: Function by which they attend in a layer, given its number.
         rotations_TP: Rotations of their positions.
-        least_rows: Rows that go through a layer at least.
+        least_rows: Rows that go through a layer, and that an expert's products take, at least.
     """
 
     attend: Callable[[int, LatentAttention, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -95,7 +95,7 @@ class TokenRun:
         if num_tokens < self.least_rows:
             return self._with_copies(num_tokens).through(layers, _padded(x_TH, self.least_rows))[:num_tokens]
         for index, layer in enumerate(layers):
-            x_TH = layer(x_TH, self.rotations_TP, partial(self.attend, index))
+            x_TH = layer(x_TH, self.rotations_TP, partial(self.attend, index), self.least_rows)
         return x_TH
 
     def _with_copies(self, num_tokens: int) -> TokenRun:
@@ -106,7 +106,7 @@ class TokenRun:
             context = self.attend(index, attention, query_TND[:num_tokens], entry_TW[:num_tokens])
             return _padded(context, self.least_rows)
 
-        return TokenRun(attend, _padded(self.rotations_TP, self.least_rows))
+        return TokenRun(attend, _padded(self.rotations_TP, self.least_rows), self.least_rows)
 
 
 def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -304,11 +304,12 @@ class CachedModel:
 
         def attend(layer: int, attention: LatentAttention, query_TND: torch.Tensor, entry_TW: torch.Tensor
                    ) -> torch.Tensor:
-            key_TND, value_TNU = attention.expand(entry_TW)
+            key_TND, value_TNU = attention.expand(entry_TW, cache.least_rows)
             cache.fill(layer, places, entry_TW, key_TND, value_TNU)
             context_T1NV = causal_attention(
                 query_TND.unsqueeze(1), key_TND.unsqueeze(1), value_TNU.unsqueeze(1),
-                softmax_scale=attention.softmax_scale, document_bounds=(prompts.bounds,))
+                softmax_scale=attention.softmax_scale, document_bounds=(prompts.bounds,),
+                is_steady=cache.least_rows > 1)
             return context_T1NV.squeeze(1)
 
         return TokenRun(attend, self._rotations(places.limit, positions_T), cache.least_rows)

@@ -37,17 +37,18 @@ class SplitExperts(MixtureOfExperts):
         self._num_experts = len(self._fc1)
         self._first_expert = groups.ep.rank() * self._num_experts
 
-    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """[T, H] -> [T, H], the same on all ranks."""
+    def __call__(self, x_TH: torch.Tensor, least_rows: int = 1) -> torch.Tensor:
+        """[T, H] -> [T, H], the same on all ranks; arguments as of MixtureOfExperts."""
         wide = wide_dtype(x_TH.dtype)
         gates_TK, ids_TK = self._choose(self._score(multiply_rows(x_TH.to(wide), self._router.to(wide))))
-        output_TH = self._of_own(x_TH, gates_TK, ids_TK)
+        output_TH = self._of_own(x_TH, gates_TK, ids_TK, least_rows)
         for group in self._groups:
             if group.size() > 1:
                 torch.distributed.all_reduce(output_TH, group=group)
         return output_TH if self._shared is None else output_TH.add_(self._shared(x_TH))
 
-    def _of_own(self, x_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
+    def _of_own(self, x_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor, least_rows: int
+                ) -> torch.Tensor:
         """What this rank's experts add, of the rows that are routed to them."""
         expert_R = ids_TK.flatten() - self._first_expert
         mine = ((expert_R >= 0) & (expert_R < self._num_experts)).nonzero().flatten()
@@ -57,7 +58,8 @@ class SplitExperts(MixtureOfExperts):
             counts = torch.bincount(expert_R[order], minlength=self._num_experts).tolist()
             token_of_row = order // ids_TK.shape[1]
             output_TH.index_add_(0, token_of_row, swiglu_experts(
-                x_TH[token_of_row], counts, self._fc1, self._fc2, gates_TK.flatten()[order]))
+                x_TH[token_of_row], counts, self._fc1, self._fc2, gates_TK.flatten()[order],
+                least_rows=least_rows))
         return output_TH
 
 

@@ -19,6 +19,7 @@ What all of it is set to:
 
     global_names.py  global names of parameters          init.py                initial weights
     fp8_modules.py   the precision map put into modules  recomputed_modules.py  what is computed again
+    steady_modules.py  which sums have generation's bits
     observation.py   what routers and heads note when logged
 
 A stage in pieces, for schedules that hide transfers or let weight gradients wait, is in stage/.

@@ -89,11 +89,13 @@ class LocalMLASelfAttention(MegatronModule):
     Attributes:
         is_recomputed: Core attention need not keep queries, keys and values for backward.
         attention_backend: What computes core attention, one of `ops.attention.BACKENDS`.
+        is_steady: Core attention sums as generation does (`ops/steady_sums.py`).
         block_backend: What computes attention to blocks of other ranks, "flash" or "local".
         narrow_latents: Makes latents narrow on their way to other ranks; None: they travel as they are.
     """
 
     is_recomputed = False
+    is_steady = False
     attention_backend = "auto"
     block_backend = "local"
     narrow_latents: NarrowLatents | None = None
@@ -180,7 +182,7 @@ class LocalMLASelfAttention(MegatronModule):
         query_SBND, key_SBND, value_SBND = queries_keys_values
         context_SBND = causal_attention(query_SBND, key_SBND, value_SBND, softmax_scale=self.softmax_scale,
                                         document_bounds=bounds, first_queries=first_queries,
-                                        backend=self.attention_backend)
+                                        is_steady=self.is_steady, backend=self.attention_backend)
         return context_SBND if shared is None else shared.together(context_SBND)
 
     def _tables(self, x_sBH: torch.Tensor, position_ids_BS: torch.Tensor | None

@@ -21,6 +21,7 @@ from dsv3_megatron.model.router import RouterOptions
 from dsv3_megatron.model.specs import block_specs, resolve_transformer_impl
 from dsv3_megatron.model.stage.buckets import add_buckets, bucket_layout, watch_whole_passes
 from dsv3_megatron.model.stage.weight_gradients import delay_engine_weight_gradients
+from dsv3_megatron.model.steady_modules import set_steady
 from dsv3_megatron.parallel.expert_nodes import expert_nodes
 from dsv3_megatron.parallel.groups import as_pipeline_rank, at_pipeline_rank
 from dsv3_megatron.parallel.layout import StageLayout, stage_layouts
@@ -67,6 +68,7 @@ def build_stages(
     if transformer_impl == "local":
         set_attention_backend(stages, run, precision)
         set_recomputed(stages, recomputed_modules(run.training))
+        set_steady(stages, run.policy.has_generations_bits)
     if torch.get_default_device().type != "meta":
         initialize_weights(list(stages), groups, std=run.model.init_method_std, seed=run.training.seed)
     return stages, config

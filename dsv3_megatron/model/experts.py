@@ -27,6 +27,7 @@ from dsv3_megatron.ops.experts import swiglu_experts
 from dsv3_megatron.ops.fp8.experts import fp8_swiglu_experts
 from dsv3_megatron.ops.fp8.kept_swiglu import fp8_swiglu
 from dsv3_megatron.ops.recompute import recomputed
+from dsv3_megatron.ops.steady_sums import LEAST_ROWS
 from dsv3_megatron.ops.swiglu import swiglu
 
 
@@ -52,10 +53,12 @@ class GroupedExperts(MegatronModule):
 
     Attributes:
         is_recomputed: The second product need not keep the activation's output for backward.
+        is_steady: An expert of few rows multiplies them among more, as generation does (`ops/steady_sums.py`).
     """
 
     fp8: Fp8Lines | None = None
     is_recomputed = False
+    is_steady = False
 
     def __init__(self, num_local_experts: int, config: TransformerConfig,
                  pg_collection: ProcessGroupCollection | None = None, name: str | None = None) -> None:
@@ -93,6 +96,7 @@ class GroupedExperts(MegatronModule):
         return swiglu_experts(x_RH, counts, self.linear_fc1.weight, self.linear_fc2.weight, gates_R,
                               accumulate_into_main_grad=True,
                               is_activation_recomputed=self.is_recomputed,
+                              least_rows=LEAST_ROWS if self.is_steady else 1,
                               defer_weight_grad=weight_grad_deferral()), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

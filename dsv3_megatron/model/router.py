@@ -24,6 +24,7 @@ from dsv3_megatron.config.run import RunConfig
 from dsv3_megatron.model.observation import RouterObserver
 from dsv3_megatron.ops.recompute import recomputed, saving
 from dsv3_megatron.ops.router_scores import router_scores
+from dsv3_megatron.ops.steady_sums import in_whole_vectors
 from dsv3_megatron.parallel.sequence_parts import SequenceParts
 
 
@@ -153,8 +154,10 @@ class DeepSeekRouter(MegatronModule):
             all sequences, by `weigh_balance_losses`. None: the sequence's length, where every token
             counts.
         observer: Looks at the training forwards while it is set; no part of the model.
+        is_steady: A token's affinities have the bits that generation gives them, as they do without gradients.
     """
 
+    is_steady = False
     expert_bias: torch.Tensor
     tokens_per_expert: torch.Tensor
     balance_loss_sum: torch.Tensor
@@ -238,7 +241,10 @@ class DeepSeekRouter(MegatronModule):
 
     def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
         """scores_TE of logits, by the model's score function."""
-        return router_scores(logits_TE, self.options.score_function)
+        scores = partial(router_scores, score_function=self.options.score_function)
+        if self.is_steady or not torch.is_grad_enabled():
+            return in_whole_vectors(scores, logits_TE)
+        return scores(logits_TE)
 
     def select(self, scores_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """gates_TK and ids_TK of affinities: the choice and its weights."""

@@ -10,7 +10,7 @@ In reading order:
     rope.py             rotary embedding                       rotary_frequencies.py   its angles
     attention.py        causal core attention                  attention_choices.py   what computes it; no torch
     block_attention.py  to keys that come in blocks        fused_blocks.py     by a kernel
-    softmax.py          softmax in place
+    softmax.py          softmax in place                       steady_sums.py    bits that do not depend on neighbours
     router_scores.py    logits -> affinities                   experts.py        SwiGLU experts over sorted rows
     row_blocks.py       an expert's rows among all             row_sums.py       rows copied, and added up
     routes.py           which rows go where

@@ -27,6 +27,7 @@ from dsv3_megatron.ops.attention_choices import KEEP_RESULT, PADDED, AttentionCa
 from dsv3_megatron.ops.backend import log_choice, unknown_backend, wide_dtype
 from dsv3_megatron.ops.recompute import held, is_recomputed, recomputed, saving
 from dsv3_megatron.ops.softmax import softmax_, softmax_and_logsumexp_
+from dsv3_megatron.ops.steady_sums import steady_context, steady_scores
 
 BACKENDS = ("auto", "blocked", "engine", "cudnn", "flash3", "flash_padded", "sdpa_padded", "sdpa", "reference")
 
@@ -50,6 +51,7 @@ def causal_attention(
     softmax_scale: float,
     document_bounds: DocumentBounds | None = None,
     first_queries: tuple[int, ...] | None = None,
+    is_steady: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """softmax(scale q k^T) v over the positions up to and including each query's own.
@@ -65,6 +67,8 @@ def causal_attention(
         first_queries: Number, for each document of a single sequence with `document_bounds`, of its first positions
             whose results are not read: they may be anything, and no gradient comes from them. "blocked" leaves out the
             blocks of queries that have no others; the rest of the arithmetic is the same. None: all are read.
+        is_steady: Whether "blocked" sums so that a position's result has the bits that generation gives it
+            (`steady_sums.py`); other backends do as ever.
         backend: One of `BACKENDS`, as `attention_choices.py` explains them; "sdpa" leaves the choice to torch. "auto"
             is what is chosen there for a run that sets nothing.
 
@@ -92,12 +96,12 @@ def causal_attention(
     if q_SBND.dim() == 3:
         packed = (t.unsqueeze(1) for t in (q_SBND, k_SBND, v_SBNU))
         return causal_attention(
-            *packed, softmax_scale=softmax_scale, document_bounds=document_bounds, backend=backend
+            *packed, softmax_scale=softmax_scale, document_bounds=document_bounds, is_steady=is_steady, backend=backend
         ).squeeze(1)
     groups = group_sequences(document_bounds, *q_SBND.shape[:2])
     if backend == "blocked":
         with saving():
-            return _BlockedAttention.apply(q_SBND, k_SBND, v_SBNU, softmax_scale, groups, first_queries)
+            return _BlockedAttention.apply(q_SBND, k_SBND, v_SBNU, softmax_scale, groups, first_queries, is_steady)
     with saving():
         return _attend_by_document(q_SBND, k_SBND, v_SBNU, softmax_scale, groups, backend)
 
@@ -251,9 +255,11 @@ def _tiles(heads: int, groups: tuple[_Group, ...], first_queries: tuple[int, ...
     return tiles
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, tile: tuple[slice, int, slice], future: torch.Tensor) -> torch.Tensor:
+def _scores(q: torch.Tensor, k: torch.Tensor, tile: tuple[slice, int, slice], future: torch.Tensor, is_steady: bool
+            ) -> torch.Tensor:
     rows, start, queries = tile
-    scores = torch.bmm(q[rows, queries], k[rows, start : queries.stop].transpose(1, 2))
+    left, right = q[rows, queries], k[rows, start : queries.stop]
+    scores = steady_scores(left, right) if is_steady else torch.bmm(left, right.transpose(1, 2))
     size = queries.stop - queries.start
     scores[:, :, -size:].add_(future[:size, :size])
     return scores
@@ -279,6 +285,7 @@ class _BlockedAttention(torch.autograd.Function):
         softmax_scale: float,
         groups: tuple[_Group, ...],
         first_queries: tuple[int, ...] | None,
+        is_steady: bool,
     ) -> torch.Tensor:
         inputs = (q_SBND, k_SBND, v_SBNU)
         q, k, v = _operands(*inputs, softmax_scale)
@@ -294,16 +301,19 @@ class _BlockedAttention(torch.autograd.Function):
         kept: list[torch.Tensor] = []
         for tile in tiles:
             rows, start, queries = tile
-            probabilities = _scores(q, k, tile, future)
+            probabilities = _scores(q, k, tile, future, is_steady)
             logsumexp = softmax_and_logsumexp_(probabilities) if not keep else None
             if logsumexp is None:
                 softmax_(probabilities)
-            torch.bmm(probabilities, v[rows, start : queries.stop], out=out[rows, queries])
+            if is_steady:
+                out[rows, queries] = steady_context(probabilities, v[rows, start : queries.stop])
+            else:
+                torch.bmm(probabilities, v[rows, start : queries.stop], out=out[rows, queries])
             kept.append(probabilities if logsumexp is None else logsumexp)
         # Inputs that are computed again are brought into this form again.
         ctx.keeps_inputs = all(is_recomputed(tensor) for tensor in inputs)
         ctx.save_for_backward(*(inputs if ctx.keeps_inputs else (q, k, v)), *kept)
-        ctx.tiles, ctx.keep, ctx.softmax_scale = tiles, keep, softmax_scale
+        ctx.tiles, ctx.keep, ctx.softmax_scale, ctx.is_steady = tiles, keep, softmax_scale, is_steady
         ctx.batch, ctx.dtypes = v_SBNU.shape[1], (q_SBND.dtype, k_SBND.dtype, v_SBNU.dtype)
         return out_SAU.view(v_SBNU.shape).to(v_SBNU.dtype)
 
@@ -324,7 +334,7 @@ class _BlockedAttention(torch.autograd.Function):
             if ctx.keep:
                 probabilities = saved
             else:
-                probabilities = _scores(q, k, tile, future).sub_(saved.unsqueeze(-1)).exp_()
+                probabilities = _scores(q, k, tile, future, ctx.is_steady).sub_(saved.unsqueeze(-1)).exp_()
             grad_tile = grad_out[rows, queries]
             grad_v[rows, keys].baddbmm_(probabilities.transpose(1, 2), grad_tile)
             grad_probabilities = torch.bmm(grad_tile, v[rows, keys].transpose(1, 2))
@@ -333,4 +343,4 @@ class _BlockedAttention(torch.autograd.Function):
             grad_k[rows, keys].baddbmm_(grad_scores.transpose(1, 2), q[rows, queries])  # q holds the scale
         del grad_out, grad_tile, grad_probabilities, grad_scores, future  # before narrow copies are made
         shaped = [t.view(length, ctx.batch, -1, t.shape[-1]).to(d) for t, d in zip(grads_SA, ctx.dtypes, strict=True)]
-        return (*shaped, None, None, None)
+        return (*shaped, None, None, None, None)

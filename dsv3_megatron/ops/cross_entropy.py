@@ -27,11 +27,12 @@ from dsv3_megatron.ops.linear import (
 )
 from dsv3_megatron.ops.local_scores import is_among, over_ranks
 from dsv3_megatron.ops.recompute import saving
+from dsv3_megatron.ops.steady_sums import LEAST_ROWS
 
 # A target that counts nothing, as torch has it.
 IGNORED = -100
 # On a CPU the tokens that count are chosen first where they are up to this share of all, so many at least.
-_WORTH_CHOOSING, _ROWS_AT_ONCE = 0.75, 16
+_WORTH_CHOOSING, _ROWS_AT_ONCE = 0.75, LEAST_ROWS
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from dsv3_megatron.ops.linear import (
     multiply_rows,
 )
 from dsv3_megatron.ops.recompute import recomputed, saving
-from dsv3_megatron.ops.row_blocks import RowBlock, row_blocks
+from dsv3_megatron.ops.row_blocks import RowBlock, row_blocks, shapes_should_repeat
 from dsv3_megatron.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 from dsv3_megatron.platform.sending import send_integers
 
@@ -55,6 +55,7 @@ def swiglu_experts(
     product_backend: str = "auto",
     accumulate_into_main_grad: bool = False,
     is_activation_recomputed: bool = False,
+    least_rows: int = 1,
     defer_weight_grad: WeightGradDeferral | None = None,
 ) -> torch.Tensor:
     """Apply to each row its expert: fc2 (gate * silu(gate half of fc1 x) * (up half of fc1 x)).
@@ -71,6 +72,8 @@ def swiglu_experts(
         accumulate_into_main_grad: Add the weight gradients to `main_grad`, as in `linear.linear`; "looped" and
             "grouped_mm" only.
         is_activation_recomputed: Keep the activation's input alone for backward, as "looped" always does.
+        least_rows: Rows that a product of "looped" takes at least, in fp32: of those behind an expert's, or zeros.
+            With `steady_sums.LEAST_ROWS` a row's result has the same bits whatever rows there are beside it.
         defer_weight_grad: Gets the functions that compute the weight gradients, as in `linear.linear`; "looped" and
             "grouped_mm" only. The activation and the gradient of fc1's output wait with the input and the gradient of
             the output.
@@ -98,13 +101,14 @@ def swiglu_experts(
         grouped = x_RH.device.type == "cuda" and x_RH.dtype == torch.bfloat16
         backend = "grouped_mm" if grouped else "looped"
         log_choice("swiglu_experts", backend, f"{x_RH.device.type}, {x_RH.dtype}")
-    if backend == "looped" and not torch.is_grad_enabled() and 1 <= x_RH.shape[0] <= _FEW_ROWS:
+    may_be_few = least_rows == 1 or shapes_should_repeat(x_RH.device, _product_dtype(x_RH, product_backend))
+    if backend == "looped" and not torch.is_grad_enabled() and 1 <= x_RH.shape[0] <= _FEW_ROWS and may_be_few:
         runs = [(expert, count) for expert, count in enumerate(counts) if count]
         return few_rows_experts(x_RH, runs, fc1_eFH, fc2_eHF, gates_R, product_backend=product_backend)
     if backend == "looped" and not torch.is_grad_enabled():
-        return _without_gradients(x_RH, counts, fc1_eFH, fc2_eHF, gates_R, product_backend)
+        return _without_gradients(x_RH, counts, fc1_eFH, fc2_eHF, gates_R, product_backend, least_rows)
     if backend == "looped":
-        plan = (counts, product_backend, accumulate_into_main_grad, defer_weight_grad)
+        plan = (counts, product_backend, accumulate_into_main_grad, defer_weight_grad, least_rows)
         with saving():
             return _LoopedExperts.apply(x_RH, gates_R, fc1_eFH, fc2_eHF, plan)
     if backend == "grouped_mm":
@@ -115,6 +119,12 @@ def swiglu_experts(
         if asked:
             raise ValueError(f"{name} needs backend 'looped' or 'grouped_mm', not 'reference'; use one or 'auto'")
     return reference_experts(x_RH, counts, fc1_eFH, fc2_eHF, gates_R)
+
+
+def _product_dtype(x: torch.Tensor, product_backend: str) -> torch.dtype:
+    """Dtype of the operands of "looped" products."""
+    via_fp32 = choose_product_backend(product_backend, x.device, x.dtype) == "via_fp32"
+    return torch.float32 if via_fp32 else x.dtype
 
 
 def reference_experts(
@@ -252,15 +262,14 @@ def few_rows_experts(
 
 
 def _without_gradients(x: torch.Tensor, counts: tuple[int, ...], fc1: torch.Tensor, fc2: torch.Tensor,
-                       gates: torch.Tensor | None, product_backend: str) -> torch.Tensor:
+                       gates: torch.Tensor | None, product_backend: str, least_rows: int) -> torch.Tensor:
     """What `_LoopedExperts` computes, to the bit, with one activation for all rows where that stays in cache."""
-    via_fp32 = choose_product_backend(product_backend, x.device, x.dtype) == "via_fp32"
-    dtype, wide = torch.float32 if via_fp32 else x.dtype, wide_dtype(x.dtype)
+    dtype, wide = _product_dtype(x, product_backend), wide_dtype(x.dtype)
     rows_x, gates = x.to(dtype), None if gates is None else gates.to(wide)
     fc1_each, fc2_each = fc1.unbind(), fc2.unbind()
     fc1_out = torch.empty((x.shape[0], fc1.shape[1]), dtype=dtype, device=x.device)
     y = torch.empty((x.shape[0], fc2.shape[1]), dtype=dtype, device=x.device)
-    blocks = list(row_blocks(counts, x.shape[0], x.device, dtype))
+    blocks = list(row_blocks(counts, x.shape[0], x.device, dtype, least_rows))
     is_at_once = fc1_out.numel() * wide.itemsize <= _ACTIVATION_BYTES
     for block in blocks:
         hidden = block.multiply(block.of(rows_x), fc1_each[block.expert].to(dtype).t(), fc1_out)
@@ -284,17 +293,16 @@ class _LoopedExperts(torch.autograd.Function):
         gates: torch.Tensor | None,
         fc1: torch.Tensor,
         fc2: torch.Tensor,
-        plan: tuple[tuple[int, ...], str, bool, WeightGradDeferral | None],
+        plan: tuple[tuple[int, ...], str, bool, WeightGradDeferral | None, int],
     ) -> torch.Tensor:
-        counts, product_backend, ctx.accumulate, ctx.defer = plan
-        via_fp32 = choose_product_backend(product_backend, x.device, x.dtype) == "via_fp32"
-        ctx.dtype = torch.float32 if via_fp32 else x.dtype
+        counts, product_backend, ctx.accumulate, ctx.defer, least_rows = plan
+        ctx.dtype = _product_dtype(x, product_backend)
         wide = wide_dtype(x.dtype)
         rows_x = x.to(ctx.dtype)
         gates_wide = None if gates is None else gates.to(wide)
         fc1_out = torch.empty((x.shape[0], fc1.shape[1]), dtype=ctx.dtype, device=x.device)
         y = torch.empty((x.shape[0], fc2.shape[1]), dtype=ctx.dtype, device=x.device)
-        for block in row_blocks(counts, x.shape[0], x.device, ctx.dtype):
+        for block in row_blocks(counts, x.shape[0], x.device, ctx.dtype, least_rows):
             hidden = block.multiply(block.of(rows_x), fc1[block.expert].to(ctx.dtype).t(), fc1_out)
             active = swiglu_forward(hidden.to(wide), None if gates_wide is None else block.of(gates_wide))
             block.multiply(active.to(ctx.dtype), fc2[block.expert].to(ctx.dtype).t(), y)

@@ -6,7 +6,7 @@ every step. So a product there takes more rows than the expert has, up to one of
 expert's are those of the next one, and what a product makes of them is overwritten by the next product: nothing is
 copied but behind the last rows. In a sum over rows, as a weight gradient is one, the rows behind count as zeros.
 
-Products in fp32 and on a GPU take an expert's rows alone.
+Products in fp32 and on a GPU take an expert's rows alone, unless more are asked for (`steady_sums.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def shapes_should_repeat(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
 
 
-def row_blocks(counts: Sequence[int], num_rows: int, device: torch.device, dtype: torch.dtype) -> Iterator[RowBlock]:
+def row_blocks(counts: Sequence[int], num_rows: int, device: torch.device, dtype: torch.dtype, least_rows: int = 1
+               ) -> Iterator[RowBlock]:
     """The rows of each expert that has some, in their order.
 
     Args:
@@ -40,11 +41,12 @@ def row_blocks(counts: Sequence[int], num_rows: int, device: torch.device, dtype
         num_rows: Rows of all experts together.
         device: Device of the products' operands.
         dtype: Dtype of the products' operands.
+        least_rows: Rows that a product takes at least, where shapes need not repeat.
     """
     repeats, start = shapes_should_repeat(device, dtype), 0
     for expert, count in enumerate(counts):
         if count:
-            yield RowBlock(expert, start, count, repeating_size(count) if repeats else count, num_rows)
+            yield RowBlock(expert, start, count, repeating_size(count) if repeats else max(count, least_rows), num_rows)
             start += count
 
 

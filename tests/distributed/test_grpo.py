@@ -128,13 +128,16 @@ def test_tensor_parallel_ranks_answer_together(whole: Path, given: list[str], tm
             assert answer.logprobs_T == pytest.approx(other.logprobs_T, abs=1e-4)
 
 
-@pytest.mark.parametrize("layout", [[], ["--tensor-model-parallel-size", "2"]], ids=["replicas", "tensors"])
-def test_in_bf16_a_rollout_has_the_bits_of_its_first_step(given: list[str], tmp_path: Path, layout: list[str]) -> None:
+@pytest.mark.parametrize(("precision", "layout"), [
+    ("fp32", []), ("fp32", ["--tensor-model-parallel-size", "2"]), ("bf16", ["--tensor-model-parallel-size", "2"])],
+    ids=["fp32-replicas", "fp32-tensors", "bf16-tensors"])
+def test_a_rollout_has_the_bits_of_its_first_step(given: list[str], tmp_path: Path, precision: str, layout: list[str]
+                                                  ) -> None:
     """Each token's ratio is 1, with drafts too: the mean of 24 answers' ratios is 1 without rounding."""
-    if choose_product_backend("auto", torch.device("cpu"), torch.bfloat16) != "native":
-        pytest.skip("this processor has no units for bf16: its fp32 products depend on how many rows are multiplied")
+    if precision == "bf16" and choose_product_backend("auto", torch.device("cpu"), torch.bfloat16) != "native":
+        pytest.skip("this processor has no units for bf16: it multiplies in fp32, which is tested as such")
     flags = dict(zip(GRPO[::2], GRPO[1::2], strict=True)) | {
-        "--precision": "bf16", "--global-batch-size": "24", "--updates-per-rollout": "1", "--train-iters": "1",
+        "--precision": precision, "--global-batch-size": "24", "--updates-per-rollout": "1", "--train-iters": "1",
         "--rollout-speculative": "mtp", "--grpo-level": "token", "--rollouts": str(tmp_path / "rollouts")}
     words = [word for pair in flags.items() for word in pair]
     (step,) = grpo(2, tmp_path, *ARCHITECTURE, *words, *given, *layout).values()

@@ -5,8 +5,9 @@
 Some sequences are generated greedily, one token a step. Then the same tokens are computed again as generation would in
 other settings (cache, batch, two tokens a step as with drafts), and by the training forward, whole sequences at once.
 The first table has, for each setting, the share of tokens whose log-probability has the bits of the training forward's,
-and the largest difference. The second one says for products of one weight whether a row's result depends on how many
-rows are computed with it: where it does, no order of the sums elsewhere could give equal bits.
+and the largest difference. The training forward sums as that of dsv3 grpo, and with --plain as that of dsv3 train. The
+second one says for products of one weight whether a row's result depends on how many rows are computed with it: where
+it does, no order of the sums elsewhere could give equal bits.
 
 Shapes: B sequences, S positions, V vocabulary.
 """
@@ -23,6 +24,7 @@ from dsv3_megatron.config.output import json_text
 from dsv3_megatron.config.streams import run_command
 from dsv3_megatron.generation.cache import KV_CACHES
 from dsv3_megatron.generation.forward import CachedModel, Prompts
+from dsv3_megatron.model.steady_modules import set_steady
 
 _PROMPT = 16
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -72,9 +74,10 @@ def settings(count: int) -> Iterator[tuple[str, dict[str, object]]]:
                        {"kind": kind, "batch": batch, "width": width})
 
 
-def compare(model: Model, count: int, length: int) -> list[dict[str, object]]:
+def compare(model: Model, count: int, length: int, *, is_steady: bool) -> list[dict[str, object]]:
     """The first table: rows of name, share of equal bits and largest difference."""
     (stage,) = model._alive().stages
+    set_steady([stage], is_steady)
     cached = CachedModel(stage.eval())
     with torch.inference_mode():
         tokens_BS = sequences(cached, count, length)
@@ -108,12 +111,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--load", required=True, help="checkpoints of a run")
     parser.add_argument("--sequences", type=int, default=8, help="sequences (8)")
     parser.add_argument("--length", type=int, default=80, help="tokens of each, the prompt's 16 included (80)")
+    parser.add_argument("--plain", action="store_true", help="let the training forward sum as is fastest")
     options = parser.parse_args(arguments)
     results = {}
     for precision in ("fp32", "bf16"):
         with Model.load(options.load, precision=precision) as model:
             (stage,) = model._alive().stages
-            results[precision] = {"log-probabilities": compare(model, options.sequences, options.length),
+            results[precision] = {"log-probabilities": compare(model, options.sequences, options.length,
+                                                               is_steady=not options.plain),
                                   "products": products(stage.output_layer.weight.detach())}
     print(json_text(results, indent=2))
     return 0

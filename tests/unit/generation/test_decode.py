@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv3_megatron.generation.decode import absorbed_attention, full_attention, least_queries, tile_attention
+from dsv3_megatron.generation.decode import absorbed_attention, full_attention, tile_attention
 
 ROWS, QUERIES, POSITIONS, HEADS, NOPE, ROPE, LATENT, VALUE = 2, 3, 5, 2, 4, 2, 6, 3
 SCALE = 0.37
@@ -51,20 +51,6 @@ def test_full(case, hidden, attention):
     query_BQND, *_, keys_BNCD, values_BNCV = case
     found = attention(query_BQND.flatten(0, 1), keys_BNCD, values_BNCV, softmax_scale=SCALE, hidden_BQC=hidden)
     torch.testing.assert_close(found, slow(query_BQND, keys_BNCD, values_BNCV, hidden))
-
-
-@pytest.mark.parametrize(("width", "value_width"), [(24, 16), (48, 32), (192, 128)])
-def test_few_queries_have_the_bits_of_many(width, value_width):
-    """On other numbers, and other counts of keys, than the count of queries was chosen by."""
-    count = least_queries(width, value_width, torch.float32)
-    query, keys, values = (torch.randn(3, 90, size, generator=torch.Generator().manual_seed(size))
-                           for size in (width, width, value_width))
-    for num_keys in (17, 40, 90):
-        scores = torch.bmm(query, keys[:, :num_keys].transpose(1, 2))
-        assert torch.equal(torch.bmm(query[:, 5: 5 + count], keys[:, :num_keys].transpose(1, 2)),
-                           scores[:, 5: 5 + count])
-        context = torch.bmm(scores, values[:, :num_keys])
-        assert torch.equal(torch.bmm(scores[:, 5: 5 + count], values[:, :num_keys]), context[:, 5: 5 + count])
 
 
 def test_absorbed(case, hidden):
