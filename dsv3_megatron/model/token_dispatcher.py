@@ -3,8 +3,10 @@
 A dispatcher notes a micro-batch's gates on itself, and with them would hold the graph that they came from, inputs of
 recomputed layers and their gradients included, until the next micro-batch: `FrugalMoELayer` takes the notes away.
 
-Between ranks a gate travels behind its row (`parallel/gated_rows.py`): a layer sends rows four times, forward to their
-experts and back, backward likewise, and nothing else. In FP8 tokens are narrow on their way to the experts:
+Where a CPU's rank has all experts nothing travels: rows are copied into the experts' order once, and their outputs
+added up from it. Between ranks a gate travels behind its row (`parallel/gated_rows.py`): a layer sends rows four times,
+forward to their experts and back, backward likewise, and nothing else. In FP8 tokens are narrow on their way to the
+experts:
 
     forward    dispatch FP8, combine as it is
     backward   combine's gradients FP8 (they are dispatched), dispatch's as they are
@@ -23,6 +25,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from dsv3_megatron.ops.fp8.reference_backend import ReferenceBackend
+from dsv3_megatron.ops.row_sums import copy_rows
 from dsv3_megatron.parallel.exchange import Splits
 from dsv3_megatron.parallel.gated_rows import GatedRow, join, part
 from dsv3_megatron.parallel.narrow_rows import Narrow, exchange_rows, permuted_records
@@ -59,10 +62,15 @@ class GatedDispatcher(MoEAlltoAllTokenDispatcher):
     backend: ReferenceBackend | None = None
     _outward: Narrow | None = None
     _row: GatedRow
+    # A CPU's only rank has all experts whole, and takes rows in the run's precision.
+    _is_alone = False
 
     def dispatch_preprocess(self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
                             ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gated rows for the ranks of their experts, and the gates once more, which nobody needs any longer."""
+        """Gated rows for the ranks of their experts, and the gates once more, which nobody needs any longer.
+
+        On a CPU whose rank has all experts, rows [R, H] in the experts' order and their gates [R].
+        """
         # Megatron-Core's own, on one channel: splits, the order of rows, gates.
         _, gates_R = super().dispatch_preprocess(hidden_states[..., :1].detach(), routing_map, probs)
         self.hidden_shape = hidden_states.shape
@@ -70,6 +78,9 @@ class GatedDispatcher(MoEAlltoAllTokenDispatcher):
         self.hidden_shape_before_permute = x_TH.shape
         self._row = GatedRow(x_TH.shape[1], x_TH.dtype, gates_R.dtype)
         token_of_row_R = self.reversed_local_input_permutation_mapping
+        self._is_alone = x_TH.device.type == "cpu" and self.ep_size == self.tp_size == 1 and self.backend is None
+        if self._is_alone:
+            return copy_rows(x_TH, token_of_row_R), gates_R
         if self.backend is None:
             return join(x_TH, token_of_row_R, gates_R), gates_R.detach()
         gated, self._outward = permuted_records(x_TH, token_of_row_R, gates_R, self.backend)
@@ -78,16 +89,22 @@ class GatedDispatcher(MoEAlltoAllTokenDispatcher):
     def token_dispatch(self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor
                        ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gated rows to the ranks of their experts; `permuted_probs` is given back."""
+        if self._is_alone:
+            return permutated_local_input_tokens, permuted_probs
         return exchange_rows(permutated_local_input_tokens, self.read_splits(), self.outward()), permuted_probs
 
     def dispatch_postprocess(self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
                              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows [R, H] in the order of the experts, the rows of each expert, and gates [R], of gated rows that came."""
+        if self._is_alone:
+            tokens_per_expert = self._maybe_dtoh_and_synchronize("before_finish", self._on_host())
+            self.tokens_per_expert = None
+            return global_input_tokens, tokens_per_expert, global_probs
         if self.tp_size > 1:
             # Gradients of the rows that expert-tensor ranks share are added up, and so are rows and gates apart.
             rows, gates = part(global_input_tokens, self._row, [len(global_input_tokens)], [0])
             return super().dispatch_postprocess(rows, gates)
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_2", self.tokens_per_expert)
+        self.tokens_per_expert = self._on_host()
         sizes, order = [len(global_input_tokens)], [0]
         if self.num_local_experts > 1:
             sizes = self.num_global_tokens_per_local_expert.ravel().tolist()
@@ -97,9 +114,21 @@ class GatedDispatcher(MoEAlltoAllTokenDispatcher):
         self.tokens_per_expert = None
         return rows, tokens_per_expert, gates
 
+    def _on_host(self) -> Any:
+        return self._maybe_dtoh_and_synchronize("before_permutation_2", self.tokens_per_expert)
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Rows [R, H] in the order in which they go back to the ranks of their tokens."""
+        if self._is_alone:
+            return hidden_states
+        rows_RH: torch.Tensor = super().combine_preprocess(hidden_states)
+        return rows_RH
+
     def token_combine(self, hidden_states: torch.Tensor, async_finish: bool = True,
                       allocate_on_comm_stream: bool = True) -> torch.Tensor:
         """Rows [R, H] back to the ranks of their tokens."""
+        if self._is_alone:
+            return hidden_states
         splits = self._splits()
         return exchange_rows(hidden_states, None if splits is None else splits.reversed(), self.homeward())
 

@@ -25,14 +25,21 @@ class RoutedExpertsPass:
     """Routed experts on the gated rows that came, sorted by expert and, their outputs, back; `output` is the caller's.
     """
 
-    def __init__(self, ops: Operations, given: Tensor) -> None:
+    def __init__(self, ops: Operations, given: Tensor, gates: Tensor | None = None) -> None:
+        """`gates` are those of rows that are in the experts' order already, and the caller's; None: of gated rows."""
         ledger, s = ops.ledger, ops.s
         self.ops = ops
         num = s.expert_rows
-        self.has_sorting = s.local_experts > 1
-        # Rows and gates are taken apart, and put in the experts' order at once unless ranks share an expert.
-        rows = ledger.make("expert input", s.received_rows * s.hidden * s.narrow)
-        gates = ledger.make("gates", num * WIDE)
+        self.is_sorted = gates is not None
+        self.has_sorting = s.local_experts > 1 and not self.is_sorted
+        if gates is not None:
+            rows = given
+            for tensor in (rows, gates):
+                tensor.references += 1
+        else:
+            # Rows and gates are taken apart, and put in the experts' order at once unless ranks share an expert.
+            rows = ledger.make("expert input", s.received_rows * s.hidden * s.narrow)
+            gates = ledger.make("gates", num * WIDE)
         if s.etp > 1:
             rows = self._in_place_of(rows, "expert input, all ranks", num)
             if self.has_sorting:
@@ -71,6 +78,8 @@ class RoutedExpertsPass:
             if self.has_sorting:
                 rows = self._in_place_of(rows, "gradient of rows", num)
             rows = self._in_place_of(rows, "gradient of rows", s.received_rows)
+        if self.is_sorted:
+            return rows
         gated = self.ops.ledger.make("gradient of rows", s.received_rows * s.gated_row_bytes)
         self.ops.ledger.drop(rows)
         return gated

@@ -248,9 +248,12 @@ class Routing:
         if ops.precisions.sends_fp8:
             # A token is quantized once.
             ledger.pulse(quantization_work(s, tokens, s.hidden) + tokens * s.gated_record_bytes)
+        # Where nothing travels, rows of their own in the experts' order, beside the gates.
+        self.gates = own if s.has_all_experts and not ops.precisions.sends_fp8 else None
         self.rows = ledger.make("routed rows", s.sent_rows * (
-            s.gated_record_bytes if ops.precisions.sends_fp8 else s.gated_row_bytes))
-        ledger.drop(gates, own)
+            s.gated_record_bytes if ops.precisions.sends_fp8 else
+            s.gated_row_bytes if self.gates is None else s.hidden * s.narrow))
+        ledger.drop(gates, *(() if self.gates is not None else (own,)))
 
     def backward(self, grad_rows: Tensor) -> Tensor:
         """Go back to the gradient of x, given those of rows and gates; `grad_rows` is used up."""

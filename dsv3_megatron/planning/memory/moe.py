@@ -62,7 +62,9 @@ class MoELayer:
         elif s.has_remote_experts:
             received = self._made("received rows", s.received_rows, s.gated_row_bytes)
             held.append(received)
-        self.experts = RoutedExpertsPass(self.ops, received)
+        gates = self.routing.gates
+        self.experts = RoutedExpertsPass(self.ops, received, gates)
+        held += [] if gates is None else [gates]
         back = self.experts.output
         if s.has_remote_experts:
             back = self._exchanged("rows that came back", s.sent_rows)

@@ -211,6 +211,11 @@ class PassSettings:
         """Whether tokens travel to their experts."""
         return self.ep > 1
 
+    @property
+    def has_all_experts(self) -> bool:
+        """Whether a CPU's rank has every expert whole, and rows go straight into the experts' order."""
+        return self.device == "cpu" and self.ep == self.etp == 1
+
     def is_recomputed(self, name: str) -> bool:
         """Whether modules of this name compute again in backward what others would keep."""
         return name in self.recomputed
