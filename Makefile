@@ -55,7 +55,7 @@ test: lint
 	[ "$$status" = 0 ] || { echo "== failed; the summaries above name the tests" >&2; exit "$$status"; }
 	echo "== all passed: tests took $$((SECONDS - start)) s"
 
-# Not a part of make test: what it installs takes a gigabyte.
+# Not a part of make test: what it installs takes five gigabytes.
 clients:
 	@$(FIND_PYTHON)
 	$(TEST_ENV) "$$python" -m tests.clients.environments

@@ -40,7 +40,7 @@ NOT_RUN = [
     (rf"{RUN}( --fresh)?$", "long: the quickstart trains for minutes; --quickstart runs it"),
     (r"make setup", "download: it installs an environment"),
     (r"pip install", "download: a program of another environment; make clients follows these pages"),
-    (r"git clone|mlx_lm", "needs a program of another environment; make clients follows these pages"),
+    (r"git clone|mlx_lm|vllm serve|sglang serve", "needs a program of another environment; make clients follows these pages"),
     (r"make clients", "download: it installs programs"),
     (r"source \.venv", "download: it needs the environment that make setup installs"),
     (r"make (test|lint)", "long: these are the tests themselves"),

@@ -27,7 +27,7 @@ from dsv3_megatron.config.model import ModelConfig
 from dsv3_megatron.config.presets import preset
 from dsv3_megatron.data.tokenizer import MIN_VOCAB_SIZE, load_tokenizer, save_tokenizer, train_tokenizer
 from dsv3_megatron.model.build import build_stages
-from tests.clients.environments import ROOT
+from tests.clients.environments import ROOT, Client
 from tests.hugging_face import dequantized, published_weights
 from tests.parity.architectures import run_of
 from tests.unit.checkpoint.hf.trained import trained
@@ -75,6 +75,8 @@ ONE_GROUP = {"moe_router_num_groups": 1, "moe_router_group_topk": 1, "moe_router
              "mtp_num_layers": 0}
 YARN = {**ONE_GROUP, "rope_type": "yarn", "rotary_scaling_factor": 4.0, "original_max_position_embeddings": 16,
         "beta_fast": 4.0, "rotary_base": 50.0}
+# Whole blocks of 128, or one that is not filled.
+FP8 = {**ONE_GROUP, "qk_rope_head_dim": 32, "q_lora_rank": 128, "moe_ffn_hidden_size": 128}
 SHAPES = {
     "tiny": Shape(harmless=(GROUPS,)),
     "tiny-without-mtp": Shape({"mtp_num_layers": 0}, harmless=(GROUPS,)),
@@ -97,9 +99,21 @@ SHAPES = {
     "yarn-mscale-0.7-1.2": Shape({**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}),
     "groups-under-negative-biases": Shape({"mtp_num_layers": 0}, router_bias=-2.0),
     "one-expert-a-token": Shape({**ONE_GROUP, "moe_router_topk": 1}),
-    "fp8": Shape({**ONE_GROUP, "qk_rope_head_dim": 32}, dtype="fp8"),
-    "fp8-uneven-blocks": Shape({**ONE_GROUP, "qk_rope_head_dim": 32, "ffn_hidden_size": 385}, dtype="fp8"),
+    "fp8": Shape(FP8, dtype="fp8"),
+    "fp8-narrow-experts": Shape({**FP8, "moe_ffn_hidden_size": 96}, dtype="fp8"),
+    "fp8-uneven-blocks": Shape({**FP8, "ffn_hidden_size": 385}, dtype="fp8"),
+    # Rows of blocks of two projections on top of each other: as many as apart, in which scales move; or fewer.
+    "fp8-moved-ffn": Shape({**FP8, "ffn_hidden_size": 352}, dtype="fp8"),
+    "fp8-moved-query": Shape({**FP8, "q_lora_rank": 96}, dtype="fp8"),
+    "fp8-fewer-queries": Shape({**FP8, "q_lora_rank": 32}, dtype="fp8"),
 }
+
+
+def shapes_of(client: Client) -> dict[str, Shape]:
+    """The shapes that a client is given: all, with what it needs; and "narrow-latents" without, where it needs it."""
+    shapes = {name: dataclasses.replace(shape, changes={**shape.changes, **client.needs})
+              for name, shape in SHAPES.items()}
+    return {**shapes, "narrow-latents": SHAPES["tiny"]} if client.needs else shapes
 
 
 def make_quickstart(folder: Path, shape: Shape) -> Path:

@@ -10,25 +10,25 @@ import pytest
 import torch
 
 from dsv3_megatron.data.tokenizer import load_tokenizer
-from tests.clients.environments import CLIENTS
+from tests.clients.environments import RUNNERS
 from tests.clients.exports import (
     QUESTION,
-    SHAPES,
     TEXT,
     TOLERANCE,
     make_quickstart,
     our_answer,
     our_log_probabilities,
     our_model,
+    shapes_of,
 )
 from tests.clients.pages import Reader, page_text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=CLIENTS[name].mark) for name in CLIENTS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=RUNNERS[name].mark) for name in RUNNERS])
 def test_a_page(tmp_path: Path, groups: Any, name: str) -> None:
-    client = CLIENTS[name]
-    make_quickstart(tmp_path, SHAPES["tiny"])
+    client = RUNNERS[name]
+    make_quickstart(tmp_path, shapes_of(client)["tiny"])
     with Reader(client, tmp_path) as reader:
         printed = reader.follow(page_text(client))
     exported = tmp_path / "exported"

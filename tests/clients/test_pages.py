@@ -6,11 +6,13 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.clients.environments import CLIENTS, ROOT, STAMP, Client
+from tests.clients import environments
+from tests.clients.environments import CLIENTS, ROOT, STAMP, Client, main, python_of
 from tests.clients.pages import Reader, blocks, page_text, requirements
 
 PLANTED = """# A program
@@ -95,12 +97,63 @@ def test_an_environment_is_there_when_it_is_whole(tmp_path: Path, monkeypatch: p
     assert not Client("program", "A program 1.3", "program.md", ("program==1.3",)).is_there()
 
 
+@pytest.fixture
+def pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on PATH, and nothing else where a Python is looked for."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    python_of.cache_clear()
+    yield folder
+    python_of.cache_clear()
+
+
+def script(file: Path, text: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/bin/sh\n{text}\n")
+    file.chmod(0o755)
+    return file
+
+
+def test_a_python_of_a_version_is_found(pythons: Path, tmp_path: Path) -> None:
+    """What does not run, is of another version or cannot make environments is passed over; "" is this Python."""
+    script(pythons / "python3.99", "echo 'version 3.99 is not selected' >&2; exit 127")
+    script(tmp_path / "pyenv/versions/3.99.0/bin/python", "echo 3.98")
+    right = script(tmp_path / "pyenv/versions/3.99.1/bin/python", "echo 3.99")
+    assert python_of("3.99") == str(right) and python_of("") == sys.executable
+    own = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    real = script(pythons / f"python{own}", f'exec {sys.executable} "$@"')
+    assert python_of(own) == str(real), "the probe runs in a real Python"
+
+
+def test_where_a_python_is_missing_it_is_said(pythons: Path, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The test's reason says so; all other environments are made; one that is named ends with the error."""
+    shim = script(pythons / "python3.99", "echo 'version 3.99 is not selected' >&2; exit 127")
+    clients = {name: Client(name, "A program 1.2", "program.md", (f"{name}==1.2",), python=version)
+               for name, version in (("old", "3.99"), ("new", ""))}
+    monkeypatch.setattr(environments, "FOLDER", tmp_path)
+    monkeypatch.setattr(environments, "CLIENTS", clients)
+    assert (f"no Python 3.99 with venv and ensurepip on PATH or in pyenv's versions; install it (looked at {shim}: "
+            "version 3.99 is not selected)") in clients["old"].mark.kwargs["reason"]
+    make, made = environments.make, []
+    monkeypatch.setattr(environments, "make", lambda client: made.append(client) if not client.python else make(client))
+    (tmp_path / "old").mkdir()
+    main([])
+    assert made == [clients["new"]]
+    assert "old: left out, its tests will be skipped: no Python 3.99" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="old: no Python 3.99"):
+        main(["old"])
+    assert (tmp_path / "old").is_dir(), "what was there is not touched"
+
+
 @pytest.mark.parametrize("name", CLIENTS)
 def test_a_page_installs_what_is_tested(name: str) -> None:
     """Requirement for requirement; and the version is the one that the table of readers names, or of its series."""
     client = CLIENTS[name]
     assert list(client.requires) in requirements(page_text(client))
-    assert blocks(page_text(client))
+    assert blocks(page_text(client)) or client.parts
     if version := re.search(r" ([\d.]+)$", client.reader):
         assert any(re.search(rf"=={re.escape(version[1])}(\.\d+)?$", requirement) for requirement in client.requires)
     if not client.name:

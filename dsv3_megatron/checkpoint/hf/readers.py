@@ -16,7 +16,7 @@ from dsv3_megatron.config.weights import Fp8, Place, Weight, weights_at
 # What a reader does: will not load it; loads it and computes something else; loads it without a part.
 REFUSES, DIFFERS, LEAVES_OUT = "refuses", "other results", "leaves out"
 TRANSFORMERS_5, TRANSFORMERS_4, VLLM, SGLANG, LLAMA_CPP, MLX_LM = (
-    "Transformers 5.23", "Transformers 4.57", "vLLM 0.33", "SGLang 0.5.23", "llama.cpp (Oct 2026)", "mlx-lm 0.32")
+    "Transformers 5.23", "Transformers 4.57", "vLLM 0.32", "SGLang 0.5.23", "llama.cpp (Oct 2026)", "mlx-lm 0.32")
 READERS = (TRANSFORMERS_5, TRANSFORMERS_4, VLLM, SGLANG, LLAMA_CPP, MLX_LM)
 _BLOCK = 128
 # Layer counts that llama.cpp takes for a model with full-rank queries, and no others.
@@ -207,11 +207,12 @@ LIMITS = (
           "other weights", _fp8_uneven),
     Limit("FP8 on a machine without a GPU", (TRANSFORMERS_4,), REFUSES,
           "it says that a GPU is needed; export bf16", _fp8),
-    Limit("`--num-shared-experts 0`", (LLAMA_CPP, MLX_LM), REFUSES,
+    Limit("`--num-shared-experts 0`", (SGLANG, LLAMA_CPP, MLX_LM), REFUSES,
           "config.json has n_shared_experts=0 and tensors without elements, as Transformers has them",
           _no_shared_experts),
-    Limit("`--num-shared-experts 0` (layers of no width)", (VLLM,), DIFFERS,
-          "it builds the shared experts with a width of 0, for which its kernels are not made", _no_shared_experts),
+    Limit("`--num-shared-experts 0` (layers of no width)", (VLLM,), REFUSES,
+          "it builds the shared experts with a width of 0, for which its kernels are not made: on a CPU its process "
+          "ends without a message", _no_shared_experts),
     Limit("YaRN with mscale unlike mscale_all_dim, or with 0", (LLAMA_CPP,), DIFFERS,
           "its converter keeps mscale_all_dim only and takes mscale for the same, and 0 for 1", _mscale),
     Limit("MTP modules", (TRANSFORMERS_5, TRANSFORMERS_4, LLAMA_CPP), LEAVES_OUT,

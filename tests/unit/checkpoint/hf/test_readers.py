@@ -25,31 +25,32 @@ def test_the_docs_have_the_table():
 @pytest.mark.parametrize(("changes", "dtype", "expected"), [
     ({}, "bf16", []),
     ({"layernorm_epsilon": 1e-5, "latent_layernorm_epsilon": 1e-6}, "bf16",
-     ["vLLM 0.33, SGLang 0.5.23, llama.cpp (Oct 2026): other results: layernorm_epsilon=1e-05"]),
+     ["vLLM 0.32, SGLang 0.5.23, llama.cpp (Oct 2026): other results: layernorm_epsilon=1e-05"]),
     ({"moe_ffn_hidden_size": 96}, "bf16", []),
     ({"moe_ffn_hidden_size": 96}, "fp8", [
         "SGLang 0.5.23: refuses: moe_ffn_hidden_size=96, num_shared_experts * moe_ffn_hidden_size=96",
-        "vLLM 0.33: refuses: moe_ffn_hidden_size=96", "Transformers 4.57: refuses: dtype=fp8"]),
+        "vLLM 0.32: refuses: moe_ffn_hidden_size=96", "Transformers 4.57: refuses: dtype=fp8"]),
     ({"ffn_hidden_size": 10944}, "fp8", ["SGLang 0.5.23: refuses: ffn_hidden_size=10944",
-                                         "vLLM 0.33: refuses: ffn_hidden_size=10944",
+                                         "vLLM 0.32: refuses: ffn_hidden_size=10944",
                                          "Transformers 5.23: refuses: ffn_hidden_size=10944",
                                          "Transformers 4.57: refuses: dtype=fp8"]),
     # 3 + 3 rows of blocks apart, and 704 rows together have six too.
     ({"ffn_hidden_size": 352}, "fp8", ["SGLang 0.5.23: refuses: ffn_hidden_size=352",
-                                       "vLLM 0.33: other results: ffn_hidden_size=352",
+                                       "vLLM 0.32: other results: ffn_hidden_size=352",
                                        "Transformers 5.23: refuses: ffn_hidden_size=352",
                                        "Transformers 4.57: refuses: dtype=fp8"]),
     ({"ffn_hidden_size": 10944, "num_dense_layers": 0}, "fp8", ["Transformers 4.57: refuses: dtype=fp8"]),
     # 1 + 3 rows of blocks, of 64 + 320 rows: three on top of each other. Of 64 + 512: five either way.
     ({"q_lora_rank": 64, "kv_lora_rank": 288, "qk_rope_head_dim": 32}, "fp8", [
-        "vLLM 0.33, SGLang 0.5.23: refuses: q_lora_rank=64",
+        "vLLM 0.32, SGLang 0.5.23: refuses: q_lora_rank=64",
         "Transformers 5.23: refuses: kv_lora_rank + qk_rope_head_dim=320, kv_lora_rank=288",
         "Transformers 4.57: refuses: dtype=fp8"]),
-    ({"q_lora_rank": 64}, "fp8", ["vLLM 0.33, SGLang 0.5.23: other results: q_lora_rank=64",
+    ({"q_lora_rank": 64}, "fp8", ["vLLM 0.32, SGLang 0.5.23: other results: q_lora_rank=64",
                                   "Transformers 4.57: refuses: dtype=fp8"]),
     ({"q_lora_rank": 64}, "bf16", []),
-    ({"num_shared_experts": 0}, "bf16", ["llama.cpp (Oct 2026), mlx-lm 0.32: refuses: num_shared_experts=0",
-                                         "vLLM 0.33: other results: num_shared_experts=0"]),
+    ({"num_shared_experts": 0}, "bf16", [
+        "SGLang 0.5.23, llama.cpp (Oct 2026), mlx-lm 0.32: refuses: num_shared_experts=0",
+        "vLLM 0.32: refuses: num_shared_experts=0"]),
     ({"rope_type": "yarn", "rotary_scaling_factor": 4.0, "mscale_all_dim": 0.0}, "bf16",
      ["llama.cpp (Oct 2026): other results: mscale=1.0, mscale_all_dim=0.0"]),
     ({"rope_type": "yarn", "rotary_scaling_factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7}, "bf16", []),
@@ -66,7 +67,7 @@ def test_the_docs_have_the_table():
     ({"moe_router_topk": 1}, "bf16", ["mlx-lm 0.32: other results: moe_router_topk=1"]),
     ({"q_lora_rank": None}, "bf16", ["llama.cpp (Oct 2026): refuses: q_lora_rank=None, num_layers=4"]),
     ({"q_lora_rank": None, "num_layers": 27}, "bf16", []),
-    ({"kv_lora_rank": 512}, "bf16", ["vLLM 0.33: refuses: kv_lora_rank=512, qk_rope_head_dim=128"]),
+    ({"kv_lora_rank": 512}, "bf16", ["vLLM 0.32: refuses: kv_lora_rank=512, qk_rope_head_dim=128"]),
     ({"kv_lora_rank": 512, "qk_rope_head_dim": 64}, "bf16", []),
 ], ids=str)
 def test_who_does_not_take_what(changes, dtype, expected):
