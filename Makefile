@@ -59,7 +59,7 @@ test: lint
 clients:
 	@$(FIND_PYTHON)
 	$(TEST_ENV) "$$python" -m tests.clients.environments
-	$(TEST_ENV) "$$python" -m pytest tests/clients -o faulthandler_timeout=1200
+	$(TEST_ENV) "$$python" -m pytest tests/clients -o faulthandler_timeout=3600
 
 test-gpu:
 	@$(FIND_PYTHON)
