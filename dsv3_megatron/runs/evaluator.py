@@ -9,6 +9,7 @@ Shapes: B rows, S sequence.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -254,9 +255,14 @@ class LogProbsWriter:
         os.replace(self.partial, self.path)
 
 
-def _progress_bar(total: int, *, is_shown: bool) -> Any:
-    """A bar on stderr; off a terminal it is printed now and then."""
+@contextlib.contextmanager
+def _progress_bar(total: int, *, is_shown: bool) -> Iterator[Any]:
+    """A bar on stderr, which log lines do not break; off a terminal it is printed now and then."""
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
-    return tqdm(total=total, unit="row", file=sys.stderr, disable=not is_shown, **bar_width(sys.stderr),
-                mininterval=0.2 if sys.stderr.isatty() else 10.0)
+    is_terminal = is_shown and sys.stderr.isatty()
+    with (tqdm(total=total, unit="row", file=sys.stderr, disable=not is_shown, **bar_width(sys.stderr),
+               mininterval=0.2 if is_terminal else 10.0) as bar,
+          logging_redirect_tqdm() if is_terminal else contextlib.nullcontext()):
+        yield bar
