@@ -28,11 +28,12 @@ class StepRecorder:
     """Times of the actions of one rank in one step.
 
     Args:
-        is_cuda: Use CUDA events, which wait for no kernel; else the process's clock.
+        is_cuda: Use CUDA events, which wait for no kernel; else `now`.
+        now: Function that returns the moment, in seconds since any one; the process's clock unless told otherwise.
     """
 
-    def __init__(self, *, is_cuda: bool) -> None:
-        self.is_cuda = is_cuda
+    def __init__(self, *, is_cuda: bool, now: Callable[[], float] = time.perf_counter) -> None:
+        self.is_cuda, self._now = is_cuda, now
         self._marks: list[tuple[Action, Any, Any]] = []
         self._begun: Any = None
         self._zero: Any = None
@@ -61,7 +62,7 @@ class StepRecorder:
 
     def _mark(self) -> Any:
         if not self.is_cuda:
-            return time.perf_counter()
+            return self._now()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -70,17 +71,19 @@ class StepRecorder:
         return self._zero.elapsed_time(mark) if self.is_cuda else (mark - self._zero) * _MILLISECONDS
 
 
-def measure_step(group: torch.distributed.ProcessGroup, run: Callable[[StepRecorder], None]) -> Timeline:
+def measure_step(group: torch.distributed.ProcessGroup, run: Callable[[StepRecorder], None],
+                 now: Callable[[], float] | None = None) -> Timeline:
     """Run a step on all ranks of a pipeline and bring their times together.
 
     Args:
         group: The pipeline's ranks, all of which call.
         run: Runs this rank's part.
+        now: Function that returns the moment in seconds; None: the device's clock.
 
     Returns:
         By rank, in milliseconds; the same on every rank.
     """
-    recorder = StepRecorder(is_cuda=torch.cuda.is_available())
+    recorder = StepRecorder(is_cuda=torch.cuda.is_available()) if now is None else StepRecorder(is_cuda=False, now=now)
     recorder.start(group)
     run(recorder)
     gathered: list[Any] = [None] * group.size()

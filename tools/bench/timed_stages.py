@@ -7,6 +7,10 @@ gradients until the gradient has been handed on.
 
 A machine with other work to do wakes a sleeper late. That is no time of the stage: the rank's next sleeps are shorter
 by it. What the executor and the transport take is not taken off.
+
+Or nothing sleeps, and each rank adds up the times (`CountedRank`). Messages between ranks carry the moment that they
+were sent at. The step's time is then exact on any machine: it is what the order of the executor's actions, messages and
+all-to-alls makes of the known times, with nothing for the executor itself.
 """
 
 from __future__ import annotations
@@ -25,9 +29,10 @@ from dsv3_megatron.schedule.recorder import measure_step
 from dsv3_megatron.schedule.simulate import Costs, StageCosts
 from dsv3_megatron.schedule.timeline import Timeline
 from dsv3_megatron.schedule.transfers import edges_of
-from dsv3_megatron.schedule.transport import PipelineChannels
+from dsv3_megatron.schedule.transport import Arrival, PipelineChannels, Transport
 
-SHAPE = (4, 1, 8)
+# A message may hold a moment, to the last digit.
+SHAPE, DTYPE = (4, 1, 8), torch.float64
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,63 @@ class Rank:
         self.late += time.perf_counter() - moment
 
 
+@dataclass
+class CountedRank(Rank):
+    """A rank that adds up its times in place of waiting for them.
+
+    Attributes:
+        moment: Seconds since the step began, as this rank counts them.
+    """
+
+    moment: float = 0.0
+
+    def compute(self, seconds: float) -> None:
+        """Be busy."""
+        self.moment += seconds
+
+    def now(self) -> float:
+        """The moment."""
+        return self.moment
+
+    def wait(self, moment: float) -> None:
+        """For the end of an all-to-all, or for a message that was sent then."""
+        self.moment = max(self.moment, moment)
+
+
+class _StampedArrival:
+    def __init__(self, arrival: Arrival, rank: CountedRank) -> None:
+        self._arrival, self._rank = arrival, rank
+
+    def wait(self) -> torch.Tensor:
+        tensor = self._arrival.wait()
+        self._rank.wait(float(tensor.flatten()[0]))
+        return tensor
+
+
+class StampingTransport:
+    """Messages whose content is the moment they were sent at; a rank that has waited for one is not before it.
+
+    Args:
+        transport: Carries them.
+        rank: Counts the time of this rank.
+    """
+
+    def __init__(self, transport: Transport, rank: CountedRank) -> None:
+        self._transport, self._rank = transport, rank
+
+    def send(self, tensor: torch.Tensor, destination: int, length: int = 1) -> None:
+        """Begin to send the moment in place of the tensor."""
+        self._transport.send(torch.full_like(tensor, self._rank.moment), destination, length)
+
+    def receive(self, source: int, length: int = 1) -> Arrival:
+        """Be ready for the next message from a rank."""
+        return _StampedArrival(self._transport.receive(source, length), self._rank)
+
+    def flush(self) -> None:
+        """Wait until everything is sent."""
+        self._transport.flush()
+
+
 class TimedStage:
     """One chunk of a rank."""
 
@@ -118,7 +180,7 @@ class TimedStage:
             end = self.rank.transfer(self.times.transfer / 2)
             yield
             self.rank.wait(end)
-        return None if self.is_last else torch.zeros(SHAPE)
+        return None if self.is_last else torch.zeros(SHAPE, dtype=DTYPE)
 
     def backward_steps(self, microbatch: int, grad_SBH: torch.Tensor | None, *, defer_weights: bool) -> Steps:
         """Combine, experts, dispatch, attention, each backwards; attention's weights are left."""
@@ -128,7 +190,7 @@ class TimedStage:
             self.rank.wait(end)
             self.rank.compute(self.times.input_part / 2 + weight)
         self.left[microbatch] = self.times.weight / (1 if defer_weights else 2)
-        return None if self.is_first else torch.zeros(SHAPE)
+        return None if self.is_first else torch.zeros(SHAPE, dtype=DTYPE)
 
     def backward_weight(self, microbatch: int) -> None:
         """The rest."""
@@ -141,25 +203,29 @@ def ring_channels(pipelines: Sequence[Sequence[int]]) -> PipelineChannels:
                             device=torch.device("cpu"))
 
 
-def measure_plan(plan: Plan, times: ChunkTimes, channels: PipelineChannels) -> Timeline:
+def measure_plan(plan: Plan, times: ChunkTimes, channels: PipelineChannels, *, is_counted: bool = False) -> Timeline:
     """Run a plan on timed stages; called by every rank, all of which are one pipeline.
 
     Args:
         plan: Work of every rank.
         times: Times of each chunk.
         channels: Edges of the pipeline.
+        is_counted: Times are added up; else they are waited for, and what the executor takes comes on top.
 
     Returns:
         When each rank did what, in milliseconds; the same on every rank.
     """
-    number, rank = channels.rank, Rank()
+    number = channels.rank
+    rank = CountedRank() if is_counted else Rank()
     world = torch.distributed.group.WORLD
     assert world is not None
     stages = [TimedStage(times, rank, is_first=place.stage == 0, is_last=place.stage == plan.num_stages - 1)
               for place in plan.placement[number]]
-    transport = channels.transport(shape=SHAPE, dtype=torch.float32, device=torch.device("cpu"))
+    transport: Transport = channels.transport(shape=SHAPE, dtype=DTYPE, device=torch.device("cpu"))
+    if isinstance(rank, CountedRank):
+        transport = StampingTransport(transport, rank)
     executor = Executor(plan, number, transport)
-    return measure_step(world, lambda recorder: executor.run(stages, recorder))
+    return measure_step(world, lambda recorder: executor.run(stages, recorder), rank.now if is_counted else None)
 
 
 def step_time(timeline: Timeline) -> float:
