@@ -54,12 +54,14 @@ class Setting:
     seq_length: int
     micro_batch_size: int
     prompt_tokens: int
+    num_parameters: int
 
     @property
     def config(self) -> str:
         """Name of what is measured in the results."""
-        return (f"{self.answers} answers of {self.new_tokens} tokens to prompts of {self.prompt_tokens} in groups of "
-                f"{self.group_size}, {self.precision}, threads={self.threads}")
+        return (f"{self.num_parameters / 1e6:.1f}M parameters, {self.answers} answers of {self.new_tokens} tokens to "
+                f"prompts of {self.prompt_tokens} in groups of {self.group_size}, {self.precision}, "
+                f"threads={self.threads}")
 
 
 def ours_step(setting: Setting) -> Step:
@@ -133,12 +135,12 @@ def report(contenders: list[Contender[Setting]]) -> list[Measurement]:
     for c in contenders:
         name, config = c.setting.contender, c.setting.config
         if not c.seconds:
-            print(f"{name:28} {config:44} no step: {c.error}")
+            print(f"{name:28} {config:72} no step: {c.error}")
             continue
         ratio, cpu_ratio = (medians[TRL] / medians[name] if TRL in medians else float("nan")
                             for medians in (median, cpu_median))
         cpu = cpu_median[name]
-        print(f"{name:28} {config:44} {median[name]:7.2f} s ({min(c.seconds):.2f}-{max(c.seconds):.2f}, "
+        print(f"{name:28} {config:72} {median[name]:7.2f} s ({min(c.seconds):.2f}-{max(c.seconds):.2f}, "
               f"{len(c.seconds)} steps) {cpu:7.2f} cpu-s  TRL takes {ratio:.2f}x, "
               f"{cpu_ratio:.2f}x the CPU time")
         rows += [Measurement(name, config, metric, value, unit) for metric, value, unit in (
@@ -191,6 +193,8 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(options, flag) is None:
             print(f"--{flag.replace('_', '-')} must be given", file=sys.stderr)
             return 2
+    from dsv3_megatron.checkpoint.hf import HuggingFaceDirectory
+    from dsv3_megatron.checkpoint.hf.model_card import count_exported
     from dsv3_megatron.commands import convert
 
     with tempfile.TemporaryDirectory() as folder:
@@ -199,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
 
         length = prompt_tokens(options.tokenizer_model, options.prompts)
+        size = count_exported(HuggingFaceDirectory(f"{folder}/hf").model).main
 
         def groups() -> Iterator[list[Setting]]:
             for precision in options.precisions:
@@ -206,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
                 here.mkdir()
                 yield [Setting(name, f"{folder}/hf", options.tokenizer_model, options.prompts, str(here), precision,
                                options.answers, options.new_tokens, options.threads, options.group_size,
-                               options.seq_length, options.micro_batch_size, length) for name in options.contenders]
+                               options.seq_length, options.micro_batch_size, length, size) for name in options.contenders]
 
         settings: Iterable[list[Setting]] = groups()
         return run_benchmark(__file__, settings, report, "grpo_step.csv", options)
