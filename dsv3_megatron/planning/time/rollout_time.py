@@ -70,6 +70,10 @@ class RolloutTime:
 def packed_sequences(run: RunConfig, lengths: AnswerLengths, num_devices: int) -> int:
     """Sequences that the answers of a step fill with their prompts, as many as the layout can take.
 
+    A group's answers share their prompt in a sequence; each has the prompt's last token, and one more for each MTP
+    module, for itself. The prompt is there once more wherever a group goes on in the next sequence. Sequences are
+    taken to be full, which answers of many lengths nearly make them.
+
     Raises:
         ConfigError: a prompt and its answer are longer than a sequence.
     """
@@ -77,7 +81,11 @@ def packed_sequences(run: RunConfig, lengths: AnswerLengths, num_devices: int) -
     if length > seq_length:
         raise ConfigError(f"prompt-tokens + answer-tokens = {length:g} must not exceed seq_length={seq_length}: they "
                           "share a sequence; give a larger seq_length")
-    num_rows = math.ceil(run.training.global_batch_size * length / seq_length)
+    answers = run.training.global_batch_size
+    shared = max(0.0, lengths.prompt - 1 - run.model.mtp_num_layers)
+    # Tokens are the answers with their own parts of a prompt, and the shared part of one for each group and border.
+    num_rows = math.ceil((answers * (length - shared) + (answers / run.policy.group_size - 1) * shared)
+                         / (seq_length + 1 - shared))
     while not run.parallel.takes_batch(num_rows, run.training.micro_batch_size, num_devices):
         num_rows += 1
     return num_rows
@@ -140,7 +148,8 @@ def rollout_time(run: RunConfig, setting: Setting, lengths: AnswerLengths, copy_
     rate = hardware.peak(kind) * (hardware[share] if hardware.has(share) else 1.0)
     weights = table.main_active_without_embedding + table.mtp_active * drafts
     flops = (1 + drafts) * (2 * weights + _attention_flops(model, context)) * at_once / size
-    prompt_flops = 2 * weights * lengths.prompt * answers / size
+    # Prompts that are alike go through the model once.
+    prompt_flops = 2 * weights * lengths.prompt * answers / policy.group_size / size
     return RolloutTime(size, at_once, num_steps, num_bytes, num_steps * num_bytes / hardware["memory_bandwidth"],
                        num_steps * flops / rate, prompt_flops / rate)
 

@@ -13,19 +13,23 @@ from dsv3_megatron.metrics.parameters import count_parameters
 from dsv3_megatron.metrics.rank_state import checkpoint_bytes, rank_states
 
 GRPO = ("--preset", "dsv3-16b", "--hardware", "h800", "--num-gpus", "64", "--prompts", "p.jsonl", "--reward", "numeric",
-        "--tokenizer-model", "t", "--global-batch-size", "1024", "--group-size", "16", "--max-new-tokens", "1024",
+        "--tokenizer-model", "t", "--group-size", "16", "--max-new-tokens", "1024",
         "--rollout-batch-size", "1024", "--train-iters", "50")
+ANSWERS = ("--global-batch-size", "1024")
 
 
-def planned(capsys, *flags: str) -> dict:
-    assert command.main([*GRPO, *flags, "--json"]) == 0
+def planned(capsys, *flags: str, answers: int = 1024) -> dict:
+    assert command.main([*GRPO, "--global-batch-size", str(answers), *flags, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def test_a_step_is_rollout_reference_and_training(capsys) -> None:
     found = planned(capsys, "--rollouts", "r")
     policy = found["policy"]
-    assert policy["packed_sequences"] == 1024 * 1280 // 4096 == 320
+    assert policy["packed_sequences"] == 320  # 278 would hold them; 64 replicas take so many
+    more = planned(capsys, "--rollouts", "r", answers=4096)["policy"]
+    # Of 1280 tokens an answer, 254 are of a prompt that its group has once, and once more at 1100 borders.
+    assert more["packed_sequences"] == 64 * 18 and 64 * 17 < (4096 * 1026 + (256 + 1100) * 254) / 4097 < 64 * 18
     assert policy["rollout_s"] > policy["reference_s"] > 0
     assert policy["step_time_s"] == pytest.approx(policy["rollout_s"] + policy["reference_s"] + policy["training_s"])
     assert policy["training_s"] == pytest.approx(found["step_time_s"])
@@ -40,12 +44,12 @@ def test_a_step_is_rollout_reference_and_training(capsys) -> None:
 
 
 def test_text_says_what_is_assumed_and_what_would_be_refused(capsys) -> None:
-    assert command.main([*GRPO, "--rollouts", "r", "--answer-tokens", "500"]) == 0
+    assert command.main([*GRPO, *ANSWERS, "--rollouts", "r", "--answer-tokens", "500"]) == 0
     out = capsys.readouterr().out
     for line in ("a step of GRPO: 1024 answers of 500 tokens to prompts of 256", "decoding steps of", "by bytes",
                  "assumed: answers of one length", "refused as it stands: expert_model_parallel_size=8 cannot go with"):
         assert line in out
-    assert command.main([*GRPO, "--replay", "r"]) == 0
+    assert command.main([*GRPO, *ANSWERS, "--replay", "r"]) == 0
     assert "refused as it stands" not in capsys.readouterr().out
 
 
@@ -57,7 +61,7 @@ def test_text_says_what_is_assumed_and_what_would_be_refused(capsys) -> None:
     (("--prompt-tokens", "4000"), "prompt-tokens + answer-tokens = 5024 must not exceed seq_length=4096"),
 ])
 def test_wrong_input(capsys, flags: tuple[str, ...], told: str) -> None:
-    assert command.main([*GRPO, "--rollouts", "r", *flags]) == 2
+    assert command.main([*GRPO, *ANSWERS, "--rollouts", "r", *flags]) == 2
     assert told in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from dsv3_megatron.config.fields import ConfigError
@@ -17,6 +18,8 @@ from dsv3_megatron.planning.time.rollout_time import (
     smallest_copy,
 )
 from dsv3_megatron.planning.time.work import Setting
+from dsv3_megatron.post_training.answer_rows import AnswerRows
+from tests.unit.post_training.test_rollout import answer
 
 H800 = find_hardware("h800")
 LENGTHS = AnswerLengths(200.0, 400.0)
@@ -54,7 +57,7 @@ def test_operations_are_those_of_the_forward_pass() -> None:
     found = rollout_time(run(), Setting(H800, 64), AnswerLengths(100.0, 1.0), 64)
     forward = flops_per_token(model, 1).main / 3
     rate = H800["bf16_flops"] * H800["bf16_best_share"]
-    assert found.prompt_seconds == pytest.approx(64 * 100 * forward / 64 / rate, rel=0.01)
+    assert found.prompt_seconds == pytest.approx(64 / 8 * 100 * forward / 64 / rate, rel=0.01)  # groups of 8
 
 
 def test_drafts_make_fewer_steps_of_more_bytes() -> None:
@@ -80,11 +83,26 @@ def test_a_copy_leaves_half_of_the_memory() -> None:
 
 
 def test_answers_are_packed_into_what_the_layout_can_take() -> None:
-    one = run(seq_length=1000, global_batch_size=640, pipeline_model_parallel_size=1, expert_model_parallel_size=1)
-    assert packed_sequences(one, LENGTHS, 1) == 384  # 640 x 600 tokens
-    assert packed_sequences(one, LENGTHS, 5) == 385
+    one = run(seq_length=1000, global_batch_size=640, group_size=1, pipeline_model_parallel_size=1,
+              expert_model_parallel_size=1)
+    assert packed_sequences(one, AnswerLengths(2.0, 598.0), 1) == 384  # 640 x 600 tokens
+    assert packed_sequences(one, AnswerLengths(2.0, 598.0), 5) == 385
     with pytest.raises(ConfigError, match="= 600 must not exceed seq_length=500"):
         packed_sequences(one.override(seq_length=500), LENGTHS, 1)
+
+
+@pytest.mark.parametrize(("prompt", "longest", "group_size"), [(200, 400, 8), (400, 100, 16), (11, 300, 8), (300, 60, 1)])
+def test_groups_share_their_prompts_as_the_trainer_packs_them(prompt: int, longest: int, group_size: int) -> None:
+    """Against the sequences that training makes of answers of many lengths."""
+    rng = np.random.default_rng(prompt)
+    lengths = rng.integers(10, longest, size=256)
+    answers = [answer(number // group_size, 0.0, (1,) * int(length), prompt_ids=(number // group_size,) * prompt)
+               for number, length in enumerate(lengths)]
+    one = run(seq_length=2000, global_batch_size=256, group_size=group_size, pipeline_model_parallel_size=1,
+              expert_model_parallel_size=1)
+    rows = AnswerRows(answers, 2000, filling=0, will_do=lambda _: True, num_repeated=1 + one.model.mtp_num_layers)
+    planned = packed_sequences(one, AnswerLengths(float(prompt), float(lengths.mean())), 1)
+    assert planned == pytest.approx(rows.num_rows, rel=0.1)
 
 
 def test_a_forward_pass_is_about_a_third_of_a_step() -> None:
