@@ -211,7 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
                 here.mkdir()
                 yield [Setting(name, f"{folder}/hf", options.tokenizer_model, options.prompts, str(here), precision,
                                options.answers, options.new_tokens, options.threads, options.group_size,
-                               options.seq_length, options.micro_batch_size, length, size) for name in options.contenders]
+                               options.seq_length, options.micro_batch_size, length, size)
+                       for name in options.contenders]
 
         settings: Iterable[list[Setting]] = groups()
         return run_benchmark(__file__, settings, report, "grpo_step.csv", options)

@@ -91,7 +91,8 @@ def test_answers_are_packed_into_what_the_layout_can_take() -> None:
         packed_sequences(one.override(seq_length=500), LENGTHS, 1)
 
 
-@pytest.mark.parametrize(("prompt", "longest", "group_size"), [(200, 400, 8), (400, 100, 16), (11, 300, 8), (300, 60, 1)])
+@pytest.mark.parametrize(("prompt", "longest", "group_size"),
+                         [(200, 400, 8), (400, 100, 16), (11, 300, 8), (300, 60, 1)])
 def test_groups_share_their_prompts_as_the_trainer_packs_them(prompt: int, longest: int, group_size: int) -> None:
     """Against the sequences that training makes of answers of many lengths."""
     rng = np.random.default_rng(prompt)
