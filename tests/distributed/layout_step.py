@@ -175,14 +175,6 @@ class ScaledGradient(StepHooks):
                 parameter.main_grad.mul_(self.factor)
 
 
-class UnmarkedNorm(StepHooks):
-    """The tensor-parallel ranks do not know that a norm's gradient is partial on each of them."""
-
-    def before_step(self, trainer: Trainer) -> None:
-        for parameter in _parameters(trainer, "kv_layernorm.weight"):
-            parameter.sequence_parallel = False
-
-
 class MiscountedLoad(StepHooks):
     """One token too many on one rank, for one expert."""
 
@@ -236,11 +228,9 @@ class LeakyStage(StepHooks):
 
 FAULTS: dict[str, StepHooks] = {
     "stage-leaks": LeakyStage(),
-    "router-doubled": ScaledGradient("mlp.router.weight", 2.0),
     "router-slightly-off": ScaledGradient("mlp.router.weight", 1.001),
     "experts-lost": ScaledGradient("experts.linear_fc2.weight", 0.0),
     "embedding-copy-lost": ScaledGradient("word_embeddings.weight", 0.0),
-    "norm-unmarked": UnmarkedNorm(),
     "load-miscounted": MiscountedLoad(),
     "parameter-stale": StaleParameter(),
     # Half of the micro-batches are expected.

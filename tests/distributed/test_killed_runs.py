@@ -15,7 +15,7 @@ from tests.fuzz.killed_runs import differences, kill_again_and_again
 pytestmark = pytest.mark.distributed
 
 # Two processes are started for each; four, and a hundred kills, with `python -m tests.fuzz.killed_runs --kills 100`.
-KILLS = 10
+KILLS = 5
 
 
 def test_a_run_that_is_killed_again_and_again(tmp_path: Path) -> None:
