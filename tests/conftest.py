@@ -11,17 +11,22 @@ The kernels are those of this checkout, though an editable install finds the one
 
 A shell has its jobs in the background ignore SIGINT, and nohup has SIGHUP ignored: so would everything that a test
 starts and then signals.
+
+What the package's loggers say is as before after each test: commands that are called in this process set it by rank.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -44,3 +49,12 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 # On what is there already: where CI is set, Hypothesis takes the same examples each time.
 hypothesis.settings.register_profile("untimed", hypothesis.settings(), deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Keep the level of the package's loggers."""
+    logger = logging.getLogger("dsv3_megatron")
+    level = logger.level
+    yield
+    logger.setLevel(level)

@@ -17,9 +17,6 @@ import torch
 from dsv3_megatron.ops.backend import wide_dtype
 from dsv3_megatron.ops.recompute import recomputed, saving
 
-# Pairs that torch multiplies at once on a CPU; the number of pairs of every model that we know is a multiple.
-_PAIRS_AT_ONCE = 8
-
 
 def apply_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> torch.Tensor:
     """Rotate the last 2P dims of every row; dims before them pass through.
@@ -78,30 +75,11 @@ def rotate_tail_(x: torch.Tensor, rotations_SP: torch.Tensor) -> torch.Tensor:
     wide = wide_dtype(x.dtype)
     factors = _beside(rotations_SP, x)
     if x.dtype == wide and x.shape[-1] % 2 == 0:
-        pairs = torch.view_as_complex(tail.view(*tail.shape[:-1], -1, 2))
-        if _fills_vectors(factors):
-            pairs.mul_(factors)
-        else:
-            pairs.copy_(_rotated(pairs, factors))
+        torch.view_as_complex(tail.view(*tail.shape[:-1], -1, 2)).mul_(factors)
     else:
         pairs = torch.view_as_complex(tail.to(wide).unflatten(-1, (-1, 2)).contiguous())
-        tail.copy_(torch.view_as_real(_rotated(pairs, factors)).flatten(-2))
+        tail.copy_(torch.view_as_real(pairs * factors).flatten(-2))
     return x
-
-
-def _fills_vectors(factors: torch.Tensor) -> bool:
-    return factors.shape[-1] % _PAIRS_AT_ONCE == 0 or factors.device.type != "cpu"
-
-
-def _rotated(pairs: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Products of complex numbers, whose bits do not depend on whether tokens lie behind each other in memory: torch
-    rounds fewer pairs than it takes at once in another way.
-    """
-    if _fills_vectors(factors):
-        return pairs * factors
-    wider = (0, -factors.shape[-1] % _PAIRS_AT_ONCE)
-    products = torch.nn.functional.pad(pairs, wider) * torch.nn.functional.pad(factors, wider)
-    return products[..., :factors.shape[-1]]
 
 
 class _RoPE(torch.autograd.Function):

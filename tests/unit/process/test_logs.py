@@ -7,14 +7,6 @@ import pytest
 from dsv3_megatron.process.logs import configure_logging
 
 
-@pytest.fixture(autouse=True)
-def as_before():
-    logger = logging.getLogger("dsv3_megatron")
-    level = logger.level
-    yield
-    logger.setLevel(level)
-
-
 @pytest.mark.parametrize(("rank", "expected"), [(0, ["chosen", "wrong"]), (1, ["wrong"]), (7, ["wrong"])])
 def test_what_a_rank_says(rank, expected, caplog):
     configure_logging(rank)
