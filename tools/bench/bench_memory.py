@@ -18,7 +18,6 @@ import contextlib
 import logging
 import os
 import pickle
-import socket
 import sys
 import tempfile
 import warnings
@@ -31,6 +30,7 @@ from dsv3_megatron.config.presets import preset  # noqa: E402
 from dsv3_megatron.config.run import RunConfig  # noqa: E402
 from dsv3_megatron.planning.memory.estimate import RankMemory, estimate_memory, kept_by_name  # noqa: E402
 from dsv3_megatron.process.unpickling import load_own  # noqa: E402
+from tools.bench.ports import free_port  # noqa: E402
 from tools.bench.records import Measurement, append_rows  # noqa: E402
 
 if TYPE_CHECKING:
@@ -141,9 +141,7 @@ def measure_case(case: Case, preset_name: str) -> list[MeasuredMemory]:
     import torch.multiprocessing
 
     multiprocessing.set_forkserver_preload(list(_PRELOADED))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             _process, (case.world_size, port, run_of(case, preset_name), folder), nprocs=case.world_size,

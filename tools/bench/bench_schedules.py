@@ -28,6 +28,7 @@ from dsv3_megatron.schedule.draw import plot_timeline  # noqa: E402
 from dsv3_megatron.schedule.plan import Plan, build_plan  # noqa: E402
 from dsv3_megatron.schedule.simulate import simulate  # noqa: E402
 from dsv3_megatron.schedule.timeline import Timeline  # noqa: E402
+from tools.bench.ports import free_port  # noqa: E402
 from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
 
 FORMS = ("1f1b", "interleaved", "interleaved with pairs", "zb1p", "zbv", "dualpipe", "dualpipev")
@@ -181,15 +182,12 @@ def run_processes(setting: Setting, names: list[str]) -> list[Outcome]:
     Raises:
         Exception: what a process raised.
     """
-    import socket
     import tempfile
 
     import torch.multiprocessing
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "outcomes.pickle"
         torch.multiprocessing.start_processes(_process, (setting, names, port, str(results)),

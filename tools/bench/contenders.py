@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import select
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from tools.bench.ports import free_port
 from tools.bench.records import Measurement, append_rows, load_average, warn_of_load
 
 # Takes one step; what it returns goes into the answer, its "seconds" and "cpu_seconds" in place of the whole step's.
@@ -191,7 +191,7 @@ def _start[S: Setting](script: str, setting: S, log: Any) -> Contender[S]:
     repository = str(Path(__file__).resolve().parents[2])  # a script's own folder alone would be looked through
     environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads), "PYTHONPATH": repository}
     command = [sys.executable, script, "--serve", json.dumps(dataclasses.asdict(setting))]
-    size, port = getattr(setting, "processes", 1), _free_port()
+    size, port = getattr(setting, "processes", 1), free_port()
 
     def start(rank: int) -> subprocess.Popen[str]:
         place = {} if size == 1 else {
@@ -201,9 +201,3 @@ def _start[S: Setting](script: str, setting: S, log: Any) -> Contender[S]:
                                 env=environment | place)
 
     return Contender(setting, [start(rank) for rank in range(size)])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
