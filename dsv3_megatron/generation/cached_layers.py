@@ -43,6 +43,15 @@ def product_like(weight: torch.Tensor) -> ProductFunction:
     return multiply_rows
 
 
+def multiply_at_least(multiply: ProductFunction, x_TI: torch.Tensor, weight: torch.Tensor, least_rows: int
+                      ) -> torch.Tensor:
+    """Multiply rows [T, in] by a weight [out, in], with zeros behind them where they are fewer than `least_rows`."""
+    num_rows = len(x_TI)
+    if num_rows < least_rows:
+        x_TI = torch.nn.functional.pad(x_TI, (0, 0, 0, least_rows - num_rows))
+    return multiply(x_TI, weight)[:num_rows]
+
+
 def summing_product(module: Any) -> ProductFunction:
     """How rows are multiplied by a row-parallel layer's weight: over its ranks' parts of the input's features.
 
@@ -136,11 +145,7 @@ class LatentAttention:
             least_rows: Rows that are multiplied at least; zeros where there are fewer.
         """
         latent_TZ, shared_key_TR = entry_TW.split([self.latent_width, entry_TW.shape[1] - self.latent_width], dim=1)
-        if len(latent_TZ) < least_rows:
-            rows = torch.nn.functional.pad(latent_TZ, (0, 0, 0, least_rows - len(latent_TZ)))
-            key_value = self._multiply(rows, self._up)[:len(latent_TZ)]
-        else:
-            key_value = self._multiply(latent_TZ, self._up)
+        key_value = multiply_at_least(self._multiply, latent_TZ, self._up, least_rows)
         key_nope_TNX, value_TNU = key_value.view(len(key_value), self._heads, -1).split(self._up_widths, dim=-1)
         return torch.cat([key_nope_TNX, shared_key_TR.unsqueeze(1).expand(-1, self._heads, -1)], dim=-1), value_TNU
 

@@ -21,7 +21,7 @@ import torch
 
 from dsv3_megatron.config.fields import ConfigError
 from dsv3_megatron.generation.cache import KeyValueCache, Places, make_cache
-from dsv3_megatron.generation.cached_layers import LatentAttention, Layer, Norm, product_like
+from dsv3_megatron.generation.cached_layers import LatentAttention, Layer, Norm, multiply_at_least, product_like
 from dsv3_megatron.model.attention import LocalMLASelfAttention
 from dsv3_megatron.ops.attention import causal_attention
 from dsv3_megatron.ops.backend import wide_dtype
@@ -192,11 +192,8 @@ class CachedModel:
             least_rows: Rows that are multiplied at least, a cache's; zeros where there are fewer.
         """
         rows_TH = hidden.reshape(-1, hidden.shape[-1])
-        num_added = max(0, least_rows - len(rows_TH))
-        if num_added:
-            rows_TH = torch.nn.functional.pad(rows_TH, (0, 0, 0, num_added))
-        logits_TV = gathered_features(self._multiply(rows_TH, self._head), self._ranks)
-        return logits_TV[:len(logits_TV) - num_added].reshape(*hidden.shape[:-1], -1)
+        part_TV = multiply_at_least(self._multiply, rows_TH, self._head, least_rows)
+        return gathered_features(part_TV, self._ranks).reshape(*hidden.shape[:-1], -1)
 
     @torch.no_grad()
     def logprobs(self, hidden_TH: torch.Tensor, tokens_T: torch.Tensor, *, least_rows: int = 1) -> torch.Tensor:

@@ -56,7 +56,7 @@ def merged(weights: Tensors, names: Names) -> dict[str, torch.Tensor]:
                 value = torch.cat([value, weights[name.replace("gate_proj", "up_proj")]])
             key = f"{layer}{names.experts}.{'w13' if kind == 'gate' else 'w2'}_{what}"
             experts.setdefault(key, {})[int(number)] = value
-        elif re.search(r"\.experts\.\d+\.up_proj\.|\.up_proj\.", name):
+        elif ".up_proj." in name:
             continue  # with its gate
         elif ".gate_proj." in name:
             result[name.replace("gate_proj", "gate_up_proj")] = torch.cat(

@@ -253,7 +253,9 @@ class Routing:
         self.rows = ledger.make("routed rows", s.sent_rows * (
             s.gated_record_bytes if ops.precisions.sends_fp8 else
             s.gated_row_bytes if self.gates is None else s.hidden * s.narrow))
-        ledger.drop(gates, *(() if self.gates is not None else (own,)))
+        ledger.drop(gates)
+        if self.gates is None:
+            ledger.drop(own)
 
     def backward(self, grad_rows: Tensor) -> Tensor:
         """Go back to the gradient of x, given those of rows and gates; `grad_rows` is used up."""
