@@ -269,8 +269,10 @@ class LocalMLASelfAttention(MegatronModule):
             start = self.tp_group.rank() * len(latent)
             own = slice(start, start + len(latent))
         # The rotary part is the last of a query's width.
-        query = apply_rope(query.view(*query.shape[:2], heads, config.qk_head_dim + rope), cos_SP, sin_SP)
-        return query, self.kv_layernorm(latent), apply_rope(shared_key, cos_SP[own], sin_SP[own])
+        query = apply_rope(query.view(*query.shape[:2], heads, config.qk_head_dim + rope), cos_SP, sin_SP,
+                           is_steady=self.is_steady)
+        shared_key = apply_rope(shared_key, cos_SP[own], sin_SP[own], is_steady=self.is_steady)
+        return query, self.kv_layernorm(latent), shared_key
 
     def expand(self, latent_sBC: torch.Tensor, shared_key_sBR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [S, B, N, nope + rope] and values [S, B, N, v] out of what `project` returns (eq. 2, 4, 5)."""

@@ -17,8 +17,11 @@ import torch
 from dsv3_megatron.ops.backend import wide_dtype
 from dsv3_megatron.ops.recompute import recomputed, saving
 
+# Pairs that torch multiplies at once on a CPU. The number of pairs of every preset is a multiple.
+_PAIRS_AT_ONCE = 8
 
-def apply_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> torch.Tensor:
+
+def apply_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor, *, is_steady: bool = False) -> torch.Tensor:
     """Rotate the last 2P dims of every row; dims before them pass through.
 
     One call serves a whole query [no-RoPE part | RoPE part], without a split and a concatenation.
@@ -28,6 +31,8 @@ def apply_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> t
         cos_SP: cosines of position and pair, fp32 (fp64 for fp64 x), times a magnitude if there is one; [S, B, P] for
             x of [S, B, ..., D] whose sequences have positions of their own.
         sin_SP: sines of the same angles.
+        is_steady: Whether a row has the same bits wherever it lies in memory, as generation needs it (`steady_sums.py`).
+            Only rotary widths that are no multiple of 16 have other bits then, on a CPU.
 
     Returns:
         [S, ..., D] in x's dtype, computed in fp32 and rounded once.
@@ -43,10 +48,10 @@ def apply_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> t
     if 2 * num_pairs > x.shape[-1]:
         raise ValueError(f"apply_rope: {num_pairs} pairs need {2 * num_pairs} dims, x has {x.shape[-1]}")
     if not torch.is_grad_enabled():
-        return rotate_tail(x, torch.complex(cos_SP, sin_SP))
+        return rotate_tail(x, torch.complex(cos_SP, sin_SP), is_steady)
     rotations_SP = recomputed(torch.complex, cos_SP, sin_SP)  # before `saving`, which looks whether there is any
     with saving():
-        return _RoPE.apply(x, rotations_SP)
+        return _RoPE.apply(x, rotations_SP, is_steady)
 
 
 def reference_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> torch.Tensor:
@@ -64,32 +69,36 @@ def _beside(factors: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return factors.reshape(factors.shape[:-1] + (1,) * (x.dim() - factors.dim()) + factors.shape[-1:])
 
 
-def rotate_tail(x: torch.Tensor, rotations_SP: torch.Tensor) -> torch.Tensor:
+def rotate_tail(x: torch.Tensor, rotations_SP: torch.Tensor, is_steady: bool = False) -> torch.Tensor:
     """`apply_rope` by complex factors [S, P] or [S, B, P], without autograd and without checks."""
-    return rotate_tail_(x.clone(memory_format=torch.contiguous_format), rotations_SP)
+    return rotate_tail_(x.clone(memory_format=torch.contiguous_format), rotations_SP, is_steady)
 
 
-def rotate_tail_(x: torch.Tensor, rotations_SP: torch.Tensor) -> torch.Tensor:
+def rotate_tail_(x: torch.Tensor, rotations_SP: torch.Tensor, is_steady: bool = False) -> torch.Tensor:
     """`rotate_tail` in place; x is contiguous."""
-    tail = x[..., -2 * rotations_SP.shape[-1] :]
+    num_pairs = rotations_SP.shape[-1]
+    tail = x[..., -2 * num_pairs :]
     wide = wide_dtype(x.dtype)
     factors = _beside(rotations_SP, x)
-    if x.dtype == wide and x.shape[-1] % 2 == 0:
+    missing = -num_pairs % _PAIRS_AT_ONCE if is_steady and x.device.type == "cpu" else 0
+    if x.dtype == wide and x.shape[-1] % 2 == 0 and not missing:
         torch.view_as_complex(tail.view(*tail.shape[:-1], -1, 2)).mul_(factors)
     else:
         pairs = torch.view_as_complex(tail.to(wide).unflatten(-1, (-1, 2)).contiguous())
-        tail.copy_(torch.view_as_real(pairs * factors).flatten(-2))
+        if missing:  # torch rounds fewer pairs than it takes at once in another way
+            pairs, factors = (torch.nn.functional.pad(pair, (0, missing)) for pair in (pairs, factors))
+        tail.copy_(torch.view_as_real((pairs * factors)[..., :num_pairs]).flatten(-2))
     return x
 
 
 class _RoPE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rotations_SP: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, rotations_SP: torch.Tensor, is_steady: bool) -> torch.Tensor:
         ctx.save_for_backward(rotations_SP)
-        return rotate_tail(x, rotations_SP)
+        return rotate_tail(x, rotations_SP, is_steady)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         # The transpose of a rotation is the rotation back; a magnitude stays.
         (rotations_SP,) = ctx.saved_tensors
-        return rotate_tail(grads[0], rotations_SP.conj().resolve_conj()), None
+        return rotate_tail(grads[0], rotations_SP.conj().resolve_conj()), None, None
