@@ -31,8 +31,8 @@ def apply_rope(x: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor, *, i
         cos_SP: cosines of position and pair, fp32 (fp64 for fp64 x), times a magnitude if there is one; [S, B, P] for
             x of [S, B, ..., D] whose sequences have positions of their own.
         sin_SP: sines of the same angles.
-        is_steady: Whether a row has the same bits wherever it lies in memory, as generation needs it (`steady_sums.py`).
-            Only rotary widths that are no multiple of 16 have other bits then, on a CPU.
+        is_steady: Whether a row has the same bits wherever it lies in memory, as generation needs it
+            (`steady_sums.py`). Only rotary widths that are no multiple of 16 have other bits then, on a CPU.
 
     Returns:
         [S, ..., D] in x's dtype, computed in fp32 and rounded once.

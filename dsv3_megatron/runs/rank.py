@@ -26,13 +26,12 @@ _SECONDS_AFTER_LOST_PEER = 5.0
 
 def prepare_rank() -> None:
     """Choose the device and set the process up for it; to be called before anything imports Megatron-Core."""
-    from dsv3_megatron.ops.host_memory import ask_for_huge_pages, keep_freed_memory
+    from dsv3_megatron.ops.host_memory import keep_freed_memory
     from dsv3_megatron.platform import prepare
 
     # On a GPU torch keeps the memory of its tensors itself; on a CPU the C library gives it back after every step.
     if not prepare().is_cuda:
         keep_freed_memory()
-        ask_for_huge_pages()
 
 
 def refuse(text: str) -> int:

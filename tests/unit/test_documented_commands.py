@@ -284,7 +284,7 @@ def test_the_readmes_table_says_what_the_page_of_results_says() -> None:
     """Each row's ratio, by the row of the page that has the same measurement."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     summary = re.findall(r"([\d.]+)x as fast", readme)
-    cpus = re.findall(r"^\| (.+\(.+ cores\))[^|]* \| (fp32|bf16) \|", readme, re.MULTILINE)
+    cpus = re.findall(r"^\| (.+\(.+ cores\))[^|]* \| (fp32|bf16) \| (\d+) of (\d+) threads? \|", readme, re.MULTILINE)
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     schedules = (ROOT / "docs" / "schedules" / "README.md").read_text(encoding="utf-8")
 
@@ -305,8 +305,9 @@ def test_the_readmes_table_says_what_the_page_of_results_says() -> None:
                 step("megatron-core 1f1b") / step("1f1b"),
                 ratio("V3 widths bf16 layers=2 experts=8 6.04GB workers=2 | hf-to-megatron"),
                 ratio("V3 widths fp8 layers=2 experts=8 4.87GB workers=2 | megatron-to-hf")]
-    expected += [number(rf"laptop {precision} seq=512 batch=4 threads=2 \| transformers \| \S+ \| ([\d.]+)x.*"
-                        rf"{re.escape(cpu)}", results) for cpu, precision in cpus]
+    for cpu, precision, processes, threads in cpus:
+        config = f"laptop {precision} seq=512 batch=4 threads={threads}" + f" processes={processes}" * (processes != "1")
+        expected.append(number(rf"{config} \| transformers \| \S+ \| ([\d.]+)x.*{re.escape(cpu)}", results))
     assert len(cpus) >= 2
     assert [float(shown) for shown in summary] == pytest.approx(expected, rel=0.02, abs=0.005)
 

@@ -7,8 +7,8 @@ settings and, as further contenders, with its other expert implementations. Each
 steps alternate between them, so that a disturbance of the machine meets all; the others sleep meanwhile.
 
 One contender more is "products": the matrix products of a step alone, with the shapes of a balanced step, as a rate.
-It is what the machine would allow at the time, in memory that is kept and lies on huge pages as ours does, and each
-contender's share of it is printed and recorded.
+It is what the machine would allow at the time, in memory that is kept as ours is, and each contender's share of it is
+printed and recorded.
 
 With `--processes 4` a step's sequences are divided over four processes, each with `--threads` threads: data-parallel
 ours, and Transformers in torch's DistributedDataParallel. A further contender is ours with two pipeline stages and the
@@ -152,11 +152,10 @@ def products_step(setting: Setting) -> Step:
     import torch
 
     from dsv3_megatron.ops.backend import choose_product_backend
-    from dsv3_megatron.ops.host_memory import ask_for_huge_pages, keep_freed_memory
+    from dsv3_megatron.ops.host_memory import keep_freed_memory
 
     # As ours has it: fresh pages for every result would be no limit of the machine's.
     keep_freed_memory()
-    ask_for_huge_pages()
     stored = torch.bfloat16 if setting.precision == "bf16" else torch.float32
     is_wide = choose_product_backend("auto", torch.device("cpu"), stored) == "via_fp32"
     dtype = torch.float32 if is_wide else stored

@@ -2,14 +2,11 @@
 
 import ctypes
 import logging
-import os
-import subprocess
-import sys
 
 import pytest
 
 from dsv3_megatron.ops import host_memory
-from dsv3_megatron.ops.host_memory import ask_for_huge_pages, keep_freed_memory
+from dsv3_megatron.ops.host_memory import keep_freed_memory
 
 
 def test_it_says_whether_it_worked():
@@ -42,35 +39,3 @@ def test_without_glibc_nothing_is_asked(monkeypatch, caplog):
         monkeypatch.setattr(host_memory.sys, "platform", "darwin")
         assert not keep_freed_memory()
     assert "C library without mallopt" in caplog.text and "not glibc" in caplog.text
-
-
-@pytest.mark.parametrize(("policy", "given", "asks", "text"), [
-    ("always [madvise] never", None, True, "huge pages: asked for"),
-    ("[always] madvise never", "0", False, "none (THP_MEM_ALLOC_ENABLE=0)"),
-    ("always madvise [never]", None, False, "the kernel gives none"),
-    (None, None, False, "the kernel gives none")])
-def test_huge_pages_are_asked_for_where_there_are_any(monkeypatch, caplog, tmp_path, policy, given, asks, text):
-    if policy is not None:
-        (tmp_path / "enabled").write_text(policy)
-    monkeypatch.setattr(host_memory, "_POLICY", tmp_path / "enabled")
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given or "")
-    if given is None:
-        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
-    with caplog.at_level(logging.INFO, "dsv3_megatron.ops.host_memory"):
-        assert ask_for_huge_pages() is asks
-    assert text in caplog.text and os.environ.get("THP_MEM_ALLOC_ENABLE") == (given or ("1" if asks else None))
-
-
-@pytest.mark.skipif(sys.platform != "linux" or not host_memory._POLICY.exists()
-                    or "[never]" in host_memory._POLICY.read_text(), reason="this kernel has no huge pages")
-def test_a_rank_asks_for_them_before_torch_has_decided():
-    """The kernel notes under the tensor that it was asked (hg), after everything that a rank imports before it asks."""
-    program = (
-        "import torch\n"
-        "from dsv3_megatron.runs.rank import prepare_rank\n"
-        "prepare_rank()\n"
-        "large = torch.ones(1 << 23)\n"
-        "print(sum(line.startswith('VmFlags:') and ' hg' in line for line in open('/proc/self/smaps')))\n")
-    environment = {name: text for name, text in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
-    assert int(done.stdout) > 0, done.stderr
