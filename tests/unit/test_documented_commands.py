@@ -284,7 +284,8 @@ def test_the_readmes_table_says_what_the_page_of_results_says() -> None:
     """Each row's ratio, by the row of the page that has the same measurement."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     summary = re.findall(r"([\d.]+)x as fast", readme)
-    cpus = re.findall(r"^\| (.+\(.+ cores\))[^|]* \| (fp32|bf16) \| (\d+) of (\d+) threads? \|", readme, re.MULTILINE)
+    cpus = re.findall(
+        r"^\| (.+\(.+ cores\))[^|]* \| (fp32|bf16) \| (\d+) of (\d+) threads? \|", readme, re.MULTILINE)
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     schedules = (ROOT / "docs" / "schedules" / "README.md").read_text(encoding="utf-8")
 
