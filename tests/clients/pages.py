@@ -19,7 +19,7 @@ from types import TracebackType
 from tests.clients.environments import ROOT, Client
 from tools.run_documented_commands import COMMAND_FENCES, Fence, fences
 
-INSTALLS = re.compile(r"(pip install|python3? -m venv|git clone|source) ")
+INSTALLS = re.compile(r"(pip (?:un)?install|python3? -m venv|git clone|source) ")
 
 
 def page_text(client: Client) -> str:
@@ -52,11 +52,11 @@ def scoring_block(page: str) -> str:
     return "\n".join(texts[:last + 1])
 
 
-def requirements(page: str) -> list[list[str]]:
-    """What each `pip install` of a page installs."""
+def requirements(page: str, command: str = "pip install") -> list[list[str]]:
+    """What each `pip install`, or another command of pip, of a page names."""
     lines = [line for fence in fences(page) if is_installing(fence) for line in fence.text.splitlines()]
     return [[word for word in shlex.split(line)[2:] if not word.startswith("-")]
-            for line in lines if line.startswith("pip install")]
+            for line in lines if line.startswith(command)]
 
 
 class Reader:

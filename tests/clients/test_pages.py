@@ -19,6 +19,7 @@ PLANTED = """# A program
 
 ```
 pip install "program[cpu]==1.2" torch
+pip uninstall -y vision
 ```
 
 ```bash
@@ -49,7 +50,7 @@ def test_a_planted_page_is_followed(tmp_path: Path) -> None:
     with Reader(HERE, tmp_path) as reader:
         printed = reader.follow(PLANTED)
     assert printed == ["", f"kept {sys.prefix}\n1\n"]
-    assert requirements(PLANTED) == [list(HERE.requires)]
+    assert requirements(PLANTED) == [list(HERE.requires)] and requirements(PLANTED, "pip uninstall") == [["vision"]]
 
 
 @pytest.mark.parametrize(("block", "said"), [
@@ -153,6 +154,7 @@ def test_a_page_installs_what_is_tested(name: str) -> None:
     """Requirement for requirement; and the version is the one that the table of readers names, or of its series."""
     client = CLIENTS[name]
     assert list(client.requires) in requirements(page_text(client))
+    assert requirements(page_text(client), "pip uninstall") == [list(client.removes)] * bool(client.removes)
     assert blocks(page_text(client)) or client.parts
     if version := re.search(r" ([\d.]+)$", client.reader):
         assert any(re.search(rf"=={re.escape(version[1])}(\.\d+)?$", requirement) for requirement in client.requires)
