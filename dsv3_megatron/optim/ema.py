@@ -1,9 +1,13 @@
-"""A moving average of the weights in CPU memory, kept up to date while the next step computes.
+"""A moving average of the weights in CPU memory, on a GPU kept up to date while the next step computes.
 
 Each rank averages the shard of the fp32 master weights that its distributed optimizer owns: 4 bytes a parameter divided
-by the data-parallel ranks. After an optimizer step the new weights are taken in by a thread (on a GPU after a copy on a
-stream of its own into pinned memory; not run on a GPU yet), and the next optimizer step waits for it, so that it does
+by the data-parallel ranks. After an optimizer step on a GPU a stream of its own copies the new weights into pinned
+memory, from where a thread takes them in (not run on a GPU yet). The next optimizer step waits for it, so that it does
 not overwrite what is being read. Forward and backward passes do not wait.
+
+A run on a CPU takes the weights in before the step ends. A thread would compute with OpenMP threads of its own beside
+the step's. Where there are then more of them than cores, all of them sleep whenever they wait for one another: a step
+of `tiny` took 0.16 s instead of 0.07 with two threads on two cores.
 
 After k updates the average is
 
@@ -58,15 +62,19 @@ class WeightAverage:
         self._landing = [torch.empty(average.shape, dtype=torch.float32, device="cpu", pin_memory=True)
                          for average in self.averages] if is_cuda else None
         self._stream = torch.cuda.Stream() if is_cuda else None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-average")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-average") if is_cuda else None
         self._pending: Future[None] | None = None
 
     def update(self) -> None:
-        """Begin to take in the weights as they are now; returns at once. `wait` before they change."""
+        """Take in the weights as they are now, or on a GPU begin to. `wait` before they change."""
         self.wait()
         self.num_updates += 1
         share = (1.0 - self.decay) / (1.0 - self.decay ** self.num_updates)
-        self._pending = self._thread.submit(self._take_in, self._copy_to_host(), share)
+        copied = self._copy_to_host()
+        if self._thread is None:
+            self._take_in(copied, share)
+        else:
+            self._pending = self._thread.submit(self._take_in, copied, share)
 
     def wait(self) -> None:
         """Return when the last update is done, and raise what it raised."""
