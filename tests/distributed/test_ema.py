@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def train_and_save(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
         for parameter in chunk.parameters():
             parameter.data.zero_()
     load_weights(folder, training.run, training.chunks, training.groups, is_average=True)
-    result = {"states": states, "inside": inside, "after": after, "loaded": training.whole_state()}
+    result = {"states": states, "inside": inside, "after": after, "loaded": training.whole_state(),
+              "threads": [thread.name for thread in threading.enumerate()]}
     save_checkpoint(folder / "none", RunProgress(1, 4, 64), small_run(**changes), training.chunks, training.optimizer,
                     training.groups, keep_last=0)
     try:
@@ -79,6 +81,8 @@ def test_the_average_is_the_weighted_mean_of_the_weights_after_each_step(tmp_pat
     assert not differences(after, states[-1])
     assert not differences(kind(loaded, "weight"), rounded)
     assert "has no average of the weights: its run had ema_decay=0.0" in results[0]["message"]
+    # A thread beside the step's would have OpenMP threads of its own, and on a CPU all would wait for one another.
+    assert not [name for result in results for name in result["threads"] if name.startswith("weight-average")]
 
     convert_to_hugging_face(tmp_path, tmp_path / "hf", dtype="fp32", is_average=True, is_verified=True)
     exported = HuggingFaceDirectory(tmp_path / "hf")

@@ -58,6 +58,20 @@ def test_by_sequence_is_each_sequence_by_itself():
     assert torch.equal(together[:, 1:], apply_rope(x[:, 1:], cos.flip(0), sin.flip(0)))
 
 
+@pytest.mark.parametrize("head_dim", [8, 12], ids=["whole", "tail"])
+def test_a_steady_row_has_the_same_bits_in_any_company(head_dim):
+    """Few pairs, which torch multiplies by one function among many tokens and by another in a row alone."""
+    x, (cos, sin) = randn(7, 5, 3, head_dim).float(), (t.float() for t in _angles())
+    together = apply_rope(x, cos, sin, is_steady=True)
+    for row in range(7):
+        own = slice(row, row + 1)
+        for sequence in range(5):
+            alone = apply_rope(x[own, sequence, :1], cos[own], sin[own], is_steady=True)
+            assert torch.equal(alone, together[own, sequence, :1])
+    torch.testing.assert_close(together, reference_rope(x, cos, sin))
+    assert torch.equal(apply_rope(x.clone().requires_grad_(), cos, sin, is_steady=True), together)
+
+
 def test_inputs_are_not_modified():
     x = randn(7, 2, 3, 8)
     before = x.clone()
