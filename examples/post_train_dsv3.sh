@@ -47,7 +47,7 @@ reinforce() {
     "$python" -m dsv3_megatron grpo --pretrained-checkpoint "$chat_dir/checkpoints" \
         --tokenizer-model "$chat_dir/tokenizer" --prompts "$chat_dir/prompts.jsonl" \
         --valid-prompts "$chat_dir/held-out.jsonl" --reward boxed --max-new-tokens 12 --group-size 8 \
-        --global-batch-size 64 --micro-batch-size 4 --lr 2e-4 --min-lr 2e-4 --train-iters 24 --eval-interval 12 \
+        --global-batch-size 64 --micro-batch-size 4 --lr 1e-4 --min-lr 1e-4 --train-iters 24 --eval-interval 12 \
         --save-interval 12 --save "$chat_dir/grpo/checkpoints" --load "$chat_dir/grpo/checkpoints" \
         --rollouts "$chat_dir/grpo/rollouts" --tensorboard-dir "$chat_dir/grpo/tensorboard" \
         --export-hf "$chat_dir/exported"

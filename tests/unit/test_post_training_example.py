@@ -44,7 +44,7 @@ def test_its_commands_have_their_flags(capsys: pytest.CaptureFixture[str]) -> No
 def test_sums_are_right_and_the_same_again(tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("a", "b", "c")]
     for file, seed in zip(files, ("1", "1", "2"), strict=True):
-        assert make_sums(["--number", "50", "--seed", seed, "--output", str(file)]) == 0
+        assert make_sums(["--number", "50", "--seed", seed, "--boxed", "0.5", "--output", str(file)]) == 0
     lines = files[0].read_text().splitlines()
     assert files[0].read_text() == files[1].read_text() != files[2].read_text() and len(lines) == 50
     num_boxed = 0
@@ -54,6 +54,15 @@ def test_sums_are_right_and_the_same_again(tmp_path: Path) -> None:
         assert said and sum(map(int, re.findall(r"\d", question["content"]))) == int(said[1] or said[2])
         num_boxed += said[2] is not None
     assert 15 <= num_boxed <= 35
+    assert make_sums(["--number", "200", "--output", str(tmp_path / "quarter")]) == 0
+    assert 30 <= (tmp_path / "quarter").read_text().count("boxed") <= 70
+
+
+@pytest.mark.parametrize("share", ["1.5", "-0.1", "nan", "half"])
+def test_a_share_that_is_none_is_refused(tmp_path: Path, share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        make_sums([f"--boxed={share}", "--output", str(tmp_path / "sums")])
+    assert "--boxed" in capsys.readouterr().err and not (tmp_path / "sums").exists()
 
 
 def read_prompts(file: Path, *flags: str) -> list[tuple[str, str]]:
