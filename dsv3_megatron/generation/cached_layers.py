@@ -131,8 +131,7 @@ class LatentAttention:
             query = self._multiply(self._query_norm(self._multiply(x_TH, self._query_down)), self._query_up)
         else:
             query = self._multiply(x_TH, self._query_up)
-        query_TND = rotate_tail_(query.view(-1, self._heads, self._query_width), rotations_TP,
-                                  is_steady=True)
+        query_TND = rotate_tail_(query.view(-1, self._heads, self._query_width), rotations_TP, is_steady=True)
         entry_TW = rotate_tail_(self._multiply(x_TH, self._down), rotations_TP, is_steady=True)
         latent_TZ = entry_TW[:, :self.latent_width]
         latent_TZ.copy_(self._norm(latent_TZ))

@@ -46,6 +46,13 @@ def listen_on_loopback(port: int) -> tuple[int, int]:
     return server.detach(), found
 
 
+def free_port() -> int:
+    """A TCP port at which nobody listens now at the loopback address; another process may take it first."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
 def use_loopback_interface() -> None:
     """Have gloo and NCCL of this process, and of those it starts, use the loopback interface, unless they are told."""
     if os.path.exists("/sys/class/net/lo"):

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_megatron.data.indexed_writer import DatasetWriter
+from dsv3_megatron.process.loopback import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "examples" / "pretrain_dsv3.sh"
@@ -35,13 +36,6 @@ VOCAB, SEQ_LENGTH = 96, 16
 # Relative; of fp32 sums in another order, over some hundred steps of a model that learns noise.
 TOLERANCE = 2e-3
 _START_S = 900.0
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 
 from dsv3_megatron.checkpoint.folder import latest_iteration
-from tests.distributed.elastic_trial import free_port
+from dsv3_megatron.process.loopback import free_port
 from tests.made_up_texts import write_texts
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,6 +26,7 @@ from dsv3_megatron.data.indexed_writer import DatasetWriter
 from dsv3_megatron.metrics.gradients import COMPONENTS
 from dsv3_megatron.metrics.instruments import STEP_PARTS
 from dsv3_megatron.metrics.tags import TAGS
+from dsv3_megatron.process.loopback import free_port
 from tests.distributed.launch import ROOT, run_ranks
 from tests.routing import compare_routing, read_notes
 
@@ -298,9 +299,7 @@ def test_workers_save_and_end_with_a_torchrun_that_is_killed(data: list[str], tm
 
 
 def test_ranks_started_by_hand_end_with_one_that_finds_something_wrong(data: list[str], tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     processes = [subprocess.Popen(
         [sys.executable, "-m", "dsv3_megatron", "train", *with_model(*arguments)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

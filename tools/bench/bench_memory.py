@@ -29,8 +29,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 from dsv3_megatron.config.presets import preset  # noqa: E402
 from dsv3_megatron.config.run import RunConfig  # noqa: E402
 from dsv3_megatron.planning.memory.estimate import RankMemory, estimate_memory, kept_by_name  # noqa: E402
+from dsv3_megatron.process.loopback import free_port  # noqa: E402
 from dsv3_megatron.process.unpickling import load_own  # noqa: E402
-from tools.bench.ports import free_port  # noqa: E402
 from tools.bench.records import Measurement, append_rows  # noqa: E402
 
 if TYPE_CHECKING:

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+from dsv3_megatron.process.loopback import free_port  # noqa: E402
 from dsv3_megatron.process.unpickling import load_own  # noqa: E402
 from dsv3_megatron.schedule.draw import plot_timeline  # noqa: E402
 from dsv3_megatron.schedule.plan import Plan, build_plan  # noqa: E402
 from dsv3_megatron.schedule.simulate import simulate  # noqa: E402
 from dsv3_megatron.schedule.timeline import Timeline  # noqa: E402
-from tools.bench.ports import free_port  # noqa: E402
 from tools.bench.records import Measurement, append_rows, load_average  # noqa: E402
 
 FORMS = ("1f1b", "interleaved", "interleaved with pairs", "zb1p", "zbv", "dualpipe", "dualpipev")

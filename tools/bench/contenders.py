@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tools.bench.ports import free_port
+from dsv3_megatron.process.loopback import free_port
 from tools.bench.records import Measurement, append_rows, load_average, warn_of_load
 
 # Takes one step; what it returns goes into the answer, its "seconds" and "cpu_seconds" in place of the whole step's.

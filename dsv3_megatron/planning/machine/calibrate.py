@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from dsv3_megatron.planning.machine.hardware_tables import HARDWARE, find_hardwa
 from dsv3_megatron.planning.run_cost import main_phase, only_phase
 from dsv3_megatron.planning.time.step_time import StepTime, step_time
 from dsv3_megatron.planning.time.work import Setting
+from dsv3_megatron.process.loopback import LOOPBACK, free_port
 from dsv3_megatron.process.parent import environment_of_child
 
 _ROUNDS = 5
@@ -219,11 +219,8 @@ def run_ranks(arguments: list[str], num_processes: int) -> list[str]:
     Raises:
         RuntimeError: one failed; with the end of what it wrote to stderr.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     common = {**environment_of_child(), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(num_processes),
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+              "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
     processes = [subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                   text=True, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                  for rank in range(num_processes)]
